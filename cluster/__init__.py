@@ -1,0 +1,1 @@
+"""The cluster: processes on hosts, started, watched and stopped together."""

@@ -1,0 +1,1 @@
+"""The load generator: open-loop arrivals, due-time latency, honest reports."""

@@ -1,0 +1,1 @@
+"""Profiles: how long each subnet takes at each batch size, and how accurate it is."""

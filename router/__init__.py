@@ -1,0 +1,1 @@
+"""The router: one global earliest-deadline-first queue, policies, and the sockets around them."""

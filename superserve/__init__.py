@@ -1,0 +1,1 @@
+"""SuperServe: deadline-aware inference serving; the part that applications embed."""
