@@ -1,0 +1,58 @@
+# The commands of this project; CONTRIBUTING.md explains them. The first one on a fresh
+# machine makes .venv and installs everything there; later ones find it in place.
+
+PYTHON ?= python3
+# A pin that pip can satisfy with a CPU-only build where its indexes offer one. A bare
+# `torch` takes the newest build instead, and with it gigabytes of CUDA. On a machine
+# with a GPU name the build you want: make test TORCH="torch==<version>+<cuda>".
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint test check bench demo train clean
+.DELETE_ON_ERROR:
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+install: $(INSTALLED) ## make .venv and install the project with its tools
+
+# Again whenever a dependency may have changed, and only then.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: '$(PYTHON)' is missing or older than Python 3.11; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
+	  echo "make: '$(PYTHON) -m venv $(VENV)' failed; is your system's python3-venv package installed?" >&2; \
+	  rm -rf $(VENV); exit 1; }
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@
+
+lint: $(INSTALLED) ## format, lint and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+# pytest comes last, so that its summary is what one reads.
+test: lint ## what CI runs: lint, types and every test
+	$(BIN)/pytest
+
+check: lint ## the same without the slow tests
+	$(BIN)/pytest -m "not slow"
+
+bench: $(INSTALLED) ## run the benchmarks; out/bench/*.json and a table
+	$(BIN)/python -m loadgen.bench
+
+demo: $(INSTALLED) ## serve a burst on this machine; out/demo/ and a table
+	$(BIN)/python -m loadgen.demo
+
+train: $(INSTALLED) ## train the digits supernet that the demo serves
+	$(BIN)/python -m gpu_worker.train
+
+clean: ## remove results and caches; .venv stays (rm -r it to start over)
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

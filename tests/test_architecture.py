@@ -1,0 +1,191 @@
+"""Who may import whom. The tree is the architecture, and this keeps its arrows."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("superserve", "router", "gpu_worker", "loadgen", "profiles", "cluster")
+
+# What a module, and all below it, may import beyond its own package; arrows add up.
+# An entry of the right side stands for itself and all below it. Nobody is given `cluster`.
+ARROWS: dict[str, tuple[str, ...]] = {
+    "superserve": (),
+    "router": ("superserve", "profiles.table"),
+    "gpu_worker": ("superserve", "profiles.table"),
+    "profiles": ("superserve",),
+    "profiles.measure": ("gpu_worker",),
+    # The load generator starts routers and workers as processes, through superserve.processes.
+    "loadgen": ("superserve", "profiles.table"),
+    # The simulator runs the core that serves, under a policy built by name; no sockets.
+    "loadgen.simulator": ("router.core", "router.policy", "router.registry"),
+    "cluster": ("superserve", "router", "gpu_worker", "loadgen", "profiles"),
+}
+
+# What applications embed stays small: these and the standard library.
+EMBEDDED_DEPENDENCIES = ("zmq", "numpy", "orjson")
+
+# A pure core: events and `now_ns` in, actions out.
+PURE = ("router.core", "router.edf", "router.policy", "router.slackfit", "router.baselines")
+IMPURE = ("zmq", "socket", "time", "threading", "logging", "random", "numpy.random", "asyncio", "secrets")
+
+
+class Import(NamedTuple):
+    """One import: the module it reaches, its line, and whether it runs when the importer is imported."""
+
+    target: str
+    line: int
+    at_import: bool
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of the packages: its dotted name and its file."""
+    paths = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
+    return {dotted(path.relative_to(ROOT)): path for path in paths}
+
+
+def dotted(path: Path) -> str:
+    """Return the module's name: `router/core.py` is `router.core`, `router/__init__.py` is `router`."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = modules()
+
+
+def imports(name: str, path: Path) -> list[Import]:
+    """Return every import of a module: at its top, inside functions, and for type checking."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return list(_walk(tree, package, at_import=True))
+
+
+def _walk(node: ast.AST, package: str, *, at_import: bool) -> Iterator[Import]:
+    """Walk the tree; what stands in a function or under TYPE_CHECKING does not run at import."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield from (Import(target, node.lineno, at_import) for target in _targets(node, package))
+    is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    is_typing = isinstance(node, ast.If) and ast.unparse(node.test) in (
+        "TYPE_CHECKING",
+        "typing.TYPE_CHECKING",
+    )
+    deferred: list[ast.stmt] = getattr(node, "body", []) if is_function or is_typing else []
+    for child in ast.iter_child_nodes(node):
+        yield from _walk(child, package, at_import=at_import and child not in deferred)
+
+
+def _targets(node: ast.Import | ast.ImportFrom, package: str) -> list[str]:
+    """Return the modules that a statement reaches: `from router import core` is `router.core`."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    parents = package.split(".")
+    base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+    origin = ".".join(part for part in (base, node.module) if part)
+    members = (f"{origin}.{alias.name}" for alias in node.names)
+    return [member if member in MODULES else origin for member in members]
+
+
+def under(name: str, roots: Iterable[str]) -> bool:
+    """Tell whether a module is one of `roots` or below one."""
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def forbidden(name: str, target: str) -> bool:
+    """Tell whether a module may not import `target`, a module of ours or of others."""
+    if not under(target, PACKAGES) or under(target, [name.partition(".")[0]]):
+        return False
+    allowed = [root for importer, roots in ARROWS.items() if under(name, [importer]) for root in roots]
+    return not under(target, allowed)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_follow_the_arrows(name: str) -> None:
+    """No module imports another role beyond what the table allows, even inside a function."""
+    path = MODULES[name]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{found.line} imports {found.target}"
+        for found in imports(name, path)
+        if forbidden(name, found.target)
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if under(name, ["superserve"])])
+def test_importing_superserve_needs_little(name: str) -> None:
+    """An application that embeds the client gets no torch, click or psutil by importing it."""
+    allowed = (*EMBEDDED_DEPENDENCIES, "superserve", *sys.stdlib_module_names)
+    wrong = [
+        f"line {found.line} imports {found.target}"
+        for found in imports(name, MODULES[name])
+        if found.at_import and not under(found.target, allowed)
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if under(name, PURE)])
+def test_the_core_and_the_policies_are_pure(name: str) -> None:
+    """They have no socket, clock, thread, log or hidden randomness to reach for."""
+    wrong = [
+        f"line {found.line} imports {found.target}"
+        for found in imports(name, MODULES[name])
+        if under(found.target, IMPURE)
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "is_forbidden"),
+    [
+        ("superserve.client", "router.core", True),
+        ("superserve.client", "superserve.wire", False),
+        ("router.core", "profiles.table", False),
+        ("router.core", "profiles.measure", True),
+        ("router.core", "profiles", True),
+        ("router.server", "gpu_worker.server", True),
+        ("profiles.measure", "gpu_worker.supernet", False),
+        ("profiles.table", "gpu_worker.supernet", True),
+        ("loadgen.simulator", "router.core", False),
+        ("loadgen.simulator", "router.server", True),
+        ("loadgen.replay", "router.core", True),
+        ("loadgen.bench", "superserve.processes", False),
+        ("cluster.launcher", "loadgen.replay", False),
+        ("router.cli", "cluster.launcher", True),
+        ("router.core", "numpy", False),
+    ],
+)
+def test_the_table_means_what_style_says(name: str, target: str, is_forbidden: bool) -> None:
+    """Worked examples of arrows, so that a slip in the table shows."""
+    assert forbidden(name, target) == is_forbidden
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    """Relative, nested, conditional and for type checking: each is seen, with whether it runs."""
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import zmq.asyncio\n"
+        "from router import policy, Unknown\n"
+        "from . import wire\n"
+        "from .wire import Kind\n"
+        "if TYPE_CHECKING:\n    import torch\nelse:\n    import time\n"
+        "def f():\n    import random\n"
+        "class C:\n    import socket\n"
+    )
+    assert imports("superserve.module", path) == [
+        Import("zmq.asyncio", 1, at_import=True),
+        Import("router.policy", 2, at_import=True),
+        Import("router", 2, at_import=True),
+        Import("superserve.wire" if "superserve.wire" in MODULES else "superserve", 3, at_import=True),
+        Import("superserve.wire", 4, at_import=True),
+        Import("torch", 6, at_import=False),
+        Import("time", 8, at_import=True),
+        Import("random", 10, at_import=False),
+        Import("socket", 12, at_import=True),
+    ]
