@@ -1,0 +1,59 @@
+"""Actuation switches subnets in place and remembers nothing of the one before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_worker.actuation import actuate
+from superserve.errors import ConfigError
+from tests.gpu_worker.plain import CONTROLS, images, small_supernet
+
+SUPERNET = small_supernet(seed=3)
+IMAGES = images(2)
+
+
+def run(row: int) -> torch.Tensor:
+    """Actuate `row` and run it."""
+    actuate(SUPERNET, row)
+    with torch.inference_mode():
+        logits: torch.Tensor = SUPERNET(IMAGES)
+    return logits
+
+
+ALONE = [run(row) for row in range(len(CONTROLS))]
+
+
+@given(rows=st.lists(st.integers(0, len(CONTROLS) - 1), max_size=6))
+def test_a_subnet_answers_the_same_whatever_ran_before(rows: list[int]) -> None:
+    """Switching back and forth changes no output, to the last bit."""
+    for row in rows:
+        assert torch.equal(run(row), ALONE[row])
+
+
+def test_subnets_differ() -> None:
+    """Each control tuple is a function of its own."""
+    assert all(not torch.equal(a, b) for i, a in enumerate(ALONE) for b in ALONE[:i])
+
+
+def test_actuation_touches_no_tensor() -> None:
+    """The state dict, storage and all, is the same after every switch."""
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in SUPERNET.state_dict().items()}
+    for row in range(len(CONTROLS)):
+        run(row)
+    after = SUPERNET.state_dict()
+
+    assert all(after[name].data_ptr() == pointer for name, (pointer, _) in before.items())
+    assert all(torch.equal(after[name], tensor) for name, (_, tensor) in before.items())
+
+
+@pytest.mark.parametrize("row", [-1, len(CONTROLS)])
+def test_a_row_that_is_not_hosted_is_refused(row: int) -> None:
+    """The error gives the rows there are, and the actuated subnet stays."""
+    actuate(SUPERNET, 2)
+    with pytest.raises(ConfigError, match=f"subnet: expected a row from 0 to 3, got {row}"):
+        actuate(SUPERNET, row)
+
+    assert SUPERNET.cursor.row == 2
