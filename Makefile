@@ -51,7 +51,7 @@ demo: $(INSTALLED) ## serve a burst on this machine; out/demo/ and a table
 	$(BIN)/python -m loadgen.demo
 
 train: $(INSTALLED) ## train the digits supernet that the demo serves
-	$(BIN)/python -m gpu_worker.train
+	$(BIN)/python -m gpu_worker.train_digits
 
 clean: ## remove results and caches; .venv stays (rm -r it to start over)
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
