@@ -739,9 +739,8 @@ class RouterCore:
     def _return_ns(self, worker: Worker, cohort: Cohort) -> int:
         """What the way back may take: nearly the worst seen of this worker's transport, and the client's."""
         transport = worker.transport
-        return (
-            transport.bound_ns() - transport.mean_ns // 2 + cohort.client.return_ns + self.settings.margin_ns
-        )
+        client_ns: int = cohort.client.return_ns
+        return transport.bound_ns() - transport.mean_ns // 2 + client_ns + self.settings.margin_ns
 
     def _has_other_profile(self, worker: Worker) -> bool:
         return len(self._policies) > 1 and any(w.policy is not worker.policy for w in self.workers())

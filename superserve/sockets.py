@@ -1,0 +1,135 @@
+"""ZeroMQ sockets as every role here uses them: bounded, never blocking, never silent.
+
+One thread owns a socket, closing included. Routers bind, everything else connects.
+Sends never wait: what cannot be sent at once is the caller's to handle and count.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+from typing import TYPE_CHECKING
+
+import zmq
+
+from superserve.errors import ConfigError, WireError
+from superserve.wire import MAX_FRAMES, Buffer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ZERO_COPY_BYTES = 65_536
+"""From here on, pinning a buffer costs less than copying it (pyzmq's own threshold; measured alike)."""
+
+MAX_MESSAGE_BYTES = 256 << 20
+"""A frame longer than this ends the connection: a peer gone wrong cannot exhaust the memory."""
+
+HIGH_WATER_MARK = 10_000
+"""Messages queued per peer before a send fails; credits and admission keep it unreached."""
+
+_NOBLOCK = zmq.NOBLOCK
+_SNDMORE_NOBLOCK = zmq.SNDMORE | zmq.NOBLOCK
+
+
+def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> tuple[zmq.Socket[bytes], str]:
+    """Bind a ROUTER at `endpoint` (tcp port * or 0 lets the system pick).
+
+    Returns:
+        The socket, and the endpoint that peers connect to.
+
+    Raises:
+        ConfigError: The endpoint is malformed or taken.
+    """
+    socket = context.socket(zmq.ROUTER)
+    _set_common(socket)
+    socket.set(zmq.ROUTER_MANDATORY, 1)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise ConfigError(f"bind {endpoint}: {error.strerror}") from error
+    return socket, socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
+def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+    """Connect a DEALER to a router's `endpoint`; it reconnects by itself, with back-off.
+
+    Raises:
+        ConfigError: The endpoint is malformed.
+    """
+    socket = context.socket(zmq.DEALER)
+    _set_common(socket)
+    # Queue nothing for a router that is not there: stale work must not flood it when it returns.
+    socket.set(zmq.IMMEDIATE, 1)
+    socket.set(zmq.RECONNECT_IVL, 50)
+    socket.set(zmq.RECONNECT_IVL_MAX, 2000)
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise ConfigError(f"connect {endpoint!r}: expected tcp://HOST:PORT: {error.strerror}") from error
+    return socket
+
+
+def _set_common(socket: zmq.Socket[bytes]) -> None:
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.set(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    # Finds dead TCP peers; whether a role still works is told by heartbeats of our own.
+    socket.set(zmq.HEARTBEAT_IVL, 2000)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, 10_000)
+
+
+def receive(socket: zmq.Socket[bytes]) -> list[Buffer] | None:
+    """Return the frames of the next message without waiting, or None if there is none.
+
+    Large frames stay where ZeroMQ received them; small ones are copied out, which is cheaper.
+
+    Raises:
+        WireError: More frames than any message has; the rest is discarded.
+    """
+    try:
+        frame = socket.recv(_NOBLOCK, copy=False)
+    except zmq.Again:
+        return None
+    frames: list[Buffer] = [frame.bytes]
+    while frame.more:
+        frame = socket.recv(_NOBLOCK, copy=False)
+        if len(frames) > MAX_FRAMES + 1:
+            while frame.more:
+                frame = socket.recv(_NOBLOCK, copy=False)
+            raise WireError(f"expected at most {MAX_FRAMES} frames")
+        frames.append(frame.bytes if len(frame) < ZERO_COPY_BYTES else frame.buffer)
+    return frames
+
+
+def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
+    """Send without waiting; False if the peer is gone, or its queue is full.
+
+    A message is sent whole or not at all: only the first frame can be refused.
+    """
+    last = len(frames) - 1
+    try:
+        for i, frame in enumerate(frames):
+            flags = _NOBLOCK if i == last else _SNDMORE_NOBLOCK
+            socket.send(frame, flags, copy=len(frame) < ZERO_COPY_BYTES)
+    except zmq.ZMQError as error:
+        if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH, errno.EHOSTUNREACH):
+            return False
+        raise
+    return True
+
+
+def wait(sockets: Sequence[zmq.Socket[bytes]], timeout_ns: int | None, fds: Sequence[int] = ()) -> None:
+    """Wait until a socket or file descriptor may have something to read, or the time is up.
+
+    ZeroMQ's own poll counts in whole milliseconds, which is long beside a batch; its file
+    descriptors with select() give microseconds. They are edge-triggered: the events are
+    asked for first, and the caller must then receive until there is nothing left.
+    """
+    for socket in sockets:
+        if int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            return
+    timeout_s = None if timeout_ns is None else max(0, timeout_ns) / 1e9
+    select.select([*(socket.fileno() for socket in sockets), *fds], [], [], timeout_s)
