@@ -70,7 +70,6 @@ class CoreSettings:
         margin_ns: Slack held back for what the transport estimate has not seen yet.
         max_queries: Queries queued or in flight, at most; more are OVERLOADED.
         max_bytes: Payload bytes held, at most; more are OVERLOADED.
-        payload_bytes: What each payload must measure, or None if the model does not say.
         heartbeat_ns: Workers are heard at least this often.
         suspect_after: Heartbeats missed before a worker gets no more work.
         dead_after: Heartbeats missed before its queries are dispatched again.
@@ -83,7 +82,6 @@ class CoreSettings:
     margin_ns: int = MS // 2
     max_queries: int = 200_000
     max_bytes: int = 2 << 30
-    payload_bytes: int | None = None
     heartbeat_ns: int = 100 * MS
     suspect_after: int = 3
     dead_after: int = 6
@@ -120,6 +118,7 @@ class RouterCore:
         self.ledger: dict[int, Batch] = {}
         self.peers: dict[Key, Peer] = {}
         self.clients: dict[Key, Client] = {}
+        self.payload_bytes: int | None = None  # what the model takes; unknown until a worker says
         self.draining = False
         self.received = 0
         self.in_flight = 0
@@ -284,7 +283,7 @@ class RouterCore:
         settings = self.settings
         if self.draining:
             return Status.DRAINING, "the router is draining: send to another, or try again later"
-        expected, got = settings.payload_bytes, queries.payload_bytes
+        expected, got = self.payload_bytes, queries.payload_bytes
         if expected is not None and expected != got:
             sizes = "payloads of differing lengths" if queries.lengths is not None else f"{got} bytes"
             return Status.INVALID, f"payload: the model takes {expected} bytes a query, got {sizes}"
@@ -387,6 +386,7 @@ class RouterCore:
         for slot, profile in enumerate(event.profiles):
             peer.workers.append(Worker(peer, slot, profile, self._policy(profile), now_ns))
         self.peers[event.peer] = peer
+        self.payload_bytes = event.payload_bytes
         if self._checked_ns is None:
             self._checked_ns = now_ns
         self._refresh_min_service()

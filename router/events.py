@@ -53,12 +53,16 @@ class CancelAsked:
 
 @dataclass(slots=True)
 class WorkerJoined:
-    """A worker process said HELLO: one profile for each of its GPUs."""
+    """A worker process said HELLO: one profile for each of its GPUs.
+
+    `payload_bytes` is what its model takes for each query; None if any size will do.
+    """
 
     peer: Key
     name: str
     epoch: int
     profiles: Sequence[Profile]
+    payload_bytes: int | None = None
 
 
 @dataclass(slots=True)

@@ -1,0 +1,87 @@
+"""`python -m router`: run the router, or replay a recorded event log."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from profiles.table import load_profile
+from router.core import CoreSettings
+from router.recording import Recorder, replay
+from router.registry import make_policy
+from router.server import RouterServer, ServerSettings
+from superserve.errors import SuperServeError
+from superserve.processes import announce_ready, die_with_parent
+
+MS = 1_000_000
+
+
+@click.group(invoke_without_command=True)
+@click.option(
+    "--client-endpoint", default="tcp://127.0.0.1:*", show_default=True, help="Where clients connect."
+)
+@click.option(
+    "--worker-endpoint", default="tcp://127.0.0.1:*", show_default=True, help="Where workers connect."
+)
+@click.option("--policy", default="slackfit", show_default=True, help="slackfit, fixed:<subnet>, maxacc, ...")
+@click.option("--max-queries", default=200_000, show_default=True, help="Queries held, at most.")
+@click.option("--max-bytes", default=2 << 30, show_default=True, help="Payload bytes held, at most.")
+@click.option("--margin-ms", default=0.5, show_default=True, help="Slack held back for the unforeseen.")
+@click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Write an event log here.")
+@click.pass_context
+def cli(
+    context: click.Context,
+    client_endpoint: str,
+    worker_endpoint: str,
+    policy: str,
+    max_queries: int,
+    max_bytes: int,
+    margin_ms: float,
+    record: Path | None,
+) -> None:
+    """Run the router: one earliest-deadline-first queue for all workers."""
+    if context.invoked_subcommand is not None:
+        return
+    die_with_parent()
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
+    core = CoreSettings(max_queries=max_queries, max_bytes=max_bytes, margin_ns=int(margin_ms * MS))
+    settings = ServerSettings(client_endpoint, worker_endpoint, policy, core)
+    try:
+        _check_policy(policy)
+        recorder = None if record is None else Recorder(record, policy, core)
+        server = RouterServer(settings, recorder)
+        server.open()
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    announce_ready({"client": server.client_endpoint, "worker": server.worker_endpoint})
+    click.echo(
+        f"clients: {server.client_endpoint}  workers: {server.worker_endpoint}  policy: {policy}", err=True
+    )
+    server.run()
+
+
+def _check_policy(policy: str) -> None:
+    """Refuse an unknown policy now, not when the first worker joins. Arguments name subnets: not yet known."""
+    if not policy.startswith("fixed"):
+        make_policy(policy, load_profile("cnn-8gpu-modelled"))
+
+
+@cli.command("replay")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def replay_command(file: Path) -> None:
+    """Feed a recorded event log through a fresh core; exit 1 if it decides otherwise."""
+    try:
+        result = replay(file)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    for mismatch in result.mismatches:
+        click.echo(mismatch)
+    same = "differ" if result.mismatches else "are the same"
+    click.echo(f"{result.n_events} events replayed: {result.n_directives} directives {same}")
+    sys.exit(1 if result.mismatches else 0)

@@ -1,0 +1,85 @@
+"""Between the core's actions and the wire's messages: which bytes a stretch of a cohort stands for."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from superserve.wire import MAX_QUERIES, VARIED, Directive, Group, Results, Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from router.edf import Cohort
+    from router.events import Answer, Dispatch
+    from superserve.wire import Buffer, DoneRow, Queries
+
+
+def directive_of(action: Dispatch) -> Directive:
+    """Return the DIRECTIVE of a dispatch; payloads are views of what the clients sent."""
+    now_ns = action.now_ns
+    segments = [_segment(cohort, lo, hi, now_ns) for cohort, lo, hi in action.stretches]
+    return Directive(action.epoch, action.batch_id, action.slot, action.subnet, action.n, segments)
+
+
+def _segment(cohort: Cohort, lo: int, hi: int, now_ns: int) -> Segment:
+    queries: Queries = cohort.message
+    elapsed_ns = now_ns - cohort.base_ns
+    if queries.framed:
+        payloads: Sequence[Buffer] = queries.payloads[lo:hi]
+    elif hi - lo == queries.n:
+        payloads = queries.payloads
+    else:
+        start, end = _span(queries.payload_bytes, queries.lengths, lo, hi)
+        payloads = (memoryview(queries.payloads[0])[start:end],)
+    lengths = None if queries.lengths is None else queries.lengths[4 * lo : 4 * hi]
+    return Segment(
+        hi - lo, queries.payload_bytes, not queries.framed, elapsed_ns,
+        queries.ids[8 * lo : 8 * hi], queries.slacks[8 * lo : 8 * hi], payloads, lengths,
+    )  # fmt: skip
+
+
+def _span(each: int, lengths: Buffer | None, lo: int, hi: int) -> tuple[int, int]:
+    """Return where queries lo to hi lie in a buffer that holds all of them end to end."""
+    if each != VARIED:
+        return each * lo, each * hi
+    assert lengths is not None, "VARIED without a column of lengths"
+    ends = [0, *accumulate(np.frombuffer(lengths, "<u4").tolist())]
+    return ends[lo], ends[hi]
+
+
+def results_of(epoch: int, answers: Sequence[Answer]) -> Iterator[Results]:
+    """Yield the RESULTS that carry `answers`, all of one client; more than one only past the wire's bound."""
+    groups: list[Group] = []
+    n = 0
+    for answer in answers:
+        count = answer.hi - answer.lo
+        if n + count > MAX_QUERIES:
+            yield Results(epoch, groups)
+            groups, n = [], 0
+        groups.append(_group(answer, count))
+        n += count
+    yield Results(epoch, groups)
+
+
+def _group(answer: Answer, count: int) -> Group:
+    each, output, lengths = 0, answer.reason.encode(), None
+    if answer.row is not None:
+        each, output, lengths = _outputs(answer.row, answer.at, answer.at + count)
+    queries: Queries = answer.cohort.message
+    return Group(
+        count, answer.status, answer.subnet, answer.batch_size, answer.accuracy,
+        answer.queued_ns, answer.to_start_ns, answer.executing_ns, answer.returning_ns,
+        queries.ids[8 * answer.lo : 8 * answer.hi], each, output, lengths,
+    )  # fmt: skip
+
+
+def _outputs(row: DoneRow, lo: int, hi: int) -> tuple[int, Buffer, Buffer | None]:
+    """Return bytes of each output, the outputs and their lengths, of queries lo to hi of a batch."""
+    lengths = None if row.lengths is None else row.lengths[4 * lo : 4 * hi]
+    if hi - lo == row.n:
+        return row.output_bytes, row.output, lengths
+    start, end = _span(row.output_bytes, row.lengths, lo, hi)
+    return row.output_bytes, memoryview(row.output)[start:end], lengths

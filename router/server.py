@@ -1,0 +1,508 @@
+"""The sockets and the poll loop around RouterCore.
+
+One thread, one loop: wait, drain both sockets, let the core decide once, carry out what
+it says. Messages become events here and actions become messages; nothing is decided here.
+No send ever blocks: what a peer cannot take at once is counted, and costs that peer its place.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket as os_socket
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+from profiles.table import Profile
+from router.core import CoreSettings, RouterCore
+from router.directives import directive_of, results_of
+from router.estimates import TransitClock, WindowedMin
+from router.events import (
+    Answer,
+    CancelAsked,
+    ClientJoined,
+    ClientLeft,
+    Dispatch,
+    DrainRouter,
+    DrainWorker,
+    Fence,
+    Finished,
+    Pulled,
+    QueriesArrived,
+    Released,
+    WorkerHeard,
+    WorkerJoined,
+    WorkerLeft,
+)
+from router.registry import make_policy
+from router.status import status_of
+from router.workers import TransitionError
+from superserve import wire
+from superserve.errors import ConfigError, SuperServeError, WireError
+from superserve.sockets import bind_router, receive, send, wait
+from superserve.subnet import TensorSpec
+from superserve.wire import Cancel, Control, Done, Kind, Ping, Pong, Pull, Queries
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from router.events import Action, Event
+    from router.recording import Recorder
+    from superserve.wire import Buffer, Message
+
+log = logging.getLogger("router")
+
+MS = 1_000_000
+_DRAIN_CAP = 2_000
+"""Messages taken from one socket before the core decides: bounds how late an expiry can be."""
+_CLIENT_PING_NS = 1_000 * MS
+_CLIENT_GONE_NS = 10_000 * MS
+_RTT_WINDOW_NS = 10_000 * MS
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Where the router listens and which policy it runs.
+
+    Attributes:
+        client_endpoint: Where clients connect; tcp port 0 or * lets the system pick.
+        worker_endpoint: Where workers connect.
+        policy: As `router.registry.make_policy` takes it.
+        drain_timeout_ns: How long a SIGTERM waits for queued queries.
+    """
+
+    client_endpoint: str = "tcp://127.0.0.1:*"
+    worker_endpoint: str = "tcp://127.0.0.1:*"
+    policy: str = "slackfit"
+    core: CoreSettings = CoreSettings()
+    drain_timeout_ns: int = 5_000 * MS
+
+
+class Connection:
+    """What the server keeps of one peer: how far away it is, and when it last spoke."""
+
+    __slots__ = ("heard_ns", "one_way_ns", "pinged_ns", "rtts", "transit")
+
+    def __init__(self, now_ns: int) -> None:
+        self.heard_ns = now_ns
+        self.pinged_ns = now_ns
+        self.one_way_ns = 0
+        self.transit = TransitClock()
+        self.rtts = WindowedMin(_RTT_WINDOW_NS)
+
+
+class RouterServer:
+    """The live router. `open()` binds, `run()` serves until `stop()`, then closes.
+
+    Args:
+        settings: Where to listen and what to run.
+        recorder: Writes every event and directive, for replay; None records nothing.
+    """
+
+    def __init__(self, settings: ServerSettings, recorder: Recorder | None = None) -> None:
+        self.settings = settings
+        self.core = RouterCore(partial(make_policy, settings.policy), settings.core)
+        self.epoch = time.time_ns()
+        self.client_endpoint = ""
+        self.worker_endpoint = ""
+        self.counts: Counter[str] = Counter()
+        self.model: dict[str, Any] | None = None
+        self.reference: Profile | None = None
+        self.loop_ns = 0
+        self._recorder = recorder
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._clients: dict[bytes, Connection] = {}
+        self._workers: dict[bytes, Connection] = {}
+        self._profiles: dict[bytes, Profile] = {}
+        self._is_stopping = False
+        self._pinged_ns = 0
+        self._next_epoch = 0
+        self._on_client: dict[Kind, Callable[[bytes, Any, int], None]] = {
+            Kind.QUERIES: self._queries,
+            Kind.CANCEL: self._cancel,
+            Kind.PONG: self._client_pong,
+        }
+        self._on_worker: dict[Kind, Callable[[bytes, Any, int], None]] = {
+            Kind.PULL: self._pull,
+            Kind.DONE: self._done,
+            Kind.PONG: self._worker_pong,
+        }
+
+    def open(self) -> None:
+        """Bind both sockets.
+
+        Raises:
+            ConfigError: An endpoint is malformed or taken.
+        """
+        settings = self.settings
+        self._client_socket, self.client_endpoint = bind_router(self._context, settings.client_endpoint)
+        try:
+            self._worker_socket, self.worker_endpoint = bind_router(self._context, settings.worker_endpoint)
+        except ConfigError:
+            self._client_socket.close(0)
+            raise
+
+    def stop(self) -> None:
+        """Ask `run` to drain and return. Safe in a signal handler."""
+        self._is_stopping = True
+
+    def run(self) -> None:
+        """Serve until `stop()` was called and the queue is empty, or the drain's time is up."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # nothing on the hot path makes cycles; idle passes collect what others made
+        sockets = (self._client_socket, self._worker_socket)
+        try:
+            deadline_ns: int | None = None
+            while True:
+                wait(sockets, self._timeout_ns())
+                self._pass()
+                if self._is_stopping:
+                    now_ns = time.monotonic_ns()
+                    if deadline_ns is None:
+                        self._handle(DrainRouter(), now_ns)
+                        deadline_ns = now_ns + self.settings.drain_timeout_ns
+                    core = self.core
+                    if now_ns >= deadline_ns or not (core.queue or core.in_flight):
+                        break
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        goodbye = wire.encode_control(Control(Kind.BYE, {"reason": "the router stops"}))
+        for socket, keys in ((self._client_socket, self._clients), (self._worker_socket, self._workers)):
+            for key in keys:
+                send(socket, [key, *goodbye])
+            socket.close(linger=200)
+        if self._recorder is not None:
+            self._recorder.close()
+        self._context.term()
+
+    def _timeout_ns(self) -> int:
+        now_ns = time.monotonic_ns()
+        latest_ns = min(self._pinged_ns + self.settings.core.heartbeat_ns - now_ns, 50 * MS)
+        wake_ns = self.core.next_wake_ns()
+        return max(0, latest_ns if wake_ns is None else min(latest_ns, wake_ns - now_ns))
+
+    def _pass(self) -> None:
+        """Drain every socket, decide once, act."""
+        began_ns = time.monotonic_ns()
+        n = self._drain(self._worker_socket, self._from_worker)
+        n += self._drain(self._client_socket, self._from_client)
+        now_ns = time.monotonic_ns()
+        if now_ns - self._pinged_ns >= self.settings.core.heartbeat_ns:
+            self._pinged_ns = now_ns
+            self._keep_alive(now_ns)
+            if n == 0 and not self.core.ledger:
+                gc.collect(0)
+        actions = self.core.advance(now_ns)
+        if self._recorder is not None:
+            self._recorder.advance(now_ns, actions)
+        if actions:
+            self._carry_out(actions)
+        self.counts["loops"] += 1
+        self.loop_ns += time.monotonic_ns() - began_ns
+
+    def _drain(self, socket: zmq.Socket[bytes], take: Callable[[bytes, list[Buffer], int], None]) -> int:
+        for n in range(_DRAIN_CAP):
+            try:
+                frames = receive(socket)
+                if frames is None:
+                    return n
+                key = bytes(frames[0])
+                del frames[0]
+                take(key, frames, time.monotonic_ns())
+            except WireError as error:
+                self._malformed(socket, error)
+        return _DRAIN_CAP
+
+    def _malformed(self, socket: zmq.Socket[bytes], error: WireError) -> None:
+        self.counts["malformed"] += 1
+        log.warning("malformed message: %s", error)
+
+    def _handle(self, event: Event, now_ns: int) -> None:
+        if self._recorder is not None:
+            self._recorder.event(now_ns, event)
+        self.core.handle(event, now_ns)
+
+    def _decode(self, key: bytes, frames: list[Buffer], socket: zmq.Socket[bytes]) -> Message | None:
+        """Return the message; a malformed one is counted and its sender told, and None returned."""
+        try:
+            return wire.decode(frames)
+        except WireError as error:
+            self.counts["malformed"] += 1
+            log.warning("malformed message from %s: %s", key.hex(), error)
+            self._refuse(socket, key, "malformed", str(error))
+            return None
+
+    def _refuse(self, socket: zmq.Socket[bytes], key: bytes, code: str, reason: str) -> None:
+        send(socket, [key, *wire.encode_control(Control(Kind.REFUSED, {"code": code, "reason": reason}))])
+
+    # --- from clients -------------------------------------------------------------------
+
+    def _from_client(self, key: bytes, frames: list[Buffer], now_ns: int) -> None:
+        message = self._decode(key, frames, self._client_socket)
+        if message is None:
+            return
+        connection = self._clients.get(key)
+        if connection is not None:
+            connection.heard_ns = now_ns
+        if isinstance(message, Control):
+            self._client_control(key, message, now_ns)
+        elif isinstance(message, Ping):
+            send(self._client_socket, [key, *wire.encode_pong(Pong(message.stamp_ns, now_ns))])
+        elif connection is None:
+            self._refuse(self._client_socket, key, "say-hello", "this router does not know you: say HELLO")
+        else:
+            handler = self._on_client.get(message.kind)
+            if handler is None:
+                self._refuse(self._client_socket, key, "malformed", f"{message.kind.name} is not a client's")
+            else:
+                handler(key, message, now_ns)
+
+    def _queries(self, key: bytes, queries: Queries, now_ns: int) -> None:
+        connection = self._clients[key]
+        transit_ns = connection.one_way_ns + connection.transit.excess_ns(queries.sent_ns, now_ns)
+        self._handle(QueriesArrived(key, queries, transit_ns), now_ns)
+
+    def _cancel(self, key: bytes, message: Cancel, now_ns: int) -> None:
+        self._handle(CancelAsked(key, message.ids), now_ns)
+
+    def _client_pong(self, key: bytes, pong: Pong, now_ns: int) -> None:
+        connection = self._clients[key]
+        connection.one_way_ns = connection.rtts.add(max(0, now_ns - pong.stamp_ns), now_ns) // 2
+
+    def _client_control(self, key: bytes, message: Control, now_ns: int) -> None:
+        socket = self._client_socket
+        if message.kind is Kind.HELLO:
+            session = message.body.get("session")
+            if not isinstance(session, int):
+                self._refuse(socket, key, "malformed", "hello: session: expected an integer")
+                return
+            self._clients[key] = Connection(now_ns)
+            self._handle(ClientJoined(key, session), now_ns)
+            self._welcome_client(key)
+            send(socket, [key, *wire.encode_ping(Ping(time.monotonic_ns()))])
+        elif message.kind is Kind.BYE:
+            self._forget_client(key, now_ns)
+        elif message.kind is Kind.STATUS:
+            self._send_status(socket, key, now_ns)
+        elif message.kind is Kind.DRAIN:
+            self._operator_drain(key, message.body, now_ns)
+        else:
+            self._refuse(socket, key, "malformed", f"{message.kind.name} is not a client's to send")
+
+    def _welcome_client(self, key: bytes) -> None:
+        profile = self.reference
+        subnets = [] if profile is None else [[s.name, s.accuracy] for s in profile.subnets]
+        body = {"epoch": self.epoch, "model": self.model, "subnets": subnets, "policy": self.settings.policy}
+        send(self._client_socket, [key, *wire.encode_control(Control(Kind.WELCOME, body))])
+
+    def _forget_client(self, key: bytes, now_ns: int) -> None:
+        if self._clients.pop(key, None) is not None:
+            self._handle(ClientLeft(key), now_ns)
+
+    def _operator_drain(self, key: bytes, body: dict[str, Any], now_ns: int) -> None:
+        """Drain the worker process named in `worker`, or the whole router where there is none."""
+        name = body.get("worker")
+        if name is None:
+            self._handle(DrainRouter(), now_ns)
+            return
+        peers = [peer.key for peer in self.core.peers.values() if peer.name == name]
+        if not peers:
+            known = ", ".join(sorted(peer.name for peer in self.core.peers.values())) or "none"
+            self._refuse(self._client_socket, key, "unknown-worker", f"worker {name!r}: known are: {known}")
+        for peer in peers:
+            self._handle(DrainWorker(peer, None), now_ns)
+
+    def _send_status(self, socket: zmq.Socket[bytes], key: bytes, now_ns: int) -> None:
+        body = status_of(self.core, now_ns)
+        body["router"] |= {
+            "pid": os.getpid(),
+            "host": os_socket.gethostname(),
+            "epoch": self.epoch,
+            "policy": self.settings.policy,
+            "client_endpoint": self.client_endpoint,
+            "worker_endpoint": self.worker_endpoint,
+            "cpu_s": time.process_time(),
+            "loop_s": self.loop_ns / 1e9,
+        }
+        body["model"] = self.model
+        body["clients"] = len(self._clients)
+        body["counts"] = dict(self.counts)
+        send(socket, [key, *wire.encode_control(Control(Kind.STATUS, body))])
+
+    # --- from workers -------------------------------------------------------------------
+
+    def _from_worker(self, key: bytes, frames: list[Buffer], now_ns: int) -> None:
+        socket = self._worker_socket
+        message = self._decode(key, frames, socket)
+        if message is None:
+            return
+        connection = self._workers.get(key)
+        if isinstance(message, Control):
+            self._worker_control(key, message, now_ns)
+        elif connection is None:
+            self._refuse(socket, key, "say-hello", "this router does not know you: say HELLO")
+        elif isinstance(message, Ping):
+            self._handle(WorkerHeard(key), now_ns)
+            send(socket, [key, *wire.encode_pong(Pong(message.stamp_ns, now_ns))])
+        else:
+            handler = self._on_worker.get(message.kind)
+            try:
+                if handler is None:
+                    raise WireError(f"{message.kind.name} is not a worker's to send")
+                handler(key, message, now_ns)
+            except (WireError, TransitionError) as error:
+                self.counts["malformed"] += 1
+                log.warning("worker %s broke the protocol: %s", key.hex(), error)
+                self._refuse(socket, key, "malformed", str(error))
+                self._forget_worker(key, now_ns, orderly=False)
+
+    def _pull(self, key: bytes, pull: Pull, now_ns: int) -> None:
+        self._handle(Pulled(key, pull.epoch, pull.rows), now_ns)
+
+    def _done(self, key: bytes, done: Done, now_ns: int) -> None:
+        self._handle(Finished(key, done.epoch, done.rows), now_ns)
+
+    def _worker_pong(self, key: bytes, pong: Pong, now_ns: int) -> None:
+        connection = self._workers[key]
+        connection.one_way_ns = connection.rtts.add(max(0, now_ns - pong.stamp_ns), now_ns) // 2
+        self._handle(WorkerHeard(key), now_ns)
+
+    def _worker_control(self, key: bytes, message: Control, now_ns: int) -> None:
+        socket = self._worker_socket
+        if message.kind is Kind.HELLO:
+            try:
+                self._admit_worker(key, message.body, now_ns)
+            except SuperServeError as error:
+                log.warning("worker refused: %s", error)
+                self._refuse(socket, key, "refused", str(error))
+        elif message.kind is Kind.BYE:
+            self._forget_worker(key, now_ns, orderly=True)
+        elif message.kind is Kind.DRAIN:
+            self._handle(DrainWorker(key, None), now_ns)
+        elif message.kind is Kind.STATUS:
+            self._send_status(socket, key, now_ns)
+        else:
+            self._refuse(socket, key, "malformed", f"{message.kind.name} is not a worker's to send")
+
+    def _admit_worker(self, key: bytes, body: dict[str, Any], now_ns: int) -> None:
+        """Register a worker process.
+
+        Raises:
+            SuperServeError: Its HELLO lacks something, or does not fit the cluster.
+        """
+        name = str(body.get("name") or key.hex())
+        n_slots, tables = body.get("n_slots"), body.get("profiles")
+        if not isinstance(n_slots, int) or not 1 <= n_slots <= 4096:
+            raise ConfigError(f"worker {name}: n_slots: expected 1 to 4096, got {n_slots!r}")
+        if not isinstance(tables, list) or len(tables) not in (1, n_slots):
+            raise ConfigError(f"worker {name}: profiles: expected one for all GPUs, or one for each")
+        profiles = [self._interned(Profile.from_dict(table, where=f"worker {name}")) for table in tables]
+        model = {"input": body.get("input"), "output": body.get("output"), "supernet": profiles[0].supernet}
+        if self.model is not None and self.core.peers and model != self.model:
+            raise ConfigError(
+                f"worker {name}: expected the model {self.model}, which others host; got {model}"
+            )
+        for peer in [p.key for p in self.core.peers.values() if p.name == name]:
+            self._forget_worker(peer, now_ns, orderly=False)  # an older life of the same worker
+        self._forget_worker(key, now_ns, orderly=False)
+        n_bytes = None if model["input"] is None else _spec(model["input"]).n_bytes
+        self._next_epoch += 1
+        slots = profiles * n_slots if len(profiles) == 1 else profiles
+        self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes), now_ns)
+        self._workers[key] = Connection(now_ns)
+        welcome = {"epoch": self._next_epoch, "router": self.epoch}
+        send(self._worker_socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome))])
+        log.info("worker %s joined with %d GPUs (%s)", name, n_slots, profiles[0].name)
+        if model != self.model:
+            self.model, self.reference = model, profiles[0]
+            for client in self._clients:
+                self._welcome_client(client)
+
+    def _interned(self, profile: Profile) -> Profile:
+        """Return one object for equal profiles, so that a thousand workers share one policy."""
+        return self._profiles.setdefault(profile.to_json(), profile)
+
+    def _forget_worker(self, key: bytes, now_ns: int, *, orderly: bool) -> None:
+        if self._workers.pop(key, None) is not None:
+            self._handle(WorkerLeft(key, orderly), now_ns)
+
+    # --- out ----------------------------------------------------------------------------
+
+    def _keep_alive(self, now_ns: int) -> None:
+        """Ping workers every heartbeat and clients every second; forget whom no message reaches."""
+        ping = wire.encode_ping(Ping(now_ns))
+        for key in tuple(self._workers):
+            if key not in self.core.peers:
+                del self._workers[key]  # buried by the core; it is fenced when it speaks again
+                self._refuse(self._worker_socket, key, "say-hello", "you were silent for too long: say HELLO")
+            elif not send(self._worker_socket, [key, *ping]):
+                self._lose_worker(key, now_ns)
+        for key, connection in tuple(self._clients.items()):
+            if now_ns - connection.pinged_ns < _CLIENT_PING_NS:
+                continue
+            connection.pinged_ns = now_ns
+            is_reached = send(self._client_socket, [key, *ping])
+            if not is_reached or now_ns - connection.heard_ns > _CLIENT_GONE_NS:
+                self._forget_client(key, now_ns)
+
+    def _lose_worker(self, key: bytes, now_ns: int) -> None:
+        peer = self.core.peers.get(key)
+        log.warning("worker %s is gone", peer.name if peer is not None else key.hex())
+        self.counts["workers_lost"] += 1
+        self._forget_worker(key, now_ns, orderly=False)
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        answers: dict[bytes, list[Answer]] = {}
+        lost: list[bytes] = []
+        for action in actions:
+            if isinstance(action, Answer):
+                of_client = answers.get(action.client)
+                if of_client is None:
+                    answers[action.client] = [action]
+                else:
+                    of_client.append(action)
+            elif isinstance(action, Dispatch):
+                frames = wire.encode_directive(directive_of(action))
+                if not send(self._worker_socket, [action.peer, *frames]):
+                    lost.append(action.peer)
+            elif isinstance(action, Fence):
+                self._refuse(self._worker_socket, action.peer, "say-hello", action.reason)
+            elif isinstance(action, Released):
+                self._say_bye(action)
+        for client, of_client in answers.items():
+            self._send_results(client, of_client)
+        for key in lost:
+            self._lose_worker(key, time.monotonic_ns())
+
+    def _say_bye(self, action: Released) -> None:
+        send(
+            self._worker_socket, [action.peer, *wire.encode_control(Control(Kind.BYE, {"reason": "drained"}))]
+        )
+
+    def _send_results(self, client: bytes, answers: list[Answer]) -> None:
+        for results in results_of(self.epoch, answers):
+            if not send(self._client_socket, [client, *wire.encode_results(results)]):
+                self.counts["results_dropped"] += sum(group.count for group in results.groups)
+                # Gone, or not reading: its queries shall cost no more GPU time.
+                self._forget_client(client, time.monotonic_ns())
+                return
+
+
+def _spec(body: Any) -> TensorSpec:
+    if not isinstance(body, dict) or not isinstance(body.get("shape"), list):
+        raise ConfigError(f"input: expected a dtype and a shape, got {body!r}")
+    return TensorSpec(str(body.get("dtype")), tuple(body["shape"]))
+
+
+def with_core(settings: ServerSettings, **numbers: int) -> ServerSettings:
+    """Return `settings` with some of the core's numbers replaced."""
+    return replace(settings, core=replace(settings.core, **numbers))
