@@ -18,15 +18,12 @@ from superserve.errors import SuperServeError
 from superserve.processes import announce_ready, die_with_parent
 
 MS = 1_000_000
+_LOOPBACK = "tcp://127.0.0.1:*"
 
 
 @click.group(invoke_without_command=True)
-@click.option(
-    "--client-endpoint", default="tcp://127.0.0.1:*", show_default=True, help="Where clients connect."
-)
-@click.option(
-    "--worker-endpoint", default="tcp://127.0.0.1:*", show_default=True, help="Where workers connect."
-)
+@click.option("--client-endpoint", default=_LOOPBACK, show_default=True, help="Where clients connect.")
+@click.option("--worker-endpoint", default=_LOOPBACK, show_default=True, help="Where workers connect.")
 @click.option("--policy", default="slackfit", show_default=True, help="slackfit, fixed:<subnet>, maxacc, ...")
 @click.option("--max-queries", default=200_000, show_default=True, help="Queries held, at most.")
 @click.option("--max-bytes", default=2 << 30, show_default=True, help="Payload bytes held, at most.")
@@ -67,7 +64,7 @@ def cli(
 
 
 def _check_policy(policy: str) -> None:
-    """Refuse an unknown policy now, not when the first worker joins. Arguments name subnets: not yet known."""
+    """Refuse an unknown policy now; but which subnets `fixed:` may name, only a worker can tell."""
     if not policy.startswith("fixed"):
         make_policy(policy, load_profile("cnn-8gpu-modelled"))
 

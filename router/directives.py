@@ -65,8 +65,11 @@ def results_of(epoch: int, answers: Sequence[Answer]) -> Iterator[Results]:
 
 
 def _group(answer: Answer, count: int) -> Group:
-    each, output, lengths = 0, answer.reason.encode(), None
-    if answer.row is not None:
+    each, lengths = 0, None
+    output: Buffer
+    if answer.row is None:
+        output = answer.reason.encode()
+    else:
         each, output, lengths = _outputs(answer.row, answer.at, answer.at + count)
     queries: Queries = answer.cohort.message
     return Group(

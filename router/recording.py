@@ -59,7 +59,8 @@ class Recorder:
         """Record one event as it is handed to the core."""
         name = type(event).__name__
         if isinstance(event, WorkerJoined):
-            body = asdict(event) | {"profiles": [self._profile(p) for p in event.profiles]}
+            body = {name: getattr(event, name) for name in WorkerJoined.__slots__}
+            body["profiles"] = [self._profile(p) for p in event.profiles]
         elif isinstance(event, QueriesArrived):
             body = {
                 "client": event.client,
@@ -210,8 +211,9 @@ def _read_done_row(body: dict[str, Any]) -> DoneRow:
 
 
 def _pull_row(body: dict[str, Any]) -> PullRow:
-    unknown = float("nan")  # JSON has no NaN
-    return PullRow(**{name: unknown if value is None else value for name, value in body.items()})
+    nan = float("nan")  # which JSON lacks
+    fields: dict[str, Any] = {name: nan if value is None else value for name, value in body.items()}
+    return PullRow(**fields)
 
 
 _READERS: dict[str, Callable[[dict[str, Any], list[Profile]], Event]] = {

@@ -13,7 +13,7 @@ import os
 import socket as os_socket
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,7 @@ class ServerSettings:
     client_endpoint: str = "tcp://127.0.0.1:*"
     worker_endpoint: str = "tcp://127.0.0.1:*"
     policy: str = "slackfit"
-    core: CoreSettings = CoreSettings()
+    core: CoreSettings = field(default_factory=CoreSettings)
     drain_timeout_ns: int = 5_000 * MS
 
 
@@ -219,12 +219,9 @@ class RouterServer:
                 del frames[0]
                 take(key, frames, time.monotonic_ns())
             except WireError as error:
-                self._malformed(socket, error)
+                self.counts["malformed"] += 1
+                log.warning("malformed message: %s", error)
         return _DRAIN_CAP
-
-    def _malformed(self, socket: zmq.Socket[bytes], error: WireError) -> None:
-        self.counts["malformed"] += 1
-        log.warning("malformed message: %s", error)
 
     def _handle(self, event: Event, now_ns: int) -> None:
         if self._recorder is not None:
@@ -501,8 +498,3 @@ def _spec(body: Any) -> TensorSpec:
     if not isinstance(body, dict) or not isinstance(body.get("shape"), list):
         raise ConfigError(f"input: expected a dtype and a shape, got {body!r}")
     return TensorSpec(str(body.get("dtype")), tuple(body["shape"]))
-
-
-def with_core(settings: ServerSettings, **numbers: int) -> ServerSettings:
-    """Return `settings` with some of the core's numbers replaced."""
-    return replace(settings, core=replace(settings.core, **numbers))
