@@ -1,0 +1,171 @@
+"""One connection to a router: HELLO, heartbeats, and messages in bulk. No thread of its own.
+
+Whoever owns it, a client's I/O thread or a load generator's sender, calls `tick` now and
+then, `send_queries` with whole columns, and `receive` until it yields nothing more.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+from superserve import wire
+from superserve.errors import ConfigError, WireError
+from superserve.sockets import connect_dealer, receive, send
+from superserve.subnet import TensorSpec
+from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries, Results
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger("superserve")
+
+MS = 1_000_000
+HELLO_EVERY_NS = 100 * MS
+PING_EVERY_NS = 1_000 * MS
+SILENT_NS = 3_000 * MS
+"""A router that has not answered three PINGs is taken for gone; HELLO finds the next one."""
+
+
+class Connection:
+    """A DEALER that knows the protocol; for one thread.
+
+    Attributes:
+        epoch: The router's, once it said WELCOME; None before, and after it fell silent.
+        model: What WELCOME said of the model's input and output; None if no worker has joined.
+        subnets: Name and accuracy (percent) of each row of the profile.
+        refusals: What the router objected to, latest last; at most 16.
+        n_malformed: Messages that could not be decoded.
+    """
+
+    def __init__(self, endpoint: str, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self.endpoint = endpoint
+        self.session = secrets.randbits(62)
+        self.epoch: int | None = None
+        self.model: dict[str, Any] | None = None
+        self.subnets: list[tuple[str, float]] = []
+        self.refusals: list[str] = []
+        self.said_bye = False
+        self.n_malformed = 0
+        self.status: dict[str, Any] | None = None
+        self._hello_ns = 0
+        self._ping_ns = 0
+        self._heard_ns = 0
+        self.socket = connect_dealer(context, endpoint)
+
+    def close(self) -> None:
+        """Say BYE if anybody listens, and close the socket."""
+        if self.epoch is not None:
+            send(self.socket, wire.encode_control(Control(Kind.BYE)))
+        self.socket.close(linger=100)
+
+    def tick(self, now_ns: int) -> None:
+        """Say HELLO while nobody has welcomed us, and PING now and then."""
+        if self.epoch is not None and now_ns - self._heard_ns > SILENT_NS:
+            self.epoch = None
+        if self.epoch is None and now_ns - self._hello_ns >= HELLO_EVERY_NS:
+            self._hello_ns = now_ns
+            send(
+                self.socket,
+                wire.encode_control(Control(Kind.HELLO, {"role": "client", "session": self.session})),
+            )
+        elif self.epoch is not None and now_ns - self._ping_ns >= PING_EVERY_NS:
+            self._ping_ns = now_ns
+            send(self.socket, wire.encode_ping(Ping(now_ns)))
+
+    def send_queries(self, queries: Queries) -> bool:
+        """Send; False if the router is not there or takes no more just now."""
+        return send(self.socket, wire.encode_queries(queries))
+
+    def send_cancel(self, n: int, ids: bytes) -> bool:
+        """Ask the router to forget queries; ids as u64 bytes."""
+        return send(self.socket, wire.encode_cancel(Cancel(self.epoch or 0, n, ids)))
+
+    def send_control(self, kind: Kind, body: dict[str, Any] | None = None) -> bool:
+        """Send a STATUS question or a DRAIN."""
+        return send(self.socket, wire.encode_control(Control(kind, body or {})))
+
+    def receive(self) -> Iterator[Results]:
+        """Yield every RESULTS that has arrived; everything else is dealt with here."""
+        while True:
+            try:
+                frames = receive(self.socket)
+                if frames is None:
+                    return
+                message = wire.decode(frames)
+            except WireError as error:
+                self.n_malformed += 1
+                log.warning("malformed message from %s: %s", self.endpoint, error)
+                continue
+            self._heard_ns = time.monotonic_ns()
+            if isinstance(message, Results):
+                yield message
+            elif isinstance(message, Ping):
+                send(self.socket, wire.encode_pong(Pong(message.stamp_ns, time.monotonic_ns())))
+            elif isinstance(message, Control):
+                self._control(message)
+
+    def _control(self, message: Control) -> None:
+        body = message.body
+        if message.kind is Kind.WELCOME:
+            epoch = body.get("epoch")
+            if not isinstance(epoch, int):
+                self.n_malformed += 1
+                return
+            self.epoch = epoch
+            self.said_bye = False
+            self.model = body.get("model")
+            self.subnets = [(str(name), float(accuracy)) for name, accuracy in body.get("subnets", ())]
+        elif message.kind is Kind.REFUSED:
+            self.refusals = [*self.refusals[-15:], str(body.get("reason"))]
+            if body.get("code") == "say-hello":
+                self.epoch, self._hello_ns = None, 0
+            else:
+                log.warning("%s refused a message: %s", self.endpoint, body.get("reason"))
+        elif message.kind is Kind.BYE:
+            self.epoch, self.said_bye = None, True
+        elif message.kind is Kind.STATUS:
+            self.status = body
+
+    def spec(self, what: str) -> TensorSpec | None:
+        """Return the model's "input" or "output", or None while it is unknown or any bytes will do."""
+        body = None if self.model is None else self.model.get(what)
+        if not isinstance(body, dict):
+            return None
+        try:
+            return TensorSpec(str(body["dtype"]), tuple(body["shape"]))
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"welcome: model {what}: expected a dtype and a shape, got {body}") from error
+
+
+def ask_status(endpoint: str, timeout_s: float = 2.0) -> dict[str, Any]:
+    """Ask the router at `endpoint` for its STATUS.
+
+    Raises:
+        ConfigError: Nobody answers within `timeout_s`.
+    """
+    with zmq.Context() as context:
+        connection = Connection(endpoint, context)
+        try:
+            deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
+            while connection.status is None and (now_ns := time.monotonic_ns()) < deadline_ns:
+                connection.tick(now_ns)
+                if connection.epoch is not None:
+                    connection.send_control(Kind.STATUS)
+                connection.socket.poll(50)
+                for _ in connection.receive():
+                    pass
+        finally:
+            connection.close()
+    if connection.status is None:
+        raise ConfigError(no_router(endpoint))
+    return connection.status
+
+
+def no_router(endpoint: str) -> str:
+    """Say that nobody answers at `endpoint`, and what to type."""
+    return f"no router answers at {endpoint}: start one with `python -m router`, or check host and port"
