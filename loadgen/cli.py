@@ -1,0 +1,187 @@
+"""`loadgen`: offer a trace to a router, open loop, and report honestly what came of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loadgen.run import Emulation, RunSettings, run_emulated, run_trace
+from loadgen.stats import OUTCOMES
+from loadgen.trace import load_trace
+from profiles.table import load_profile
+from router.registry import make_policy
+from superserve.errors import ConfigError, SuperServeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gpu_worker.eventlog import EventLogReport
+    from loadgen.run import Run
+    from loadgen.stats import RunResult
+    from loadgen.trace import Trace
+
+MS = 1_000_000
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.group()
+def cli() -> None:
+    """Open-loop load for SuperServe: latency counts from the instant a query was due."""
+
+
+@cli.command()
+@click.option("--trace", "spec", required=True, help="A trace file, or a spec such as poisson:rate=2000.")
+@click.option("--connect", metavar="HOST:PORT", help="The client endpoint of a running router.")
+@click.option("--emulate", metavar="PROFILE:N", help="Start a private router and N emulated GPUs instead.")
+@click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
+@click.option("--duration", type=float, help="Squeeze or cut the trace to so many seconds.")
+@click.option("--slo-ms", type=float, default=36.0, show_default=True, help="From due to deadline.")
+@click.option("--policy", help="Policy of the private router.  [default: slackfit]")
+@click.option("--senders", type=click.IntRange(1, 64), default=1, show_default=True, help="Sender processes.")
+@click.option("--payload-bytes", type=click.IntRange(0, 64 << 20), default=64, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals that are drawn.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result."
+)
+@click.option("--logs", type=_FOLDER, help="Keep event logs here.")
+def run(
+    spec: str,
+    connect: str | None,
+    emulate: str | None,
+    rate: float | None,
+    duration: float | None,
+    slo_ms: float,
+    policy: str | None,
+    senders: int,
+    payload_bytes: int,
+    seed: int,
+    json_path: Path | None,
+    logs: Path | None,
+) -> None:
+    """Offer a trace and print a table. Exits 1 if the run is invalid or an event log shows a violation."""
+    try:
+        if not 0 < slo_ms <= 86_400_000:
+            raise ConfigError(f"--slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
+        target = _target(connect, emulate, policy, logs)
+        trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
+        settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed)
+        click.echo(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
+        click.echo(f"  {trace.provenance}")
+        live = _live(trace)
+        if isinstance(target, Emulation):
+            measured, report = run_emulated(trace, settings, target, live)
+        else:
+            measured, report = run_trace(trace, settings, target, live), None
+        if sys.stdout.isatty():
+            click.echo("\r" + " " * 78 + "\r", nl=False)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    _show(measured, report)
+    if json_path is not None:
+        _write(json_path, measured.result.to_json())
+    if not measured.result.valid or (report is not None and report.n_violations):
+        sys.exit(1)
+
+
+def _target(
+    connect: str | None, emulate: str | None, policy: str | None, logs: Path | None
+) -> Emulation | str:
+    """Return the private cluster to start, or the endpoint to use."""
+    if emulate is not None and connect is not None:
+        raise ConfigError("--connect and --emulate: expected one of them, got both")
+    if emulate is not None:
+        if logs is not None:
+            logs.mkdir(parents=True, exist_ok=True)
+        return _emulation(emulate, policy or "slackfit", logs)
+    if connect is None:
+        raise ConfigError(
+            "no cluster to load: expected --connect HOST:PORT of a running router, "
+            "or --emulate PROFILE:N to start a private one (such as cnn-8gpu-modelled:8)"
+        )
+    if policy is not None:
+        raise ConfigError("--policy: a running router has its own; expected with --emulate only")
+    return connect if "://" in connect else f"tcp://{connect}"
+
+
+def _emulation(emulate: str, policy: str, logs: Path | None) -> Emulation:
+    name, colon, count = emulate.rpartition(":")
+    if not colon or not count.isdecimal() or not 1 <= int(count) <= 4096:
+        raise ConfigError(f"--emulate: expected PROFILE:N with N from 1 to 4096, got {emulate!r}")
+    make_policy(policy, load_profile(name))
+    return Emulation(name, int(count), policy, folder=logs, record=logs is not None)
+
+
+def _live(trace: Trace) -> Callable[[dict[str, int]], None]:
+    """Return what prints the live line: on a terminal only, twice a second at most."""
+    began_s = last_s = time.monotonic()
+
+    def show(total: dict[str, int]) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        if not sys.stdout.isatty() or now_s - last_s < 0.5:
+            return
+        last_s = now_s
+        waiting = total["sent"] - total["answered"]
+        line = f"{now_s - began_s:6.1f} s  {total['sent']:,} of {trace.n:,} sent, {waiting:,} outstanding"
+        click.echo(f"\r{line:<78}", nl=False)
+
+    return show
+
+
+def _show(measured: Run, report: EventLogReport | None) -> None:
+    for line in table(measured.result):
+        click.echo(line)
+    n_ok = max(1, measured.result.queries["total"])
+    click.echo(f"  router CPU       {1e6 * measured.router_cpu_s / n_ok:.1f} us a query")
+    if measured.n_duplicates:
+        click.echo(f"  DUPLICATES       {measured.n_duplicates} answers beyond a query's first")
+    for status, reason in measured.reasons.items():
+        click.echo(f"  {status.lower():<16} e.g. {reason}")
+    if report is not None:
+        click.echo(report.to_text())
+
+
+def table(result: RunResult) -> list[str]:
+    """Return the lines of the final table."""
+    queries, latency, lag = result.queries, result.latency_ms, result.send_lag_ms
+    ends = ", ".join(f"{name} {queries[name]:,}" for name in OUTCOMES if queries[name])
+    attainment = "-" if result.slo_attainment is None else f"{result.slo_attainment:.5f}"
+    accuracy = "-" if result.mean_accuracy is None else f"{result.mean_accuracy:.3f} %"
+    batch = "-" if result.batch_size_mean is None else f"{result.batch_size_mean:.2f}"
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in result.subnet_share.items() if share)
+    verdict = "valid" if result.valid else "INVALID: " + "; ".join(result.invalid_because)
+    return [
+        f"  policy           {result.policy}",
+        f"  rate             {result.realised_qps:,.0f} q/s sent of {result.offered_qps:,.0f} offered",
+        f"  queries          {queries['total']:,}: {ends}",
+        f"  SLO attainment   {attainment} at {result.slo_ms:g} ms",
+        f"  mean accuracy    {accuracy}",
+        f"  goodput          {result.goodput_qps:,.0f} q/s",
+        f"  latency          {_quantiles(latency)}",
+        f"  send lag         {_quantiles(lag)}",
+        f"  batch size       {batch}",
+        f"  subnets          {shares or '-'}",
+        f"  run              {verdict}{' (disturbed by this machine)' if result.disturbed else ''}",
+    ]
+
+
+def _quantiles(values: object) -> str:
+    assert isinstance(values, dict), "quantiles come by name"
+    parts = [f"{name.replace('_', '.')} {value:.3f}" for name, value in values.items() if value is not None]
+    return "  ".join(parts) + " ms" if parts else "-"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise click.ClickException(
+            f"{path}: expected a path that can be written: {error.strerror}"
+        ) from error
+    click.echo(f"  written          {path}")

@@ -1,0 +1,288 @@
+"""One open-loop sender: a process that sends its share of a schedule at the instants it was given.
+
+The schedule is computed before the run; nothing that happens in it moves a query. When the
+sender wakes late it sends everything that is due at once, and the lag is on record: latency
+is counted from the instant a query was *due*, so a slow sender can only make results worse.
+It sleeps between sends, never spins, and sends what has gathered as one message.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+import zmq
+
+from superserve import wire
+from superserve.connection import Connection, no_router
+from superserve.errors import ConfigError, SuperServeError
+from superserve.processes import announce_ready, die_with_parent
+from superserve.sockets import connect_dealer, receive, send, wait
+from superserve.wire import HAS_OUTPUT, MAX_QUERIES, VARIED, Control, Kind, Queries
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    from superserve.wire import Group
+
+MS = 1_000_000
+_PROGRESS_NS = 250 * MS
+_WELCOME_NS = 10_000 * MS
+COLUMNS = (
+    "sent_ns", "answered_ns", "status", "subnet", "batch_size", "accuracy", "queued_ns", "executing_ns"
+)  # fmt: skip
+"""What a sender writes of each query."""
+UNANSWERED = 255
+"""In `status`: no answer came."""
+
+
+@dataclass(frozen=True, slots=True)
+class SenderPlan:
+    """What one sender is to do; travels as JSON beside the arrays.
+
+    Attributes:
+        endpoint: The router's client endpoint.
+        control: Where the coordinator listens.
+        name: This sender's name.
+        folder: Holds `<name>-due.npy` (int64 ns offsets, ascending) and, where payloads are
+            real, `payloads.npy` (uint8, shape (n, n_bytes)) and `<name>-pick.npy`.
+        slo_ns: From due to deadline.
+        payload_bytes: Bytes of each payload where they are not real.
+        grace_ns: How long after the last deadline answers are awaited.
+        keep_outputs: Whether outputs are written too.
+    """
+
+    endpoint: str
+    control: str
+    name: str
+    folder: str
+    slo_ns: int
+    payload_bytes: int
+    grace_ns: int
+    keep_outputs: bool = False
+
+    def path(self, what: str) -> Path:
+        """Return the path of one of this sender's arrays."""
+        return Path(self.folder) / f"{self.name}-{what}.npy"
+
+
+class Payloads:
+    """The payloads of queries lo to hi, end to end: real ones by index, or zeros."""
+
+    def __init__(self, plan: SenderPlan) -> None:
+        shared = Path(plan.folder) / "payloads.npy"
+        self._rows = np.load(shared, mmap_mode="r") if shared.exists() else None
+        self._pick = np.load(plan.path("pick")) if self._rows is not None else None
+        self.each = plan.payload_bytes if self._rows is None else int(self._rows.shape[1])
+        self._zeros = memoryview(bytes(self.each * 4096))
+
+    def packed(self, lo: int, hi: int) -> bytes | memoryview:
+        """Return the payloads of queries lo to hi in one buffer."""
+        if self._rows is not None and self._pick is not None:
+            packed: bytes = self._rows[self._pick[lo:hi]].tobytes()
+            return packed
+        n_bytes = self.each * (hi - lo)
+        return self._zeros[:n_bytes] if n_bytes <= len(self._zeros) else bytes(n_bytes)
+
+
+class Records:
+    """What became of each query of one sender, as columns of length n; -1 where it did not happen."""
+
+    def __init__(self, n: int) -> None:
+        self.sent_ns = np.full(n, -1, np.int64)
+        self.answered_ns = np.full(n, -1, np.int64)
+        self.status = np.full(n, UNANSWERED, np.uint8)
+        self.subnet = np.zeros(n, np.uint16)
+        self.batch_size = np.zeros(n, np.uint16)
+        self.accuracy = np.zeros(n, np.float32)
+        self.queued_ns = np.zeros(n, np.int64)
+        self.executing_ns = np.zeros(n, np.int64)
+        self.outputs: npt.NDArray[np.uint8] | None = None
+        self.n_answered = 0
+        self.n_duplicates = 0
+        self.reasons: dict[str, str] = {}
+
+    def take(self, group: Group, now_ns: int, *, keep_outputs: bool) -> None:
+        """Enter a group of answers that arrived at `now_ns`."""
+        index = np.frombuffer(group.ids, "<u8").astype(np.int64)
+        if self.status[index].min() != UNANSWERED:
+            is_new = self.status[index] == UNANSWERED
+            self.n_duplicates += int((~is_new).sum())
+            index = index[is_new]
+        self.n_answered += len(index)
+        self.answered_ns[index] = now_ns
+        self.status[index] = group.status
+        self.queued_ns[index] = group.queued_ns
+        if group.status not in HAS_OUTPUT:
+            status = wire.Status(group.status).name
+            if status not in self.reasons:
+                self.reasons[status] = bytes(group.output).decode(errors="replace")[:500]
+            return
+        self.subnet[index] = group.subnet
+        self.batch_size[index] = group.batch_size
+        self.accuracy[index] = group.accuracy
+        self.executing_ns[index] = group.executing_ns
+        if keep_outputs and group.output_bytes != VARIED and len(index) == group.count:
+            if self.outputs is None:
+                self.outputs = np.zeros((len(self.status), group.output_bytes), np.uint8)
+            self.outputs[index] = np.frombuffer(group.output, np.uint8).reshape(group.count, -1)
+
+    def save(self, plan: SenderPlan) -> None:
+        """Write every column to the plan's folder."""
+        for name in COLUMNS:
+            np.save(plan.path(name), getattr(self, name))
+        if self.outputs is not None:
+            np.save(plan.path("outputs"), self.outputs)
+
+
+class Sender:
+    """Sends a schedule over one connection; `run` returns when all is answered or given up."""
+
+    def __init__(self, plan: SenderPlan, connection: Connection, due_ns: npt.NDArray[np.int64]) -> None:
+        self.plan = plan
+        self.connection = connection
+        self.records = Records(len(due_ns))
+        self.n_sent = 0
+        self.n_refused = 0
+        self._due_ns = due_ns
+        self._ids = np.arange(len(due_ns), dtype="<u8").tobytes()
+        self._payloads = Payloads(plan)
+
+    def run(self, start_ns: int, on_progress: Callable[[int], None]) -> None:
+        """Send every query at `start_ns` plus its offset, and gather the answers."""
+        plan, connection, records = self.plan, self.connection, self.records
+        due_ns = self._due_ns + start_ns
+        due, n, i = due_ns.tolist(), len(due_ns), 0
+        deadline_ns = due_ns + plan.slo_ns
+        give_up_ns = (due[-1] if n else start_ns) + plan.slo_ns + plan.grace_ns
+        next_progress_ns = start_ns
+        sockets = (connection.socket,)
+        while True:
+            now_ns = time.monotonic_ns()
+            if i < n and due[i] <= now_ns:
+                end = bisect_right(due, now_ns, i, min(n, i + MAX_QUERIES))
+                self._send(i, end, deadline_ns, now_ns)
+                i = end
+            for results in connection.receive():
+                arrived_ns = time.monotonic_ns()
+                for group in results.groups:
+                    records.take(group, arrived_ns, keep_outputs=plan.keep_outputs)
+            if now_ns >= next_progress_ns:
+                next_progress_ns = now_ns + _PROGRESS_NS
+                connection.tick(now_ns)
+                on_progress(i)
+            if i >= n and (records.n_answered >= self.n_sent or now_ns >= give_up_ns):
+                return
+            next_ns = due[i] if i < n else now_ns + 20 * MS
+            wait(sockets, min(next_ns, next_progress_ns) - time.monotonic_ns())
+
+    def _send(self, lo: int, hi: int, deadline_ns: npt.NDArray[np.int64], now_ns: int) -> None:
+        payloads = self._payloads
+        slacks = (deadline_ns[lo:hi] - now_ns).tobytes()
+        message = Queries(
+            self.connection.epoch or 0, now_ns, hi - lo, self._ids[8 * lo : 8 * hi], slacks,
+            payloads.each, [payloads.packed(lo, hi)],
+        )  # fmt: skip
+        if self.connection.send_queries(message):
+            self.records.sent_ns[lo:hi] = now_ns
+            self.n_sent += hi - lo
+        else:
+            self.n_refused += hi - lo  # an open loop does not wait for a router that takes no more
+
+
+def _await_welcome(connection: Connection) -> None:
+    give_up_ns = time.monotonic_ns() + _WELCOME_NS
+    while connection.epoch is None or connection.model is None:
+        now_ns = time.monotonic_ns()
+        if now_ns > give_up_ns:
+            if connection.epoch is None:
+                raise ConfigError(no_router(connection.endpoint))
+            raise ConfigError(f"{connection.endpoint}: no worker has joined this router")
+        connection.tick(now_ns)
+        wait((connection.socket,), 20 * MS)
+        for _ in connection.receive():
+            pass
+
+
+def run_sender(plan: SenderPlan) -> None:
+    """Connect, wait for the coordinator's start, send the schedule, write the records.
+
+    Raises:
+        SuperServeError: The router is absent, or the plan's files are not what they should be.
+    """
+    with zmq.Context() as context:
+        connection = Connection(plan.endpoint, context)
+        control = connect_dealer(context, plan.control)
+        try:
+            _await_welcome(connection)
+            sender = Sender(plan, connection, np.load(plan.path("due")))
+            expected = connection.spec("input")
+            if expected is not None and expected.n_bytes != sender._payloads.each:
+                got = sender._payloads.each
+                raise ConfigError(
+                    f"payload: the model takes {expected.n_bytes} bytes a query "
+                    f"({expected.dtype} {expected.shape}), got {got}: use --payload-bytes"
+                )
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+            start_ns = _await_start(connection, control, plan)
+            sender.run(start_ns, lambda i: _report(control, plan, sender, i))
+            sender.records.save(plan)
+            _say(control, plan, done=True, reasons=sender.records.reasons,
+                 duplicates=sender.records.n_duplicates, subnets=connection.subnets)  # fmt: skip
+        finally:
+            connection.close()
+            control.close(linger=2_000)
+
+
+def _await_start(connection: Connection, control: zmq.Socket[bytes], plan: SenderPlan) -> int:
+    """Tell the coordinator that we are ready, and return the instant it says to start at."""
+    announce_ready({"name": plan.name})
+    is_announced = False
+    while True:
+        if not is_announced:
+            is_announced = _say(control, plan, ready=True)
+        connection.tick(time.monotonic_ns())
+        wait((control, connection.socket), 50 * MS if is_announced else 5 * MS)
+        for _ in connection.receive():
+            pass
+        frames = receive(control)
+        if frames is not None:
+            message = wire.decode(frames)
+            assert isinstance(message, Control), "the coordinator says only when to start"
+            return int(message.body["start_ns"])
+
+
+def _say(control: zmq.Socket[bytes], plan: SenderPlan, **body: Any) -> bool:
+    return send(control, wire.encode_control(Control(Kind.STATUS, {"name": plan.name, **body})))
+
+
+def _report(control: zmq.Socket[bytes], plan: SenderPlan, sender: Sender, i: int) -> None:
+    """Say how far we are: what was due, sent, answered, and answered in time so far."""
+    _say(control, plan, due=i, sent=sender.n_sent, answered=sender.records.n_answered)
+
+
+def main(argv: list[str]) -> int:
+    """Run the sender whose plan is the JSON file named on the command line."""
+    die_with_parent()
+    plan = SenderPlan(**orjson.loads(Path(argv[0]).read_bytes()))
+    try:
+        run_sender(plan)
+    except SuperServeError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
