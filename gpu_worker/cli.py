@@ -1,0 +1,217 @@
+"""The worker's command: one process, one GPU or many emulated ones, one router."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+import psutil  # type: ignore[import-untyped]  # it ships no types
+import zmq
+
+from gpu_worker.emulated import OUTPUT, EmulatedGpus
+from gpu_worker.eventlog import EventLogHeader, EventLogWriter
+from gpu_worker.server import Gauges, Waker, WorkerServer
+from profiles.table import Profile, load_profile
+from superserve.clock import MonotonicClock
+from superserve.errors import ConfigError, SuperServeError
+from superserve.processes import announce_ready, die_with_parent
+from superserve.sockets import connect_dealer
+from superserve.wire import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gpu_worker.batches import Gpus
+    from gpu_worker.torch_executor import TorchExecutor
+    from superserve.subnet import TensorSpec
+
+MAX_GPUS = 1_024
+"""Emulated GPUs in one process, at most; one loop attends them all."""
+
+DEFAULT_PROFILE = "digits-cpu"
+"""The profile of the shipped supernet on a CPU."""
+
+
+class Device(NamedTuple):
+    """What a worker process serves, and what it says of it."""
+
+    gpus: Gpus
+    profile: Profile
+    fingerprint: str
+    input_spec: TensorSpec | None
+    output_spec: TensorSpec
+    gauges: Callable[[], Gauges]
+
+
+@click.command()
+@click.option("--connect", "endpoint", required=True, metavar="tcp://HOST:PORT", help="The router.")
+@click.option("--name", help="What the cluster calls this worker; host and process number if not given.")
+@click.option("--emulate", metavar="PROFILE", help="Emulate GPUs: a shipped profile's name, or a file.")
+@click.option("--gpus", type=click.IntRange(1, MAX_GPUS), help="Emulated GPUs in this process.  [default: 1]")
+@click.option("--event-log", type=click.Path(dir_okay=False, path_type=Path), help="What they ran and when.")
+@click.option("--supernet", metavar="NAME", help='Serve a supernet: "digits", or a supernet file.')
+@click.option("--profile", "profile_name", help=f"Its profile here.  [default: {DEFAULT_PROFILE}]")
+@click.option("--device", help="cpu, cuda or cuda:<n>.  [default: cpu]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.  [default: 1]")
+def cli(
+    endpoint: str,
+    name: str | None,
+    emulate: str | None,
+    gpus: int | None,
+    event_log: Path | None,
+    supernet: str | None,
+    profile_name: str | None,
+    device: str | None,
+    threads: int | None,
+) -> None:
+    """Serve a supernet, or emulated GPUs, to a router until SIGTERM."""
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    name = name or f"{platform.node()}-{os.getpid()}"
+    try:
+        _only_with("--emulate", emulate, {"--gpus": gpus, "--event-log": event_log})
+        _only_with(
+            "--supernet", supernet, {"--profile": profile_name, "--device": device, "--threads": threads}
+        )
+        if (emulate is None) == (supernet is None):
+            raise ConfigError("expected one of --emulate and --supernet")
+        with ExitStack() as stack:
+            waker = stack.enter_context(Waker())
+            if emulate is not None:
+                served = stack.enter_context(emulated(emulate, gpus or 1, name, event_log))
+            else:
+                assert supernet is not None, "one of the two was given"
+                profile = load_profile(profile_name or DEFAULT_PROFILE)
+                served = stack.enter_context(
+                    resident(supernet, profile, device or "cpu", threads or 1, waker)
+                )
+            serve(endpoint, name, served, waker)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _only_with(option: str, value: str | None, others: dict[str, object]) -> None:
+    if value is not None:
+        return
+    for other, given in others.items():
+        if given is not None:
+            raise ConfigError(f"{other} goes with {option}")
+
+
+@contextmanager
+def emulated(profile_name: str, n_gpus: int, name: str, event_log: Path | None) -> Iterator[Device]:
+    """Give emulated GPUs; their event log, if any, is complete when the block ends.
+
+    Raises:
+        ConfigError: There is no such profile, or the log cannot be created.
+    """
+    profile = load_profile(profile_name)
+    fingerprint = hashlib.sha256(profile.to_json()).hexdigest()[:16]
+    with ExitStack() as stack:
+        log = None
+        if event_log is not None:
+            latencies = tuple(subnet.latency_ns for subnet in profile.subnets)
+            header = EventLogHeader(name, profile.name, profile.batch_sizes, latencies)
+            log = stack.enter_context(EventLogWriter(event_log, header))
+        gpus = EmulatedGpus(profile, n_gpus, log)
+        yield Device(gpus, profile, fingerprint, None, OUTPUT, _memory_of_process)
+
+
+@contextmanager
+def resident(supernet: str, profile: Profile, device: str, threads: int, waker: Waker) -> Iterator[Device]:
+    """Give one real device with a resident supernet, warmed up; its thread ends with the block.
+
+    Raises:
+        ConfigError: The supernet, the device or the profile is not what it should be.
+    """
+    # torch takes seconds to import: emulated GPUs do without.
+    from gpu_worker.compute import ComputeGpu  # noqa: PLC0415
+    from gpu_worker.torch_executor import SHIPPED_PATH, SUPERNET_NAME, TorchExecutor  # noqa: PLC0415
+
+    path = SHIPPED_PATH if supernet == SUPERNET_NAME else Path(supernet)
+    if not path.is_file():
+        raise ConfigError(f"--supernet: expected {SUPERNET_NAME!r} or a supernet file, got {supernet!r}")
+    executor = TorchExecutor.load(path, device=device, threads=threads, batch_sizes=profile.batch_sizes)
+    check_rows(profile, executor)
+    executor.warm_up()
+    gauges = _memory_of_cuda(executor) if executor.device.type == "cuda" else _memory_of_process
+    gpu = ComputeGpu(executor, profile, MonotonicClock(), waker.wake)
+    gpu.start()
+    try:
+        yield Device(gpu, profile, executor.fingerprint, executor.input_spec, executor.output_spec, gauges)
+    finally:
+        gpu.close()
+
+
+def check_rows(profile: Profile, executor: TorchExecutor) -> None:
+    """Raise ConfigError unless the profile's rows are the supernet's subnets, in order."""
+    rows = [subnet.name for subnet in profile.subnets]
+    hosted = [subnet.name for subnet in executor.subnets]
+    if rows != hosted:
+        expected = ", ".join(hosted)
+        raise ConfigError(f"profile {profile.name!r}: subnets: expected {expected}, got {', '.join(rows)}")
+
+
+def serve(endpoint: str, name: str, device: Device, waker: Waker) -> None:
+    """Serve a device to the router at `endpoint` until a signal.
+
+    Raises:
+        SuperServeError: The endpoint is malformed, or the router will not have this worker.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        with connect_dealer(context, endpoint) as socket:
+            server = WorkerServer(
+                socket,
+                device.gpus,
+                device.profile,
+                hello(name, device),
+                clock=MonotonicClock(),
+                waker=waker,
+                gauges=device.gauges,
+                on_ready=lambda: announce_ready({"name": name, "n_slots": device.gpus.n_slots}),
+            )
+            waker.on_signals(server.stop)
+            server.run()
+    finally:
+        context.term()
+
+
+def hello(name: str, device: Device) -> dict[str, Any]:
+    """Return the body of HELLO: who this worker is, and what its GPUs run and how fast."""
+    return {
+        "role": "worker",
+        "name": name,
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "device": device.profile.device,
+        "fingerprint": device.fingerprint,
+        "profiles": [device.profile.to_dict()],
+        "n_slots": device.gpus.n_slots,
+        "input": _spec(device.input_spec),
+        "output": _spec(device.output_spec),
+        "wire": VERSION,
+    }
+
+
+def _spec(spec: TensorSpec | None) -> dict[str, Any] | None:
+    return None if spec is None else {"dtype": spec.dtype, "shape": list(spec.shape)}
+
+
+_PROCESS = psutil.Process()
+
+
+def _memory_of_process() -> Gauges:
+    return Gauges(memory_bytes=int(_PROCESS.memory_info().rss))
+
+
+def _memory_of_cuda(executor: TorchExecutor) -> Callable[[], Gauges]:
+    import torch  # noqa: PLC0415  emulated GPUs do without
+
+    return lambda: Gauges(memory_bytes=int(torch.cuda.memory_reserved(executor.device)))
