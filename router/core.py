@@ -17,11 +17,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from router.edf import ANSWERED, DISPATCHED, QUEUED, Cohort, EdfQueue, state_stretches
+from router.estimates import RecentQuantiles
 from router.events import (
     Action,
     Answer,
@@ -57,6 +59,10 @@ if TYPE_CHECKING:
     from superserve.wire import DoneRow, Queries
 
 MS = 1_000_000
+_F32_ERROR = 2.0**-18
+"""How far above what was meant a percentage sent as f32 may lie: half of its spacing from 64 to 128."""
+_MAX_RIVALS = 8
+"""Workers asked about one head, at most, after the first was too slow for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +99,18 @@ class CoreSettings:
 class Client:
     """A connected application and the cohorts it waits for. `key` is None once it left."""
 
-    __slots__ = ("cohorts", "key", "return_ns", "session")
+    __slots__ = ("cohorts", "key", "session", "transits")
 
     def __init__(self, key: Key, session: int) -> None:
         self.key: Key | None = key
         self.session = session
         self.cohorts: dict[int, Cohort] = {}
-        self.return_ns = 0
+        self.transits = RecentQuantiles([0] * 8)
+
+    @property
+    def return_ns(self) -> int:
+        """How long an answer usually takes to reach it: as long as its queries took."""
+        return self.transits.mean_ns
 
 
 class RouterCore:
@@ -136,6 +147,10 @@ class RouterCore:
         self._serial = 0
         self._offer_seq = 0
         self._min_service_ns = 0
+        self._uneven = False
+        self._awaited: Worker | None = None
+        self._awaited_until_ns = 0
+        self._soonest_ns: dict[int, int] = {}
         self._checked_ns: int | None = None
         self._queue_view = QueueView(0, 0, 0)
         self._worker_view = WorkerView(0, 0, 1.0)
@@ -164,6 +179,7 @@ class RouterCore:
         self._judge_peers(now_ns)
         self._judge_overruns(now_ns)
         self._refuse_doomed(now_ns)
+        self._awaited = None
         if self.queue:
             self._dispatch(now_ns)
         actions, self._actions = self._actions, []
@@ -179,8 +195,10 @@ class RouterCore:
         head = self.queue.head()
         if head is not None:
             wakes.append(head[0] - self._min_service_ns + 1)
-            worker = self._first_free()
-            if worker is not None:
+            if self._awaited is not None:
+                wakes.append(self._awaited_until_ns)
+            worker = self._awaited or self._first_free()
+            if worker is not None and worker.may_take:
                 wakes.append(worker.free_at_ns - self._ahead_ns(worker))
         return min(wakes, default=None)
 
@@ -204,7 +222,10 @@ class RouterCore:
 
     # --- clients ------------------------------------------------------------------------
 
-    def _client_joined(self, event: ClientJoined, _now_ns: int) -> None:
+    def _client_joined(self, event: ClientJoined, now_ns: int) -> None:
+        before = self.clients.get(event.client)
+        if before is not None and before.session != event.session:
+            self._client_left(ClientLeft(event.client), now_ns)
         client = self._sessions.get(event.session)
         if client is None:
             client = self._sessions[event.session] = Client(event.client, event.session)
@@ -228,7 +249,7 @@ class RouterCore:
         client, queries = self.clients[event.client], event.queries
         n = queries.n
         base_ns = now_ns - event.transit_ns
-        client.return_ns = max(0, event.transit_ns)
+        client.transits.add(max(0, event.transit_ns))
         self._serial += 1
         cohort = Cohort(
             self._serial, client, (queries.slack_ns() + base_ns).tolist(), base_ns, now_ns, message=queries
@@ -237,7 +258,7 @@ class RouterCore:
             self._admit_unknown(client, cohort)
             return
         self.received += n
-        self._admit(client, cohort, 0, n)
+        self._admit(client, cohort, [(0, n)])
 
     def _admit_unknown(self, client: Client, cohort: Cohort) -> None:
         """Admit what the client sends again, except what is still on its way to an answer."""
@@ -250,21 +271,27 @@ class RouterCore:
         self.received += cohort.live
         for i in np.flatnonzero(known).tolist():
             cohort.states[i] = ANSWERED
-        for lo, hi in tuple(state_stretches(cohort, 0, len(cohort.states), QUEUED)):
-            self._admit(client, cohort, lo, hi)
+        self._admit(client, cohort, list(state_stretches(cohort, 0, len(cohort.states), QUEUED)))
 
-    def _admit(self, client: Client, cohort: Cohort, lo: int, hi: int) -> None:
-        refusal = self._refusal(cohort.message)
+    def _admit(self, client: Client, cohort: Cohort, stretches: list[tuple[int, int]]) -> None:
+        n_bytes = sum(len(payload) for payload in cohort.message.payloads)
+        refusal = self._refusal(cohort.message, n_bytes)
         if refusal is not None:
-            self._refuse(cohort, lo, hi, *refusal)
+            for lo, hi in stretches:
+                self._refuse(cohort, lo, hi, *refusal)
             return
+        if stretches:
+            # Before any of its queries can end: the last to end gives the bytes back.
+            client.cohorts[cohort.serial] = cohort
+            cohort.n_bytes = n_bytes
+            self.held_bytes += n_bytes
+        for lo, hi in stretches:
+            self._admit_stretch(cohort, lo, hi)
+
+    def _admit_stretch(self, cohort: Cohort, lo: int, hi: int) -> None:
         end = min(hi, lo + max(0, self.settings.max_queries - len(self.queue) - self.in_flight))
         if end > lo:
             cohort.floors = self._floors(cohort, lo, end)
-            if cohort.serial not in client.cohorts:
-                client.cohorts[cohort.serial] = cohort
-                cohort.n_bytes = sum(len(payload) for payload in cohort.message.payloads)
-                self.held_bytes += cohort.n_bytes
             self._push_open(cohort, lo, end)
         if end < hi:
             bound = self.settings.max_queries
@@ -279,7 +306,7 @@ class RouterCore:
         for start, end in tuple(state_stretches(cohort, lo, hi, QUEUED)):
             self.queue.push(cohort, start, end)
 
-    def _refusal(self, queries: Queries) -> tuple[Status, str] | None:
+    def _refusal(self, queries: Queries, n_bytes: int) -> tuple[Status, str] | None:
         settings = self.settings
         if self.draining:
             return Status.DRAINING, "the router is draining: send to another, or try again later"
@@ -287,7 +314,6 @@ class RouterCore:
         if expected is not None and expected != got:
             sizes = "payloads of differing lengths" if queries.lengths is not None else f"{got} bytes"
             return Status.INVALID, f"payload: the model takes {expected} bytes a query, got {sizes}"
-        n_bytes = sum(len(payload) for payload in queries.payloads)
         if self.held_bytes + n_bytes > settings.max_bytes:
             reason = f"the router holds {self.held_bytes} payload bytes of at most {settings.max_bytes}"
             return Status.OVERLOADED, f"{reason} (--max-bytes): try again later"
@@ -300,10 +326,10 @@ class RouterCore:
         if column is None or profile is None:
             return cohort.floors
         floors = cohort.floors or [0] * len(cohort.deadlines_ns)
-        for i, accuracy in enumerate(np.frombuffer(column, "<f4").tolist()):
-            if not lo <= i < hi:
+        for i, accuracy in enumerate(np.frombuffer(column, "<f4")[lo:hi].tolist(), lo):
+            if cohort.states[i] != QUEUED:
                 continue
-            row = profile.floor_row(accuracy) if accuracy > 0 else 0
+            row = None if isnan(accuracy) else profile.floor_row(accuracy - _F32_ERROR)
             if row is None:
                 best = profile.subnets[-1].accuracy
                 reason = f"min_accuracy: the most accurate subnet has {best} %, asked for {accuracy:.2f}"
@@ -311,6 +337,14 @@ class RouterCore:
             else:
                 floors[i] = row
         return floors if any(floors) else cohort.floors
+
+    def _floor_waiting(self) -> None:
+        """Give queries that came before the first profile the floors that they asked for."""
+        for client in self._sessions.values():
+            for cohort in tuple(client.cohorts.values()):
+                live = cohort.live
+                cohort.floors = self._floors(cohort, 0, len(cohort.states))
+                self.queue.forget(live - cohort.live)
 
     def _reference_profile(self) -> Profile | None:
         return next(iter(self._policies.values()))[0] if self._policies else None
@@ -382,6 +416,10 @@ class RouterCore:
     # --- workers ------------------------------------------------------------------------
 
     def _worker_joined(self, event: WorkerJoined, now_ns: int) -> None:
+        before = self.peers.get(event.peer)
+        if before is not None:
+            self._bury(before, PeerEvent.LOST, now_ns)
+        first = not self._policies
         peer = Peer(event.peer, event.name, event.epoch, now_ns)
         for slot, profile in enumerate(event.profiles):
             peer.workers.append(Worker(peer, slot, profile, self._policy(profile), now_ns))
@@ -390,6 +428,8 @@ class RouterCore:
         if self._checked_ns is None:
             self._checked_ns = now_ns
         self._refresh_min_service()
+        if first:
+            self._floor_waiting()
 
     def _policy(self, profile: Profile) -> Policy:
         known = self._policies.get(id(profile))
@@ -562,7 +602,7 @@ class RouterCore:
                 losses = cohort.losses = cohort.losses or {}
                 losses[i] = losses.get(i, 0) + 1
                 has_slack = cohort.deadlines_ns[i] >= now_ns + self._min_service_ns
-                if losses[i] == 1 and has_slack:
+                if losses[i] == 1 and has_slack and cohort.client.key is not None:
                     self._requeue(cohort, i)
                     continue
                 self.in_flight -= 1
@@ -613,6 +653,9 @@ class RouterCore:
                 self._bury(peer, PeerEvent.LOST, now_ns)
             elif quiet_ns >= settings.suspect_after * settings.heartbeat_ns:
                 peer.machine.on(PeerEvent.QUIET)
+            for worker in peer.workers:
+                if not worker.outstanding and now_ns - worker.answered_ns >= settings.heartbeat_ns:
+                    worker.ease()
         self._refresh_min_service()
 
     def _refresh_min_service(self) -> None:
@@ -625,6 +668,13 @@ class RouterCore:
             default=0,
         )
         self._min_service_ns = quickest
+        quickness = [(w.slowdown, w.transport.bound_ns()) for w in self.workers()]
+        slowdowns, ways_ns = zip(*quickness, strict=True) if quickness else ((1.0,), (0,))
+        self._uneven = (
+            len(self._policies) > 1
+            or max(slowdowns) > 1.05 * min(slowdowns)
+            or max(ways_ns) > min(ways_ns) + MS
+        )
 
     def _judge_overruns(self, now_ns: int) -> None:
         overruns = self._overruns
@@ -638,7 +688,7 @@ class RouterCore:
             first = next(iter(worker.outstanding))
             if not batch.overran and (due_ns > now_ns or first != batch_id):
                 # Not started yet, or waiting behind another: judged again in its own time.
-                heappush(overruns, (max(due_ns, now_ns + batch.limit_ns), batch_id))
+                heappush(overruns, (due_ns if due_ns > now_ns else now_ns + batch.limit_ns, batch_id))
                 continue
             worker.machine.on(WorkerEvent.OVERRAN)
             worker.version += 1
@@ -656,10 +706,13 @@ class RouterCore:
             del self.ledger[batch.batch_id]
             self._lose(batch, now_ns)
         worker.outstanding.clear()
+        self._release(worker.peer)
 
     def _rescue(self, batch: Batch, now_ns: int) -> None:
         """Queue an overrun batch's queries again where slack is left; whoever answers first wins."""
         for cohort, lo, hi in batch.stretches:
+            if cohort.client.key is None:
+                continue
             for i in range(lo, hi):
                 if (
                     cohort.states[i] == DISPATCHED
@@ -697,34 +750,56 @@ class RouterCore:
 
     def _dispatch(self, now_ns: int) -> None:
         """Give work to workers that are about to be free, earliest-free first."""
-        passed: list[Worker] = []
-        while self.queue:
+        self._soonest_ns.clear()
+        while self.queue and self._awaited is None:
             worker = self._first_free()
-            if worker is None or worker.free_at_ns - self._ahead_ns(worker) > now_ns:
+            if worker is None or not self._is_due(worker, now_ns):
                 break
             head = self.queue.head()
             assert head is not None, "a queue with a length has a head"
+            self._serve(head, worker, now_ns)
+
+    def _is_due(self, worker: Worker, now_ns: int) -> bool:
+        return worker.free_at_ns - self._ahead_ns(worker) <= now_ns
+
+    def _serve(self, head: tuple[int, Cohort, int], first: Worker, now_ns: int) -> None:
+        """Give the head to the first free worker; if that is too slow for it, to another, or wait for one."""
+        worker, passed = first, []
+        while True:
             choice = self._choose(worker, head, now_ns)
             if choice is not None:
                 self._send(worker, choice, now_ns)
-            elif self._has_other_profile(worker):
-                # Too slow for this head; another kind of worker may not be.
-                worker.version += 1
-                passed.append(worker)
-            else:
-                self._refuse_head(worker, head, now_ns)
-        for worker in passed:
-            self._offer(worker)
+                return
+            passed.append(worker)
+            rival = self._rival(head, passed, now_ns)
+            if rival is None:
+                self._refuse_head(first, head, now_ns)
+                return
+            if not (rival.may_take and self._is_due(rival, now_ns)):
+                self._awaited = rival
+                self._awaited_until_ns = self._limit_ns(head) - self._alone_ns(rival, _floor(head)) + 1
+                return
+            worker = rival
 
     def _choose(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> Choice | None:
         """Ask the policy, with this worker's own corrections applied to its answer."""
-        deadline_ns, cohort, i = head
+        deadline_ns, cohort, _ = head
         queue, view = self._queue_view, self._worker_view
         queue.head_deadline_ns = deadline_ns
-        queue.head_floor = 0 if cohort.floors is None else cohort.floors[i]
+        queue.head_floor = _floor(head)
         queue.length = len(self.queue)
         view.free_at_ns = max(worker.free_at_ns, now_ns + worker.transport.mean_ns // 2)
         view.allowance_ns = self._return_ns(worker, cohort)
+        choice = self._corrected_choice(worker, now_ns)
+        if choice is None:
+            # Nothing leaves room for a bad day on the way: then the usual way must do.
+            transport = worker.transport
+            view.allowance_ns = transport.mean_ns - transport.mean_ns // 2 + cohort.client.return_ns
+            choice = self._corrected_choice(worker, now_ns)
+        return choice
+
+    def _corrected_choice(self, worker: Worker, now_ns: int) -> Choice | None:
+        queue, view = self._queue_view, self._worker_view
         view.slowdown = worker.slowdown if abs(worker.slowdown - 1.0) > 0.05 else 1.0
         for _ in range(3):
             choice = worker.policy.choose(queue, view, now_ns)
@@ -739,11 +814,38 @@ class RouterCore:
     def _return_ns(self, worker: Worker, cohort: Cohort) -> int:
         """What the way back may take: nearly the worst seen of this worker's transport, and the client's."""
         transport = worker.transport
-        client_ns: int = cohort.client.return_ns
+        client_ns: int = cohort.client.transits.bound_ns()
         return transport.bound_ns() - transport.mean_ns // 2 + client_ns + self.settings.margin_ns
 
-    def _has_other_profile(self, worker: Worker) -> bool:
-        return len(self._policies) > 1 and any(w.policy is not worker.policy for w in self.workers())
+    def _rival(self, head: tuple[int, Cohort, int], passed: list[Worker], now_ns: int) -> Worker | None:
+        """Return the earliest-free worker not asked yet that could meet the head's deadline, busy or not."""
+        if not self._uneven or len(passed) > _MAX_RIVALS:
+            return None  # in an even cluster the rest is free later and no quicker
+        floor, limit_ns = _floor(head), self._limit_ns(head)
+        if self._soonest_ns.get(floor, limit_ns) > limit_ns:
+            return None
+        best, soonest_ns = None, limit_ns + 1
+        for worker in self.workers():
+            if worker.machine.state is WorkerState.READY and worker.peer.machine.state is PeerState.LIVE:
+                end_ns = max(now_ns, worker.free_at_ns) + self._alone_ns(worker, floor)
+                soonest_ns = min(soonest_ns, end_ns)
+                earlier = best is None or worker.free_at_ns < best.free_at_ns
+                if end_ns <= limit_ns and earlier and worker not in passed:
+                    best = worker
+        self._soonest_ns[floor] = soonest_ns
+        return best
+
+    def _limit_ns(self, head: tuple[int, Cohort, int]) -> int:
+        """When the head's answer must leave the router."""
+        deadline_ns, cohort, _ = head
+        return_ns: int = cohort.client.return_ns
+        return deadline_ns - return_ns
+
+    def _alone_ns(self, worker: Worker, floor: int) -> int:
+        """What a batch of one on row `floor` and the way back to the router may take."""
+        alone_ns = int(worker.profile.latency_p99_ns(floor, 1) * worker.corrected(floor))
+        transport = worker.transport
+        return alone_ns + transport.bound_ns() - transport.mean_ns // 2 + self.settings.margin_ns
 
     def _refuse_head(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> None:
         taken, _ = self.queue.take(1, worker.profile.n_subnets)
@@ -791,6 +893,11 @@ def _gpu(peer: Peer, slot: int) -> Worker:
     if slot >= len(peer.workers):
         raise WireError(f"slot: {peer.name} has {len(peer.workers)} GPUs, got slot {slot}")
     return peer.workers[slot]
+
+
+def _floor(head: tuple[int, Cohort, int]) -> int:
+    _, cohort, i = head
+    return 0 if cohort.floors is None else cohort.floors[i]
 
 
 def _ids(queries: Queries) -> npt.NDArray[np.uint64]:

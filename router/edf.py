@@ -142,8 +142,9 @@ class EdfQueue:
             _, seq, cohort, lo, hi = heap[0]
             end = min(hi, lo + k - n)
             if len(heap) > 1:
-                rival = heap[1][0] if len(heap) == 2 or heap[1][0] <= heap[2][0] else heap[2][0]
-                end = bisect_right(cohort.deadlines_ns, rival, lo + 1, end) if end > lo + 1 else end
+                rival, rival_seq, *_ = heap[1] if len(heap) == 2 else min(heap[1], heap[2])
+                cut = bisect_right if seq < rival_seq else bisect_left
+                end = cut(cohort.deadlines_ns, rival, lo + 1, end) if end > lo + 1 else end
             end = cohort.states.find(DISPATCHED, lo, end) if DISPATCHED in cohort.states[lo:end] else end
             end = cohort.states.find(ANSWERED, lo, end) if ANSWERED in cohort.states[lo:end] else end
             stop = _floor_stop(cohort.floors, lo, end, subnet)

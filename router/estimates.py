@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import deque
 
 
 class WindowedMin:
     """The least value seen within the last `window_ns`, in O(1) amortised.
 
+    Keeps at most one value a 64th of the window, so that no peer's stamps can make it grow:
+    a value may be forgotten that much early.
+
     Source: the ascending-minima deque; as a base delay for one-way queueing, LEDBAT (RFC 6817).
     """
 
-    __slots__ = ("_minima", "_window_ns")
+    __slots__ = ("_minima", "_step_ns", "_window_ns")
 
     def __init__(self, window_ns: int) -> None:
         self._window_ns = window_ns
+        self._step_ns = window_ns >> 6
         self._minima: deque[tuple[int, int]] = deque()
 
     def add(self, value: int, now_ns: int) -> int:
@@ -22,7 +27,8 @@ class WindowedMin:
         minima = self._minima
         while minima and minima[-1][1] >= value:
             minima.pop()
-        minima.append((now_ns, value))
+        if not minima or now_ns - minima[-1][0] >= self._step_ns:
+            minima.append((now_ns, value))
         while minima[0][0] < now_ns - self._window_ns:
             minima.popleft()
         return minima[0][1]
@@ -40,8 +46,18 @@ class Spread:
         self.mean_ns = mean_ns
         self.deviation_ns = deviation_ns
 
+    def ease(self, mean_ns: int, deviation_ns: int) -> None:
+        """Move an eighth of the way down to `mean_ns` and `deviation_ns`; never up."""
+        self.mean_ns -= max(0, self.mean_ns - mean_ns + 7) >> 3
+        self.deviation_ns -= max(0, self.deviation_ns - deviation_ns + 7) >> 3
+
     def add(self, value_ns: int) -> None:
-        """Take one measurement into account."""
+        """Take one measurement into account.
+
+        One far above all that was seen counts as twice the bound and a millisecond: a stall says
+        nothing about the next message, while a lasting change is followed within a few.
+        """
+        value_ns = min(value_ns, 2 * self.bound_ns() + 1_000_000)
         error = value_ns - self.mean_ns
         self.mean_ns += error >> 3
         self.deviation_ns += (abs(error) - self.deviation_ns) >> 2
@@ -49,6 +65,42 @@ class Spread:
     def bound_ns(self, deviations: int = 4) -> int:
         """Return the mean plus so many mean deviations."""
         return self.mean_ns + deviations * self.deviation_ns
+
+
+class RecentQuantiles:
+    """The median and the 99th percentile of the last `window` durations.
+
+    A percentile, not a mean with deviations: one stall says nothing about the next message,
+    and with a smoothed deviation it would hold every batch back for as long as it takes to decay.
+
+    Attributes:
+        mean_ns: The median.
+    """
+
+    __slots__ = ("_bound_ns", "_recent", "_sorted", "_window", "mean_ns")
+
+    def __init__(self, first_ns: list[int], window: int = 256) -> None:
+        self._window = window
+        self._recent = deque(first_ns)
+        self._sorted = sorted(first_ns)
+        self._refresh()
+
+    def add(self, value_ns: int) -> None:
+        """Take one measurement into account, and forget the oldest of a full window."""
+        self._recent.append(value_ns)
+        insort(self._sorted, value_ns)
+        if len(self._recent) > self._window:
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+        self._refresh()
+
+    def bound_ns(self) -> int:
+        """Return the 99th percentile: what a careful decision allows for."""
+        return self._bound_ns
+
+    def _refresh(self) -> None:
+        n = len(self._sorted)
+        self.mean_ns = self._sorted[n >> 1]
+        self._bound_ns = self._sorted[n * 99 // 100]
 
 
 class TransitClock:

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from router.estimates import Spread
+from router.estimates import RecentQuantiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,6 +86,10 @@ WORKER_TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
 }
 
 
+# Before the first measurement: what loopback TCP and two Python loops were seen to take.
+_FIRST_TRANSPORT_NS = [400_000] * 15 + [1_000_000]
+
+
 class TransitionError(Exception):
     """An event that the state's table does not have; says what came before."""
 
@@ -148,7 +152,7 @@ class Batch:
 class Peer:
     """A worker process: its key at the server, its heartbeat, its GPUs."""
 
-    __slots__ = ("epoch", "heard_ns", "key", "machine", "name", "workers")
+    __slots__ = ("epoch", "heard_ns", "key", "machine", "name", "transport", "workers")
 
     def __init__(self, key: Any, name: str, epoch: int, heard_ns: int) -> None:
         self.key = key
@@ -158,6 +162,8 @@ class Peer:
         self.machine = Machine[PeerState, PeerEvent](
             f"worker process {name}", PeerState.LIVE, PEER_TRANSITIONS
         )
+        # One way for all its GPUs: they share a socket and a loop, and so tell the same sooner.
+        self.transport = RecentQuantiles(_FIRST_TRANSPORT_NS)
         self.workers: list[Worker] = []
 
 
@@ -190,8 +196,7 @@ class Worker:
         self.free_at_ns = now_ns
         self.answered_ns = now_ns
         self.version = 0
-        # Before the first measurement: what loopback TCP and two Python loops were seen to take.
-        self.transport = Spread(mean_ns=400_000, deviation_ns=150_000)
+        self.transport = peer.transport
         self.slowdowns = [1.0] * profile.n_subnets
         self.slowdown = 1.0
         self.n_batches = 0
@@ -231,6 +236,16 @@ class Worker:
         self.slowdowns[subnet] = smoothed
         overall = self.slowdown + (ratio - self.slowdown) / 32
         self.slowdown = overall
+
+    def ease(self) -> None:
+        """Move what slows it down an eighth of the way back to where it began.
+
+        For a worker that has been idle: one whose estimates refuse every query would never
+        be measured again.
+        """
+        self.transport.add(_FIRST_TRANSPORT_NS[0])
+        self.slowdown -= max(0.0, self.slowdown - 1.0) / 8
+        self.slowdowns = [ratio - max(0.0, ratio - 1.0) / 8 for ratio in self.slowdowns]
 
     def corrected(self, subnet: int) -> float:
         """Return the smoothed slowdown of `subnet`, 1.0 within the noise."""

@@ -1,10 +1,4 @@
-"""SuperServe: deadline-aware inference serving; the part that applications embed.
-
-    from superserve import Client
-
-    with Client("tcp://127.0.0.1:5555") as client:
-        reply = client.infer(image, slo_ms=36)
-"""
+"""SuperServe: deadline-aware inference serving; the part that applications embed. Start at `Client`."""
 
 from superserve.client import Client, QueryFuture, Reply, Timeline
 from superserve.errors import (

@@ -779,6 +779,8 @@ def _decode_done(frames: Sequence[Buffer], _flags: int) -> Done:
     for row, output in zip(fixed, frames[1:], strict=True):
         batch_id, slot, credit, held, row_flags, n, each, waited, executing, last_batch, free_in = row
         _count(kind, "row: n", n)
+        if waited < 0 or executing < 0:
+            raise WireError(f"done: batch {batch_id}: a duration below 0: {waited} or {executing} ns")
         statuses = reader.take(n, "statuses") if row_flags & _ROW_MIXED else None
         if statuses is not None and max(statuses) >= len(STATUSES):
             raise WireError(f"done: batch {batch_id}: statuses: unknown status {max(statuses)}")
