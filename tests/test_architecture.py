@@ -25,6 +25,19 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "profiles.measure": ("gpu_worker",),
     # The load generator starts routers and workers as processes, through superserve.processes.
     "loadgen": ("superserve", "profiles.table"),
+    # The event logs of emulated GPUs prove that none of them cheated.
+    "loadgen.run": ("gpu_worker.eventlog",),
+    # A policy's name is checked before anything is started.
+    "loadgen.cli": ("gpu_worker.eventlog", "router.registry"),
+    # The demo compares what came back with a local forward of the same subnet.
+    "loadgen.demo": (
+        "gpu_worker.digits",
+        "gpu_worker.torch_executor",
+        "profiles.measure",
+        "gpu_worker.eventlog",
+    ),
+    # The benchmarks time the decision and the actuation on their own.
+    "loadgen.bench": ("router", "gpu_worker"),
     # The simulator runs the core that serves, under a policy built by name; no sockets.
     "loadgen.simulator": ("router.core", "router.policy", "router.registry"),
     "cluster": ("superserve", "router", "gpu_worker", "loadgen", "profiles"),
