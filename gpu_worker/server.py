@@ -234,8 +234,9 @@ class WorkerServer:
         """
         gc.freeze()
         gc.disable()
+        waiter = sockets.Waiter([self._socket], [self._waker.fd])
         while self._link is not Link.STOPPED:
-            sockets.wait([self._socket], self._timeout_ns(), [self._waker.fd])
+            waiter.wait(self._timeout_ns())
             self._waker.drain()
             self.step()
         if self._epoch is not None:

@@ -24,7 +24,7 @@ from superserve import wire
 from superserve.connection import Connection, no_router
 from superserve.errors import ConfigError, SuperServeError
 from superserve.processes import announce_ready, die_with_parent
-from superserve.sockets import connect_dealer, receive, send, wait
+from superserve.sockets import Waiter, connect_dealer, receive, send, wait
 from superserve.wire import HAS_OUTPUT, MAX_QUERIES, VARIED, Control, Kind, Queries
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Sender:
         deadline_ns = due_ns + plan.slo_ns
         give_up_ns = (due[-1] if n else start_ns) + plan.slo_ns + plan.grace_ns
         next_progress_ns = start_ns
-        sockets = (connection.socket,)
+        waiter = Waiter((connection.socket,))
         while True:
             now_ns = time.monotonic_ns()
             if i < n and due[i] <= now_ns:
@@ -183,7 +183,7 @@ class Sender:
             if i >= n and (records.n_answered >= self.n_sent or now_ns >= give_up_ns):
                 return
             next_ns = due[i] if i < n else now_ns + 20 * MS
-            wait(sockets, min(next_ns, next_progress_ns) - time.monotonic_ns())
+            waiter.wait(min(next_ns, next_progress_ns) - time.monotonic_ns())
 
     def _send(self, lo: int, hi: int, deadline_ns: npt.NDArray[np.int64], now_ns: int) -> None:
         payloads = self._payloads

@@ -252,7 +252,12 @@ class RouterCore:
         client.transits.add(max(0, event.transit_ns))
         self._serial += 1
         cohort = Cohort(
-            self._serial, client, (queries.slack_ns() + base_ns).tolist(), base_ns, now_ns, message=queries
+            self._serial,
+            client,
+            [slack_ns + base_ns for slack_ns in queries.slack_ns()],
+            base_ns,
+            now_ns,
+            message=queries,
         )
         if queries.resubmitted and client.cohorts:
             self._admit_unknown(client, cohort)

@@ -45,7 +45,7 @@ from router.status import status_of
 from router.workers import TransitionError
 from superserve import wire
 from superserve.errors import ConfigError, SuperServeError, WireError
-from superserve.sockets import bind_router, receive, send, wait
+from superserve.sockets import Waiter, bind_router, receive, send
 from superserve.subnet import TensorSpec
 from superserve.wire import Cancel, Control, Done, Kind, Ping, Pong, Pull, Queries
 
@@ -157,12 +157,11 @@ class RouterServer:
         gc.collect()
         gc.freeze()
         gc.disable()  # nothing on the hot path makes cycles; idle passes collect what others made
-        sockets = (self._client_socket, self._worker_socket)
+        waiter = Waiter((self._client_socket, self._worker_socket))
         try:
             deadline_ns: int | None = None
             while True:
-                wait(sockets, self._timeout_ns())
-                self._pass()
+                self._pass(waiter.wait(self._timeout_ns()))
                 if self._is_stopping:
                     now_ns = time.monotonic_ns()
                     if deadline_ns is None:
@@ -190,11 +189,14 @@ class RouterServer:
         wake_ns = self.core.next_wake_ns()
         return max(0, latest_ns if wake_ns is None else min(latest_ns, wake_ns - now_ns))
 
-    def _pass(self) -> None:
+    def _pass(self, readable: list[zmq.Socket[bytes]]) -> None:
         """Drain every socket, decide once, act."""
         began_ns = time.monotonic_ns()
-        n = self._drain(self._worker_socket, self._from_worker)
-        n += self._drain(self._client_socket, self._from_client)
+        n = 0
+        if self._worker_socket in readable:
+            n += self._drain(self._worker_socket, self._from_worker)
+        if self._client_socket in readable:
+            n += self._drain(self._client_socket, self._from_client)
         now_ns = time.monotonic_ns()
         if now_ns - self._pinged_ns >= self.settings.core.heartbeat_ns:
             self._pinged_ns = now_ns

@@ -42,7 +42,7 @@ from superserve.errors import (
     UnansweredError,
     WorkerLostError,
 )
-from superserve.sockets import ZERO_COPY_BYTES, wait
+from superserve.sockets import ZERO_COPY_BYTES, Waiter
 from superserve.wire import HAS_OUTPUT, MAX_QUERIES, MAX_SLACK_NS, VARIED, Queries, Status
 
 if TYPE_CHECKING:
@@ -319,8 +319,9 @@ class Client:
         """Serve until closed. Whatever ends it, no future is left waiting."""
         error: QueryError = CancelledQueryError("the client was closed before the answer came")
         try:
+            waiter = Waiter((connection.socket,), (self._wake_fd,))
             while not self._is_closing:
-                self._pass(connection)
+                self._pass(connection, waiter)
         except BaseException as failure:
             self._failure = failure
             error = UnansweredError(f"the client's I/O thread failed: {failure!r}")
@@ -335,13 +336,13 @@ class Client:
             for query_id in tuple(self._pending):
                 self._end(query_id, error)
 
-    def _pass(self, connection: Connection) -> None:
+    def _pass(self, connection: Connection, waiter: Waiter) -> None:
         now_ns = time.monotonic_ns()
         connection.tick(now_ns)
         self._give_up(connection, now_ns)
         self._is_asleep = True
         if not self._submitted and not self._cancelled and not self._is_closing:
-            wait((connection.socket,), self._timeout_ns(now_ns), (self._wake_fd,))
+            waiter.wait(self._timeout_ns(now_ns))
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
         self._is_asleep = False

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import select
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import zmq
+from zmq.backend import zmq_poll
 
 from superserve.errors import ConfigError, WireError
 from superserve.wire import MAX_FRAMES, Buffer
@@ -27,8 +28,9 @@ MAX_MESSAGE_BYTES = 256 << 20
 HIGH_WATER_MARK = 10_000
 """Messages queued per peer before a send fails; credits and admission keep it unreached."""
 
-_NOBLOCK = zmq.NOBLOCK
-_SNDMORE_NOBLOCK = zmq.SNDMORE | zmq.NOBLOCK
+# Plain integers: the enumerations' operators would cost more than the calls.
+_NOBLOCK = int(zmq.NOBLOCK)
+_SNDMORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
 
 
 def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> tuple[zmq.Socket[bytes], str]:
@@ -121,15 +123,35 @@ def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
     return True
 
 
-def wait(sockets: Sequence[zmq.Socket[bytes]], timeout_ns: int | None, fds: Sequence[int] = ()) -> None:
-    """Wait until a socket or file descriptor may have something to read, or the time is up.
+class Waiter:
+    """Waits until a socket or file descriptor has something to read, or the time is up.
 
     ZeroMQ's own poll counts in whole milliseconds, which is long beside a batch; its file
     descriptors with select() give microseconds. They are edge-triggered: the events are
-    asked for first, and the caller must then receive until there is nothing left.
+    asked for before sleeping, and the caller receives until there is nothing left.
+
+    Args:
+        sockets: In the order in which `wait` reports them; made early, since select() takes
+            no descriptor above 1023.
+        fds: Further file descriptors that end the wait.
     """
-    for socket in sockets:
-        if int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
-            return
-    timeout_s = None if timeout_ns is None else max(0, timeout_ns) / 1e9
-    select.select([*(socket.fileno() for socket in sockets), *fds], [], [], timeout_s)
+
+    __slots__ = ("_fds", "_pairs", "_sockets")
+
+    def __init__(self, sockets: Sequence[zmq.Socket[bytes]], fds: Sequence[int] = ()) -> None:
+        self._sockets = tuple(sockets)
+        self._pairs = [(socket, int(zmq.POLLIN)) for socket in sockets]
+        self._fds = [*(socket.fileno() for socket in sockets), *fds]
+
+    def wait(self, timeout_ns: int | None) -> list[zmq.Socket[bytes]]:
+        """Return the sockets that have something to read; none if the time is up first."""
+        events: list[tuple[Any, int]] = zmq_poll(self._pairs, 0)
+        if not events and (timeout_ns is None or timeout_ns > 0):
+            select.select(self._fds, (), (), None if timeout_ns is None else timeout_ns / 1e9)
+            events = zmq_poll(self._pairs, 0)
+        return [socket for socket, _ in events]
+
+
+def wait(sockets: Sequence[zmq.Socket[bytes]], timeout_ns: int | None, fds: Sequence[int] = ()) -> None:
+    """Wait once; see `Waiter`, which loops use."""
+    Waiter(sockets, fds).wait(timeout_ns)

@@ -182,9 +182,9 @@ class Queries:
     priority: Buffer | None = None
     resubmitted: bool = False
 
-    def slack_ns(self) -> npt.NDArray[np.int64]:
-        """Return the slacks as an array, shape (n,), ns."""
-        return np.frombuffer(self.slacks, "<i8")
+    def slack_ns(self) -> list[int]:
+        """Return the slacks, ns. A list: most messages are too short for an array to pay."""
+        return _int64s(self.slacks)
 
 
 @dataclass(slots=True)
@@ -379,6 +379,12 @@ def _prelude(kind: Kind, flags: int = 0) -> bytes:
 
 _PRELUDES = {kind: _prelude(kind) for kind in Kind}
 _CONTROL_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.DRAIN, Kind.BYE, Kind.STATUS, Kind.REFUSED})
+
+
+def _int64s(column: Buffer) -> list[int]:
+    """Return a column of i64. The protocol is little-endian, and so is every machine with CUDA."""
+    values: list[int] = memoryview(column).cast("q").tolist()
+    return values
 
 
 def _lengths(count: int, uniform: int, column: Buffer | None) -> list[int]:
@@ -637,8 +643,8 @@ def _decode_queries(frames: Sequence[Buffer], flags: int) -> Queries:
     reader.finish()
     if (payload_bytes == VARIED) != (lengths is not None):
         raise WireError("queries: payload_bytes: VARIED and the column of lengths go together")
-    slack_ns = np.frombuffer(slacks, "<i8")
-    if int(slack_ns.max()) > MAX_SLACK_NS or int(slack_ns.min()) < -MAX_SLACK_NS:
+    slack_ns = _int64s(slacks)
+    if max(slack_ns) > MAX_SLACK_NS or min(slack_ns) < -MAX_SLACK_NS:
         raise WireError("queries: slacks: expected at most a day, in nanoseconds")
     framed = bool(flags & _FLAG_FRAMES)
     _check_n_frames(kind, frames, 1 + (n if framed else 1))
