@@ -138,7 +138,7 @@ def resident(supernet: str, profile: Profile, device: str, threads: int, waker: 
     if not path.is_file():
         raise ConfigError(f"--supernet: expected {SUPERNET_NAME!r} or a supernet file, got {supernet!r}")
     executor = TorchExecutor.load(path, device=device, threads=threads, batch_sizes=profile.batch_sizes)
-    check_rows(profile, executor)
+    select_rows(profile, executor)
     executor.warm_up()
     gauges = _memory_of_cuda(executor) if executor.device.type == "cuda" else _memory_of_process
     gpu = ComputeGpu(executor, profile, MonotonicClock(), waker.wake)
@@ -149,13 +149,12 @@ def resident(supernet: str, profile: Profile, device: str, threads: int, waker: 
         gpu.close()
 
 
-def check_rows(profile: Profile, executor: TorchExecutor) -> None:
-    """Raise ConfigError unless the profile's rows are the supernet's subnets, in order."""
-    rows = [subnet.name for subnet in profile.subnets]
-    hosted = [subnet.name for subnet in executor.subnets]
-    if rows != hosted:
-        expected = ", ".join(hosted)
-        raise ConfigError(f"profile {profile.name!r}: subnets: expected {expected}, got {', '.join(rows)}")
+def select_rows(profile: Profile, executor: TorchExecutor) -> None:
+    """Make the profile's rows the executor's; ConfigError if the supernet has no such subnet."""
+    try:
+        executor.select([subnet.name for subnet in profile.subnets])
+    except ConfigError as error:
+        raise ConfigError(f"profile {profile.name!r}: {error}") from error
 
 
 def serve(endpoint: str, name: str, device: Device, waker: Waker) -> None:

@@ -93,6 +93,7 @@ class TorchExecutor:
         self.device = device
         self.batch_sizes = tuple(batch_sizes)
         self._supernet = supernet
+        self._hosted = tuple(range(len(self.cards)))  # by row, the supernet's own row
 
     @classmethod
     def load(
@@ -125,6 +126,24 @@ class TorchExecutor:
         fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         return cls(supernet, cards, fingerprint=fingerprint, device=target, batch_sizes=batch_sizes)
 
+    def select(self, names: Sequence[str]) -> None:
+        """Serve the subnets called `names` alone, as rows 0, 1, ... in that order.
+
+        A profile measured here may leave out a subnet that is no faster than a better one.
+
+        Raises:
+            ConfigError: If the file has no such subnet.
+        """
+        known = {card.name: row for row, card in enumerate(self.cards)}
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise ConfigError(f"subnets: expected names among {', '.join(known)}, got {missing[0]}")
+        rows = [known[name] for name in names]
+        self._hosted = tuple(self._hosted[row] for row in rows)
+        self.cards = tuple(self.cards[row] for row in rows)
+        self.subnets = tuple(self.subnets[row] for row in rows)
+        self.accuracies = tuple(card.accuracy for card in self.cards)
+
     def execute(self, subnet: int, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Actuate row `subnet`, run `batch` (B, *input) and return its outputs (B, *output).
 
@@ -133,7 +152,9 @@ class TorchExecutor:
             InvalidQueryError: If the batch's size, dtype or shape is not what the supernet takes.
         """
         padded = self._padded(batch)
-        actuate(self._supernet, subnet)
+        if not 0 <= subnet < len(self._hosted):
+            raise ConfigError(f"subnet: expected a row from 0 to {len(self._hosted) - 1}, got {subnet}")
+        actuate(self._supernet, self._hosted[subnet])
         with torch.inference_mode():
             images = torch.from_numpy(padded).to(self.device).to(memory_format=torch.channels_last)
             logits = self._supernet(images)[: len(batch)]  # (B, classes)

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 MS = 1_000_000
 _PROGRESS_NS = 250 * MS
+_RESOLUTION_NS = 300_000
+"""A sender wakes to send at most this often: finer than a timer's usual lateness is wasted, and the
+lag it adds is on record like any other."""
 _WELCOME_NS = 10_000 * MS
 COLUMNS = (
     "sent_ns", "answered_ns", "status", "subnet", "batch_size", "accuracy", "queued_ns", "executing_ns"
@@ -182,7 +185,8 @@ class Sender:
                 on_progress(i)
             if i >= n and (records.n_answered >= self.n_sent or now_ns >= give_up_ns):
                 return
-            next_ns = due[i] if i < n else now_ns + 20 * MS
+            # Waking for every query would cost more than sending it: see _RESOLUTION_NS.
+            next_ns = max(due[i], now_ns + _RESOLUTION_NS) if i < n else now_ns + 20 * MS
             waiter.wait(min(next_ns, next_progress_ns) - time.monotonic_ns())
 
     def _send(self, lo: int, hi: int, deadline_ns: npt.NDArray[np.int64], now_ns: int) -> None:
