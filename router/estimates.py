@@ -34,39 +34,6 @@ class WindowedMin:
         return minima[0][1]
 
 
-class Spread:
-    """A smoothed mean and mean deviation; `bound()` covers nearly all of what was seen.
-
-    Source: the retransmission timer of TCP (RFC 6298), gains 1/8 and 1/4.
-    """
-
-    __slots__ = ("deviation_ns", "mean_ns")
-
-    def __init__(self, mean_ns: int, deviation_ns: int) -> None:
-        self.mean_ns = mean_ns
-        self.deviation_ns = deviation_ns
-
-    def ease(self, mean_ns: int, deviation_ns: int) -> None:
-        """Move an eighth of the way down to `mean_ns` and `deviation_ns`; never up."""
-        self.mean_ns -= max(0, self.mean_ns - mean_ns + 7) >> 3
-        self.deviation_ns -= max(0, self.deviation_ns - deviation_ns + 7) >> 3
-
-    def add(self, value_ns: int) -> None:
-        """Take one measurement into account.
-
-        One far above all that was seen counts as twice the bound and a millisecond: a stall says
-        nothing about the next message, while a lasting change is followed within a few.
-        """
-        value_ns = min(value_ns, 2 * self.bound_ns() + 1_000_000)
-        error = value_ns - self.mean_ns
-        self.mean_ns += error >> 3
-        self.deviation_ns += (abs(error) - self.deviation_ns) >> 2
-
-    def bound_ns(self, deviations: int = 4) -> int:
-        """Return the mean plus so many mean deviations."""
-        return self.mean_ns + deviations * self.deviation_ns
-
-
 class RecentQuantiles:
     """The median and the 99th percentile of the last `window` durations.
 
@@ -86,7 +53,12 @@ class RecentQuantiles:
         self._refresh()
 
     def add(self, value_ns: int) -> None:
-        """Take one measurement into account, and forget the oldest of a full window."""
+        """Take one measurement into account, and forget the oldest of a full window.
+
+        One far above all others counts as twice the 99th percentile and a millisecond: while
+        the window holds fewer than 100, that percentile is the largest.
+        """
+        value_ns = min(value_ns, 2 * self._bound_ns + 1_000_000)
         self._recent.append(value_ns)
         insort(self._sorted, value_ns)
         if len(self._recent) > self._window:

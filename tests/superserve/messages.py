@@ -1,0 +1,168 @@
+"""Strategies that draw a sound message of every kind, with all of its options."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from hypothesis import strategies as st
+
+from superserve import wire
+from superserve.wire import VARIED, Kind, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from superserve.wire import Buffer
+
+U8 = st.integers(0, 2**8 - 1)
+U16 = st.integers(0, 2**16 - 1)
+U32 = st.integers(0, 2**32 - 1)
+U64 = st.integers(0, 2**64 - 1)
+I64 = st.integers(-(2**63), 2**63 - 1)
+DURATION_NS = st.integers(0, 2**63 - 1)
+SLACK_NS = st.integers(-wire.MAX_SLACK_NS, wire.MAX_SLACK_NS)
+F32 = st.floats(width=32, allow_nan=False)
+CONTROL_KINDS = (Kind.HELLO, Kind.WELCOME, Kind.DRAIN, Kind.BYE, Kind.STATUS, Kind.REFUSED)
+
+
+@st.composite
+def columns(draw: st.DrawFn, fmt: str, elements: st.SearchStrategy[float], n: int) -> bytes:
+    """Draw a column of n elements as bytes."""
+    return struct.pack(f"<{n}{fmt}", *draw(st.lists(elements, min_size=n, max_size=n)))
+
+
+@st.composite
+def payloads(draw: st.DrawFn, n: int) -> tuple[int, list[bytes], bytes | None]:
+    """Draw n payloads: bytes of each or VARIED, the payloads, and the column of lengths."""
+    if draw(st.booleans()):
+        each = draw(st.integers(0, 5))
+        return each, [draw(st.binary(min_size=each, max_size=each)) for _ in range(n)], None
+    parts = [draw(st.binary(max_size=5)) for _ in range(n)]
+    return VARIED, parts, struct.pack(f"<{n}I", *map(len, parts))
+
+
+def packed(parts: Sequence[bytes], *, framed: bool) -> list[Buffer]:
+    """Return payloads as frames: one each, or one for all."""
+    return list(parts) if framed else [b"".join(parts)]
+
+
+@st.composite
+def queries(draw: st.DrawFn) -> wire.Queries:
+    """Draw a QUERIES message."""
+    n = draw(st.integers(1, 6))
+    each, parts, lengths = draw(payloads(n))
+    framed = draw(st.booleans())
+    return wire.Queries(
+        epoch=draw(U64),
+        sent_ns=draw(I64),
+        n=n,
+        ids=draw(columns("Q", U64, n)),
+        slacks=draw(columns("q", SLACK_NS, n)),
+        payload_bytes=each,
+        payloads=packed(parts, framed=framed),
+        framed=framed,
+        lengths=lengths,
+        min_accuracy=draw(st.none() | columns("f", F32, n)),
+        priority=draw(st.none() | columns("B", U8, n)),
+        resubmitted=draw(st.booleans()),
+    )
+
+
+@st.composite
+def groups(draw: st.DrawFn, *, is_uneven: bool = False) -> wire.Group:
+    """Draw a stretch of answers: with outputs, or with one reason."""
+    count = draw(st.integers(1, 4))
+    status = draw(st.sampled_from(Status))
+    lengths, output = None, draw(st.binary(max_size=20))
+    each = len(output)
+    if status in wire.HAS_OUTPUT:
+        each, parts, lengths = draw(payloads(count))
+        output = b"".join(parts)
+    queued_us = draw(columns("I", st.integers(0, 2**32 - 1), count)) if is_uneven else None
+    return wire.Group(
+        count=count,
+        status=status,
+        subnet=draw(U16),
+        batch_size=draw(U16),
+        accuracy=draw(F32),
+        queued_ns=draw(I64),
+        to_start_ns=draw(I64),
+        executing_ns=draw(I64),
+        returning_ns=draw(I64),
+        ids=draw(columns("Q", U64, count)),
+        output_bytes=each,
+        output=output,
+        lengths=lengths,
+        queued_us=queued_us,
+    )
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> wire.Segment:
+    """Draw a stretch of a client's message inside a directive."""
+    count = draw(st.integers(1, 4))
+    each, parts, lengths = draw(payloads(count))
+    framed = draw(st.booleans())
+    return wire.Segment(
+        count=count,
+        payload_bytes=each,
+        packed=not framed,
+        elapsed_ns=draw(SLACK_NS),
+        ids=draw(columns("Q", U64, count)),
+        slacks=draw(columns("q", SLACK_NS, count)),
+        payloads=packed(parts, framed=framed),
+        lengths=lengths,
+    )
+
+
+@st.composite
+def directives(draw: st.DrawFn) -> wire.Directive:
+    """Draw a DIRECTIVE of one to three segments."""
+    parts = draw(st.lists(segments(), min_size=1, max_size=3))
+    n = sum(part.count for part in parts)
+    return wire.Directive(draw(U64), draw(U64), draw(U16), draw(U16), n, parts)
+
+
+@st.composite
+def done_rows(draw: st.DrawFn) -> wire.DoneRow:
+    """Draw a finished batch: all OK, or of mixed statuses."""
+    n = draw(st.integers(1, 4))
+    each, parts, lengths = draw(payloads(n))
+    return wire.DoneRow(
+        batch_id=draw(U64),
+        slot=draw(U16),
+        credit=draw(U16),
+        held=draw(U16),
+        n=n,
+        waited_ns=draw(DURATION_NS),
+        executing_ns=draw(DURATION_NS),
+        last_batch=draw(U64),
+        free_in_ns=draw(I64),
+        output_bytes=each,
+        output=b"".join(parts),
+        statuses=draw(st.none() | columns("B", st.sampled_from(Status), n)),
+        lengths=lengths,
+    )
+
+
+@st.composite
+def cancels(draw: st.DrawFn) -> wire.Cancel:
+    """Draw a CANCEL."""
+    n = draw(st.integers(1, 6))
+    return wire.Cancel(draw(U64), n, draw(columns("Q", U64, n)))
+
+
+PULL_ROWS = st.builds(wire.PullRow, U16, U16, U16, U16, U64, I64, U64, F32, F32)
+BODIES = st.dictionaries(st.text(max_size=5), st.none() | st.integers(-(2**53), 2**53) | st.text(max_size=5))
+DATA_MESSAGES: st.SearchStrategy[wire.Message] = st.one_of(
+    queries(),
+    st.builds(wire.Results, U64, st.lists(groups(), min_size=1, max_size=4)),
+    cancels(),
+    st.builds(wire.Pull, U64, st.lists(PULL_ROWS, min_size=1, max_size=4)),
+    directives(),
+    st.builds(wire.Done, U64, st.lists(done_rows(), min_size=1, max_size=4)),
+    st.builds(wire.Ping, I64),
+    st.builds(wire.Pong, I64, I64),
+)
+MESSAGES = DATA_MESSAGES | st.builds(wire.Control, st.sampled_from(CONTROL_KINDS), BODIES)
