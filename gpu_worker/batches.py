@@ -120,10 +120,9 @@ def free_in_ns(profile: Profile, first_ends_ns: int, held: Iterable[Directive], 
 
 def unexpired(directive: Directive, waited_ns: int) -> npt.NDArray[np.bool_] | None:
     """Return which queries still have slack after `waited_ns` here, shape (n,); None if all have."""
-    left_ns = directive.slack_left_ns()
-    if int(left_ns.min()) > waited_ns:
+    if directive.least_slack_left_ns() > waited_ns:
         return None
-    return left_ns > waited_ns
+    return directive.slack_left_ns() > waited_ns
 
 
 def expired_reason(waited_ns: int) -> bytes:

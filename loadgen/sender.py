@@ -116,15 +116,20 @@ class Records:
 
     def take(self, group: Group, now_ns: int, *, keep_outputs: bool) -> None:
         """Enter a group of answers that arrived at `now_ns`."""
-        index = np.frombuffer(group.ids, "<u8").astype(np.int64)
-        if self.status[index].min() != UNANSWERED:
-            is_new = self.status[index] == UNANSWERED
+        index = np.frombuffer(group.ids, "<i8")
+        before = self.status[index]
+        queued_ns: Any = group.queued_ns
+        if group.queued_us is not None:
+            queued_ns = np.frombuffer(group.queued_us, "<u4").astype(np.int64) * 1000
+        if before.min() != UNANSWERED:
+            is_new = before == UNANSWERED
             self.n_duplicates += int((~is_new).sum())
             index = index[is_new]
+            queued_ns = queued_ns[is_new] if group.queued_us is not None else queued_ns
         self.n_answered += len(index)
         self.answered_ns[index] = now_ns
         self.status[index] = group.status
-        self.queued_ns[index] = group.queued_ns
+        self.queued_ns[index] = queued_ns
         if group.status not in HAS_OUTPUT:
             status = wire.Status(group.status).name
             if status not in self.reasons:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from profiles.table import Profile
+    from router.edf import Stretch
     from router.policy import Policy
     from superserve.wire import DoneRow, Queries
 
@@ -99,10 +100,11 @@ class CoreSettings:
 class Client:
     """A connected application and the cohorts it waits for. `key` is None once it left."""
 
-    __slots__ = ("cohorts", "key", "session", "transits")
+    __slots__ = ("cohorts", "key", "serial", "session", "transits")
 
-    def __init__(self, key: Key, session: int) -> None:
+    def __init__(self, key: Key, session: int, serial: int) -> None:
         self.key: Key | None = key
+        self.serial = serial
         self.session = session
         self.cohorts: dict[int, Cohort] = {}
         self.transits = RecentQuantiles([0] * 8)
@@ -145,6 +147,7 @@ class RouterCore:
         self._free: list[tuple[int, int, int, Worker]] = []
         self._overruns: list[tuple[int, int]] = []
         self._serial = 0
+        self._client_serial = 0
         self._offer_seq = 0
         self._min_service_ns = 0
         self._uneven = False
@@ -228,7 +231,9 @@ class RouterCore:
             self._client_left(ClientLeft(event.client), now_ns)
         client = self._sessions.get(event.session)
         if client is None:
-            client = self._sessions[event.session] = Client(event.client, event.session)
+            self._client_serial += 1
+            client = Client(event.client, event.session, self._client_serial)
+            self._sessions[event.session] = client
         elif client.key is not None:
             self.clients.pop(client.key, None)
         client.key = event.client
@@ -305,7 +310,7 @@ class RouterCore:
 
     def _push_open(self, cohort: Cohort, lo: int, hi: int) -> None:
         """Queue what `_floors` left open; a floor that no subnet reaches was refused there."""
-        if cohort.floors is None:
+        if cohort.message.min_accuracy is None:
             self.queue.push(cohort, lo, hi)
             return
         for start, end in tuple(state_stretches(cohort, lo, hi, QUEUED)):
@@ -570,13 +575,33 @@ class RouterCore:
             if start == end:
                 continue
             self._close(cohort, start, end, status)
-            if cohort.client.key is not None:
-                self._actions.append(
-                    Answer(
-                        cohort.client.key, cohort, start, end, status, batch.subnet, batch.n, accuracy,
-                        queued_ns, *timeline, row, at + start - lo,
-                    )
-                )  # fmt: skip
+            key = cohort.client.key
+            if key is None or self._joins_last(row, key, status, at + start - lo, (cohort, start, end)):
+                continue
+            self._actions.append(
+                Answer(
+                    key, cohort, start, end, status, batch.subnet, batch.n, accuracy,
+                    queued_ns, *timeline, row, at + start - lo,
+                )
+            )  # fmt: skip
+
+    def _joins_last(self, row: DoneRow, key: Key, status: Status, at: int, stretch: Stretch) -> bool:
+        """Add a stretch to the last answer if that one ends where this begins, and in the same way."""
+        last = self._actions[-1] if self._actions else None
+        if (
+            not isinstance(last, Answer)
+            or last.row is not row
+            or last.client != key
+            or last.status is not status
+            or last.at + last.n != at
+            or row.statuses is not None
+        ):
+            return False
+        if last.more is None:
+            last.more = []
+        last.more.append(stretch)
+        last.n += stretch[2] - stretch[1]
+        return True
 
     def _worker_left(self, event: WorkerLeft, now_ns: int) -> None:
         peer = self.peers.get(event.peer)
@@ -868,6 +893,9 @@ class RouterCore:
         assert n > 0, f"policy {worker.policy.name} chose subnet {choice.subnet} below the head's floor"
         self.n_batches += 1
         batch_id = self.n_batches
+        if len(stretches) > 2 and any(s[0].client is not stretches[0][0].client for s in stretches):
+            # Side by side in the batch, a client's queries are answered as one group.
+            stretches.sort(key=_client_serial)
         for cohort, lo, hi in stretches:
             cohort.states[lo:hi] = b"\x01" * (hi - lo)
             if cohort.holders is not None:
@@ -898,6 +926,11 @@ def _gpu(peer: Peer, slot: int) -> Worker:
     if slot >= len(peer.workers):
         raise WireError(f"slot: {peer.name} has {len(peer.workers)} GPUs, got slot {slot}")
     return peer.workers[slot]
+
+
+def _client_serial(stretch: Stretch) -> int:
+    serial: int = stretch[0].client.serial
+    return serial
 
 
 def _floor(head: tuple[int, Cohort, int]) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from superserve.wire import MAX_QUERIES, VARIED, Directive, Group, Results, Segment
+from superserve.wire import MAX_QUERIES, VARIED, Directive, Group, Results, Segment, pack_queued_us
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,28 +55,43 @@ def results_of(epoch: int, answers: Sequence[Answer]) -> Iterator[Results]:
     groups: list[Group] = []
     n = 0
     for answer in answers:
-        count = answer.hi - answer.lo
-        if n + count > MAX_QUERIES:
+        group = _group(answer)
+        if n + group.count > MAX_QUERIES:
             yield Results(epoch, groups)
             groups, n = [], 0
-        groups.append(_group(answer, count))
-        n += count
+        groups.append(group)
+        n += group.count
     yield Results(epoch, groups)
 
 
-def _group(answer: Answer, count: int) -> Group:
+def _group(answer: Answer) -> Group:
+    queries: Queries = answer.cohort.message
+    count = answer.n
+    ids: Buffer = queries.ids[8 * answer.lo : 8 * answer.hi]
+    queued_us: Buffer | None = None
+    if answer.more is not None:
+        ids, queued_us = _merged(answer)
     each, lengths = 0, None
     output: Buffer
     if answer.row is None:
         output = answer.reason.encode()
     else:
         each, output, lengths = _outputs(answer.row, answer.at, answer.at + count)
-    queries: Queries = answer.cohort.message
     return Group(
         count, answer.status, answer.subnet, answer.batch_size, answer.accuracy,
         answer.queued_ns, answer.to_start_ns, answer.executing_ns, answer.returning_ns,
-        queries.ids[8 * answer.lo : 8 * answer.hi], each, output, lengths,
+        ids, each, output, lengths, queued_us,
     )  # fmt: skip
+
+
+def _merged(answer: Answer) -> tuple[bytes, bytes]:
+    """Return ids and waits of an answer of several stretches, which came at different instants."""
+    ids, waits = [], []
+    dispatched_ns = answer.cohort.arrived_ns + answer.queued_ns
+    for cohort, lo, hi in answer.stretches:
+        ids.append(cohort.message.ids[8 * lo : 8 * hi])
+        waits.append(pack_queued_us(dispatched_ns - cohort.arrived_ns) * (hi - lo))
+    return b"".join(ids), b"".join(waits)
 
 
 def _outputs(row: DoneRow, lo: int, hi: int) -> tuple[int, Buffer, Buffer | None]:

@@ -145,9 +145,11 @@ class Dispatch:
 
 @dataclass(slots=True)
 class Answer:
-    """Tell `client` how queries lo to hi of `cohort` ended.
+    """Tell `client` how queries lo to hi of `cohort`, and those of `more`, ended.
 
     Attributes:
+        more: Further stretches that ended alike, in the batch's order after the first.
+        n: Queries in all its stretches.
         row: The batch's report, which holds their outputs or reasons from query `at` on;
             None where no worker was involved, and `reason` says why.
     """
@@ -167,6 +169,16 @@ class Answer:
     row: DoneRow | None = None
     at: int = 0
     reason: str = ""
+    more: list[Stretch] | None = None
+    n: int = 0
+
+    def __post_init__(self) -> None:
+        self.n = self.hi - self.lo
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """Every stretch that it answers."""
+        return [(self.cohort, self.lo, self.hi), *(self.more or ())]
 
 
 @dataclass(slots=True)

@@ -91,7 +91,7 @@ class Reply:
         subnet: Name of the subnet that served it.
         accuracy: That subnet's profiled accuracy, percent.
         batch_size: Queries that shared its batch.
-        timeline: Where the time went; shared by the queries of a batch.
+        timeline: Where the time went.
         latency_ms: From submit to reply, by this process's clock.
     """
 
@@ -418,26 +418,16 @@ class Client:
         """Hand a group of answers to their futures."""
         ids = np.frombuffer(group.ids, "<u8").tolist()
         if group.status not in HAS_OUTPUT:
-            reason = bytes(group.output).decode(errors="replace") if group.lengths is None else ""
-            if group.lengths is not None or group.output_bytes:
-                reasons = [bytes(part).decode(errors="replace") for part in _split(group)]
-                for query_id, text in zip(ids, reasons, strict=True):
-                    self._end(query_id, _error(group.status, text))
-                return
-            for query_id in ids:
-                self._end(query_id, _error(group.status, reason))
+            parts: Sequence[Any] = [group.output] * group.count if group.lengths is None else _split(group)
+            for query_id, part in zip(ids, parts, strict=True):
+                self._end(query_id, _error(group.status, bytes(part).decode(errors="replace")))
             return
         now_ns = time.monotonic_ns()
-        timeline = Timeline(
-            group.queued_ns / MS, group.to_start_ns / MS, group.executing_ns / MS, group.returning_ns / MS
-        )
-        name = (
-            connection.subnets[group.subnet][0]
-            if group.subnet < len(connection.subnets)
-            else str(group.subnet)
-        )
+        subnets, row = connection.subnets, group.subnet
+        name = subnets[row][0] if row < len(subnets) else str(row)
         is_late = group.status == Status.LATE
-        for query_id, output in zip(ids, self._outputs(group), strict=True):
+        timelines = _timelines(group)
+        for query_id, output, timeline in zip(ids, self._outputs(group), timelines, strict=True):
             future = self._forget(query_id)
             if future is None:
                 continue  # answered, cancelled or given up before: the first end counts
@@ -523,6 +513,16 @@ def _split(group: Group) -> list[memoryview]:
         return [view[i * each : (i + 1) * each] for i in range(group.count)]
     ends = np.cumsum(np.frombuffer(group.lengths, "<u4")).tolist()
     return [view[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _timelines(group: Group) -> list[Timeline]:
+    """Return each query's timeline; queries that waited equally long share one."""
+    rest = (group.to_start_ns / MS, group.executing_ns / MS, group.returning_ns / MS)
+    if group.queued_us is None:
+        return [Timeline(group.queued_ns / MS, *rest)] * group.count
+    waits = memoryview(group.queued_us).cast("I").tolist()
+    by_wait = {wait_us: Timeline(wait_us / 1000, *rest) for wait_us in set(waits)}
+    return [by_wait[wait_us] for wait_us in waits]
 
 
 def _error(status: int, reason: str) -> QueryError:

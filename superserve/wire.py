@@ -40,9 +40,10 @@ the flag FRAMES one frame a query. RESUBMITTED: these ids may be known already.
 RESULTS: `epoch` u64, `n` u32, `n_groups` u32. A group is a stretch of queries that
 share an end: count u32, status u8, (3 pad), subnet u16, batch_size u16, accuracy f32,
 queued, to_start, executing, returning i64 ns, output_bytes u32 (VARIED: the column
-`lengths`, present with flag LENGTHS for all n). Then ids u64, one after the other.
-One frame a group: its outputs end to end; for a status without output, one UTF-8
-text that says why, shared by the group.
+`lengths`, present with flag LENGTHS for all n). Then ids u64, one after the other, and
+with flag QUEUED `queued` u32 us of each query, which may differ within a batch. A
+buffer a group: its outputs end to end; for a status without output, one UTF-8 text that
+says why, shared by the group, output_bytes long.
 
 PULL: `epoch` u64, `n_rows` u32. A row: slot u16, credit u16 (batches it can take),
 held u16, running u16, last_batch u64 (the last directive it had seen: the router
@@ -59,7 +60,11 @@ DONE: `epoch` u64, `n_rows` u32. A row: batch_id u64, slot u16, credit u16, held
 flags u16 (1: mixed statuses), n u32, output_bytes u32 (VARIED as above), waited_ns
 i64 (received to started), executing_ns i64, last_batch u64, free_in_ns i64. Columns:
 for each row with mixed statuses, status u8 of n; for each VARIED row, lengths u32
-of n. One frame a row: outputs, or UTF-8 reasons, end to end.
+of n. A buffer a row: outputs, or UTF-8 reasons, end to end.
+
+The buffers of RESULTS, DIRECTIVE and DONE are frames of their own, or, where together
+they are small (GATHER_BYTES), all in one frame, with flag GATHERED: ZeroMQ copies small
+frames anyway, and each costs as much as a kilobyte.
 """
 
 from __future__ import annotations
@@ -91,6 +96,9 @@ MAX_SLACK_NS = 86_400 * 10**9
 """No slack is longer than a day; a longer one is a unit mistaken."""
 MAX_JSON_BYTES = 16 << 20
 
+GATHER_BYTES = 16_384
+"""Buffers that together stay below this share a frame: joining them costs less than their frames."""
+
 Buffer = bytes | memoryview
 
 _PRELUDE = struct.Struct("<2sBBI")
@@ -102,6 +110,7 @@ _PULL_ROW = struct.Struct("<HHHHQqQff")
 _DIRECTIVE = struct.Struct("<QQHHII")
 _SEGMENT = struct.Struct("<III4xq")
 _DONE_ROW = struct.Struct("<QHHHHIIqqQq")
+_U32 = struct.Struct("<I")
 _STAMP = struct.Struct("<q")
 _STAMPS = struct.Struct("<qq")
 
@@ -110,6 +119,8 @@ _FLAG_PRIORITY = 2
 _FLAG_LENGTHS = 4
 _FLAG_FRAMES = 8
 _FLAG_RESUBMITTED = 16
+_FLAG_GATHERED = 32
+_FLAG_QUEUED = 64
 _ROW_MIXED = 1
 
 
@@ -196,6 +207,8 @@ class Group:
         output_bytes: Bytes of each output, or VARIED.
         output: Outputs end to end (OK, LATE), or one UTF-8 reason.
         lengths: count u32 as bytes when VARIED, else None.
+        queued_us: count u32 us as bytes where the queries did not wait equally long, else
+            None; `queued_ns` is then the first one's.
     """
 
     count: int
@@ -211,6 +224,7 @@ class Group:
     output_bytes: int
     output: Buffer
     lengths: Buffer | None = None
+    queued_us: Buffer | None = None
 
 
 @dataclass(slots=True)
@@ -299,6 +313,10 @@ class Directive:
         """Return what was left of each query's slack at sending, shape (n,), ns."""
         parts = [np.frombuffer(s.slacks, "<i8") - s.elapsed_ns for s in self.segments]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def least_slack_left_ns(self) -> int:
+        """Return the least of `slack_left_ns`, without making an array of a handful of numbers."""
+        return min([min(memoryview(s.slacks).cast("q")) - s.elapsed_ns for s in self.segments])
 
     def payload_list(self) -> list[Buffer]:
         """Return the n payloads, each a buffer of its own; nothing is copied."""
@@ -398,6 +416,13 @@ def _lengths(count: int, uniform: int, column: Buffer | None) -> list[int]:
 # --- encoding -------------------------------------------------------------------------------
 
 
+def _gather(buffers: list[Buffer]) -> tuple[int, list[Buffer]]:
+    """Return the flag and the frames for `buffers`: one frame for all of them if they are small."""
+    if len(buffers) > 1 and sum(map(len, buffers)) < GATHER_BYTES:
+        return _FLAG_GATHERED, [b"".join(buffers)]
+    return 0, buffers
+
+
 def encode_queries(message: Queries) -> list[Buffer]:
     """Return the frames of a QUERIES message."""
     flags = _FLAG_FRAMES if message.framed else 0
@@ -420,7 +445,7 @@ def encode_queries(message: Queries) -> list[Buffer]:
 def encode_results(message: Results) -> list[Buffer]:
     """Return the frames of a RESULTS message."""
     groups = message.groups
-    varied = any(group.lengths is not None for group in groups)
+    flags, frames = _gather([g.output for g in groups])
     rows = [
         _GROUP.pack(
             g.count,
@@ -432,17 +457,30 @@ def encode_results(message: Results) -> list[Buffer]:
             g.to_start_ns,
             g.executing_ns,
             g.returning_ns,
-            g.output_bytes,
+            g.output_bytes if g.status <= Status.LATE or g.lengths is not None else len(g.output),
         )
         for g in groups
     ]
-    parts: list[Buffer] = [_prelude(Kind.RESULTS, _FLAG_LENGTHS if varied else 0)]
-    parts.append(_RESULTS.pack(message.epoch, sum(g.count for g in groups), len(groups)))
-    parts.extend(rows)
-    parts.extend(g.ids for g in groups)
-    if varied:
-        parts.extend(bytes(4 * g.count) if g.lengths is None else g.lengths for g in groups)
-    return [b"".join(parts), *(g.output for g in groups)]
+    columns: list[Buffer] = [g.ids for g in groups]
+    if any(g.queued_us is not None for g in groups):
+        flags |= _FLAG_QUEUED
+        columns.extend(_queued_us(g) for g in groups)
+    if any(g.lengths is not None for g in groups):
+        flags |= _FLAG_LENGTHS
+        columns.extend(bytes(4 * g.count) if g.lengths is None else g.lengths for g in groups)
+    header = _RESULTS.pack(message.epoch, sum([g.count for g in groups]), len(groups))
+    return [b"".join((_prelude(Kind.RESULTS, flags), header, *rows, *columns)), *frames]
+
+
+def _queued_us(group: Group) -> Buffer:
+    if group.queued_us is not None:
+        return group.queued_us
+    return pack_queued_us(group.queued_ns) * group.count
+
+
+def pack_queued_us(queued_ns: int) -> bytes:
+    """Return one entry of the column `queued`: microseconds, at most what a u32 holds."""
+    return _U32.pack(min(max(0, queued_ns) // 1000, 0xFFFFFFFF))
 
 
 def encode_cancel(message: Cancel) -> list[Buffer]:
@@ -473,28 +511,24 @@ def encode_pull(message: Pull) -> list[Buffer]:
 def encode_directive(message: Directive) -> list[Buffer]:
     """Return the frames of a DIRECTIVE message."""
     segments = message.segments
-    varied = any(s.lengths is not None for s in segments)
-    parts: list[Buffer] = [
-        _prelude(Kind.DIRECTIVE, _FLAG_LENGTHS if varied else 0),
-        _DIRECTIVE.pack(
-            message.epoch, message.batch_id, message.slot, message.subnet, message.n, len(segments)
-        ),
-    ]
-    parts.extend([_SEGMENT.pack(s.count, s.payload_bytes, s.packed, s.elapsed_ns) for s in segments])
-    parts.extend([s.ids for s in segments])
-    parts.extend([s.slacks for s in segments])
-    if varied:
-        parts.extend(bytes(4 * s.count) if s.lengths is None else s.lengths for s in segments)
-    frames: list[Buffer] = [b"".join(parts)]
-    for segment in segments:
-        frames.extend(segment.payloads)
-    return frames
+    flags, frames = _gather([payload for s in segments for payload in s.payloads])
+    columns = [s.ids for s in segments]
+    columns.extend([s.slacks for s in segments])
+    if any(s.lengths is not None for s in segments):
+        flags |= _FLAG_LENGTHS
+        columns.extend(bytes(4 * s.count) if s.lengths is None else s.lengths for s in segments)
+    header = _DIRECTIVE.pack(
+        message.epoch, message.batch_id, message.slot, message.subnet, message.n, len(segments)
+    )
+    rows = [_SEGMENT.pack(s.count, s.payload_bytes, s.packed, s.elapsed_ns) for s in segments]
+    return [b"".join((_prelude(Kind.DIRECTIVE, flags), header, *rows, *columns)), *frames]
 
 
 def encode_done(message: Done) -> list[Buffer]:
     """Return the frames of a DONE message."""
     rows = message.rows
-    parts: list[Buffer] = [_PRELUDES[Kind.DONE], _COUNTED.pack(message.epoch, len(rows))]
+    flags, frames = _gather([r.output for r in rows])
+    parts: list[Buffer] = [_prelude(Kind.DONE, flags), _COUNTED.pack(message.epoch, len(rows))]
     parts.extend(
         [
             _DONE_ROW.pack(
@@ -518,7 +552,7 @@ def encode_done(message: Done) -> list[Buffer]:
             parts.append(r.statuses)
         if r.lengths is not None:
             parts.append(r.lengths)
-    return [b"".join(parts), *(r.output for r in rows)]
+    return [b"".join(parts), *frames]
 
 
 def encode_ping(message: Ping) -> list[Buffer]:
@@ -670,6 +704,35 @@ def _decode_queries(frames: Sequence[Buffer], flags: int) -> Queries:
     )
 
 
+def _size(count: int, each: int, lengths: Buffer | None) -> int:
+    """Return the bytes of `count` payloads or outputs end to end."""
+    return count * each if lengths is None else sum(memoryview(lengths).cast("I"))
+
+
+def _split(kind: Kind, frames: Sequence[Buffer], flags: int, sizes: list[int]) -> Sequence[Buffer]:
+    """Return the buffers behind frame 0, each of its size, from frames of their own or one frame for all."""
+    if not flags & _FLAG_GATHERED:
+        _check_n_frames(kind, frames, 1 + len(sizes))
+        for i, size in enumerate(sizes, start=1):
+            if len(frames[i]) != size:
+                raise _wrong_size(kind, i, size, len(frames[i]))
+        return frames[1:]
+    _check_n_frames(kind, frames, 2)
+    view = memoryview(frames[1])
+    if len(view) != sum(sizes):
+        raise _wrong_size(kind, 1, sum(sizes), len(view))
+    buffers = []
+    at = 0
+    for size in sizes:
+        buffers.append(view[at : at + size])
+        at += size
+    return buffers
+
+
+def _wrong_size(kind: Kind, frame: int, expected: int, got: int) -> WireError:
+    return WireError(f"{kind.name.lower()}: frame {frame}: expected {expected} bytes, got {got}")
+
+
 def _decode_results(frames: Sequence[Buffer], flags: int) -> Results:
     kind = Kind.RESULTS
     reader = _Reader(frames[0], kind)
@@ -677,44 +740,42 @@ def _decode_results(frames: Sequence[Buffer], flags: int) -> Results:
     _count(kind, "n", n)
     _count(kind, "n_groups", n_groups)
     rows = reader.rows(_GROUP, n_groups, "groups")
-    if sum(row[0] for row in rows) != n:
+    if sum([row[0] for row in rows]) != n:
         raise WireError(f"results: groups: their counts do not sum to n = {n}")
-    _check_n_frames(kind, frames, 1 + n_groups)
     columns = [reader.take(8 * row[0], "ids") for row in rows]
-    lengths_of: list[Buffer | None] = [None] * n_groups
-    if flags & _FLAG_LENGTHS:
-        lengths_of = [reader.take(4 * row[0], "lengths") for row in rows]
+    queued_of = _optional(reader, rows, flags & _FLAG_QUEUED, "queued")
+    lengths_of = _optional(reader, rows, flags & _FLAG_LENGTHS, "lengths")
     reader.finish()
-    groups = []
-    for row, ids, lengths, output in zip(rows, columns, lengths_of, frames[1:], strict=True):
-        count, status, subnet, batch_size, accuracy, *durations, output_bytes = row
-        queued_ns, to_start_ns, executing_ns, returning_ns = durations
+    sizes = []
+    for i, row in enumerate(rows):
+        count, status, each = row[0], row[1], row[-1]
         if count == 0 or status >= len(STATUSES):
             raise WireError(f"results: group: count {count}, status {status}")
-        if output_bytes != VARIED:
-            lengths = None
-        elif lengths is None:
+        if each != VARIED:
+            lengths_of[i] = None
+        elif lengths_of[i] is None:
             raise WireError("results: output_bytes: VARIED without the column of lengths")
-        if status <= Status.LATE:
-            _check_buffer(kind, "outputs", output, count, output_bytes, lengths)
+        is_shared = status > Status.LATE and each != VARIED
+        sizes.append(each if is_shared else _size(count, each, lengths_of[i]))
+    outputs = _split(kind, frames, flags, sizes)
+    groups = []
+    for row, ids, output, lengths, queued in zip(rows, columns, outputs, lengths_of, queued_of, strict=True):
+        count, status, subnet, batch_size, accuracy, *durations, each = row
+        queued_ns, to_start_ns, executing_ns, returning_ns = durations
         groups.append(
             Group(
-                count,
-                status,
-                subnet,
-                batch_size,
-                accuracy,
-                queued_ns,
-                to_start_ns,
-                executing_ns,
-                returning_ns,
-                ids,
-                output_bytes,
-                output,
-                lengths,
+                count, status, subnet, batch_size, accuracy, queued_ns, to_start_ns, executing_ns,
+                returning_ns, ids, each, output, lengths, queued,
             )
-        )
+        )  # fmt: skip
     return Results(epoch, groups)
+
+
+def _optional(reader: _Reader, rows: list[tuple[Any, ...]], is_there: int, what: str) -> list[Buffer | None]:
+    """Return a column of u32 split by the rows' counts, or as many Nones."""
+    if not is_there:
+        return [None] * len(rows)
+    return [reader.take(4 * row[0], what) for row in rows]
 
 
 def _decode_cancel(frames: Sequence[Buffer], _flags: int) -> Cancel:
@@ -744,45 +805,44 @@ def _decode_directive(frames: Sequence[Buffer], flags: int) -> Directive:
     _count(kind, "n", n)
     _count(kind, "n_segments", n_segments)
     rows = reader.rows(_SEGMENT, n_segments, "segments")
-    if sum(row[0] for row in rows) != n:
+    if sum([row[0] for row in rows]) != n:
         raise WireError(f"directive: segments: their counts do not sum to n = {n}")
     ids = [reader.take(8 * row[0], "ids") for row in rows]
     slacks = [reader.take(8 * row[0], "slacks") for row in rows]
-    lengths: list[Buffer | None] = [None] * n_segments
-    if flags & _FLAG_LENGTHS:
-        lengths = [reader.take(4 * row[0], "lengths") for row in rows]
+    lengths = _optional(reader, rows, flags & _FLAG_LENGTHS, "lengths")
     reader.finish()
-    segments = []
-    at = 1
-    for i, (count, each, packed, elapsed_ns) in enumerate(rows):
+    sizes: list[int] = []
+    for i, (count, each, packed, _) in enumerate(rows):
         if count == 0 or packed > 1:
             raise WireError(f"directive: segment {i}: count {count}, packed {packed}")
-        column = lengths[i] if each == VARIED else None
-        if each == VARIED and column is None:
+        if each != VARIED:
+            lengths[i] = None
+        elif lengths[i] is None:
             raise WireError(f"directive: segment {i}: VARIED without the column of lengths")
-        n_frames = 1 if packed else count
-        payloads = frames[at : at + n_frames]
-        at += n_frames
-        if len(payloads) != n_frames:
-            raise WireError(f"directive: segment {i}: expected {n_frames} frames, got {len(payloads)}")
         if packed:
-            _check_buffer(kind, "payloads", payloads[0], count, each, column)
+            sizes.append(_size(count, each, lengths[i]))
         else:
-            _check_frames(kind, payloads, count, each, column)
-        segments.append(Segment(count, each, bool(packed), elapsed_ns, ids[i], slacks[i], payloads, column))
-    _check_n_frames(kind, frames, at)
+            sizes.extend(_lengths(count, each, lengths[i]))
+    payloads = _split(kind, frames, flags, sizes)
+    segments = []
+    at = 0
+    for i, (count, each, packed, elapsed_ns) in enumerate(rows):
+        end = at + (1 if packed else count)
+        segments.append(
+            Segment(count, each, bool(packed), elapsed_ns, ids[i], slacks[i], payloads[at:end], lengths[i])
+        )
+        at = end
     return Directive(epoch, batch_id, slot, subnet, n, segments)
 
 
-def _decode_done(frames: Sequence[Buffer], _flags: int) -> Done:
+def _decode_done(frames: Sequence[Buffer], flags: int) -> Done:
     kind = Kind.DONE
     reader = _Reader(frames[0], kind)
     epoch, n_rows = reader.unpack(_COUNTED, "header")
     _count(kind, "n_rows", n_rows)
     fixed = reader.rows(_DONE_ROW, n_rows, "rows")
-    _check_n_frames(kind, frames, 1 + n_rows)
-    rows = []
-    for row, output in zip(fixed, frames[1:], strict=True):
+    rows, sizes = [], []
+    for row in fixed:
         batch_id, slot, credit, held, row_flags, n, each, waited, executing, last_batch, free_in = row
         _count(kind, "row: n", n)
         if waited < 0 or executing < 0:
@@ -791,25 +851,16 @@ def _decode_done(frames: Sequence[Buffer], _flags: int) -> Done:
         if statuses is not None and max(statuses) >= len(STATUSES):
             raise WireError(f"done: batch {batch_id}: statuses: unknown status {max(statuses)}")
         lengths = reader.take(4 * n, "lengths") if each == VARIED else None
-        _check_buffer(kind, f"batch {batch_id}: outputs", output, n, each, lengths)
+        sizes.append(_size(n, each, lengths))
         rows.append(
             DoneRow(
-                batch_id,
-                slot,
-                credit,
-                held,
-                n,
-                waited,
-                executing,
-                last_batch,
-                free_in,
-                each,
-                output,
-                statuses,
+                batch_id, slot, credit, held, n, waited, executing, last_batch, free_in, each, b"", statuses,
                 lengths,
             )
-        )
+        )  # fmt: skip
     reader.finish()
+    for done_row, output in zip(rows, _split(kind, frames, flags, sizes), strict=True):
+        done_row.output = output
     return Done(epoch, rows)
 
 
