@@ -76,8 +76,8 @@ def make_queries(
 
 def ids_of(action: Answer) -> list[int]:
     """Return the ids that an answer is about."""
-    ids: bytes = action.cohort.message.ids
-    return list(struct.unpack(f"<{action.hi - action.lo}Q", ids[8 * action.lo : 8 * action.hi]))
+    ids = b"".join(cohort.message.ids[8 * lo : 8 * hi] for cohort, lo, hi in action.stretches)
+    return list(struct.unpack(f"<{len(ids) // 8}Q", ids))
 
 
 @dataclass
@@ -186,6 +186,14 @@ class World:
             self.sent.setdefault((client, i), self.now_ns + slack_ns)
         self.do(QueriesArrived(client, queries, transit_ns=0))
         return list(ids)
+
+    def submit_spaced(self, slack_ms: float, *, n: int, gap_ms: float) -> list[int]:
+        """Send n queries of this slack, each some time after the one before; return their ids."""
+        ids = []
+        for _ in range(n):
+            ids += self.submit(slack_ms)
+            self.run(gap_ms)
+        return ids
 
     def cancel(self, *ids: int, client: str = "client") -> None:
         """Cancel these queries."""

@@ -43,7 +43,7 @@ def _one_thing(world: World, rng: random.Random, ids: list[int]) -> None:
         ]
         if rng.random() < 0.7:
             slacks = [slacks[0]] * len(slacks)
-        floors = [rng.choice([0.0, 78.25, 80.16]) for _ in slacks] if rng.random() < 0.2 else None
+        floors = [rng.choice([0.0, 78.25, 80.16, 99.0]) for _ in slacks] if rng.random() < 0.2 else None
         ids += world.submit(*slacks, min_accuracy=floors)
     elif what < 0.68:
         world.cancel(*rng.sample(ids, min(len(ids), 5)))

@@ -34,7 +34,7 @@ def test_no_peer_can_make_the_window_grow() -> None:
     assert len(window._minima) <= 66
 
 
-@given(values=st.lists(st.integers(0, 3 * MS), min_size=1, max_size=60), window=st.integers(4, 16))
+@given(values=st.lists(st.integers(MS, 3 * MS), min_size=1, max_size=60), window=st.integers(4, 16))
 def test_quantiles_are_those_of_the_last_values(values: list[int], window: int) -> None:
     """Median and bound are the sorted window's, whatever has left it."""
     first = [MS] * 4
