@@ -1,0 +1,446 @@
+"""`make bench`: measure the figures that have a budget, each beside a reference of the same run.
+
+    python -m loadgen.bench [--only NAME]... [--seconds N] [--out out/bench]
+
+Everything runs on this machine, so absolute figures are this machine's, at this hour; the
+ratio is what travels. The reference of the rates is a bare pyzmq ROUTER that echoes, under
+the same senders, schedule and criterion: 99.9 % answered within the SLO of their due instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import functools
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import orjson
+
+from loadgen import bench_calls
+from loadgen.bench_offer import Offered, offer_singly
+from loadgen.bench_search import Bounds, Probe, confirmed, highest_rate, undisturbed
+from loadgen.bench_sender import SinglePlan
+from loadgen.run import Emulation, RunSettings, emulated, in_time, run_emulated, run_trace
+from loadgen.stats import quantile_ns
+from loadgen.trace import load_trace
+from profiles.table import load_profile
+from superserve.clock import MS
+from superserve.errors import SuperServeError
+from superserve.processes import ProcessGroup
+from superserve.wire import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from loadgen.run import Run
+    from loadgen.trace import Trace
+
+PROFILE = "cnn-8gpu-modelled"
+POLICY = "slackfit"
+SLO_NS = 36 * MS
+ENOUGH = 0.999
+"""Attainment at which a rate holds."""
+N_SENDERS = 2
+"""Sender processes with one query a message or submit, the echo's included."""
+QPS_PER_GPU = 625
+"""Emulated GPUs are added with the rate: 16 queries in 25.6 ms, so GPUs are never what is short."""
+NOISY_NS = 4 * MS
+"""A probe that fails while the noise probe's p99.9 is above this is repeated once."""
+LEAST_SLEEP_NS = MS // 2
+"""Of a sender with one query a message, where the highest rate is sought."""
+_ECHO = "pyzmq ROUTER echo"
+_BUDGET = "budget"
+
+
+class SkippedError(Exception):
+    """A row cannot be measured here; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure: the fields of its file, but for machine and date.
+
+    Attributes:
+        name: The file's name without .json.
+        value: None if nothing was found.
+        unit: Of the value and the reference.
+        reference: What it is held against.
+        reference_value: None if nothing was found.
+        conditions: How it was measured.
+        noise_p99_9_ms: What the noise probe saw meanwhile; None where none ran.
+    """
+
+    name: str
+    value: float | None
+    unit: str
+    reference: str
+    reference_value: float | None
+    conditions: dict[str, Any] = field(default_factory=dict)
+    noise_p99_9_ms: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Value over reference."""
+        if self.value is None or not self.reference_value:
+            return None
+        return self.value / self.reference_value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the file's fields."""
+        return {
+            **asdict(self),
+            "ratio": self.ratio,
+            "machine": machine(),
+            "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        }
+
+
+@functools.cache
+def machine() -> str:
+    """Return what was measured on, in words: processor, cores, system, Python."""
+    model = platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), model)
+    cores = len(os.sched_getaffinity(0))
+    return f"{model}, {cores} cores, {platform.system()}, Python {platform.python_version()}"
+
+
+@contextlib.contextmanager
+def echo_server() -> Iterator[tuple[str, int]]:
+    """Run the bare echo; yields its endpoint and its process id."""
+    with ProcessGroup() as group:
+        server = group.start("echo", ["-m", "loadgen.echo"])
+        group.wait_ready(20.0)
+        yield server.ready["endpoint"], server.pid
+
+
+class Bench:
+    """Measures rows; what several of them need is measured once.
+
+    Args:
+        seconds: Length of a probe. A confirming run takes four times as long.
+        say: Told what is being done.
+    """
+
+    def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
+        self.seconds = seconds
+        self._say = say
+        self._tried: list[Probe] = []
+
+    # --- rates --------------------------------------------------------------------------
+
+    @functools.cached_property
+    def echo_qps(self) -> Row:
+        """The reference itself: the highest rate of the bare echo."""
+        with echo_server() as (endpoint, _):
+            plan = SinglePlan("echo", endpoint, "", "", SLO_NS, least_sleep_ns=LEAST_SLEEP_NS)
+            found = self._search(lambda rate, s: self._offer(plan, rate, s), start_qps=24_000)
+        conditions = self._rate_conditions(found, senders=N_SENDERS, submit="one query a message")
+        return _rate_row("echo_qps", found, "itself", found, conditions)
+
+    def end_to_end_qps(self) -> Row:
+        """The highest rate through the load generator's bulk submit."""
+        found = self._search(self._offer_bulk, start_qps=16_000)
+        conditions = self._rate_conditions(
+            found, senders=1, submit="in bulk: what is due at a wake-up is one message", **_emulation()
+        )
+        return self._beside_echo("end_to_end_qps", found, conditions)
+
+    def end_to_end_client_qps(self) -> Row:
+        """The highest rate through `Client.submit`, one query a submit."""
+        found = self._search(self._offer_client, start_qps=8_000)
+        conditions = self._rate_conditions(
+            found, senders=N_SENDERS, submit="Client.submit, one query a call", **_emulation()
+        )
+        return self._beside_echo("end_to_end_client_qps", found, conditions)
+
+    def _beside_echo(self, name: str, found: Probe, conditions: dict[str, Any]) -> Row:
+        return _rate_row(name, found, _ECHO, self.echo_qps.value, conditions)
+
+    def _search(self, offer: Callable[[float, float], Probe], *, start_qps: float) -> Probe:
+        """Find the highest rate with short probes, and confirm it with long ones."""
+        self._tried = []
+
+        def probe(rate_qps: float, seconds: float) -> Probe:
+            found = offer(rate_qps, seconds)
+            self._tried.append(found)
+            verdict = "holds" if found.holds else "fails"
+            self._say(
+                f"  {rate_qps:>9,.0f} q/s for {seconds:g} s {verdict}: {found.share:.5f} in time, "
+                f"noise p99.9 {found.noise_ns / MS:.1f} ms"
+            )
+            return found
+
+        def holds(rate_qps: float) -> bool:
+            return undisturbed(lambda rate: probe(rate, self.seconds), rate_qps, noisy_ns=NOISY_NS).holds
+
+        rate_qps = highest_rate(holds, Bounds(start_qps))
+        if rate_qps is None:
+            return self._tried[-1]
+        return confirmed(lambda rate: probe(rate, 4 * self.seconds), rate_qps, noisy_ns=NOISY_NS)
+
+    def _offer(self, plan: SinglePlan, rate_qps: float, seconds: float) -> Probe:
+        trace, warm_ns = _poisson(rate_qps, seconds)
+        offered = offer_singly(plan, trace.due_ns, n_senders=N_SENDERS)
+        is_soon = (offered.answered_ns >= 0) & (offered.answered_ns - offered.due_ns <= plan.slo_ns)
+        return _judged(rate_qps, is_soon[trace.due_ns >= warm_ns], offered.noise_ns)
+
+    def _offer_client(self, rate_qps: float, seconds: float) -> Probe:
+        with emulated(Emulation(PROFILE, n_gpus(rate_qps), POLICY)) as cluster:
+            plan = SinglePlan(
+                "client", cluster.client_endpoint, "", "", SLO_NS, least_sleep_ns=LEAST_SLEEP_NS
+            )
+            return self._offer(plan, rate_qps, seconds)
+
+    def _offer_bulk(self, rate_qps: float, seconds: float) -> Probe:
+        trace, warm_ns = _poisson(rate_qps, seconds)
+        with emulated(Emulation(PROFILE, n_gpus(rate_qps), POLICY)) as cluster:
+            run = run_trace(trace, RunSettings(SLO_NS, grace_ns=500 * MS), cluster.client_endpoint)
+        is_soon = in_time(run.columns, SLO_NS)
+        return _judged(rate_qps, is_soon[trace.due_ns >= warm_ns], run.noise_p99_9_ns or 0)
+
+    def _rate_conditions(self, found: Probe, **more: Any) -> dict[str, Any]:
+        return {
+            "criterion": f"{ENOUGH:.1%} answered within {SLO_NS / MS:g} ms of their due instant",
+            "arrivals": "poisson, open loop",
+            "payload_bytes": 64,
+            "probe_s": self.seconds,
+            "confirming_run_s": 4 * self.seconds,
+            "warm_up_not_counted_s": _warm_s(self.seconds),
+            "attainment": found.share,
+            "probes": [
+                {"rate_qps": round(one.rate_qps), "share": one.share, "noise_p99_9_ms": one.noise_ns / MS}
+                for one in self._tried
+            ],
+            **more,
+        }
+
+    # --- cost and latency ---------------------------------------------------------------
+
+    def router_cpu_us_per_query(self) -> Row:
+        """The router's CPU time a query, beside the echo's at the same rate."""
+        rate_qps = 10_000.0
+        trace, _ = _poisson(rate_qps, 2 * self.seconds)
+        emulation = Emulation(PROFILE, n_gpus(rate_qps), POLICY)
+        run, _ = run_emulated(trace, RunSettings(SLO_NS, grace_ns=500 * MS), emulation)
+        echo = self._echo_at(trace)
+        conditions = {**_at_rate(trace, run), "gpus": emulation.n_gpus, **_emulation()}
+        return Row(
+            "router_cpu_us_per_query", 1e6 * run.router_cpu_s / trace.n, "us", _ECHO,
+            1e6 * echo.server_cpu_s / trace.n, conditions, _ms(run.noise_p99_9_ns),
+        )  # fmt: skip
+
+    def added_latency_p50_ms(self) -> Row:
+        """The median of what the path adds at low load."""
+        return self._added_latency("added_latency_p50_ms", 500)
+
+    def added_latency_p99_ms(self) -> Row:
+        """The p99 of the same."""
+        return self._added_latency("added_latency_p99_ms", 990)
+
+    @functools.cached_property
+    def _low_load(self) -> tuple[Trace, Run, Offered]:
+        trace, _ = _poisson(200.0, 4 * self.seconds)
+        run, _ = run_emulated(trace, RunSettings(SLO_NS), Emulation(PROFILE, 8, POLICY))
+        return trace, run, self._echo_at(trace)
+
+    def _added_latency(self, name: str, permille: int) -> Row:
+        trace, run, echo = self._low_load
+        columns = run.columns
+        has_output = columns["status"] <= Status.LATE
+        latency_ns = columns["answered_ns"] - columns["due_ns"] - columns["executing_ns"]
+        conditions = {
+            **_at_rate(trace, run), "gpus": 8, **_emulation(),
+            "latency": "from due to answered, less the time executing",
+        }  # fmt: skip
+        return Row(
+            name, _ms(quantile_ns(latency_ns[has_output], permille)), "ms", _ECHO,
+            _ms(quantile_ns(echo.latency_ns, permille)), conditions, _ms(run.noise_p99_9_ns),
+        )  # fmt: skip
+
+    def _echo_at(self, trace: Trace) -> Offered:
+        """Offer a trace to the bare echo from one sender, which sleeps exactly."""
+        with echo_server() as (endpoint, pid):
+            plan = SinglePlan("echo", endpoint, "", "", SLO_NS)
+            return offer_singly(plan, trace.due_ns, n_senders=1, server_pid=pid)
+
+    def gpu_idle_pct(self) -> Row:
+        """The share of time between batches, where the queue is never empty.
+
+        An event log does not say whether queries waited. So more is offered than the GPUs
+        can run, with an SLO so long that all of it waits; the least wait is on record.
+        """
+        policy, slo_ns = "fixed:cnn-78.25", 60_000 * MS
+        trace, warm_ns = _poisson(8_800.0, 2 * self.seconds)
+        run, report = run_emulated(trace, RunSettings(slo_ns), Emulation(PROFILE, 8, policy))
+        waited_ns = run.columns["queued_ns"][trace.due_ns >= warm_ns]
+        conditions = {
+            **_at_rate(trace, run), "gpus": 8, **_emulation(), "policy": policy, "slo_ms": slo_ns / MS,
+            "idle_gap_p50_ms": _ms(report.idle_p50_ns), "idle_gap_p99_ms": _ms(report.idle_p99_ns),
+            "batches": report.n_batches, "violations": report.n_violations,
+            "least_wait_after_warm_up_ms": _ms(int(waited_ns.min())),
+        }  # fmt: skip
+        idle = None if report.busy_share is None else 100 * (1 - report.busy_share)
+        return Row("gpu_idle_pct", idle, "%", _BUDGET, 3.0, conditions, _ms(run.noise_p99_9_ns))
+
+    # --- single calls -------------------------------------------------------------------
+
+    def policy_decision_us(self) -> Row:
+        """What one decision of SlackFit takes."""
+        value = bench_calls.decision_us(load_profile(PROFILE))
+        wide = bench_calls.decision_us(bench_calls.wide_profile(1_000), n_rounds=50)
+        conditions = {"policy": POLICY, "subnets": 6, "with_1000_subnets_us": wide}
+        return Row("policy_decision_us", value, "us", _BUDGET, 20.0, conditions)
+
+    def actuation_us(self) -> Row:
+        """What one actuation takes, between random subnets of the digits supernet."""
+        try:
+            from gpu_worker.torch_executor import TorchExecutor  # noqa: PLC0415  it needs torch
+        except ModuleNotFoundError as error:
+            raise SkippedError(f"{error.name} is not installed") from error
+        supernet = TorchExecutor.load(threads=1)._supernet
+        p50_ns, p99_ns = bench_calls.actuation_ns(supernet)
+        conditions = {"supernet": "digits", "subnets": len(supernet.subnets), "p99_us": p99_ns / 1e3}
+        return Row("actuation_us", p50_ns / 1e3, "us", _BUDGET, 1_000.0, conditions)
+
+
+ROWS: dict[str, Callable[[Bench], Row]] = {
+    "policy_decision_us": Bench.policy_decision_us,
+    "actuation_us": Bench.actuation_us,
+    "added_latency_p50_ms": Bench.added_latency_p50_ms,
+    "added_latency_p99_ms": Bench.added_latency_p99_ms,
+    "router_cpu_us_per_query": Bench.router_cpu_us_per_query,
+    "gpu_idle_pct": Bench.gpu_idle_pct,
+    "echo_qps": lambda bench: bench.echo_qps,
+    "end_to_end_qps": Bench.end_to_end_qps,
+    "end_to_end_client_qps": Bench.end_to_end_client_qps,
+}
+"""Every row, in the order measured."""
+
+
+def n_gpus(rate_qps: float) -> int:
+    """Return how many emulated GPUs a rate is given."""
+    return max(8, math.ceil(rate_qps / QPS_PER_GPU))
+
+
+def _poisson(rate_qps: float, seconds: float) -> tuple[Trace, int]:
+    """Return arrivals that warm up and then count for `seconds`, and the instant they count from."""
+    warm_s = _warm_s(seconds)
+    return load_trace(f"poisson:rate={rate_qps:.6g}", duration_s=warm_s + seconds), int(warm_s * 1e9)
+
+
+def _warm_s(seconds: float) -> float:
+    return min(1.0, 0.4 * seconds)
+
+
+def _judged(rate_qps: float, is_soon: npt.NDArray[np.bool_], noise_ns: int) -> Probe:
+    share = float(is_soon.mean()) if len(is_soon) else 0.0
+    return Probe(rate_qps, share, holds=share >= ENOUGH, noise_ns=noise_ns)
+
+
+def _emulation() -> dict[str, Any]:
+    return {
+        "profile": PROFILE, "policy": POLICY, "qps_per_gpu": f"{QPS_PER_GPU}, 8 GPUs at least",
+        "worker_processes": 1,
+    }  # fmt: skip
+
+
+def _at_rate(trace: Trace, run: Run) -> dict[str, Any]:
+    return {
+        "rate_qps": trace.mean_qps, "arrivals": "poisson, open loop", "seconds": trace.duration_ns / 1e9,
+        "slo_ms": run.result.slo_ms, "attainment": run.result.slo_attainment, "senders": 1,
+        "mean_batch_size": run.result.batch_size_mean, "disturbed": run.result.disturbed,
+        "invalid_because": list(run.result.invalid_because),
+    }  # fmt: skip
+
+
+def _ms(ns: int | None) -> float | None:
+    return None if ns is None else ns / MS
+
+
+def _rate_row(
+    name: str, found: Probe, reference: str, beside: Probe | float | None, conditions: dict[str, Any]
+) -> Row:
+    """Return a rate's row; a rate that no long run confirmed is no rate."""
+    value = found.rate_qps if found.holds else None
+    reference_value = value if isinstance(beside, Probe) else beside
+    return Row(name, value, "q/s", reference, reference_value, conditions, found.noise_ns / MS)
+
+
+def write(row: Row, folder: Path) -> None:
+    """Write the row's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    option = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    (folder / f"{row.name}.json").write_bytes(orjson.dumps(row.to_dict(), option=option))
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Return the lines of the final table."""
+    lines = [f"{'figure':<26}{'value':>12} {'unit':<5}{'reference':>12}  {'ratio':>8}  {'noise p99.9':>11}"]
+    for row in rows:
+        noise = "-" if row.noise_p99_9_ms is None else f"{row.noise_p99_9_ms:.1f} ms"
+        lines.append(
+            f"{row.name:<26}{_number(row.value):>12} {row.unit:<5}{_number(row.reference_value):>12}  "
+            f"{_number(row.ratio):>8}  {noise:>11}  {row.reference}"
+        )
+    return lines
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
+
+
+def measure(names: tuple[str, ...], seconds: float, folder: Path, say: Callable[[str], None]) -> list[Row]:
+    """Measure the rows of these names, writing each as it is found; return those that were not skipped.
+
+    Raises:
+        SuperServeError: A process did not start, or died.
+    """
+    bench = Bench(seconds, say)
+    rows = []
+    for name in names:
+        say(name)
+        try:
+            row = ROWS[name](bench)
+        except SkippedError as reason:
+            say(f"  skipped: {reason}")
+            continue
+        write(row, folder)
+        rows.append(row)
+    return rows
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(tuple(ROWS)), help="Measure this one; repeatable.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.2, 60), default=2.5, show_default=True, help="Length of a probe."
+)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out/bench"), show_default=True
+)
+def cli(only: tuple[str, ...], seconds: float, out: Path) -> None:
+    """Measure, write OUT/NAME.json for each figure, and print a table."""
+    try:
+        rows = measure(only or tuple(ROWS), seconds, out, click.echo)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo()
+    for line in table(rows):
+        click.echo(line)
+    click.echo(f"{machine()}; written to {out}")
+
+
+if __name__ == "__main__":
+    cli(prog_name="python -m loadgen.bench")

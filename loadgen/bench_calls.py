@@ -1,0 +1,89 @@
+"""What single calls cost: a policy's decision, and an actuation. No process, no socket."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpu_worker.actuation import actuate
+from loadgen.stats import quantile_ns
+from profiles.table import Profile, SubnetProfile, load_profile
+from router.policy import QueueView, WorkerView
+from router.slackfit import SlackFit
+from superserve.clock import MS
+
+if TYPE_CHECKING:
+    from gpu_worker.actuation import Actuated
+
+_CALLS = 1_000  # in one reading of the clock: its own cost vanishes
+
+
+def decision_us(profile: Profile, *, n_rounds: int = 200, seed: int = 0) -> float:
+    """Return the median over rounds of what one `SlackFit.choose` takes, in microseconds."""
+    rng = random.Random(seed)
+    choose = SlackFit(profile).choose
+    worker = WorkerView(free_at_ns=0, allowance_ns=MS // 2, slowdown=1.0)
+    queues = [
+        QueueView(rng.randrange(40 * MS), rng.randrange(profile.n_subnets), rng.randrange(1, 100))
+        for _ in range(_CALLS)
+    ]
+    taken_ns = []
+    for _ in range(n_rounds):
+        began_ns = time.perf_counter_ns()
+        for queue in queues:
+            choose(queue, worker, 0)
+        taken_ns.append(time.perf_counter_ns() - began_ns)
+    median_ns = quantile_ns(np.array(taken_ns, np.int64), 500)
+    assert median_ns is not None, "one round at least"
+    return median_ns / _CALLS / 1_000
+
+
+def wide_profile(n_subnets: int) -> Profile:
+    """Return a profile of so many subnets, between the fastest and the slowest of the modelled one."""
+    model = load_profile("cnn-8gpu-modelled")
+    fast, slow = model.subnets[0], model.subnets[-1]
+    subnets = []
+    for i in range(n_subnets):
+        part = i / max(1, n_subnets - 1)
+        latency_ns = tuple(
+            round(a + part * (b - a)) for a, b in zip(fast.latency_ns, slow.latency_ns, strict=True)
+        )
+        subnets.append(
+            SubnetProfile(
+                name=f"wide-{i}",
+                control=None,
+                accuracy=fast.accuracy + part * (slow.accuracy - fast.accuracy),
+                gflops=None,
+                latency_ns=latency_ns,
+                latency_p99_ns=latency_ns,
+            )
+        )
+    return Profile(
+        name=f"wide-{n_subnets}",
+        supernet=model.supernet,
+        device=model.device,
+        source="modelled",
+        provenance="interpolated for a benchmark",
+        versions={},
+        date=model.date,
+        batch_sizes=model.batch_sizes,
+        subnets=tuple(subnets),
+    )
+
+
+def actuation_ns(supernet: Actuated, *, n: int = 100_000, seed: int = 0) -> tuple[int, int]:
+    """Return the p50 and p99 of one `actuate` to a random row, the clock's own cost included."""
+    rng = random.Random(seed)
+    rows = [rng.randrange(len(supernet.subnets)) for _ in range(n)]
+    taken_ns = np.empty(n, np.int64)
+    for i, row in enumerate(rows):
+        began_ns = time.perf_counter_ns()
+        actuate(supernet, row)
+        taken_ns[i] = time.perf_counter_ns() - began_ns
+    p50_ns, p99_ns = quantile_ns(taken_ns, 500), quantile_ns(taken_ns, 990)
+    assert p50_ns is not None, "one call at least"
+    assert p99_ns is not None, "one call at least"
+    return p50_ns, p99_ns

@@ -1,0 +1,97 @@
+"""The highest rate that still holds, found by doubling, halving and bisection. Pure: probes are given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One short run at one rate.
+
+    Attributes:
+        rate_qps: What was offered.
+        share: Share of the queries answered in time.
+        holds: Whether that is enough.
+        noise_ns: p99.9 of how late the noise probe woke during the run.
+    """
+
+    rate_qps: float
+    share: float
+    holds: bool
+    noise_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Where to look for the rate, and how long.
+
+    Attributes:
+        start_qps: The first rate tried.
+        lowest_qps: None is tried below this one.
+        highest_qps: Nor above this one.
+        tolerance: The search ends when the least rate that fails is at most
+            (1 + tolerance) times the highest that holds.
+        max_probes: It also ends after so many rates.
+    """
+
+    start_qps: float
+    lowest_qps: float = 250.0
+    highest_qps: float = 400_000.0
+    tolerance: float = 0.06
+    max_probes: int = 8
+
+
+def highest_rate(holds: Callable[[float], bool], bounds: Bounds) -> float | None:
+    """Return the highest rate tried for which `holds` is true; None if there was none."""
+    low: float | None = None
+    high: float | None = None
+    rate: float | None = bounds.start_qps
+    for _ in range(bounds.max_probes):
+        if rate is None:
+            break
+        if holds(rate):
+            low = rate
+        else:
+            high = rate
+        rate = _next_rate(low, high, bounds)
+    return low
+
+
+def _next_rate(low: float | None, high: float | None, bounds: Bounds) -> float | None:
+    """Return the rate to try between one that holds and one that fails; None when they are close."""
+    if low is None:
+        assert high is not None, "the first rate held or failed"
+        return max(high / 2, bounds.lowest_qps) if high > bounds.lowest_qps else None
+    if high is None:
+        return min(low * 2, bounds.highest_qps) if low < bounds.highest_qps else None
+    return math.sqrt(low * high) if high > low * (1 + bounds.tolerance) else None
+
+
+def undisturbed(offer: Callable[[float], Probe], rate_qps: float, *, noisy_ns: int) -> Probe:
+    """Return a probe at `rate_qps`; one that failed while the machine was noisy is repeated, once."""
+    found = offer(rate_qps)
+    if not found.holds and found.noise_ns > noisy_ns:
+        found = offer(rate_qps)
+    return found
+
+
+def confirmed(
+    offer: Callable[[float], Probe],
+    rate_qps: float,
+    *,
+    noisy_ns: int,
+    steps: Sequence[float] = (1.0, 0.85, 0.7),
+) -> Probe:
+    """Return the first probe that holds at `rate_qps` times a step; the last one if none does."""
+    assert steps, "one step at least"
+    for step in steps:
+        found = undisturbed(offer, rate_qps * step, noisy_ns=noisy_ns)
+        if found.holds:
+            break
+    return found
