@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -67,6 +68,8 @@ def run(
     try:
         if not 0 < slo_ms <= 86_400_000:
             raise ConfigError(f"--slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
+        if json_path is not None:
+            _check_writable(json_path)
         target = _target(connect, emulate, policy, logs)
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
         settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed)
@@ -96,7 +99,7 @@ def _target(
         raise ConfigError("--connect and --emulate: expected one of them, got both")
     if emulate is not None:
         if logs is not None:
-            logs.mkdir(parents=True, exist_ok=True)
+            _make_folder(logs, "--logs")
         return _emulation(emulate, policy or "slackfit", logs)
     if connect is None:
         raise ConfigError(
@@ -136,8 +139,9 @@ def _live(trace: Trace) -> Callable[[dict[str, int]], None]:
 def _show(measured: Run, report: EventLogReport | None) -> None:
     for line in table(measured.result):
         click.echo(line)
-    n_ok = max(1, measured.result.queries["total"])
-    click.echo(f"  router CPU       {1e6 * measured.router_cpu_s / n_ok:.1f} us a query")
+    if not math.isnan(measured.router_cpu_s):
+        each_us = 1e6 * measured.router_cpu_s / measured.result.queries["total"]
+        click.echo(f"  router CPU       {each_us:.1f} us a query")
     if measured.n_duplicates:
         click.echo(f"  DUPLICATES       {measured.n_duplicates} answers beyond a query's first")
     for status, reason in measured.reasons.items():
@@ -176,9 +180,26 @@ def _quantiles(values: object) -> str:
     return "  ".join(parts) + " ms" if parts else "-"
 
 
+def _make_folder(path: Path, option: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{option}: {path}: expected a folder that can be made: {error.strerror}"
+        ) from error
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a result file that could not be written, before the run rather than after it."""
+    _make_folder(path.parent, "--json")
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"--json: {path}: expected a path that can be written: {error.strerror}") from error
+
+
 def _write(path: Path, text: str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     except OSError as error:
         raise click.ClickException(

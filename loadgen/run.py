@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from gpu_worker.eventlog import EventLogReport
     from loadgen.trace import Trace
+    from superserve.processes import RoleProcess
 
 MS = 1_000_000
 _START_AFTER_NS = 300 * MS
@@ -90,11 +92,13 @@ class Emulation:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A running cluster, as a run sees it; `worker_args` are the processes it may stop."""
+    """A running cluster, as a run sees it; `router` and `workers` are its processes, if it is private."""
 
     client_endpoint: str
     event_logs: tuple[Path, ...] = ()
     record: Path | None = None
+    router: RoleProcess | None = None
+    workers: tuple[RoleProcess, ...] = ()
 
 
 @dataclass(slots=True)
@@ -106,7 +110,7 @@ class Run:
             the start, -1 if it did not happen), status, subnet, batch_size, accuracy, queued_ns,
             executing_ns, payload (index), and outputs (n, n_bytes) if they were kept.
         reasons: For each status without an output, one of the router's reasons.
-        router_cpu_s: CPU time that the router took during the run.
+        router_cpu_s: CPU time that the router took during the run; NaN if it did not live to say.
         n_duplicates: Answers beyond the first of a query; always 0 unless something is broken.
     """
 
@@ -114,7 +118,7 @@ class Run:
     columns: dict[str, npt.NDArray[Any]]
     subnets: list[tuple[str, float]]
     reasons: dict[str, str] = field(default_factory=dict)
-    router_cpu_s: float = 0.0
+    router_cpu_s: float = math.nan
     n_duplicates: int = 0
     noise_p99_9_ns: int | None = None
 
@@ -140,7 +144,7 @@ def emulated(emulation: Emulation) -> Iterator[Cluster]:
                  "--emulate", emulation.profile, "--gpus", str(n_gpus), "--event-log", str(logs[-1])],
             )  # fmt: skip
         group.wait_ready(60.0)
-        yield Cluster(router.ready["client"], tuple(logs), record)
+        yield Cluster(router.ready["client"], tuple(logs), record, router, group.processes[1:])
 
 
 def _shares(n: int, parts: int) -> list[int]:
@@ -196,17 +200,29 @@ def run_trace(
                 probe.start()
                 coordinator.follow(on_progress)
                 noise_ns = probe.stop()
-                after = ask_status(endpoint)
+                router_cpu_s = _router_cpu_s(endpoint, before)
         finally:
             control.close(0)
         columns = _merge(trace, settings, plans, start_ns)
     noise = quantile_ns(noise_ns, 999)
     policy = str(before["router"]["policy"])
     result = summarise(trace, settings.slo_ns, policy, columns, coordinator.subnets, noise)
-    cpu_s = after["router"]["cpu_s"] - before["router"]["cpu_s"]
     return Run(
-        result, columns, coordinator.subnets, coordinator.reasons, cpu_s, coordinator.n_duplicates, noise
-    )
+        result, columns, coordinator.subnets, coordinator.reasons, router_cpu_s, coordinator.n_duplicates,
+        noise,
+    )  # fmt: skip
+
+
+def _router_cpu_s(endpoint: str, before: dict[str, Any]) -> float:
+    """Return the router's CPU time since `before`; NaN if it is gone, or another one."""
+    try:
+        after = ask_status(endpoint)
+    except ConfigError:
+        return math.nan  # what the senders saw still counts
+    if after["router"]["pid"] != before["router"]["pid"]:
+        return math.nan
+    cpu_s: float = after["router"]["cpu_s"] - before["router"]["cpu_s"]
+    return cpu_s
 
 
 def _plan(trace: Trace, settings: RunSettings, endpoint: str, control: str, folder: Path) -> list[SenderPlan]:

@@ -18,6 +18,7 @@ from superserve.errors import SuperServeError
 from superserve.processes import announce_ready, die_with_parent
 
 MS = 1_000_000
+_MAX_MARGIN_MS = 60_000.0
 _LOOPBACK = "tcp://127.0.0.1:*"
 
 
@@ -25,8 +26,16 @@ _LOOPBACK = "tcp://127.0.0.1:*"
 @click.option("--client-endpoint", default=_LOOPBACK, show_default=True, help="Where clients connect.")
 @click.option("--worker-endpoint", default=_LOOPBACK, show_default=True, help="Where workers connect.")
 @click.option("--policy", default="slackfit", show_default=True, help="slackfit, fixed:<subnet>, maxacc, ...")
-@click.option("--max-queries", default=200_000, show_default=True, help="Queries held, at most.")
-@click.option("--max-bytes", default=2 << 30, show_default=True, help="Payload bytes held, at most.")
+@click.option(
+    "--max-queries", type=click.IntRange(1), default=200_000, show_default=True, help="Queries held, at most."
+)
+@click.option(
+    "--max-bytes",
+    type=click.IntRange(1),
+    default=2 << 30,
+    show_default=True,
+    help="Payload bytes held, at most.",
+)
 @click.option("--margin-ms", default=0.5, show_default=True, help="Slack held back for the unforeseen.")
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Write an event log here.")
 @click.pass_context
@@ -45,6 +54,8 @@ def cli(
         return
     die_with_parent()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
+    if not 0 <= margin_ms <= _MAX_MARGIN_MS:  # NaN passes a FloatRange
+        raise click.ClickException(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {margin_ms}")
     core = CoreSettings(max_queries=max_queries, max_bytes=max_bytes, margin_ns=int(margin_ms * MS))
     settings = ServerSettings(client_endpoint, worker_endpoint, policy, core)
     try:

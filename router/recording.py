@@ -7,6 +7,7 @@ only their sizes, since no decision looks at them.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,8 @@ from router.events import (
     WorkerLeft,
 )
 from router.registry import make_policy
-from superserve.errors import ConfigError
+from router.workers import TransitionError
+from superserve.errors import ConfigError, WireError
 from superserve.wire import DoneRow, PullRow, Queries
 
 if TYPE_CHECKING:
@@ -157,12 +159,13 @@ def replay(path: Path) -> Replay:
     n_events = n_directives = 0
     mismatches: list[str] = []
     for number, line in _lines(path):
+        where = f"{path}:{number}"
         if core is None:
-            core = _fresh_core(line, f"{path}:{number}")
+            core = _fresh_core(line, where)
             continue
-        now_ns, name, body = line
+        now_ns, name, body = _parts(line, where)
         if name == "profile":
-            profiles.append(Profile.from_dict(body, where=f"{path}:{number}"))
+            profiles.append(Profile.from_dict(body, where=where))
         elif name == "advance":
             decided = _dispatches(core.advance(now_ns))
             n_directives += len(body)
@@ -170,7 +173,10 @@ def replay(path: Path) -> Replay:
                 mismatches.append(f"{path}:{number}: recorded {body}, replayed {decided}")
         else:
             n_events += 1
-            core.handle(_READERS[name](body, profiles), now_ns)
+            event = _event(name, body, profiles, where)
+            # What broke the protocol then breaks it again; the server went on.
+            with contextlib.suppress(WireError, TransitionError, ConfigError):
+                core.handle(event, now_ns)
     if core is None:
         raise ConfigError(f"{path}: expected an event log, got an empty file")
     core.check()
@@ -181,17 +187,41 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                yield number, orjson.loads(line)
+                yield number, _parsed(line, f"{path}:{number}")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise ConfigError(f"{path}: expected JSON lines: {error}") from error
+        cut = "" if line.endswith(b"\n") else "; the log was cut short, as by a kill"
+        raise ConfigError(f"{where}: expected a line of JSON: {error}{cut}") from error
+
+
+def _parts(line: Any, where: str) -> tuple[int, str, Any]:
+    match line:
+        case [int(now_ns), str(name), (list() | dict()) as body]:
+            return now_ns, name, body
+        case _:
+            raise ConfigError(f"{where}: expected [now_ns, name, body], got {str(line)[:200]}")
+
+
+def _event(name: str, body: Any, profiles: list[Profile], where: str) -> Event:
+    try:
+        return _READERS[name](body, profiles)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: no event {name} that this version knows: {error!r}") from error
 
 
 def _fresh_core(header: Any, where: str) -> RouterCore:
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
         raise ConfigError(f"{where}: expected an event log of schema {SCHEMA}")
-    return RouterCore(partial(make_policy, header["policy"]), CoreSettings(**header["settings"]))
+    try:
+        return RouterCore(partial(make_policy, header["policy"]), CoreSettings(**header["settings"]))
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: expected policy and settings of this version: {error!r}") from error
 
 
 def _read_queries(body: dict[str, Any]) -> Queries:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import operator
 import os
 import socket as os_socket
 import time
@@ -64,6 +65,8 @@ _DRAIN_NS = 2 * MS
 _CLIENT_PING_NS = 1_000 * MS
 _CLIENT_GONE_NS = 10_000 * MS
 _RTT_WINDOW_NS = 10_000 * MS
+_MAX_TRANSIT_NS = 60_000 * MS
+"""What a message may claim to have been under way: stamps are the peer's, and may be anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +264,9 @@ class RouterServer:
             self._client_control(key, message, now_ns)
         elif isinstance(message, Ping):
             send(self._client_socket, [key, *wire.encode_pong(Pong(message.stamp_ns, now_ns))])
-        elif connection is None:
+        elif connection is None or key not in self.core.clients:
+            # Unknown, or its session went on over another connection: this one's HELLO is void.
+            self._clients.pop(key, None)
             self._refuse(self._client_socket, key, "say-hello", "this router does not know you: say HELLO")
         else:
             handler = self._on_client.get(message.kind)
@@ -273,7 +278,7 @@ class RouterServer:
     def _queries(self, key: bytes, queries: Queries, now_ns: int) -> None:
         connection = self._clients[key]
         transit_ns = connection.one_way_ns + connection.transit.excess_ns(queries.sent_ns, now_ns)
-        self._handle(QueriesArrived(key, queries, transit_ns), now_ns)
+        self._handle(QueriesArrived(key, queries, min(transit_ns, _MAX_TRANSIT_NS)), now_ns)
 
     def _cancel(self, key: bytes, message: Cancel, now_ns: int) -> None:
         self._handle(CancelAsked(key, message.ids), now_ns)
@@ -322,8 +327,10 @@ class RouterServer:
         if not peers:
             known = ", ".join(sorted(peer.name for peer in self.core.peers.values())) or "none"
             self._refuse(self._client_socket, key, "unknown-worker", f"worker {name!r}: known are: {known}")
+        order = wire.encode_control(Control(Kind.DRAIN, {"worker": name}))
         for peer in peers:
             self._handle(DrainWorker(peer, None), now_ns)
+            send(self._worker_socket, [peer, *order])  # else it would take the BYE for a router's end
 
     def _send_status(self, socket: zmq.Socket[bytes], key: bytes, now_ns: int) -> None:
         body = status_of(self.core, now_ns)
@@ -411,6 +418,8 @@ class RouterServer:
             raise ConfigError(f"worker {name}: profiles: expected one for all GPUs, or one for each")
         profiles = [self._interned(Profile.from_dict(table, where=f"worker {name}")) for table in tables]
         model = {"input": body.get("input"), "output": body.get("output"), "supernet": profiles[0].supernet}
+        n_bytes = _n_bytes(name, "input", model["input"])
+        _n_bytes(name, "output", model["output"])
         if self.model is not None and self.core.peers and model != self.model:
             raise ConfigError(
                 f"worker {name}: expected the model {self.model}, which others host; got {model}"
@@ -418,7 +427,6 @@ class RouterServer:
         for peer in [p.key for p in self.core.peers.values() if p.name == name]:
             self._forget_worker(peer, now_ns, orderly=False)  # an older life of the same worker
         self._forget_worker(key, now_ns, orderly=False)
-        n_bytes = None if model["input"] is None else _spec(model["input"]).n_bytes
         self._next_epoch += 1
         slots = profiles * n_slots if len(profiles) == 1 else profiles
         self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes), now_ns)
@@ -501,7 +509,13 @@ class RouterServer:
                 return
 
 
-def _spec(body: Any) -> TensorSpec:
-    if not isinstance(body, dict) or not isinstance(body.get("shape"), list):
-        raise ConfigError(f"input: expected a dtype and a shape, got {body!r}")
-    return TensorSpec(str(body.get("dtype")), tuple(body["shape"]))
+def _n_bytes(worker: str, field: str, body: Any) -> int | None:
+    """Return the bytes of one tensor that a HELLO describes; None where it does not say."""
+    if body is None:
+        return None
+    try:
+        return TensorSpec(str(body["dtype"]), tuple(map(operator.index, body["shape"]))).n_bytes
+    except (ConfigError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        raise ConfigError(
+            f"worker {worker}: {field}: expected a dtype and a shape, got {body!r}: {error}"
+        ) from error

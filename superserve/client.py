@@ -57,6 +57,8 @@ _TICK_NS = 50 * MS
 _GRACE_NS = 1_000 * MS
 """How long past its deadline a query waits for a LATE answer, while a router is there."""
 
+_CLOSED = "the client was closed before the answer came"
+
 _ERRORS: dict[int, type[QueryError]] = {
     Status.EXPIRED: ExpiredError,
     Status.INFEASIBLE: InfeasibleError,
@@ -158,11 +160,13 @@ class Client:
         self._is_asleep = False
         self._is_closing = False
         self._epoch: int | None = None
+        self._model: dict[str, Any] | None = None
         self._input: TensorSpec | None = None
         self._output: TensorSpec | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._welcomed = threading.Event()
+        self._ended = threading.Event()
         self._pid = os.getpid()
         self._failure: BaseException | None = None
 
@@ -223,6 +227,8 @@ class Client:
         """
         buffer = self._checked(payload)
         slo_ns = _checked_slo(slo_ms)
+        floor = 0.0 if min_accuracy is None else _checked_accuracy(min_accuracy)
+        priority = _checked_priority(priority)
         if self._thread is None or os.getpid() != self._pid:
             self._start()
         if self._is_closing:
@@ -230,12 +236,11 @@ class Client:
         self._make_room(len(buffer))
         now_ns = time.monotonic_ns()
         future = QueryFuture(self, next(self._ids), buffer, now_ns + slo_ns, now_ns)
-        if min_accuracy is not None:
-            future.min_accuracy = _checked_accuracy(min_accuracy)
-        if priority:
-            future.priority = _checked_priority(priority)
+        future.min_accuracy, future.priority = floor, priority
         self._submitted.append(future)
-        if self._is_asleep:
+        if self._ended.is_set():  # meanwhile: the I/O thread may have looked there for the last time
+            _settle(future, None, CancelledQueryError(_CLOSED))
+        elif self._is_asleep:
             self._wake()
         return future
 
@@ -266,6 +271,8 @@ class Client:
             return np.ascontiguousarray(payload).reshape(-1).view(np.uint8).data
         if not isinstance(payload, bytes | bytearray | memoryview):
             raise InvalidQueryError(f"input: expected a NumPy array or bytes, got {type(payload).__name__}")
+        if isinstance(payload, memoryview) and not payload.c_contiguous:
+            raise InvalidQueryError("input: expected bytes in C order, got a memoryview with gaps")
         buffer = payload if isinstance(payload, bytes) else memoryview(payload).cast("B")
         if self._input is not None and len(buffer) != self._input.n_bytes:
             raise InvalidQueryError(
@@ -317,7 +324,7 @@ class Client:
 
     def _run(self, connection: Connection) -> None:
         """Serve until closed. Whatever ends it, no future is left waiting."""
-        error: QueryError = CancelledQueryError("the client was closed before the answer came")
+        error: QueryError = CancelledQueryError(_CLOSED)
         try:
             waiter = Waiter((connection.socket,), (self._wake_fd,))
             while not self._is_closing:
@@ -328,6 +335,7 @@ class Client:
             raise
         finally:
             self._is_closing = True
+            self._ended.set()
             self._welcomed.set()
             connection.close()
             while self._submitted:
@@ -357,6 +365,8 @@ class Client:
                 self._resolve(connection, group)
         if connection.epoch != self._epoch:
             self._on_epoch(connection)
+        if connection.model is not self._model:
+            self._on_model(connection)
 
     def _timeout_ns(self, now_ns: int) -> int:
         if self._timeouts:
@@ -368,12 +378,17 @@ class Client:
         self._epoch = connection.epoch
         if connection.epoch is None:
             return
-        self._input, self._output = connection.spec("input"), connection.spec("output")
+        self._on_model(connection)
         self._welcomed.set()
         now_ns = time.monotonic_ns()
         again = [future for future in self._pending.values() if future.deadline_ns > now_ns]
         if again:
             self._send(connection, again, resubmitted=True)
+
+    def _on_model(self, connection: Connection) -> None:
+        """The router has told what the model takes and gives: at WELCOME, or once a worker joined."""
+        self._model = connection.model
+        self._input, self._output = connection.spec("input"), connection.spec("output")
 
     def _take_submitted(self) -> list[QueryFuture]:
         futures = []
@@ -537,7 +552,7 @@ def _checked_slo(slo_ms: float) -> int:
 
 
 def _checked_accuracy(min_accuracy: float) -> float:
-    if not 0 <= min_accuracy <= 100:
+    if not isinstance(min_accuracy, int | float | np.number) or not 0 <= min_accuracy <= 100:
         raise InvalidQueryError(f"min_accuracy: expected 0 to 100 percent, got {min_accuracy!r}")
     return float(min_accuracy)
 
