@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MS = 1_000_000
 _PROGRESS_NS = 250 * MS
-_RESOLUTION_NS = 300_000
+_RESOLUTION_NS = 500_000
 """A sender wakes to send at most this often: finer than a timer's usual lateness is wasted, and the
 lag it adds is on record like any other."""
 _WELCOME_NS = 10_000 * MS

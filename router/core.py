@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 MS = 1_000_000
 _F32_ERROR = 2.0**-18
 """How far above what was meant a percentage sent as f32 may lie: half of its spacing from 64 to 128."""
+_SAMPLE_EVERY_NS = 2 * MS
+"""A client's way is sampled at most this often."""
 _MAX_RIVALS = 8
 """Workers asked about one head, at most, after the first was too slow for it."""
 
@@ -100,7 +102,7 @@ class CoreSettings:
 class Client:
     """A connected application and the cohorts it waits for. `key` is None once it left."""
 
-    __slots__ = ("cohorts", "key", "serial", "session", "transits")
+    __slots__ = ("cohorts", "key", "sampled_ns", "serial", "session", "transits")
 
     def __init__(self, key: Key, session: int, serial: int) -> None:
         self.key: Key | None = key
@@ -108,6 +110,13 @@ class Client:
         self.session = session
         self.cohorts: dict[int, Cohort] = {}
         self.transits = RecentQuantiles([0] * 8)
+        self.sampled_ns = 0
+
+    def sample_transit(self, transit_ns: int, now_ns: int) -> None:
+        """Note how long a message was under way; once a while, lest a drained backlog fill the window."""
+        if now_ns - self.sampled_ns >= _SAMPLE_EVERY_NS:
+            self.sampled_ns = now_ns
+            self.transits.add(max(0, transit_ns))
 
     @property
     def return_ns(self) -> int:
@@ -254,7 +263,7 @@ class RouterCore:
         client, queries = self.clients[event.client], event.queries
         n = queries.n
         base_ns = now_ns - event.transit_ns
-        client.transits.add(max(0, event.transit_ns))
+        client.sample_transit(event.transit_ns, now_ns)
         self._serial += 1
         cohort = Cohort(
             self._serial,
