@@ -1,0 +1,137 @@
+"""What README.md and ARCHITECTURE.md show exists and runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from gpu_worker.cli import cli as gpu_worker_cli
+from gpu_worker.eventlog import cli as eventlog_cli
+from loadgen.cli import cli as loadgen_cli
+from loadgen.run import Emulation, emulated
+from profiles.cli import cli as profiles_cli
+from router.cli import cli as router_cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
+ENDPOINT = "tcp://127.0.0.1:5555"
+COMMANDS: dict[str, click.Command] = {
+    ".venv/bin/python -m router": router_cli,
+    ".venv/bin/python -m gpu_worker": gpu_worker_cli,
+    ".venv/bin/python -m gpu_worker.eventlog": eventlog_cli,
+    ".venv/bin/loadgen": loadgen_cli,
+    ".venv/bin/profiles": profiles_cli,
+}
+"""How the pages call a command, and what then runs."""
+
+# In backticks, with a slash and an ending or a closing slash; or what a link or picture points to.
+_PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*(?:/[\w-]+\.(?:py|md|json|svg|toml)|/))`|\]\(([\w./-]+)\)")
+_MADE_BY_COMMANDS = ("out/", ".venv/")
+
+
+def text_of(page: str) -> str:
+    """Return a page's text."""
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Return the page's fenced blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
+
+
+def paths(page: str) -> set[str]:
+    """Return the paths of this repository that a page names."""
+    found = {code or link for code, link in _PATH.findall(text_of(page))}
+    return {path for path in found if not path.startswith(_MADE_BY_COMMANDS)}
+
+
+def shell_lines() -> list[str]:
+    """Return every command line of the pages' shell blocks."""
+    return [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if line]
+
+
+def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
+    """Return what a command line runs and its arguments; subcommands are followed."""
+    n = 3 if words[1] == "-m" else 1
+    command, rest = COMMANDS[" ".join(words[:n])], words[n:]
+    while isinstance(command, click.Group) and rest and rest[0] in command.commands:
+        command, rest = command.commands[rest[0]], rest[1:]
+    return command, rest
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_named_exists(page: str) -> None:
+    """No page sends its reader to a file or folder that is not there."""
+    missing = sorted(path for path in paths(page) if not (ROOT / path).exists())
+
+    assert not missing, missing
+
+
+def test_paths_are_found_where_they_stand() -> None:
+    """The search above is not passed by finding nothing."""
+    assert {"docs/picture.svg", "ARCHITECTURE.md", "router/policy.py"} <= paths("README.md")
+    assert {"superserve/wire.py", "cluster/", "profiles/data/"} <= paths("ARCHITECTURE.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_make_target_named_exists(page: str) -> None:
+    """`make X` on a page is a target of the Makefile."""
+    targets = set(re.findall(r"^([a-z]+):", text_of("Makefile"), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^ {4})make ([a-z]+)", text_of(page), re.MULTILINE))
+
+    assert named
+    assert named <= targets
+
+
+def test_every_module_of_the_roles_is_on_the_map() -> None:
+    """ARCHITECTURE.md's map has each file, but for commands, helpers of `make bench`, and package files."""
+    roles = ("superserve", "router", "gpu_worker", "loadgen", "profiles")
+    modules = {f"{path.parent.name}/{path.name}" for role in roles for path in (ROOT / role).glob("*.py")}
+    helpers = {name for name in modules if name.startswith("loadgen/bench_")} | {"loadgen/echo.py"}
+    plain = {name for name in modules if name.endswith(("/__init__.py", "/__main__.py", "/cli.py"))}
+
+    assert modules - helpers - plain <= paths("ARCHITECTURE.md")
+
+
+@pytest.mark.parametrize("line", shell_lines())
+def test_every_command_shown_takes_its_options(line: str) -> None:
+    """Commands on the pages parse: their names, subcommands and options exist."""
+    command, rest = command_of(shlex.split(line, comments=True))
+    # Files and folders are made by the command before, so only the options are looked up.
+    known = {option for parameter in command.params for option in parameter.opts}
+
+    assert {word for word in rest if word.startswith("--")} <= known
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    """Run a router with two emulated GPUs; give its client endpoint."""
+    with emulated(Emulation("cnn-8gpu-modelled", 2)) as cluster:
+        yield cluster.client_endpoint
+
+
+@pytest.mark.e2e
+def test_the_client_snippet_runs(endpoint: str) -> None:
+    """README's Python runs as it stands against a real router, and every query is answered."""
+    (snippet,) = blocks("README.md", "python")
+    assert snippet.count(ENDPOINT) == 1
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", snippet.replace(ENDPOINT, endpoint)],
+        cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert re.fullmatch(r"cnn-[\d.]+ \([\d.]+ %\) in [\d.]+ ms", first)
+    assert len(rest) == 32
