@@ -130,6 +130,9 @@ def resident(supernet: str, profile: Profile, device: str, threads: int, waker: 
     Raises:
         ConfigError: The supernet, the device or the profile is not what it should be.
     """
+    # For OpenMP a count set by torch holds for the thread that sets it: without this, which must
+    # precede torch's import, the compute thread would take every core.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     # torch takes seconds to import: emulated GPUs do without.
     from gpu_worker.compute import ComputeGpu  # noqa: PLC0415
     from gpu_worker.torch_executor import SHIPPED_PATH, SUPERNET_NAME, TorchExecutor  # noqa: PLC0415

@@ -93,7 +93,7 @@ class TorchExecutor:
         self.device = device
         self.batch_sizes = tuple(batch_sizes)
         self._supernet = supernet
-        self._hosted = tuple(range(len(self.cards)))  # by row, the supernet's own row
+        self._hosted = tuple(range(len(self.subnets)))  # by row, the supernet's own row
 
     @classmethod
     def load(
