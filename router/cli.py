@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 
 from profiles.table import load_profile
-from router.core import CoreSettings
 from router.recording import Recorder, replay
 from router.registry import make_policy
 from router.server import RouterServer, ServerSettings
+from router.state import CoreSettings
 from superserve.errors import SuperServeError
 from superserve.processes import announce_ready, die_with_parent
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from profiles.table import Profile
-from router.core import CoreSettings, RouterCore
+from router.core import RouterCore
 from router.events import (
     CancelAsked,
     ClientJoined,
@@ -31,6 +31,7 @@ from router.events import (
     WorkerLeft,
 )
 from router.registry import make_policy
+from router.state import CoreSettings
 from router.workers import TransitionError
 from superserve.errors import ConfigError, WireError
 from superserve.wire import DoneRow, PullRow, Queries

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from profiles.table import Profile
-from router.core import CoreSettings, RouterCore
+from router.core import RouterCore
 from router.directives import directive_of, results_of
 from router.estimates import TransitClock, WindowedMin
 from router.events import (
@@ -42,6 +42,7 @@ from router.events import (
     WorkerLeft,
 )
 from router.registry import make_policy
+from router.state import CoreSettings
 from router.status import status_of
 from router.workers import TransitionError
 from superserve import wire

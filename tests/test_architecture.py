@@ -48,7 +48,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
 EMBEDDED_DEPENDENCIES = ("zmq", "numpy", "orjson")
 
 # A pure core: events and `now_ns` in, actions out.
-PURE = ("router.core", "router.edf", "router.policy", "router.slackfit", "router.baselines")
+PURE = (
+    "router.core", "router.state", "router.admission", "router.fleet", "router.edf", "router.estimates",
+    "router.workers", "router.events", "router.policy", "router.slackfit", "router.baselines",
+)  # fmt: skip
 IMPURE = ("zmq", "socket", "time", "threading", "logging", "random", "numpy.random", "asyncio", "secrets")
 
 

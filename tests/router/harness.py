@@ -8,7 +8,7 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 from profiles.table import load_profile
-from router.core import CoreSettings, RouterCore
+from router.core import RouterCore
 from router.events import (
     Action,
     Answer,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from profiles.table import Profile
     from router.policy import Policy
+    from router.state import CoreSettings
     from router.workers import Worker
 
 CNN = load_profile("cnn-8gpu-modelled")

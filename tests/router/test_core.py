@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from router.core import CoreSettings
 from router.events import Answer, ClientJoined, Dispatch, DrainRouter, DrainWorker, Finished, Released
+from router.state import CoreSettings
 from superserve.clock import MS
 from superserve.errors import ConfigError, WireError
 from superserve.wire import Status

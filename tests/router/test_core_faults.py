@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from router.core import CoreSettings
 from router.events import Dispatch, Fence, Finished, Pulled, WorkerHeard, WorkerLeft
+from router.state import CoreSettings
 from router.workers import PeerState, WorkerState
 from superserve.clock import MS
 from superserve.wire import PullRow, Status

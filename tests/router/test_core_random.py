@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from router.core import CoreSettings
 from router.events import DrainWorker
+from router.state import CoreSettings
 from superserve.clock import MS
 from superserve.wire import Status
 from tests.router.harness import CNN, World

@@ -1,0 +1,383 @@
+"""The fleet: workers join, pull, answer, fall silent, overrun and leave, and what that means for queries."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING
+
+from router.admission import Admission
+from router.edf import ANSWERED, DISPATCHED, Cohort
+from router.events import (
+    Answer,
+    DrainWorker,
+    Fence,
+    Finished,
+    Key,
+    Pulled,
+    Released,
+    WorkerHeard,
+    WorkerJoined,
+    WorkerLeft,
+)
+from router.workers import Batch, Peer, PeerEvent, PeerState, Worker, WorkerEvent, WorkerState
+from superserve.errors import ConfigError, WireError
+from superserve.wire import Status
+
+if TYPE_CHECKING:
+    from profiles.table import Profile
+    from router.edf import Stretch
+    from router.policy import Policy
+    from superserve.wire import DoneRow
+
+MS = 1_000_000
+
+
+class Fleet(Admission):
+    """Takes events of workers into account, and judges those that are silent or slow."""
+
+    def _worker_joined(self, event: WorkerJoined, now_ns: int) -> None:
+        before = self.peers.get(event.peer)
+        if before is not None:
+            self._bury(before, PeerEvent.LOST, now_ns)
+        first = not self._policies
+        peer = Peer(event.peer, event.name, event.epoch, now_ns)
+        for slot, profile in enumerate(event.profiles):
+            peer.workers.append(Worker(peer, slot, profile, self._policy(profile), now_ns))
+        self.peers[event.peer] = peer
+        self.payload_bytes = event.payload_bytes
+        if self._checked_ns is None:
+            self._checked_ns = now_ns
+        self._refresh_min_service()
+        if first:
+            self._floor_waiting()
+
+    def _policy(self, profile: Profile) -> Policy:
+        known = self._policies.get(id(profile))
+        if known is None:
+            reference = self._reference_profile()
+            if reference is not None and _names(reference) != _names(profile):
+                raise ConfigError(
+                    f"profile {profile.name}: expected the subnets of {reference.name}, "
+                    "which the cluster's other workers host"
+                )
+            for other, policy in self._policies.values():
+                if other == profile:
+                    return policy
+            known = self._policies[id(profile)] = (profile, self._make_policy(profile))
+        return known[1]
+
+    def _worker_heard(self, event: WorkerHeard, now_ns: int) -> None:
+        peer = self.peers.get(event.peer)
+        if peer is not None:
+            self._hear(peer, now_ns)
+
+    def _hear(self, peer: Peer, now_ns: int) -> None:
+        peer.heard_ns = now_ns
+        if peer.machine.state is not PeerState.LIVE:
+            peer.machine.on(PeerEvent.HEARD)
+            for worker in peer.workers:
+                self._offer(worker)
+
+    def _speaker(self, key: Key, epoch: int, now_ns: int) -> Peer | None:
+        """Return the peer, or fence whoever speaks under an epoch that is over."""
+        peer = self.peers.get(key)
+        if peer is None or peer.epoch != epoch:
+            self.n_stale += 1
+            self._actions.append(Fence(key, f"epoch {epoch} is over: say HELLO again"))
+            return None
+        self._hear(peer, now_ns)
+        return peer
+
+    def _pulled(self, event: Pulled, now_ns: int) -> None:
+        peer = self._speaker(event.peer, event.epoch, now_ns)
+        if peer is None:
+            return
+        for row in event.rows:
+            worker = _gpu(peer, row.slot)
+            worker.grant(row.credit, row.last_batch)
+            worker.expect_free(now_ns, row.free_in_ns, row.last_batch)
+            worker.gauges = {
+                "memory_bytes": row.memory_bytes,
+                "utilisation": row.utilisation,
+                "temperature_c": row.temperature_c,
+            }
+            self._offer(worker)
+
+    def _finished(self, event: Finished, now_ns: int) -> None:
+        peer = self._speaker(event.peer, event.epoch, now_ns)
+        if peer is None:
+            return
+        for row in event.rows:
+            worker = _gpu(peer, row.slot)
+            batch = worker.outstanding.get(row.batch_id)
+            if batch is not None and batch.n != row.n:
+                raise WireError(f"done: batch {row.batch_id}: expected {batch.n} queries, got {row.n}")
+            worker.machine.on(WorkerEvent.ANSWERED)
+            worker.answered_ns = now_ns
+            if batch is None:
+                self.n_stale += 1  # given up before it answered
+            else:
+                del self.ledger[row.batch_id], worker.outstanding[row.batch_id]
+                self._finish(batch, row, now_ns)
+            worker.grant(row.credit, row.last_batch)
+            worker.expect_free(now_ns, row.free_in_ns, row.last_batch)
+            self._offer(worker)
+        self._release(peer)
+
+    def _finish(self, batch: Batch, row: DoneRow, now_ns: int) -> None:
+        """Answer a batch's queries, and learn from how long it took."""
+        worker = batch.worker
+        on_the_way_ns = now_ns - batch.dispatched_ns - row.waited_ns - row.executing_ns
+        transport_ns = max(0, on_the_way_ns)
+        worker.transport.add(transport_ns)
+        if row.statuses is None:
+            profiled_ns = worker.profile.latency_ns(batch.subnet, batch.n)
+            worker.measure(batch.subnet, profiled_ns, row.executing_ns)
+        outbound_ns = transport_ns // 2
+        timeline = (outbound_ns + row.waited_ns, row.executing_ns, transport_ns - outbound_ns)
+        at = 0
+        for cohort, lo, hi in batch.stretches:
+            states = cohort.states
+            if cohort.holders is None and states.count(DISPATCHED, lo, hi) == hi - lo:
+                self.in_flight -= hi - lo
+                self._answer(batch, row, cohort, lo, hi, at, now_ns, timeline)
+            else:
+                self._answer_remaining(batch, row, cohort, lo, hi, at, now_ns, timeline)
+            at += hi - lo
+
+    def _answer_remaining(
+        self,
+        batch: Batch,
+        row: DoneRow,
+        cohort: Cohort,
+        lo: int,
+        hi: int,
+        at: int,
+        now_ns: int,
+        timeline: tuple[int, int, int],
+    ) -> None:
+        """Answer those of lo to hi that nobody has answered: the first answer wins."""
+        for i in range(lo, hi):
+            if cohort.states[i] != ANSWERED:
+                self._leave_state(cohort, i)
+                self._answer(batch, row, cohort, i, i + 1, at + i - lo, now_ns, timeline)
+
+    def _answer(
+        self,
+        batch: Batch,
+        row: DoneRow,
+        cohort: Cohort,
+        lo: int,
+        hi: int,
+        at: int,
+        now_ns: int,
+        timeline: tuple[int, int, int],
+    ) -> None:
+        late = bisect_left(cohort.deadlines_ns, now_ns + cohort.client.return_ns, lo, hi)
+        if row.statuses is None:
+            ends = [(lo, late, Status.LATE), (late, hi, Status.OK)]
+        else:
+            statuses = row.statuses[at : at + hi - lo]
+            ends = [(i, i + 1, _worker_status(byte, late=i < late)) for i, byte in enumerate(statuses, lo)]
+        accuracy = batch.worker.profile.subnets[batch.subnet].accuracy
+        queued_ns = batch.dispatched_ns - cohort.arrived_ns
+        for start, end, status in ends:
+            if start == end:
+                continue
+            self._close(cohort, start, end, status)
+            key = cohort.client.key
+            if key is None or self._joins_last(row, key, status, at + start - lo, (cohort, start, end)):
+                continue
+            self._actions.append(
+                Answer(
+                    key, cohort, start, end, status, batch.subnet, batch.n, accuracy,
+                    queued_ns, *timeline, row, at + start - lo,
+                )
+            )  # fmt: skip
+
+    def _joins_last(self, row: DoneRow, key: Key, status: Status, at: int, stretch: Stretch) -> bool:
+        """Add a stretch to the last answer if that one ends where this begins, and in the same way."""
+        last = self._actions[-1] if self._actions else None
+        if (
+            not isinstance(last, Answer)
+            or last.row is not row
+            or last.client != key
+            or last.status is not status
+            or last.at + last.n != at
+            or row.statuses is not None
+        ):
+            return False
+        if last.more is None:
+            last.more = []
+        last.more.append(stretch)
+        last.n += stretch[2] - stretch[1]
+        return True
+
+    def _worker_left(self, event: WorkerLeft, now_ns: int) -> None:
+        peer = self.peers.get(event.peer)
+        if peer is not None:
+            self._bury(peer, PeerEvent.LEFT if event.orderly else PeerEvent.LOST, now_ns)
+
+    def _bury(self, peer: Peer, event: PeerEvent, now_ns: int) -> None:
+        """Forget a worker process; dispatch its queries again where slack is left."""
+        peer.machine.on(event)
+        del self.peers[peer.key]
+        self._refresh_min_service()
+        for worker in peer.workers:
+            worker.machine.on(WorkerEvent.LOST)
+            worker.credit = 0
+            worker.version += 1
+            for batch in worker.outstanding.values():
+                del self.ledger[batch.batch_id]
+                self._lose(batch, now_ns)
+            worker.outstanding.clear()
+
+    def _lose(self, batch: Batch, now_ns: int) -> None:
+        """Requeue a lost batch's queries once, if slack is left; else they end WORKER_LOST."""
+        name = f"{batch.worker.peer.name}:{batch.worker.slot}"
+        for cohort, lo, hi in batch.stretches:
+            for i in range(lo, hi):
+                if cohort.states[i] != DISPATCHED or _holder(cohort, i, batch) != batch.batch_id:
+                    continue
+                losses = cohort.losses = cohort.losses or {}
+                losses[i] = losses.get(i, 0) + 1
+                has_slack = cohort.deadlines_ns[i] >= now_ns + self._min_service_ns
+                if losses[i] == 1 and has_slack and cohort.client.key is not None:
+                    self._requeue(cohort, i)
+                    continue
+                self.in_flight -= 1
+                why = "no slack was left" if not has_slack else "so did the one before it"
+                self._refuse(
+                    cohort, i, i + 1, Status.WORKER_LOST, f"worker {name} was lost and {why}", now_ns
+                )
+
+    def _drain_worker(self, event: DrainWorker, _now_ns: int) -> None:
+        peer = self.peers.get(event.peer)
+        if peer is None:
+            return
+        for worker in peer.workers:
+            if event.slot is None or worker.slot == event.slot:
+                worker.machine.on(WorkerEvent.DRAIN)
+                worker.version += 1
+        self._release(peer)
+
+    def _release(self, peer: Peer) -> None:
+        """Let a peer go when all its GPUs drain and hold nothing of ours."""
+        if all(w.machine.state is WorkerState.DRAINING and not w.outstanding for w in peer.workers):
+            self._actions.append(Released(peer.key))
+
+    # --- judgement ----------------------------------------------------------------------
+
+    def _judge_peers(self, now_ns: int) -> None:
+        """Suspect and bury the silent. If this router itself was stalled, nobody is to blame for it."""
+        settings, checked_ns = self.settings, self._checked_ns
+        if checked_ns is None or now_ns < checked_ns + settings.heartbeat_ns:
+            return
+        self._checked_ns = now_ns
+        stall_ns = max(0, now_ns - checked_ns - 2 * settings.heartbeat_ns)
+        for peer in tuple(self.peers.values()):
+            peer.heard_ns = min(now_ns, peer.heard_ns + stall_ns)
+            quiet_ns = now_ns - peer.heard_ns
+            if quiet_ns >= settings.dead_after * settings.heartbeat_ns:
+                self._bury(peer, PeerEvent.LOST, now_ns)
+            elif quiet_ns >= settings.suspect_after * settings.heartbeat_ns:
+                peer.machine.on(PeerEvent.QUIET)
+            for worker in peer.workers:
+                if not worker.outstanding and now_ns - worker.answered_ns >= settings.heartbeat_ns:
+                    worker.ease()
+        self._refresh_min_service()
+
+    def _refresh_min_service(self) -> None:
+        """The quickest answer any live worker can give: its smallest subnet alone, and the way."""
+        quickest = min(
+            (
+                int(w.profile.latency_p99_ns(0, 1) * w.corrected(0)) + w.transport.mean_ns
+                for w in self.workers()
+            ),
+            default=0,
+        )
+        self._min_service_ns = quickest
+        quickness = [(w.slowdown, w.transport.bound_ns()) for w in self.workers()]
+        slowdowns, ways_ns = zip(*quickness, strict=True) if quickness else ((1.0,), (0,))
+        self._uneven = (
+            len(self._policies) > 1
+            or max(slowdowns) > 1.05 * min(slowdowns)
+            or max(ways_ns) > min(ways_ns) + MS
+        )
+
+    def _judge_overruns(self, now_ns: int) -> None:
+        overruns = self._overruns
+        while overruns and overruns[0][0] <= now_ns:
+            _, batch_id = heappop(overruns)
+            batch = self.ledger.get(batch_id)
+            if batch is None:
+                continue
+            worker = batch.worker
+            due_ns = max(batch.begin_ns, worker.answered_ns) + batch.limit_ns
+            first = next(iter(worker.outstanding))
+            if not batch.overran and (due_ns > now_ns or first != batch_id):
+                # Not started yet, or waiting behind another: judged again in its own time.
+                heappush(overruns, (due_ns if due_ns > now_ns else now_ns + batch.limit_ns, batch_id))
+                continue
+            worker.machine.on(WorkerEvent.OVERRAN)
+            worker.version += 1
+            if batch.overran:
+                self._give_up(worker, now_ns)
+                continue
+            batch.overran = True
+            heappush(overruns, (now_ns + max(self.settings.give_up_ns, batch.limit_ns), batch_id))
+            for held in worker.outstanding.values():
+                self._rescue(held, now_ns)
+
+    def _give_up(self, worker: Worker, now_ns: int) -> None:
+        """Stop waiting for a GPU that hangs while its process lives: its queries must end too."""
+        for batch in worker.outstanding.values():
+            del self.ledger[batch.batch_id]
+            self._lose(batch, now_ns)
+        worker.outstanding.clear()
+        self._release(worker.peer)
+
+    def _rescue(self, batch: Batch, now_ns: int) -> None:
+        """Queue an overrun batch's queries again where slack is left; whoever answers first wins."""
+        for cohort, lo, hi in batch.stretches:
+            if cohort.client.key is None:
+                continue
+            for i in range(lo, hi):
+                if (
+                    cohort.states[i] == DISPATCHED
+                    and _holder(cohort, i, batch) == batch.batch_id
+                    and cohort.deadlines_ns[i] >= now_ns + self._min_service_ns
+                ):
+                    self._requeue(cohort, i)
+
+    def _offer(self, worker: Worker) -> None:
+        """Put a worker among the free ones, by the instant it is free; older entries go stale."""
+        worker.version += 1
+        if worker.may_take:
+            self._offer_seq += 1
+            heappush(self._free, (worker.free_at_ns, self._offer_seq, worker.version, worker))
+            if len(self._free) > 64 + 8 * len(self.peers) + 4 * sum(
+                len(p.workers) for p in self.peers.values()
+            ):
+                self._free = [entry for entry in self._free if entry[2] == entry[3].version]
+                heapify(self._free)
+
+
+def _gpu(peer: Peer, slot: int) -> Worker:
+    if slot >= len(peer.workers):
+        raise WireError(f"slot: {peer.name} has {len(peer.workers)} GPUs, got slot {slot}")
+    return peer.workers[slot]
+
+
+def _names(profile: Profile) -> tuple[str, ...]:
+    return tuple(subnet.name for subnet in profile.subnets)
+
+
+def _holder(cohort: Cohort, i: int, batch: Batch) -> int | None:
+    return batch.batch_id if cohort.holders is None else cohort.holders.get(i, batch.batch_id)
+
+
+def _worker_status(byte: int, *, late: bool) -> Status:
+    status = Status(byte)
+    return Status.LATE if late and status is Status.OK else status
