@@ -86,8 +86,8 @@ class Target(Protocol):
         """Queries that will hear nothing more."""
         ...
 
-    def send(self, i: int, slack_ns: int) -> None:
-        """Send query `i`; refused, it has ended."""
+    def send(self, i: int, slack_ns: int) -> bool:
+        """Send query `i`; False if it was refused, which ends it."""
         ...
 
     def take(self) -> None:
@@ -114,12 +114,14 @@ class EchoTarget:
         self._socket.send(b"hello")
         self._socket.recv()
 
-    def send(self, i: int, slack_ns: int) -> None:  # noqa: ARG002  the echo knows no deadlines
+    def send(self, i: int, slack_ns: int) -> bool:  # noqa: ARG002  the echo knows no deadlines
         """Send query `i` as one message."""
         try:
             self._socket.send(_INDEX.pack(i) + self._padding, zmq.NOBLOCK)
         except zmq.Again:
             self.n_ended += 1
+            return False
+        return True
 
     def take(self) -> None:
         """Receive what has come back."""
@@ -157,15 +159,16 @@ class ClientTarget:
         """Queries that will hear nothing more; each of the two counts has one thread that writes it."""
         return self.n_refused + self.n_called
 
-    def send(self, i: int, slack_ns: int) -> None:
-        """Submit query `i`."""
+    def send(self, i: int, slack_ns: int) -> bool:
+        """Submit query `i`; False if the client holds too many without an answer."""
         try:
             # One that is already too late is submitted all the same: its load was due.
             future = self._client.submit(self._payload, slo_ms=max(slack_ns, 1_000) / MS)
         except OverloadedError:
             self.n_refused += 1
-        else:
-            future.add_done_callback(partial(self._on_done, i))
+            return False
+        future.add_done_callback(partial(self._on_done, i))
+        return True
 
     def _on_done(self, i: int, future: Future[Any]) -> None:
         if future.exception() is None:
@@ -189,8 +192,8 @@ def send_all(plan: SinglePlan, target: Target, due_ns: npt.NDArray[np.int64], st
         now_ns = time.monotonic_ns()
         last = min(n, i + _AT_ONCE)
         while i < last and due[i] <= now_ns:
-            target.send(i, due[i] + plan.slo_ns - now_ns)
-            sent_ns[i] = now_ns
+            if target.send(i, due[i] + plan.slo_ns - now_ns):
+                sent_ns[i] = now_ns
             i += 1
         target.take()
         if i >= n and (target.n_ended >= n or now_ns >= give_up_ns):
