@@ -361,6 +361,8 @@ class Client:
         if self._cancelled:
             self._send_cancelled(connection)
         for results in connection.receive():
+            if connection.model is not self._model:
+                self._on_model(connection)
             for group in results.groups:
                 self._resolve(connection, group)
         if connection.epoch != self._epoch:
