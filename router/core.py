@@ -143,7 +143,7 @@ class RouterCore(Fleet):
         return None
 
     def _ahead_ns(self, worker: Worker) -> int:
-        return self.settings.dispatch_ahead_ns + worker.transport.mean_ns
+        return self.settings.dispatch_ahead_ns + worker.transport.median_ns
 
     def _dispatch(self, now_ns: int) -> None:
         """Give work to workers that are about to be free, earliest-free first."""
@@ -185,13 +185,13 @@ class RouterCore(Fleet):
         queue.head_deadline_ns = deadline_ns
         queue.head_floor = _floor(head)
         queue.length = len(self.queue)
-        view.free_at_ns = max(worker.free_at_ns, now_ns + worker.transport.mean_ns // 2)
+        view.free_at_ns = max(worker.free_at_ns, now_ns + worker.transport.median_ns // 2)
         view.allowance_ns = self._return_ns(worker, cohort)
         choice = self._corrected_choice(worker, now_ns)
         if choice is None:
             # Nothing leaves room for a bad day on the way: then the usual way must do.
             transport = worker.transport
-            view.allowance_ns = transport.mean_ns - transport.mean_ns // 2 + cohort.client.return_ns
+            view.allowance_ns = transport.median_ns - transport.median_ns // 2 + cohort.client.return_ns
             choice = self._corrected_choice(worker, now_ns)
         return choice
 
@@ -212,7 +212,7 @@ class RouterCore(Fleet):
         """What the way back may take: nearly the worst seen of this worker's transport, and the client's."""
         transport = worker.transport
         client_ns: int = cohort.client.transits.bound_ns()
-        return transport.bound_ns() - transport.mean_ns // 2 + client_ns + self.settings.margin_ns
+        return transport.bound_ns() - transport.median_ns // 2 + client_ns + self.settings.margin_ns
 
     def _rival(self, head: tuple[int, Cohort, int], passed: list[Worker], now_ns: int) -> Worker | None:
         """Return the earliest-free worker not asked yet that could meet the head's deadline, busy or not."""
@@ -242,7 +242,7 @@ class RouterCore(Fleet):
         """What a batch of one on row `floor` and the way back to the router may take."""
         alone_ns = int(worker.profile.latency_p99_ns(floor, 1) * worker.corrected(floor))
         transport = worker.transport
-        return alone_ns + transport.bound_ns() - transport.mean_ns // 2 + self.settings.margin_ns
+        return alone_ns + transport.bound_ns() - transport.median_ns // 2 + self.settings.margin_ns
 
     def _refuse_head(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> None:
         taken, _ = self.queue.take(1, worker.profile.n_subnets)
@@ -269,7 +269,7 @@ class RouterCore(Fleet):
                 cohort.holders.update(dict.fromkeys(range(lo, hi), batch_id))
         self.in_flight += n
         profile, subnet = worker.profile, choice.subnet
-        begin_ns = max(worker.free_at_ns, now_ns + worker.transport.mean_ns // 2)
+        begin_ns = max(worker.free_at_ns, now_ns + worker.transport.median_ns // 2)
         corrected = worker.corrected(subnet)
         expected_ns = int(profile.latency_ns(subnet, n) * corrected)
         settings = self.settings

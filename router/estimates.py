@@ -41,10 +41,10 @@ class RecentQuantiles:
     and with a smoothed deviation it would hold every batch back for as long as it takes to decay.
 
     Attributes:
-        mean_ns: The median.
+        median_ns: The middle of the window.
     """
 
-    __slots__ = ("_bound_ns", "_recent", "_sorted", "_window", "mean_ns")
+    __slots__ = ("_bound_ns", "_recent", "_sorted", "_window", "median_ns")
 
     def __init__(self, first_ns: list[int], window: int = 256) -> None:
         self._window = window
@@ -65,13 +65,19 @@ class RecentQuantiles:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
         self._refresh()
 
+    def fade(self, value_ns: int) -> None:
+        """Forget the older quarter and note `value_ns`: what nothing confirms any more counts ever less."""
+        for _ in range(len(self._recent) // 4):
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+        self.add(value_ns)
+
     def bound_ns(self) -> int:
         """Return the 99th percentile: what a careful decision allows for."""
         return self._bound_ns
 
     def _refresh(self) -> None:
         n = len(self._sorted)
-        self.mean_ns = self._sorted[n >> 1]
+        self.median_ns = self._sorted[n >> 1]
         self._bound_ns = self._sorted[n * 99 // 100]
 
 

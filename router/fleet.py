@@ -292,7 +292,7 @@ class Fleet(Admission):
         """The quickest answer any live worker can give: its smallest subnet alone, and the way."""
         quickest = min(
             (
-                int(w.profile.latency_p99_ns(0, 1) * w.corrected(0)) + w.transport.mean_ns
+                int(w.profile.latency_p99_ns(0, 1) * w.corrected(0)) + w.transport.median_ns
                 for w in self.workers()
             ),
             default=0,

@@ -76,7 +76,7 @@ class Client:
     @property
     def return_ns(self) -> int:
         """How long an answer usually takes to reach it: as long as its queries took."""
-        return self.transits.mean_ns
+        return self.transits.median_ns
 
 
 class CoreState:

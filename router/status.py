@@ -46,7 +46,7 @@ def _worker(worker: Worker, now_ns: int) -> dict[str, Any]:
         "credit": worker.credit,
         "outstanding": len(worker.outstanding),
         "free_in_ms": max(0, worker.free_at_ns - now_ns) / MS,
-        "transport_ms": worker.transport.mean_ns / MS,
+        "transport_ms": worker.transport.median_ns / MS,
         "slowdown": round(worker.slowdown, 4),
         "batches": worker.n_batches,
         "queries": worker.n_queries,

@@ -219,7 +219,7 @@ class Worker:
 
     def expect_free(self, now_ns: int, free_in_ns: int, last_batch: int) -> None:
         """Update `free_at_ns` from its own report, sent half a round trip ago."""
-        at = max(now_ns, now_ns - self.transport.mean_ns // 2 + free_in_ns)
+        at = max(now_ns, now_ns - self.transport.median_ns // 2 + free_in_ns)
         for batch_id, batch in self.outstanding.items():
             if batch_id > last_batch:
                 at += batch.expected_ns
@@ -238,12 +238,12 @@ class Worker:
         self.slowdown = overall
 
     def ease(self) -> None:
-        """Move what slows it down an eighth of the way back to where it began.
+        """Move what slows it down back towards where it began: the way by a quarter, the rest by an eighth.
 
         For a worker that has been idle: one whose estimates refuse every query would never
         be measured again.
         """
-        self.transport.add(_FIRST_TRANSPORT_NS[0])
+        self.transport.fade(_FIRST_TRANSPORT_NS[0])
         self.slowdown -= max(0.0, self.slowdown - 1.0) / 8
         self.slowdowns = [ratio - max(0.0, ratio - 1.0) / 8 for ratio in self.slowdowns]
 

@@ -293,7 +293,7 @@ def test_nothing_is_sent_long_before_a_worker_is_free() -> None:
 
     def measure(dispatch: Dispatch, gpu: Gpu) -> None:
         worker: Worker = world.worker(dispatch.peer, dispatch.slot)
-        ahead_ns = world.core.settings.dispatch_ahead_ns + worker.transport.mean_ns
+        ahead_ns = world.core.settings.dispatch_ahead_ns + worker.transport.median_ns
         early.append(gpu.free_at_ns - world.now_ns - ahead_ns)
 
     world.on_dispatch = measure
