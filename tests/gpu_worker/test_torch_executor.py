@@ -225,3 +225,19 @@ def test_equal_files_have_equal_fingerprints(tmp_path: Path) -> None:
 
     assert TorchExecutor.load(copy).fingerprint == EXECUTOR.fingerprint
     assert TorchExecutor.load(other).fingerprint != EXECUTOR.fingerprint
+
+
+def test_a_selection_answers_as_the_same_subnets_do() -> None:
+    """Rows are renumbered, answers are not changed, and an unknown name is refused."""
+    chosen = TorchExecutor.load()
+    chosen.select([EXECUTOR.subnets[row].name for row in (1, LARGEST)])
+    batch = some_images(4)
+
+    assert chosen.accuracies == (EXECUTOR.accuracies[1], EXECUTOR.accuracies[LARGEST])
+    np.testing.assert_allclose(
+        chosen.execute(1, batch), EXECUTOR.execute(LARGEST, batch), rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ConfigError, match="got nobody"):
+        chosen.select(["nobody"])
+    with pytest.raises(ConfigError, match="row from 0 to 1"):
+        chosen.execute(2, batch)
