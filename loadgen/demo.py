@@ -63,6 +63,7 @@ _LOAD = 1.2  # times what the largest subnet can do at its quickest
 _BASE_SHARE = 0.35  # of the load, as a constant stream; the rest comes in bursts
 _CV2 = 40.0  # of the bursts
 _ROUNDS, _BUDGET_NS = 40, 6 * SECOND
+_MOST_LEFT_OUT = 0.05  # of the answers, for coming without an output that was kept
 _MARGIN_MS = 10.0  # held back by the router: all processes share this machine's cores
 _CLOSE = 1e-4  # relative and absolute: a batch's size moves logits by some 1e-6
 _NEEDED = {"torch": "torch", "safetensors": "safetensors", "sklearn": "scikit-learn", "psutil": "psutil"}
@@ -216,11 +217,12 @@ def _is_close(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDA
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The answers of a run that carried an output, shape (n, ...): subnet rows, images, logits."""
+    """The answers of a run whose output was kept, shape (n, ...): subnet rows, images, logits."""
 
     rows: npt.NDArray[np.int64]
     images: npt.NDArray[np.int64]  # index into the held-out set
     logits: npt.NDArray[np.float32]  # (n, classes)
+    n_left_out: int = 0  # a sender keeps no outputs of a batch whose queries ended differently
 
 
 def answers_of(run: Run) -> Answers:
@@ -233,8 +235,19 @@ def answers_of(run: Run) -> Answers:
     if "outputs" not in columns:
         raise ConfigError("no query of the run was answered with an output")
     has_output = np.flatnonzero(columns["status"] <= Status.LATE)
-    logits = np.ascontiguousarray(columns["outputs"][has_output]).view(np.float32)
-    return Answers(columns["subnet"][has_output].astype(np.int64), columns["payload"][has_output], logits)
+    # Nothing but zeros: logits of a real image never are, so this output was not kept.
+    kept = has_output[columns["outputs"][has_output].any(axis=1)]
+    logits = np.ascontiguousarray(columns["outputs"][kept]).view(np.float32)
+    rows = columns["subnet"][kept].astype(np.int64)
+    return Answers(rows, columns["payload"][kept], logits, len(has_output) - len(kept))
+
+
+def wrong_coverage(answers: Answers) -> list[str]:
+    """Return a line if too many answers came without an output for the others to stand for them."""
+    n, n_out = len(answers.rows) + answers.n_left_out, answers.n_left_out
+    if n_out <= _MOST_LEFT_OUT * n:
+        return []
+    return [f"outputs: expected at most {_MOST_LEFT_OUT:.0%} of answers without one, got {n_out:,} of {n:,}"]
 
 
 def sample(rows: npt.NDArray[np.int64], row: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -464,7 +477,9 @@ def judge_answers(run: Run, images: Images) -> list[str]:
         f"\nUp to {SAMPLE} outputs of each subnet, computed again here on that subnet and its neighbours:"
     )
     _say(comparison_lines(comparisons))
-    return wrong_answers(scores, comparisons)
+    if answers.n_left_out:
+        click.echo(f"  left out: {answers.n_left_out:,} answers of batches that ended in part, not kept")
+    return wrong_coverage(answers) + wrong_answers(scores, comparisons)
 
 
 def _say(lines: Sequence[str]) -> None:
