@@ -76,7 +76,8 @@ def cli(
 
 def _check_policy(policy: str) -> None:
     """Refuse an unknown policy now; but which subnets `fixed:` may name, only a worker can tell."""
-    if not policy.startswith("fixed"):
+    name, _, subnet = policy.partition(":")
+    if name != "fixed" or not subnet:
         make_policy(policy, load_profile("cnn-8gpu-modelled"))
 
 

@@ -8,7 +8,7 @@ only their sizes, since no decision looks at them.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,8 @@ class Recorder:
         elif isinstance(event, Finished):
             body = {"peer": event.peer, "epoch": event.epoch, "rows": [_done_row(r) for r in event.rows]}
         else:
-            body = asdict(event)
+            # Not asdict: it copies, and buffers of received frames cannot be.
+            body = {field.name: getattr(event, field.name) for field in fields(event)}
         self._write([now_ns, name, body])
 
     def advance(self, now_ns: int, actions: Sequence[Action]) -> None:

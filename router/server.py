@@ -145,11 +145,11 @@ class RouterServer:
             ConfigError: An endpoint is malformed or taken.
         """
         settings = self.settings
-        self._client_socket, self.client_endpoint = bind_router(self._context, settings.client_endpoint)
         try:
+            self._client_socket, self.client_endpoint = bind_router(self._context, settings.client_endpoint)
             self._worker_socket, self.worker_endpoint = bind_router(self._context, settings.worker_endpoint)
         except ConfigError:
-            self._client_socket.close(0)
+            self._context.destroy(0)
             raise
 
     def stop(self) -> None:

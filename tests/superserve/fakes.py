@@ -86,6 +86,10 @@ class FakeRouter:
         """Answer every query of a message alike; `output` is each one's, or the reason."""
         self.send(Results(self.epoch, [group(queries.ids, status, output)]))
 
+    def send_results(self, *groups: Group) -> None:
+        """Answer with groups of the test's making."""
+        self.send(Results(self.epoch, list(groups)))
+
     def _next(self, wait_ns: int) -> Message | None:
         sockets.wait([self.socket], wait_ns)
         frames = sockets.receive(self.socket)

