@@ -22,10 +22,10 @@ import zmq
 
 from superserve import wire
 from superserve.connection import Connection, no_router
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError, SuperServeError, WireError
 from superserve.processes import announce_ready, die_with_parent
 from superserve.sockets import Waiter, connect_dealer, receive, send, wait
-from superserve.wire import HAS_OUTPUT, MAX_QUERIES, VARIED, Control, Kind, Queries
+from superserve.wire import HAS_OUTPUT, MAX_QUERIES, Control, Kind, Queries
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,10 +139,17 @@ class Records:
         self.batch_size[index] = group.batch_size
         self.accuracy[index] = group.accuracy
         self.executing_ns[index] = group.executing_ns
-        if keep_outputs and group.output_bytes != VARIED and len(index) == group.count:
-            if self.outputs is None:
-                self.outputs = np.zeros((len(self.status), group.output_bytes), np.uint8)
-            self.outputs[index] = np.frombuffer(group.output, np.uint8).reshape(group.count, -1)
+        if keep_outputs and len(index) == group.count:
+            self._keep(group, index)
+
+    def _keep(self, group: Group, index: npt.NDArray[np.int64]) -> None:
+        """Note the outputs of a group, which are all of one length: a model has one output shape."""
+        each = len(group.output) // group.count
+        if group.lengths is not None and set(memoryview(group.lengths).cast("I")) != {each}:
+            raise WireError(f"results: expected outputs of {each} bytes, got lengths that differ")
+        if self.outputs is None:
+            self.outputs = np.zeros((len(self.status), each), np.uint8)
+        self.outputs[index] = np.frombuffer(group.output, np.uint8).reshape(group.count, -1)
 
     def save(self, plan: SenderPlan) -> None:
         """Write every column to the plan's folder."""

@@ -133,8 +133,8 @@ def test_subnets_that_answer_alike_prove_nothing() -> None:
     assert "no proof" in demo.wrong_answers([], [comparison])[-1]
 
 
-@pytest.mark.parametrize(("n_left_out", "n_lines"), [(0, 0), (5, 0), (6, 1), (50, 1)])
-def test_answers_without_outputs_are_few_or_a_failure(n_left_out: int, n_lines: int) -> None:
+@pytest.mark.parametrize(("n_left_out", "n_lines"), [(0, 0), (1, 1), (50, 1)])
+def test_an_answer_without_an_output_is_a_failure(n_left_out: int, n_lines: int) -> None:
     """A worker that sends nothing but zeros cannot pass for one whose batches ended in part."""
     rows = np.zeros(100 - n_left_out, np.int64)
 
