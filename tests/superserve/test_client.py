@@ -446,7 +446,7 @@ def test_a_restarted_router_is_greeted_and_given_what_has_slack_left() -> None:
             second.answer(queries)
         assert set(seen) == {future.query_id for future in kept}
         assert [future.result(WAIT_S).output for future in kept] == [b"out!"] * 3
-        assert [hello["session"] for hello in second.hellos] == [first.hellos[0]["session"]]
+        assert {hello["session"] for hello in second.hellos} == {first.hellos[0]["session"]}
         with pytest.raises(UnansweredError):
             lost.result(WAIT_S)
     finally:
@@ -462,7 +462,7 @@ def test_a_router_that_forgot_the_client_is_greeted_again(client: Client, router
     router.answer(queries)
 
     assert future.result(WAIT_S).output == b"out!"
-    assert len(router.hellos) == 2
+    assert len(router.hellos) >= 2  # said again while no WELCOME has come
 
 
 def test_a_client_from_before_a_fork_says_so(client: Client) -> None:
