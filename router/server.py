@@ -63,6 +63,10 @@ log = logging.getLogger("router")
 MS = 1_000_000
 _DRAIN_NS = 2 * MS
 """Longest time spent on one socket before the core decides: a flood must not delay what is due."""
+_GOODBYE_MS = 1_000
+"""How long a stopping router waits for its last answers and BYEs to leave this machine, at most."""
+_MAX_PROFILES = 256
+"""Distinct profiles that workers may bring: each costs a policy's tables."""
 _CLIENT_PING_NS = 1_000 * MS
 _CLIENT_GONE_NS = 10_000 * MS
 _RTT_WINDOW_NS = 10_000 * MS
@@ -182,7 +186,7 @@ class RouterServer:
         for socket, keys in ((self._client_socket, self._clients), (self._worker_socket, self._workers)):
             for key in keys:
                 send(socket, [key, *goodbye])
-            socket.close(linger=200)
+            socket.close(linger=_GOODBYE_MS)
         if self._recorder is not None:
             self._recorder.close()
         self._context.term()
@@ -442,7 +446,12 @@ class RouterServer:
 
     def _interned(self, profile: Profile) -> Profile:
         """Return one object for equal profiles, so that a thousand workers share one policy."""
-        return self._profiles.setdefault(profile.to_json(), profile)
+        key = profile.to_json()
+        if key not in self._profiles and len(self._profiles) >= _MAX_PROFILES:
+            raise ConfigError(
+                f"profile {profile.name}: expected one of at most {_MAX_PROFILES} distinct ones"
+            )
+        return self._profiles.setdefault(key, profile)
 
     def _forget_worker(self, key: bytes, now_ns: int, *, orderly: bool) -> None:
         if self._workers.pop(key, None) is not None:

@@ -251,6 +251,8 @@ class Client:
             return
         self._is_closing = True
         self._wake()
+        if threading.current_thread() is self._thread:
+            return  # called by a future's callback: the thread ends by itself
         self._thread.join()
         os.close(self._wake_fd)
         atexit.unregister(self.close)
@@ -417,12 +419,9 @@ class Client:
                 continue
             message = _queries(part, connection.epoch or 0, is_framed=is_framed, resubmitted=resubmitted)
             if not connection.send_queries(message):
-                # Not sent: said so at once, rather than left to its deadline.
-                full = OverloadedError(
-                    f"{self.endpoint} takes no more just now: its queue is full, or it is gone"
-                )
-                for future in part:
-                    self._end(future.query_id, full)
+                # Gone, or stuck: say HELLO again. What still has slack when a WELCOME comes is sent then.
+                connection.lose()
+                return
 
     def _send_cancelled(self, connection: Connection) -> None:
         ids = [self._cancelled.popleft() for _ in range(len(self._cancelled))]

@@ -77,6 +77,10 @@ class Connection:
             self._ping_ns = now_ns
             send(self.socket, wire.encode_ping(Ping(now_ns)))
 
+    def lose(self) -> None:
+        """Take the router for gone: say HELLO at the next tick, and send nothing until a WELCOME."""
+        self.epoch, self._hello_ns = None, 0
+
     def send_queries(self, queries: Queries) -> bool:
         """Send; False if the router is not there or takes no more just now."""
         return send(self.socket, wire.encode_queries(queries))
@@ -116,14 +120,23 @@ class Connection:
             if not isinstance(epoch, int):
                 self.n_malformed += 1
                 return
+            try:
+                self.subnets = [(str(name), float(accuracy)) for name, accuracy in body.get("subnets", ())]
+            except (TypeError, ValueError):
+                self.n_malformed += 1
+                return
             self.epoch = epoch
             self.said_bye = False
             self.model = body.get("model")
-            self.subnets = [(str(name), float(accuracy)) for name, accuracy in body.get("subnets", ())]
+            try:
+                self.spec("input"), self.spec("output")
+            except ConfigError:
+                self.model = None
+                self.n_malformed += 1
         elif message.kind is Kind.REFUSED:
             self.refusals = [*self.refusals[-15:], str(body.get("reason"))]
             if body.get("code") == "say-hello":
-                self.epoch, self._hello_ns = None, 0
+                self.lose()
             else:
                 log.warning("%s refused a message: %s", self.endpoint, body.get("reason"))
         elif message.kind is Kind.BYE:

@@ -43,7 +43,7 @@ class TensorSpec:
     def __post_init__(self) -> None:
         try:
             numpy_dtype = np.dtype(self.dtype)
-        except TypeError as error:
+        except (TypeError, ValueError, SyntaxError) as error:
             raise ConfigError(f"dtype: expected a NumPy dtype name, got {self.dtype!r}") from error
         if numpy_dtype.hasobject or numpy_dtype.itemsize == 0:
             raise ConfigError(f"dtype: expected a dtype of fixed size, got {self.dtype!r}")
