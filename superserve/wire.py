@@ -62,9 +62,9 @@ i64 (received to started), executing_ns i64, last_batch u64, free_in_ns i64. Col
 for each row with mixed statuses, status u8 of n; for each VARIED row, lengths u32
 of n. A buffer a row: outputs, or UTF-8 reasons, end to end.
 
-The buffers of RESULTS, DIRECTIVE and DONE are frames of their own, or, where together
-they are small (GATHER_BYTES), all in one frame, with flag GATHERED: ZeroMQ copies small
-frames anyway, and each costs as much as a kilobyte.
+The buffers of QUERIES, RESULTS, DIRECTIVE and DONE are frames of their own, or, where
+together they are small (GATHER_BYTES), follow the columns in frame 0, end to end, with
+flag GATHERED: ZeroMQ copies small frames anyway, and each costs as much as kilobytes.
 """
 
 from __future__ import annotations
@@ -416,11 +416,11 @@ def _lengths(count: int, uniform: int, column: Buffer | None) -> list[int]:
 # --- encoding -------------------------------------------------------------------------------
 
 
-def _gather(buffers: list[Buffer]) -> tuple[int, list[Buffer]]:
-    """Return the flag and the frames for `buffers`: one frame for all of them if they are small."""
-    if len(buffers) > 1 and sum(map(len, buffers)) < GATHER_BYTES:
-        return _FLAG_GATHERED, [b"".join(buffers)]
-    return 0, buffers
+def _frames(kind: Kind, flags: int, parts: Sequence[Buffer], buffers: Sequence[Buffer]) -> list[Buffer]:
+    """Return frame 0 of header and columns, and the buffers: in it if they are small, else behind it."""
+    if sum(map(len, buffers)) < GATHER_BYTES:
+        return [b"".join((_prelude(kind, flags | _FLAG_GATHERED), *parts, *buffers))]
+    return [b"".join((_prelude(kind, flags), *parts)), *buffers]
 
 
 def encode_queries(message: Queries) -> list[Buffer]:
@@ -439,13 +439,13 @@ def encode_queries(message: Queries) -> list[Buffer]:
     if message.resubmitted:
         flags |= _FLAG_RESUBMITTED
     header = _QUERIES.pack(message.epoch, message.sent_ns, message.n, message.payload_bytes)
-    return [b"".join((_prelude(Kind.QUERIES, flags), header, *columns)), *message.payloads]
+    return _frames(Kind.QUERIES, flags, (header, *columns), message.payloads)
 
 
 def encode_results(message: Results) -> list[Buffer]:
     """Return the frames of a RESULTS message."""
     groups = message.groups
-    flags, frames = _gather([g.output for g in groups])
+    flags = 0
     rows = [
         _GROUP.pack(
             g.count,
@@ -469,7 +469,7 @@ def encode_results(message: Results) -> list[Buffer]:
         flags |= _FLAG_LENGTHS
         columns.extend(bytes(4 * g.count) if g.lengths is None else g.lengths for g in groups)
     header = _RESULTS.pack(message.epoch, sum([g.count for g in groups]), len(groups))
-    return [b"".join((_prelude(Kind.RESULTS, flags), header, *rows, *columns)), *frames]
+    return _frames(Kind.RESULTS, flags, (header, *rows, *columns), [g.output for g in groups])
 
 
 def _queued_us(group: Group) -> Buffer:
@@ -511,7 +511,7 @@ def encode_pull(message: Pull) -> list[Buffer]:
 def encode_directive(message: Directive) -> list[Buffer]:
     """Return the frames of a DIRECTIVE message."""
     segments = message.segments
-    flags, frames = _gather([payload for s in segments for payload in s.payloads])
+    flags = 0
     columns = [s.ids for s in segments]
     columns.extend([s.slacks for s in segments])
     if any(s.lengths is not None for s in segments):
@@ -521,14 +521,14 @@ def encode_directive(message: Directive) -> list[Buffer]:
         message.epoch, message.batch_id, message.slot, message.subnet, message.n, len(segments)
     )
     rows = [_SEGMENT.pack(s.count, s.payload_bytes, s.packed, s.elapsed_ns) for s in segments]
-    return [b"".join((_prelude(Kind.DIRECTIVE, flags), header, *rows, *columns)), *frames]
+    payloads = [payload for s in segments for payload in s.payloads]
+    return _frames(Kind.DIRECTIVE, flags, (header, *rows, *columns), payloads)
 
 
 def encode_done(message: Done) -> list[Buffer]:
     """Return the frames of a DONE message."""
     rows = message.rows
-    flags, frames = _gather([r.output for r in rows])
-    parts: list[Buffer] = [_prelude(Kind.DONE, flags), _COUNTED.pack(message.epoch, len(rows))]
+    parts: list[Buffer] = [_COUNTED.pack(message.epoch, len(rows))]
     parts.extend(
         [
             _DONE_ROW.pack(
@@ -552,7 +552,7 @@ def encode_done(message: Done) -> list[Buffer]:
             parts.append(r.statuses)
         if r.lengths is not None:
             parts.append(r.lengths)
-    return [b"".join(parts), *frames]
+    return _frames(Kind.DONE, 0, parts, [r.output for r in rows])
 
 
 def encode_ping(message: Ping) -> list[Buffer]:
@@ -628,6 +628,12 @@ class _Reader:
         self._at = at + n_bytes
         return self._frame[at : at + n_bytes]
 
+    def rest(self) -> memoryview:
+        """Take everything that is left."""
+        rest = memoryview(self._frame)[self._at :]
+        self._at = len(self._frame)
+        return rest
+
     def short(self, what: str, n_bytes: int) -> WireError:
         left = len(self._frame) - self._at
         return WireError(f"{self._kind.name.lower()}: {what}: expected {n_bytes} bytes, got {left}")
@@ -641,22 +647,6 @@ class _Reader:
 def _count(kind: Kind, what: str, n: int, at_least: int = 1) -> None:
     if not at_least <= n <= MAX_QUERIES:
         raise WireError(f"{kind.name.lower()}: {what}: expected {at_least} to {MAX_QUERIES}, got {n}")
-
-
-def _check_buffer(kind: Kind, what: str, buffer: Buffer, n: int, each: int, lengths: Buffer | None) -> None:
-    if each == VARIED:
-        assert lengths is not None
-        expected = int(np.frombuffer(lengths, "<u4").sum(dtype=np.int64))
-    else:
-        expected = n * each
-    if len(buffer) != expected:
-        raise WireError(f"{kind.name.lower()}: {what}: expected {expected} bytes, got {len(buffer)}")
-
-
-def _check_frames(kind: Kind, buffers: Sequence[Buffer], n: int, each: int, lengths: Buffer | None) -> None:
-    for i, (buffer, length) in enumerate(zip(buffers, _lengths(n, each, lengths), strict=True)):
-        if len(buffer) != length:
-            raise WireError(f"{kind.name.lower()}: payload {i}: expected {length} bytes, got {len(buffer)}")
 
 
 def _check_n_frames(kind: Kind, frames: Sequence[Buffer], expected: int) -> None:
@@ -674,19 +664,14 @@ def _decode_queries(frames: Sequence[Buffer], flags: int) -> Queries:
     min_accuracy = reader.take(4 * n, "min_accuracy") if flags & _FLAG_MIN_ACCURACY else None
     priority = reader.take(n, "priority") if flags & _FLAG_PRIORITY else None
     lengths = reader.take(4 * n, "lengths") if flags & _FLAG_LENGTHS else None
-    reader.finish()
     if (payload_bytes == VARIED) != (lengths is not None):
         raise WireError("queries: payload_bytes: VARIED and the column of lengths go together")
     slack_ns = _int64s(slacks)
     if max(slack_ns) > MAX_SLACK_NS or min(slack_ns) < -MAX_SLACK_NS:
         raise WireError("queries: slacks: expected at most a day, in nanoseconds")
     framed = bool(flags & _FLAG_FRAMES)
-    _check_n_frames(kind, frames, 1 + (n if framed else 1))
-    payloads = frames[1:]
-    if framed:
-        _check_frames(kind, payloads, n, payload_bytes, lengths)
-    else:
-        _check_buffer(kind, "payloads", payloads[0], n, payload_bytes, lengths)
+    sizes = _lengths(n, payload_bytes, lengths) if framed else [_size(n, payload_bytes, lengths)]
+    payloads = _split(kind, frames, flags, sizes, reader)
     resubmitted = bool(flags & _FLAG_RESUBMITTED)
     return Queries(
         epoch,
@@ -709,18 +694,23 @@ def _size(count: int, each: int, lengths: Buffer | None) -> int:
     return count * each if lengths is None else sum(memoryview(lengths).cast("I"))
 
 
-def _split(kind: Kind, frames: Sequence[Buffer], flags: int, sizes: list[int]) -> Sequence[Buffer]:
-    """Return the buffers behind frame 0, each of its size, from frames of their own or one frame for all."""
+def _split(
+    kind: Kind, frames: Sequence[Buffer], flags: int, sizes: list[int], reader: _Reader
+) -> Sequence[Buffer]:
+    """Return the buffers behind the columns, each of its size, from frames of their own or frame 0."""
     if not flags & _FLAG_GATHERED:
+        reader.finish()
         _check_n_frames(kind, frames, 1 + len(sizes))
         for i, size in enumerate(sizes, start=1):
             if len(frames[i]) != size:
                 raise _wrong_size(kind, i, size, len(frames[i]))
         return frames[1:]
-    _check_n_frames(kind, frames, 2)
-    view = memoryview(frames[1])
+    _check_n_frames(kind, frames, 1)
+    view = reader.rest()
     if len(view) != sum(sizes):
-        raise _wrong_size(kind, 1, sum(sizes), len(view))
+        raise _wrong_size(kind, 0, sum(sizes), len(view))
+    if len(sizes) == 1:
+        return [view]
     buffers = []
     at = 0
     for size in sizes:
@@ -745,7 +735,6 @@ def _decode_results(frames: Sequence[Buffer], flags: int) -> Results:
     columns = [reader.take(8 * row[0], "ids") for row in rows]
     queued_of = _optional(reader, rows, flags & _FLAG_QUEUED, "queued")
     lengths_of = _optional(reader, rows, flags & _FLAG_LENGTHS, "lengths")
-    reader.finish()
     sizes = []
     for i, row in enumerate(rows):
         count, status, each = row[0], row[1], row[-1]
@@ -757,7 +746,7 @@ def _decode_results(frames: Sequence[Buffer], flags: int) -> Results:
             raise WireError("results: output_bytes: VARIED without the column of lengths")
         is_shared = status > Status.LATE and each != VARIED
         sizes.append(each if is_shared else _size(count, each, lengths_of[i]))
-    outputs = _split(kind, frames, flags, sizes)
+    outputs = _split(kind, frames, flags, sizes, reader)
     groups = []
     for row, ids, output, lengths, queued in zip(rows, columns, outputs, lengths_of, queued_of, strict=True):
         count, status, subnet, batch_size, accuracy, *durations, each = row
@@ -810,7 +799,6 @@ def _decode_directive(frames: Sequence[Buffer], flags: int) -> Directive:
     ids = [reader.take(8 * row[0], "ids") for row in rows]
     slacks = [reader.take(8 * row[0], "slacks") for row in rows]
     lengths = _optional(reader, rows, flags & _FLAG_LENGTHS, "lengths")
-    reader.finish()
     sizes: list[int] = []
     for i, (count, each, packed, _) in enumerate(rows):
         if count == 0 or packed > 1:
@@ -823,7 +811,7 @@ def _decode_directive(frames: Sequence[Buffer], flags: int) -> Directive:
             sizes.append(_size(count, each, lengths[i]))
         else:
             sizes.extend(_lengths(count, each, lengths[i]))
-    payloads = _split(kind, frames, flags, sizes)
+    payloads = _split(kind, frames, flags, sizes, reader)
     segments = []
     at = 0
     for i, (count, each, packed, elapsed_ns) in enumerate(rows):
@@ -858,8 +846,7 @@ def _decode_done(frames: Sequence[Buffer], flags: int) -> Done:
                 lengths,
             )
         )  # fmt: skip
-    reader.finish()
-    for done_row, output in zip(rows, _split(kind, frames, flags, sizes), strict=True):
+    for done_row, output in zip(rows, _split(kind, frames, flags, sizes, reader), strict=True):
         done_row.output = output
     return Done(epoch, rows)
 

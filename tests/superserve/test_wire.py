@@ -165,7 +165,7 @@ def test_lengths_that_overflow_are_a_wire_error() -> None:
         1, 0, 2, bytes(16), bytes(16), VARIED, [b""], lengths=struct.pack("<2I", 1 << 31, 1 << 31)
     )
 
-    with pytest.raises(WireError, match="payloads: expected 4294967296 bytes, got 0"):
+    with pytest.raises(WireError, match="frame 0: expected 4294967296 bytes, got 0"):
         decode(frames_of(message))
 
 
