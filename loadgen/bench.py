@@ -28,7 +28,7 @@ from loadgen.bench_offer import Offered, offer_singly
 from loadgen.bench_search import Bounds, Probe, confirmed, highest_rate, undisturbed
 from loadgen.bench_sender import SinglePlan
 from loadgen.run import Emulation, RunSettings, emulated, in_time, run_emulated, run_trace
-from loadgen.stats import quantile_ns
+from loadgen.stats import NoiseProbe, quantile_ns
 from loadgen.trace import load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
@@ -47,21 +47,41 @@ if TYPE_CHECKING:
 
 PROFILE = "cnn-8gpu-modelled"
 POLICY = "slackfit"
+RATE_POLICY = "mincost"
+"""For the rates: the quickest subnet, so that what is measured is the path. SlackFit fills the slack
+by design, and then any stall of a shared machine costs attainment, whatever the rate."""
 SLO_NS = 36 * MS
 ENOUGH = 0.999
 """Attainment at which a rate holds."""
 N_SENDERS = 2
 """Sender processes with one query a message or submit, the echo's included."""
-QPS_PER_GPU = 625
-"""Emulated GPUs are added with the rate: 16 queries in 25.6 ms, so GPUs are never what is short."""
+QPS_PER_GPU = 1_900
+"""Emulated GPUs are added with the rate; one does 2,177 q/s of the quickest subnet in full batches."""
 NOISY_NS = 4 * MS
 """A probe that fails while the noise probe's p99.9 is above this is repeated once."""
+CALM_SAMPLE_S, CALM_WAIT_S = 0.4, 6.0
+"""Each probe waits, at most so long, until the idle machine was quiet for a sample."""
 REPEAT_PROBES_S, REPEAT_LONG_S = 40.0, 75.0
 """After so long a search repeats no short probe, no long run: on a noisy machine too there is an end."""
 LEAST_SLEEP_NS = MS // 2
 """Of a sender with one query a message, where the highest rate is sought."""
 _ECHO = "pyzmq ROUTER echo"
 _BUDGET = "budget"
+
+
+def await_calm() -> None:
+    """Wait until this machine, with nothing of ours running, wakes a sleeper in time; not for ever.
+
+    A neighbour's load on a shared host says nothing about the rate that we look for.
+    """
+    give_up_s = time.monotonic() + CALM_WAIT_S
+    while time.monotonic() < give_up_s:
+        noise = NoiseProbe()
+        noise.start()
+        time.sleep(CALM_SAMPLE_S)
+        late_ns = quantile_ns(noise.stop(), 990)
+        if late_ns is not None and late_ns < NOISY_NS // 4:
+            return
 
 
 class SkippedError(Exception):
@@ -179,6 +199,7 @@ class Bench:
             return lambda: time.monotonic() - began_s < end_s
 
         def probe(rate_qps: float, seconds: float) -> Probe:
+            await_calm()
             found = offer(rate_qps, seconds)
             self._tried.append(found)
             verdict = "holds" if found.holds else "fails"
@@ -217,7 +238,7 @@ class Bench:
         )
 
     def _offer_client(self, rate_qps: float, seconds: float) -> Probe:
-        with emulated(Emulation(PROFILE, n_gpus(rate_qps), POLICY)) as cluster:
+        with emulated(Emulation(PROFILE, n_gpus(rate_qps), RATE_POLICY)) as cluster:
             plan = SinglePlan(
                 "client", cluster.client_endpoint, "", "", SLO_NS, least_sleep_ns=LEAST_SLEEP_NS
             )
@@ -225,7 +246,7 @@ class Bench:
 
     def _offer_bulk(self, rate_qps: float, seconds: float) -> Probe:
         trace, warm_ns = _poisson(rate_qps, seconds)
-        with emulated(Emulation(PROFILE, n_gpus(rate_qps), POLICY)) as cluster:
+        with emulated(Emulation(PROFILE, n_gpus(rate_qps), RATE_POLICY)) as cluster:
             run = run_trace(trace, RunSettings(SLO_NS, grace_ns=500 * MS), cluster.client_endpoint)
         lag_ns = run.columns["sent_ns"] - run.columns["due_ns"]
         counted = trace.due_ns >= warm_ns
@@ -262,7 +283,7 @@ class Bench:
         """The router's CPU time a query, beside the echo's at the same rate."""
         rate_qps = 10_000.0
         trace, _ = _poisson(rate_qps, 2 * self.seconds)
-        emulation = Emulation(PROFILE, n_gpus(rate_qps), POLICY)
+        emulation = Emulation(PROFILE, n_gpus(rate_qps), RATE_POLICY)
         run, _ = run_emulated(trace, RunSettings(SLO_NS, grace_ns=500 * MS), emulation)
         echo = self._echo_at(trace)
         conditions = {**_at_rate(trace, run), "gpus": emulation.n_gpus, **_emulation()}
@@ -386,7 +407,7 @@ def _judged(
 
 def _emulation() -> dict[str, Any]:
     return {
-        "profile": PROFILE, "policy": POLICY, "qps_per_gpu": f"{QPS_PER_GPU}, 8 GPUs at least",
+        "profile": PROFILE, "policy": RATE_POLICY, "qps_per_gpu": f"{QPS_PER_GPU}, 8 GPUs at least",
         "worker_processes": 1,
     }  # fmt: skip
 

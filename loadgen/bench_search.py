@@ -96,7 +96,7 @@ def confirmed(
     rate_qps: float,
     *,
     noisy_ns: int,
-    steps: Sequence[float] = (1.0, 0.8, 0.5),
+    steps: Sequence[float] = (1.0, 0.8, 0.65, 0.5),
     may_repeat: Callable[[], bool] = lambda: True,
 ) -> Probe:
     """Return the first probe that holds at `rate_qps` times a step; the last one if none does."""

@@ -36,7 +36,7 @@ _LOOPBACK = "tcp://127.0.0.1:*"
     show_default=True,
     help="Payload bytes held, at most.",
 )
-@click.option("--margin-ms", default=0.5, show_default=True, help="Slack held back for the unforeseen.")
+@click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back for the unforeseen.")
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Write an event log here.")
 @click.pass_context
 def cli(

@@ -43,7 +43,7 @@ class CoreSettings:
     """
 
     dispatch_ahead_ns: int = 2 * MS
-    margin_ns: int = MS // 2
+    margin_ns: int = MS
     max_queries: int = 200_000
     max_bytes: int = 2 << 30
     heartbeat_ns: int = 100 * MS
