@@ -349,7 +349,7 @@ def test_a_head_waits_for_the_fast_gpu_without_a_busy_loop() -> None:
     world = World()
     world.join("slow", slower(CNN, 8))
     world.join("fast", CNN)
-    ids = [i for _ in range(8) for i in world.submit(*[12.0] * 4)]
+    ids = [i for _ in range(8) for i in world.submit(*[12.5] * 4)]
     world.run(100)
 
     assert None not in world.statuses(ids)
