@@ -7,6 +7,7 @@ No send ever blocks: what a peer cannot take at once is counted, and costs that 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import operator
@@ -186,10 +187,22 @@ class RouterServer:
         for socket, keys in ((self._client_socket, self._clients), (self._worker_socket, self._workers)):
             for key in keys:
                 send(socket, [key, *goodbye])
+        self._let_peers_read()
+        for socket in (self._client_socket, self._worker_socket):
             socket.close(linger=_GOODBYE_MS)
         if self._recorder is not None:
             self._recorder.close()
         self._context.term()
+
+    def _let_peers_read(self) -> None:
+        """Leave the connections open a moment: a DEALER drops what it has not read when one breaks."""
+        waiter = Waiter((self._client_socket, self._worker_socket))
+        end_ns = time.monotonic_ns() + _GOODBYE_MS * MS // 2
+        while (self._clients or self._workers) and (left_ns := end_ns - time.monotonic_ns()) > 0:
+            for socket in waiter.wait(left_ns):
+                with contextlib.suppress(WireError):
+                    while receive(socket) is not None:
+                        pass  # nothing that comes now is served
 
     def _timeout_ns(self) -> int:
         now_ns = time.monotonic_ns()
