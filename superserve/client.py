@@ -70,8 +70,6 @@ _ERRORS: dict[int, type[QueryError]] = {
     Status.DRAINING: DrainingError,
 }
 
-Payload = "bytes | bytearray | memoryview | npt.NDArray[Any]"
-
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
