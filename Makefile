@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test check bench demo train clean
+.PHONY: help install lint test check bench demo train wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -52,6 +52,11 @@ demo: $(INSTALLED) ## serve a burst on this machine; out/demo/ and a table
 
 train: $(INSTALLED) ## train the digits supernet that the demo serves
 	$(BIN)/python -m gpu_worker.train_digits
+
+# The second is the client alone; CONTRIBUTING.md says which one to install.
+wheel: $(INSTALLED) ## build both wheels into dist/: the whole system, and the client alone
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist wheels/client
 
 clean: ## remove results and caches; .venv stays (rm -r it to start over)
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
+CLIENT_PAGES = ("README.md", "wheels/client/README.md")
+"""The pages whose Python is for applications that have the client alone."""
+
 ENDPOINT = "tcp://127.0.0.1:5555"
 COMMANDS: dict[str, click.Command] = {
     ".venv/bin/python -m router": router_cli,
@@ -36,7 +39,7 @@ COMMANDS: dict[str, click.Command] = {
 
 # In backticks, with a slash and an ending or a closing slash; or what a link or picture points to.
 _PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*(?:/[\w-]+\.(?:py|md|json|svg|toml)|/))`|\]\(([\w./-]+)\)")
-_MADE_BY_COMMANDS = ("out/", ".venv/")
+_MADE_BY_COMMANDS = ("out/", "dist/", ".venv/")
 
 
 def text_of(page: str) -> str:
@@ -47,6 +50,11 @@ def text_of(page: str) -> str:
 def blocks(page: str, language: str) -> list[str]:
     """Return the page's fenced blocks in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
+
+
+def client_snippets() -> list[str]:
+    """Return every Python block of the pages for applications; each names ENDPOINT once."""
+    return [block for page in CLIENT_PAGES for block in blocks(page, "python")]
 
 
 def paths(page: str) -> set[str]:
@@ -120,18 +128,29 @@ def endpoint() -> Iterator[str]:
         yield cluster.client_endpoint
 
 
-@pytest.mark.e2e
-def test_the_client_snippet_runs(endpoint: str) -> None:
-    """README's Python runs as it stands against a real router, and every query is answered."""
-    (snippet,) = blocks("README.md", "python")
+def run_snippet(snippet: str, endpoint: str) -> str:
+    """Run a page's Python as it stands, but for the endpoint; return what it printed."""
     assert snippet.count(ENDPOINT) == 1
-
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", snippet.replace(ENDPOINT, endpoint)],
         cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
-
     assert done.returncode == 0, done.stderr
-    first, *rest = done.stdout.splitlines()
+    return done.stdout
+
+
+@pytest.mark.e2e
+def test_the_client_snippet_runs(endpoint: str) -> None:
+    """README's Python runs as it stands against a real router, and every query is answered."""
+    first, *rest = run_snippet(blocks("README.md", "python")[0], endpoint).splitlines()
+
     assert re.fullmatch(r"cnn-[\d.]+ \([\d.]+ %\) in [\d.]+ ms", first)
     assert len(rest) == 32
+
+
+@pytest.mark.e2e
+def test_the_snippet_on_the_client_s_own_page_runs(endpoint: str) -> None:
+    """What the client's wheel shows as its description runs, and prints an answer."""
+    (snippet,) = blocks("wheels/client/README.md", "python")
+
+    assert re.search(r" cnn-[\d.]+ [\d.]+$", run_snippet(snippet, endpoint).strip())
