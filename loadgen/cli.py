@@ -15,7 +15,10 @@ from loadgen.stats import OUTCOMES
 from loadgen.trace import load_trace
 from profiles.table import load_profile
 from router.registry import make_policy
+from superserve import local
+from superserve.connection import ask_status
 from superserve.errors import ConfigError, SuperServeError
+from superserve.subnet import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from loadgen.trace import Trace
 
 MS = 1_000_000
+_ANY_PAYLOAD_BYTES = 64
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -37,14 +41,18 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--trace", "spec", required=True, help="A trace file, or a spec such as poisson:rate=2000.")
-@click.option("--connect", metavar="HOST:PORT", help="The client endpoint of a running router.")
+@click.option(
+    "--connect", metavar="HOST:PORT", help="Of a router.  [default: the cluster running on this machine]"
+)
 @click.option("--emulate", metavar="PROFILE:N", help="Start a private router and N emulated GPUs instead.")
 @click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
 @click.option("--duration", type=float, help="Squeeze or cut the trace to so many seconds.")
 @click.option("--slo-ms", type=float, default=36.0, show_default=True, help="From due to deadline.")
 @click.option("--policy", help="Policy of the private router.  [default: slackfit]")
 @click.option("--senders", type=click.IntRange(1, 64), default=1, show_default=True, help="Sender processes.")
-@click.option("--payload-bytes", type=click.IntRange(0, 64 << 20), default=64, show_default=True)
+@click.option(
+    "--payload-bytes", type=click.IntRange(0, 64 << 20), help="[default: what the model takes, or 64]"
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals that are drawn.")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result."
@@ -59,7 +67,7 @@ def run(
     slo_ms: float,
     policy: str | None,
     senders: int,
-    payload_bytes: int,
+    payload_bytes: int | None,
     seed: int,
     json_path: Path | None,
     logs: Path | None,
@@ -72,6 +80,8 @@ def run(
             _check_writable(json_path)
         target = _target(connect, emulate, policy, logs)
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
+        if payload_bytes is None:
+            payload_bytes = _payload_bytes(target)
         settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed)
         click.echo(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
         click.echo(f"  {trace.provenance}")
@@ -101,14 +111,32 @@ def _target(
         if logs is not None:
             _make_folder(logs, "--logs")
         return _emulation(emulate, policy or "slackfit", logs)
-    if connect is None:
-        raise ConfigError(
-            "no cluster to load: expected --connect HOST:PORT of a running router, "
-            "or --emulate PROFILE:N to start a private one (such as cnn-8gpu-modelled:8)"
-        )
     if policy is not None:
         raise ConfigError("--policy: a running router has its own; expected with --emulate only")
+    if connect is None:
+        return _local_endpoint()
     return connect if "://" in connect else f"tcp://{connect}"
+
+
+def _local_endpoint() -> str:
+    """Return where the cluster of this machine takes queries."""
+    try:
+        return local.running().client_endpoint
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; or give --connect HOST:PORT of a running router, or --emulate PROFILE:N to start a "
+            f"private one (such as cnn-8gpu-modelled:8)"
+        ) from error
+
+
+def _payload_bytes(target: Emulation | str) -> int:
+    """Return the bytes of a payload that the cluster's model takes; 64 if it takes any."""
+    if isinstance(target, Emulation):
+        return _ANY_PAYLOAD_BYTES
+    expected = (ask_status(target)["model"] or {}).get("input")
+    if expected is None:
+        return _ANY_PAYLOAD_BYTES
+    return TensorSpec(str(expected["dtype"]), tuple(expected["shape"])).n_bytes
 
 
 def _emulation(emulate: str, policy: str, logs: Path | None) -> Emulation:

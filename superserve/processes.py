@@ -118,6 +118,19 @@ class RoleProcess:
         """Return its exit code, -N if signal N ended it, None while it runs."""
         return self._popen.poll()
 
+    def check(self) -> bool:
+        """Return whether it has announced itself, without waiting.
+
+        For a parent with a loop of its own; `wait_ready` waits.
+
+        Raises:
+            ProcessError: It has ended, or can no longer announce itself; quotes its log.
+        """
+        if self._ready_fd is not None and _readable([self._ready_fd], 0):
+            self._read_ready()
+        self._fail_if_ended("while it was needed" if self._is_ready else "before it was ready")
+        return self._is_ready
+
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Ask it to end (SIGTERM), insist after `timeout_s` seconds (SIGKILL), and reap it.
 

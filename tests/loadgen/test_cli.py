@@ -14,6 +14,7 @@ from loadgen.stats import load_run
 from profiles.cli import cli as profiles
 from profiles.table import load_profile
 from router.cli import cli as router
+from superserve.local import STATE_VARIABLE
 from tests.superserve.fakes import FakeRouter
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ pytestmark = pytest.mark.timeout(60)
 SPEC = "poisson:rate=200"
 RUN = ("run", "--trace", SPEC, "--duration", "1")
 EMULATE = ("--emulate", "cnn-8gpu-modelled:1")
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for clusters where none can be: never at the user's own."""
+    monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "state"))
 
 
 @pytest.fixture
@@ -41,7 +48,8 @@ def broken(tmp_path: Path) -> Path:
 
 
 LOADGEN = [
-    ((*RUN,), "--connect"),
+    ((*RUN,), "no cluster runs on this machine: start one with `cluster up`; or give --connect"),
+    ((*RUN, "--policy", "maxacc"), "--policy: a running router has its own"),
     ((*RUN, *EMULATE, "--connect", "127.0.0.1:1"), "got both"),
     ((*RUN, "--connect", "{closed}"), "no router answers at tcp://{closed}: start one with"),
     ((*RUN, "--connect", "{closed}", "--policy", "maxacc"), "--policy"),

@@ -1,0 +1,5 @@
+"""Runs `cluster.cli` for `python -m cluster`."""
+
+from cluster.cli import cli
+
+cli(prog_name="cluster")

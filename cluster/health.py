@@ -1,0 +1,58 @@
+"""Whether a cluster is well: what its keeper sees, held against what its router sees."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from superserve.local import RoleState
+
+if TYPE_CHECKING:
+    from superserve.local import LocalCluster
+
+_WELL = "ready"  # a worker's state in STATUS
+_ALIVE = "live"  # its process's
+
+
+def slots(status: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
+    """Return the GPUs in a router's STATUS by the name of their worker process."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for slot in status["workers"] if status is not None else []:
+        found.setdefault(slot["name"], []).append(slot)
+    return found
+
+
+def problems(cluster: LocalCluster, status: dict[str, Any] | None) -> list[str]:
+    """Return what is not as it should be, a line each; nothing for a cluster that is well.
+
+    Args:
+        cluster: What the keeper says.
+        status: What the router says; None if it does not answer.
+    """
+    lines = [
+        f"{role.name}: {role.state}" + (f": {role.why}" if role.why else "")
+        for role in cluster.roles
+        if role.state is not RoleState.READY
+    ]
+    if status is None:
+        return [*lines, f"router: does not answer at {cluster.client_endpoint or 'any port yet'}"]
+    registered = slots(status)
+    for role in cluster.roles:
+        if role.kind == "worker" and role.state is RoleState.READY:
+            lines += _unwell(role.name, registered.get(role.name, []))
+    return lines
+
+
+def _unwell(name: str, found: list[dict[str, Any]]) -> list[str]:
+    """Return what the router has against a worker process that its keeper thinks well of."""
+    if not found:
+        return [f"{name}: runs, and the router does not know it"]
+    states = Counter(
+        slot["process"] if slot["process"] != _ALIVE else slot["state"]
+        for slot in found
+        if (slot["process"], slot["state"]) != (_ALIVE, _WELL)
+    )
+    if not states:
+        return []
+    words = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+    return [f"{name}: of {len(found)} GPUs, the router has {words}"]

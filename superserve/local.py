@@ -1,0 +1,387 @@
+"""The clusters of this machine: where their state files are, and what those say.
+
+    $SUPERSERVE_STATE, else $XDG_STATE_HOME/superserve, else ~/.local/state/superserve
+      default/              a folder a cluster, 0700; its name is `cluster up --name`
+        state.json          a `LocalCluster` as JSON, 0600; there while its keeper lives
+        keeper.log, router.log, worker-0.log, ...
+
+The keeper writes the file, whole or not at all; everybody else reads it, to find the router
+without being told, and to see who runs. A keeper that was killed leaves its file behind.
+So a file counts only while the process that it names lives, and a process is named by its
+number *and* the instant at which it started: a number alone is soon somebody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import platform
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import orjson
+
+from superserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Self
+
+STATE_VARIABLE = "SUPERSERVE_STATE"
+"""Environment variable: the folder that holds the state of clusters, instead of the usual one."""
+
+DEFAULT_NAME = "default"
+"""The cluster that commands mean if none is named."""
+
+SCHEMA = 1
+
+_FILE = "state.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_BYTES = 4 << 20  # a thousand roles, each with the end of its log, take less
+T = TypeVar("T")
+
+
+class Phase(enum.StrEnum):
+    """How far a cluster is."""
+
+    STARTING = "starting"  # whoever started it may still give up
+    RUNNING = "running"
+    STOPPING = "stopping"
+    FAILED = "failed"  # told to the launcher only: the file is gone by then
+
+
+class RoleState(enum.StrEnum):
+    """How a role stands with the keeper; `cluster.supervisor` has the transitions."""
+
+    IDLE = "idle"  # not started yet
+    STARTING = "starting"
+    READY = "ready"
+    WAITING = "waiting"  # it ended, and is started again soon
+    STOPPED = "stopped"  # it was told to end, and did
+    FATAL = "FATAL"  # it ended too often, or before it was ever ready
+
+
+class Liveness(enum.Enum):
+    """Whether the cluster of a state file is there."""
+
+    ALIVE = "alive"
+    GONE = "gone"  # its keeper ended without tidying up
+    ELSEWHERE = "elsewhere"  # another host wrote the file: nothing can be told from here
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """A process of this machine, and no later one that is given its number.
+
+    Attributes:
+        pid: The operating system's number.
+        start_ticks: When it started, in clock ticks since the machine's start: unlike an
+            instant of the wall clock it never shifts.
+    """
+
+    pid: int
+    start_ticks: int
+
+    @classmethod
+    def of(cls, pid: int) -> Self | None:
+        """Return the process that has this number now; None if there is none, or a zombie."""
+        try:
+            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        # The second field is the command in parentheses, which may hold anything: proc(5).
+        state, *rest = text.rpartition(")")[2].split()
+        return None if state in "ZX" else cls(pid, int(rest[18]))
+
+    def is_alive(self) -> bool:
+        """Tell whether this very process still runs."""
+        return ProcessId.of(self.pid) == self
+
+    def open(self) -> int | None:
+        """Return a descriptor of it that becomes readable when it ends; None if it has ended.
+
+        The caller closes it. What is signalled through it reaches this process or nobody.
+        """
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except OSError:
+            return None
+        if self.is_alive():
+            return descriptor
+        os.close(descriptor)
+        return None
+
+    def signal(self, number: int) -> bool:
+        """Send a signal; return whether there was a process to take it."""
+        descriptor = self.open()
+        if descriptor is None:
+            return False
+        try:
+            signal.pidfd_send_signal(descriptor, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A router or worker, as the keeper sees it.
+
+    Attributes:
+        name: Unique in the cluster; workers give it to the router too.
+        kind: "router" or "worker".
+        state: How it stands.
+        serves: What it serves, in words.
+        log: The file with its output.
+        process: Its process; None before the first start and after an end.
+        restarts: How often it was started again.
+        why: What ended it last, with the last lines of its log; "" if nothing did.
+    """
+
+    name: str
+    kind: str
+    state: RoleState
+    serves: str
+    log: str
+    process: ProcessId | None = None
+    restarts: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCluster:
+    """A cluster as its state file tells it.
+
+    Attributes:
+        name: As given to `cluster up --name`.
+        phase: How far it is.
+        host: The machine that wrote the file.
+        boot_id: That machine's latest start: numbers of processes mean nothing beyond it.
+        keeper: The process that holds all others.
+        since: When it was started, for people.
+        options: What it was started with.
+        client_endpoint: Where clients connect; "" until the router is ready.
+        worker_endpoint: Where workers connect; "" until the router is ready.
+        roles: The router first, then the workers.
+    """
+
+    name: str
+    phase: Phase
+    host: str
+    boot_id: str
+    keeper: ProcessId
+    since: str
+    options: dict[str, Any]
+    client_endpoint: str
+    worker_endpoint: str
+    roles: tuple[Role, ...]
+
+    def to_json(self) -> bytes:
+        """Return the state file's text."""
+        return orjson.dumps({"schema": SCHEMA, **_plain(self)}, option=orjson.OPT_INDENT_2)
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> Self:
+        """Read a state file's text.
+
+        Raises:
+            ConfigError: It is malformed; names `where` and the field.
+        """
+        try:
+            body = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise ConfigError(f"{where}: expected JSON: {error}") from error
+        if not isinstance(body, dict):
+            raise ConfigError(f"{where}: expected an object, got {type(body).__name__}")
+        if (schema := _take(body, "schema", int, where)) != SCHEMA:
+            raise ConfigError(f"{where}: schema: expected {SCHEMA}, got {schema}: written by another version")
+        roles = _take(body, "roles", list, where)
+        return cls(
+            name=_take(body, "name", str, where),
+            phase=_one_of(Phase, body, "phase", where),
+            host=_take(body, "host", str, where),
+            boot_id=_take(body, "boot_id", str, where),
+            keeper=_process(_take(body, "keeper", dict, where), f"{where}: keeper"),
+            since=_take(body, "since", str, where),
+            options=_take(body, "options", dict, where),
+            client_endpoint=_take(body, "client_endpoint", str, where),
+            worker_endpoint=_take(body, "worker_endpoint", str, where),
+            roles=tuple(_role(role, f"{where}: roles[{i}]") for i, role in enumerate(roles)),
+        )
+
+    def liveness(self) -> Liveness:
+        """Tell whether its keeper lives."""
+        if self.boot_id != boot_id():
+            return Liveness.GONE if self.host == platform.node() else Liveness.ELSEWHERE
+        return Liveness.ALIVE if self.keeper.is_alive() else Liveness.GONE
+
+
+def _plain(cluster: LocalCluster) -> dict[str, Any]:
+    plain: dict[str, Any] = orjson.loads(orjson.dumps(cluster))
+    return plain
+
+
+def _take(body: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
+    value = body.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        got = "nothing" if key not in body else repr(value)[:60]
+        raise ConfigError(f"{where}: {key}: expected {kind.__name__}, got {got}")
+    return value
+
+
+_E = TypeVar("_E", bound=enum.StrEnum)
+
+
+def _one_of(kind: type[_E], body: Mapping[str, Any], key: str, where: str) -> _E:
+    value = _take(body, key, str, where)
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{where}: {key}: expected one of {', '.join(kind)}, got {value!r}") from None
+
+
+def _process(body: Mapping[str, Any], where: str) -> ProcessId:
+    pid = _take(body, "pid", int, where)
+    if pid <= 1:  # 0 and below mean groups to kill(2), and nobody's keeper is init
+        raise ConfigError(f"{where}: pid: expected a number above 1, got {pid}")
+    return ProcessId(pid, _take(body, "start_ticks", int, where))
+
+
+def _role(body: object, where: str) -> Role:
+    if not isinstance(body, dict):
+        raise ConfigError(f"{where}: expected an object, got {type(body).__name__}")
+    has_process = body.get("process") is not None
+    return Role(
+        name=_take(body, "name", str, where),
+        kind=_take(body, "kind", str, where),
+        state=_one_of(RoleState, body, "state", where),
+        serves=_take(body, "serves", str, where),
+        log=_take(body, "log", str, where),
+        process=_process(_take(body, "process", dict, where), f"{where}: process") if has_process else None,
+        restarts=_take(body, "restarts", int, where),
+        why=_take(body, "why", str, where),
+    )
+
+
+def boot_id() -> str:
+    """Return what tells this start of this machine from every other."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+# --- where ------------------------------------------------------------------------------------
+
+
+def state_folder() -> Path:
+    """Return the folder that holds a folder for each cluster of this user on this machine."""
+    if given := os.environ.get(STATE_VARIABLE):
+        return Path(given).absolute()
+    home = os.environ.get("XDG_STATE_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "state") / "superserve"
+
+
+def cluster_folder(name: str, base: Path | None = None) -> Path:
+    """Return the folder of the cluster `name`, made or not.
+
+    Raises:
+        ConfigError: It is no name for a cluster.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"--name: expected up to 64 letters, digits, '.', '_' or '-', not beginning with one of "
+            f"the last three, got {name!r}"
+        )
+    return (state_folder() if base is None else base) / name
+
+
+def load(folder: Path) -> LocalCluster | None:
+    """Return what the state file in `folder` says; None if there is none.
+
+    Raises:
+        ConfigError: It cannot be read, is malformed, or belongs to another user.
+    """
+    path = folder / _FILE
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_uid != os.geteuid():
+                raise ConfigError(
+                    f"{path}: expected a file of this user; set {STATE_VARIABLE} to another folder"
+                )
+            text = file.read(_MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a file that can be read: {error.strerror}") from error
+    return LocalCluster.from_json(text, str(path))
+
+
+def save(cluster: LocalCluster, folder: Path) -> None:
+    """Write the state file: a reader sees the old one or the new one, never a part.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    new = folder / f"{_FILE}.new"
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(cluster.to_json())
+    new.replace(folder / _FILE)
+
+
+def forget(folder: Path) -> None:
+    """Remove the state file, if there is one."""
+    for path in (folder / f"{_FILE}.new", folder / _FILE):
+        path.unlink(missing_ok=True)
+
+
+def names(base: Path | None = None) -> list[str]:
+    """Return the clusters that have a state file, in order of name."""
+    base = state_folder() if base is None else base
+    with contextlib.suppress(OSError):
+        return sorted(path.parent.name for path in base.glob(f"*/{_FILE}"))
+    return []
+
+
+def running(base: Path | None = None) -> LocalCluster:
+    """Return the cluster that runs on this machine: the default one, else the only one.
+
+    Raises:
+        ConfigError: None runs, or several do and none is the default; says what to type.
+    """
+    base = state_folder() if base is None else base
+    found = {name: cluster for name in names(base) if (cluster := load(base / name)) is not None}
+    alive = {name: cluster for name, cluster in found.items() if cluster.liveness() is Liveness.ALIVE}
+    if DEFAULT_NAME in alive:
+        return _serving(alive[DEFAULT_NAME])
+    if len(alive) == 1:
+        return _serving(*alive.values())
+    if alive:
+        which = ", ".join(f"{name} at {cluster.client_endpoint}" for name, cluster in alive.items())
+        raise ConfigError(
+            f"several clusters run on this machine: {which}: expected --connect with one of them"
+        )
+    if found:
+        name, cluster = next(iter(found.items()))
+        raise ConfigError(f"the cluster {name!r} of this machine {remains(cluster)}")
+    raise ConfigError("no cluster runs on this machine: start one with `cluster up`")
+
+
+def _serving(cluster: LocalCluster) -> LocalCluster:
+    if cluster.phase is not Phase.RUNNING:
+        raise ConfigError(f"the cluster {cluster.name!r} of this machine is {cluster.phase}: try again later")
+    return cluster
+
+
+def remains(cluster: LocalCluster) -> str:
+    """Say what is left of a cluster whose keeper is not alive here."""
+    if cluster.liveness() is Liveness.ELSEWHERE:
+        return f"was started on {cluster.host}, and can be seen from there only"
+    return (
+        f"is gone: its keeper (pid {cluster.keeper.pid}) ended without tidying up, and took all its "
+        f"processes with it; start it again with `cluster up`"
+    )
