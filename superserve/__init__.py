@@ -1,6 +1,10 @@
-"""SuperServe: deadline-aware inference serving; the part that applications embed. Start at `Client`."""
+"""SuperServe: deadline-aware inference serving; the part that applications embed.
 
-from superserve.client import Client, QueryFuture, Reply, Timeline
+Start at `Client`, from threads, or `AsyncClient`, from asyncio.
+"""
+
+from superserve.aio import AsyncClient, AsyncQueryFuture
+from superserve.client import Client
 from superserve.errors import (
     CancelledQueryError,
     ConfigError,
@@ -16,11 +20,16 @@ from superserve.errors import (
     SuperServeError,
     TraceError,
     UnansweredError,
+    UsageError,
     WireError,
     WorkerLostError,
 )
+from superserve.futures import QueryFuture
+from superserve.reply import Reply, Timeline
 
 __all__ = [
+    "AsyncClient",
+    "AsyncQueryFuture",
     "CancelledQueryError",
     "Client",
     "ConfigError",
@@ -39,6 +48,7 @@ __all__ = [
     "Timeline",
     "TraceError",
     "UnansweredError",
+    "UsageError",
     "WireError",
     "WorkerLostError",
 ]

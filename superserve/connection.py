@@ -7,6 +7,7 @@ then, `send_queries` with whole columns, and `receive` until it yields nothing m
 from __future__ import annotations
 
 import logging
+import random
 import secrets
 import time
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,15 @@ log = logging.getLogger("superserve")
 
 MS = 1_000_000
 HELLO_EVERY_NS = 100 * MS
+HELLO_EVERY_AT_MOST_NS = 1_000 * MS
+"""While nobody answers, HELLO is said ever less often up to this: a thousand clients must not stampede."""
 PING_EVERY_NS = 1_000 * MS
 SILENT_NS = 3_000 * MS
 """A router that has not answered three PINGs is taken for gone; HELLO finds the next one."""
+
+_POLLIN = int(zmq.POLLIN)
+_POLLOUT = int(zmq.POLLOUT)
+_EVENTS = int(zmq.EVENTS)
 
 
 class Connection:
@@ -38,6 +45,8 @@ class Connection:
         epoch: The router's, once it said WELCOME; None before, and after it fell silent.
         model: What WELCOME said of the model's input and output; None if no worker has joined.
         subnets: Name and accuracy (percent) of each row of the profile.
+        n_welcomes: How often `epoch` became another one: whoever counts along misses no new router.
+        heard_ns: When the router last said anything.
         refusals: What the router objected to, latest last; at most 16.
         n_malformed: Messages that could not be decoded.
     """
@@ -52,9 +61,13 @@ class Connection:
         self.said_bye = False
         self.n_malformed = 0
         self.status: dict[str, Any] | None = None
+        self.n_welcomes = 0
+        self.heard_ns = 0
         self._hello_ns = 0
+        self._hello_wait_ns = 0
+        self._hello_every_ns = HELLO_EVERY_NS
         self._ping_ns = 0
-        self._heard_ns = 0
+        self._is_connected = False
         self.socket = connect_dealer(context, endpoint)
 
     def close(self) -> None:
@@ -65,21 +78,57 @@ class Connection:
 
     def tick(self, now_ns: int) -> None:
         """Say HELLO while nobody has welcomed us, and PING now and then."""
-        if self.epoch is not None and now_ns - self._heard_ns > SILENT_NS:
-            self.epoch = None
-        if self.epoch is None and now_ns - self._hello_ns >= HELLO_EVERY_NS:
+        if self.epoch is not None:
+            if now_ns - self.heard_ns > SILENT_NS:
+                self.epoch = None
+            elif now_ns - self._ping_ns >= PING_EVERY_NS:
+                self.ping(now_ns)
+        if self.epoch is None and now_ns - self._hello_ns >= self._hello_wait_ns:
+            self._hello(now_ns)
+
+    def _hello(self, now_ns: int) -> None:
+        hello = Control(Kind.HELLO, {"role": "client", "session": self.session})
+        if send(self.socket, wire.encode_control(hello)):
             self._hello_ns = now_ns
-            send(
-                self.socket,
-                wire.encode_control(Control(Kind.HELLO, {"role": "client", "session": self.session})),
-            )
-        elif self.epoch is not None and now_ns - self._ping_ns >= PING_EVERY_NS:
-            self._ping_ns = now_ns
-            send(self.socket, wire.encode_ping(Ping(now_ns)))
+            self._hello_wait_ns = int(self._hello_every_ns * random.uniform(0.75, 1.25))
+            self._hello_every_ns = min(2 * self._hello_every_ns, HELLO_EVERY_AT_MOST_NS)
+
+    def ping(self, now_ns: int) -> None:
+        """Ask whether the router is there; any answer moves `heard_ns`."""
+        self._ping_ns = now_ns
+        send(self.socket, wire.encode_ping(Ping(now_ns)))
+
+    def look(self) -> None:
+        """Take a router whose connection is broken for gone at once, and greet one as it appears.
+
+        ZeroMQ tells nobody that a connection broke. But with IMMEDIATE a DEALER has no pipe without a
+        connection, and what has no pipe cannot be written to; its file descriptor wakes for that too.
+        """
+        is_connected = bool(self._events() & _POLLOUT)
+        if is_connected and not self._is_connected:
+            self._hello_wait_ns, self._hello_every_ns = 0, HELLO_EVERY_NS
+        elif not is_connected and self.epoch is not None:
+            self.lose()
+        self._is_connected = is_connected
+
+    def is_readable(self) -> bool:
+        """Tell whether `receive` would yield or deal with something."""
+        return bool(self._events() & _POLLIN)
+
+    def _events(self) -> int:
+        return int(self.socket.getsockopt(_EVENTS))
+
+    def next_tick_ns(self) -> int:
+        """Return when `tick` has something to do."""
+        if self.epoch is not None:
+            return min(self._ping_ns + PING_EVERY_NS, self.heard_ns + SILENT_NS + MS)
+        if self._is_connected:
+            return self._hello_ns + self._hello_wait_ns
+        return time.monotonic_ns() + HELLO_EVERY_NS
 
     def lose(self) -> None:
-        """Take the router for gone: say HELLO at the next tick, and send nothing until a WELCOME."""
-        self.epoch, self._hello_ns = None, 0
+        """Take the router for gone: say HELLO soon, and send nothing until a WELCOME."""
+        self.epoch = None
 
     def send_queries(self, queries: Queries) -> bool:
         """Send; False if the router is not there or takes no more just now."""
@@ -105,7 +154,7 @@ class Connection:
                 self.n_malformed += 1
                 log.warning("malformed message from %s: %s", self.endpoint, error)
                 continue
-            self._heard_ns = time.monotonic_ns()
+            self.heard_ns = time.monotonic_ns()
             if isinstance(message, Results):
                 yield message
             elif isinstance(message, Ping):
@@ -125,7 +174,9 @@ class Connection:
             except (TypeError, ValueError):
                 self.n_malformed += 1
                 return
+            self.n_welcomes += self.epoch != epoch
             self.epoch = epoch
+            self._hello_every_ns = HELLO_EVERY_NS
             self.said_bye = False
             self.model = body.get("model")
             try:

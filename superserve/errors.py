@@ -6,6 +6,7 @@
     │   ├── ProfileError       a profile that is malformed or not monotone
     │   └── TraceError         a trace that is missing, malformed or impossible
     ├── ProcessError           a role of ours that did not start, or stopped
+    ├── UsageError             a client used from where it cannot work: a fork, a loop, a thread
     └── QueryError             a query that got no OK answer; its `status` says which
         ├── InvalidQueryError      INVALID       the query is not what the model takes
         ├── InfeasibleError        INFEASIBLE    no subnet can meet the slack, even alone
@@ -45,6 +46,10 @@ class TraceError(ConfigError):
 
 class ProcessError(SuperServeError):
     """A process of ours did not start, or stopped when it should not have."""
+
+
+class UsageError(SuperServeError):
+    """A client used from where it cannot work: after a fork, on a running loop, from another one."""
 
 
 class QueryError(SuperServeError):

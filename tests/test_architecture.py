@@ -47,8 +47,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
 # What applications embed stays small: these and the standard library.
 EMBEDDED_DEPENDENCIES = ("zmq", "numpy", "orjson")
 
-# A pure core: events and `now_ns` in, actions out.
+# Pure cores: events and `now_ns` in, actions out. The router's, and the client's.
 PURE = (
+    "superserve.session", "superserve.reply",
     "router.core", "router.state", "router.admission", "router.fleet", "router.edf", "router.estimates",
     "router.workers", "router.events", "router.policy", "router.slackfit", "router.baselines",
 )  # fmt: skip

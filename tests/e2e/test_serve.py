@@ -67,7 +67,7 @@ def test_thirty_two_threads_each_get_their_own_answers(client: Client, cluster: 
 
     with concurrent.futures.ThreadPoolExecutor(N_THREADS) as pool:
         assert sum(pool.map(submit, range(N_THREADS))) == 4 * N_THREADS
-    assert client.outstanding == client._held_bytes == 0
+    assert client.outstanding == client.held_bytes == 0
     after = ask_status(cluster.client_endpoint)
     assert after["queries"]["answered"]["ok"] - before == 4 * N_THREADS
     assert after["queue"]["held_bytes"] == 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from superserve.client import _GRACE_NS, Client
+from superserve.client import Client
 from superserve.errors import (
     CancelledQueryError,
     ConfigError,
@@ -23,17 +23,18 @@ from superserve.errors import (
     ModelFailedError,
     OverloadedError,
     QueryError,
-    SuperServeError,
     UnansweredError,
+    UsageError,
     WorkerLostError,
 )
+from superserve.session import GRACE_NS
 from superserve.wire import Cancel, Control, Kind, Queries, Results, Status
 from tests.superserve.fakes import WAIT_S, FakeRouter, group, ids_of, poll
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from superserve.client import QueryFuture
+    from superserve.futures import QueryFuture
 
 pytestmark = pytest.mark.timeout(40)
 
@@ -238,7 +239,7 @@ def test_a_floor_that_is_no_percentage_is_refused(client: Client, min_accuracy: 
     """The error names the field, and the refused query holds no bytes of the bound."""
     with pytest.raises(InvalidQueryError, match=r"min_accuracy: expected 0 to 100 percent, got"):
         client.submit(b"image", slo_ms=36, min_accuracy=min_accuracy)
-    assert client._held_bytes == 0
+    assert client.held_bytes == 0
 
 
 @pytest.mark.parametrize("priority", [-1, 256, 1.5, "high"])
@@ -246,7 +247,7 @@ def test_a_priority_that_is_no_class_is_refused(client: Client, priority: Any) -
     """The error names the field, and the refused query holds no bytes of the bound."""
     with pytest.raises(InvalidQueryError, match="priority: expected a class from 0 to 255, got"):
         client.submit(b"image", slo_ms=36, priority=priority)
-    assert client._held_bytes == 0
+    assert client.held_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_cancelling_ends_the_future_and_tells_the_router(client: Client, router:
     assert future.cancelled()
     router.answer(queries)
     poll(lambda: client.outstanding == 0)
-    assert client._held_bytes == 0
+    assert client.held_bytes == 0
 
 
 def test_an_answered_query_cannot_be_cancelled(client: Client, router: FakeRouter) -> None:
@@ -386,7 +387,7 @@ def test_a_query_to_nobody_ends_at_its_deadline() -> None:
     try:
         with pytest.raises(UnansweredError, match=r"query 1: no router answers at tcp://.*check host"):
             client.infer(b"image", slo_ms=50)
-        assert client.outstanding == client._held_bytes == 0
+        assert client.outstanding == client.held_bytes == 0
     finally:
         client.close()
 
@@ -406,7 +407,7 @@ def test_a_router_that_answers_nothing_leaves_no_query_waiting(client: Client, r
 
     with pytest.raises(UnansweredError, match="gave no answer within 1000 ms of its deadline"):
         future.result(WAIT_S)
-    assert time.monotonic_ns() - started_ns >= _GRACE_NS
+    assert time.monotonic_ns() - started_ns >= GRACE_NS
 
 
 def test_a_router_that_vanishes_leaves_no_query_waiting() -> None:
@@ -467,12 +468,14 @@ def test_a_router_that_forgot_the_client_is_greeted_again(client: Client, router
 
 def test_a_client_from_before_a_fork_says_so(client: Client) -> None:
     """The thread does not come along: an error that says what to do, not a future that never ends."""
-    client._pid = os.getppid()  # as the child of a fork sees it
+    client.pid = os.getppid()  # as the child of a fork sees it
     try:
-        with pytest.raises(SuperServeError, match=r"before a fork.* Make one Client in each process"):
+        with pytest.raises(
+            UsageError, match=r"Client was made before a fork.* Make one in each process"
+        ):
             client.submit(b"image", slo_ms=36)
     finally:
-        client._pid = os.getpid()
+        client.pid = os.getpid()
 
 
 def _connected(router: FakeRouter, **options: Any) -> Client:
