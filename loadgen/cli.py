@@ -6,12 +6,16 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from loadgen.environment import environment_of
+from loadgen.plots import check_installed
+from loadgen.report import load_runs, write_report
 from loadgen.run import Emulation, RunSettings, run_emulated, run_trace
 from loadgen.stats import OUTCOMES
+from loadgen.timeline import recorded
 from loadgen.trace import load_trace
 from profiles.table import load_profile
 from router.registry import make_policy
@@ -21,7 +25,7 @@ from superserve.errors import ConfigError, SuperServeError
 from superserve.subnet import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gpu_worker.eventlog import EventLogReport
     from loadgen.run import Run
@@ -57,6 +61,7 @@ def cli() -> None:
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result."
 )
+@click.option("--report", "page_path", type=_FILE, help="Write a page about it, as HTML.")
 @click.option("--logs", type=_FOLDER, help="Keep event logs here.")
 def run(
     spec: str,
@@ -70,6 +75,7 @@ def run(
     payload_bytes: int | None,
     seed: int,
     json_path: Path | None,
+    page_path: Path | None,
     logs: Path | None,
 ) -> None:
     """Offer a trace and print a table. Exits 1 if the run is invalid or an event log shows a violation."""
@@ -77,7 +83,10 @@ def run(
         if not 0 < slo_ms <= 86_400_000:
             raise ConfigError(f"--slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
         if json_path is not None:
-            _check_writable(json_path)
+            _check_writable(json_path, "--json")
+        if page_path is not None:
+            check_installed()
+            _check_writable(page_path, "--report")
         target = _target(connect, emulate, policy, logs)
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
         if payload_bytes is None:
@@ -95,10 +104,57 @@ def run(
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     _show(measured, report)
+    environment = _environment(trace, settings, target, measured, report)
+    result = recorded(measured, trace, settings.slo_ns, environment)
     if json_path is not None:
-        _write(json_path, measured.result.to_json())
+        _write(json_path, result.to_json())
+    if page_path is not None:
+        _write_page(page_path, [result])
     if not measured.result.valid or (report is not None and report.n_violations):
         sys.exit(1)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--output", type=_FILE, required=True, help="The page, as HTML.")
+def report(runs: tuple[Path, ...], output: Path) -> None:
+    """Make the page of one saved run, or one that compares several."""
+    try:
+        check_installed()
+        results, labels = load_runs(runs)
+        _check_writable(output, "--output")
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    _write_page(output, results, labels)
+
+
+def _write_page(path: Path, results: Sequence[RunResult], labels: Sequence[str] | None = None) -> None:
+    try:
+        write_report(path, results, labels)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"  written          {path}")
+
+
+def _environment(
+    trace: Trace, settings: RunSettings, target: Emulation | str, measured: Run, report: EventLogReport | None
+) -> dict[str, Any]:
+    """Return what it takes to make this run again, and what its own checks found."""
+    cluster = str(target)
+    if isinstance(target, Emulation):
+        cluster = f"private: {target.n_gpus} emulated GPUs of {target.profile}"
+    cpu_us = 1e6 * measured.router_cpu_s / measured.result.queries["total"]
+    return environment_of(
+        trace=trace.provenance,
+        cluster=cluster,
+        senders=settings.n_senders,
+        payload_bytes=settings.payload_bytes,
+        seed=settings.seed,
+        router_cpu_us_per_query=None if math.isnan(cpu_us) else round(cpu_us, 1),
+        duplicates=measured.n_duplicates,
+        event_logs=None if report is None else report.to_text().splitlines(),
+        violations=None if report is None else report.n_violations,
+    )
 
 
 def _target(
@@ -217,13 +273,15 @@ def _make_folder(path: Path, option: str) -> None:
         ) from error
 
 
-def _check_writable(path: Path) -> None:
-    """Refuse a result file that could not be written, before the run rather than after it."""
-    _make_folder(path.parent, "--json")
+def _check_writable(path: Path, option: str) -> None:
+    """Refuse a file that could not be written, before the run rather than after it."""
+    _make_folder(path.parent, option)
     try:
         path.open("ab").close()
     except OSError as error:
-        raise ConfigError(f"--json: {path}: expected a path that can be written: {error.strerror}") from error
+        raise ConfigError(
+            f"{option}: {path}: expected a path that can be written: {error.strerror}"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,6 +11,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import os
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -21,12 +25,15 @@ import click
 import numpy as np
 
 from gpu_worker import digits
+from loadgen.environment import environment_of
+from loadgen.report import write_report
 from loadgen.run import RunSettings, run_trace
+from loadgen.timeline import recorded
 from loadgen.trace import load_trace
 from profiles.measure import Measurement, Setting, measure_supernet
+from superserve import local
 from superserve.clock import MonotonicClock
-from superserve.errors import ConfigError, SuperServeError
-from superserve.processes import ProcessGroup
+from superserve.errors import ConfigError, ProcessError, SuperServeError
 from superserve.wire import Status
 
 if TYPE_CHECKING:
@@ -65,7 +72,8 @@ _CV2 = 40.0  # of the bursts
 _ROUNDS, _BUDGET_NS = 40, 6 * SECOND
 _MARGIN_MS = 10.0  # held back by the router: all processes share this machine's cores
 _CLOSE = 1e-4  # relative and absolute: a batch's size moves logits by some 1e-6
-_NEEDED = {"torch": "torch", "safetensors": "safetensors", "sklearn": "scikit-learn", "psutil": "psutil"}
+_NEEDED = {"torch": "torch", "safetensors": "safetensors", "sklearn": "scikit-learn", "psutil": "psutil",
+           "matplotlib": "matplotlib"}  # fmt: skip
 
 
 # --- what is offered --------------------------------------------------------------------------
@@ -409,17 +417,37 @@ def digits_name() -> str:
 
 @contextlib.contextmanager
 def serving(policy: str, profile: Path) -> Iterator[str]:
-    """Run a router and one worker on this machine; give the client endpoint, and stop both at the end."""
-    with ProcessGroup() as group:
-        router = group.start("router", ["-m", "router", "--policy", policy, "--margin-ms", str(_MARGIN_MS)])
-        group.wait_ready(30.0)
-        group.start(
-            "worker",
-            ["-m", "gpu_worker", "--connect", router.ready["worker"], "--name", "demo-worker",
-             "--supernet", "digits", "--profile", str(profile), "--device", "cpu", "--threads", "1"],
+    """Have a cluster on this machine serve by `profile`; give its client endpoint, and stop it at the end.
+
+    Its state lies beside the profile, so that it is nobody's but the demo's, and the next
+    demo finds one that this demo could not stop because it was killed.
+
+    Raises:
+        ProcessError: It did not start or stop; quotes what `cluster` said.
+    """
+    state = profile.parent / "cluster"
+    if local.names(state):
+        _cluster(state, "down")
+    try:
+        _cluster(
+            state, "up", "--policy", policy, "--margin-ms", str(_MARGIN_MS), "--device", "cpu",
+            "--supernet", "digits", "--profile", str(profile), "--ready-timeout-s", "120",
         )  # fmt: skip
-        group.wait_ready(120.0)
-        yield router.ready["client"]
+        yield local.running(state).client_endpoint
+    finally:
+        _cluster(state, "down")
+    shutil.rmtree(state)  # the logs of a cluster that did what it should
+
+
+def _cluster(state: Path, verb: str, *options: str) -> None:
+    """Run `cluster` for the demo's own cluster; ProcessError, with what it said, if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", verb, "--name", "demo", *options],
+        env={**os.environ, local.STATE_VARIABLE: str(state)}, text=True, check=False,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if done.returncode:
+        raise ProcessError(f"cluster {verb}: exit code {done.returncode}:\n{done.stdout.rstrip()}")
 
 
 def offer(policy: str, trace: Trace, profile: Path, settings: RunSettings) -> Run:
@@ -505,9 +533,11 @@ def demo(out: Path, seconds: float, slo_ms: float, seed: int) -> list[str]:
     )
     settings = RunSettings(int(slo_ms * MS), payloads=as_payloads(images.pixels), keep_outputs=True)
     runs = [offer(policy, trace, out / "profile.json", settings) for policy in POLICIES]
-    for run, name in zip(runs, ("adaptive", "largest"), strict=True):
-        (out / f"{name}.json").write_text(run.result.to_json())
-    adaptive, largest = (run.result for run in runs)
+    environment = environment_of(trace=trace.provenance, seed=seed, cluster="one worker, the digits supernet")
+    adaptive, largest = (recorded(run, trace, settings.slo_ns, environment) for run in runs)
+    for result, name in ((adaptive, "adaptive"), (largest, "largest")):
+        (out / f"{name}.json").write_text(result.to_json())
+    write_report(out / "report.html", [adaptive, largest])
     click.echo("\nThe same queries, served twice:")
     _say(side_by_side((adaptive, largest)))
     return [*wrong_serving(adaptive, largest), *judge_answers(runs[0], images)]
@@ -542,4 +572,6 @@ def cli(out: Path, seconds: float, slo_ms: float, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: the cluster is no child of this process, and would outlive it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cli()

@@ -112,6 +112,8 @@ class Run:
         reasons: For each status without an output, one of the router's reasons.
         router_cpu_s: CPU time that the router took during the run; NaN if it did not live to say.
         n_duplicates: Answers beyond the first of a query; always 0 unless something is broken.
+        noise_p99_9_ns: What the noise probe saw; None if there was none.
+        noise: When the probe woke, from the start, and how late: ns, ascending by instant.
     """
 
     result: RunResult
@@ -121,6 +123,7 @@ class Run:
     router_cpu_s: float = math.nan
     n_duplicates: int = 0
     noise_p99_9_ns: int | None = None
+    noise: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
 
 
 @contextlib.contextmanager
@@ -209,7 +212,7 @@ def run_trace(
     result = summarise(trace, settings.slo_ns, policy, columns, coordinator.subnets, noise)
     return Run(
         result, columns, coordinator.subnets, coordinator.reasons, router_cpu_s, coordinator.n_duplicates,
-        noise,
+        noise, (probe.woke_ns - start_ns, noise_ns),
     )  # fmt: skip
 
 

@@ -51,8 +51,15 @@ LATENCY_QUANTILES = ("p50", "p90", "p99", "p99_9", "max")
 LAG_QUANTILES = ("p50", "p99", "p99_9", "max")
 """Keys of `send_lag_ms`."""
 
-_PERMILLE = {"p50": 500, "p90": 900, "p99": 990, "p99_9": 999, "max": 1000}
+PERMILLE = {"p50": 500, "p90": 900, "p99": 990, "p99_9": 999, "max": 1000}
+"""What the names of quantiles mean, in thousandths."""
+
 _ATTAINMENT_TOLERANCE = 1e-6  # of a file written with six digits
+
+
+def rank(n: int, permille: int) -> int:
+    """Return which of n ascending values is the quantile, from 1: the nearest rank."""
+    return -(-n * permille // 1000)
 
 
 def quantile_ns(ns: npt.NDArray[np.int64], permille: int) -> int | None:
@@ -69,8 +76,8 @@ def quantile_ns(ns: npt.NDArray[np.int64], permille: int) -> int | None:
     """
     if not len(ns):
         return None
-    rank = -(-len(ns) * permille // 1000)
-    return int(np.partition(ns, rank - 1)[rank - 1])
+    place = rank(len(ns), permille) - 1
+    return int(np.partition(ns, place)[place])
 
 
 def quantiles_ms(
@@ -84,8 +91,8 @@ def quantiles_ms(
     """
     # Sorted once: five selections of a long array cost more.
     ordered = np.sort(ns)
-    ranks = {name: -(-len(ns) * _PERMILLE[name] // 1000) for name in names}
-    return {name: int(ordered[rank - 1]) / MS if len(ns) else None for name, rank in ranks.items()}
+    ranks = {name: rank(len(ns), PERMILLE[name]) for name in names}
+    return {name: int(ordered[one - 1]) / MS if len(ns) else None for name, one in ranks.items()}
 
 
 def arrivals_cv2(arrivals_ns: npt.NDArray[np.int64]) -> float | None:
@@ -130,6 +137,9 @@ class RunResult:
         valid: Whether the load was really offered; see `judge_validity`.
         invalid_because: Why not; empty if valid.
         disturbed: Whether the machine itself was late enough to explain the sender's lag.
+        reasons: For each status without an output, one of the router's reasons; None if not kept.
+        timeline: The run in bins: see `loadgen.timeline`; None if it was not kept.
+        environment: Where, when and by which command: see `loadgen.environment`; None if not kept.
     """
 
     schema: int = SCHEMA
@@ -151,22 +161,31 @@ class RunResult:
     valid: bool
     invalid_because: tuple[str, ...]
     disturbed: bool = False
+    reasons: Mapping[str, str] | None = None
+    timeline: Mapping[str, Any] | None = None
+    environment: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the file's fields, in its order."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        """Return the file's fields, in its order; the last three only if they were kept."""
+        found = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+        return {name: value for name, value in found.items() if value is not None or name in _FIELDS}
 
     def to_json(self) -> str:
-        """Return the file's text."""
+        """Return the file's text; a series of the timeline takes one line."""
         option = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-        return orjson.dumps(self.to_dict(), option=option).decode()
+        found = self.to_dict()
+        if self.timeline is not None:
+            found["timeline"] = {
+                key: orjson.Fragment(orjson.dumps(self.timeline[key])) for key in self.timeline
+            }
+        return orjson.dumps(found, option=option).decode()
 
     def check(self) -> None:
         """Raise ConfigError naming the field unless types, sums and shares agree."""
-        for field, (expected, holds) in _FIELDS.items():
-            value = getattr(self, field)
+        for name, (expected, holds) in (_FIELDS | _OPTIONAL).items():
+            value = getattr(self, name)
             if not holds(value):
-                raise ConfigError(f"{field}: expected {expected}, got {value!r}")
+                raise ConfigError(f"{name}: expected {expected}, got {value!r:.80}")
         _check_counts(self.queries, self.slo_attainment)
         if self.valid == bool(self.invalid_because):
             raise ConfigError(
@@ -203,7 +222,7 @@ def _from_json(text: bytes) -> RunResult:
         raise ConfigError(f"{missing[0]}: expected {_FIELDS[missing[0]][0]}, got nothing")
     if isinstance(raw["invalid_because"], list):
         raw["invalid_because"] = tuple(raw["invalid_because"])
-    return RunResult(**{field: raw[field] for field in _FIELDS})
+    return RunResult(**{name: raw[name] for name in (*_FIELDS, *_OPTIONAL) if name in raw})
 
 
 def _check_counts(queries: Mapping[str, int], attainment: float | None) -> None:
@@ -271,6 +290,16 @@ def _is_shares(value: object) -> bool:
     )
 
 
+def _is_texts_or_none(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, Mapping) and all(_is_string(text) for pair in value.items() for text in pair)
+
+
+def _is_object_or_none(value: object) -> bool:
+    return value is None or isinstance(value, Mapping)
+
+
 def _is_strings(value: object) -> bool:
     return isinstance(value, tuple) and all(map(_is_string, value))
 
@@ -301,6 +330,13 @@ _FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "valid": _BOOL,
     "invalid_because": ("a list of strings", _is_strings),
     "disturbed": _BOOL,
+}
+
+# Files by other writers, and older ones, may lack these.
+_OPTIONAL: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "reasons": ("reasons by status, or null", _is_texts_or_none),
+    "timeline": ("an object or null", _is_object_or_none),
+    "environment": ("an object or null", _is_object_or_none),
 }
 
 
@@ -357,7 +393,7 @@ class NoiseProbe:
     a sender that computes without pause it would excuse the sender's own load. So run it
     in a process that does little else, such as the one that waits for the senders.
 
-    One sample takes 8 bytes: 29 MB an hour at the default period.
+    One sample takes 16 bytes: 58 MB an hour at the default period.
 
     Args:
         period_ns: How long each sleep lasts.
@@ -366,6 +402,7 @@ class NoiseProbe:
     def __init__(self, *, period_ns: int = MS) -> None:
         self._period_ns = period_ns
         self._late_ns = array("q")
+        self._woke_ns = array("q")
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="noise-probe", daemon=True)
 
@@ -379,6 +416,11 @@ class NoiseProbe:
         self._thread.join()
         return np.array(self._late_ns, dtype=np.int64)
 
+    @property
+    def woke_ns(self) -> npt.NDArray[np.int64]:
+        """Return when each sleep ended, once stopped: instants, ascending, shape (n_sleeps,)."""
+        return np.array(self._woke_ns, dtype=np.int64)
+
     def __len__(self) -> int:
         """Return how many sleeps were measured so far."""
         return len(self._late_ns)
@@ -388,4 +430,6 @@ class NoiseProbe:
         while not self._stopping.is_set():
             due_ns = time.monotonic_ns() + self._period_ns
             time.sleep(period_s)
-            self._late_ns.append(time.monotonic_ns() - due_ns)
+            woke_ns = time.monotonic_ns()
+            self._woke_ns.append(woke_ns)
+            self._late_ns.append(woke_ns - due_ns)

@@ -197,6 +197,9 @@ def test_numpys_numbers_are_numbers() -> None:
         ("invalid_because", ()),
         ("invalid_because", (1,)),
         ("disturbed", "yes"),
+        ("reasons", {"LATE": 1}),
+        ("timeline", []),
+        ("environment", "here"),
     ],
 )
 def test_a_wrong_field_is_an_error_that_names_it(field: str, value: Any, tmp_path: Path) -> None:
@@ -211,9 +214,12 @@ def test_a_wrong_field_is_an_error_that_names_it(field: str, value: Any, tmp_pat
         load_run(path)
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(RunResult) if field.name != "disturbed"])
+OPTIONAL = ("disturbed", "reasons", "timeline", "environment")
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(RunResult) if field.name not in OPTIONAL])
 def test_a_missing_field_is_an_error_that_names_it(field: str, tmp_path: Path) -> None:
-    """All are required but "disturbed", which is false when absent."""
+    """All are required but "disturbed", which is false when absent, and what a run may not have kept."""
     path = tmp_path / "run.json"
     path.write_bytes(orjson.dumps({name: value for name, value in RUN.to_dict().items() if name != field}))
 
