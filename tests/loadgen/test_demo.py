@@ -156,6 +156,7 @@ def test_the_demo_serves_twice_and_every_answer_is_what_it_says(tmp_path: Path) 
     assert (tmp_path / "profile.json").exists()
     for words in ("SLO attainment", "Labels that came back", "are its own", "Next: "):
         assert words in done.output
+    assert not (tmp_path / "cluster").exists()
     failed = [line for line in done.output.splitlines() if line.startswith("FAILED")]
     assert not [line for line in failed if "labels of" in line or "outputs of" in line], failed
     assert done.exit_code == (1 if failed else 0)
