@@ -235,10 +235,14 @@ class WorkerServer:
         gc.freeze()
         gc.disable()
         waiter = sockets.Waiter([self._socket], [self._waker.fd])
+        many = self._gpus.n_slots > 1  # one GPU alone shall never wait for its server
         while self._link is not Link.STOPPED:
             waiter.wait(self._timeout_ns())
             self._waker.drain()
+            began_ns = self._clock.now_ns()
             self.step()
+            if many:
+                sockets.rest(began_ns)
         if self._epoch is not None:
             self._send(encode_control(Control(Kind.BYE, {"worker": self._name})))
             self._socket.set(zmq.LINGER, _BYE_LINGER_MS)

@@ -21,6 +21,7 @@ import numpy as np
 import orjson
 import zmq
 
+from loadgen.bench_clients import ManyTarget
 from superserve.client import Client
 from superserve.clock import MS
 from superserve.errors import OverloadedError
@@ -45,7 +46,7 @@ class SinglePlan:
     """What one sender is to do; travels as JSON beside the arrays.
 
     Attributes:
-        target: "echo" or "client".
+        target: "echo", "client", or with a socket for each of `n_clients` "many-echo" or "many".
         endpoint: Where to.
         name: This sender's name.
         folder: Holds `<name>-due_ns.npy` (int64 offsets, ascending); once all senders are ready
@@ -65,6 +66,7 @@ class SinglePlan:
     payload_bytes: int = 64
     grace_ns: int = 500 * MS
     least_sleep_ns: int = 0
+    n_clients: int = 1
 
     def path(self, what: str) -> Path:
         """Return the path of one of this sender's arrays."""
@@ -79,7 +81,10 @@ class SinglePlan:
 class Target(Protocol):
     """Where queries go; `answered_ns` has -1 where no answer came."""
 
-    answered_ns: list[int]
+    @property
+    def answered_ns(self) -> list[int]:
+        """When each query's answer came."""
+        ...
 
     @property
     def n_ended(self) -> int:
@@ -213,6 +218,11 @@ def run_single(plan: SinglePlan) -> None:
             stack.callback(echo.close)
             echo.await_peer()
             target = echo
+        elif plan.target in ("many-echo", "many"):
+            many = ManyTarget(plan, stack.enter_context(zmq.Context()), len(due_ns))
+            stack.callback(many.close)
+            many.await_peer()
+            target = many
         else:
             target = ClientTarget(plan, stack.enter_context(Client(plan.endpoint)), len(due_ns))
         gc.collect()

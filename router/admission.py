@@ -56,14 +56,8 @@ class Admission(CoreState):
         base_ns = now_ns - event.transit_ns
         client.sample_transit(event.transit_ns, now_ns)
         self._serial += 1
-        cohort = Cohort(
-            self._serial,
-            client,
-            [slack_ns + base_ns for slack_ns in queries.slack_ns()],
-            base_ns,
-            now_ns,
-            message=queries,
-        )
+        deadlines_ns = [slack_ns + base_ns for slack_ns in queries.slack_ns()]
+        cohort = Cohort(self._serial, client, deadlines_ns, base_ns, now_ns, message=queries)
         if queries.resubmitted and client.cohorts:
             self._admit_unknown(client, cohort)
             return
@@ -84,7 +78,7 @@ class Admission(CoreState):
         self._admit(client, cohort, list(state_stretches(cohort, 0, len(cohort.states), QUEUED)))
 
     def _admit(self, client: Client, cohort: Cohort, stretches: list[tuple[int, int]]) -> None:
-        n_bytes = sum(len(payload) for payload in cohort.message.payloads)
+        n_bytes = cohort.message.n_bytes()
         refusal = self._refusal(cohort.message, n_bytes)
         if refusal is not None:
             for lo, hi in stretches:
@@ -99,20 +93,20 @@ class Admission(CoreState):
             self._admit_stretch(cohort, lo, hi)
 
     def _admit_stretch(self, cohort: Cohort, lo: int, hi: int) -> None:
-        end = min(hi, lo + max(0, self.settings.max_queries - len(self.queue) - self.in_flight))
+        bound = self.settings.max_queries
+        end = min(hi, lo + max(0, bound - len(self.queue) - self.in_flight))
         if end > lo:
-            cohort.floors = self._floors(cohort, lo, end)
-            self._push_open(cohort, lo, end)
+            if cohort.message.min_accuracy is None:
+                self.queue.push(cohort, lo, end)
+            else:
+                cohort.floors = self._floors(cohort, lo, end)
+                self._push_open(cohort, lo, end)
         if end < hi:
-            bound = self.settings.max_queries
             reason = f"the router holds {bound} queries of at most {bound} (--max-queries): try again later"
             self._refuse(cohort, end, hi, Status.OVERLOADED, reason)
 
     def _push_open(self, cohort: Cohort, lo: int, hi: int) -> None:
         """Queue what `_floors` left open; a floor that no subnet reaches was refused there."""
-        if cohort.message.min_accuracy is None:
-            self.queue.push(cohort, lo, hi)
-            return
         for start, end in tuple(state_stretches(cohort, lo, hi, QUEUED)):
             self.queue.push(cohort, start, end)
 

@@ -52,6 +52,9 @@ def _span(each: int, lengths: Buffer | None, lo: int, hi: int) -> tuple[int, int
 
 def results_of(epoch: int, answers: Sequence[Answer]) -> Iterator[Results]:
     """Yield the RESULTS that carry `answers`, all of one client; more than one only past the wire's bound."""
+    if len(answers) == 1:
+        yield Results(epoch, [_group(answers[0])])
+        return
     groups: list[Group] = []
     n = 0
     for answer in answers:
@@ -71,15 +74,16 @@ def _group(answer: Answer) -> Group:
     queued_us: Buffer | None = None
     if answer.more is not None:
         ids, queued_us = _merged(answer)
-    each, lengths = 0, None
-    output: Buffer
-    if answer.row is None:
-        output = answer.reason.encode()
-    else:
-        each, output, lengths = _outputs(answer.row, answer.at, answer.at + count)
+    ran = answer.ran
+    if ran is None:
+        reason = answer.reason.encode()
+        return Group(
+            count, answer.status, 0, 0, 0.0, answer.queued_ns, 0, 0, 0, ids, 0, reason, None, queued_us
+        )
+    each, output, lengths = _outputs(ran.row, answer.at, answer.at + count)
     return Group(
-        count, answer.status, answer.subnet, answer.batch_size, answer.accuracy,
-        answer.queued_ns, answer.to_start_ns, answer.executing_ns, answer.returning_ns,
+        count, answer.status, ran.subnet, ran.batch_size, ran.accuracy,
+        answer.queued_ns, ran.to_start_ns, ran.executing_ns, ran.returning_ns,
         ids, each, output, lengths, queued_us,
     )  # fmt: skip
 

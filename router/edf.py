@@ -101,6 +101,10 @@ class EdfQueue:
         """Add queries lo to hi of `cohort`, whose states must be QUEUED."""
         deadlines = cohort.deadlines_ns
         self._length += hi - lo
+        if hi - lo == 1:
+            self._seq += 1
+            heappush(self._heap, (deadlines[lo], self._seq, cohort, lo, hi))
+            return
         stretch = deadlines if hi - lo == len(deadlines) else deadlines[lo:hi]
         if stretch == sorted(stretch):
             self._seq += 1
@@ -140,6 +144,13 @@ class EdfQueue:
         heap = self._heap
         while n < k and self.head() is not None:
             _, seq, cohort, lo, hi = heap[0]
+            if hi - lo == 1:  # a message of its own: nothing to cut
+                if cohort.floors is not None and cohort.floors[lo] > subnet:
+                    break
+                heappop(heap)
+                taken.append((cohort, lo, hi))
+                n += 1
+                continue
             end = min(hi, lo + k - n)
             if len(heap) > 1:
                 rival, rival_seq, *_ = heap[1] if len(heap) == 2 else min(heap[1], heap[2])

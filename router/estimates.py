@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 
+_FRESH = 8
+
 
 class WindowedMin:
     """The least value seen within the last `window_ns`, in O(1) amortised.
@@ -40,14 +42,18 @@ class RecentQuantiles:
     A percentile, not a mean with deviations: one stall says nothing about the next message,
     and with a smoothed deviation it would hold every batch back for as long as it takes to decay.
 
+    Most values are never asked about: they are taken into account together, when somebody
+    asks for the percentile, or `_FRESH` of them are there.
+
     Attributes:
-        median_ns: The middle of the window.
+        median_ns: The middle of the window; the last few values may be missing in it.
     """
 
-    __slots__ = ("_bound_ns", "_recent", "_sorted", "_window", "median_ns")
+    __slots__ = ("_bound_ns", "_fresh", "_recent", "_sorted", "_window", "median_ns")
 
     def __init__(self, first_ns: list[int], window: int = 256) -> None:
         self._window = window
+        self._fresh: list[int] = []
         self._recent = deque(first_ns)
         self._sorted = sorted(first_ns)
         self._refresh()
@@ -58,22 +64,35 @@ class RecentQuantiles:
         One far above all others counts as twice the 99th percentile and a millisecond: while
         the window holds fewer than 100, that percentile is the largest.
         """
-        value_ns = min(value_ns, 2 * self._bound_ns + 1_000_000)
-        self._recent.append(value_ns)
-        insort(self._sorted, value_ns)
-        if len(self._recent) > self._window:
-            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-        self._refresh()
+        self._fresh.append(value_ns)
+        if len(self._fresh) >= _FRESH:
+            self._settle()
 
     def fade(self, value_ns: int) -> None:
         """Forget the older quarter and note `value_ns`: what nothing confirms any more counts ever less."""
+        self._settle()
         for _ in range(len(self._recent) // 4):
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
         self.add(value_ns)
 
     def bound_ns(self) -> int:
         """Return the 99th percentile: what a careful decision allows for."""
+        if self._fresh:
+            self._settle()
         return self._bound_ns
+
+    def _settle(self) -> None:
+        recent, ordered, most_ns = self._recent, self._sorted, 2 * self._bound_ns + 1_000_000
+        for value_ns in self._fresh:
+            is_far = value_ns > most_ns
+            recent.append(most_ns if is_far else value_ns)
+            insort(ordered, recent[-1])
+            if len(recent) > self._window:
+                del ordered[bisect_left(ordered, recent.popleft())]
+            if is_far:
+                most_ns = 2 * ordered[len(ordered) * 99 // 100] + 1_000_000
+        self._fresh.clear()
+        self._refresh()
 
     def _refresh(self) -> None:
         n = len(self._sorted)

@@ -144,36 +144,41 @@ class Dispatch:
 
 
 @dataclass(slots=True)
+class Ran:
+    """What the answers of one batch share: the worker's report, and where the time went."""
+
+    row: DoneRow
+    subnet: int
+    batch_size: int
+    accuracy: float
+    to_start_ns: int
+    executing_ns: int
+    returning_ns: int
+
+
+@dataclass(slots=True)
 class Answer:
     """Tell `client` how queries lo to hi of `cohort`, and those of `more`, ended.
 
     Attributes:
-        more: Further stretches that ended alike, in the batch's order after the first.
         n: Queries in all its stretches.
-        row: The batch's report, which holds their outputs or reasons from query `at` on;
-            None where no worker was involved, and `reason` says why.
+        queued_ns: From arrival to dispatch, or to the end where no worker was involved.
+        ran: Of the batch; None where no worker was involved, and `reason` says why.
+        at: Where in the batch its first query stands.
+        more: Further stretches that ended alike, in the batch's order after the first.
     """
 
     client: Key
     cohort: Cohort
     lo: int
     hi: int
+    n: int
     status: Status
-    subnet: int = 0
-    batch_size: int = 0
-    accuracy: float = 0.0
     queued_ns: int = 0
-    to_start_ns: int = 0
-    executing_ns: int = 0
-    returning_ns: int = 0
-    row: DoneRow | None = None
+    ran: Ran | None = None
     at: int = 0
     reason: str = ""
     more: list[Stretch] | None = None
-    n: int = 0
-
-    def __post_init__(self) -> None:
-        self.n = self.hi - self.lo
 
     @property
     def stretches(self) -> list[Stretch]:

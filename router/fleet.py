@@ -15,6 +15,7 @@ from router.events import (
     Finished,
     Key,
     Pulled,
+    Ran,
     Released,
     WorkerHeard,
     WorkerJoined,
@@ -26,7 +27,6 @@ from superserve.wire import Status
 
 if TYPE_CHECKING:
     from profiles.table import Profile
-    from router.edf import Stretch
     from router.policy import Policy
     from superserve.wire import DoneRow
 
@@ -135,84 +135,68 @@ class Fleet(Admission):
             profiled_ns = worker.profile.latency_ns(batch.subnet, batch.n)
             worker.measure(batch.subnet, profiled_ns, row.executing_ns)
         outbound_ns = transport_ns // 2
-        timeline = (outbound_ns + row.waited_ns, row.executing_ns, transport_ns - outbound_ns)
+        ran = Ran(
+            row, batch.subnet, batch.n, worker.profile.subnets[batch.subnet].accuracy,
+            outbound_ns + row.waited_ns, row.executing_ns, transport_ns - outbound_ns,
+        )  # fmt: skip
         at = 0
         for cohort, lo, hi in batch.stretches:
-            states = cohort.states
-            if cohort.holders is None and states.count(DISPATCHED, lo, hi) == hi - lo:
+            if cohort.holders is None and cohort.states.count(DISPATCHED, lo, hi) == hi - lo:
                 self.in_flight -= hi - lo
-                self._answer(batch, row, cohort, lo, hi, at, now_ns, timeline)
+                self._answer(batch, ran, cohort, lo, hi, at, now_ns)
             else:
-                self._answer_remaining(batch, row, cohort, lo, hi, at, now_ns, timeline)
+                self._answer_remaining(batch, ran, cohort, lo, hi, at, now_ns)
             at += hi - lo
 
     def _answer_remaining(
-        self,
-        batch: Batch,
-        row: DoneRow,
-        cohort: Cohort,
-        lo: int,
-        hi: int,
-        at: int,
-        now_ns: int,
-        timeline: tuple[int, int, int],
+        self, batch: Batch, ran: Ran, cohort: Cohort, lo: int, hi: int, at: int, now_ns: int
     ) -> None:
         """Answer those of lo to hi that nobody has answered: the first answer wins."""
         for i in range(lo, hi):
             if cohort.states[i] != ANSWERED:
                 self._leave_state(cohort, i)
-                self._answer(batch, row, cohort, i, i + 1, at + i - lo, now_ns, timeline)
+                self._answer(batch, ran, cohort, i, i + 1, at + i - lo, now_ns)
 
-    def _answer(
-        self,
-        batch: Batch,
-        row: DoneRow,
-        cohort: Cohort,
-        lo: int,
-        hi: int,
-        at: int,
-        now_ns: int,
-        timeline: tuple[int, int, int],
-    ) -> None:
-        late = bisect_left(cohort.deadlines_ns, now_ns + cohort.client.return_ns, lo, hi)
-        if row.statuses is None:
-            ends = [(lo, late, Status.LATE), (late, hi, Status.OK)]
-        else:
-            statuses = row.statuses[at : at + hi - lo]
-            ends = [(i, i + 1, _worker_status(byte, late=i < late)) for i, byte in enumerate(statuses, lo)]
-        accuracy = batch.worker.profile.subnets[batch.subnet].accuracy
+    def _answer(self, batch: Batch, ran: Ran, cohort: Cohort, lo: int, hi: int, at: int, now_ns: int) -> None:
+        """End queries lo to hi, which stand at `at` in the batch, as it reports."""
         queued_ns = batch.dispatched_ns - cohort.arrived_ns
-        for start, end, status in ends:
-            if start == end:
-                continue
-            self._close(cohort, start, end, status)
-            key = cohort.client.key
-            if key is None or self._joins_last(row, key, status, at + start - lo, (cohort, start, end)):
-                continue
-            self._actions.append(
-                Answer(
-                    key, cohort, start, end, status, batch.subnet, batch.n, accuracy,
-                    queued_ns, *timeline, row, at + start - lo,
-                )
-            )  # fmt: skip
+        arrives_ns = now_ns + cohort.client.return_ns
+        statuses = ran.row.statuses
+        if statuses is None and cohort.deadlines_ns[lo] >= arrives_ns:
+            self._end(ran, cohort, lo, hi, Status.OK, at, queued_ns)
+            return
+        late = bisect_left(cohort.deadlines_ns, arrives_ns, lo, hi)
+        if statuses is None:
+            self._end(ran, cohort, lo, late, Status.LATE, at, queued_ns)
+            if late < hi:
+                self._end(ran, cohort, late, hi, Status.OK, at + late - lo, queued_ns)
+            return
+        for i, byte in enumerate(statuses[at : at + hi - lo], lo):
+            status = _worker_status(byte, late=i < late)
+            self._end(ran, cohort, i, i + 1, status, at + i - lo, queued_ns)
 
-    def _joins_last(self, row: DoneRow, key: Key, status: Status, at: int, stretch: Stretch) -> bool:
-        """Add a stretch to the last answer if that one ends where this begins, and in the same way."""
+    def _end(
+        self, ran: Ran, cohort: Cohort, lo: int, hi: int, status: Status, at: int, queued_ns: int
+    ) -> None:
+        self._close(cohort, lo, hi, status)
+        key = cohort.client.key
+        if key is None:
+            return
         last = self._actions[-1] if self._actions else None
         if (
-            not isinstance(last, Answer)
-            or last.row is not row
-            or last.client != key
-            or last.status is not status
-            or last.at + last.n != at
-            or row.statuses is not None
-        ):
-            return False
-        if last.more is None:
-            last.more = []
-        last.more.append(stretch)
-        last.n += stretch[2] - stretch[1]
-        return True
+            isinstance(last, Answer)
+            and last.ran is ran
+            and last.client == key
+            and last.status is status
+            and last.at + last.n == at
+            and ran.row.statuses is None
+        ):  # the last answer ends where this begins, and in the same way
+            if last.more is None:
+                last.more = []
+            last.more.append((cohort, lo, hi))
+            last.n += hi - lo
+            return
+        self._actions.append(Answer(key, cohort, lo, hi, hi - lo, status, queued_ns, ran, at))
 
     def _worker_left(self, event: WorkerLeft, now_ns: int) -> None:
         peer = self.peers.get(event.peer)

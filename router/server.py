@@ -48,7 +48,7 @@ from router.status import status_of
 from router.workers import TransitionError
 from superserve import wire
 from superserve.errors import ConfigError, SuperServeError, WireError
-from superserve.sockets import Waiter, bind_router, receive, send
+from superserve.sockets import Waiter, bind_router, receive, rest, send
 from superserve.subnet import TensorSpec
 from superserve.wire import Cancel, Control, Done, Kind, Ping, Pong, Pull, Queries
 
@@ -133,7 +133,6 @@ class RouterServer:
         self._pinged_ns = 0
         self._next_epoch = 0
         self._on_client: dict[Kind, Callable[[bytes, Any, int], None]] = {
-            Kind.QUERIES: self._queries,
             Kind.CANCEL: self._cancel,
             Kind.PONG: self._client_pong,
         }
@@ -170,7 +169,11 @@ class RouterServer:
         try:
             deadline_ns: int | None = None
             while True:
-                self._pass(waiter.wait(self._timeout_ns()))
+                began_ns = time.monotonic_ns()
+                if self._pass():
+                    rest(began_ns)
+                else:
+                    waiter.wait(self._timeout_ns())
                 if self._is_stopping:
                     now_ns = time.monotonic_ns()
                     if deadline_ns is None:
@@ -210,14 +213,11 @@ class RouterServer:
         wake_ns = self.core.next_wake_ns()
         return max(0, latest_ns if wake_ns is None else min(latest_ns, wake_ns - now_ns))
 
-    def _pass(self, readable: list[zmq.Socket[bytes]]) -> None:
-        """Drain every socket, decide once, act."""
+    def _pass(self) -> int:
+        """Drain every socket, decide once, act; return how many messages there were."""
         began_ns = time.monotonic_ns()
-        n = 0
-        if self._worker_socket in readable:
-            n += self._drain(self._worker_socket, self._from_worker)
-        if self._client_socket in readable:
-            n += self._drain(self._client_socket, self._from_client)
+        n = self._drain(self._worker_socket, self._from_worker)
+        n += self._drain(self._client_socket, self._from_client)
         now_ns = time.monotonic_ns()
         if now_ns - self._pinged_ns >= self.settings.core.heartbeat_ns:
             self._pinged_ns = now_ns
@@ -231,6 +231,7 @@ class RouterServer:
             self._carry_out(actions)
         self.counts["loops"] += 1
         self.loop_ns += time.monotonic_ns() - began_ns
+        return n
 
     def _drain(self, socket: zmq.Socket[bytes], take: Callable[[bytes, list[Buffer], int], None]) -> int:
         now_ns = time.monotonic_ns()
@@ -278,6 +279,9 @@ class RouterServer:
         connection = self._clients.get(key)
         if connection is not None:
             connection.heard_ns = now_ns
+            if type(message) is Queries and key in self.core.clients:
+                self._queries(key, connection, message, now_ns)
+                return
         if isinstance(message, Control):
             self._client_control(key, message, now_ns)
         elif isinstance(message, Ping):
@@ -293,8 +297,7 @@ class RouterServer:
             else:
                 handler(key, message, now_ns)
 
-    def _queries(self, key: bytes, queries: Queries, now_ns: int) -> None:
-        connection = self._clients[key]
+    def _queries(self, key: bytes, connection: Connection, queries: Queries, now_ns: int) -> None:
         transit_ns = connection.one_way_ns + connection.transit.excess_ns(queries.sent_ns, now_ns)
         self._handle(QueriesArrived(key, queries, min(transit_ns, _MAX_TRANSIT_NS)), now_ns)
 

@@ -157,7 +157,7 @@ class CoreState:
         queued_ns = 0 if now_ns is None else now_ns - cohort.arrived_ns
         if cohort.client.key is not None:
             self._actions.append(
-                Answer(cohort.client.key, cohort, lo, hi, status, queued_ns=queued_ns, reason=reason)
+                Answer(cohort.client.key, cohort, lo, hi, hi - lo, status, queued_ns, reason=reason)
             )
 
     def _leave_state(self, cohort: Cohort, i: int) -> None:

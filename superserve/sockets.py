@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import select
+import time
 from typing import TYPE_CHECKING, Any
 
 import zmq
+from zmq.backend import Socket as _Socket
 from zmq.backend import zmq_poll
 
 from superserve.errors import ConfigError, WireError
@@ -31,6 +33,10 @@ HIGH_WATER_MARK = 10_000
 # Plain integers: the enumerations' operators would cost more than the calls.
 _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
+
+# The calls themselves: their wrappers' keyword handling costs as much again.
+_send: Any = _Socket.send
+_recv: Any = _Socket.recv
 
 
 def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> tuple[zmq.Socket[bytes], str]:
@@ -92,15 +98,15 @@ def receive(socket: zmq.Socket[bytes]) -> list[Buffer] | None:
         WireError: More frames than any message has; the rest is discarded.
     """
     try:
-        frame = socket.recv(_NOBLOCK, copy=False)
+        frame = _recv(socket, _NOBLOCK, False)
     except zmq.Again:
         return None
     frames: list[Buffer] = [frame.bytes]
     while frame.more:
-        frame = socket.recv(_NOBLOCK, copy=False)
+        frame = _recv(socket, _NOBLOCK, False)
         if len(frames) > MAX_FRAMES + 1:
             while frame.more:
-                frame = socket.recv(_NOBLOCK, copy=False)
+                frame = _recv(socket, _NOBLOCK, False)
             raise WireError(f"expected at most {MAX_FRAMES} frames")
         frames.append(frame.bytes if len(frame) < ZERO_COPY_BYTES else frame.buffer)
     return frames
@@ -111,16 +117,32 @@ def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
 
     A message is sent whole or not at all: only the first frame can be refused.
     """
-    last = len(frames) - 1
     try:
-        for i, frame in enumerate(frames):
-            flags = _NOBLOCK if i == last else _SNDMORE_NOBLOCK
-            socket.send(frame, flags, copy=len(frame) < ZERO_COPY_BYTES)
+        for frame in frames[:-1]:
+            _send(socket, frame, _SNDMORE_NOBLOCK, len(frame) < ZERO_COPY_BYTES)
+        frame = frames[-1]
+        _send(socket, frame, _NOBLOCK, len(frame) < ZERO_COPY_BYTES)
     except zmq.ZMQError as error:
         if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH, errno.EHOSTUNREACH):
             return False
         raise
     return True
+
+
+REST_NS = 500_000
+"""A busy loop looks at its sockets at most this often. A pass, its wake-up, and the messages it sends
+cost some 100 us however little is in them; what comes meanwhile shares the next one. An idle loop
+wakes for the first message at once."""
+
+_LEAST_REST_NS = 60_000
+"""The kernel's timer slack: a shorter sleep is not worth its system call."""
+
+
+def rest(began_ns: int) -> None:
+    """Sleep until `REST_NS` after a pass that began at `began_ns`, where that is worth it."""
+    left_ns = began_ns + REST_NS - time.monotonic_ns()
+    if left_ns > _LEAST_REST_NS:
+        time.sleep(left_ns / 1e9)
 
 
 class Waiter:

@@ -103,7 +103,10 @@ Buffer = bytes | memoryview
 
 _PRELUDE = struct.Struct("<2sBBI")
 _QUERIES = struct.Struct("<QqII")
+_QUERY = struct.Struct("<2sBBIQqIIQq")  # prelude, header, and the columns of a single query
+_QUERIES_AT = _PRELUDE.size + _QUERIES.size
 _RESULTS = struct.Struct("<QII")
+_RESULT = struct.Struct("<2sBBIQIIIB3xHHfqqqqI")  # prelude, header, and the row of a single group
 _GROUP = struct.Struct("<IB3xHHfqqqqI")
 _COUNTED = struct.Struct("<QI")
 _PULL_ROW = struct.Struct("<HHHHQqQff")
@@ -111,7 +114,8 @@ _DIRECTIVE = struct.Struct("<QQHHII")
 _SEGMENT = struct.Struct("<III4xq")
 _DONE_ROW = struct.Struct("<QHHHHIIqqQq")
 _U32 = struct.Struct("<I")
-_STAMP = struct.Struct("<q")
+_I64 = struct.Struct("<q")
+_STAMP = _I64
 _STAMPS = struct.Struct("<qq")
 
 _FLAG_MIN_ACCURACY = 1
@@ -195,7 +199,11 @@ class Queries:
 
     def slack_ns(self) -> list[int]:
         """Return the slacks, ns. A list: most messages are too short for an array to pay."""
-        return _int64s(self.slacks)
+        return list(_I64.unpack(self.slacks)) if self.n == 1 else _int64s(self.slacks)
+
+    def n_bytes(self) -> int:
+        """Return the bytes of all payloads together."""
+        return len(self.payloads[0]) if len(self.payloads) == 1 else sum(map(len, self.payloads))
 
 
 @dataclass(slots=True)
@@ -391,17 +399,24 @@ class Control:
 Message = Queries | Results | Cancel | Pull | Directive | Done | Ping | Pong | Control
 
 
-def _prelude(kind: Kind, flags: int = 0) -> bytes:
-    return _PRELUDE.pack(MAGIC, VERSION, kind, flags)
-
-
-_PRELUDES = {kind: _prelude(kind) for kind in Kind}
+# By kind and flags: packing one costs as much as looking up ten.
+_PRELUDES_OF = {
+    kind: tuple(_PRELUDE.pack(MAGIC, VERSION, kind, flags) for flags in range(2 * _FLAG_QUEUED))
+    for kind in Kind
+}
+_PRELUDES = {kind: preludes[0] for kind, preludes in _PRELUDES_OF.items()}
 _CONTROL_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.DRAIN, Kind.BYE, Kind.STATUS, Kind.REFUSED})
 
 
 def _int64s(column: Buffer) -> list[int]:
     """Return a column of i64. The protocol is little-endian, and so is every machine with CUDA."""
     values: list[int] = memoryview(column).cast("q").tolist()
+    return values
+
+
+def uint64s(column: Buffer) -> list[int]:
+    """Return a column of u64, such as `ids`."""
+    values: list[int] = memoryview(column).cast("Q").tolist()
     return values
 
 
@@ -418,9 +433,10 @@ def _lengths(count: int, uniform: int, column: Buffer | None) -> list[int]:
 
 def _frames(kind: Kind, flags: int, parts: Sequence[Buffer], buffers: Sequence[Buffer]) -> list[Buffer]:
     """Return frame 0 of header and columns, and the buffers: in it if they are small, else behind it."""
-    if sum(map(len, buffers)) < GATHER_BYTES:
-        return [b"".join((_prelude(kind, flags | _FLAG_GATHERED), *parts, *buffers))]
-    return [b"".join((_prelude(kind, flags), *parts)), *buffers]
+    n_bytes = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+    if n_bytes < GATHER_BYTES:
+        return [b"".join((_PRELUDES_OF[kind][flags | _FLAG_GATHERED], *parts, *buffers))]
+    return [b"".join((_PRELUDES_OF[kind][flags], *parts)), *buffers]
 
 
 def encode_queries(message: Queries) -> list[Buffer]:
@@ -442,25 +458,31 @@ def encode_queries(message: Queries) -> list[Buffer]:
     return _frames(Kind.QUERIES, flags, (header, *columns), message.payloads)
 
 
+def encode_query(epoch: int, sent_ns: int, query_id: int, slack_ns: int, payload: Buffer) -> Buffer:
+    """Return the one frame of a QUERIES message of one query with a payload below GATHER_BYTES."""
+    n_bytes = len(payload)
+    assert n_bytes < GATHER_BYTES, "a larger payload has a frame of its own"
+    head = _QUERY.pack(
+        MAGIC, VERSION, Kind.QUERIES, _FLAG_GATHERED, epoch, sent_ns, 1, n_bytes, query_id, slack_ns
+    )
+    return head + payload
+
+
+def _group_row(g: Group) -> bytes:
+    n_bytes = g.output_bytes if g.status <= Status.LATE or g.lengths is not None else len(g.output)
+    return _GROUP.pack(
+        g.count, g.status, g.subnet, g.batch_size, g.accuracy,
+        g.queued_ns, g.to_start_ns, g.executing_ns, g.returning_ns, n_bytes,
+    )  # fmt: skip
+
+
 def encode_results(message: Results) -> list[Buffer]:
     """Return the frames of a RESULTS message."""
     groups = message.groups
+    if len(groups) == 1:
+        return _encode_group(message.epoch, groups[0])
     flags = 0
-    rows = [
-        _GROUP.pack(
-            g.count,
-            g.status,
-            g.subnet,
-            g.batch_size,
-            g.accuracy,
-            g.queued_ns,
-            g.to_start_ns,
-            g.executing_ns,
-            g.returning_ns,
-            g.output_bytes if g.status <= Status.LATE or g.lengths is not None else len(g.output),
-        )
-        for g in groups
-    ]
+    rows = [_group_row(g) for g in groups]
     columns: list[Buffer] = [g.ids for g in groups]
     if any(g.queued_us is not None for g in groups):
         flags |= _FLAG_QUEUED
@@ -470,6 +492,29 @@ def encode_results(message: Results) -> list[Buffer]:
         columns.extend(bytes(4 * g.count) if g.lengths is None else g.lengths for g in groups)
     header = _RESULTS.pack(message.epoch, sum([g.count for g in groups]), len(groups))
     return _frames(Kind.RESULTS, flags, (header, *rows, *columns), [g.output for g in groups])
+
+
+def _encode_group(epoch: int, g: Group) -> list[Buffer]:
+    """Return the frames of RESULTS of one group: what most clients are sent."""
+    output, flags = g.output, 0
+    n_bytes = g.output_bytes if g.status <= Status.LATE or g.lengths is not None else len(output)
+    parts = [g.ids]
+    if g.queued_us is not None:
+        flags |= _FLAG_QUEUED
+        parts.append(g.queued_us)
+    if g.lengths is not None:
+        flags |= _FLAG_LENGTHS
+        parts.append(g.lengths)
+    is_small = len(output) < GATHER_BYTES
+    if is_small:
+        flags |= _FLAG_GATHERED
+        parts.append(output)
+    head = _RESULT.pack(
+        MAGIC, VERSION, Kind.RESULTS, flags, epoch, g.count, 1, g.count, g.status, g.subnet, g.batch_size,
+        g.accuracy, g.queued_ns, g.to_start_ns, g.executing_ns, g.returning_ns, n_bytes,
+    )  # fmt: skip
+    frame = b"".join((head, *parts))
+    return [frame] if is_small else [frame, output]
 
 
 def _queued_us(group: Group) -> Buffer:
@@ -512,17 +557,21 @@ def encode_directive(message: Directive) -> list[Buffer]:
     """Return the frames of a DIRECTIVE message."""
     segments = message.segments
     flags = 0
-    columns = [s.ids for s in segments]
-    columns.extend([s.slacks for s in segments])
-    if any(s.lengths is not None for s in segments):
+    pack = _SEGMENT.pack
+    parts: list[Buffer] = [
+        _DIRECTIVE.pack(
+            message.epoch, message.batch_id, message.slot, message.subnet, message.n, len(segments)
+        )
+    ]
+    parts += [pack(s.count, s.payload_bytes, s.packed, s.elapsed_ns) for s in segments]
+    parts += [s.ids for s in segments]
+    parts += [s.slacks for s in segments]
+    lengths = [s.lengths for s in segments]
+    if lengths.count(None) < len(lengths):
         flags |= _FLAG_LENGTHS
-        columns.extend(bytes(4 * s.count) if s.lengths is None else s.lengths for s in segments)
-    header = _DIRECTIVE.pack(
-        message.epoch, message.batch_id, message.slot, message.subnet, message.n, len(segments)
-    )
-    rows = [_SEGMENT.pack(s.count, s.payload_bytes, s.packed, s.elapsed_ns) for s in segments]
+        parts += [bytes(4 * s.count) if s.lengths is None else s.lengths for s in segments]
     payloads = [payload for s in segments for payload in s.payloads]
-    return _frames(Kind.DIRECTIVE, flags, (header, *rows, *columns), payloads)
+    return _frames(Kind.DIRECTIVE, flags, parts, payloads)
 
 
 def encode_done(message: Done) -> list[Buffer]:
@@ -655,6 +704,30 @@ def _check_n_frames(kind: Kind, frames: Sequence[Buffer], expected: int) -> None
 
 
 def _decode_queries(frames: Sequence[Buffer], flags: int) -> Queries:
+    """Decode QUERIES; the usual ones, small, uniform and without options, in a few steps."""
+    frame = frames[0]
+    if flags == _FLAG_GATHERED and len(frames) == 1 and len(frame) > _QUERIES_AT:
+        epoch, sent_ns, n, payload_bytes = _QUERIES.unpack_from(frame, _PRELUDE.size)
+        middle, end = _QUERIES_AT + 8 * n, _QUERIES_AT + 16 * n
+        if 0 < n <= MAX_QUERIES and len(frame) == end + n * payload_bytes:
+            slacks = frame[middle:end]
+            _check_slacks(n, slacks)
+            payloads = [memoryview(frame)[end:]]
+            return Queries(epoch, sent_ns, n, frame[_QUERIES_AT:middle], slacks, payload_bytes, payloads)
+    return _decode_any_queries(frames, flags)
+
+
+def _check_slacks(n: int, slacks: Buffer) -> None:
+    if n == 1:
+        (least,) = (most,) = _I64.unpack(slacks)
+    else:
+        slack_ns = _int64s(slacks)
+        least, most = min(slack_ns), max(slack_ns)
+    if most > MAX_SLACK_NS or least < -MAX_SLACK_NS:
+        raise WireError("queries: slacks: expected at most a day, in nanoseconds")
+
+
+def _decode_any_queries(frames: Sequence[Buffer], flags: int) -> Queries:
     kind = Kind.QUERIES
     reader = _Reader(frames[0], kind)
     epoch, sent_ns, n, payload_bytes = reader.unpack(_QUERIES, "header")
@@ -666,9 +739,7 @@ def _decode_queries(frames: Sequence[Buffer], flags: int) -> Queries:
     lengths = reader.take(4 * n, "lengths") if flags & _FLAG_LENGTHS else None
     if (payload_bytes == VARIED) != (lengths is not None):
         raise WireError("queries: payload_bytes: VARIED and the column of lengths go together")
-    slack_ns = _int64s(slacks)
-    if max(slack_ns) > MAX_SLACK_NS or min(slack_ns) < -MAX_SLACK_NS:
-        raise WireError("queries: slacks: expected at most a day, in nanoseconds")
+    _check_slacks(n, slacks)
     framed = bool(flags & _FLAG_FRAMES)
     sizes = _lengths(n, payload_bytes, lengths) if framed else [_size(n, payload_bytes, lengths)]
     payloads = _split(kind, frames, flags, sizes, reader)

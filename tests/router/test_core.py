@@ -50,10 +50,12 @@ def test_a_query_is_answered_ok_with_its_timeline() -> None:
     world.run(36)
 
     answer = world.answers["client", query]
-    took_ns = answer.queued_ns + answer.to_start_ns + answer.executing_ns + answer.returning_ns
+    ran = answer.ran
     assert answer.status is OK
+    assert ran is not None
+    took_ns = answer.queued_ns + ran.to_start_ns + ran.executing_ns + ran.returning_ns
     assert took_ns == world.answered_ns["client", query] - began_ns <= 36 * MS
-    assert (answer.batch_size, answer.accuracy) == (1, CNN.subnets[answer.subnet].accuracy)
+    assert (ran.batch_size, ran.accuracy) == (1, CNN.subnets[ran.subnet].accuracy)
 
 
 def test_dispatch_is_earliest_deadline_first() -> None:
@@ -161,7 +163,9 @@ def test_a_floor_asked_for_before_the_first_worker_is_honoured() -> None:
     world.run(50)
 
     assert world.statuses([low, high, impossible]) == [OK, OK, Status.INVALID]
-    assert world.answers["client", high].subnet == CNN.n_subnets - 1
+    ran = world.answers["client", high].ran
+    assert ran is not None
+    assert ran.subnet == CNN.n_subnets - 1
 
 
 def test_a_queued_query_that_is_cancelled_never_runs() -> None:
@@ -268,8 +272,8 @@ def test_an_answer_after_the_deadline_is_late_and_carries_its_output() -> None:
     world.run(200)
 
     answer = world.answers["client", query]
-    assert answer.status is LATE or answer.executing_ns < 30 * MS
-    assert answer.row is not None
+    assert answer.ran is not None
+    assert answer.status is LATE or answer.ran.executing_ns < 30 * MS
 
 
 def test_a_failed_batch_says_so_for_each_query() -> None:
