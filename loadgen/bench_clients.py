@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loadgen.bench_sender import SinglePlan
 
 _WELCOME_NS = 20_000_000_000
+_POLLIN = int(zmq.POLLIN)
 _KIND_AT = 3
 """Where a message's kind stands in its first frame."""
 _AT_ONCE = 256
@@ -95,7 +96,7 @@ class ManyTarget:
         except zmq.Again:
             self.n_ended += 1
             return False
-        if socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # sending may swallow the descriptor's edge
+        if int(socket.getsockopt(zmq.EVENTS)) & _POLLIN:  # sending may swallow the descriptor's edge
             self._ready.append(socket)
         return True
 
