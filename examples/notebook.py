@@ -1,6 +1,10 @@
 """A first look, cell by cell: open it in an editor that knows `# %%`, or run it as a script.
 
-python examples/notebook.py [ENDPOINT]
+    cluster up
+    python examples/notebook.py
+    cluster down
+
+It takes the cluster of this machine, or the router at an ENDPOINT such as tcp://10.0.0.1:5555.
 """
 
 # %% Connect. The client has a thread of its own, so cells may take their time.
@@ -11,12 +15,11 @@ import numpy as np
 
 import superserve
 from gpu_worker.digits import held_out  # 4,096 images (1, 20, 20) and their labels
+from superserve.local import running
 
-ENDPOINT = "tcp://127.0.0.1:5555"
 # In a notebook sys.argv is the kernel's own: only an endpoint is taken from it.
-endpoint = next((word for word in sys.argv[1:] if word.startswith(("tcp://", "ipc://"))), ENDPOINT)
-
-client = superserve.Client(endpoint)
+given = [word for word in sys.argv[1:] if word.startswith(("tcp://", "ipc://"))]
+client = superserve.Client(given[0] if given else running().client_endpoint)
 client.connect()
 images = held_out()
 

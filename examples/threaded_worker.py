@@ -1,6 +1,10 @@
 """Threads that take jobs from a queue and share one client: the shape of a queue's consumer.
 
-python examples/threaded_worker.py [ENDPOINT]
+    cluster up
+    python examples/threaded_worker.py
+    cluster down
+
+It takes the cluster of this machine, or the router at an ENDPOINT such as tcp://10.0.0.1:5555.
 """
 
 from __future__ import annotations
@@ -13,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import superserve
 from gpu_worker.digits import held_out  # stands in for wherever your jobs come from
+from superserve.local import running
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-ENDPOINT = "tcp://127.0.0.1:5555"
 N_THREADS = 8
 N_JOBS = 400
 SLO_MS = 500
@@ -68,4 +72,4 @@ def main(endpoint: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else ENDPOINT)
+    main(sys.argv[1] if len(sys.argv) > 1 else running().client_endpoint)

@@ -149,6 +149,17 @@ def test_the_client_snippet_runs(endpoint: str) -> None:
 
 
 @pytest.mark.e2e
+def test_the_asyncio_snippet_runs(endpoint: str) -> None:
+    """So does the one for asyncio: one answer, then 32 at once."""
+    _, snippet = blocks("README.md", "python")
+
+    first, *rest = run_snippet(snippet, endpoint).splitlines()
+    assert re.match(r"cnn-[\d.]+ ", first)
+    assert len(rest) == 32
+    assert all(re.fullmatch(r"cnn-[\d.]+", line) for line in rest)
+
+
+@pytest.mark.e2e
 def test_the_snippet_on_the_client_s_own_page_runs(endpoint: str) -> None:
     """What the client's wheel shows as its description runs, and prints an answer."""
     (snippet,) = blocks("wheels/client/README.md", "python")

@@ -44,15 +44,21 @@ class DigitsCluster:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[DigitsCluster]:
-    """Serve the digits supernet; every process is gone when the block ends."""
+def serving(*router_options: str, has_worker: bool = True) -> Iterator[DigitsCluster]:
+    """Serve the digits supernet; every process is gone when the block ends.
+
+    Args:
+        router_options: What the first router is given beyond its defaults.
+        has_worker: Without one, queries wait in the queue until they expire.
+    """
     with ProcessGroup() as group:
-        router = group.start("router", ["-m", "router"])
+        router = group.start("router", ["-m", "router", *router_options])
         group.wait_ready(READY_S)
-        group.start(
-            "worker",
-            ["-m", "gpu_worker", "--connect", router.ready["worker"], "--supernet", "digits",
-             "--device", "cpu", "--threads", "1"],
-        )  # fmt: skip
-        group.wait_ready(READY_S)
+        if has_worker:
+            group.start(
+                "worker",
+                ["-m", "gpu_worker", "--connect", router.ready["worker"], "--supernet", "digits",
+                 "--device", "cpu", "--threads", "1"],
+            )  # fmt: skip
+            group.wait_ready(READY_S)
         yield DigitsCluster(group, router, router.ready["client"], router.ready["worker"])
