@@ -185,7 +185,7 @@ class AsyncClient:
             priority = checked_priority(priority)
         future = AsyncQueryFuture(self, loop, buffer, n_bytes, slo_ns, floor, priority)
         if session.submit(future) and self._link is not None:
-            self._plan(self._link.next_send_ns)
+            self._plan(self._link.send_at_ns)
         return future
 
     async def close(self) -> None:
@@ -194,12 +194,11 @@ class AsyncClient:
             self._check_place()
         self._is_closed = True
         self._let_go()
-        error = CancelledQueryError(CLOSED_EARLY)
-        if self._link is None:
-            self._fail(self._session.close(error))
-            return
         link, self._link = self._link, None
-        link.close(error)
+        if link is None:
+            self._session.close(CancelledQueryError(CLOSED_EARLY))
+        else:
+            link.close(CancelledQueryError(CLOSED_EARLY))
 
     @property
     def outstanding(self) -> int:
@@ -278,7 +277,7 @@ class AsyncClient:
         link.send(now_ns)
         wake_ns = link.wake_ns()
         if not self._session.rest():
-            wake_ns = min(wake_ns, link.next_send_ns)
+            wake_ns = min(wake_ns, link.send_at_ns)
         # Its descriptor tells of changes only, and every call on the socket may have taken one in.
         self._plan(0 if link.connection.is_readable() else wake_ns)
 
@@ -306,7 +305,7 @@ class AsyncClient:
         """Tell the router, unless the query has ended there; for AsyncQueryFuture.cancel."""
         is_ended, must_tell = self._session.cancel(future)
         if is_ended and must_tell and self._link is not None:
-            self._plan(self._link.next_send_ns)
+            self._plan(self._link.send_at_ns)
 
     def _settle(self, answers: Answers, futures: list[AsyncQueryFuture | None]) -> None:
         for i, future in enumerate(futures):
@@ -322,3 +321,5 @@ class AsyncClient:
         for future, error in ended:
             if not future.done():
                 future.set_exception(error)
+                if self._is_closed:
+                    future.exception()  # on purpose: whoever does not await it is not warned of it

@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import select
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -35,12 +36,13 @@ from superserve.errors import (
 from superserve.futures import BLOCKING, FORKED, QueryFuture, is_on_a_loop, settle
 from superserve.link import Link
 from superserve.session import CLOSED, CLOSED_EARLY, Session, checked_accuracy, checked_priority, checked_slo
-from superserve.sockets import Waiter
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from superserve.reply import Answers, Reply
+
+_FD_SETSIZE = 1024
 
 
 class Client:
@@ -70,7 +72,7 @@ class Client:
         )
         self._starting = threading.Lock()
         self._cancelling = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
         self._wake_fd = -1
         self._is_closing = False
         self._welcomed = threading.Event()
@@ -98,7 +100,7 @@ class Client:
         if is_on_a_loop():
             raise UsageError(BLOCKING.format(what="Client.connect()"))
         self._start()
-        if self._thread is None:
+        if self.thread is None:
             raise DrainingError(CLOSED)
         if not self._welcomed.wait(self.connect_timeout_s):
             self.close()
@@ -117,7 +119,12 @@ class Client:
         """
         if is_on_a_loop():
             raise UsageError(BLOCKING.format(what="Client.infer()"))
-        return self.submit(payload, slo_ms=slo_ms, min_accuracy=min_accuracy, priority=priority).result()
+        future = self.submit(payload, slo_ms=slo_ms, min_accuracy=min_accuracy, priority=priority)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # interrupted: nobody wants the answer any more
+            raise
 
     def submit(
         self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0
@@ -146,7 +153,7 @@ class Client:
         floor = 0.0 if min_accuracy is None else checked_accuracy(min_accuracy)
         if priority != 0:
             priority = checked_priority(priority)
-        if self._thread is None or os.getpid() != self.pid:
+        if self.thread is None or os.getpid() != self.pid:
             self._start()
         future = QueryFuture(self, buffer, n_bytes, time.monotonic_ns(), slo_ns, floor, priority)
         if self._session.submit(future):
@@ -155,11 +162,12 @@ class Client:
 
     def close(self) -> None:
         """Stop the I/O thread; queries without an answer end as CancelledQueryError."""
+        if os.getpid() != self.pid:
+            return  # the parent's: its locks may have been held at the fork
         with self._starting:
-            thread, was_closing = self._thread, self._is_closing
-            self._is_closing = True
-        if thread is None or os.getpid() != self.pid:
-            self._session.close(CancelledQueryError(CLOSED_EARLY))
+            thread, was_closing, self._is_closing = self.thread, self._is_closing, True
+        if thread is None:
+            self._fail(self._session.close(CancelledQueryError(CLOSED_EARLY)))
             return
         if not was_closing:
             self._wake()
@@ -196,15 +204,15 @@ class Client:
         if os.getpid() != self.pid:
             raise UsageError(FORKED.format(what="Client"))
         with self._starting:
-            if self._thread is not None or self._is_closing:
+            if self.thread is not None or self._is_closing:
                 return
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
             connection = Connection(self.endpoint, context)
             self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._thread = threading.Thread(
+            self.thread = threading.Thread(
                 target=self._run, args=(connection,), name=f"superserve {self.endpoint}", daemon=True
             )
-            self._thread.start()
+            self.thread.start()
             atexit.register(self.close)
 
     def _wake(self) -> None:
@@ -219,9 +227,9 @@ class Client:
         link: Link[QueryFuture] = Link(connection, self._session, self._settle, self._fail)
         error: QueryError = CancelledQueryError(CLOSED_EARLY)
         try:
-            waiter = Waiter((connection.socket,), (self._wake_fd,))
+            sleeper = _Sleeper(connection.socket.fileno(), self._wake_fd)
             while not self._is_closing:
-                self._pass(link, waiter)
+                self._pass(link, sleeper)
         except BaseException as failure:
             self._failure = failure
             error = UnansweredError(f"the client's I/O thread failed: {failure!r}")
@@ -234,26 +242,27 @@ class Client:
                 fd, self._wake_fd = self._wake_fd, -1
             os.close(fd)
 
-    def _pass(self, link: Link[QueryFuture], waiter: Waiter) -> None:
+    def _pass(self, link: Link[QueryFuture], sleeper: _Sleeper) -> None:
         """Take in, look, send; then sleep until there is more to do."""
-        is_drained = link.receive()
+        link.receive()
         now_ns = time.monotonic_ns()
         link.look(now_ns)
         if link.is_welcome and not self._welcomed.is_set():
             self._welcomed.set()
-        if now_ns >= link.next_send_ns:
-            link.send(now_ns)
-        if not is_drained:
+        link.send(now_ns)
+        if link.connection.is_readable():
             return
-        wake_ns = link.wake_ns()
-        if now_ns < link.next_send_ns:
-            # Not at rest: until then nobody who submits needs to wake this thread.
-            wake_ns = min(wake_ns, link.next_send_ns)
-        elif not self._session.rest():
-            return
-        waiter.wait(max(0, wake_ns - time.monotonic_ns()))
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake_fd)
+        sleeper.clear()
+        session = self._session
+        wake_ns, send_at_ns = link.wake_ns(), link.send_at_ns
+        if now_ns < send_at_ns:
+            wake_ns = min(wake_ns, send_at_ns)
+            must_sleep = session.pause()
+        else:
+            must_sleep = session.rest()
+        if must_sleep:
+            sleeper.sleep(wake_ns)
+            sleeper.is_told |= session.resume()
 
     def _settle(self, answers: Answers, futures: list[QueryFuture | None]) -> None:
         settle(self.guard, futures, answers)
@@ -262,3 +271,39 @@ class Client:
         for future, error in ended:
             future._outcome = error
         settle(self.guard, [future for future, _ in ended])
+
+
+class _Sleeper:
+    """Sleeps until one of two file descriptors can be read, or an instant has come.
+
+    select() counts in microseconds but takes no descriptor above 1023, and an application may have
+    many; poll() takes any, and counts in milliseconds.
+
+    Attributes:
+        is_told: Somebody has written to the second descriptor, or is about to.
+    """
+
+    def __init__(self, socket_fd: int, wake_fd: int) -> None:
+        self.is_told = False
+        self._fds = [socket_fd, wake_fd]
+        self._wake_fd = wake_fd
+        self._poll: select.poll | None = None
+        if max(self._fds) >= _FD_SETSIZE:
+            self._poll = select.poll()
+            for fd in self._fds:
+                self._poll.register(fd, select.POLLIN)
+
+    def clear(self) -> None:
+        """Read what was written, before anybody can be told to write anew: that must not be swallowed."""
+        if self.is_told:
+            with contextlib.suppress(BlockingIOError):  # not written yet
+                os.eventfd_read(self._wake_fd)
+                self.is_told = False
+
+    def sleep(self, until_ns: int) -> None:
+        """Sleep; return at once if the instant has passed."""
+        left_ns = max(0, until_ns - time.monotonic_ns())
+        if self._poll is not None:
+            self._poll.poll(left_ns / 1e6)
+        else:
+            select.select(self._fds, (), (), left_ns / 1e9)

@@ -68,6 +68,8 @@ class Connection:
         self._hello_every_ns = HELLO_EVERY_NS
         self._ping_ns = 0
         self._is_connected = False
+        self._seen = 0
+        self._has_sent = True
         self.socket = connect_dealer(context, endpoint)
 
     def close(self) -> None:
@@ -88,7 +90,7 @@ class Connection:
 
     def _hello(self, now_ns: int) -> None:
         hello = Control(Kind.HELLO, {"role": "client", "session": self.session})
-        if send(self.socket, wire.encode_control(hello)):
+        if self._send(wire.encode_control(hello)):
             self._hello_ns = now_ns
             self._hello_wait_ns = int(self._hello_every_ns * random.uniform(0.75, 1.25))
             self._hello_every_ns = min(2 * self._hello_every_ns, HELLO_EVERY_AT_MOST_NS)
@@ -96,15 +98,15 @@ class Connection:
     def ping(self, now_ns: int) -> None:
         """Ask whether the router is there; any answer moves `heard_ns`."""
         self._ping_ns = now_ns
-        send(self.socket, wire.encode_ping(Ping(now_ns)))
+        self._send(wire.encode_ping(Ping(now_ns)))
 
     def look(self) -> None:
-        """Take a router whose connection is broken for gone at once, and greet one as it appears.
+        """Take a router whose connection was found broken for gone, and greet one as it appears.
 
         ZeroMQ tells nobody that a connection broke. But with IMMEDIATE a DEALER has no pipe without a
         connection, and what has no pipe cannot be written to; its file descriptor wakes for that too.
         """
-        is_connected = bool(self._events() & _POLLOUT)
+        is_connected = bool(self._seen & _POLLOUT)
         if is_connected and not self._is_connected:
             self._hello_wait_ns, self._hello_every_ns = 0, HELLO_EVERY_NS
         elif not is_connected and self.epoch is not None:
@@ -112,11 +114,21 @@ class Connection:
         self._is_connected = is_connected
 
     def is_readable(self) -> bool:
-        """Tell whether `receive` would yield or deal with something."""
-        return bool(self._events() & _POLLIN)
+        """Tell whether something has come that the socket's descriptor will not tell of.
 
-    def _events(self) -> int:
-        return int(self.socket.getsockopt(_EVENTS))
+        It tells of changes only, and every call on the socket takes in those that it meets. What
+        `receive` saw last still holds, unless something was sent since.
+        """
+        return bool((self._look_up() if self._has_sent else self._seen) & _POLLIN)
+
+    def _look_up(self) -> int:
+        self._has_sent = False
+        self._seen = int(self.socket.getsockopt(_EVENTS))
+        return self._seen
+
+    def _send(self, frames: list[wire.Buffer]) -> bool:
+        self._has_sent = True
+        return send(self.socket, frames)
 
     def next_tick_ns(self) -> int:
         """Return when `tick` has something to do."""
@@ -132,23 +144,23 @@ class Connection:
 
     def send_queries(self, queries: Queries) -> bool:
         """Send; False if the router is not there or takes no more just now."""
-        return send(self.socket, wire.encode_queries(queries))
+        return self._send(wire.encode_queries(queries))
 
     def send_cancel(self, n: int, ids: bytes) -> bool:
         """Ask the router to forget queries; ids as u64 bytes."""
-        return send(self.socket, wire.encode_cancel(Cancel(self.epoch or 0, n, ids)))
+        return self._send(wire.encode_cancel(Cancel(self.epoch or 0, n, ids)))
 
     def send_control(self, kind: Kind, body: dict[str, Any] | None = None) -> bool:
         """Send a STATUS question or a DRAIN."""
-        return send(self.socket, wire.encode_control(Control(kind, body or {})))
+        return self._send(wire.encode_control(Control(kind, body or {})))
 
     def receive(self) -> Iterator[Results]:
         """Yield every RESULTS that has arrived; everything else is dealt with here."""
-        while True:
+        while self._look_up() & _POLLIN:  # cheaper than to receive until that fails
             try:
                 frames = receive(self.socket)
                 if frames is None:
-                    return
+                    continue
                 message = wire.decode(frames)
             except WireError as error:
                 self.n_malformed += 1
@@ -158,7 +170,7 @@ class Connection:
             if isinstance(message, Results):
                 yield message
             elif isinstance(message, Ping):
-                send(self.socket, wire.encode_pong(Pong(message.stamp_ns, time.monotonic_ns())))
+                self._send(wire.encode_pong(Pong(message.stamp_ns, time.monotonic_ns())))
             elif isinstance(message, Control):
                 self._control(message)
 
@@ -176,6 +188,7 @@ class Connection:
                 return
             self.n_welcomes += self.epoch != epoch
             self.epoch = epoch
+            self._ping_ns = self.heard_ns
             self._hello_every_ns = HELLO_EVERY_NS
             self.said_bye = False
             self.model = body.get("model")

@@ -40,12 +40,17 @@ BLOCKING = (
     "or `await asyncio.wrap_future(client.submit(...))`"
 )
 
+IN_CALLBACK = (
+    "{what} would wait for itself: callbacks run on the client's own thread, so start the waiting in another"
+)
+
 
 class Owner(Protocol):
-    """What a future needs of its client."""
+    """What a future needs of its client; `thread` is the one that settles futures."""
 
     guard: threading.Lock
     pid: int
+    thread: threading.Thread | None
 
     def cancel_query(self, future: QueryFuture) -> bool:
         """End a query; False if it has ended already."""
@@ -206,6 +211,8 @@ class QueryFuture(concurrent.futures.Future[Reply]):
                 raise UsageError(FORKED.format(what="Client"))
             if is_on_a_loop():
                 raise UsageError(BLOCKING.format(what=what))
+            if threading.current_thread() is self._owner.thread:
+                raise UsageError(IN_CALLBACK.format(what=what))
         with self._condition:
             if self._state == PENDING:
                 self._condition.wait(timeout)

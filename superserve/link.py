@@ -36,7 +36,6 @@ class Link(Generic[Q]):
         fail: Ends queries with an error of our own.
 
     Attributes:
-        next_send_ns: Before this instant nothing is sent, so that messages have some distance.
         is_welcome: Whether a router has ever said WELCOME.
     """
 
@@ -49,23 +48,22 @@ class Link(Generic[Q]):
     ) -> None:
         self.connection = connection
         self.session = session
-        self.next_send_ns = 0
+        self._next_send_ns = 0
         self.is_welcome = False
         self._settle = settle
         self._fail = fail
         self._n_welcomes = 0
         self._model: object = self
 
-    def receive(self) -> bool:
-        """Take in what has arrived; False if there may be more."""
+    def receive(self) -> None:
+        """Take in what has arrived; so many messages that the connection may still be readable."""
         session = self.session
         for n, results in enumerate(self.connection.receive(), start=1):
             self._observe()
             for answers, queries in session.answered(results, time.monotonic_ns()):
                 self._settle(answers, queries)
             if n >= _AT_ONCE:
-                return False
-        return True
+                return
 
     def look(self, now_ns: int) -> None:
         """Keep the connection alive, notice a router that came or went, end what has waited too long."""
@@ -95,13 +93,18 @@ class Link(Generic[Q]):
             session.welcomed(connection.epoch)
             self.is_welcome = True
 
+    @property
+    def send_at_ns(self) -> int:
+        """Before this instant nothing is sent; 0 while no answer is awaited."""
+        return 0 if self.session.is_idle else self._next_send_ns
+
     def send(self, now_ns: int) -> None:
-        """Send what has gathered, if the last message was long enough ago."""
-        if now_ns < self.next_send_ns:
+        """Send what has gathered, if it is time."""
+        if not self.session.has_outbound or now_ns < self.send_at_ns:
             return
         connection = self.connection
         for message in self.session.outbound(now_ns):
-            self.next_send_ns = now_ns + SPACING_NS
+            self._next_send_ns = now_ns + SPACING_NS
             if isinstance(message, Queries):
                 is_sent = connection.send_queries(message)
             else:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from array import array
 from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 MS = 1_000_000
 
 SPACING_NS = MS // 2
-"""Least time between two messages of one client. Each costs the router and the client some 60 us
-whatever it holds, so a busy process may spend a tenth of a core on them, not all of it."""
+"""Least time between two messages while an answer is awaited. Each message costs the router and the
+client some 60 us whatever it holds, so a busy process may spend a tenth of a core on them, not all
+of it. A client that awaits nothing sends at once: one caller after another never waits here."""
 
 GRACE_NS = 1_000 * MS
 """How long past its deadline a query waits for a LATE answer, while the router is heard."""
@@ -70,6 +71,14 @@ CLOSED_EARLY = "the client was closed before the answer came"
 
 _PLAIN_KINDS = "biufc"
 """Kinds of dtype that give their buffer without further ado."""
+
+
+class _Input(NamedTuple):
+    """What the model takes; replaced as one, so that no thread sees a half of each."""
+
+    spec: TensorSpec
+    dtype: np.dtype[Any]
+    n_bytes: int
 
 
 class Query(Protocol):
@@ -127,6 +136,7 @@ class Session(Generic[Q]):
         self._has_options = False
         self._has_holes = False
         self._is_resting = True
+        self._is_pausing = False
         self._is_closed = False
         self._is_greeted = False
         self._taken_through = 0
@@ -137,15 +147,17 @@ class Session(Generic[Q]):
         self._asked_ns: int | None = None
         self._subnets: Sequence[tuple[str, float]] = ()
         self._output: TensorSpec | None = None
-        self._input: TensorSpec | None = None
-        self._input_dtype: np.dtype[Any] | None = None
-        self._input_shape: tuple[int, ...] | None = None
-        self._input_bytes = 0
+        self._input: _Input | None = None
 
     @property
     def outstanding(self) -> int:
         """Queries without an answer."""
         return len(self._pending)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no query that was sent is without an answer."""
+        return len(self._pending) <= len(self._gathered)
 
     # --- any thread ---------------------------------------------------------------------
 
@@ -153,7 +165,7 @@ class Session(Generic[Q]):
         """Take a query in and give it its id.
 
         Returns:
-            Whether whoever sends must be told: he rests, and nobody has told him yet.
+            Whether whoever sends must be told; see `rest` and `pause`. Of many who submit, one is.
 
         Raises:
             OverloadedError: `max_outstanding` or `max_bytes` is reached.
@@ -174,9 +186,10 @@ class Session(Generic[Q]):
             self._gathered.append(query)
             if query.min_accuracy or query.priority:
                 self._has_options = True
-            is_resting = self._is_resting
-            self._is_resting = False
-        return is_resting
+            must_tell = self._is_resting or (self._is_pausing and len(pending) == 1)
+            if must_tell:
+                self._is_resting = self._is_pausing = False
+        return must_tell
 
     def _refusal(self, n_bytes: int) -> QueryError:
         if self._is_closed:
@@ -204,21 +217,35 @@ class Session(Generic[Q]):
             self._cancelled.append(query)
             if query.query_id > self._taken_through:
                 self._has_holes = True
-            is_resting = self._is_resting
+            must_tell = self._is_resting
             self._is_resting = False
-        return True, is_resting
+        return True, must_tell
 
     # --- whoever sends and receives -----------------------------------------------------
 
     def rest(self) -> bool:
         """Let the next submit or cancel tell; False if something has come meanwhile."""
         with self._guard:
-            self._is_resting = not (self._gathered or self._cancelled or self._must_send_again)
+            self._is_resting = not self.has_outbound
             return self._is_resting
 
+    def pause(self) -> bool:
+        """Let only a submit tell that need not wait for others; False if there is one now."""
+        with self._guard:
+            self._is_pausing = not self.is_idle
+            return self._is_pausing
+
+    def resume(self) -> bool:
+        """Let nobody tell: whoever sends is awake. Return whether somebody has told, or is about to."""
+        with self._guard:
+            was_told = not (self._is_resting or self._is_pausing)
+            self._is_resting = self._is_pausing = False
+        return was_told
+
     @property
-    def _must_send_again(self) -> bool:
-        return self._is_greeted and self.epoch is not None
+    def has_outbound(self) -> bool:
+        """Whether `outbound` has something to do."""
+        return bool(self._gathered or self._cancelled or (self._is_greeted and self.epoch is not None))
 
     def outbound(self, now_ns: int) -> list[Queries | Cancel]:
         """Return what is to be sent now, in this order; it counts as sent. See `lost` if it could not be."""
@@ -230,7 +257,7 @@ class Session(Generic[Q]):
             has_options, self._has_options = self._has_options, False
             self._has_holes = False
             self._taken_through = self._last_id
-            everything = list(self._pending.values()) if self._must_send_again else []
+            everything = list(self._pending.values()) if self._is_greeted else []
         if batch:
             self._time([query.query_id for query in batch], min([query.deadline_ns for query in batch]))
         for query in cancelled:
@@ -315,10 +342,7 @@ class Session(Generic[Q]):
     ) -> None:
         """Note what the model takes and gives, and the subnets' names."""
         self._subnets, self._output = subnets, gives
-        self._input_dtype = None if takes is None else np.dtype(takes.dtype)
-        self._input_shape = None if takes is None else takes.shape
-        self._input_bytes = 0 if takes is None else takes.n_bytes
-        self._input = takes
+        self._input = None if takes is None else _Input(takes, np.dtype(takes.dtype), takes.n_bytes)
 
     def close(self, error: QueryError) -> list[tuple[Q, QueryError]]:
         """Take in nothing more; return every query that is left, with `error`."""
@@ -327,8 +351,9 @@ class Session(Generic[Q]):
             queries = list(self._pending.values())
             self._pending.clear()
             self.held_bytes -= sum([query.n_bytes for query in queries])
-            self._gathered, self._cancelled, self._timed = [], [], []
-        for query in queries:
+            gone, self._cancelled = self._cancelled, []
+            self._gathered, self._timed, self._n_timed = [], [], 0
+        for query in (*queries, *gone):
             query.payload = b""
         return [(query, error) for query in queries]
 
@@ -434,8 +459,9 @@ class Session(Generic[Q]):
         else:
             buffer = _as_bytes(payload)
         n_bytes = len(buffer)
-        spec = self._input
-        if spec is not None and n_bytes != self._input_bytes:
+        expected = self._input
+        if expected is not None and n_bytes != expected.n_bytes:
+            spec = expected.spec
             raise InvalidQueryError(
                 f"input: expected {spec.n_bytes} bytes ({spec.dtype} {spec.shape}), got {n_bytes}"
             )
@@ -445,9 +471,9 @@ class Session(Generic[Q]):
 
     def _checked_array(self, payload: np.ndarray[Any, Any]) -> tuple[Any, int]:
         dtype = payload.dtype
-        spec = self._input
-        if spec is not None and (dtype != self._input_dtype or payload.shape != self._input_shape):
-            spec.check(payload)
+        expected = self._input
+        if expected is not None and (dtype != expected.dtype or payload.shape != expected.spec.shape):
+            expected.spec.check(payload)
         n_bytes = payload.nbytes
         if n_bytes > MAX_PAYLOAD_BYTES:
             raise _too_long(n_bytes)
