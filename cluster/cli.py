@@ -12,12 +12,11 @@ import orjson
 
 from cluster import show
 from cluster.down import down as take_down
-from cluster.health import problems
+from cluster.health import ask_router, problems
 from cluster.plan import Options, make_plan
 from cluster.up import StartError
 from cluster.up import up as bring_up
 from superserve import local
-from superserve.connection import ask_status
 from superserve.errors import ConfigError, SuperServeError
 from superserve.local import DEFAULT_NAME, Liveness
 
@@ -118,7 +117,7 @@ def status(name: str, as_json: bool) -> None:
     """Show the router and every worker; exit 1 if none runs or one is unwell."""
     try:
         cluster = _running(name)
-        said = _ask(cluster)
+        said = ask_router(cluster)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     wrong = problems(cluster, said)
@@ -149,14 +148,6 @@ def _running(name: str) -> LocalCluster:
 def _others(name: str) -> str:
     others = [other for other in local.names() if other != name]
     return f"; or name one of: {', '.join(others)}" if others else ""
-
-
-def _ask(cluster: LocalCluster) -> dict[str, Any] | None:
-    """Return the router's STATUS; None if it does not answer."""
-    try:
-        return ask_status(cluster.client_endpoint) if cluster.client_endpoint else None
-    except ConfigError:
-        return None
 
 
 @cli.command()

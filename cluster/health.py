@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from superserve.connection import ask_status
+from superserve.errors import ConfigError
 from superserve.local import RoleState
 
 if TYPE_CHECKING:
@@ -12,6 +14,16 @@ if TYPE_CHECKING:
 
 _WELL = "ready"  # a worker's state in STATUS
 _ALIVE = "live"  # its process's
+
+
+def ask_router(cluster: LocalCluster) -> dict[str, Any] | None:
+    """Return the router's STATUS; None if it does not answer within 2 s."""
+    if not cluster.client_endpoint:
+        return None
+    try:
+        return ask_status(cluster.client_endpoint)
+    except ConfigError:
+        return None
 
 
 def slots(status: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:

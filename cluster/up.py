@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from cluster import folder as folders
-from cluster.health import problems
+from cluster.health import ask_router, problems
 from cluster.keeper import KEEP, KEEPER_LOG
 from cluster.plan import differences
 from superserve import local
@@ -101,7 +101,13 @@ def _already(there: LocalCluster, plan: Plan) -> Up:
             f"stop it first with `cluster down{name_option(there.name)}`, or start this one beside it with "
             f"`cluster up --name OTHER`"
         )
-    return Up(there, ask_status(there.client_endpoint), is_new=False)
+    status = ask_router(there)
+    if status is None or problems(there, status):
+        raise ConfigError(
+            f"the cluster {there.name!r} runs already, and is not well: see "
+            f"`cluster status{name_option(there.name)}`; start it anew with `cluster down` and `cluster up`"
+        )
+    return Up(there, status, is_new=False)
 
 
 def name_option(name: str) -> str:
@@ -169,12 +175,11 @@ class _Hold:
             raise StartError(f"the keeper {what}; its log ({self._log_path}) ends:\n{lines}")
         raise StartError(f"the keeper {what}; it left no log ({self._log_path})")
 
-    def close(self) -> None:
-        """Let go of the keeper: it goes on if it was told `keep`, and ends otherwise."""
-        self._control.close()
-
     def end(self) -> None:
-        """Make sure that it ends, kept or not, and wait for that."""
+        """Make sure that it ends, kept or not, and wait for that.
+
+        Interrupted, it ends the wait and not the keeper, which has been told by then.
+        """
         self._control.close()
         self._keeper.terminate()
         try:
@@ -187,26 +192,35 @@ class _Hold:
 @contextlib.contextmanager
 def _held(plan: Plan, folder: Path) -> Iterator[_Hold]:
     """Start a keeper; it ends with the block if the block fails, whatever was said to it."""
-    folders.make(folder)
-    mine, its = socket.socketpair()
-    environment = {key: value for key, value in os.environ.items() if key not in _NOT_THE_KEEPERS}
     log_path = folder / KEEPER_LOG
-    with log_path.open("ab") as log, its:
-        log_start = log.tell()
-        keeper = subprocess.Popen(
-            [sys.executable, "-m", "cluster.keeper", plan.name, str(its.fileno())],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=(its.fileno(),),
-            env={**environment, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
-        )  # fmt: skip
-    hold = _Hold(keeper, mine, log_path, log_start)
-    try:
-        yield hold
-    except BaseException:
-        # A second Ctrl-C ends the wait, not the keeper: its socket has been closed.
-        hold.end()
-        raise
-    hold.close()
+    mine, its = socket.socketpair()
+    with mine:
+        with its:
+            keeper, log_start = _spawn(plan.name, its.fileno(), log_path)
+        hold = _Hold(keeper, mine, log_path, log_start)
+        try:
+            yield hold
+        except BaseException:
+            hold.end()
+            raise
     keeper.returncode = 0  # it is nobody's child from now on, and not to be waited for
+
+
+def _spawn(name: str, fd: int, log_path: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """Return a keeper in a session of its own, and where in its log its words begin."""
+    folders.make(log_path.parent)
+    environment = {key: value for key, value in os.environ.items() if key not in _NOT_THE_KEEPERS}
+    try:
+        with log_path.open("ab") as log:
+            log_start = log.tell()
+            keeper = subprocess.Popen(
+                [sys.executable, "-m", "cluster.keeper", name, str(fd)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=(fd,),
+                env={**environment, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+            )  # fmt: skip
+    except OSError as error:
+        raise StartError(f"the keeper could not be started: {error}") from error
+    return keeper, log_start
 
 
 _NOT_THE_KEEPERS = (READY_FD_VARIABLE, PARENT_PID_VARIABLE)

@@ -299,6 +299,23 @@ def test_a_worker_that_waits_for_its_restart_makes_status_unwell(here: Machine) 
     assert here.processes() == []
 
 
+def test_an_unwell_cluster_is_not_what_up_asks_for(here: Machine) -> None:
+    """A second up does not call it good; it says how to see what is wrong, and how to start anew."""
+    here.up()
+    here.fault("gpu_worker", HANG)
+    pid = here.pid("worker-0")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    here.until(lambda: here.pid("worker-0") not in (pid, None))
+
+    code, output = here.run("up", "--emulate", "cnn-8gpu-modelled:2", "--workers", "2")
+
+    assert code == 1
+    assert "runs already, and is not well: see `cluster status`" in output
+    assert here.run("down")[0] == 0
+    assert here.processes() == []
+
+
 @pytest.mark.slow
 def test_a_killed_keeper_takes_all_with_it_and_the_next_up_recovers(here: Machine) -> None:
     """No process stays; status and load say what happened; up removes the remains and says so."""
