@@ -71,7 +71,10 @@ class Answer(BaseModel):
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, superserve.AsyncClient]]:
-    """Share one client among all requests: what they submit together travels together."""
+    """Share one client among all requests: what they submit together travels together.
+
+    Without a router the service does not start; with one that is lost later it goes on, and says so.
+    """
     endpoint = os.environ.get("SUPERSERVE_ENDPOINT") or running().client_endpoint
     async with superserve.AsyncClient(endpoint) as client:
         yield {"client": client}

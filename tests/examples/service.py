@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import re
@@ -32,9 +33,13 @@ HANGS_S = 30.0
 """A caller that waits so long has met the one thing that must never happen."""
 
 _CLOSE = 1e-4  # a batch's size moves logits by some 1e-6
-IMAGES = held_out()
-BODIES = [json.dumps({"pixels": pixels[0].tolist()}).encode() for pixels in IMAGES.pixels[:1000]]
 JSON = {"Content-Type": "application/json"}
+
+
+@functools.cache
+def bodies() -> list[bytes]:
+    """Return what asks for each of the first thousand images; made when first needed, not at collection."""
+    return [json.dumps({"pixels": pixels[0].tolist()}).encode() for pixels in held_out().pixels[:1000]]
 
 
 @contextlib.contextmanager
@@ -104,7 +109,7 @@ def from_threads(
         def ask(image: int) -> Outcome:
             began_s = time.monotonic()
             response = client.post(
-                "/classify", params={"slo_ms": slos_ms[image]}, content=BODIES[image], headers=JSON
+                "/classify", params={"slo_ms": slos_ms[image]}, content=bodies()[image], headers=JSON
             )
             outcome = _outcome(image, slos_ms[image], response, began_s)
             on_outcome(outcome)
@@ -131,7 +136,7 @@ def from_tasks(
                 client = await free.get()
                 began_s = time.monotonic()
                 response = await client.post(
-                    "/classify", params={"slo_ms": slos_ms[image]}, content=BODIES[image], headers=JSON
+                    "/classify", params={"slo_ms": slos_ms[image]}, content=bodies()[image], headers=JSON
                 )
                 outcome = _outcome(image, slos_ms[image], response, began_s)
                 free.put_nowait(client)
@@ -151,13 +156,13 @@ def _outcome(image: int, slo_ms: float, response: httpx.Response, began_s: float
 def wrong(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Return those that are answers, but not what the subnet that they name makes of their image here."""
     names = [subnet.name for subnet in load_profile("digits-cpu").subnets]
-    forward = local_forward(names)
+    forward, pixels = local_forward(names), held_out().pixels
     found = []
     for row, name in enumerate(names):
         mine = [one for one in outcomes if one.status == 200 and one.body["subnet"] == name]
         if not mine:
             continue
-        expected = forward(row, IMAGES.pixels[[one.image for one in mine]])  # (N, classes)
+        expected = forward(row, pixels[[one.image for one in mine]])  # (N, classes)
         for one, logits in zip(mine, expected, strict=True):
             is_close = np.allclose(one.body["logits"], logits, rtol=_CLOSE, atol=_CLOSE)
             if not is_close or one.body["digit"] != int(logits.argmax()):

@@ -20,11 +20,11 @@ from superserve.connection import ask_status
 from superserve.errors import QueryError
 from tests.examples.cluster import serving
 from tests.examples.service import (
-    BODIES,
     EXAMPLES,
     HANGS_S,
     JSON,
     Outcome,
+    bodies,
     from_tasks,
     from_threads,
     service,
@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 
 N = 1_000
 SLO_MS = 10_000.0  # 64 at a time, on two cores that others use too: nobody has to fail
-HTTP_MS = 1_500.0
-"""What HTTP, and 64 callers on the same two cores, may add to the service's own SLO and grace."""
+HTTP_MS = 2_000.0
+"""What HTTP may add to the service's own SLO and grace: 0 to 800 ms were seen, since 64 callers whose
+queries fail at once share two cores with the service, and with whatever else runs there."""
 
 BEFORE_THE_KILL = 300
 
@@ -201,7 +202,7 @@ def test_a_caller_that_hangs_up_cancels_its_query(tmp_path: Path) -> None:
 
 def ask(client: httpx.Client, **options: float) -> httpx.Response:
     """Send the first image."""
-    return client.post("/classify", params=options, content=BODIES[0], headers=JSON)
+    return client.post("/classify", params=options, content=bodies()[0], headers=JSON)
 
 
 def hold_a_query(url: str) -> socket.socket:
@@ -209,7 +210,7 @@ def hold_a_query(url: str) -> socket.socket:
     host, _, port = url.removeprefix("http://").partition(":")
     connection = socket.create_connection((host, int(port)), HANGS_S)
     head = f"POST /classify?slo_ms=60000 HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    connection.sendall(f"{head}Content-Length: {len(BODIES[0])}\r\n\r\n".encode() + BODIES[0])
+    connection.sendall(f"{head}Content-Length: {len(bodies()[0])}\r\n\r\n".encode() + bodies()[0])
     return connection
 
 
