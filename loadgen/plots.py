@@ -211,8 +211,8 @@ def subnets(runs: Sequence[Shown]) -> Panel:
         return Panel("subnets", title, empty="No query came back with an output, so no subnet is known.")
     colours = subnet_colours(runs)
     canvas = _Canvas("subnets", _end_s(runs), len(runs))
-    for run in runs:
-        axes = canvas.time_axes(run.place)
+    for row, run in enumerate(runs):
+        axes = canvas.time_axes(row)
         due = _nan_for_0(run.timeline.due)
         axes.stairs(
             np.where(np.isnan(due), np.nan, 100.0),
@@ -223,18 +223,18 @@ def subnets(runs: Sequence[Shown]) -> Panel:
         )
         below = np.where(np.isnan(due), np.nan, 0.0)
         served = [one for one in run.timeline.subnets if one.queries.any()]
-        for row, one in enumerate(served):
+        for i, one in enumerate(served):
             top = below + 100 * one.queries / due
             axes.stairs(
                 top, run.edges_s, baseline=below, fill=True, color=colours[one.name], linewidth=0,
-                gid=f"subnet-{run.place}-{row}",
+                gid=f"subnet-{run.place}-{i}",
             )  # fmt: skip
             below = top
         axes.set_ylim(0, 100)
         key = [(f"{one.accuracy:.2f} %", colours[one.name]) for one in reversed(served)]
         if float(np.nansum(100 - below)) > 0.5:
             key.insert(0, ("no output", GRID))
-        canvas.key(key, run.place, heading="" if len(runs) == 1 else run.label)
+        canvas.key(key, row, heading="" if len(runs) == 1 else run.label)
     note = (
         "From the smallest subnet below to the largest on top, named by its accuracy. Grey: no output came."
     )
@@ -599,7 +599,8 @@ def _latency_scale(axes: Axes, worst_ms: float, runs: Sequence[Shown]) -> str:
 def _plain_log_ticks(axes: Axes) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter  # noqa: PLC0415  an optional extra
 
-    axes.yaxis.set_major_locator(LogLocator(numticks=5))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,), numticks=6))
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="y", which="minor", length=0)

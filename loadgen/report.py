@@ -126,7 +126,10 @@ def headline(named: Sequence[tuple[str, RunResult]]) -> str:
         result = named[0][1]
         ok, total = result.queries["ok"], result.queries["total"]
         if not ok:
-            return f"None of {total:,} queries was answered in time."
+            return f"None of {total:,} queries was answered within {result.slo_ms:g} ms."
+        if ok == total:
+            them = f"All {total:,} queries were" if total > 1 else "The only query was"
+            return f"{them} answered within {result.slo_ms:g} ms."
         return f"{percent(100 * ok / total)} of {total:,} queries were answered within {result.slo_ms:g} ms."
     parts = [f"{label} answered {_share(result)} in time" for label, result in named]
     return f"{'; '.join(parts)}."
@@ -365,7 +368,9 @@ def _outcomes(named: Sequence[tuple[str, RunResult]]) -> str:
     for name in happened:
         counts = [_count(result.queries[name], result.queries["total"]) for _, result in named]
         rows.append([escape(name.replace("_", " ")), escape(_meaning(name, named)), *counts])
-    totals = [_data(result.queries["total"], f"{result.queries['total']:,}") for _, result in named]
+    totals = [
+        _data(one.queries["total"], f"{one.queries['total']:,}") + " <small></small>" for _, one in named
+    ]
     rows.append(["total", "", *totals])
     return _table("How the queries ended", ["", "", *_heads(named)], rows, n_text=2)
 
