@@ -84,8 +84,12 @@ def _locked(folder: Path, path: Path) -> int:
         os.close(descriptor)  # the one who had it removed it: begin again
 
 
-def tidy(folder: Path) -> LocalCluster | None:
+def tidy(folder: Path, *, wait_s: float = _DEATH_S) -> LocalCluster | None:
     """Remove what a dead keeper left: its file, and any process that outlived it after all.
+
+    Args:
+        folder: The cluster's.
+        wait_s: How long its processes may take to end by themselves.
 
     Returns:
         What the file said; None if there was nothing to remove.
@@ -101,7 +105,7 @@ def tidy(folder: Path) -> LocalCluster | None:
             left = local.load(folder)  # somebody else may have tidied up, or begun anew
             if left is None or left.liveness() is not Liveness.GONE:
                 return None
-            end([role.process for role in left.roles if role.process is not None], wait_s=_DEATH_S)
+            end([role.process for role in left.roles if role.process is not None], wait_s=wait_s)
             local.forget(folder)
             return left
     except HeldError:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
+from cluster.cli import cli as cluster_cli
 from gpu_worker.cli import cli as gpu_worker_cli
 from gpu_worker.eventlog import cli as eventlog_cli
 from loadgen.cli import cli as loadgen_cli
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
+PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/operating.md")
 CLIENT_PAGES = ("README.md", "wheels/client/README.md")
 """The pages whose Python is for applications that have the client alone."""
 
@@ -32,6 +33,7 @@ COMMANDS: dict[str, click.Command] = {
     ".venv/bin/python -m router": router_cli,
     ".venv/bin/python -m gpu_worker": gpu_worker_cli,
     ".venv/bin/python -m gpu_worker.eventlog": eventlog_cli,
+    ".venv/bin/cluster": cluster_cli,
     ".venv/bin/loadgen": loadgen_cli,
     ".venv/bin/profiles": profiles_cli,
 }
@@ -103,7 +105,7 @@ def test_every_make_target_named_exists(page: str) -> None:
 
 def test_every_module_of_the_roles_is_on_the_map() -> None:
     """ARCHITECTURE.md's map has each file, but for commands, helpers of `make bench`, and package files."""
-    roles = ("superserve", "router", "gpu_worker", "loadgen", "profiles")
+    roles = ("superserve", "router", "gpu_worker", "loadgen", "profiles", "cluster")
     modules = {f"{path.parent.name}/{path.name}" for role in roles for path in (ROOT / role).glob("*.py")}
     helpers = {name for name in modules if name.startswith("loadgen/bench_")} | {"loadgen/echo.py"}
     plain = {name for name in modules if name.endswith(("/__init__.py", "/__main__.py", "/cli.py"))}

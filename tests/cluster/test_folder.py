@@ -87,7 +87,7 @@ def test_a_dead_keepers_file_is_removed_and_what_outlived_it_killed(tmp_path: Pa
     """Nothing should outlive it; if something did, it does not stay."""
     left = remains(tmp_path / "x", GONE, child)
 
-    assert tidy(tmp_path / "x") == left
+    assert tidy(tmp_path / "x", wait_s=0.0) == left
 
     assert not child.is_alive()
     assert list((tmp_path / "x").iterdir()) == []
