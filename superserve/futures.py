@@ -160,8 +160,7 @@ class QueryFuture(concurrent.futures.Future[Reply]):
 
     # --- what concurrent.futures.wait, as_completed and asyncio.wrap_future reach for ---
 
-    @property
-    def _condition(self) -> threading.Condition:  # type: ignore[override] # made when asked for
+    def _made_condition(self) -> threading.Condition:
         made = self.__dict__
         if "condition" not in made:
             with self._owner.guard:
@@ -171,20 +170,23 @@ class QueryFuture(concurrent.futures.Future[Reply]):
         condition: threading.Condition = made["condition"]
         return condition
 
-    @property
-    def _waiters(self) -> list[Any]:  # type: ignore[override] # made with the condition
-        waiters: list[Any] = self.__dict__["waiters"]
+    def _made_waiters(self) -> list[Any]:
+        waiters: list[Any] = self.__dict__["waiters"]  # made with the condition, which is asked for first
         return waiters
 
-    @property
-    def _result(self) -> Reply | None:  # type: ignore[override] # made when asked for
+    def _made_result(self) -> Reply | None:
         outcome = self._opened()
         return outcome if isinstance(outcome, Reply) else None
 
-    @property
-    def _exception(self) -> QueryError | None:  # type: ignore[override] # made when asked for
+    def _made_exception(self) -> QueryError | None:
         outcome = self._opened()
         return None if isinstance(outcome, Reply) else outcome
+
+    if not TYPE_CHECKING:  # to a type checker they are the attributes that the base class declares
+        _condition = property(_made_condition)
+        _waiters = property(_made_waiters)
+        _result = property(_made_result)
+        _exception = property(_made_exception)
 
     # --- inside -------------------------------------------------------------------------
 
