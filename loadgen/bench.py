@@ -53,6 +53,10 @@ by design, and then any stall of a shared machine costs attainment, whatever the
 SLO_NS = 36 * MS
 ENOUGH = 0.999
 """Attainment at which a rate holds."""
+N_CLIENTS = 1_000
+"""Small clients of `message_per_query_qps`, dealt out to the sender processes."""
+IMAGE_BYTES = 150_528
+"""224 x 224 x 3: an image."""
 N_SENDERS = 2
 """Sender processes with one query a message or submit, the echo's included."""
 QPS_PER_GPU = 1_900
@@ -187,6 +191,49 @@ class Bench:
         )
         return self._beside_echo("end_to_end_client_qps", found, conditions)
 
+    def message_per_query_qps(self) -> Row:
+        """The highest rate of a thousand small clients, whose every query is a message of its own."""
+        with echo_server() as (endpoint, _):
+            plan = self._small_clients("many-echo", endpoint)
+            echo = self._search(lambda rate, s: self._offer(plan, rate, s), start_qps=12_000)
+        echo_tried = self._rate_conditions(echo)
+        found = self._search(self._offer_small_clients, start_qps=8_000)
+        conditions = self._rate_conditions(
+            found, senders=N_SENDERS, clients=N_CLIENTS, submit="one query a message, a socket a client",
+            echo=echo_tried, **_emulation(),
+        )  # fmt: skip
+        reference = f"{_ECHO}, same clients"
+        return _rate_row("message_per_query_qps", found, reference, echo.held_qps, conditions)
+
+    def payload_150kb_ratio(self) -> Row:
+        """The rate of the whole path with payloads of 150 kB, over that of the echo with the same."""
+        with echo_server() as (endpoint, _):
+            plan = SinglePlan(
+                "echo", endpoint, "", "", SLO_NS, payload_bytes=IMAGE_BYTES, least_sleep_ns=LEAST_SLEEP_NS
+            )
+            echo = self._search(lambda rate, s: self._offer(plan, rate, s, n_senders=1), start_qps=1_000)
+        echo_tried = self._rate_conditions(echo)
+        found = self._search(
+            lambda rate, s: self._offer_bulk(rate, s, payload_bytes=IMAGE_BYTES), start_qps=1_000
+        )
+        conditions = self._rate_conditions(
+            found, senders=1, echo=echo_tried, rate_qps=found.held_qps, echo_qps=echo.held_qps,
+            **_emulation(),
+        ) | {"payload_bytes": IMAGE_BYTES}  # fmt: skip
+        is_known = found.held_qps is not None and bool(echo.held_qps)
+        value = found.rate_qps / echo.rate_qps if is_known else None
+        noise_ms = max(found.noise_ns, echo.noise_ns) / MS
+        return Row("payload_150kb_ratio", value, "x", f"{_ECHO}, same payload", 1.0, conditions, noise_ms)
+
+    def _small_clients(self, target: str, endpoint: str) -> SinglePlan:
+        return SinglePlan(
+            target, endpoint, "", "", SLO_NS, least_sleep_ns=LEAST_SLEEP_NS, n_clients=N_CLIENTS // N_SENDERS
+        )
+
+    def _offer_small_clients(self, rate_qps: float, seconds: float) -> Probe:
+        with emulated(Emulation(PROFILE, n_gpus(rate_qps), RATE_POLICY)) as cluster:
+            return self._offer(self._small_clients("many", cluster.client_endpoint), rate_qps, seconds)
+
     def _beside_echo(self, name: str, found: Probe, conditions: dict[str, Any]) -> Row:
         return _rate_row(name, found, _ECHO, self.echo_qps.value, conditions)
 
@@ -228,9 +275,9 @@ class Bench:
             may_repeat=until(REPEAT_LONG_S),
         )
 
-    def _offer(self, plan: SinglePlan, rate_qps: float, seconds: float) -> Probe:
+    def _offer(self, plan: SinglePlan, rate_qps: float, seconds: float, n_senders: int = N_SENDERS) -> Probe:
         trace, warm_ns = _poisson(rate_qps, seconds)
-        offered = offer_singly(plan, trace.due_ns, n_senders=N_SENDERS)
+        offered = offer_singly(plan, trace.due_ns, n_senders=n_senders)
         is_soon = (offered.answered_ns >= 0) & (offered.answered_ns - offered.due_ns <= plan.slo_ns)
         counted = trace.due_ns >= warm_ns
         return _judged(
@@ -244,10 +291,11 @@ class Bench:
             )
             return self._offer(plan, rate_qps, seconds)
 
-    def _offer_bulk(self, rate_qps: float, seconds: float) -> Probe:
+    def _offer_bulk(self, rate_qps: float, seconds: float, payload_bytes: int = 64) -> Probe:
         trace, warm_ns = _poisson(rate_qps, seconds)
+        settings = RunSettings(SLO_NS, grace_ns=500 * MS, payload_bytes=payload_bytes)
         with emulated(Emulation(PROFILE, n_gpus(rate_qps), RATE_POLICY)) as cluster:
-            run = run_trace(trace, RunSettings(SLO_NS, grace_ns=500 * MS), cluster.client_endpoint)
+            run = run_trace(trace, settings, cluster.client_endpoint)
         lag_ns = run.columns["sent_ns"] - run.columns["due_ns"]
         counted = trace.due_ns >= warm_ns
         is_soon = in_time(run.columns, SLO_NS)[counted]
@@ -376,6 +424,8 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "echo_qps": lambda bench: bench.echo_qps,
     "end_to_end_qps": Bench.end_to_end_qps,
     "end_to_end_client_qps": Bench.end_to_end_client_qps,
+    "message_per_query_qps": Bench.message_per_query_qps,
+    "payload_150kb_ratio": Bench.payload_150kb_ratio,
 }
 """Every row, in the order measured."""
 

@@ -30,6 +30,11 @@ class Probe:
     lag_ns: int = 0
     n_unsent: int = 0
 
+    @property
+    def held_qps(self) -> float | None:
+        """The rate, if it held."""
+        return self.rate_qps if self.holds else None
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:

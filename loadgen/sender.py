@@ -24,11 +24,11 @@ from superserve import wire
 from superserve.connection import Connection, no_router
 from superserve.errors import ConfigError, SuperServeError, WireError
 from superserve.processes import announce_ready, die_with_parent
-from superserve.sockets import Waiter, connect_dealer, receive, send, wait
+from superserve.sockets import ZERO_COPY_BYTES, Waiter, connect_dealer, receive, send, wait
 from superserve.wire import HAS_OUTPUT, MAX_QUERIES, Control, Kind, Queries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
@@ -39,6 +39,7 @@ _PROGRESS_NS = 250 * MS
 _RESOLUTION_NS = 500_000
 """A sender wakes to send at most this often: finer than a timer's usual lateness is wasted, and the
 lag it adds is on record like any other."""
+_ZEROS_BYTES = 16 << 20
 _WELCOME_NS = 10_000 * MS
 COLUMNS = (
     "sent_ns", "answered_ns", "status", "subnet", "batch_size", "accuracy", "queued_ns", "executing_ns"
@@ -86,7 +87,18 @@ class Payloads:
         self._rows = np.load(shared, mmap_mode="r") if shared.exists() else None
         self._pick = np.load(plan.path("pick")) if self._rows is not None else None
         self.each = plan.payload_bytes if self._rows is None else int(self._rows.shape[1])
-        self._zeros = memoryview(bytes(self.each * 4096))
+        self._zeros = memoryview(bytes(max(self.each, min(self.each * 4096, _ZEROS_BYTES))))
+
+    @property
+    def framed(self) -> bool:
+        """Whether each has a frame of its own: so large that nobody shall copy it."""
+        return self.each >= ZERO_COPY_BYTES
+
+    def buffers(self, lo: int, hi: int) -> Sequence[bytes | memoryview]:
+        """Return the payloads of queries lo to hi: one buffer each if `framed`, else one for all."""
+        if self.framed:
+            return [self.packed(i, i + 1) for i in range(lo, hi)]
+        return (self.packed(lo, hi),)
 
     def packed(self, lo: int, hi: int) -> bytes | memoryview:
         """Return the payloads of queries lo to hi in one buffer."""
@@ -206,7 +218,7 @@ class Sender:
         slacks = (deadline_ns[lo:hi] - now_ns).tobytes()
         message = Queries(
             self.connection.epoch or 0, now_ns, hi - lo, self._ids[8 * lo : 8 * hi], slacks,
-            payloads.each, [payloads.packed(lo, hi)],
+            payloads.each, payloads.buffers(lo, hi), payloads.framed,
         )  # fmt: skip
         if self.connection.send_queries(message):
             self.records.sent_ns[lo:hi] = now_ns

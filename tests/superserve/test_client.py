@@ -470,9 +470,7 @@ def test_a_client_from_before_a_fork_says_so(client: Client) -> None:
     """The thread does not come along: an error that says what to do, not a future that never ends."""
     client.pid = os.getppid()  # as the child of a fork sees it
     try:
-        with pytest.raises(
-            UsageError, match=r"Client was made before a fork.* Make one in each process"
-        ):
+        with pytest.raises(UsageError, match=r"Client was made before a fork.* Make one in each process"):
             client.submit(b"image", slo_ms=36)
     finally:
         client.pid = os.getpid()

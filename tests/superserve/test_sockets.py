@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import zmq
@@ -121,3 +121,17 @@ def test_a_wait_ends_with_its_time_a_message_or_a_descriptor(pair: tuple[Socket,
     while not (readable := waiter.wait(None)):
         pass  # ZeroMQ's descriptor wakes for its own business too
     assert readable == [router]
+
+
+def test_a_large_frame_is_handed_on_without_copying(pair: tuple[Socket, Socket, bytes]) -> None:
+    """From KEEP_BYTES on a received frame is ZeroMQ's own, and whoever gets it next reads the same bytes."""
+    router, dealer, key = pair
+    payload = bytes(range(256)) * (sockets.KEEP_BYTES // 256)
+    dealer.send_multipart([b"head", payload, payload[:-1]])
+    frames: list[Any] = list(next_message(router))
+
+    assert isinstance(frames[2], zmq.Frame)
+    assert isinstance(frames[3], bytes)
+    assert sockets.send(router, [key, frames[2]])
+    assert sockets.send(router, [key, frames[2]])
+    assert [bytes(frame) for _ in range(2) for frame in next_message(dealer)] == [payload, payload]
