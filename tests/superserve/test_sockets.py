@@ -128,10 +128,10 @@ def test_a_large_frame_is_handed_on_without_copying(pair: tuple[Socket, Socket, 
     router, dealer, key = pair
     payload = bytes(range(256)) * (sockets.KEEP_BYTES // 256)
     dealer.send_multipart([b"head", payload, payload[:-1]])
-    frames: list[Any] = list(next_message(router))
+    frames: Any = next_message(router)
 
-    assert isinstance(frames[2], zmq.Frame)
-    assert isinstance(frames[3], bytes)
+    assert type(frames[2]) is zmq.Frame
+    assert type(frames[3]) is bytes
     assert sockets.send(router, [key, frames[2]])
     assert sockets.send(router, [key, frames[2]])
     assert [bytes(frame) for _ in range(2) for frame in next_message(dealer)] == [payload, payload]
