@@ -91,6 +91,24 @@ def test_a_cluster_is_ready_when_up_returns_and_gone_when_down_does(here: Machin
 
 
 @pytest.mark.slow
+def test_a_plain_up_serves_digits_and_load_sends_what_they_take(here: Machine, tmp_path: Path) -> None:
+    """Without options the shipped supernet is up, and a plain load has payloads of the model's size."""
+    code, output = here.run("up", "--device", "cpu")
+    assert code == 0, output
+    assert "digits on cpu" in output
+
+    path = tmp_path / "run.json"
+    _, output = here.run(
+        "run", "--trace", "constant:rate=20", "--duration", "1", "--slo-ms", "10000", "--json", str(path),
+        module="loadgen",
+    )  # fmt: skip
+
+    assert json.loads(path.read_text())["queries"]["ok"] == 20, output
+    assert here.run("down")[0] == 0
+    assert here.processes() == []
+
+
+@pytest.mark.slow
 def test_down_answers_what_is_queued(here: Machine) -> None:
     """Queries that the router has taken are served before it ends, in order."""
     code, output = here.run("up", "--emulate", "transformer-8gpu-modelled:1")

@@ -15,6 +15,9 @@ from loadgen.demo import Answers, Comparison, Score, burst_spec, capacity_qps, c
 from loadgen.demo import score as score_answers
 from loadgen.specs import parse_spec
 from loadgen.stats import load_run
+from profiles.table import load_profile
+from superserve import local
+from superserve.errors import ProcessError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,6 +145,41 @@ def test_an_answer_without_an_output_is_a_failure(n_left_out: int, n_lines: int)
         len(demo.wrong_coverage(Answers(rows, rows, np.ones((len(rows), 10), np.float32), n_left_out)))
         == n_lines
     )
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_the_demos_cluster_is_gone_however_its_block_ends(tmp_path: Path) -> None:
+    """Interrupted, it leaves no process; what an earlier demo left when it was killed goes first."""
+    profile = tmp_path / "profile.json"
+    profile.write_bytes(load_profile("digits-cpu").to_json())
+    demo._cluster(tmp_path / "cluster", "up", "--emulate", "cnn-8gpu-modelled:1")
+    seen = [local.running(tmp_path / "cluster")]
+
+    def serve() -> None:
+        with demo.serving("maxacc", profile) as endpoint:
+            assert not seen[0].keeper.is_alive()
+            seen.append(local.running(tmp_path / "cluster"))
+            assert endpoint == seen[1].client_endpoint
+            assert "policy maxacc" in seen[1].roles[0].serves
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve()
+
+    processes = [seen[1].keeper, *(role.process for role in seen[1].roles)]
+    assert [process.is_alive() for process in processes if process] == [False] * 3
+    assert local.names(tmp_path / "cluster") == []
+
+
+@pytest.mark.e2e
+def test_a_demo_whose_cluster_does_not_start_says_why(tmp_path: Path) -> None:
+    """The error has what `cluster up` said."""
+    serving = demo.serving("slackfit", tmp_path / "none.json")
+
+    with pytest.raises(ProcessError, match=r"cluster up: exit code 1:\n.*none.json"), serving:
+        pytest.fail("it serves")
 
 
 @pytest.mark.slow

@@ -114,6 +114,19 @@ def test_a_ready_role_has_told_its_parent_what_it_needs() -> None:
         assert worker.poll() is None
 
 
+def test_a_parent_with_a_loop_of_its_own_can_ask_without_waiting() -> None:
+    """Not ready, ready, and ended: the last with the end of its log."""
+    with start("worker", ["-c", SILENT]) as silent, start("other", ["-c", OBEDIENT]) as worker:
+        assert not silent.check()
+        wait_ready(worker, WAIT_S)
+        assert worker.check()
+
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ProcessError, match=r"other .*SIGKILL\) while it was needed"):
+            worker.check()
+
+
 def test_a_role_run_as_a_module_is_started_by_this_interpreter(tmp_path: Path) -> None:
     """`-m module` runs with the parent's interpreter and the given environment."""
     (tmp_path / "role.py").write_text(
