@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 MAX_RUNS = 6
 """More lines than that nobody tells apart."""
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 640, 48, 140, 8, 24, 26
+FEW = 2
+"""Of more runs than that only the main lines are drawn, without bands and medians."""
+
+WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 640, 48, 150, 8, 24, 26
 """Of a panel, in its own units: about a pixel each. Labels stand in the right margin."""
 
 # In SVG each of these becomes var(--name), so that one drawing serves light and dark pages.
@@ -48,7 +51,7 @@ ENDS = {
 
 _HEIGHT, _ROW_HEIGHT = 138, 92  # of the part within the axes, alone and where several share a panel
 _LINE = 15.0  # between two labels
-_MAX_LABEL = 20  # characters that fit the right margin
+_MAX_LABEL = 22  # characters that fit the right margin
 _RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "superserve",
@@ -194,14 +197,16 @@ def batch_size(runs: Sequence[Shown]) -> Panel:
     axes = canvas.time_axes()
     for run in reversed(answered):
         sizes = run.timeline.batch_size
-        axes.stairs(
-            sizes["p90"], run.edges_s, baseline=sizes["p10"], fill=True, color=run.colour, alpha=0.2,
-            linewidth=0, gid=f"batch-band-{run.place}",
-        )  # fmt: skip
+        if len(runs) <= FEW:
+            axes.stairs(
+                sizes["p90"], run.edges_s, baseline=sizes["p10"], fill=True, color=run.colour, alpha=0.2,
+                linewidth=0, gid=f"batch-band-{run.place}",
+            )  # fmt: skip
         _steps(axes, run, sizes["mean"], f"batch-{run.place}")
         canvas.label(_last(sizes["mean"]), "mean" if len(runs) == 1 else run.label, run.colour)
     axes.set_ylim(bottom=0)
-    return canvas.panel(title, "Line: the mean over batches. Band: from the 10th to the 90th percentile.")
+    band = " Band: from the 10th to the 90th percentile." if len(runs) <= FEW else ""
+    return canvas.panel(title, f"Line: the mean over batches.{band}")
 
 
 def subnets(runs: Sequence[Shown]) -> Panel:
@@ -254,8 +259,7 @@ def latency(runs: Sequence[Shown]) -> Panel:
     _slo_lines(canvas, axes, runs)
     worst = max(_top(run.timeline.latency_ms["p99"]) for run in runs)
     scale = _latency_scale(axes, worst, runs)
-    note = f"Thick: p99. Thin: p50. Slack is what is left below the SLO.{scale}"
-    return canvas.panel(title, note)
+    return canvas.panel(title, f"{_which(runs)} Slack is what is left below the SLO.{scale}")
 
 
 def queue_wait(runs: Sequence[Shown]) -> Panel:
@@ -269,7 +273,7 @@ def queue_wait(runs: Sequence[Shown]) -> Panel:
     axes = canvas.time_axes()
     _p50_and_p99(canvas, axes, runs, lambda run: run.timeline.queue_wait_ms, "queue")
     axes.set_ylim(bottom=0)
-    return canvas.panel(title, "Thick: p99. Thin: p50. Of the queries that came back with an output.")
+    return canvas.panel(title, f"{_which(runs)} Of the queries that came back with an output.")
 
 
 def distribution(runs: Sequence[Shown]) -> Panel:
@@ -364,9 +368,9 @@ def ends(runs: Sequence[Shown]) -> Panel:
 
 
 PANELS: tuple[Callable[[Sequence[Shown]], Panel], ...] = (
-    rate, attainment, subnets, accuracy, batch_size, latency, queue_wait, send_lag, distribution, ends
+    rate, attainment, subnets, ends, accuracy, batch_size, latency, queue_wait, send_lag, distribution
 )  # fmt: skip
-"""In the page's order; from `rate` to `send_lag` over time, side by side."""
+"""In the page's order, two side by side; all but the last are over time."""
 
 
 def draw(runs: Sequence[Shown]) -> list[Panel]:
@@ -570,13 +574,17 @@ def _p50_and_p99(
 ) -> None:
     for run in reversed(runs):
         p50, p99 = series(run)["p50"], series(run)["p99"]
-        axes.stairs(
-            p50, run.edges_s, color=run.colour, linewidth=0.8, baseline=None, gid=f"{name}-p50-{run.place}"
-        )
+        if len(runs) <= FEW:
+            axes.stairs(p50, run.edges_s, color=run.colour, linewidth=0.8, baseline=None,
+                        gid=f"{name}-p50-{run.place}")  # fmt: skip
         _steps(axes, run, p99, f"{name}-p99-{run.place}")
         canvas.label(_last(p99), "p99" if len(runs) == 1 else run.label, run.colour)
         if len(runs) == 1:
             canvas.label(_last(p50), "p50", run.colour)
+
+
+def _which(runs: Sequence[Shown]) -> str:
+    return "Thick: p99. Thin: p50." if len(runs) <= FEW else "p99."
 
 
 def _slo_lines(canvas: _Canvas, axes: Axes, runs: Sequence[Shown]) -> None:

@@ -34,6 +34,9 @@ MEANINGS = {
     "unanswered": "no answer came",
     "unsent": "the load generator never sent it",
 }
+FEW_RUNS = 3
+"""So many are named in the headline."""
+
 _NOTHING = "-"
 _STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
@@ -131,6 +134,10 @@ def headline(named: Sequence[tuple[str, RunResult]]) -> str:
             them = f"All {total:,} queries were" if total > 1 else "The only query was"
             return f"{them} answered within {result.slo_ms:g} ms."
         return f"{percent(100 * ok / total)} of {total:,} queries were answered within {result.slo_ms:g} ms."
+    if len(named) > FEW_RUNS:
+        shares = sorted(result.slo_attainment or 0.0 for _, result in named)
+        low, high = percent(100 * shares[0]), percent(100 * shares[-1])
+        return f"{len(named)} runs: from {low} to {high} of the queries were answered in time."
     parts = [f"{label} answered {_share(result)} in time" for label, result in named]
     return f"{'; '.join(parts)}."
 
@@ -151,7 +158,7 @@ def subline(named: Sequence[tuple[str, RunResult]]) -> str:
         said = "" if mean is None else f" Mean profiled accuracy of the answers in time: {mean:.2f} %."
         return f"Offered: {offered}{said}"
     first, *others = named
-    gains = [_trade(first, other) for other in others]
+    gains = [_trade(first, other) for other in others] if len(named) <= FEW_RUNS else []
     return " ".join([f"Each was offered {offered}" if _is_alike(named) else "", *gains]).strip()
 
 
@@ -342,7 +349,7 @@ def _panels(shown: Sequence[Shown], named: Sequence[tuple[str, RunResult]]) -> s
     without = [label for label, result in named if result.timeline is None]
     told = [f"{label} was saved without a timeline, so it is in the tables only." for label in without]
     figures = "\n".join(_figure(panel, named) for panel in draw(shown)) if shown else ""
-    width = f" A step is {shown[0].timeline.bin_ms:g} ms wide." if shown else ""
+    width = f" A step is {shown[0].timeline.bin_ms / 1e3:g} s wide." if shown else ""
     note = f"A query counts at the instant it was due, whenever its answer came.{width}" if shown else ""
     text = escape(" ".join([note, *told]).strip())
     return (

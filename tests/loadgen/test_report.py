@@ -38,13 +38,13 @@ PANELS = (
     "rate",
     "attainment",
     "subnets",
+    "ends",
     "accuracy",
     "batch",
     "latency",
     "queue",
     "lag",
     "distribution",
-    "ends",
 )
 OVERLOADED = (Status.OK, Status.LATE, Status.INFEASIBLE, Status.EXPIRED, UNANSWERED, UNSENT)
 
