@@ -97,8 +97,9 @@ def _set_common(socket: zmq.Socket[bytes]) -> None:
 def receive(socket: zmq.Socket[bytes]) -> list[Buffer] | None:
     """Return the frames of the next message without waiting, or None if there is none.
 
-    Frames of `KEEP_BYTES` or more, except the first, are ZeroMQ's own objects: buffers that `send`
-    hands on without copying. Smaller ones are copied out, which is cheaper.
+    From the third on, behind a ROUTER's key and a header, frames of `KEEP_BYTES` or more are ZeroMQ's
+    own objects: buffers that `send` hands on without copying, but that cannot be sliced. A second
+    one of that size is a view; smaller ones are copied out, which is cheaper.
 
     Raises:
         WireError: More frames than any message has; the rest is discarded.
@@ -114,7 +115,10 @@ def receive(socket: zmq.Socket[bytes]) -> list[Buffer] | None:
             while frame.more:
                 frame = _recv(socket, _NOBLOCK, False)
             raise WireError(f"expected at most {MAX_FRAMES} frames")
-        frames.append(frame.bytes if len(frame) < KEEP_BYTES else frame)
+        if len(frame) < KEEP_BYTES:
+            frames.append(frame.bytes)
+        else:
+            frames.append(frame.buffer if len(frames) == 1 else frame)
     return frames
 
 

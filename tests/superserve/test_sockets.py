@@ -136,3 +136,12 @@ def test_a_large_frame_is_handed_on_without_copying(pair: tuple[Socket, Socket, 
     assert sockets.send(router, [key, large])
     assert sockets.send(router, [key, large])
     assert [bytes(frame) for _ in range(2) for frame in next_message(dealer)] == [payload, payload]
+
+
+def test_a_large_header_can_be_sliced(pair: tuple[Socket, Socket, bytes]) -> None:
+    """A message's first frame is columns, and a decoder cuts it, however long it is."""
+    router, dealer, _ = pair
+    columns = bytes(range(256)) * (sockets.KEEP_BYTES // 128)
+    dealer.send(columns)
+
+    assert bytes(next_message(router)[1][256:512]) == bytes(range(256))
