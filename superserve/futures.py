@@ -13,10 +13,10 @@ as well. The order of locks is: conditions, then the guard.
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import logging
 import os
-import sys
 import threading
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from typing import TYPE_CHECKING, Any, Protocol
@@ -58,9 +58,8 @@ class Owner(Protocol):
 
 
 def is_on_a_loop() -> bool:
-    """Tell whether an event loop runs in this thread. Without asyncio there is none, and none is imported."""
-    asyncio = sys.modules.get("asyncio")
-    return asyncio is not None and asyncio._get_running_loop() is not None
+    """Tell whether an event loop runs in this thread."""
+    return asyncio._get_running_loop() is not None
 
 
 class QueryFuture(concurrent.futures.Future[Reply]):
