@@ -486,7 +486,7 @@ def encode_results(message: Results) -> list[Buffer]:
     columns: list[Buffer] = [g.ids for g in groups]
     if any(g.queued_us is not None for g in groups):
         flags |= _FLAG_QUEUED
-        columns.extend(_queued_us(g) for g in groups)
+        columns.extend(queued_us_of(g) for g in groups)
     if any(g.lengths is not None for g in groups):
         flags |= _FLAG_LENGTHS
         columns.extend(bytes(4 * g.count) if g.lengths is None else g.lengths for g in groups)
@@ -517,7 +517,8 @@ def _encode_group(epoch: int, g: Group) -> list[Buffer]:
     return [frame] if is_small else [frame, output]
 
 
-def _queued_us(group: Group) -> Buffer:
+def queued_us_of(group: Group) -> Buffer:
+    """Return the column `queued` of a group: its own, or the one wait that its queries share."""
     if group.queued_us is not None:
         return group.queued_us
     return pack_queued_us(group.queued_ns) * group.count

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import zmq
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loadgen.run import summarise
-from loadgen.sender import UNANSWERED, Records, Sender, SenderPlan
+from loadgen.sender import COLUMNS, UNANSWERED, Records, Sender, SenderPlan
 from loadgen.trace import Trace
 from superserve.connection import Connection
 from superserve.wire import Kind, Queries, Status
@@ -158,3 +160,33 @@ def test_an_answer_beyond_the_first_is_a_duplicate_and_changes_nothing() -> None
     assert records.reasons == {"FAILED": "no"}
     assert records.outputs is not None
     assert records.outputs[1].tobytes() == b"out!"
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 30), min_size=1, max_size=8, unique=True),
+            st.sampled_from([Status.OK, Status.LATE, Status.EXPIRED]),
+            st.booleans(),
+        ),
+        max_size=12,
+    )
+)
+def test_answers_entered_at_once_are_those_entered_one_by_one(
+    arrived: list[tuple[list[int], Status, bool]],
+) -> None:
+    """Whatever ends, repeats or waits a group holds, gathering changes no column and no count."""
+    at_once, one_by_one = Records(31), Records(31)
+    for now_ns, (indices, status, has_waits) in enumerate(arrived):
+        ids = b"".join(i.to_bytes(8, "little") for i in indices)
+        answers = group(ids, status, b"out!")
+        if has_waits:
+            answers.queued_us = np.array(indices, "<u4").tobytes()
+        at_once.gather(answers, now_ns)
+        one_by_one.take(answers, now_ns, keep_outputs=False)
+    at_once.settle(keep_outputs=False)
+
+    for name in COLUMNS:
+        assert getattr(at_once, name).tolist() == getattr(one_by_one, name).tolist(), name
+    for name in ("n_answered", "n_duplicates", "reasons"):
+        assert getattr(at_once, name) == getattr(one_by_one, name)
