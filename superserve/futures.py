@@ -17,6 +17,7 @@ import asyncio
 import concurrent.futures
 import logging
 import os
+import sys
 import threading
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from typing import TYPE_CHECKING, Any, Protocol
@@ -58,8 +59,11 @@ class Owner(Protocol):
 
 
 def is_on_a_loop() -> bool:
-    """Tell whether an event loop runs in this thread."""
-    return asyncio._get_running_loop() is not None
+    """Tell whether an event loop runs in this thread, other than that of a notebook.
+
+    A notebook's cells run on its kernel's loop, and may block it: it has nothing else to do.
+    """
+    return asyncio._get_running_loop() is not None and "ipykernel" not in sys.modules
 
 
 class QueryFuture(concurrent.futures.Future[Reply]):

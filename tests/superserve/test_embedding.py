@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,21 @@ def test_blocking_calls_on_a_running_loop_say_what_to_use(client: Client, router
         assert (await asyncio.wrap_future(future)).output == b"out!"
 
     asyncio.run(main())
+
+
+def test_cells_of_a_notebook_may_block(
+    client: Client, router: FakeRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run on their kernel's loop, which waits for them as it does for any other code."""
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+
+    async def cell() -> None:
+        client.connect()
+        future = client.submit(b"image", slo_ms=SLO_MS)
+        router.answer(router.expect(Queries))
+        assert future.result(WAIT_S).output == b"out!"
+
+    asyncio.run(cell())
 
 
 # --- callbacks on the client's thread -------------------------------------------------------
