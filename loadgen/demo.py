@@ -557,9 +557,8 @@ def cli(out: Path, seconds: float, slo_ms: float, seed: int) -> None:
         wrong = demo(out, seconds, slo_ms, seed)
     except (SuperServeError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo(
-        f"\nWritten: {', '.join(str(out / f'{name}.json') for name in ('profile', 'adaptive', 'largest'))}"
-    )
+    written = ("profile.json", "adaptive.json", "largest.json", "report.html")
+    click.echo(f"\nWritten: {', '.join(str(out / name) for name in written)}")
     for line in wrong:
         click.echo(f"FAILED: {line}")
     if not wrong:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/operating.md")
+PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/operating.md", "docs/report.md")
 CLIENT_PAGES = ("README.md", "wheels/client/README.md")
 """The pages whose Python is for applications that have the client alone."""
 

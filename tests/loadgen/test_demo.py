@@ -192,6 +192,7 @@ def test_the_demo_serves_twice_and_every_answer_is_what_it_says(tmp_path: Path) 
     for name, policy in (("adaptive", "slackfit"), ("largest", "fixed")):
         assert load_run(tmp_path / f"{name}.json").policy.startswith(policy), done.output
     assert (tmp_path / "profile.json").exists()
+    assert "fixed:largest" in (tmp_path / "report.html").read_text()
     for words in ("SLO attainment", "Labels that came back", "are its own", "Next: "):
         assert words in done.output
     assert not (tmp_path / "cluster").exists()
