@@ -16,6 +16,7 @@ The supervisor is asked, by `step`, and waits for nothing: whoever owns it has t
 from __future__ import annotations
 
 import logging
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -194,14 +195,13 @@ class Supervisor:
 
     def stop(self) -> None:
         """Stop the router first, so that it answers what it holds, then all workers at once."""
-        handles = [role.handle for role in self._watched if role.handle is not None]
         try:
-            if self._router.handle is not None:
-                self._router.handle.stop(ROUTER_STOP_S)
-            _stop_all(handles)
+            _stop_all([self._router], ROUTER_STOP_S)
+            _stop_all([role for role in self._watched if role is not self._router], WORKER_STOP_S)
         finally:
-            for handle in handles:  # does nothing unless the above was interrupted
-                handle.kill()
+            for role in self._watched:  # does nothing unless the above was interrupted
+                if role.handle is not None:
+                    role.handle.kill()
 
     # --- one role -------------------------------------------------------------------------
 
@@ -282,7 +282,11 @@ def _quoted(role: _Watched, what: str) -> str:
     return f"{role.plan.name} (pid {role.handle.pid}) {what}; its log ({role.log_path}) {ends}"
 
 
-def _stop_all(handles: Sequence[Handle]) -> None:
+def _stop_all(roles: Sequence[_Watched], timeout_s: float) -> None:
+    """Stop roles at once; in the log stands which had to be killed."""
+    running = [role for role in roles if role.handle is not None and role.handle.poll() is None]
     with ThreadPoolExecutor(_MAX_STOPPING_AT_ONCE) as pool:
-        for done in [pool.submit(handle.stop, WORKER_STOP_S) for handle in handles]:
-            done.result()
+        ends = [pool.submit(role.handle.stop, timeout_s) for role in running if role.handle is not None]
+    for role, end in zip(running, ends, strict=True):
+        if end.result() == -signal.SIGKILL:
+            log.warning("%s: did not end within %g s of SIGTERM, and was killed", role.plan.name, timeout_s)
