@@ -50,7 +50,7 @@ ENDS = {
 """Colours of the outcomes that are not OK, alike on light and dark pages."""
 
 _HEIGHT, _ROW_HEIGHT = 138, 92  # of the part within the axes, alone and where several share a panel
-_LINE = 15.0  # between two labels
+_LINE, _LEAST_LINE = 15.0, 12.5  # between two labels, and where a key would not fit else
 _MAX_LABEL = 22  # characters that fit the right margin
 _RC: Any = {
     "svg.fonttype": "none",
@@ -442,9 +442,11 @@ class _Canvas:
         if heading:
             self._text(top + _LINE / 2, heading, INK, weight="bold")
             top += round(_LINE)
-        n_fit = int((self._height + GAP - (_LINE if heading else 0)) // _LINE)
-        for i, (text, colour) in enumerate(thinned(entries, n_fit)):
-            y = top + (i + 0.5) * _LINE
+        room = self._height + GAP - (_LINE if heading else 0)
+        kept = thinned(entries, int(room // _LEAST_LINE))
+        line = min(_LINE, room / max(1, len(kept)))
+        for i, (text, colour) in enumerate(kept):
+            y = top + (i + 0.5) * line
             self._swatch(y, colour)
             self._text(y, text, MUTED, indent=16)
 
