@@ -49,7 +49,7 @@ ENDS = {
 }  # fmt: skip
 """Colours of the outcomes that are not OK, alike on light and dark pages."""
 
-_HEIGHT, _ROW_HEIGHT = 138, 92  # of the part within the axes, alone and where several share a panel
+_HEIGHT, _ROW_HEIGHT = 138, 100  # of the part within the axes, alone and where several share a panel
 _LINE, _LEAST_LINE = 15.0, 12.5  # between two labels, and where a key would not fit else
 _MAX_LABEL = 22  # characters that fit the right margin
 _RC: Any = {

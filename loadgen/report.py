@@ -128,6 +128,8 @@ def headline(named: Sequence[tuple[str, RunResult]]) -> str:
     if len(named) == 1:
         result = named[0][1]
         ok, total = result.queries["ok"], result.queries["total"]
+        if not ok and total == 1:
+            return f"The only query was not answered within {result.slo_ms:g} ms."
         if not ok:
             return f"None of {total:,} queries was answered within {result.slo_ms:g} ms."
         if ok == total:
@@ -142,6 +144,10 @@ def headline(named: Sequence[tuple[str, RunResult]]) -> str:
     return f"{'; '.join(parts)}."
 
 
+def _queries(n: int) -> str:
+    return "1 query" if n == 1 else f"{n:,} queries"
+
+
 def _share(result: RunResult) -> str:
     return "nothing" if not result.queries["ok"] else percent(100 * (result.slo_attainment or 0.0))
 
@@ -150,7 +156,7 @@ def subline(named: Sequence[tuple[str, RunResult]]) -> str:
     """Return the second sentence: what was offered, and what attainment cost in accuracy."""
     result = named[0][1]
     offered = (
-        f"{result.queries['total']:,} queries in {result.duration_s:g} s, {result.offered_qps:,.0f} a second "
+        f"{_queries(result.queries['total'])} in {result.duration_s:g} s, {figure(result.offered_qps)} a second "
         f"on average, each due back within {result.slo_ms:g} ms."
     )
     if len(named) == 1:
