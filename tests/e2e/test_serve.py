@@ -1,8 +1,10 @@
-"""The whole path on loopback: a router, emulated GPUs, and one client that many threads share."""
+"""The whole path on loopback: a router, emulated GPUs, and one client that many threads or tasks share."""
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,15 +12,17 @@ import pytest
 
 from loadgen.run import Emulation, emulated
 from profiles.table import load_profile
+from superserve.aio import AsyncClient
 from superserve.client import Client
 from superserve.connection import ask_status
-from superserve.errors import ExpiredError, InfeasibleError, InvalidQueryError
+from superserve.errors import ExpiredError, InfeasibleError, InvalidQueryError, UnansweredError
 from tests.superserve.fakes import WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from loadgen.run import Cluster
+    from superserve.reply import Reply
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
 
@@ -71,6 +75,50 @@ def test_thirty_two_threads_each_get_their_own_answers(client: Client, cluster: 
     after = ask_status(cluster.client_endpoint)
     assert after["queries"]["answered"]["ok"] - before == 4 * N_THREADS
     assert after["queue"]["held_bytes"] == 0
+
+
+def test_tasks_of_one_loop_each_get_their_own_answers(cluster: Cluster) -> None:
+    """Fifty tasks, one query after another each, and one that is cancelled: nothing is lost or left."""
+
+    async def main() -> None:
+        async with AsyncClient(cluster.client_endpoint) as client:
+
+            async def ask(task: int) -> list[Reply]:
+                sizes = (0, 1, 64 * task, 200_000 if task % 10 == 0 else 9)
+                return [await client.infer(bytes([task]) * size, slo_ms=SLO_MS) for size in sizes]
+
+            replies = await asyncio.gather(*map(ask, range(50)))
+            assert all(reply.batch_size > 0 for answers in replies for reply in answers)
+            cancelled = asyncio.ensure_future(ask(1))
+            await asyncio.sleep(0)
+            cancelled.cancel()
+            await asyncio.wait([cancelled])
+            assert client.outstanding == client.held_bytes == 0
+
+    asyncio.run(main())
+    assert ask_status(cluster.client_endpoint)["queue"]["held_bytes"] == 0
+
+
+def test_a_killed_router_costs_its_queries_no_more_than_their_slo() -> None:
+    """SIGKILL: what it had ends without any grace, and what comes later by its deadline."""
+    with emulated(Emulation(PROFILE.name, 1)) as cluster, Client(cluster.client_endpoint) as client:
+        assert cluster.router is not None
+        # More than one GPU answers within the SLO: some are surely left when the router dies.
+        futures = [client.submit(b"image", slo_ms=2_000.0) for _ in range(4_000)]
+        futures[0].result(WAIT_S)
+        killed_s = time.monotonic()
+        cluster.router.kill()
+        ends = [future.exception(WAIT_S) for future in futures]
+        assert time.monotonic() - killed_s < 2.5  # half a second for a busy machine
+        assert sum(isinstance(end, UnansweredError) for end in ends) > 0
+        with pytest.raises(UnansweredError, match="no router answers at"):
+            client.infer(b"image", slo_ms=36.0)
+
+        async def main() -> None:
+            with pytest.raises(UnansweredError, match="no router answers at"):
+                await AsyncClient(cluster.client_endpoint, connect_timeout_s=0.05).connect()
+
+        asyncio.run(main())
 
 
 def test_a_floor_is_kept_and_one_out_of_reach_is_refused(client: Client) -> None:
