@@ -156,8 +156,8 @@ def subline(named: Sequence[tuple[str, RunResult]]) -> str:
     """Return the second sentence: what was offered, and what attainment cost in accuracy."""
     result = named[0][1]
     offered = (
-        f"{_queries(result.queries['total'])} in {result.duration_s:g} s, {figure(result.offered_qps)} a second "
-        f"on average, each due back within {result.slo_ms:g} ms."
+        f"{_queries(result.queries['total'])} in {result.duration_s:g} s, {figure(result.offered_qps)} a "
+        f"second on average, each due back within {result.slo_ms:g} ms."
     )
     if len(named) == 1:
         mean = result.mean_accuracy
