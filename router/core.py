@@ -97,7 +97,7 @@ class RouterCore(Fleet):
         """Return the instant at which `advance` has something to do without any event."""
         wakes = []
         if self.peers and self._checked_ns is not None:
-            wakes.append(self._checked_ns + self.settings.heartbeat_ns)
+            wakes.append(self._checked_ns + (0 if self._to_judge else self.settings.heartbeat_ns))
         if self._overruns:
             wakes.append(self._overruns[0][0])
         head = self.queue.head()

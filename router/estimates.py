@@ -71,6 +71,8 @@ class RecentQuantiles:
     def fade(self, value_ns: int) -> None:
         """Forget the older quarter and note `value_ns`: what nothing confirms any more counts ever less."""
         self._settle()
+        if len(self._recent) < 4 and self._sorted[-1] <= value_ns:
+            return  # nothing is left to forget
         for _ in range(len(self._recent) // 4):
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
         self.add(value_ns)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from superserve.wire import DoneRow
 
 MS = 1_000_000
+_JUDGED_AT_ONCE = 64
+"""GPUs looked at in one pass, about: all of a large cluster at once would take milliseconds."""
 
 
 class Fleet(Admission):
@@ -44,6 +46,7 @@ class Fleet(Admission):
         peer = Peer(event.peer, event.name, event.epoch, now_ns)
         for slot, profile in enumerate(event.profiles):
             peer.workers.append(Worker(peer, slot, profile, self._policy(profile), now_ns))
+        peer.summarise()
         self.peers[event.peer] = peer
         self.payload_bytes = event.payload_bytes
         if self._checked_ns is None:
@@ -254,39 +257,53 @@ class Fleet(Admission):
     # --- judgement ----------------------------------------------------------------------
 
     def _judge_peers(self, now_ns: int) -> None:
-        """Suspect and bury the silent. If this router itself was stalled, nobody is to blame for it."""
+        """Suspect and bury the silent, a few at a time, each once a heartbeat.
+
+        If this router itself was stalled, nobody is to blame for it.
+        """
         settings, checked_ns = self.settings, self._checked_ns
-        if checked_ns is None or now_ns < checked_ns + settings.heartbeat_ns:
+        if checked_ns is None:
             return
-        self._checked_ns = now_ns
-        stall_ns = max(0, now_ns - checked_ns - 2 * settings.heartbeat_ns)
-        for peer in tuple(self.peers.values()):
-            peer.heard_ns = min(now_ns, peer.heard_ns + stall_ns)
-            quiet_ns = now_ns - peer.heard_ns
-            if quiet_ns >= settings.dead_after * settings.heartbeat_ns:
-                self._bury(peer, PeerEvent.LOST, now_ns)
-            elif quiet_ns >= settings.suspect_after * settings.heartbeat_ns:
-                peer.machine.on(PeerEvent.QUIET)
-            for worker in peer.workers:
-                if not worker.outstanding and now_ns - worker.answered_ns >= settings.heartbeat_ns:
-                    worker.ease()
-        self._refresh_min_service()
+        since_ns = now_ns - checked_ns
+        if not self._to_judge or since_ns > 2 * settings.heartbeat_ns:  # a stall begins the round anew
+            if since_ns < settings.heartbeat_ns:
+                return
+            self._checked_ns = now_ns
+            self._stall_ns = max(0, since_ns - 2 * settings.heartbeat_ns)
+            self._to_judge = list(reversed(self.peers.values()))
+        n_gpus = 0
+        while self._to_judge and n_gpus < _JUDGED_AT_ONCE:
+            peer = self._to_judge.pop()
+            if self.peers.get(peer.key) is peer:
+                n_gpus += len(peer.workers)
+                self._judge_peer(peer, now_ns)
+        if not self._to_judge:
+            self._refresh_min_service()
+
+    def _judge_peer(self, peer: Peer, now_ns: int) -> None:
+        settings = self.settings
+        peer.heard_ns = min(now_ns, peer.heard_ns + self._stall_ns)
+        quiet_ns = now_ns - peer.heard_ns
+        if quiet_ns >= settings.dead_after * settings.heartbeat_ns:
+            self._bury(peer, PeerEvent.LOST, now_ns)
+            return
+        if quiet_ns >= settings.suspect_after * settings.heartbeat_ns:
+            peer.machine.on(PeerEvent.QUIET)
+        peer.ease(now_ns, settings.heartbeat_ns)
+        peer.summarise()
 
     def _refresh_min_service(self) -> None:
         """The quickest answer any live worker can give: its smallest subnet alone, and the way."""
-        quickest = min(
-            (
-                int(w.profile.latency_p99_ns(0, 1) * w.corrected(0)) + w.transport.median_ns
-                for w in self.workers()
-            ),
-            default=0,
-        )
-        self._min_service_ns = quickest
-        quickness = [(w.slowdown, w.transport.bound_ns()) for w in self.workers()]
-        slowdowns, ways_ns = zip(*quickness, strict=True) if quickness else ((1.0,), (0,))
+        peers = self.peers.values()
+        self._min_service_ns = min([peer.quickest_ns for peer in peers], default=0)
+        if not peers:
+            self._uneven = False
+            return
+        slowest = max([peer.slowdowns[1] for peer in peers])
+        ways_ns = [peer.way_ns for peer in peers]
         self._uneven = (
             len(self._policies) > 1
-            or max(slowdowns) > 1.05 * min(slowdowns)
+            or slowest > 1.05 * min([peer.slowdowns[0] for peer in peers])
             or max(ways_ns) > min(ways_ns) + MS
         )
 

@@ -119,6 +119,8 @@ class CoreState:
         self._awaited_until_ns = 0
         self._soonest_ns: dict[int, int] = {}
         self._checked_ns: int | None = None
+        self._to_judge: list[Peer] = []
+        self._stall_ns = 0
         self._queue_view = QueueView(0, 0, 0)
         self._worker_view = WorkerView(0, 0, 1.0)
 

@@ -90,6 +90,10 @@ WORKER_TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
 _FIRST_TRANSPORT_NS = [400_000] * 15 + [1_000_000]
 
 
+_AS_PROFILED = 1.001
+"""A slowdown below this is none: easing goes on for ever otherwise."""
+
+
 class TransitionError(Exception):
     """An event that the state's table does not have; says what came before."""
 
@@ -150,9 +154,18 @@ class Batch:
 
 
 class Peer:
-    """A worker process: its key at the server, its heartbeat, its GPUs."""
+    """A worker process: its key at the server, its heartbeat, its GPUs.
 
-    __slots__ = ("epoch", "heard_ns", "key", "machine", "name", "transport", "workers")
+    Attributes:
+        quickest_ns: The quickest answer any of its GPUs can give, as of the last `summarise`.
+        slowdowns: Least and greatest slowdown of its GPUs, likewise.
+        way_ns: 99th percentile of the way to it and back, likewise.
+    """
+
+    __slots__ = (
+        "epoch", "heard_ns", "key", "machine", "name", "quickest_ns", "slowdowns", "transport", "way_ns",
+        "workers",
+    )  # fmt: skip
 
     def __init__(self, key: Any, name: str, epoch: int, heard_ns: int) -> None:
         self.key = key
@@ -165,6 +178,28 @@ class Peer:
         # One way for all its GPUs: they share a socket and a loop, and so tell the same sooner.
         self.transport = RecentQuantiles(_FIRST_TRANSPORT_NS)
         self.workers: list[Worker] = []
+        self.quickest_ns = 0
+        self.slowdowns = (1.0, 1.0)
+        self.way_ns = 0
+
+    def summarise(self) -> None:
+        """Note what its GPUs have in common; a thousand GPUs are not asked about one query."""
+        workers = self.workers
+        alone_ns = min([int(w.profile.latency_p99_ns(0, 1) * w.corrected(0)) for w in workers])
+        slowdowns = [w.slowdown for w in workers]
+        self.quickest_ns = alone_ns + self.transport.median_ns
+        self.slowdowns = (min(slowdowns), max(slowdowns))
+        self.way_ns = self.transport.bound_ns()
+
+    def ease(self, now_ns: int, idle_ns: int) -> None:
+        """Let GPUs that have been idle for so long forget what slowed them down."""
+        n_idle = 0
+        for worker in self.workers:
+            if not worker.outstanding and now_ns - worker.answered_ns >= idle_ns:
+                worker.ease()
+                n_idle += 1
+        if n_idle == len(self.workers):
+            self.transport.fade(_FIRST_TRANSPORT_NS[0])
 
 
 class Worker:
@@ -179,7 +214,7 @@ class Worker:
     """
 
     __slots__ = (
-        "answered_ns", "capacity", "credit", "free_at_ns", "gauges", "machine", "n_batches", "n_queries",
+        "_is_slow", "answered_ns", "credit", "free_at_ns", "gauges", "machine", "n_batches", "n_queries",
         "outstanding", "peer", "policy", "profile", "slot", "slowdown", "slowdowns", "transport", "version",
     )  # fmt: skip
 
@@ -199,6 +234,7 @@ class Worker:
         self.transport = peer.transport
         self.slowdowns = [1.0] * profile.n_subnets
         self.slowdown = 1.0
+        self._is_slow = False
         self.n_batches = 0
         self.n_queries = 0
         self.gauges: dict[str, float] = {}
@@ -234,18 +270,21 @@ class Worker:
         ratio = min(16.0, max(0.25, measured_ns / profiled_ns))
         smoothed = self.slowdowns[subnet] + (ratio - self.slowdowns[subnet]) / 8
         self.slowdowns[subnet] = smoothed
+        self._is_slow = self._is_slow or ratio > 1.0
         overall = self.slowdown + (ratio - self.slowdown) / 32
         self.slowdown = overall
 
     def ease(self) -> None:
-        """Move what slows it down back towards where it began: the way by a quarter, the rest by an eighth.
+        """Move what slows it down an eighth of the way back towards where it began.
 
         For a worker that has been idle: one whose estimates refuse every query would never
         be measured again.
         """
-        self.transport.fade(_FIRST_TRANSPORT_NS[0])
+        if not self._is_slow:
+            return
         self.slowdown -= max(0.0, self.slowdown - 1.0) / 8
         self.slowdowns = [ratio - max(0.0, ratio - 1.0) / 8 for ratio in self.slowdowns]
+        self._is_slow = max(self.slowdown, *self.slowdowns) > _AS_PROFILED
 
     def corrected(self, subnet: int) -> float:
         """Return the smoothed slowdown of `subnet`, 1.0 within the noise."""

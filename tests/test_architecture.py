@@ -38,6 +38,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     ),
     # The benchmarks time the decision and the actuation on their own.
     "loadgen.bench": ("router", "gpu_worker"),
+    # Where a query spends its time in the router is measured on the core itself.
+    "loadgen.bench_path": ("router",),
     "loadgen.bench_calls": ("router.policy", "router.slackfit", "gpu_worker.actuation"),
     # The simulator runs the core that serves, under a policy built by name; no sockets.
     "loadgen.simulator": ("router.core", "router.policy", "router.registry"),

@@ -167,8 +167,9 @@ def test_an_idle_worker_gets_another_chance() -> None:
     for _ in range(100):
         worker.measure(0, MS, 1_000 * MS)
         worker.transport.add(500 * MS)
+    worker.peer.workers.append(worker)
     for _ in range(256):
-        worker.ease()
+        worker.peer.ease(worker.answered_ns, idle_ns=0)
 
     assert worker.slowdowns[0] < 1.2
     assert worker.slowdown < 1.2
