@@ -253,6 +253,8 @@ class Client:
         if link.connection.is_readable():
             return
         sleeper.clear()
+        if self._is_closing:  # whoever closes sets this before he writes: it may just have been read
+            return
         session = self._session
         wake_ns, send_at_ns = link.wake_ns(), link.send_at_ns
         if now_ns < send_at_ns:

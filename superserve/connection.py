@@ -160,7 +160,7 @@ class Connection:
             try:
                 frames = receive(self.socket)
                 if frames is None:
-                    continue
+                    return
                 message = wire.decode(frames)
             except WireError as error:
                 self.n_malformed += 1

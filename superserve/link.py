@@ -69,8 +69,8 @@ class Link(Generic[Q]):
         """Keep the connection alive, notice a router that came or went, end what has waited too long."""
         connection, session = self.connection, self.session
         connection.look()
-        self._observe()
         connection.tick(now_ns)
+        self._observe()
         if ended := session.expired(now_ns, connection.heard_ns):
             self._fail(ended)
         if session.wants_ping:

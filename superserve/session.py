@@ -44,8 +44,11 @@ of it. A client that awaits nothing sends at once: one caller after another neve
 GRACE_NS = 1_000 * MS
 """How long past its deadline a query waits for a LATE answer, while the router is heard."""
 
+QUIET_NS = 12 * MS
+"""How long past a query's deadline nothing need be heard: refusals of what expired come within 5 ms."""
+
 PROBE_NS = 100 * MS
-"""How long a router that is silent past a query's deadline has to answer a PING."""
+"""How long a router that is silent for longer has to answer a PING."""
 
 HOPELESS_NS = 2 * MS
 """With less slack than this and no router, a query ends: HELLO, WELCOME, QUERIES and RESULTS are
@@ -62,6 +65,9 @@ PACKED_BYTES = 8 << 20
 
 MAX_PAYLOAD_BYTES = 256 << 20
 """A longer frame would end the connection (`superserve.sockets.MAX_MESSAGE_BYTES`)."""
+
+_COARSE_NS = 4 * MS
+"""Queries past their deadline are looked at together, this often."""
 
 _SPARE_TIMED = 4_096
 """Ids of answered queries that may wait for their deadline, beside as many as are pending."""
@@ -420,12 +426,14 @@ class Session(Generic[Q]):
         if now_ns >= deadline_ns + GRACE_NS:
             return None
         if heard_ns >= deadline_ns:
-            return deadline_ns + GRACE_NS
+            return _coarse(deadline_ns + GRACE_NS)
+        if now_ns < deadline_ns + QUIET_NS:
+            return _coarse(deadline_ns + QUIET_NS)
         if self._asked_ns is None:
             self._asked_ns = now_ns
             self.wants_ping = True
         silent_ns = self._asked_ns + PROBE_NS
-        return silent_ns if now_ns < silent_ns else None
+        return _coarse(silent_ns) if now_ns < silent_ns else None
 
     def _why(self, query: Q, now_ns: int) -> str:
         if self.epoch is None:
@@ -482,6 +490,11 @@ class Session(Generic[Q]):
         if dtype.hasobject:
             raise InvalidQueryError("input: expected an array of numbers, got objects")
         return np.ascontiguousarray(payload).reshape(-1).view(np.uint8), n_bytes
+
+
+def _coarse(at_ns: int) -> int:
+    """Return the next of the instants at which overdue queries are looked at."""
+    return -(-at_ns // _COARSE_NS) * _COARSE_NS
 
 
 def checked_slo(slo_ms: float) -> int:

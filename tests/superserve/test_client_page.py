@@ -109,11 +109,12 @@ def ended(*, is_there: bool, heard: bool) -> str:
     if is_there:
         world.session.welcomed(1)
     query = world.submit()
-    for step_ns in (session.HOPELESS_NS, session.PROBE_NS, session.GRACE_NS):
-        world.turn()
-        world.now_ns += 36 * MS + step_ns
-        world.heard_ns = world.now_ns if heard else 0
-    world.turn()
+    quiet_ns = session.QUIET_NS
+    for past_ns in (-36 * MS, quiet_ns, quiet_ns + session.PROBE_NS, session.GRACE_NS):
+        if not query.ends:
+            world.now_ns = 36 * MS + past_ns
+            world.heard_ns = world.now_ns if heard else 0
+            world.turn()
     (error,) = query.ends
     assert isinstance(error, QueryError)
     return printed(error)
@@ -187,7 +188,8 @@ def test_every_error_has_its_row() -> None:
     [
         (r"until (\d+) ms before their deadline", session.HOPELESS_NS / MS),
         (r"sent to at most (\d+)\s+routers", session.MAX_SENDS),
-        (r"nothing at all is heard for (\d+) ms", session.PROBE_NS / MS),
+        (r"nothing has come (\d+) ms after", session.QUIET_NS / MS),
+        (r"nothing at all is\s+heard for (\d+) ms", session.PROBE_NS / MS),
         (r"until\s+(\d+) ms after the deadline", session.GRACE_NS / MS),
         (r"said again after (\d+) ms", connection.HELLO_EVERY_NS / MS),
         (r"up to every (\d+) ms", connection.HELLO_EVERY_AT_MOST_NS / MS),

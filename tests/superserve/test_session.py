@@ -22,6 +22,7 @@ from superserve.session import (
     MAX_SENDS,
     PACKED_BYTES,
     PROBE_NS,
+    QUIET_NS,
     Session,
 )
 from superserve.subnet import TensorSpec
@@ -138,7 +139,7 @@ STEPS = st.one_of(
     st.tuples(st.just("turn"), st.booleans()),
     st.tuples(st.just("answer"), st.lists(st.integers(0, 30), max_size=6), st.sampled_from(Status)),
     st.tuples(st.just("cancel"), st.integers(0, 30)),
-    st.tuples(st.just("time"), st.sampled_from([1, MS, 34 * MS, PROBE_NS, GRACE_NS])),
+    st.tuples(st.just("time"), st.sampled_from([1, MS, QUIET_NS, 34 * MS, PROBE_NS, GRACE_NS])),
     st.tuples(st.just("heard")),
     st.tuples(st.just("lost")),
     st.tuples(st.just("welcomed"), st.integers(1, 3)),
@@ -441,9 +442,12 @@ def test_a_router_that_speaks_is_given_a_grace(world: World) -> None:
 
 def test_a_router_that_is_silent_is_asked_and_soon_given_up(world: World) -> None:
     """The first query that is overdue asks; later ones do not wait for their own answer to that."""
-    first, second = world.submit(), world.submit(SLO_NS + PROBE_NS)
+    first, second = world.submit(), world.submit(SLO_NS + PROBE_NS - MS)
     world.turn()
     world.now_ns = SLO_NS
+    world.turn()
+    assert world.session.next_wake_ns() == SLO_NS + QUIET_NS, "not asked yet"
+    world.now_ns = SLO_NS + QUIET_NS
     world.turn()
     assert world.session.wants_ping
     assert (first.ends, second.ends) == ([], [])
@@ -460,9 +464,9 @@ def test_a_router_that_answers_when_asked_keeps_its_grace(world: World) -> None:
     """The PONG counts as speaking."""
     query = world.submit()
     world.turn()
-    world.now_ns = SLO_NS
+    world.now_ns = SLO_NS + QUIET_NS
     world.turn()
-    world.now_ns = world.heard_ns = SLO_NS + PROBE_NS
+    world.now_ns = world.heard_ns = SLO_NS + QUIET_NS + PROBE_NS
     world.turn()
 
     assert query.ends == []
