@@ -16,7 +16,7 @@ import math
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ import orjson
 
 from loadgen import bench_calls
 from loadgen.bench_offer import Offered, offer_singly
+from loadgen.bench_path import PathShape, path_cost
 from loadgen.bench_search import Bounds, Probe, confirmed, highest_rate, undisturbed
 from loadgen.bench_sender import SinglePlan
 from loadgen.run import Emulation, RunSettings, emulated, in_time, run_emulated, run_trace
@@ -393,6 +394,31 @@ class Bench:
         idle = None if report.busy_share is None else 100 * (1 - report.busy_share)
         return Row("gpu_idle_pct", idle, "%", _BUDGET, 3.0, conditions, _ms(run.noise_p99_9_ns))
 
+    def router_path_us(self) -> Row:
+        """What a query costs in the router beside sockets, and how that grows with the cluster."""
+        profile = load_profile(PROFILE)
+        base = PathShape(profile)
+        usual = path_cost(base, 40_000)
+
+        def grown(**to: Any) -> dict[str, Any]:
+            cost = path_cost(replace(base, **to), 20_000)
+            return {
+                "total_us": cost.total_us, "decide_us": cost.stages_us["decide"],
+                "mean_batch_size": cost.mean_batch_size, "worst_pass_us": cost.worst_advance_us,
+            }  # fmt: skip
+
+        conditions = {
+            "usual": "10,000 q/s, 5 queries a message, 1 client, 16 GPUs in processes of 8, slackfit",
+            "stages_us": usual.stages_us, "mean_batch_size": usual.mean_batch_size,
+            "by_gpus": {n: grown(n_gpus=n) for n in (16, 64, 256, 1024)},
+            "by_subnets": {n: grown(profile=bench_calls.wide_profile(n)) for n in (6, 50, 200, 1_000)},
+            "by_queries_waiting": {n: grown(n_waiting=n) for n in (10, 1_000, 100_000, 1_000_000)},
+            "by_clients_one_query_a_message": {
+                n: grown(n_clients=n, queries_per_message=1) for n in (1, 10, 100, 1_000)
+            },
+        }  # fmt: skip
+        return Row("router_path_us", usual.total_us, "us", _BUDGET, 20.0, conditions)
+
     # --- single calls -------------------------------------------------------------------
 
     def policy_decision_us(self) -> Row:
@@ -416,6 +442,7 @@ class Bench:
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "policy_decision_us": Bench.policy_decision_us,
+    "router_path_us": Bench.router_path_us,
     "actuation_us": Bench.actuation_us,
     "added_latency_p50_ms": Bench.added_latency_p50_ms,
     "added_latency_p99_ms": Bench.added_latency_p99_ms,
@@ -487,7 +514,9 @@ def _rate_row(
 def write(row: Row, folder: Path) -> None:
     """Write the row's file."""
     folder.mkdir(parents=True, exist_ok=True)
-    option = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    option = (
+        orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
+    )
     (folder / f"{row.name}.json").write_bytes(orjson.dumps(row.to_dict(), option=option))
 
 
