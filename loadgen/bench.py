@@ -24,6 +24,7 @@ import click
 import orjson
 
 from loadgen import bench_calls
+from loadgen.bench_churn import churn
 from loadgen.bench_offer import Offered, offer_singly
 from loadgen.bench_path import PathShape, path_cost
 from loadgen.bench_search import Bounds, Probe, confirmed, highest_rate, undisturbed
@@ -419,6 +420,17 @@ class Bench:
         }  # fmt: skip
         return Row("router_path_us", usual.total_us, "us", _BUDGET, 20.0, conditions)
 
+    def router_churn_mb(self) -> Row:
+        """How much the router's memory grows from half to all of a million queries of a thousand clients."""
+        with emulated(Emulation(PROFILE, 32, RATE_POLICY)) as cluster:
+            assert cluster.router is not None, "a private cluster has a router of its own"
+            seen = churn(cluster.client_endpoint, cluster.router.pid, n_clients=1_000, n_each=1_000)
+        conditions = {
+            "clients": 1_000, "at_once": 4, "queries_each": 1_000, "queries_answered": seen.n_queries,
+            "rss_mb_at_each_tenth": list(seen.rss_mb), "clients_left": seen.clients_left,
+        }  # fmt: skip
+        return Row("router_churn_mb", seen.growth_mb, "MB", "resident memory", seen.rss_mb[-1], conditions)
+
     # --- single calls -------------------------------------------------------------------
 
     def policy_decision_us(self) -> Row:
@@ -453,6 +465,7 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "end_to_end_client_qps": Bench.end_to_end_client_qps,
     "message_per_query_qps": Bench.message_per_query_qps,
     "payload_150kb_ratio": Bench.payload_150kb_ratio,
+    "router_churn_mb": Bench.router_churn_mb,
 }
 """Every row, in the order measured."""
 
