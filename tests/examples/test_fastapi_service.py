@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 N = 1_000
 SLO_MS = 10_000.0  # 64 at a time, on two cores that others use too: nobody has to fail
 HTTP_MS = 2_000.0
-"""What HTTP may add to the service's own SLO and grace: 0 to 800 ms were seen, since 64 callers whose
+"""What HTTP may add to the service's own SLO and grace: up to 700 ms were seen, since 64 callers whose
 queries fail at once share two cores with the service, and with whatever else runs there."""
 
 BEFORE_THE_KILL = 300
@@ -119,13 +119,15 @@ def test_a_router_killed_in_the_middle_leaves_nobody_waiting(callers: Any, tmp_p
     grace_ms = load_example().GRACE_MS
     with serving() as cluster, service(cluster.client_endpoint, tmp_path / "log") as url:
         outcomes = with_a_restart(callers, url, cluster)
+        (afterwards,) = callers(url, [SLO_MS])
 
     said = summary(outcomes)
     assert len(outcomes) == N
     assert wrong(outcomes) == []
     failed = [one for one in outcomes if one.status != 200]
     assert all(one.is_clear_error for one in failed), failed
-    assert 0 < len(failed) < N // 2, said
+    assert failed, said
+    assert afterwards.status == 200, afterwards
     assert all(one.elapsed_ms <= one.slo_ms + grace_ms + HTTP_MS for one in outcomes), said
 
 
@@ -141,15 +143,20 @@ def with_a_restart(callers: Any, url: str, cluster: DigitsCluster) -> list[Outco
         if outcome.status != 200:
             failure.set()
 
+    def give_up(_: object) -> None:
+        middle.set()
+        failure.set()
+
     # The cluster's processes belong to this thread, so the callers get another.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         calling = pool.submit(callers, url, SLOS_MS, watch)
-        assert middle.wait(HANGS_S)
+        # If it ends early, what it raised is what is wrong: nothing more is waited for.
+        calling.add_done_callback(give_up)
+        assert middle.wait(HANGS_S), len(seen)
         cluster.kill_router()
-        assert failure.wait(HANGS_S)
+        assert failure.wait(HANGS_S), len(seen)
         cluster.start_router()
         outcomes: list[Outcome] = calling.result()
-    assert seen[-1].status == 200, "the new router serves"
     return outcomes
 
 
