@@ -101,7 +101,7 @@ class AsyncClient:
         self.connect_timeout_s = connect_timeout_s
         self._pid = os.getpid()
         self._session: Session[AsyncQueryFuture] = Session(
-            threading.Lock(), no_router(endpoint), max_outstanding=max_outstanding, max_bytes=max_bytes
+            threading.RLock(), no_router(endpoint), max_outstanding=max_outstanding, max_bytes=max_bytes
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._link: Link[AsyncQueryFuture] | None = None
@@ -190,7 +190,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Say BYE and let go of the loop; queries without an answer end as CancelledQueryError."""
-        if self._loop is not None:
+        if self._loop is not None and not self._loop.is_closed():
             self._check_place()
         self._is_closed = True
         self._let_go()
@@ -319,7 +319,7 @@ class AsyncClient:
 
     def _fail(self, ended: list[tuple[AsyncQueryFuture, QueryError]]) -> None:
         for future, error in ended:
-            if not future.done():
+            if not future.done() and not future.get_loop().is_closed():
                 future.set_exception(error)
                 if self._is_closed:
                     future.exception()  # on purpose: whoever does not await it is not warned of it

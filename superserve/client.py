@@ -65,13 +65,13 @@ class Client:
     ) -> None:
         self.endpoint = endpoint
         self.connect_timeout_s = connect_timeout_s
-        self.guard = threading.Lock()
+        self.guard: contextlib.AbstractContextManager[Any] = threading.RLock()
         self.pid = os.getpid()
         self._session: Session[QueryFuture] = Session(
             self.guard, no_router(endpoint), max_outstanding=max_outstanding, max_bytes=max_bytes
         )
-        self._starting = threading.Lock()
-        self._cancelling = threading.Lock()
+        self._starting = threading.RLock()
+        self._cancelling = threading.RLock()
         self.thread: threading.Thread | None = None
         self._wake_fd = -1
         self._is_closing = False

@@ -27,6 +27,7 @@ from superserve.reply import Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from superserve.reply import Answers
 
@@ -49,7 +50,7 @@ IN_CALLBACK = (
 class Owner(Protocol):
     """What a future needs of its client; `thread` is the one that settles futures."""
 
-    guard: threading.Lock
+    guard: AbstractContextManager[Any]
     pid: int
     thread: threading.Thread | None
 
@@ -224,7 +225,7 @@ class QueryFuture(concurrent.futures.Future[Reply]):
             if self._state == PENDING:
                 raise concurrent.futures.TimeoutError
 
-    def _announce(self, guard: threading.Lock, state: str) -> None:
+    def _announce(self, guard: AbstractContextManager[Any], state: str) -> None:
         """Change the state of a future that has a condition, and wake who waits."""
         with self._condition:
             with guard:
@@ -240,7 +241,7 @@ class QueryFuture(concurrent.futures.Future[Reply]):
 
 
 def settle(
-    guard: threading.Lock,
+    guard: AbstractContextManager[Any],
     futures: Sequence[QueryFuture | None],
     answers: Answers | None = None,
     *,

@@ -10,8 +10,9 @@ two shells around it: they own the socket, the clock and the waiting, and settle
     welcomed(...), lost()              a router is there; it is gone
 
 A query ends where it leaves `_pending`, under the guard, and nowhere else: once. The guard is held
-for moments only, never while a message is built or a future settled, and nothing here relies on
-the interpreter's own lock.
+for moments only, never while a message is built or a callback runs, and nothing here relies on the
+interpreter's own lock. It is reentrant: the garbage collector may run an application's finalizer
+anywhere, and that may submit or cancel.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Session(Generic[Q]):
     """The queries of one client.
 
     Args:
-        guard: A lock; held while what several threads change is changed.
+        guard: A reentrant lock; held while what several threads change is changed.
         no_router: What to say to a query that found no router.
         max_outstanding: Queries without an answer, at most.
         max_bytes: Their payload bytes, at most.
@@ -256,13 +257,13 @@ class Session(Generic[Q]):
     def outbound(self, now_ns: int) -> list[Queries | Cancel]:
         """Return what is to be sent now, in this order; it counts as sent. See `lost` if it could not be."""
         with self._guard:
+            self._taken_through = self._last_id
             batch, self._gathered = self._gathered, []
             cancelled, self._cancelled = self._cancelled, []
             if self._has_holes:
                 batch = [query for query in batch if query.query_id in self._pending]
             has_options, self._has_options = self._has_options, False
             self._has_holes = False
-            self._taken_through = self._last_id
             everything = list(self._pending.values()) if self._is_greeted else []
         if batch:
             self._time([query.query_id for query in batch], min([query.deadline_ns for query in batch]))
@@ -319,7 +320,8 @@ class Session(Generic[Q]):
             with self._guard:
                 pop = self._pending.pop
                 queries = [pop(query_id, None) for query_id in ids]
-                self.held_bytes -= sum([query.n_bytes for query in queries if query is not None])
+                freed = sum([query.n_bytes for query in queries if query is not None])
+                self.held_bytes -= freed
             for query in queries:
                 if query is not None:
                     query.payload = b""
@@ -356,7 +358,7 @@ class Session(Generic[Q]):
             self._is_closed = True
             queries = list(self._pending.values())
             self._pending.clear()
-            self.held_bytes -= sum([query.n_bytes for query in queries])
+            self.held_bytes = 0
             gone, self._cancelled = self._cancelled, []
             self._gathered, self._timed, self._n_timed = [], [], 0
         for query in (*queries, *gone):

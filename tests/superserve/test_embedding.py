@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import fcntl
+import gc
 import logging
 import os
 import resource
@@ -24,7 +25,7 @@ from superserve.wire import Cancel, Queries, Status
 from tests.superserve.fakes import WAIT_S, FakeRouter, group, poll
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from superserve.futures import QueryFuture
 
@@ -171,6 +172,37 @@ def test_a_failure_of_the_thread_ends_every_query(client: Client, monkeypatch: p
         future.result(WAIT_S)
     with pytest.raises(DrainingError):
         client.submit(b"image", slo_ms=36)
+
+
+class Cyclic:
+    """Garbage that only the collector finds, and that uses a client as it goes."""
+
+    def __init__(self, use: Callable[[], object]) -> None:
+        self.me = self
+        self.use = use
+
+    def __del__(self) -> None:
+        self.use()
+
+
+def test_a_finalizer_may_use_the_client_wherever_it_runs(client: Client) -> None:
+    """The collector may run one in the middle of a submit, on the same thread: it must not hang."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    futures = []
+    try:
+        for _ in range(200):
+            Cyclic(lambda: futures.append(client.submit(b"del", slo_ms=SLO_MS)))
+            futures.append(client.submit(b"image", slo_ms=SLO_MS))
+            Cyclic(futures[-1].cancel)
+            futures[-1].add_done_callback(lambda _: None)
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    for future in futures:
+        future.cancel()
+
+    assert client.outstanding == client.held_bytes == 0
 
 
 # --- the process around it ------------------------------------------------------------------

@@ -32,7 +32,7 @@ class FakeOwner:
     """A client whose queries end when a test says so; who ends one is told apart under a lock."""
 
     def __init__(self) -> None:
-        self.guard = threading.Lock()
+        self.guard: contextlib.AbstractContextManager[Any] = threading.RLock()
         self.pid = os.getpid()
         self.thread: threading.Thread | None = None
         self.left: set[QueryFuture] = set()

@@ -56,7 +56,7 @@ class World:
 
     def __init__(self, **bounds: int) -> None:
         limits = {"max_outstanding": 10_000, "max_bytes": 1 << 40} | bounds
-        self.session: Session[FakeQuery] = Session(threading.Lock(), "no router answers at HERE", **limits)
+        self.session: Session[FakeQuery] = Session(threading.RLock(), "no router answers at HERE", **limits)
         self.now_ns = 0
         self.heard_ns = 0
         self.queries: list[FakeQuery] = []
