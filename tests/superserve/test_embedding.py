@@ -208,6 +208,25 @@ def test_a_finalizer_may_use_the_client_wherever_it_runs(client: Client) -> None
 # --- the process around it ------------------------------------------------------------------
 
 
+def test_what_is_written_after_the_last_look_wakes() -> None:
+    """Somebody was told and writes late: reading that must not swallow what the next one writes."""
+    wake_fd, socket_fd = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        sleeper = _Sleeper(socket_fd, wake_fd)
+        sleeper.is_told = True
+        sleeper.clear()
+        assert sleeper.is_told, "not written yet: to be read later"
+        os.eventfd_write(wake_fd, 1)
+        began_s = time.monotonic()
+        sleeper.sleep(time.monotonic_ns() + int(WAIT_S * 1e9))
+        assert time.monotonic() - began_s < WAIT_S
+        sleeper.clear()
+        assert not sleeper.is_told
+    finally:
+        os.close(wake_fd)
+        os.close(socket_fd)
+
+
 @pytest.mark.parametrize("is_high", [False, True])
 def test_sleeping_works_with_any_descriptor(*, is_high: bool) -> None:
     """select() takes none above 1023, and an application may have thousands of files."""
