@@ -336,7 +336,7 @@ class WorkerServer:
     # --- receiving ------------------------------------------------------------------------
 
     def _receive_all(self) -> None:
-        while self._link is not Link.STOPPED:
+        while self._link is not Link.STOPPED and sockets.is_readable(self._socket):
             try:
                 frames = sockets.receive(self._socket)
                 if frames is None:

@@ -36,17 +36,15 @@ class ManyTarget:
     Args:
         plan: `target` is "many-echo" or "many".
         context: Of all the sockets.
-        n: Queries.
     """
 
-    def __init__(self, plan: SinglePlan, context: zmq.Context[zmq.Socket[bytes]], n: int) -> None:
+    def __init__(self, plan: SinglePlan, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         context.set(zmq.MAX_SOCKETS, max(1023, 2 * plan.n_clients + 16))
         self.n_ended = 0
         self._is_echo = plan.target == "many-echo"
         self._payload = bytes(plan.payload_bytes)
         self._endpoint = plan.endpoint
         self._arrived: list[tuple[int, bytes]] = []
-        self._n = n
         self._epoch = 0
         self._connections: list[Connection] = []
         if self._is_echo:
@@ -122,10 +120,9 @@ class ManyTarget:
         elif not self._ready:
             self._ready.extend([self._of_fd[fd] for fd, _ in self._poller.poll(duration_ns / 1e9, _AT_ONCE)])
 
-    @property
-    def answered_ns(self) -> list[int]:
-        """When each query's answer came, -1 where none with an output did."""
-        answered_ns = [-1] * self._n
+    def answered_ns(self, n: int) -> list[int]:
+        """Return when each query's answer came, -1 where none with an output did."""
+        answered_ns = [-1] * n
         for now_ns, frame in self._arrived:
             if frame[_KIND_AT] not in (Kind.QUERIES, Kind.RESULTS):
                 continue  # heartbeats

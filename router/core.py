@@ -245,9 +245,28 @@ class RouterCore(Fleet):
         return alone_ns + transport.bound_ns() - transport.median_ns // 2 + self.settings.margin_ns
 
     def _refuse_head(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> None:
-        taken, _ = self.queue.take(1, worker.profile.n_subnets)
-        cohort, lo, hi = taken[0]
-        slack_ms = (head[0] - max(now_ns, worker.free_at_ns)) / MS
+        """Refuse the head, and with it all that not even the smallest subnet alone would answer in time.
+
+        Many at once: under overload a refusal must cost less than an answer.
+        """
+        view = self._worker_view  # as the policy last saw it
+        client_ns: int = head[1].client.return_ns
+        alone_ns = worker.profile.latency_p99_ns(0, 1) * worker.corrected(0)
+        begin_ns = max(now_ns, view.free_at_ns)
+        limit_ns = begin_ns + view.allowance_ns - client_ns + int(alone_ns)
+        if head[0] >= limit_ns + client_ns:
+            taken, _ = self.queue.take(1, worker.profile.n_subnets)
+            self._refuse_infeasible(worker, *taken[0], now_ns)
+            return
+        for cohort, lo, hi in self.queue.take_before(limit_ns + client_ns):
+            cut = bisect_left(cohort.deadlines_ns, limit_ns + cohort.client.return_ns, lo, hi)
+            if cut > lo:
+                self._refuse_infeasible(worker, cohort, lo, cut, now_ns)
+            if cut < hi:  # nearer than the head's client: an answer may still reach it
+                self.queue.push(cohort, cut, hi)
+
+    def _refuse_infeasible(self, worker: Worker, cohort: Cohort, lo: int, hi: int, now_ns: int) -> None:
+        slack_ms = (cohort.deadlines_ns[lo] - max(now_ns, worker.free_at_ns)) / MS
         floor = 0 if cohort.floors is None else cohort.floors[lo]
         alone_ms = worker.profile.latency_p99_ns(floor, 1) * worker.corrected(floor) / MS
         way_ms = self._return_ns(worker, cohort) / MS

@@ -133,7 +133,7 @@ class Fleet(Admission):
         worker = batch.worker
         on_the_way_ns = now_ns - batch.dispatched_ns - row.waited_ns - row.executing_ns
         transport_ns = max(0, on_the_way_ns)
-        worker.transport.add(transport_ns)
+        worker.peer.sample_way(transport_ns, now_ns)
         if row.statuses is None:
             profiled_ns = worker.profile.latency_ns(batch.subnet, batch.n)
             worker.measure(batch.subnet, profiled_ns, row.executing_ns)

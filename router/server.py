@@ -48,7 +48,7 @@ from router.status import status_of
 from router.workers import TransitionError
 from superserve import wire
 from superserve.errors import ConfigError, SuperServeError, WireError
-from superserve.sockets import Waiter, bind_router, receive, rest, send
+from superserve.sockets import Waiter, bind_router, is_readable, receive, rest, send
 from superserve.subnet import TensorSpec
 from superserve.wire import Cancel, Control, Done, Kind, Ping, Pong, Pull, Queries
 
@@ -237,7 +237,7 @@ class RouterServer:
         now_ns = time.monotonic_ns()
         end_ns = now_ns + _DRAIN_NS
         n = 0
-        while now_ns < end_ns:
+        while now_ns < end_ns and is_readable(socket):
             try:
                 frames = receive(socket)
                 if frames is None:

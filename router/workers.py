@@ -90,6 +90,8 @@ WORKER_TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
 _FIRST_TRANSPORT_NS = [400_000] * 15 + [1_000_000]
 
 
+_SAMPLE_EVERY_NS = 1_000_000
+"""The way to a process is sampled at most this often."""
 _AS_PROFILED = 1.001
 """A slowdown below this is none: easing goes on for ever otherwise."""
 
@@ -163,8 +165,8 @@ class Peer:
     """
 
     __slots__ = (
-        "epoch", "heard_ns", "key", "machine", "name", "quickest_ns", "slowdowns", "transport", "way_ns",
-        "workers",
+        "epoch", "heard_ns", "key", "machine", "name", "quickest_ns", "sampled_ns", "slowdowns", "transport",
+        "way_ns", "workers",
     )  # fmt: skip
 
     def __init__(self, key: Any, name: str, epoch: int, heard_ns: int) -> None:
@@ -178,9 +180,16 @@ class Peer:
         # One way for all its GPUs: they share a socket and a loop, and so tell the same sooner.
         self.transport = RecentQuantiles(_FIRST_TRANSPORT_NS)
         self.workers: list[Worker] = []
+        self.sampled_ns = 0
         self.quickest_ns = 0
         self.slowdowns = (1.0, 1.0)
         self.way_ns = 0
+
+    def sample_way(self, way_ns: int, now_ns: int) -> None:
+        """Note how long a batch was under way; now and then: one stall must not fill the window."""
+        if now_ns - self.sampled_ns >= _SAMPLE_EVERY_NS:
+            self.sampled_ns = now_ns
+            self.transport.add(way_ns)
 
     def summarise(self) -> None:
         """Note what its GPUs have in common; a thousand GPUs are not asked about one query."""

@@ -42,6 +42,9 @@ _SNDMORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
 # The calls themselves: their wrappers' keyword handling costs as much again.
 _send: Any = _Socket.send
 _recv: Any = _Socket.recv
+_get: Any = _Socket.get
+_EVENTS = int(zmq.EVENTS)
+_POLLIN = int(zmq.POLLIN)
 
 
 def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> tuple[zmq.Socket[bytes], str]:
@@ -94,6 +97,12 @@ def _set_common(socket: zmq.Socket[bytes]) -> None:
     socket.set(zmq.HEARTBEAT_TIMEOUT, 10_000)
 
 
+def is_readable(socket: zmq.Socket[bytes]) -> bool:
+    """Tell whether a message has arrived: a sixth of what `receive` costs where none has."""
+    events: int = _get(socket, _EVENTS)
+    return bool(events & _POLLIN)
+
+
 def receive(socket: zmq.Socket[bytes]) -> list[Buffer] | None:
     """Return the frames of the next message without waiting, or None if there is none.
 
@@ -143,16 +152,22 @@ def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
 
 REST_NS = 500_000
 """A busy loop looks at its sockets at most this often. A pass, its wake-up, and the messages it sends
-cost some 100 us however little is in them; what comes meanwhile shares the next one. An idle loop
-wakes for the first message at once."""
+cost some 150 us however little is in them, most of it in caches that have gone cold; what comes
+meanwhile shares the next one. An idle loop wakes for the first message at once."""
+
+LONGEST_REST_NS = 1_000_000
+"""A loop that is busy for more than a third of its time rests up to this: a loaded machine shares its
+processors with clients and workers, and larger passes cost less a query."""
 
 _LEAST_REST_NS = 60_000
 """The kernel's timer slack: a shorter sleep is not worth its system call."""
 
 
 def rest(began_ns: int) -> None:
-    """Sleep until `REST_NS` after a pass that began at `began_ns`, where that is worth it."""
-    left_ns = began_ns + REST_NS - time.monotonic_ns()
+    """Sleep from the end of a pass, which began at `began_ns`, until the next one is due."""
+    now_ns = time.monotonic_ns()
+    period_ns = min(LONGEST_REST_NS, max(REST_NS, 3 * (now_ns - began_ns)))
+    left_ns = began_ns + period_ns - now_ns
     if left_ns > _LEAST_REST_NS:
         time.sleep(left_ns / 1e9)
 

@@ -394,3 +394,17 @@ def describe(at_ns: int, action: object) -> str:
             return f"{at_ns} {ids_of(action)} {action.status} {action.queued_ns} {action.reason}"
         case _:
             return f"{at_ns} {action}"
+
+
+def test_what_no_worker_can_meet_is_refused_together() -> None:
+    """Two hundred queries of one message that a busy GPU cannot reach in time end in a few answers."""
+    world = make_world()
+    world.submit(*[36] * 48)
+    world.run(2)
+    doomed = world.submit(*[12] * 200)
+    world.run(60)
+
+    refused = [a for _, a in world.actions if isinstance(a, Answer) and a.status is Status.INFEASIBLE]
+    assert set(world.statuses(doomed)) == {Status.INFEASIBLE}
+    assert sum(answer.n for answer in refused) >= 200
+    assert len(refused) <= 10

@@ -174,3 +174,12 @@ def test_an_idle_worker_gets_another_chance() -> None:
     assert worker.slowdowns[0] < 1.2
     assert worker.slowdown < 1.2
     assert worker.transport.bound_ns() < 2 * MS
+
+
+def test_the_batches_of_one_stall_count_once() -> None:
+    """A hundred batches that a stall held up come back together, and are one measurement."""
+    peer = make_worker().peer
+    for _ in range(100):
+        peer.sample_way(50 * MS, now_ns=10 * MS)
+
+    assert peer.transport.median_ns < MS
