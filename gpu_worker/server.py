@@ -402,7 +402,7 @@ class WorkerServer:
             case Kind.REFUSED:
                 raise RefusedError(f"the router refused this worker: {_why(body)}")
             case Kind.DRAIN if body.get("worker") == self._name:
-                self.stop()
+                self._begin_drain(now_ns)  # now: its BYE may be the next message
             case Kind.DRAIN:
                 _LOG.info("the router drains")
             case Kind.BYE if self._link is Link.DRAINING:

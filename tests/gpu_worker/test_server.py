@@ -234,6 +234,19 @@ def test_the_digits_supernet_is_served(router: FakeRouter) -> None:
         assert process._popen.wait(WAIT_S) == 0
 
 
+@pytest.mark.e2e
+def test_a_drain_and_the_bye_right_behind_it_end_in_a_bye(router: FakeRouter) -> None:
+    """A router with nothing on a worker says both at once; the worker was drained, not lost."""
+    with worker(router, "--name", "w", "--emulate", PROFILE) as process:
+        router.control(Kind.HELLO)
+        router.welcome()
+        router.send(Control(Kind.DRAIN, {"worker": "w"}))
+        router.send(Control(Kind.BYE))
+
+        assert router.control(Kind.BYE) == {"worker": "w"}
+        assert process._popen.wait(WAIT_S) == 0
+
+
 def test_every_pair_of_link_and_event_is_known_or_cannot_happen() -> None:
     """A stopped worker hears nothing more; over is only what drains; all else has its row."""
     missing = {(link, event) for link in Link for event in LinkEvent} - set(TRANSITIONS)
