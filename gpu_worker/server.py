@@ -336,7 +336,9 @@ class WorkerServer:
     # --- receiving ------------------------------------------------------------------------
 
     def _receive_all(self) -> None:
-        while self._link is not Link.STOPPED and sockets.is_readable(self._socket):
+        if not sockets.is_readable(self._socket):
+            return
+        while self._link is not Link.STOPPED:
             try:
                 frames = sockets.receive(self._socket)
                 if frames is None:

@@ -54,7 +54,9 @@ class Admission(CoreState):
         client, queries = self.clients[event.client], event.queries
         n = queries.n
         base_ns = now_ns - event.transit_ns
-        client.sample_transit(event.transit_ns, now_ns)
+        if client.sample_transit(event.transit_ns, now_ns) and now_ns != self._sampled_ns:
+            self._sampled_ns = now_ns
+            self._transits.add(max(0, event.transit_ns))
         self._serial += 1
         deadlines_ns = [slack_ns + base_ns for slack_ns in queries.slack_ns()]
         cohort = Cohort(self._serial, client, deadlines_ns, base_ns, now_ns, message=queries)

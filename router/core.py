@@ -211,7 +211,7 @@ class RouterCore(Fleet):
     def _return_ns(self, worker: Worker, cohort: Cohort) -> int:
         """What the way back may take: nearly the worst seen of this worker's transport, and the client's."""
         transport = worker.transport
-        client_ns: int = cohort.client.transits.bound_ns()
+        client_ns: int = cohort.client.return_bound_ns(self._transits)
         return transport.bound_ns() - transport.median_ns // 2 + client_ns + self.settings.margin_ns
 
     def _rival(self, head: tuple[int, Cohort, int], passed: list[Worker], now_ns: int) -> Worker | None:

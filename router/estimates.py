@@ -58,6 +58,10 @@ class RecentQuantiles:
         self._sorted = sorted(first_ns)
         self._refresh()
 
+    def __len__(self) -> int:
+        """Return how many measurements the window holds."""
+        return len(self._recent) + len(self._fresh)
+
     def add(self, value_ns: int) -> None:
         """Take one measurement into account, and forget the oldest of a full window.
 

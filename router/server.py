@@ -14,7 +14,7 @@ import operator
 import os
 import socket as os_socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,9 @@ _GOODBYE_MS = 1_000
 """How long a stopping router waits for its last answers and BYEs to leave this machine, at most."""
 _MAX_PROFILES = 256
 """Distinct profiles that workers may bring: each costs a policy's tables."""
+_PINGS_AT_ONCE = 16
+"""PINGs in one pass: a thousand clients that came together shall not stop the router every second."""
+_COLLECT_NS = 100 * MS
 _CLIENT_PING_NS = 1_000 * MS
 _CLIENT_GONE_NS = 10_000 * MS
 _RTT_WINDOW_NS = 10_000 * MS
@@ -96,11 +99,10 @@ class ServerSettings:
 class Connection:
     """What the server keeps of one peer: how far away it is, and when it last spoke."""
 
-    __slots__ = ("heard_ns", "one_way_ns", "pinged_ns", "rtts", "transit")
+    __slots__ = ("heard_ns", "one_way_ns", "rtts", "transit")
 
     def __init__(self, now_ns: int) -> None:
         self.heard_ns = now_ns
-        self.pinged_ns = now_ns
         self.one_way_ns = 0
         self.transit = TransitClock()
         self.rtts = WindowedMin(_RTT_WINDOW_NS)
@@ -130,7 +132,9 @@ class RouterServer:
         self._workers: dict[bytes, Connection] = {}
         self._profiles: dict[bytes, Profile] = {}
         self._is_stopping = False
-        self._pinged_ns = 0
+        self._clients_due: deque[tuple[int, bytes, Connection]] = deque()  # whom to ping, and when
+        self._workers_due: deque[tuple[int, bytes, Connection]] = deque()
+        self._collected_ns = 0
         self._next_epoch = 0
         self._on_client: dict[Kind, Callable[[bytes, Any, int], None]] = {
             Kind.CANCEL: self._cancel,
@@ -209,7 +213,10 @@ class RouterServer:
 
     def _timeout_ns(self) -> int:
         now_ns = time.monotonic_ns()
-        latest_ns = min(self._pinged_ns + self.settings.core.heartbeat_ns - now_ns, 50 * MS)
+        latest_ns = 50 * MS
+        for due in (self._workers_due, self._clients_due):
+            if due:
+                latest_ns = min(latest_ns, due[0][0] - now_ns)
         wake_ns = self.core.next_wake_ns()
         return max(0, latest_ns if wake_ns is None else min(latest_ns, wake_ns - now_ns))
 
@@ -219,11 +226,10 @@ class RouterServer:
         n = self._drain(self._worker_socket, self._from_worker)
         n += self._drain(self._client_socket, self._from_client)
         now_ns = time.monotonic_ns()
-        if now_ns - self._pinged_ns >= self.settings.core.heartbeat_ns:
-            self._pinged_ns = now_ns
-            self._keep_alive(now_ns)
-            if n == 0 and not self.core.ledger:
-                gc.collect(0)
+        self._keep_alive(now_ns)
+        if n == 0 and not self.core.ledger and now_ns - self._collected_ns >= _COLLECT_NS:
+            self._collected_ns = now_ns
+            gc.collect(0)
         actions = self.core.advance(now_ns)
         if self._recorder is not None:
             self._recorder.advance(now_ns, actions)
@@ -237,7 +243,9 @@ class RouterServer:
         now_ns = time.monotonic_ns()
         end_ns = now_ns + _DRAIN_NS
         n = 0
-        while now_ns < end_ns and is_readable(socket):
+        if not is_readable(socket):
+            return 0
+        while now_ns < end_ns:
             try:
                 frames = receive(socket)
                 if frames is None:
@@ -315,7 +323,8 @@ class RouterServer:
             if not isinstance(session, int):
                 self._refuse(socket, key, "malformed", "hello: session: expected an integer")
                 return
-            self._clients[key] = Connection(now_ns)
+            self._clients[key] = connection = Connection(now_ns)
+            self._clients_due.append((now_ns + _CLIENT_PING_NS, key, connection))
             self._handle(ClientJoined(key, session), now_ns)
             self._welcome_client(key)
             send(socket, [key, *wire.encode_ping(Ping(time.monotonic_ns()))])
@@ -451,7 +460,8 @@ class RouterServer:
         self._next_epoch += 1
         slots = profiles * n_slots if len(profiles) == 1 else profiles
         self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes), now_ns)
-        self._workers[key] = Connection(now_ns)
+        self._workers[key] = connection = Connection(now_ns)
+        self._workers_due.append((now_ns + self.settings.core.heartbeat_ns, key, connection))
         welcome = {"epoch": self._next_epoch, "router": self.epoch}
         send(self._worker_socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome))])
         log.info("worker %s joined with %d GPUs (%s)", name, n_slots, profiles[0].name)
@@ -476,21 +486,36 @@ class RouterServer:
     # --- out ----------------------------------------------------------------------------
 
     def _keep_alive(self, now_ns: int) -> None:
-        """Ping workers every heartbeat and clients every second; forget whom no message reaches."""
-        ping = wire.encode_ping(Ping(now_ns))
-        for key in tuple(self._workers):
-            if key not in self.core.peers:
-                del self._workers[key]  # buried by the core; it is fenced when it speaks again
-                self._refuse(self._worker_socket, key, "say-hello", "you were silent for too long: say HELLO")
-            elif not send(self._worker_socket, [key, *ping]):
-                self._lose_worker(key, now_ns)
-        for key, connection in tuple(self._clients.items()):
-            if now_ns - connection.pinged_ns < _CLIENT_PING_NS:
-                continue
-            connection.pinged_ns = now_ns
-            is_reached = send(self._client_socket, [key, *ping])
-            if not is_reached or now_ns - connection.heard_ns > _CLIENT_GONE_NS:
-                self._forget_client(key, now_ns)
+        """Ping workers every heartbeat and clients every second, a few a pass; forget the unreachable."""
+        for due in (self._workers_due, self._clients_due):
+            for _ in range(_PINGS_AT_ONCE):
+                if not due or due[0][0] > now_ns:
+                    break
+                _, key, connection = due.popleft()
+                if due is self._workers_due:
+                    self._ping_worker(key, connection, now_ns)
+                else:
+                    self._ping_client(key, connection, now_ns)
+
+    def _ping_worker(self, key: bytes, connection: Connection, now_ns: int) -> None:
+        if self._workers.get(key) is not connection:
+            return  # it left
+        if key not in self.core.peers:
+            del self._workers[key]  # buried by the core; it is fenced when it speaks again
+            self._refuse(self._worker_socket, key, "say-hello", "you were silent for too long: say HELLO")
+        elif send(self._worker_socket, [key, *wire.encode_ping(Ping(now_ns))]):
+            self._workers_due.append((now_ns + self.settings.core.heartbeat_ns, key, connection))
+        else:
+            self._lose_worker(key, now_ns)
+
+    def _ping_client(self, key: bytes, connection: Connection, now_ns: int) -> None:
+        if self._clients.get(key) is not connection:
+            return
+        is_reached = send(self._client_socket, [key, *wire.encode_ping(Ping(now_ns))])
+        if not is_reached or now_ns - connection.heard_ns > _CLIENT_GONE_NS:
+            self._forget_client(key, now_ns)
+        else:
+            self._clients_due.append((now_ns + _CLIENT_PING_NS, key, connection))
 
     def _lose_worker(self, key: bytes, now_ns: int) -> None:
         peer = self.core.peers.get(key)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MS = 1_000_000
 _SAMPLE_EVERY_NS = 2 * MS
 """A client's way is sampled at most this often."""
+_ENOUGH_SAMPLES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +68,29 @@ class Client:
         self.transits = RecentQuantiles([0] * 8)
         self.sampled_ns = 0
 
-    def sample_transit(self, transit_ns: int, now_ns: int) -> None:
+    def sample_transit(self, transit_ns: int, now_ns: int) -> bool:
         """Note how long a message was under way; once a while, lest a drained backlog fill the window."""
-        if now_ns - self.sampled_ns >= _SAMPLE_EVERY_NS:
-            self.sampled_ns = now_ns
-            self.transits.add(max(0, transit_ns))
+        if now_ns - self.sampled_ns < _SAMPLE_EVERY_NS:
+            return False
+        self.sampled_ns = now_ns
+        self.transits.add(max(0, transit_ns))
+        return True
 
     @property
     def return_ns(self) -> int:
         """How long an answer usually takes to reach it: as long as its queries took."""
         return self.transits.median_ns
+
+    def return_bound_ns(self, of_all: RecentQuantiles) -> int:
+        """How long an answer may take to reach it, nearly at worst.
+
+        The 99th percentile of a few messages is the slowest of them, and one client of a thousand
+        sends few: until it has sent a hundred, its way varies as that of all clients does.
+        """
+        transits = self.transits
+        if len(transits) >= _ENOUGH_SAMPLES:
+            return transits.bound_ns()
+        return transits.median_ns + of_all.bound_ns() - of_all.median_ns
 
 
 class CoreState:
@@ -110,6 +124,8 @@ class CoreState:
         self._actions: list[Action] = []
         self._free: list[tuple[int, int, int, Worker]] = []
         self._overruns: list[tuple[int, int]] = []
+        self._transits = RecentQuantiles([0] * 8)
+        self._sampled_ns = 0
         self._serial = 0
         self._client_serial = 0
         self._offer_seq = 0
