@@ -9,7 +9,7 @@ import numpy as np
 
 from router.edf import ANSWERED, QUEUED, Cohort, state_stretches
 from router.events import CancelAsked, ClientJoined, ClientLeft, DrainRouter, QueriesArrived
-from router.state import Client, CoreState
+from router.state import MS, Client, CoreState
 from superserve.wire import Status
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Admission(CoreState):
         client, queries = self.clients[event.client], event.queries
         n = queries.n
         base_ns = now_ns - event.transit_ns
-        if client.sample_transit(event.transit_ns, now_ns) and now_ns != self._sampled_ns:
+        if client.sample_transit(event.transit_ns, now_ns) and now_ns - self._sampled_ns >= MS:
             self._sampled_ns = now_ns
             self._transits.add(max(0, event.transit_ns))
         self._serial += 1

@@ -18,6 +18,7 @@ from bisect import bisect_left
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
+from router.edf import DISPATCHED
 from router.events import (
     Action,
     CancelAsked,
@@ -283,7 +284,10 @@ class RouterCore(Fleet):
             # Side by side in the batch, a client's queries are answered as one group.
             stretches.sort(key=_client_serial)
         for cohort, lo, hi in stretches:
-            cohort.states[lo:hi] = b"\x01" * (hi - lo)
+            if hi - lo == 1:
+                cohort.states[lo] = DISPATCHED
+            else:
+                cohort.states[lo:hi] = b"\x01" * (hi - lo)
             if cohort.holders is not None:
                 cohort.holders.update(dict.fromkeys(range(lo, hi), batch_id))
         self.in_flight += n

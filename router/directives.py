@@ -93,13 +93,10 @@ def _span(each: int, lengths: Buffer | None, lo: int, hi: int) -> tuple[int, int
 
 def results_of(epoch: int, answers: Sequence[Answer]) -> Iterator[Results]:
     """Yield the RESULTS that carry `answers`, all of one client; more than one only past the wire's bound."""
-    if len(answers) == 1:
-        yield Results(epoch, [_group(answers[0])])
-        return
     groups: list[Group] = []
     n = 0
     for answer in answers:
-        group = _group(answer)
+        group = group_of(answer)
         if n + group.count > MAX_QUERIES:
             yield Results(epoch, groups)
             groups, n = [], 0
@@ -108,7 +105,8 @@ def results_of(epoch: int, answers: Sequence[Answer]) -> Iterator[Results]:
     yield Results(epoch, groups)
 
 
-def _group(answer: Answer) -> Group:
+def group_of(answer: Answer) -> Group:
+    """Return the group of RESULTS that an answer is."""
     queries: Queries = answer.cohort.message
     count = answer.n
     ids: Buffer = queries.ids[8 * answer.lo : 8 * answer.hi]

@@ -114,12 +114,20 @@ class TransitClock:
     10 s window is 1 ms at most.
     """
 
-    __slots__ = ("_base",)
+    __slots__ = ("_base", "_base_ns", "_step_ns", "_until_ns")
 
     def __init__(self, window_ns: int = 10_000_000_000) -> None:
         self._base = WindowedMin(window_ns)
+        self._base_ns: int | None = None
+        self._step_ns = window_ns >> 6
+        self._until_ns = 0
 
     def excess_ns(self, sent_ns: int, now_ns: int) -> int:
         """Return the time in buffers of a message stamped `sent_ns` that is handled now; at least 0."""
         offset = now_ns - sent_ns
-        return offset - self._base.add(offset, now_ns)
+        base_ns = self._base_ns
+        if base_ns is None or offset < base_ns or now_ns >= self._until_ns:
+            # In between the window would not keep it either.
+            self._base_ns = base_ns = self._base.add(offset, now_ns)
+            self._until_ns = now_ns + self._step_ns
+        return offset - base_ns

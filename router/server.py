@@ -23,7 +23,7 @@ import zmq
 
 from profiles.table import Profile
 from router.core import RouterCore
-from router.directives import directive_of, results_of
+from router.directives import directive_of, group_of, results_of
 from router.estimates import TransitClock, WindowedMin
 from router.events import (
     Answer,
@@ -552,12 +552,20 @@ class RouterServer:
         )
 
     def _send_results(self, client: bytes, answers: list[Answer]) -> None:
+        if len(answers) == 1:
+            frames = wire.encode_group(self.epoch, group_of(answers[0]))
+            if not send(self._client_socket, [client, *frames]):
+                self._drop_results(client, answers[0].n)
+            return
         for results in results_of(self.epoch, answers):
             if not send(self._client_socket, [client, *wire.encode_results(results)]):
-                self.counts["results_dropped"] += sum(group.count for group in results.groups)
-                # Gone, or not reading: its queries shall cost no more GPU time.
-                self._forget_client(client, time.monotonic_ns())
+                self._drop_results(client, sum(group.count for group in results.groups))
                 return
+
+    def _drop_results(self, client: bytes, n: int) -> None:
+        """Gone, or not reading: its queries shall cost no more GPU time."""
+        self.counts["results_dropped"] += n
+        self._forget_client(client, time.monotonic_ns())
 
 
 def _n_bytes(worker: str, field: str, body: Any) -> int | None:

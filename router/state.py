@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from router.edf import QUEUED, Cohort, EdfQueue
+from router.edf import ANSWERED, QUEUED, Cohort, EdfQueue
 from router.estimates import RecentQuantiles
 from router.events import Action, Answer, Key
 from router.policy import QueueView, WorkerView
@@ -161,7 +161,10 @@ class CoreState:
     def _close(self, cohort: Cohort, lo: int, hi: int, status: Status) -> None:
         """End queries lo to hi, already out of the queue's and the flight's counts."""
         n = hi - lo
-        cohort.states[lo:hi] = b"\x02" * n
+        if n == 1:
+            cohort.states[lo] = ANSWERED
+        else:
+            cohort.states[lo:hi] = b"\x02" * n
         cohort.live -= n
         self.answered[status] += n
         if cohort.live == 0 and cohort.client.cohorts.pop(cohort.serial, None) is not None:

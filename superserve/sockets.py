@@ -139,6 +139,10 @@ def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
     try:
         # What is not to be copied, pyzmq copies all the same below its threshold, `ZERO_COPY_BYTES`,
         # unless it was received as a frame.
+        if len(frames) == 2 and len(frames[1]) < KEEP_BYTES:  # what a ROUTER sends mostly
+            _send(socket, frames[0], _SNDMORE_NOBLOCK, True)
+            _send(socket, frames[1], _NOBLOCK, True)
+            return True
         for frame in frames[:-1]:
             _send(socket, frame, _SNDMORE_NOBLOCK, len(frame) < KEEP_BYTES)
         frame = frames[-1]

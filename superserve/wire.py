@@ -405,6 +405,7 @@ _PRELUDES_OF = {
     for kind in Kind
 }
 _PRELUDES = {kind: preludes[0] for kind, preludes in _PRELUDES_OF.items()}
+_PLAIN_QUERIES = _PRELUDES_OF[Kind.QUERIES][_FLAG_GATHERED]
 _CONTROL_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.DRAIN, Kind.BYE, Kind.STATUS, Kind.REFUSED})
 
 
@@ -480,7 +481,7 @@ def encode_results(message: Results) -> list[Buffer]:
     """Return the frames of a RESULTS message."""
     groups = message.groups
     if len(groups) == 1:
-        return _encode_group(message.epoch, groups[0])
+        return encode_group(message.epoch, groups[0])
     flags = 0
     rows = [_group_row(g) for g in groups]
     columns: list[Buffer] = [g.ids for g in groups]
@@ -494,8 +495,8 @@ def encode_results(message: Results) -> list[Buffer]:
     return _frames(Kind.RESULTS, flags, (header, *rows, *columns), [g.output for g in groups])
 
 
-def _encode_group(epoch: int, g: Group) -> list[Buffer]:
-    """Return the frames of RESULTS of one group: what most clients are sent."""
+def encode_group(epoch: int, g: Group) -> list[Buffer]:
+    """Return the frames of a RESULTS message of one group: what most clients are sent."""
     output, flags = g.output, 0
     n_bytes = g.output_bytes if g.status <= Status.LATE or g.lengths is not None else len(output)
     parts = [g.ids]
@@ -974,6 +975,8 @@ def decode(frames: Sequence[Buffer]) -> Message:
     """
     if not frames or len(frames[0]) < _PRELUDE.size:
         raise WireError("prelude: the message is too short")
+    if len(frames) == 1 and bytes(frames[0][: _PRELUDE.size]) == _PLAIN_QUERIES:
+        return _decode_queries(frames, _FLAG_GATHERED)
     magic, version, number, flags = _PRELUDE.unpack_from(frames[0])
     if magic != MAGIC:
         raise WireError(f"magic: expected {MAGIC!r}, got {bytes(magic)!r}")
