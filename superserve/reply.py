@@ -87,7 +87,10 @@ class Answers:
         arrived_ns: When it came, by this process's clock.
     """
 
-    __slots__ = ("_arrived_ns", "_ends", "_group", "_has_output", "_rows", "_spec", "_subnet", "_waits_us")
+    __slots__ = (
+        "_arrived_ns", "_ends", "_group", "_has_output", "_last_timeline", "_rows", "_spec", "_subnet",
+        "_waits_us",
+    )  # fmt: skip
 
     def __init__(self, group: Group, subnet: str, spec: TensorSpec | None, arrived_ns: int) -> None:
         self._group = group
@@ -98,6 +101,7 @@ class Answers:
         self._rows: Any = None
         self._ends: list[int] | None = None
         self._waits_us: list[int] | None = None
+        self._last_timeline: Timeline | None = None
 
     def outcome(self, i: int, submitted_ns: int) -> Reply | QueryError:
         """Return what query `i` of the group gets: its reply, or the error that says why not."""
@@ -107,9 +111,7 @@ class Answers:
         if self._rows is None:
             self._rows = self._arrays()
         output = self._part(i) if self._rows is False else self._rows[i, ...]
-        timeline = Timeline(
-            self._queued_ms(i), group.to_start_ns / MS, group.executing_ns / MS, group.returning_ns / MS
-        )
+        timeline = self._timeline(self._queued_ms(i))
         latency_ms = (self._arrived_ns - submitted_ns) / MS
         is_late = group.status == _LATE
         return Reply(output, is_late, self._subnet, group.accuracy, group.batch_size, timeline, latency_ms)
@@ -122,6 +124,16 @@ class Answers:
         rows = np.frombuffer(group.output, spec.dtype).reshape(group.count, *spec.shape)
         rows.flags.writeable = False
         return rows
+
+    def _timeline(self, queued_ms: float) -> Timeline:
+        """Return the timeline of a query that waited so long; those that came together share one."""
+        last = self._last_timeline
+        if last is None or last.queued_ms != queued_ms:
+            group = self._group
+            self._last_timeline = last = Timeline(
+                queued_ms, group.to_start_ns / MS, group.executing_ns / MS, group.returning_ns / MS
+            )
+        return last
 
     def _queued_ms(self, i: int) -> float:
         group = self._group
