@@ -73,6 +73,10 @@ _PINGS_AT_ONCE = 16
 _COLLECT_NS = 100 * MS
 _CLIENT_PING_NS = 1_000 * MS
 _CLIENT_GONE_NS = 10_000 * MS
+_NEAR_NS = 20 * MS
+_ENOUGH_PONGS = 3
+"""A client that is busy when it has just connected answers late: until it has answered so often, a round
+trip longer than `_NEAR_NS` is taken for that, and not for a way that eats the slack of its queries."""
 _RTT_WINDOW_NS = 10_000 * MS
 _MAX_TRANSIT_NS = 60_000 * MS
 """What a message may claim to have been under way: stamps are the peer's, and may be anything."""
@@ -99,11 +103,13 @@ class ServerSettings:
 class Connection:
     """What the server keeps of one peer: how far away it is, and when it last spoke."""
 
-    __slots__ = ("heard_ns", "one_way_ns", "rtts", "transit")
+    __slots__ = ("heard_ns", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit")
 
     def __init__(self, now_ns: int) -> None:
         self.heard_ns = now_ns
+        self.n_pongs = 0
         self.one_way_ns = 0
+        self.pinged_ns = 0
         self.transit = TransitClock()
         self.rtts = WindowedMin(_RTT_WINDOW_NS)
 
@@ -314,7 +320,12 @@ class RouterServer:
 
     def _client_pong(self, key: bytes, pong: Pong, now_ns: int) -> None:
         connection = self._clients[key]
-        connection.one_way_ns = connection.rtts.add(max(0, now_ns - pong.stamp_ns), now_ns) // 2
+        if pong.stamp_ns != connection.pinged_ns:
+            return  # of an older PING: it lay unread, which says nothing of the way
+        connection.n_pongs += 1
+        rtt_ns = connection.rtts.add(max(0, now_ns - pong.stamp_ns), now_ns)
+        is_likely = rtt_ns <= _NEAR_NS or connection.n_pongs >= _ENOUGH_PONGS
+        connection.one_way_ns = rtt_ns // 2 if is_likely else 0
 
     def _client_control(self, key: bytes, message: Control, now_ns: int) -> None:
         socket = self._client_socket
@@ -327,7 +338,8 @@ class RouterServer:
             self._clients_due.append((now_ns + _CLIENT_PING_NS, key, connection))
             self._handle(ClientJoined(key, session), now_ns)
             self._welcome_client(key)
-            send(socket, [key, *wire.encode_ping(Ping(time.monotonic_ns()))])
+            connection.pinged_ns = time.monotonic_ns()
+            send(socket, [key, *wire.encode_ping(Ping(connection.pinged_ns))])
         elif message.kind is Kind.BYE:
             self._forget_client(key, now_ns)
         elif message.kind is Kind.STATUS:
@@ -511,6 +523,7 @@ class RouterServer:
     def _ping_client(self, key: bytes, connection: Connection, now_ns: int) -> None:
         if self._clients.get(key) is not connection:
             return
+        connection.pinged_ns = now_ns
         is_reached = send(self._client_socket, [key, *wire.encode_ping(Ping(now_ns))])
         if not is_reached or now_ns - connection.heard_ns > _CLIENT_GONE_NS:
             self._forget_client(key, now_ns)

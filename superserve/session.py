@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MS = 1_000_000
 
-SPACING_NS = MS // 2
+SPACING_NS = MS
 """Least time between two messages while an answer is awaited. Each message costs the router and the
 client some 60 us whatever it holds, so a busy process may spend a tenth of a core on them, not all
 of it. A client that awaits nothing sends at once: one caller after another never waits here."""

@@ -14,8 +14,9 @@ import pytest
 import zmq
 
 from profiles.table import load_profile
+from router.server import Connection, RouterServer, ServerSettings
 from superserve import processes, sockets, wire
-from superserve.clock import SECOND
+from superserve.clock import MS, SECOND
 from superserve.connection import ask_status
 from superserve.wire import Control, Done, DoneRow, Kind, Pong, Pull, PullRow, Queries, Results, Status
 from tests.superserve.fakes import WAIT_S, ids_of, next_message, poll
@@ -331,6 +332,25 @@ def test_thousands_of_mangled_messages_on_both_ports_cost_nobody_an_answer(net: 
                 assert router.poll() is None, f"seed {SEED}, message {i}: {router.tail()}"
                 assert served(client, 10**6 + i)
         assert ask_status(router.ready["client"])["counts"]["malformed"] > 1_000
+
+
+def test_a_client_that_answers_its_first_ping_late_is_not_far_away() -> None:
+    """Reading files when just connected costs no slack; a way that is long in three answers does."""
+    server = RouterServer(ServerSettings())
+    server._context.term()
+    connection = server._clients[b"c"] = Connection(0)
+
+    def pong_after(rtt_ns: int) -> int:
+        connection.pinged_ns += SECOND
+        stamp_ns = connection.pinged_ns
+        server._client_pong(b"c", Pong(stamp_ns - 1, 0), stamp_ns + 1)  # of an older PING
+        server._client_pong(b"c", Pong(stamp_ns, 0), stamp_ns + rtt_ns)
+        return connection.one_way_ns
+
+    assert pong_after(2 * SECOND) == 0
+    assert pong_after(100 * MS) == 0
+    assert pong_after(100 * MS) == 50 * MS
+    assert pong_after(MS // 2) == MS // 4
 
 
 def test_stamps_far_apart_are_no_reason_to_die(net: Net) -> None:
