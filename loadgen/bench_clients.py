@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 _WELCOME_NS = 20_000_000_000
 _POLLIN = int(zmq.POLLIN)
-_KIND_AT = 3
-"""Where a message's kind stands in its first frame."""
 _AT_ONCE = 256
 """Sockets drained in a row before the senders' turn."""
 
@@ -109,7 +107,7 @@ class ManyTarget:
                 while True:
                     frame = receive(zmq.NOBLOCK)
                     self._arrived.append((time.monotonic_ns(), frame))
-                    self.n_ended += 1 if self._is_echo or frame[_KIND_AT] == int(Kind.RESULTS) else 0
+                    self.n_ended += 1 if self._is_echo or wire.kind_of(frame) == Kind.RESULTS else 0
             except zmq.Again:
                 pass
 
@@ -124,7 +122,7 @@ class ManyTarget:
         """Return when each query's answer came, -1 where none with an output did."""
         answered_ns = [-1] * n
         for now_ns, frame in self._arrived:
-            if frame[_KIND_AT] not in (Kind.QUERIES, Kind.RESULTS):
+            if wire.kind_of(frame) not in (Kind.QUERIES, Kind.RESULTS):
                 continue  # heartbeats
             message = wire.decode([frame])
             if isinstance(message, Queries):  # the echo sends back what it got

@@ -459,6 +459,11 @@ def encode_queries(message: Queries) -> list[Buffer]:
     return _frames(Kind.QUERIES, flags, (header, *columns), message.payloads)
 
 
+def kind_of(frame: bytes) -> int:
+    """Return the kind that a sound first frame names, without decoding the message."""
+    return frame[3]
+
+
 def encode_query(epoch: int, sent_ns: int, query_id: int, slack_ns: int, payload: Buffer) -> Buffer:
     """Return the one frame of a QUERIES message of one query with a payload below GATHER_BYTES."""
     n_bytes = len(payload)
