@@ -42,7 +42,10 @@ def cli() -> None:
     "--workers", type=click.IntRange(1, 1_024), help="Worker processes.  [default: one a GPU, or 1]"
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if torch sees GPUs]")
-@click.option("--supernet", metavar="NAME", help='"digits", or a supernet file.  [default: digits]')
+@click.option("--supernet", metavar="NAME", help="digits, ofa-resnet50, dynabert, or module:attribute.")
+@click.option(
+    "--weights", metavar="FILE", help='Its checkpoint, or "random".  [default: the one it comes with]'
+)
 @click.option("--profile", metavar="PROFILE", help="Of the supernet on this device.  [default: digits-cpu]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each worker's torch.  [default: 1]")
 @click.option("--policy", default="slackfit", show_default=True, help="slackfit, fixed:<subnet>, maxacc, ...")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from gpu_worker.cli import DEFAULT_PROFILE, MAX_GPUS
+from gpu_worker.cli import MAX_GPUS
+from gpu_worker.names import DIGITS, SHIPPED_SUPERNETS
 from profiles.table import load_profile, shipped_profiles
 from router.registry import make_policy
 from superserve.errors import ConfigError
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 ANY_PORT = 0
 """The system picks a free one."""
 
-SHIPPED_SUPERNET = "digits"
+DEFAULT_PROFILE = "digits-cpu"
+"""What workers serve by unless told otherwise: the profile of the digits supernet on a CPU."""
 MAX_WORKERS = 1_024
 """Worker processes of one cluster on one machine, at most."""
 
@@ -63,6 +65,7 @@ class Options:
         workers: Worker processes.
         device: "cpu" or "cuda".
         supernet: What real workers serve.
+        weights: Its checkpoint, or "random".
         profile: Their profile.
         threads: CPU threads of each.
     """
@@ -77,6 +80,7 @@ class Options:
     workers: int | None = None
     device: str | None = None
     supernet: str | None = None
+    weights: str | None = None
     profile: str | None = None
     threads: int | None = None
 
@@ -162,7 +166,7 @@ def endpoint(port: int) -> str:
 def _emulated(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
     """Return worker processes that share the emulated GPUs, their profile, and what was asked for."""
     assert options.emulate is not None, "the caller looked"
-    for option in ("gpus", "device", "supernet", "profile", "threads"):
+    for option in ("gpus", "device", "supernet", "weights", "profile", "threads"):
         if getattr(options, option) is not None:
             raise ConfigError(f"--{option} and --emulate: expected one of them, got both")
     n_gpus = options.n_gpus or 1
@@ -186,27 +190,40 @@ def _emulated(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
 
 def _real(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
     """Return a worker process for each device, their profile, and what was asked for."""
-    supernet = options.supernet or SHIPPED_SUPERNET
-    if supernet != SHIPPED_SUPERNET:
-        if not Path(supernet).is_file():
-            raise ConfigError(
-                f"--supernet: expected {SHIPPED_SUPERNET!r} or a supernet file, got {supernet!r}"
-            )
-        supernet = str(Path(supernet).absolute())
+    supernet = options.supernet or DIGITS
+    if supernet not in SHIPPED_SUPERNETS and ":" not in supernet:
+        raise ConfigError(
+            f"--supernet: expected one of {', '.join(SHIPPED_SUPERNETS)}, or package.module:attribute, "
+            f"got {supernet!r}"
+        )
+    if supernet != DIGITS and options.profile is None:
+        raise ConfigError(f"--profile: {supernet} comes without one: expected one, from `profiles search`")
     _check_installed()
     profile = _profile(options.profile or DEFAULT_PROFILE)
+    weights = () if options.weights is None else ("--weights", _weights(options.weights))
     threads = options.threads or 1
     devices = _devices(options)
     roles = [
         _worker(
             i,
-            ("--supernet", supernet, "--profile", profile, "--device", device, "--threads", str(threads)),
-            f"{Path(supernet).name} on {device}",
+            (
+                "--supernet",
+                supernet,
+                "--profile",
+                profile,
+                "--device",
+                device,
+                "--threads",
+                str(threads),
+                *weights,
+            ),
+            f"{supernet} on {device}",
         )
         for i, device in enumerate(devices)
     ]
     return roles, profile, {
-        "workers": f"{supernet} on {', '.join(devices)}", "profile": profile, "threads": threads
+        "workers": f"{supernet} on {', '.join(devices)}", "profile": profile, "threads": threads,
+        **({"weights": weights[1]} if weights else {}),
     }  # fmt: skip
 
 
@@ -219,6 +236,15 @@ def _profile(name: str) -> str:
     """Return a shipped profile's name, or a file's absolute path: the keeper may stand elsewhere."""
     load_profile(name)
     return name if name in shipped_profiles() else str(Path(name).absolute())
+
+
+def _weights(text: str) -> str:
+    """Return "random", or a checkpoint's absolute path: the keeper may stand elsewhere."""
+    if text == "random":
+        return text
+    if not Path(text).is_file():
+        raise ConfigError(f"--weights: expected a checkpoint's file or 'random', got {text!r}")
+    return str(Path(text).absolute())
 
 
 def _check_installed() -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,12 +17,14 @@ import zmq
 
 from gpu_worker.emulated import OUTPUT, EmulatedGpus
 from gpu_worker.eventlog import EventLogHeader, EventLogWriter
+from gpu_worker.names import SHIPPED_SUPERNETS
 from gpu_worker.server import Gauges, Waker, WorkerServer
-from profiles.table import Profile, load_profile
+from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
 from superserve.processes import announce_ready, die_with_parent
 from superserve.sockets import connect_dealer
+from superserve.subnet import Subnet
 from superserve.wire import VERSION
 
 if TYPE_CHECKING:
@@ -33,9 +36,6 @@ if TYPE_CHECKING:
 
 MAX_GPUS = 1_024
 """Emulated GPUs in one process, at most; one loop attends them all."""
-
-DEFAULT_PROFILE = "digits-cpu"
-"""The profile of the shipped supernet on a CPU."""
 
 
 class Device(NamedTuple):
@@ -55,10 +55,28 @@ class Device(NamedTuple):
 @click.option("--emulate", metavar="PROFILE", help="Emulate GPUs: a shipped profile's name, or a file.")
 @click.option("--gpus", type=click.IntRange(1, MAX_GPUS), help="Emulated GPUs in this process.  [default: 1]")
 @click.option("--event-log", type=click.Path(dir_okay=False, path_type=Path), help="What they ran and when.")
-@click.option("--supernet", metavar="NAME", help='Serve a supernet: "digits", or a supernet file.')
-@click.option("--profile", "profile_name", help=f"Its profile here.  [default: {DEFAULT_PROFILE}]")
+@click.option(
+    "--supernet",
+    metavar="NAME",
+    help=f"Serve a supernet: {', '.join(SHIPPED_SUPERNETS)}, or module:attribute.",
+)
+@click.option(
+    "--weights", metavar="FILE", help='Its checkpoint, or "random".  [default: the one it comes with]'
+)
+@click.option(
+    "--statistics",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="SubnetNorm's, for the profile's subnets.  [default: those beside the profile, if any]",
+)
+@click.option("--profile", help="Its profile here.  [default: the one it comes with]")
 @click.option("--device", help="cpu, cuda or cuda:<n>.  [default: cpu]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.  [default: 1]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.  [default: one a core, or 1]")
+@click.option("--cores", metavar="LIST", help="Pin the process to these cores, such as 0,2 or 0-3.")
+@click.option(
+    "--precision", type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    help="What it computes in; auto is float16 on CUDA if it holds.  [default: auto]",
+)  # fmt: skip
+@click.option("--eager", is_flag=True, default=None, help="Capture no CUDA graphs.")
 def cli(
     endpoint: str,
     name: str | None,
@@ -66,9 +84,7 @@ def cli(
     gpus: int | None,
     event_log: Path | None,
     supernet: str | None,
-    profile_name: str | None,
-    device: str | None,
-    threads: int | None,
+    **of_supernet: Any,
 ) -> None:
     """Serve a supernet, or emulated GPUs, to a router until SIGTERM."""
     die_with_parent()
@@ -76,9 +92,7 @@ def cli(
     name = name or f"{platform.node()}-{os.getpid()}"
     try:
         _only_with("--emulate", emulate, {"--gpus": gpus, "--event-log": event_log})
-        _only_with(
-            "--supernet", supernet, {"--profile": profile_name, "--device": device, "--threads": threads}
-        )
+        _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
         if (emulate is None) == (supernet is None):
             raise ConfigError("expected one of --emulate and --supernet")
         with ExitStack() as stack:
@@ -87,10 +101,7 @@ def cli(
                 served = stack.enter_context(emulated(emulate, gpus or 1, name, event_log))
             else:
                 assert supernet is not None, "one of the two was given"
-                profile = load_profile(profile_name or DEFAULT_PROFILE)
-                served = stack.enter_context(
-                    resident(supernet, profile, device or "cpu", threads or 1, waker)
-                )
+                served = stack.enter_context(resident(Asked(supernet, **of_supernet), waker))
             serve(endpoint, name, served, waker)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
@@ -123,28 +134,42 @@ def emulated(profile_name: str, n_gpus: int, name: str, event_log: Path | None) 
         yield Device(gpus, profile, fingerprint, None, OUTPUT, _memory_of_process)
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a worker with a real supernet was asked for; None is the default."""
+
+    supernet: str
+    profile: str | None = None
+    weights: str | None = None
+    statistics: Path | None = None
+    device: str | None = None
+    threads: int | None = None
+    cores: str | None = None
+    precision: str | None = None
+    eager: bool | None = None
+
+
 @contextmanager
-def resident(supernet: str, profile: Profile, device: str, threads: int, waker: Waker) -> Iterator[Device]:
-    """Give one real device with a resident supernet, warmed up; its thread ends with the block.
+def resident(asked: Asked, waker: Waker) -> Iterator[Device]:
+    """Give one real device with a resident supernet, warmed up; its threads end with the block.
 
     Raises:
         ConfigError: The supernet, the device or the profile is not what it should be.
     """
+    cores = None if asked.cores is None else pin(asked.cores)
+    threads = asked.threads or len(cores or (0,))
     # For OpenMP a count set by torch holds for the thread that sets it: without this, which must
     # precede torch's import, the compute thread would take every core.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     # torch takes seconds to import: emulated GPUs do without.
     from gpu_worker.compute import ComputeGpu  # noqa: PLC0415
-    from gpu_worker.torch_executor import SHIPPED_PATH, SUPERNET_NAME, TorchExecutor  # noqa: PLC0415
 
-    path = SHIPPED_PATH if supernet == SUPERNET_NAME else Path(supernet)
-    if not path.is_file():
-        raise ConfigError(f"--supernet: expected {SUPERNET_NAME!r} or a supernet file, got {supernet!r}")
-    executor = TorchExecutor.load(path, device=device, threads=threads, batch_sizes=profile.batch_sizes)
-    select_rows(profile, executor)
+    profile, executor = load_executor(asked, threads)
     executor.warm_up()
+    logging.getLogger(__name__).info("%s, %s: %s", asked.supernet, executor.precision, executor.memory())
     gauges = _memory_of_cuda(executor) if executor.device.type == "cuda" else _memory_of_process
-    gpu = ComputeGpu(executor, profile, MonotonicClock(), waker.wake)
+    stager = executor if executor.stages_ahead else None
+    gpu = ComputeGpu(executor, profile, MonotonicClock(), waker.wake, stager=stager)
     gpu.start()
     try:
         yield Device(gpu, profile, executor.fingerprint, executor.input_spec, executor.output_spec, gauges)
@@ -152,12 +177,56 @@ def resident(supernet: str, profile: Profile, device: str, threads: int, waker: 
         gpu.close()
 
 
-def select_rows(profile: Profile, executor: TorchExecutor) -> None:
-    """Make the profile's rows the executor's; ConfigError if the supernet has no such subnet."""
+def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
+    """Return the profile and the resident supernet that hosts its subnets."""
+    from gpu_worker.kinds import supernet_kind  # noqa: PLC0415  these import torch
+    from gpu_worker.torch_executor import Placement, TorchExecutor  # noqa: PLC0415
+
+    kind = supernet_kind(asked.supernet)
+    name = asked.profile or kind.profile
+    if name is None:
+        raise ConfigError(f"--profile: {kind.name} comes without one: expected one, from `profiles search`")
+    profile = load_profile(name)
+    if profile.supernet != kind.name:
+        raise ConfigError(
+            f"profile {profile.name!r}: expected one of {kind.name}, got one of {profile.supernet}"
+        )
+    subnets = [Subnet(row.name, row.control) for row in profile.subnets]
+    placement = Placement(
+        device=asked.device or "cpu",
+        threads=threads,
+        batch_sizes=profile.batch_sizes,
+        precision=asked.precision or "auto",
+        uses_graphs=not asked.eager,
+    )
+    statistics = asked.statistics
+    if statistics is None and (beside := statistics_path(name)).exists():
+        statistics = beside
     try:
-        executor.select([subnet.name for subnet in profile.subnets])
+        executor = TorchExecutor.load(
+            asked.supernet, subnets, weights=asked.weights, statistics=statistics, placement=placement
+        )
     except ConfigError as error:
         raise ConfigError(f"profile {profile.name!r}: {error}") from error
+    return profile, executor
+
+
+def pin(text: str) -> list[int]:
+    """Pin this process to the cores that `text` lists, such as "0,2" or "0-3"; return them.
+
+    Raises:
+        ConfigError: It is malformed, or lists a core that this process may not use.
+    """
+    allowed = os.sched_getaffinity(0)
+    try:
+        ends = [(part.split("-") * 2)[:2] for part in text.split(",")]
+        cores = sorted({core for first, last in ends for core in range(int(first), int(last) + 1)})
+    except ValueError as error:
+        raise ConfigError(f"--cores: expected numbers such as 0,2 or 0-3, got {text!r}") from error
+    if not cores or not set(cores) <= allowed:
+        raise ConfigError(f"--cores: expected some of {sorted(allowed)}, got {text!r}")
+    os.sched_setaffinity(0, cores)
+    return cores
 
 
 def serve(endpoint: str, name: str, device: Device, waker: Waker) -> None:

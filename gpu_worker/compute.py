@@ -1,7 +1,8 @@
 """One real GPU, or CPU: batches run in a thread of their own, so that the sockets stay attended.
 
 The server's thread puts batches into a queue and is woken by each report. The compute
-thread takes the next one without asking, so the device does not wait for the sockets.
+thread takes the next one without asking, so the device does not wait for the sockets. Where the
+device has a memory of its own, a third thread brings each batch there while the one before runs.
 A query that makes the model raise costs its batch a second run, one by one, and no
 other query its answer. Out of memory: the batch is halved until it fits.
 """
@@ -64,6 +65,22 @@ class Executor(Protocol):
         ...
 
 
+class Stager(Protocol):
+    """What brings batches to a device ahead of time: a `TorchExecutor` on CUDA, or a test's own."""
+
+    def stage(self, batch: npt.NDArray[Any]) -> Any:
+        """Start the way of `batch` (B, *input) to the device; may wait until there is room."""
+        ...
+
+    def run(self, subnet: int, staged: Any) -> npt.NDArray[Any]:
+        """Run what was staged on row `subnet`, once, and return its outputs (B, *output)."""
+        ...
+
+    def discard(self, staged: Any) -> None:
+        """Forget what was staged: it will not run."""
+        ...
+
+
 class _Ended(NamedTuple):
     """How one query ended, and its output or reason."""
 
@@ -71,13 +88,20 @@ class _Ended(NamedTuple):
     output: Buffer
 
 
-def run_batch(executor: Executor, directive: Directive, waited_ns: int) -> Outcome:
+def run_batch(
+    executor: Executor,
+    directive: Directive,
+    waited_ns: int,
+    run_staged: Callable[[], npt.NDArray[Any]] | None = None,
+) -> Outcome:
     """Run a batch's queries that still have slack and fit the model; say how each ended.
 
     Args:
         executor: What runs them.
         directive: The batch.
         waited_ns: How long it has waited here.
+        run_staged: Runs the whole batch from where it was staged; called once at most, and only if every
+            query is to run.
     """
     ended: list[_Ended | None] = _refusals(executor.input_spec, directive, waited_ns)
     rows = [i for i, end in enumerate(ended) if end is None]
@@ -85,7 +109,7 @@ def run_batch(executor: Executor, directive: Directive, waited_ns: int) -> Outco
         return _as_outcome([end for end in ended if end is not None], 0)
     inputs = _assemble(executor.input_spec, directive, rows)
     if len(rows) == directive.n:
-        return _run_whole(executor, directive.subnet, inputs)
+        return _run_whole(executor, directive.subnet, inputs, run_staged)
     for i, end in zip(rows, _run(executor, directive.subnet, inputs), strict=True):
         ended[i] = end
     return _as_outcome([end for end in ended if end is not None], len(rows))
@@ -120,10 +144,17 @@ def _assemble(spec: TensorSpec, directive: Directive, rows: Sequence[int]) -> np
     return np.frombuffer(data, np.dtype(spec.dtype)).reshape(len(rows), *spec.shape)
 
 
-def _run_whole(executor: Executor, subnet: int, inputs: npt.NDArray[Any]) -> Outcome:
+def _run_whole(
+    executor: Executor,
+    subnet: int,
+    inputs: npt.NDArray[Any],
+    run_staged: Callable[[], npt.NDArray[Any]] | None,
+) -> Outcome:
     """Run a batch of which every query is sound: the usual case, whose outputs stay together."""
     try:
-        outputs = _execute(executor, subnet, inputs)
+        outputs = _checked(
+            executor, inputs, executor.execute(subnet, inputs) if run_staged is None else run_staged()
+        )
     except Exception as error:  # noqa: BLE001  the model's own, whatever it is
         return _as_outcome(_rerun(executor, subnet, inputs, error), len(inputs))
     return Outcome(len(inputs), executor.output_spec.n_bytes, outputs.tobytes())
@@ -150,7 +181,10 @@ def _rerun(executor: Executor, subnet: int, inputs: npt.NDArray[Any], error: Exc
 
 
 def _execute(executor: Executor, subnet: int, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    outputs = executor.execute(subnet, inputs)
+    return _checked(executor, inputs, executor.execute(subnet, inputs))
+
+
+def _checked(executor: Executor, inputs: npt.NDArray[Any], outputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
     spec = executor.output_spec
     expected = (len(inputs), *spec.shape)
     if outputs.shape != expected or outputs.dtype != np.dtype(spec.dtype):
@@ -169,6 +203,7 @@ def _as_outcome(ended: Sequence[_Ended], n_run: int) -> Outcome:
 class _Job:
     directive: Directive
     received_ns: int
+    staged: Any = None  # set by the staging thread before the compute thread sees the job
     is_dropped: bool = False  # set by the server's thread, read once by the compute thread
 
 
@@ -183,16 +218,27 @@ class ComputeGpu:
     """One real device as the server sees it; `start` begins its thread, `close` ends it.
 
     Args:
-        executor: What runs a batch; touched by the compute thread alone.
+        executor: What runs a batch; touched by the compute thread alone, but for what it stages.
         profile: How long batches are expected to take.
         clock: The process's clock.
         wake: Called by the compute thread after each report.
+        stager: Brings batches to the device ahead of time, by a thread of its own; None if there is no
+            way to bring them.
     """
 
     n_slots = 1
 
-    def __init__(self, executor: Executor, profile: Profile, clock: Clock, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        profile: Profile,
+        clock: Clock,
+        wake: Callable[[], None],
+        *,
+        stager: Stager | None = None,
+    ) -> None:
         self._executor = executor
+        self._stager = stager
         self._profile = profile
         self._clock = clock
         self._wake = wake
@@ -203,17 +249,23 @@ class ComputeGpu:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._reports: SimpleQueue[_Report | BaseException] = SimpleQueue()
         # A daemon: a batch that never ends must not keep the process from ending.
-        self._thread = threading.Thread(target=self._compute, name="compute", daemon=True)
+        self._threads = [threading.Thread(target=self._compute, name="compute", daemon=True)]
+        self._entrance = self._jobs
+        if stager is not None:
+            self._entrance = SimpleQueue()
+            self._threads.append(threading.Thread(target=self._stage_all, name="staging", daemon=True))
 
     def start(self) -> None:
-        """Start the compute thread."""
-        self._thread.start()
+        """Start its threads."""
+        for thread in self._threads:
+            thread.start()
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """End the thread after the batch it runs, or leave it after `timeout_s` seconds."""
+        """End the threads after the batch that runs, or leave them after `timeout_s` seconds each."""
         self.forget_held()
-        self._jobs.put(None)
-        self._thread.join(timeout_s)
+        self._entrance.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
 
     def submit(self, directive: Directive, received_ns: int) -> bool:
         """Hand a batch to the compute thread; False if it has too many already."""
@@ -222,7 +274,7 @@ class ComputeGpu:
             return False
         job = _Job(directive, received_ns)
         self._outstanding.append(job)
-        self._jobs.put(job)
+        self._entrance.put(job)
         return True
 
     def next_event_ns(self) -> int | None:
@@ -293,7 +345,54 @@ class ComputeGpu:
 
     def _run_job(self, job: _Job) -> _Report:
         started_ns = self._clock.now_ns()
-        if job.is_dropped:
-            return _Report(job, refused(job.directive, Status.CANCELLED, "dropped"), started_ns, started_ns)
-        outcome = run_batch(self._executor, job.directive, started_ns - job.received_ns)
-        return _Report(job, outcome, started_ns, self._clock.now_ns())
+        staged, job.staged = job.staged, None
+        ran = False
+
+        def run_staged() -> npt.NDArray[Any]:
+            nonlocal ran
+            ran = True
+            assert self._stager is not None, "it staged this"
+            return self._stager.run(job.directive.subnet, staged)
+
+        try:
+            if job.is_dropped:
+                return _Report(
+                    job, refused(job.directive, Status.CANCELLED, "dropped"), started_ns, started_ns
+                )
+            outcome = run_batch(
+                self._executor,
+                job.directive,
+                started_ns - job.received_ns,
+                None if staged is None else run_staged,
+            )
+            return _Report(job, outcome, started_ns, self._clock.now_ns())
+        finally:
+            if staged is not None and not ran:
+                assert self._stager is not None, "it staged this"
+                self._stager.discard(staged)
+
+    def _stage_all(self) -> None:
+        """Stage batches in their order until told to end. The staging thread's outermost loop."""
+        try:
+            while (job := self._entrance.get()) is not None:
+                if not job.is_dropped:
+                    job.staged = self._staged(job.directive)
+                self._jobs.put(job)
+        except BaseException as error:  # noqa: BLE001  raised again by the server's thread
+            self._reports.put(error)
+            self._wake()
+        self._jobs.put(None)
+
+    def _staged(self, directive: Directive) -> Any:
+        """Return the staged batch; None if a query of it will be refused, or there is no room for it.
+
+        Such a batch is run from host memory, where each query gets its own answer.
+        """
+        assert self._stager is not None, "this thread runs only where there is one"
+        spec = self._executor.input_spec
+        if any(size != spec.n_bytes for size in map(len, directive.payload_list())):
+            return None
+        try:
+            return self._stager.stage(_assemble(spec, directive, range(directive.n)))
+        except Exception:  # noqa: BLE001  it will show again when the batch is run, query by query
+            return None

@@ -72,6 +72,21 @@ def held_out() -> Images:
     return Images(augment(images.pixels[chosen], rng), images.labels[chosen])
 
 
+def held_out_halves() -> tuple[Images, Images]:
+    """Return the held-out set as two, with no original in both: about 2,048 images each."""
+    images = held_out()
+    is_first = np.arange(HELD_OUT_IMAGES) % _HELD_OUT_ORIGINALS < _HELD_OUT_ORIGINALS // 2
+    first, second = (Images(images.pixels[chosen], images.labels[chosen]) for chosen in (is_first, ~is_first))
+    return first, second
+
+
+def training(n: int, *, seed: int) -> npt.NDArray[np.float32]:
+    """Return `n` freshly augmented images of the training side, (n, 1, 20, 20)."""
+    rng = np.random.default_rng((_SPLIT_SEED, seed))
+    pixels = originals(held_out=False).pixels
+    return augment(pixels[rng.integers(len(pixels), size=n)], rng)
+
+
 def augment(pixels: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """Return each original (N, 8, 8) turned, scaled, shifted, dimmed, occluded and noisy, (N, 1, 20, 20)."""
     n = len(pixels)

@@ -1,224 +1,344 @@
-"""DigitsSupernet: a small residual network of which depth and width are elastic.
-
-A subnet's control tuple is {"d": blocks run in each stage, "w": width fraction of
-each stage}; stage m then runs its first d[m] blocks on its first
-ceil(w[m] * channels[m]) channels.
-"""
+"""Supernet: a resident model with operators inserted, the subnets it hosts, and the one that runs."""
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 
-from gpu_worker.operators import (
-    Cursor,
-    LayerSelect,
-    SubnetNorm,
-    WeightSliceConv2d,
-    WeightSliceLinear,
-    first_blocks,
-    sliced_size,
-)
+from gpu_worker.operators import Prepared, Statistics, SubnetNorm, WeightSlice, is_packed_already
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from gpu_worker.control import Controls
+    from gpu_worker.insertion import Inserted
+    from gpu_worker.operators import Settings
+
+MAX_PREPARED = 64
+"""Subnets whose statistics rest on the device, unless more are pinned; all others' are in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
-    """The sizes of a DigitsSupernet at its largest.
+class SubnetStatistics:
+    """What SubnetNorm keeps of one subnet, all norms end to end.
 
     Attributes:
-        image_shape: Channels, height and width of one image.
-        channels: Of each stage; every stage after the first halves the image.
-        depths: Blocks of each stage.
-        n_classes: Size of the output.
-        min_width: Smallest width fraction of a stage.
+        channels: Of each norm, in the order of the model's norms; 0 for one that did not run.
+        values: For each norm its mean, then its variance; float32, (2 * sum(channels),), in host memory.
     """
 
-    image_shape: tuple[int, int, int]
     channels: tuple[int, ...]
-    depths: tuple[int, ...]
-    n_classes: int
-    min_width: float
+    values: torch.Tensor
 
     def __post_init__(self) -> None:
-        if not self.channels or len(self.channels) != len(self.depths):
+        expected = 2 * sum(self.channels)
+        if self.values.dtype != torch.float32 or self.values.shape != (expected,):
             raise ConfigError(
-                f"architecture: expected as many channels as depths, got {self.channels} and {self.depths}"
+                f"statistics: expected {expected} float32 values, "
+                f"got {self.values.dtype} {tuple(self.values.shape)}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Bytes that a supernet occupies, by what for.
+
+    Attributes:
+        shared: Parameters and buffers of the model, on its device; all subnets use them.
+        statistics_resident: SubnetNorm's of the subnets prepared, on the device.
+        statistics_idle: SubnetNorm's of the others, in host memory.
+        packed: Contiguous copies of slices, on the device.
+        n_subnets: Subnets hosted.
+        n_resident: Those of them that are prepared.
+    """
+
+    shared: int
+    statistics_resident: int
+    statistics_idle: int
+    packed: int
+    n_subnets: int
+    n_resident: int
 
     @property
-    def largest(self) -> dict[str, list[Any]]:
-        """The control tuple of the whole supernet."""
-        return {"d": list(self.depths), "w": [1.0] * len(self.depths)}
+    def device(self) -> int:
+        """Bytes on the device."""
+        return self.shared + self.statistics_resident + self.packed
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        return (
+            f"{self.n_subnets} subnets: {_mb(self.shared)} shared, "
+            f"{_mb(self.statistics_resident)} of statistics for {self.n_resident} resident subnets, "
+            f"{_mb(self.statistics_idle)} for idle ones in host memory, {_mb(self.packed)} packed"
+        )
 
 
-class SubnetSizes(NamedTuple):
-    """What a control tuple comes to: blocks and channels of each stage."""
-
-    depths: tuple[int, ...]
-    channels: tuple[int, ...]
+def _mb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.2f} MB"
 
 
-def subnet_sizes(architecture: Architecture, control: Mapping[str, Any]) -> SubnetSizes:
-    """Check a control tuple and return the sizes that it names.
+class Supernet(nn.Module):
+    """A model whose subnets run in place; made by `gpu_worker.insertion.insert`.
 
-    Raises:
-        ConfigError: Naming the stage, the value and the bound it breaks.
-    """
-    if set(control) != {"d", "w"}:
-        raise ConfigError(f"control: expected exactly the keys d and w, got {sorted(control)}")
-    depths = _entries(architecture, control, "d")
-    widths = _entries(architecture, control, "w")
-    for stage, (depth, most) in enumerate(zip(depths, architecture.depths, strict=True)):
-        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= most:
-            raise ConfigError(
-                f"control d, stage {stage}: expected a whole number from 1 to {most}, got {depth!r}"
-            )
-    for stage, width in enumerate(widths):
-        if not isinstance(width, int | float) or not architecture.min_width <= width <= 1:
-            raise ConfigError(
-                f"control w, stage {stage}: "
-                f"expected a fraction from {architecture.min_width} to 1, got {width!r}"
-            )
-    channels = tuple(sliced_size(w, c) for w, c in zip(widths, architecture.channels, strict=True))
-    return SubnetSizes(depths, channels)
+    `host` names the subnets, `gpu_worker.actuation.actuate` picks the one that the next forward
+    pass runs. One pass runs at a time: a second thread waits for the first. Built with one
+    hosted subnet, the whole.
 
-
-def _entries(architecture: Architecture, control: Mapping[str, Any], key: str) -> tuple[Any, ...]:
-    entries = control[key]
-    n_stages = len(architecture.depths)
-    if not isinstance(entries, list | tuple) or len(entries) != n_stages:
-        raise ConfigError(f"control {key}: expected {n_stages} entries, one a stage, got {entries!r}")
-    return tuple(entries)
-
-
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut, which is a 1 x 1 convolution where the shape changes."""
-
-    def __init__(self, in_channels: int, channels: int, cursor: Cursor, *, stride: int) -> None:
-        super().__init__()
-        self.conv1 = WeightSliceConv2d(in_channels, channels, cursor, kernel_size=3, stride=stride)
-        self.norm1 = SubnetNorm(channels, cursor)
-        self.conv2 = WeightSliceConv2d(channels, channels, cursor, kernel_size=3)
-        self.norm2 = SubnetNorm(channels, cursor)
-        self.shortcut: WeightSliceConv2d | None = None
-        if stride > 1:
-            self.shortcut = WeightSliceConv2d(in_channels, channels, cursor, kernel_size=1, stride=stride)
-            self.shortcut_norm = SubnetNorm(channels, cursor)
-
-    def host(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
-        """Prepare for the hosted subnets' input and output channels, one of each a row."""
-        outward = list(zip(outputs, inputs, strict=True))
-        self.conv1.host(outward)
-        self.norm1.host(outputs)
-        self.conv2.host(list(zip(outputs, outputs, strict=True)))
-        self.norm2.host(outputs)
-        if self.shortcut is not None:
-            self.shortcut.host(outward)
-            self.shortcut_norm.host(outputs)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return relu(shortcut(x) + body(x))."""
-        body = F.relu(self.norm1(self.conv1(x)), inplace=True)
-        body = self.norm2(self.conv2(body))
-        shortcut = x if self.shortcut is None else self.shortcut_norm(self.shortcut(x))
-        return F.relu(body + shortcut, inplace=True)  # (B, C, H', W')
-
-
-class DigitsSupernet(nn.Module):
-    """The resident supernet; `host` names its subnets and `actuate` picks one.
-
-    Built with one hosted subnet, the whole.
+    Attributes:
+        model: The model, changed in place.
+        cursor: What its operators read.
+        controls: Its control tuples.
+        subnets: Those hosted, in the order of their rows.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, model: nn.Module, inserted: Inserted, controls: Controls) -> None:
         super().__init__()
-        self.architecture = architecture
-        self.cursor = Cursor()
-        channels = architecture.channels
-        self.stem = WeightSliceConv2d(architecture.image_shape[0], channels[0], self.cursor, kernel_size=3)
-        self.stem_norm = SubnetNorm(channels[0], self.cursor)
-        self.stages = nn.ModuleList(self._stage(stage) for stage in range(len(channels)))
-        self.head = WeightSliceLinear(channels[-1], architecture.n_classes, self.cursor)
-        self.host((Subnet("largest", architecture.largest),))
+        self.model = model
+        self.cursor = inserted.cursor
+        self.controls = controls
+        self._inserted = inserted
+        self._one_pass = threading.Lock()
+        self._statistics: dict[str, SubnetStatistics] = {}
+        self._pinned: frozenset[int] = frozenset()
+        self.host((Subnet("largest", controls.space.largest),))
 
     def host(self, subnets: Sequence[Subnet]) -> None:
-        """Prepare every operator for these subnets and actuate the first.
-
-        Statistics stay if there are as many subnets as before, else they start afresh.
+        """Host these subnets and actuate the first; statistics stay with the subnets' names.
 
         Raises:
-            ConfigError: If there is no subnet, or one has a control tuple that
+            ConfigError: If there is no subnet, two have one name, or one has a control tuple that
                 does not fit; nothing is changed then.
         """
         if not subnets:
             raise ConfigError("subnets: expected at least one to host")
-        sizes = [self._sizes(subnet) for subnet in subnets]
-        self.cursor.row = 0
-        image = [self.architecture.image_shape[0]] * len(sizes)
-        inputs = [size.channels[0] for size in sizes]
-        self.stem.host(list(zip(inputs, image, strict=True)))
-        self.stem_norm.host(inputs)
-        for m, stage in enumerate(self._layer_selects()):
-            outputs = [size.channels[m] for size in sizes]
-            stage.host([first_blocks(size.depths[m], len(stage.blocks)) for size in sizes])
-            for block in stage.blocks:
-                assert isinstance(block, ResidualBlock)
-                block.host(inputs, outputs)
-                inputs = outputs
-        self.head.host([(self.architecture.n_classes, c) for c in inputs])
+        if len({subnet.name for subnet in subnets}) < len(subnets):
+            raise ConfigError(f"subnets: expected unique names, got {[subnet.name for subnet in subnets]}")
+        rows = [self.settings_of(subnet) for subnet in subnets]
         self.subnets = tuple(subnets)
+        self._rows = rows
+        self._pinned = frozenset()
+        self._forget()
+        self.cursor.chosen = self.prepared(0)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the actuated subnet's logits, (B, n_classes), for images (B, C, H, W)."""
-        x = F.relu(self.stem_norm(self.stem(x)), inplace=True)
-        for stage in self.stages:
-            x = stage(x)
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]  # nn.Module's call is untyped
+    def settings_of(self, subnet: Subnet) -> Settings:
+        """Return what every operator does for `subnet`; SubnetNorm's entries are None.
 
-    def norms(self) -> list[SubnetNorm]:
-        """Return every SubnetNorm, in the order of the state dict."""
-        return [module for module in self.modules() if isinstance(module, SubnetNorm)]
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        # Moving to a device or dtype replaces the tensors that the views look into.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        row = self.cursor.row
-        self.host(self.subnets)
-        self.cursor.row = row
-        return self
-
-    def _layer_selects(self) -> list[LayerSelect]:
-        return [stage for stage in self.stages if isinstance(stage, LayerSelect)]
-
-    def _stage(self, stage: int) -> LayerSelect:
-        channels = self.architecture.channels
-        before = channels[max(stage - 1, 0)]
-        blocks = []
-        for block in range(self.architecture.depths[stage]):
-            shrinks = stage > 0 and block == 0
-            blocks.append(
-                ResidualBlock(
-                    before if block == 0 else channels[stage],
-                    channels[stage],
-                    self.cursor,
-                    stride=2 if shrinks else 1,
-                )
-            )
-        return LayerSelect(blocks, self.cursor)
-
-    def _sizes(self, subnet: Subnet) -> SubnetSizes:
-        if subnet.control is None:
-            raise ConfigError(f"subnet {subnet.name}: expected a control tuple, got none")
+        Raises:
+            ConfigError: Naming the subnet, and the entry of its control tuple that does not fit.
+        """
         try:
-            return subnet_sizes(self.architecture, subnet.control)
+            sizes = self.controls.sizes_of(subnet.control)
         except ConfigError as error:
             raise ConfigError(f"subnet {subnet.name}: {error}") from error
+        settings = list(self._inserted.defaults)
+        for stage, kept in zip(self._inserted.stages, sizes.blocks, strict=True):
+            stage.choose(kept, settings)
+        for name, outputs in sizes.outputs.items():
+            for layer in self._inserted.sizes[name]:
+                settings[layer.place] = outputs
+        return tuple(settings)
+
+    def prepared(self, row: int) -> Prepared:
+        """Return a hosted subnet ready to run: its statistics on the device, as a view for each norm."""
+        found = self._prepared.get(row)
+        if found is None:
+            return self._prepare(row)
+        self._prepared.move_to_end(row)
+        return found
+
+    def pin(self, rows: Iterable[int]) -> None:
+        """Keep these subnets prepared whatever else is actuated: a captured graph holds their tensors."""
+        self._pinned = frozenset(rows)
+        for row in self._pinned:
+            self.prepared(row)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the actuated subnet."""
+        return self.run_with(self.cursor.chosen.settings, *args, **kwargs)
+
+    def run_with(self, settings: Settings, *args: Any, **kwargs: Any) -> Any:
+        """Run the model once with these settings, whatever is actuated."""
+        with self._one_pass:
+            self.cursor.settings = settings
+            return self.model(*args, **kwargs)
+
+    # --- SubnetNorm's statistics --------------------------------------------------------------
+
+    @property
+    def norms(self) -> tuple[SubnetNorm, ...]:
+        """Every SubnetNorm, in the order of the model."""
+        return tuple(op for op in self._inserted.operators if isinstance(op, SubnetNorm))
+
+    @property
+    def statistics(self) -> Mapping[str, SubnetStatistics]:
+        """What is held, by subnet name; subnets that are not hosted among them."""
+        return self._statistics
+
+    def set_statistics(self, statistics: Mapping[str, SubnetStatistics]) -> None:
+        """Hold these statistics, by subnet name, beside those held already.
+
+        Raises:
+            ConfigError: Naming the subnet and the norm of which a number of channels does not fit.
+        """
+        norms = self.norms
+        for name, held in statistics.items():
+            if len(held.channels) != len(norms):
+                raise ConfigError(
+                    f"statistics of {name}: expected {len(norms)} norms, got {len(held.channels)}"
+                )
+            for norm, channels in zip(norms, held.channels, strict=True):
+                if not 0 <= channels <= norm.num_features:
+                    raise ConfigError(
+                        f"statistics of {name}, {norm.path}: expected at most {norm.num_features} channels, "
+                        f"got {channels}"
+                    )
+        self._statistics.update(statistics)
+        self._refresh()
+
+    # --- packed slices ------------------------------------------------------------------------
+
+    def pack(self, rows: Iterable[int], example: torch.Tensor, *, budget_bytes: int) -> int:
+        """Copy the slices of these subnets that are not contiguous, up to a budget; return the bytes.
+
+        Where a slice lies apart in memory, a convolution's kernels gather it anew on every pass.
+        Earlier rows come first, and in each the slices that save most. A copy does not follow
+        when parameters are written in place: pack again then.
+
+        Args:
+            rows: Subnets in use.
+            example: A batch, to find out which slices each of them uses.
+            budget_bytes: For all copies together.
+        """
+        layers = [op for op in self._inserted.operators if isinstance(op, WeightSlice)]
+        for layer in layers:
+            layer.unpack()
+        spent = 0
+        for row in rows:
+            for _, layer, key in sorted(
+                self._loose_slices(layers, row, example), key=lambda found: -found[0]
+            ):
+                n_bytes = _n_bytes(layer.slices[key].weight)
+                if key not in layer.packed and spent + n_bytes <= budget_bytes:
+                    layer.pack(key)
+                    spent += n_bytes
+        return spent
+
+    def _loose_slices(
+        self, layers: Sequence[WeightSlice], row: int, example: torch.Tensor
+    ) -> list[tuple[int, WeightSlice, tuple[int, int]]]:
+        """Return (kernel positions, layer, key) of each slice that subnet `row` uses and that lies apart."""
+        used: list[tuple[int, WeightSlice, tuple[int, int]]] = []
+
+        def note(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            assert isinstance(layer, WeightSlice)
+            inputs = args[0].shape[layer.channel_axis]
+            key = (self.cursor.settings[layer.place], inputs)
+            weight = layer.slice_in_use(inputs).weight
+            if not is_packed_already(weight):
+                used.append((weight[0, 0].numel(), layer, key))
+
+        hooks = [cast("nn.Module", layer).register_forward_pre_hook(note) for layer in layers]
+        try:
+            with torch.inference_mode():
+                self.run_with(self.prepared(row).settings, example)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return used
+
+    # --- what it weighs -----------------------------------------------------------------------
+
+    def memory(self) -> MemoryReport:
+        """Return the bytes that it occupies."""
+        names = {subnet.name for subnet in self.subnets}
+        of_subnets = {name: _n_bytes(held.values) for name, held in self._statistics.items() if name in names}
+        resident = sum(of_subnets.get(self.subnets[row].name, 0) for row in self._prepared)
+        packed = sum(
+            _n_bytes(copy.weight)
+            for op in self._inserted.operators
+            if isinstance(op, WeightSlice)
+            for copy in op.packed.values()
+        )
+        return MemoryReport(
+            shared=sum(map(_n_bytes, (*self.model.parameters(), *self.model.buffers()))),
+            statistics_resident=resident,
+            statistics_idle=sum(of_subnets.values()) - resident,
+            packed=packed,
+            n_subnets=len(self.subnets),
+            n_resident=len(self._prepared),
+        )
+
+    # --- moving -------------------------------------------------------------------------------
+
+    def to_half(self, dtype: torch.dtype = torch.float16) -> None:
+        """Cast all but SubnetNorm, whose statistics and scales stay float32: they are small, and matter."""
+        for module in self.model.modules():
+            if not isinstance(module, SubnetNorm):
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.is_floating_point():
+                        setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+        for op in self._inserted.operators:
+            op.forget()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.model.parameters()).device
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._refresh()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_one_pass"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._one_pass = threading.Lock()
+        self._refresh()  # a deep copy's views are no views of its own statistics
+
+    def _refresh(self) -> None:
+        """Make what is prepared anew: parameters or statistics have moved."""
+        row = self.cursor.chosen.row
+        self._forget()
+        for pinned in self._pinned:
+            self.prepared(pinned)
+        self.cursor.chosen = self.prepared(row)
+
+    def _forget(self) -> None:
+        self._prepared: OrderedDict[int, Prepared] = OrderedDict()
+
+    def _prepare(self, row: int) -> Prepared:
+        settings = self._rows[row]
+        held = self._statistics.get(self.subnets[row].name)
+        if held is not None:
+            settings = self._with_statistics(settings, held)
+        found = self._prepared[row] = Prepared(row, settings)
+        while len(self._prepared) > max(MAX_PREPARED, len(self._pinned) + 1):
+            self._prepared.pop(next(old for old in self._prepared if old not in self._pinned))
+        return found
+
+    def _with_statistics(self, settings: Settings, held: SubnetStatistics) -> Settings:
+        # One copy for all norms, and none on a CPU; doubles where the norms are, else as they are held.
+        dtypes = {norm.weight.dtype for norm in self.norms if norm.weight is not None}
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        values = held.values.to(self.device, dtype)
+        parts = iter(torch.split(values, [n for channels in held.channels for n in (channels, channels)]))
+        filled = list(settings)
+        for norm, channels in zip(self.norms, held.channels, strict=True):
+            statistics = Statistics(next(parts), next(parts))
+            if channels:
+                filled[norm.place] = statistics
+        return tuple(filled)
+
+
+def _n_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

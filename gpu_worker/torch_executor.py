@@ -1,290 +1,357 @@
-"""TorchExecutor: the digits supernet resident on one device, and the file it comes from.
+"""TorchExecutor: a supernet resident on one device, and the batches that run on it.
 
-The file is safetensors: weights as float16, SubnetNorm's statistics as float32 with
-a row for each subnet, and metadata
-
-    supernet      "digits"
-    architecture  JSON, the fields of `Architecture`
-    subnets       JSON, a list of `Card`, by ascending accuracy
-    and, for people, seed, epochs and torch.
+A batch is staged (padded to a profiled size, brought to the device) and then run on a subnet. What a
+device needs for both is its engine: `CpuEngine` here, `gpu_worker.cuda_engine.CudaEngine` for CUDA.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from gpu_worker.actuation import actuate
-from gpu_worker.supernet import Architecture, DigitsSupernet
+from gpu_worker.calibration import load_statistics
+from gpu_worker.kinds import SupernetKind, fingerprint, resident, supernet_kind
 from superserve.errors import ConfigError, InvalidQueryError
-from superserve.subnet import Subnet, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy.typing as npt
 
-SHIPPED_PATH = Path(__file__).with_name("data") / "digits-supernet.safetensors"
-"""The supernet that comes with the package."""
+    from gpu_worker.supernet import MemoryReport, SubnetStatistics, Supernet
+    from superserve.subnet import Subnet
 
-SUPERNET_NAME = "digits"
-"""What profiles and files call this supernet."""
+_LOG = logging.getLogger(__name__)
 
-_STATISTICS = (".mean", ".variance")  # ends of the tensors that stay float32
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""By name, what a supernet may compute in; "auto" is float16 on CUDA if it holds, else float32."""
+
+PACKED_SHARE = 0.25
+"""Packed slices take at most this share of the shared weights, unless told otherwise."""
+
+HALF_TOLERANCE = 0.02
+"""Relative error of the logits up to which half precision holds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """What a supernet file says of one subnet.
+class Placement:
+    """Where and how a supernet is resident.
 
     Attributes:
-        name: Unique within the file.
-        control: The control tuple, {"d": ..., "w": ...}.
-        accuracy: Percent of the held-out set.
-        accuracy_without_subnet_norm: The same with the largest subnet's statistics.
-        gflops: Billions of multiply-adds an image.
+        device: "cpu", "cuda" or "cuda:<n>".
+        threads: CPU threads of torch in this process; None leaves them be.
+        batch_sizes: Sizes that batches are padded to, ascending: the device meets no other, so none is
+            slow for being new. Empty pads none.
+        precision: "auto", or one of `PRECISIONS`.
+        uses_graphs: Capture a CUDA graph for each subnet and batch size.
+        packed_bytes: Budget of packed slices; None for `PACKED_SHARE` of the weights on CUDA, and for none
+            on a CPU, where it was measured to gain nothing.
     """
 
-    name: str
-    control: dict[str, list[Any]]
-    accuracy: float
-    accuracy_without_subnet_norm: float
-    gflops: float
+    device: str = "cpu"
+    threads: int | None = None
+    batch_sizes: tuple[int, ...] = ()
+    precision: str = "auto"
+    uses_graphs: bool = True
+    packed_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = list(self.batch_sizes)
+        if any(size < 1 for size in sizes) or sizes != sorted(set(sizes)):
+            raise ConfigError(f"batch_sizes: expected ascending sizes of at least 1, got {sizes}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads: expected at least 1, got {self.threads}")
+        if self.precision not in ("auto", *PRECISIONS):
+            raise ConfigError(f"precision: expected auto, {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    def torch_device(self) -> torch.device:
+        """Return the device; ConfigError if this machine does not have it."""
+        try:
+            target = torch.device(self.device)
+        except RuntimeError as error:
+            raise ConfigError(f"device: expected cpu, cuda or cuda:<n>, got {self.device!r}") from error
+        if target.type not in ("cpu", "cuda"):
+            raise ConfigError(f"device: expected cpu, cuda or cuda:<n>, got {self.device!r}")
+        if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device: {self.device}: this machine has {torch.cuda.device_count()} CUDA devices"
+            )
+        return target
+
+
+class Staged(NamedTuple):
+    """A batch that is ready to run.
+
+    Attributes:
+        n: Queries in it.
+        inputs: (padded size, *input), on the device.
+        buffer: What the engine has to take back, if anything.
+    """
+
+    n: int
+    inputs: torch.Tensor
+    buffer: Any = None
+
+
+class Engine(Protocol):
+    """One kind of device."""
+
+    def stage(self, batch: npt.NDArray[Any], size: int) -> Staged:
+        """Bring a batch to the device, padded with zeros to `size`; may be called while another runs."""
+        ...
+
+    def run(self, row: int, staged: Staged) -> npt.NDArray[Any]:
+        """Run a staged batch on a hosted subnet, once; return its outputs (n, *output)."""
+        ...
+
+    def discard(self, staged: Staged) -> None:
+        """Take back a staged batch that will not run."""
+        ...
+
+    def warm_up(self) -> None:
+        """Run, or capture, every subnet at every padded size, so that no query pays for a first time."""
+        ...
+
+
+class CpuEngine:
+    """A CPU: batches are copied into one tensor, and run by torch's threads."""
+
+    def __init__(
+        self, supernet: Supernet, kind: SupernetKind, placement: Placement, dtype: torch.dtype
+    ) -> None:
+        self._supernet = supernet
+        self._kind = kind
+        self._dtype = dtype
+        self._sizes = placement.batch_sizes or (1,)
+
+    def stage(self, batch: npt.NDArray[Any], size: int) -> Staged:
+        """Copy a batch, which may be read-only as it came from the wire: torch does not take such."""
+        padded = np.zeros((size, *batch.shape[1:]), dtype=batch.dtype)
+        padded[: len(batch)] = batch
+        return Staged(len(batch), torch.from_numpy(padded))
+
+    def run(self, row: int, staged: Staged) -> npt.NDArray[Any]:
+        """Actuate and run."""
+        actuate(self._supernet, row)
+        with torch.inference_mode():
+            outputs = self._supernet(model_input(self._kind, staged.inputs, self._dtype))
+        found: npt.NDArray[Any] = outputs[: staged.n].float().numpy()
+        return found
+
+    def discard(self, staged: Staged) -> None:
+        """Nothing is held."""
+
+    def warm_up(self) -> None:
+        """Run every subnet once at every padded size."""
+        spec = self._kind.input_spec
+        for size in self._sizes:
+            for row in range(len(self._supernet.subnets)):
+                self.run(row, self.stage(np.zeros((1, *spec.shape), spec.dtype), size))
+
+
+def model_input(kind: SupernetKind, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what the model takes, from queries as they were sent."""
+    inputs = kind.preprocess(batch, dtype)
+    # Channels last: measured up to twice as fast as channels first at batch 16 on a CPU.
+    return inputs.contiguous(memory_format=torch.channels_last) if kind.takes_images else inputs
 
 
 class TorchExecutor:
     """Runs batches on any subnet of a resident supernet, one at a time.
 
     Attributes:
-        input_spec: One query's image.
-        output_spec: One query's logits.
-        cards: What is known of each subnet, by ascending accuracy.
-        subnets: Their names and control tuples.
-        accuracies: Their accuracies in percent.
-        fingerprint: Of the file: workers whose fingerprints are equal answer alike.
+        kind: Which supernet.
+        subnets: Those hosted, by row.
+        input_spec: One query.
+        output_spec: One query's answer.
+        fingerprint: Workers whose fingerprints are equal answer alike.
         device: Where the supernet is resident.
         batch_sizes: Sizes that batches are padded to, ascending; () pads none.
+        precision: What it computes in.
     """
 
     def __init__(
         self,
-        supernet: DigitsSupernet,
-        cards: Sequence[Card],
+        supernet: Supernet,
+        kind: SupernetKind,
+        engine: Engine,
         *,
+        placement: Placement,
         fingerprint: str,
-        device: torch.device,
-        batch_sizes: Sequence[int] = (),
+        precision: str,
     ) -> None:
-        self.cards = tuple(cards)
+        self.kind = kind
         self.subnets = supernet.subnets
-        self.accuracies = tuple(card.accuracy for card in cards)
-        self.input_spec = TensorSpec("float32", supernet.architecture.image_shape)
-        self.output_spec = TensorSpec("float32", (supernet.architecture.n_classes,))
+        self.input_spec, self.output_spec = kind.input_spec, kind.output_spec
         self.fingerprint = fingerprint
-        self.device = device
-        self.batch_sizes = tuple(batch_sizes)
+        self.device = supernet.device
+        self.batch_sizes = placement.batch_sizes
+        self.precision = precision
+        self.stages_ahead = self.device.type == "cuda"
         self._supernet = supernet
-        self._hosted = tuple(range(len(self.subnets)))  # by row, the supernet's own row
+        self._engine = engine
 
     @classmethod
     def load(
         cls,
-        path: Path = SHIPPED_PATH,
+        name: str,
+        subnets: Sequence[Subnet],
         *,
-        device: str = "cpu",
-        threads: int | None = None,
-        batch_sizes: Sequence[int] = (),
+        weights: str | None = None,
+        statistics: Mapping[str, SubnetStatistics] | Path | None = None,
+        placement: Placement | None = None,
     ) -> Self:
-        """Read a supernet file and make it resident.
+        """Build a supernet, fill it, and make it resident.
 
         Args:
-            path: The file; the shipped one by default.
-            device: "cpu", "cuda" or "cuda:<n>".
-            threads: CPU threads of torch in this process; None leaves them be.
-            batch_sizes: Sizes to pad batches to; the device meets no other size, so
-                none is slow for being new. Empty pads none.
+            name: Of the supernet: see `gpu_worker.kinds`.
+            subnets: Those to host, in the order of their rows.
+            weights: A checkpoint's path, "random", or None for the one that comes with it.
+            statistics: SubnetNorm's, by subnet name, or the file that holds them; None, or a subnet left
+                out, uses the checkpoint's own.
+            placement: Where and how; the CPU by default.
 
         Raises:
             ConfigError: Naming the option, or the file and what is wrong in it.
         """
-        target = _device(device)
-        _check_batch_sizes(batch_sizes)
-        _set_threads(threads)
-        supernet, cards = _read(path)
-        supernet.eval()
-        # Channels last: measured up to twice as fast as channels first at batch 16 on a CPU.
-        supernet.to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
-        fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        return cls(supernet, cards, fingerprint=fingerprint, device=target, batch_sizes=batch_sizes)
+        placement = placement or Placement()
+        device = placement.torch_device()
+        if placement.threads is not None:
+            torch.set_num_threads(placement.threads)
+        kind = supernet_kind(name)
+        supernet = resident(kind, weights)
+        supernet.host(subnets)
+        if isinstance(statistics, Path):
+            statistics = load_statistics(statistics, supernet, kind.name, subnets)
+        supernet.set_statistics(statistics or {})
+        layout = {"memory_format": torch.channels_last} if kind.takes_images else {}
+        supernet.to(device, **layout)  # type: ignore[call-overload]  # the stub lacks memory_format
+        precision = _settle_precision(supernet, kind, placement)
+        mark = "" if precision == "float32" else f"-{precision}"
+        return cls(
+            supernet,
+            kind,
+            _engine(supernet, kind, placement, precision),
+            placement=placement,
+            fingerprint=fingerprint(supernet) + mark,
+            precision=precision,
+        )
 
-    def select(self, names: Sequence[str]) -> None:
-        """Serve the subnets called `names` alone, as rows 0, 1, ... in that order.
-
-        A profile measured here may leave out a subnet that is no faster than a better one.
+    def stage(self, batch: npt.NDArray[Any]) -> Staged:
+        """Pad `batch` (B, *input) to a profiled size and bring it to the device.
 
         Raises:
-            ConfigError: If the file has no such subnet.
+            InvalidQueryError: If its size, dtype or shape is not what the supernet takes.
         """
-        known = {card.name: row for row, card in enumerate(self.cards)}
-        missing = [name for name in names if name not in known]
-        if missing:
-            raise ConfigError(f"subnets: expected names among {', '.join(known)}, got {missing[0]}")
-        rows = [known[name] for name in names]
-        self._hosted = tuple(self._hosted[row] for row in rows)
-        self.cards = tuple(self.cards[row] for row in rows)
-        self.subnets = tuple(self.subnets[row] for row in rows)
-        self.accuracies = tuple(card.accuracy for card in self.cards)
+        n = len(batch) if batch.ndim else 0
+        if n < 1:
+            raise InvalidQueryError("batch: expected at least 1 query, got none")
+        self.input_spec.check(batch[0], "batch")
+        fitting = [size for size in self.batch_sizes if size >= n] if self.batch_sizes else [n]
+        if not fitting:
+            raise InvalidQueryError(f"batch: expected at most {self.batch_sizes[-1]} queries, got {n}")
+        return self._engine.stage(batch, fitting[0])
 
-    def execute(self, subnet: int, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Actuate row `subnet`, run `batch` (B, *input) and return its outputs (B, *output).
+    def run(self, subnet: int, staged: Staged) -> npt.NDArray[Any]:
+        """Run a staged batch on row `subnet` and return its outputs (B, *output).
 
         Raises:
             ConfigError: If there is no such row.
-            InvalidQueryError: If the batch's size, dtype or shape is not what the supernet takes.
         """
-        padded = self._padded(batch)
-        if not 0 <= subnet < len(self._hosted):
-            raise ConfigError(f"subnet: expected a row from 0 to {len(self._hosted) - 1}, got {subnet}")
-        actuate(self._supernet, self._hosted[subnet])
-        with torch.inference_mode():
-            images = torch.from_numpy(padded).to(self.device).to(memory_format=torch.channels_last)
-            logits = self._supernet(images)[: len(batch)]  # (B, classes)
-            outputs: npt.NDArray[Any] = logits.cpu().numpy()
-        return outputs
+        if not 0 <= subnet < len(self.subnets):
+            self._engine.discard(staged)
+            raise ConfigError(f"subnet: expected a row from 0 to {len(self.subnets) - 1}, got {subnet}")
+        return self._engine.run(subnet, staged)
+
+    def discard(self, staged: Staged) -> None:
+        """Forget a staged batch that will not run."""
+        self._engine.discard(staged)
+
+    def execute(self, subnet: int, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Stage `batch` (B, *input), run it on row `subnet` and return its outputs (B, *output)."""
+        return self.run(subnet, self.stage(batch))
 
     def warm_up(self) -> None:
-        """Run every subnet once at every padded size, so that no query pays for a first time."""
-        for size in self.batch_sizes or (1,):
-            images = np.zeros((size, *self.input_spec.shape), dtype=self.input_spec.dtype)
-            for row in range(len(self.subnets)):
-                self.execute(row, images)
+        """Meet every subnet and every padded size once, so that no query pays for a first time."""
+        self._engine.warm_up()
 
-    def _padded(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return a copy of `batch`, then zeros up to the next of the batch sizes."""
-        n_queries = len(batch) if batch.ndim else 0
-        if n_queries < 1:
-            raise InvalidQueryError("batch: expected at least 1 query, got none")
-        self.input_spec.check(batch[0], "batch")
-        size = n_queries
-        if self.batch_sizes:
-            fitting = [size for size in self.batch_sizes if size >= n_queries]
-            if not fitting:
-                raise InvalidQueryError(
-                    f"batch: expected at most {self.batch_sizes[-1]} queries, got {n_queries}"
-                )
-            size = fitting[0]
-        # Copied even when full: a batch from the wire may be read-only, which torch does not take.
-        padded = np.zeros((size, *self.input_spec.shape), dtype=self.input_spec.dtype)
-        padded[:n_queries] = batch
-        return padded
+    def memory(self) -> MemoryReport:
+        """Return what the supernet occupies."""
+        return self._supernet.memory()
 
 
-def save(supernet: DigitsSupernet, cards: Sequence[Card], path: Path, *, notes: Mapping[str, str]) -> None:
-    """Write a supernet file with the cards' subnets, which `supernet` hosts among others."""
-    names = [subnet.name for subnet in supernet.subnets]
-    rows = [names.index(card.name) for card in cards]
-    tensors = {
-        name: (tensor[rows] if name.endswith(_STATISTICS) else tensor.half()).contiguous()
-        for name, tensor in supernet.state_dict().items()
-    }
-    metadata = {
-        **notes,
-        "supernet": SUPERNET_NAME,
-        "architecture": json.dumps(asdict(supernet.architecture)),
-        "subnets": json.dumps([asdict(card) for card in cards]),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=metadata)
+def _engine(supernet: Supernet, kind: SupernetKind, placement: Placement, precision: str) -> Engine:
+    dtype = PRECISIONS[precision]
+    _pack(supernet, kind, placement, dtype)
+    if supernet.device.type == "cpu":
+        return CpuEngine(supernet, kind, placement, dtype)
+    from gpu_worker.cuda_engine import CudaEngine  # noqa: PLC0415  it imports this module
+
+    return CudaEngine(supernet, kind, placement, dtype)
 
 
-def _read(path: Path) -> tuple[DigitsSupernet, tuple[Card, ...]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: expected a safetensors file: {error}") from error
-    try:
-        architecture = _architecture(metadata)
-        cards = _cards(metadata)
-        supernet = DigitsSupernet(architecture)
-        supernet.host([Subnet(card.name, card.control) for card in cards])
-        _check_tensors(supernet, tensors)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    supernet.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return supernet, cards
-
-
-def _architecture(metadata: Mapping[str, str]) -> Architecture:
-    try:
-        fields = json.loads(metadata["architecture"])
-        return Architecture(
-            image_shape=tuple(fields["image_shape"]),
-            channels=tuple(fields["channels"]),
-            depths=tuple(fields["depths"]),
-            n_classes=fields["n_classes"],
-            min_width=fields["min_width"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"metadata architecture: expected the fields of Architecture as JSON: {error!r}"
-        ) from error
-
-
-def _cards(metadata: Mapping[str, str]) -> tuple[Card, ...]:
-    try:
-        cards = tuple(Card(**fields) for fields in json.loads(metadata["subnets"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"metadata subnets: expected a JSON list of cards: {error!r}") from error
-    if any(a.accuracy >= b.accuracy for a, b in itertools.pairwise(cards)):
-        raise ConfigError("metadata subnets: expected ascending accuracies")
-    return cards
-
-
-def _check_tensors(supernet: DigitsSupernet, tensors: Mapping[str, torch.Tensor]) -> None:
-    expected = supernet.state_dict()
-    for name, tensor in expected.items():
-        if name not in tensors:
-            raise ConfigError(f"tensor {name}: missing")
-        if tensors[name].shape != tensor.shape:
-            raise ConfigError(
-                f"tensor {name}: expected shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}"
-            )
-    unknown = sorted(set(tensors) - set(expected))
-    if unknown:
-        raise ConfigError(f"tensor {unknown[0]}: not one of this architecture's")
-
-
-def _device(device: str) -> torch.device:
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device: expected cpu, cuda or cuda:<n>, got {device!r}") from error
-    if target.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: expected cpu, cuda or cuda:<n>, got {device!r}")
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: {device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return target
-
-
-def _check_batch_sizes(batch_sizes: Sequence[int]) -> None:
-    if any(size < 1 for size in batch_sizes) or list(batch_sizes) != sorted(set(batch_sizes)):
-        raise ConfigError(f"batch_sizes: expected ascending sizes of at least 1, got {list(batch_sizes)}")
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is None:
+def _pack(supernet: Supernet, kind: SupernetKind, placement: Placement, dtype: torch.dtype) -> None:
+    budget = placement.packed_bytes
+    if budget is None:
+        budget = int(PACKED_SHARE * supernet.memory().shared) if supernet.device.type == "cuda" else 0
+    if not budget:
         return
-    if threads < 1:
-        raise ConfigError(f"threads: expected at least 1, got {threads}")
-    torch.set_num_threads(threads)
+    packed = supernet.pack(
+        range(len(supernet.subnets)), example_input(supernet, kind, dtype), budget_bytes=budget
+    )
+    _LOG.info("packed %.1f MB of slices; %s", packed / 1e6, supernet.memory())
+
+
+def example_input(supernet: Supernet, kind: SupernetKind, dtype: torch.dtype, n: int = 1) -> torch.Tensor:
+    """Return `n` random queries as the model takes them."""
+    spec = kind.input_spec
+    rng = np.random.default_rng(0)
+    if np.issubdtype(np.dtype(spec.dtype), np.integer):
+        batch = rng.integers(0, 2, (n, *spec.shape)).astype(spec.dtype)
+    else:
+        batch = rng.standard_normal((n, *spec.shape)).astype(spec.dtype)
+    return model_input(kind, torch.from_numpy(batch).to(supernet.device), dtype)
+
+
+def _settle_precision(supernet: Supernet, kind: SupernetKind, placement: Placement) -> str:
+    """Cast the supernet to the precision asked for; on "auto", to half precision if it holds on CUDA."""
+    precision = placement.precision
+    if precision == "auto" and supernet.device.type == "cpu":
+        return "float32"  # few CPUs compute halves faster
+    if precision == "auto":
+        before = _ends(supernet, kind, torch.float32)
+        master = {name: tensor.clone() for name, tensor in supernet.model.state_dict().items()}
+        supernet.to_half()
+        error = relative_error(_ends(supernet, kind, torch.float16), before)
+        if error <= HALF_TOLERANCE:
+            return "float16"
+        _LOG.warning("float16 is %.3f off: staying in float32", error)
+        supernet.float()
+        supernet.model.load_state_dict(master)
+        return "float32"
+    if precision != "float32":
+        supernet.to_half(PRECISIONS[precision])
+    return precision
+
+
+def _ends(supernet: Supernet, kind: SupernetKind, dtype: torch.dtype) -> torch.Tensor:
+    """Return the logits of the first and the last hosted subnet, float32, for a few random queries."""
+    inputs = example_input(supernet, kind, dtype, n=8)
+    found = []
+    with torch.inference_mode():
+        for row in (0, len(supernet.subnets) - 1):
+            actuate(supernet, row)
+            found.append(supernet(inputs).float())
+    return torch.stack(found)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return |got - expected| / |expected|, of all numbers together; infinite if one is not finite."""
+    error = float((got - expected).norm() / expected.norm().clamp_min(1e-12))
+    return error if error == error else float("inf")

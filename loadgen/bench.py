@@ -10,13 +10,10 @@ the same senders, schedule and criterion: 99.9 % answered within the SLO of thei
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import functools
 import math
-import os
-import platform
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +25,7 @@ from loadgen import bench_calls
 from loadgen.bench_churn import churn
 from loadgen.bench_offer import Offered, offer_singly
 from loadgen.bench_path import PathShape, path_cost
+from loadgen.bench_row import Row, SkippedError, machine
 from loadgen.bench_search import Bounds, Probe, confirmed, highest_rate, undisturbed
 from loadgen.bench_sender import SinglePlan
 from loadgen.run import Emulation, RunSettings, emulated, in_time, run_emulated, run_trace
@@ -45,6 +43,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from loadgen.bench_subnetact import SubnetAct
     from loadgen.run import Run
     from loadgen.trace import Trace
 
@@ -90,60 +89,6 @@ def await_calm() -> None:
         late_ns = quantile_ns(noise.stop(), 990)
         if late_ns is not None and late_ns < NOISY_NS // 4:
             return
-
-
-class SkippedError(Exception):
-    """A row cannot be measured here; the text says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One figure: the fields of its file, but for machine and date.
-
-    Attributes:
-        name: The file's name without .json.
-        value: None if nothing was found.
-        unit: Of the value and the reference.
-        reference: What it is held against.
-        reference_value: None if nothing was found.
-        conditions: How it was measured.
-        noise_p99_9_ms: What the noise probe saw meanwhile; None where none ran.
-    """
-
-    name: str
-    value: float | None
-    unit: str
-    reference: str
-    reference_value: float | None
-    conditions: dict[str, Any] = field(default_factory=dict)
-    noise_p99_9_ms: float | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        """Value over reference."""
-        if self.value is None or not self.reference_value:
-            return None
-        return self.value / self.reference_value
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the file's fields."""
-        return {
-            **asdict(self),
-            "ratio": self.ratio,
-            "machine": machine(),
-            "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        }
-
-
-@functools.cache
-def machine() -> str:
-    """Return what was measured on, in words: processor, cores, system, Python."""
-    model = platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), model)
-    cores = len(os.sched_getaffinity(0))
-    return f"{model}, {cores} cores, {platform.system()}, Python {platform.python_version()}"
 
 
 @contextlib.contextmanager
@@ -449,21 +394,32 @@ class Bench:
         return Row("policy_decision_us", value, "us", _BUDGET, 20.0, conditions)
 
     def actuation_us(self) -> Row:
-        """What one actuation takes, between random subnets of the digits supernet."""
-        try:
-            from gpu_worker.torch_executor import TorchExecutor  # noqa: PLC0415  it needs torch
-        except ModuleNotFoundError as error:
-            raise SkippedError(f"{error.name} is not installed") from error
-        supernet = TorchExecutor.load(threads=1)._supernet
-        p50_ns, p99_ns = bench_calls.actuation_ns(supernet)
-        conditions = {"supernet": "digits", "subnets": len(supernet.subnets), "p99_us": p99_ns / 1e3}
-        return Row("actuation_us", p50_ns / 1e3, "us", _BUDGET, 1_000.0, conditions)
+        """What one actuation takes, between random subnets of OFA-ResNet50."""
+        return _subnetact().actuation()
+
+    def actuated_over_extracted(self) -> Row:
+        """A batch on a subnet in place over the same on that subnet alone, by views, batch 1."""
+        return _subnetact().actuated_over_extracted()
+
+    def memory_ratio(self) -> Row:
+        """Six subnets on their own over the supernet that hosts 32 of them."""
+        return _subnetact().memory_ratio()
+
+
+def _subnetact() -> SubnetAct:
+    try:
+        from loadgen.bench_subnetact import SubnetAct  # noqa: PLC0415  it needs torch
+    except ModuleNotFoundError as error:
+        raise SkippedError(f"{error.name} is not installed") from error
+    return SubnetAct()
 
 
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "policy_decision_us": Bench.policy_decision_us,
     "router_path_us": Bench.router_path_us,
     "actuation_us": Bench.actuation_us,
+    "actuated_over_extracted": Bench.actuated_over_extracted,
+    "memory_ratio": Bench.memory_ratio,
     "added_latency_p50_ms": Bench.added_latency_p50_ms,
     "added_latency_p99_ms": Bench.added_latency_p99_ms,
     "router_cpu_us_per_query": Bench.router_cpu_us_per_query,

@@ -16,7 +16,7 @@ from router.slackfit import SlackFit
 from superserve.clock import MS
 
 if TYPE_CHECKING:
-    from gpu_worker.actuation import Actuated
+    from gpu_worker.supernet import Supernet
 
 _CALLS = 1_000  # in one reading of the clock: its own cost vanishes
 
@@ -74,7 +74,7 @@ def wide_profile(n_subnets: int) -> Profile:
     )
 
 
-def actuation_ns(supernet: Actuated, *, n: int = 100_000, seed: int = 0) -> tuple[int, int]:
+def actuation_ns(supernet: Supernet, *, n: int = 100_000, seed: int = 0) -> tuple[int, int]:
     """Return the p50 and p99 of one `actuate` to a random row, the clock's own cost included."""
     rng = random.Random(seed)
     rows = [rng.randrange(len(supernet.subnets)) for _ in range(n)]

@@ -25,15 +25,18 @@ import click
 import numpy as np
 
 from gpu_worker import digits
+from gpu_worker.names import DIGITS
 from loadgen.environment import environment_of
 from loadgen.report import write_report
 from loadgen.run import RunSettings, run_trace
 from loadgen.timeline import recorded
 from loadgen.trace import load_trace
-from profiles.measure import Measurement, Setting, measure_supernet
+from profiles.measure import Device, Measurement, Setting, measure_supernet, save_measurement
+from profiles.table import load_profile, statistics_path
 from superserve import local
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, ProcessError, SuperServeError
+from superserve.subnet import Subnet
 from superserve.wire import Status
 
 if TYPE_CHECKING:
@@ -398,21 +401,14 @@ def check_installed() -> None:
         raise ConfigError(f"{', '.join(missing)}: not installed; try: pip install 'superserve[demo]'")
 
 
-def measure_here(path: Path) -> Measurement:
-    """Measure the digits supernet on one thread of this machine's CPU, and write its profile."""
+def measure_here(source: str | Path, path: Path) -> Measurement:
+    """Measure the subnets of a profile on one thread of this machine's CPU, and write theirs to `path`."""
     setting = Setting(BATCH_SIZES, _ROUNDS, _BUDGET_NS)
     measurement = measure_supernet(
-        digits_name(), setting, name=path.stem, device="cpu", threads=1, clock=MonotonicClock()
+        DIGITS, load_profile(source), setting, Device(), name=path.stem, clock=MonotonicClock()
     )
-    path.write_bytes(measurement.to_json())
+    save_measurement(measurement, path, source)
     return measurement
-
-
-def digits_name() -> str:
-    """Return the name of the supernet that comes with the package."""
-    from gpu_worker.torch_executor import SUPERNET_NAME  # noqa: PLC0415  it imports torch
-
-    return SUPERNET_NAME
 
 
 @contextlib.contextmanager
@@ -479,22 +475,27 @@ def as_payloads(pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(pixels).reshape(len(pixels), -1).view(np.uint8)
 
 
-def local_forward(names: Sequence[str]) -> Callable[[int, npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+def local_forward(
+    profile: str | Path, names: Sequence[str]
+) -> Callable[[int, npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
     """Return a forward of the same supernet in this process: a row of `names` and images to logits."""
-    from gpu_worker.torch_executor import TorchExecutor  # noqa: PLC0415  it imports torch
+    from gpu_worker.torch_executor import Placement, TorchExecutor  # noqa: PLC0415  it imports torch
 
-    executor = TorchExecutor.load(threads=1)
-    executor.select(names)
+    rows = {row.name: row for row in load_profile(profile).subnets}
+    subnets = [Subnet(name, rows[name].control) for name in names]
+    executor = TorchExecutor.load(
+        DIGITS, subnets, statistics=statistics_path(profile), placement=Placement(threads=1)
+    )
     return executor.execute
 
 
-def judge_answers(run: Run, images: Images) -> list[str]:
+def judge_answers(run: Run, images: Images, profile: Path) -> list[str]:
     """Print how the answers compare with labels and local forwards; return what is wrong."""
     answers = answers_of(run)
     predicted = answers.logits.argmax(axis=1)
     scores = score(answers.rows, predicted, images.labels[answers.images], run.subnets)
     names = [name for name, _ in run.subnets]
-    comparisons = recompute(answers, images.pixels, names, local_forward(names))
+    comparisons = recompute(answers, images.pixels, names, local_forward(profile, names))
     click.echo(
         f"\nLabels that came back, against the true ones (within {TOLERANCE_POINTS} points where\n"
         f"{_SIGMAS:g} binomial sigmas of so many answers are less than that):"
@@ -521,9 +522,9 @@ def demo(out: Path, seconds: float, slo_ms: float, seed: int) -> list[str]:
     check_installed()
     out.mkdir(parents=True, exist_ok=True)
     click.echo("Measuring the digits supernet on one thread of this machine's CPU (some 10 s) ...")
-    measurement = measure_here(out / "profile.json")
+    measurement = measure_here("digits-cpu", out / "profile.json")
     _say(profile_lines(measurement.profile.subnets, measurement.profile.batch_sizes))
-    images = digits.held_out()
+    _, images = digits.held_out_halves()  # those that the profile's accuracies were counted on
     quickest = quickest_qps(measurement)
     trace = load_trace(burst_spec(quickest), duration_s=seconds, seed=seed)
     click.echo(
@@ -540,7 +541,7 @@ def demo(out: Path, seconds: float, slo_ms: float, seed: int) -> list[str]:
     write_report(out / "report.html", [adaptive, largest])
     click.echo("\nThe same queries, served twice:")
     _say(side_by_side((adaptive, largest)))
-    return [*wrong_serving(adaptive, largest), *judge_answers(runs[0], images)]
+    return [*wrong_serving(adaptive, largest), *judge_answers(runs[0], images, out / "profile.json")]
 
 
 @click.command()

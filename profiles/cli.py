@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from profiles.measure import Measurement, Setting, measure_supernet
+from profiles.commands import accuracy_command, search_command, show_command
+from profiles.measure import Device, Measurement, Setting, measure_supernet, save_measurement
+from profiles.table import load_profile
 from superserve.clock import MonotonicClock
-from superserve.errors import SuperServeError
+from superserve.errors import ConfigError, SuperServeError
 
 _QUICK_ROUNDS = 40
 _QUICK_BUDGET_NS = 6_000_000_000  # with torch's import and the warm-up, under 15 s in all
@@ -19,10 +22,27 @@ def cli() -> None:
     """Make and show profiles: how long each subnet takes at each batch size."""
 
 
+for _command in (search_command, show_command, accuracy_command):
+    cli.add_command(_command)
+
+
 @cli.command("measure")
-@click.option("--supernet", default="digits", show_default=True, help='"digits", or a supernet file.')
+@click.option(
+    "--supernet", default="digits", show_default=True, help="A supernet's name, or module:attribute."
+)
+@click.option(
+    "--subnets",
+    "source",
+    metavar="PROFILE",
+    help="Measure those of this profile, searched or measured elsewhere.",
+)
+@click.option(
+    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the one it comes with]'
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:<n>.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
+@click.option("--precision", default="auto", show_default=True, help="auto, float32, float16 or bfloat16.")
+@click.option("--eager", is_flag=True, help="Capture no CUDA graphs.")
 @click.option("--batch-sizes", default="1,2,4,8,16", show_default=True, help="Ascending, with commas.")
 @click.option("--repeats", default=200, show_default=True, help="Times each subnet and size is run.")
 @click.option("--quick", is_flag=True, help="Stop after a few seconds; at most 40 repeats.")
@@ -30,24 +50,40 @@ def cli() -> None:
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
 )
 def measure_command(
-    supernet: str, device: str, threads: int, batch_sizes: str, repeats: int, quick: bool, out: Path
-) -> None:
+    supernet: str, source: str | None, batch_sizes: str, repeats: int, quick: bool, eager: bool, out: Path,
+    **device: Any,
+) -> None:  # fmt: skip
     """Measure a supernet's subnets on this machine and write the profile to OUT."""
     try:
+        source = source or _profile_of(supernet)
         setting = Setting(
             batch_sizes=_sizes(batch_sizes),
             rounds=min(repeats, _QUICK_ROUNDS) if quick else repeats,
             budget_ns=_QUICK_BUDGET_NS if quick else None,
         )
         measurement = measure_supernet(
-            supernet, setting, name=out.stem, device=device, threads=threads, clock=MonotonicClock()
+            supernet,
+            load_profile(source),
+            setting,
+            Device(**device, uses_graphs=not eager),
+            name=out.stem,
+            clock=MonotonicClock(),
         )
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(measurement.to_json())
+        save_measurement(measurement, out, source)
     except (SuperServeError, OSError) as error:
         raise click.ClickException(str(error)) from error
     _show(measurement)
     click.echo(f"wrote {out}")
+
+
+def _profile_of(supernet: str) -> str:
+    """Return the profile that a supernet comes with."""
+    from gpu_worker.kinds import supernet_kind  # noqa: PLC0415  it imports torch
+
+    kind = supernet_kind(supernet)
+    if kind.profile is None:
+        raise ConfigError(f"--subnets: {kind.name} comes without a profile: make one by `profiles search`")
+    return kind.profile
 
 
 def _sizes(text: str) -> tuple[int, ...]:

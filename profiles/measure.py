@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import orjson
 
-from profiles.table import Profile, SubnetProfile
+from profiles.table import Profile, SubnetProfile, statistics_path
 from superserve.errors import ConfigError
+from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from gpu_worker.torch_executor import Card
     from superserve.clock import Clock
-    from superserve.subnet import Subnet, TensorSpec
+    from superserve.subnet import TensorSpec
 
 MIN_ROUNDS = 5
 """Rounds measured even when the budget is spent: a median of fewer says nothing."""
@@ -45,11 +45,6 @@ class Executor(Protocol):
     @property
     def subnets(self) -> tuple[Subnet, ...]:
         """The hosted subnets, by ascending accuracy."""
-        ...
-
-    @property
-    def cards(self) -> tuple[Card, ...]:
-        """What is known of each subnet."""
         ...
 
     @property
@@ -112,57 +107,125 @@ class Measurement:
         return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def measure_supernet(
-    supernet: str, setting: Setting, *, name: str, device: str, threads: int, clock: Clock
-) -> Measurement:
-    """Load a supernet on `device` and measure it.
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a supernet is measured, and with what in it.
 
-    Args:
-        supernet: "digits", or the path of a supernet file.
-        setting: How to measure.
-        name: Of the profile.
+    Attributes:
         device: "cpu", "cuda" or "cuda:<n>".
         threads: CPU threads of torch.
+        weights: A checkpoint's path, "random", or None for the one that the supernet comes with.
+        precision: What it computes in: see `gpu_worker.torch_executor.Placement`.
+        uses_graphs: Whether CUDA graphs are captured, as the worker does.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    weights: str | None = None
+    precision: str = "auto"
+    uses_graphs: bool = True
+
+
+def measure_supernet(
+    supernet: str, subnets: Profile, setting: Setting, device: Device, *, name: str, clock: Clock
+) -> Measurement:
+    """Make a supernet resident and measure it.
+
+    Args:
+        supernet: Its name: see `gpu_worker.kinds`.
+        subnets: A profile of it, searched or measured elsewhere: its subnets and accuracies.
+        setting: How to measure.
+        device: Where.
+        name: Of the profile to be made.
         clock: Times the runs.
 
     Raises:
-        ConfigError: If the supernet or the device is not there.
+        ConfigError: If the supernet or the device is not there, or the subnets are of another one.
     """
     # torch takes seconds to import: only this function needs it.
-    from gpu_worker.torch_executor import SHIPPED_PATH, SUPERNET_NAME, TorchExecutor  # noqa: PLC0415
+    from gpu_worker.kinds import RANDOM, supernet_kind  # noqa: PLC0415
+    from gpu_worker.torch_executor import Placement, TorchExecutor  # noqa: PLC0415
 
-    path = SHIPPED_PATH if supernet == SUPERNET_NAME else Path(supernet)
-    executor = TorchExecutor.load(path, device=device, threads=threads, batch_sizes=setting.batch_sizes)
-    place = torch_place(device, threads)
-    return measure(executor, setting, place, name=name, supernet=SUPERNET_NAME, clock=clock)
+    kind = supernet_kind(supernet)
+    if subnets.supernet != kind.name:
+        raise ConfigError(f"subnets: expected a profile of {kind.name}, got one of {subnets.supernet}")
+    placement = Placement(
+        device=device.device,
+        threads=device.threads,
+        batch_sizes=setting.batch_sizes,
+        precision=device.precision,
+        uses_graphs=device.uses_graphs,
+    )
+    hosted = [Subnet(row.name, row.control) for row in subnets.subnets]
+    # Statistics are left out: they decide answers, not how long a batch takes.
+    executor = TorchExecutor.load(supernet, hosted, weights=device.weights, placement=placement)
+    executor.warm_up()
+    place = torch_place(device.device, device.threads, executor.precision)
+    notes = ["Weights are random: latencies alone are meant."] if device.weights == RANDOM else []
+    notes.append(f"Subnets and accuracies are those of {subnets.name}: {subnets.provenance}")
+    return measure(
+        executor, subnets.subnets, setting, place, name=name, supernet=kind.name, clock=clock, notes=notes
+    )
+
+
+def save_measurement(measurement: Measurement, path: Path, subnets: str | Path) -> None:
+    """Write a profile to `path`; beside it SubnetNorm's statistics, if `subnets`, its source, has any.
+
+    Args:
+        measurement: What is written.
+        path: The profile's file.
+        subnets: The profile that was measured: a shipped one's name, or a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(measurement.to_json())
+    statistics, own = statistics_path(subnets), statistics_path(path)
+    if statistics.exists() and statistics != own:
+        own.write_bytes(statistics.read_bytes())
 
 
 def measure(
-    executor: Executor, setting: Setting, place: Place, *, name: str, supernet: str, clock: Clock
+    executor: Executor,
+    subnets: Sequence[SubnetProfile],
+    setting: Setting,
+    place: Place,
+    *,
+    name: str,
+    supernet: str,
+    clock: Clock,
+    notes: Sequence[str] = (),
 ) -> Measurement:
     """Measure `executor` and fit a profile called `name` to what was seen.
 
+    Args:
+        executor: Hosts `subnets`, in that order.
+        subnets: Their names, control tuples and accuracies, by ascending accuracy.
+        setting: How to measure.
+        place: What the figures depend on.
+        name: Of the profile.
+        supernet: Whose subnets they are.
+        clock: Times the runs.
+        notes: Sentences for the provenance.
+
     Raises:
-        ConfigError: If the executor's subnets cannot make a profile.
+        ConfigError: If the subnets cannot make a profile.
     """
     samples = sample(executor, setting, clock)
     median, p99 = np.median(samples, axis=0), percentile_99(samples)
     rows = pareto_rows(median)
     fitted = fit(median[rows])
     fitted_p99 = np.maximum(fit(p99[rows]), fitted)
-    cards = [executor.cards[row] for row in rows]
     profile = Profile(
         name=name,
         supernet=supernet,
         device=place.device,
         source="measured",
-        provenance=_provenance(len(samples)),
+        provenance=" ".join([_provenance(len(samples)), *notes]),
         versions=place.versions,
         date=datetime.now(UTC).date().isoformat(),
         batch_sizes=setting.batch_sizes,
-        subnets=tuple(map(_subnet_profile, cards, fitted, fitted_p99)),
+        subnets=tuple(map(_subnet_profile, (subnets[row] for row in rows), fitted, fitted_p99)),
     )
-    names = [subnet.name for subnet in executor.subnets]
+    names = [subnet.name for subnet in subnets]
     dropped = tuple(name for row, name in enumerate(names) if row not in rows)
     return Measurement(profile, _raw(names, samples), dropped)
 
@@ -171,7 +234,7 @@ def sample(executor: Executor, setting: Setting, clock: Clock) -> npt.NDArray[np
     """Return the nanoseconds of every run, (rounds, subnets, batch sizes), after a warm-up."""
     rng = np.random.default_rng(_SEED)
     spec = executor.input_spec
-    batches = [rng.standard_normal((size, *spec.shape)).astype(spec.dtype) for size in setting.batch_sizes]
+    batches = [_batch(rng, (size, *spec.shape), spec.dtype) for size in setting.batch_sizes]
     cells = list(itertools.product(range(len(executor.subnets)), range(len(batches))))
     for _, (row, column) in itertools.product(range(_WARM_UP_ROUNDS), cells):
         executor.execute(row, batches[column])
@@ -188,6 +251,13 @@ def sample(executor: Executor, setting: Setting, clock: Clock) -> npt.NDArray[np
             took_ns[row, column] = clock.now_ns() - before_ns
         rounds.append(took_ns)
     return np.stack(rounds)
+
+
+def _batch(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    """Return random queries: numbers around 0, or, of an integer type, pixels or tokens of a small range."""
+    if np.issubdtype(np.dtype(dtype), np.integer):
+        return rng.integers(0, 2, shape).astype(dtype)
+    return rng.standard_normal(shape).astype(dtype)
 
 
 def percentile_99(samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -240,7 +310,7 @@ def isotonic(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.repeat([mean for mean, _ in pools], [count for _, count in pools])
 
 
-def torch_place(device: str, threads: int) -> Place:
+def torch_place(device: str, threads: int, precision: str = "float32") -> Place:
     """Return what latencies of torch on this machine depend on."""
     import torch  # noqa: PLC0415  slow to import, and only measuring needs it
 
@@ -248,6 +318,8 @@ def torch_place(device: str, threads: int) -> Place:
         words = torch.cuda.get_device_name(device)
     else:
         words = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    if precision != "float32":
+        words += f", {precision}"
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda
@@ -271,21 +343,15 @@ def _provenance(rounds: int) -> str:
     )
     return (
         f"Measured by profiles.measure: {rounds} interleaved rounds after a warm-up; {tail}; both made "
-        "monotone in batch size and accuracy by isotonic regression. Accuracies are of the supernet's "
-        "file. The measured figures are under raw."
+        "monotone in batch size and accuracy by isotonic regression. The measured figures are under raw."
     )
 
 
 def _subnet_profile(
-    card: Card, median: npt.NDArray[np.float64], p99: npt.NDArray[np.float64]
+    subnet: SubnetProfile, median: npt.NDArray[np.float64], p99: npt.NDArray[np.float64]
 ) -> SubnetProfile:
-    return SubnetProfile(
-        name=card.name,
-        control=card.control,
-        accuracy=card.accuracy,
-        gflops=card.gflops,
-        latency_ns=tuple(map(round, median.tolist())),
-        latency_p99_ns=tuple(map(round, p99.tolist())),
+    return replace(
+        subnet, latency_ns=tuple(map(round, median.tolist())), latency_p99_ns=tuple(map(round, p99.tolist()))
     )
 
 

@@ -274,8 +274,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     Raises:
         ProfileError: There is no such profile, or it is malformed: see `Profile.from_dict`.
     """
-    shipped = isinstance(name_or_path, str) and name_or_path in shipped_profiles()
-    path = _DATA / f"{name_or_path}.json" if shipped else Path(name_or_path)
+    path = profile_path(name_or_path)
     try:
         data = orjson.loads(path.read_bytes())
     except OSError as error:
@@ -283,6 +282,17 @@ def load_profile(name_or_path: str | Path) -> Profile:
     except orjson.JSONDecodeError as error:
         raise ProfileError(f"{path}: expected JSON: {error}") from error
     return Profile.from_dict(data, where=str(path))
+
+
+def profile_path(name_or_path: str | Path) -> Path:
+    """Return the file that `load_profile` reads; it need not be there."""
+    shipped = isinstance(name_or_path, str) and name_or_path in shipped_profiles()
+    return _DATA / f"{name_or_path}.json" if shipped else Path(name_or_path)
+
+
+def statistics_path(profile: str | Path) -> Path:
+    """Return where SubnetNorm's statistics of a profile's subnets lie: a file beside the profile's own."""
+    return profile_path(profile).with_suffix(".statistics.safetensors")
 
 
 def _no_profile(name: str, error: OSError) -> str:

@@ -22,7 +22,18 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "router": ("superserve", "profiles.table"),
     "gpu_worker": ("superserve", "profiles.table"),
     "profiles": ("superserve",),
-    "profiles.measure": ("gpu_worker",),
+    # Who measures, calibrates or counts a subnet runs it.
+    **dict.fromkeys(
+        (
+            "profiles.measure",
+            "profiles.accuracy",
+            "profiles.flops",
+            "profiles.search",
+            "profiles.commands",
+            "profiles.cli",
+        ),
+        ("gpu_worker",),
+    ),
     # The load generator starts routers and workers as processes, through superserve.processes.
     "loadgen": ("superserve", "profiles.table"),
     # The event logs of emulated GPUs prove that none of them cheated.
@@ -32,6 +43,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     # The demo compares what came back with a local forward of the same subnet.
     "loadgen.demo": (
         "gpu_worker.digits",
+        "gpu_worker.names",
         "gpu_worker.torch_executor",
         "profiles.measure",
         "gpu_worker.eventlog",
@@ -40,7 +52,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "loadgen.bench": ("router", "gpu_worker"),
     # Where a query spends its time in the router is measured on the core itself.
     "loadgen.bench_path": ("router",),
-    "loadgen.bench_calls": ("router.policy", "router.slackfit", "gpu_worker.actuation"),
+    "loadgen.bench_calls": ("router.policy", "router.slackfit", "gpu_worker"),
+    "loadgen.bench_subnetact": ("gpu_worker",),
     # The simulator runs the core that serves, under a policy built by name; no sockets.
     "loadgen.simulator": ("router.core", "router.policy", "router.registry"),
     "cluster": ("superserve", "router", "gpu_worker", "loadgen", "profiles"),

@@ -155,7 +155,7 @@ WRONG = [
     (("up", "--gpus", "0", "--workers", "1"), "--gpus: one worker on each"),
     (("up", "--device", "cuda"), "it sees 0; try --device cpu"),
     (("up", "--device", "toaster"), "--device"),
-    (("up", "--supernet", "none"), "--supernet: expected 'digits' or a supernet file"),
+    (("up", "--supernet", "none"), "--supernet: expected one of digits, ofa-resnet50, dynabert"),
     (("up", "--profile", "none"), "none"),
     (("status",), "no cluster 'default' runs on this machine: start one with `cluster up`"),
     (("status", "--name", "other"), "no cluster 'other' runs"),

@@ -158,7 +158,7 @@ def _outcome(image: int, slo_ms: float, response: httpx.Response, began_s: float
 def wrong(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Return those that are answers, but not what the subnet that they name makes of their image here."""
     names = [subnet.name for subnet in load_profile("digits-cpu").subnets]
-    forward, pixels = local_forward(names), held_out().pixels
+    forward, pixels = local_forward("digits-cpu", names), held_out().pixels
     found = []
     for row, name in enumerate(names):
         mine = [one for one in outcomes if one.status == 200 and one.body["subnet"] == name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given
@@ -57,3 +59,32 @@ def test_a_row_that_is_not_hosted_is_refused(row: int) -> None:
         actuate(SUPERNET, row)
 
     assert SUPERNET.cursor.row == 2
+
+
+def test_a_pass_that_runs_ends_on_the_subnet_with_which_it_began() -> None:
+    """Actuation in the middle of a forward pass touches the next one only, whatever the layer."""
+    for layer in [module for module in SUPERNET.model.modules() if not list(module.children())]:
+        hook = layer.register_forward_pre_hook(lambda *_: actuate(SUPERNET, 0))
+        try:
+            assert torch.equal(run(2), ALONE[2])
+        finally:
+            hook.remove()
+        assert SUPERNET.cursor.row in (0, 2)  # 2 where the layer did not run
+
+
+def test_two_threads_never_mix_their_subnets() -> None:
+    """Passes of two threads exclude each other: each answer is one subnet's, whole."""
+    outputs: list[torch.Tensor] = []
+
+    def serve(row: int) -> None:
+        with torch.inference_mode():
+            outputs.extend(SUPERNET.run_with(SUPERNET.prepared(row).settings, IMAGES) for _ in range(100))
+
+    threads = [threading.Thread(target=serve, args=(row,)) for row in (1, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    same = [sum(torch.equal(output, ALONE[row]) for output in outputs) for row in (1, 3)]
+    assert same == [100, 100]

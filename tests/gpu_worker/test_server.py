@@ -263,8 +263,15 @@ def test_every_pair_of_link_and_event_is_known_or_cannot_happen() -> None:
         (["--supernet", "digits", "--gpus", "2"], "--gpus goes with --emulate"),
         (["--emulate", PROFILE, "--threads", "2"], "--threads goes with --supernet"),
         (["--emulate", "cnn-8gpu-modeled"], "did you mean 'cnn-8gpu-modelled'?"),
-        (["--supernet", "digit"], "expected 'digits' or a supernet file, got 'digit'"),
-        (["--supernet", "digits", "--profile", PROFILE], "subnets: expected"),
+        (["--supernet", "digit"], "expected one of digits, ofa-resnet50, dynabert"),
+        (["--supernet", "digits", "--profile", PROFILE], "expected one of digits, got one of ofa-resnet50"),
+        (["--supernet", "dynabert"], "--profile: dynabert comes without one"),
+        (
+            ["--supernet", "digits", "--cores", "0-x"],
+            "--cores: expected numbers such as 0,2 or 0-3, got '0-x'",
+        ),
+        (["--supernet", "digits", "--cores", "99999"], "--cores: expected some of"),
+        (["--supernet", "digits", "--weights", "no.pt"], "no.pt: expected a safetensors or .pt file"),
         (["--connect", "nowhere", "--emulate", PROFILE], "expected tcp://HOST:PORT"),
     ],
 )

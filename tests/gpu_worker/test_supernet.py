@@ -1,60 +1,106 @@
-"""The supernet against plain networks of its subnets' sizes, and the control tuples it refuses."""
+"""The supernet: what it hosts, where its statistics rest, what it weighs, what survives a move."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
+from gpu_worker import supernet as supernet_module
 from gpu_worker.actuation import actuate
-from gpu_worker.supernet import Architecture, DigitsSupernet, subnet_sizes
+from gpu_worker.digits_supernet import Architecture
+from gpu_worker.operators import WeightSlice
+from gpu_worker.supernet import SubnetStatistics, Supernet
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
-from tests.gpu_worker.plain import ARCHITECTURE, CHANNELS, CONTROLS, images, plain_subnet, small_supernet
+from tests.gpu_worker.plain import CONTROLS, SUBNETS, images, plain_subnet, small_supernet
+
+ROWS = range(len(CONTROLS))
 
 
-@pytest.mark.parametrize("row", range(len(CONTROLS)))
+def outputs_of(supernet: Supernet, shown: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Return each hosted subnet's logits."""
+    found = []
+    with torch.inference_mode():
+        for row in range(len(supernet.subnets)):
+            actuate(supernet, row)
+            found.append(supernet(images() if shown is None else shown))
+    return found
+
+
+def assert_alike(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Compare subnet by subnet."""
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_an_actuated_subnet_answers_as_a_network_of_its_own_size(row: int) -> None:
-    """In place or extracted, a subnet computes the same."""
+    """In place or extracted, a subnet computes the same, its own statistics included."""
     supernet = small_supernet()
-    reference = plain_subnet(supernet.state_dict(), row)
+    reference = plain_subnet(supernet, row)
     actuate(supernet, row)
     with torch.inference_mode():
         torch.testing.assert_close(supernet(images()), reference(images()), rtol=1e-4, atol=1e-5)
 
 
 def test_the_layout_in_memory_does_not_matter() -> None:
-    """Channels last gives what channels first gives; views follow the move."""
+    """Channels last gives what channels first gives; views follow the move, and so does what is actuated."""
     supernet = small_supernet()
-    with torch.inference_mode():
-        for row in range(len(CONTROLS)):
-            actuate(supernet, row)
-            first = supernet(images())
-            supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
-            assert supernet.cursor.row == row
-            last = supernet(images().to(memory_format=torch.channels_last))
-            torch.testing.assert_close(first, last, rtol=1e-4, atol=1e-5)
+    first = outputs_of(supernet)
+    supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
+
+    assert supernet.cursor.row == ROWS[-1]
+    assert_alike(outputs_of(supernet, images().to(memory_format=torch.channels_last)), first)
 
 
 def test_moving_to_another_dtype_takes_the_views_along() -> None:
     """A supernet in double precision runs on doubles, not on stale single-precision views."""
     supernet = small_supernet()
-    before = supernet(images())
-    after = supernet.double()(images().double())
+    before = outputs_of(supernet)
+    supernet.double()
+    after = outputs_of(supernet, images().double())
 
-    assert after.dtype == torch.float64
-    torch.testing.assert_close(before.double(), after, rtol=1e-4, atol=1e-5)
+    assert {output.dtype for output in after} == {torch.float64}
+    assert_alike([output.float() for output in after], before)
 
 
-@pytest.mark.parametrize("row", range(len(CONTROLS)))
-def test_sizes_are_the_ceiling_of_width_times_channels(row: int) -> None:
-    """ceil(w * C) channels a stage, and the depths as they stand."""
-    depths, widths = CONTROLS[row]
-    sizes = subnet_sizes(ARCHITECTURE, {"d": depths, "w": widths})
+def test_half_precision_keeps_the_norms_in_single() -> None:
+    """Weights become halves; SubnetNorm's scales stay float32, and answers stay close."""
+    supernet = small_supernet()
+    before = outputs_of(supernet)
+    supernet.to_half(torch.bfloat16)
+    after = outputs_of(supernet, images().bfloat16())
 
-    assert sizes.depths == tuple(depths)
-    assert sizes.channels == CHANNELS[row]
+    assert {norm.weight.dtype for norm in supernet.norms if norm.weight is not None} == {torch.float32}
+    assert next(supernet.model.parameters()).dtype == torch.bfloat16
+    for one, other in zip(after, before, strict=True):
+        assert float((one.float() - other).norm() / other.norm()) < 0.05
+
+
+def test_a_deep_copy_stands_alone() -> None:
+    """Changing a copy's weights changes no answer of the original, and the copy's own."""
+    supernet = small_supernet()
+    before = outputs_of(supernet)
+    other = copy.deepcopy(supernet)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+
+    assert_alike(outputs_of(supernet), before)
+    assert not torch.allclose(outputs_of(other)[0], before[0])
+
+
+def test_loading_weights_reaches_every_slice() -> None:
+    """After load_state_dict no subnet answers by its old weights, packed slices or not."""
+    supernet, other = small_supernet(), small_supernet(seed=5)
+    supernet.pack(ROWS, images(1), budget_bytes=10**6)
+    supernet.model.load_state_dict(other.model.state_dict())
+    supernet.set_statistics(other.statistics)
+
+    assert_alike(outputs_of(supernet), outputs_of(other))
 
 
 @pytest.mark.parametrize(
@@ -66,69 +112,103 @@ def test_sizes_are_the_ceiling_of_width_times_channels(row: int) -> None:
             {"d": [1, 1, 1.0], "w": [1, 1, 1]},
             "control d, stage 2: expected a whole number from 1 to 1, got 1.0",
         ),
+        ({"d": [1, 1, 1], "w": [1, 1, 1.5]}, "control w, size 2: expected a fraction from 0.1 to 1, got 1.5"),
         (
-            {"d": [1, 1, 1], "w": [1, 1, 1.5]},
-            "control w, stage 2: expected a fraction from 0.1 to 1, got 1.5",
+            {"d": [1, 1, 1], "w": [1, 1, True]},
+            "control w, size 2: expected a fraction from 0.1 to 1, got True",
         ),
-        (
-            {"d": [1, 1, 1], "w": [1, 0.05, 1]},
-            "control w, stage 1: expected a fraction from 0.1 to 1, got 0.05",
-        ),
-        (
-            {"d": [1, 1, 1], "w": [float("nan"), 1, 1]},
-            "control w, stage 0: expected a fraction from 0.1 to 1, got nan",
-        ),
-        (
-            {"d": [1, 1, 1], "w": ["1", 1, 1]},
-            "control w, stage 0: expected a fraction from 0.1 to 1, got '1'",
-        ),
-        ({"d": [1, 1], "w": [1, 1, 1]}, "control d: expected 3 entries, one a stage"),
-        ({"d": [1, 1, 1], "w": 1}, "control w: expected 3 entries, one a stage"),
-        ({"d": [1, 1, 1]}, "control: expected exactly the keys d and w, got ['d']"),
-        ({"d": [1], "w": [1], "e": [1]}, "control: expected exactly the keys d and w"),
+        ({"d": [1, 1], "w": [1, 1, 1]}, r"control d: expected 3 entries, one a stage, got \[1, 1\]"),
+        ({"d": [1, 1, 1]}, r"control: expected exactly the keys d and w, got \['d'\]"),
+        ({"d": "111", "w": [1, 1, 1]}, "control d: expected 3 entries, one a stage, got '111'"),
+        (None, "expected a control tuple, got none"),
     ],
 )
-def test_a_bad_control_tuple_is_refused_by_stage_value_and_bound(
-    control: dict[str, Any], message: str
-) -> None:
-    """The error says which entry is wrong and what it may be."""
-    with pytest.raises(ConfigError) as raised:
-        subnet_sizes(ARCHITECTURE, control)
-
-    assert message in str(raised.value)
-
-
-def test_hosting_a_bad_subnet_names_it_and_changes_nothing() -> None:
-    """A refused set of subnets leaves the hosted ones running."""
+def test_a_control_tuple_out_of_bounds_is_refused(control: dict[str, Any] | None, message: str) -> None:
+    """The error names the subnet, the entry, its value and the bound, and hosts nothing."""
     supernet = small_supernet()
-    actuate(supernet, 1)
-    before = supernet(images())
-    good = Subnet("good", {"d": [1, 1, 1], "w": [1, 1, 1]})
-    bad = Subnet("bad", {"d": [9, 1, 1], "w": [1, 1, 1]})
-    with pytest.raises(ConfigError, match="subnet bad: control d, stage 0"):
-        supernet.host([good, bad])
+    with pytest.raises(ConfigError, match=f"subnet bad: {message}"):
+        supernet.host([SUBNETS[0], Subnet("bad", control)])
 
-    assert supernet.cursor.row == 1
-    assert torch.equal(supernet(images()), before)
+    assert supernet.subnets == SUBNETS
 
 
-def test_a_subnet_without_a_control_tuple_cannot_be_hosted() -> None:
-    """A modelled profile's subnet has no weights behind it."""
-    with pytest.raises(ConfigError, match="subnet modelled: expected a control tuple"):
-        small_supernet().host([Subnet("modelled", None)])
-    with pytest.raises(ConfigError, match="at least one"):
-        small_supernet().host([])
+def test_hosting_needs_subnets_with_names_of_their_own() -> None:
+    """None, or two of one name, are refused."""
+    supernet = small_supernet()
+    with pytest.raises(ConfigError, match="expected at least one to host"):
+        supernet.host([])
+    with pytest.raises(ConfigError, match="expected unique names"):
+        supernet.host([SUBNETS[0], SUBNETS[0]])
 
 
-def test_a_new_supernet_hosts_its_whole() -> None:
-    """Before any other is named, the largest subnet runs."""
-    supernet = DigitsSupernet(ARCHITECTURE)
-
-    assert [subnet.control for subnet in supernet.subnets] == [ARCHITECTURE.largest]
-    assert supernet(images(2)).shape == (2, 5)
-
-
-def test_an_architecture_needs_a_depth_for_each_stage() -> None:
-    """Channels and depths go in pairs."""
+def test_an_architecture_has_as_many_channels_as_depths() -> None:
+    """Stages are described twice, alike."""
     with pytest.raises(ConfigError, match="as many channels as depths"):
-        Architecture(image_shape=(1, 8, 8), channels=(8,), depths=(1, 1), n_classes=5, min_width=0.1)
+        Architecture((1, 8, 8), (8, 8), (1,), 10, (0.5, 1.0))
+
+
+def test_idle_subnets_rest_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only so many subnets are prepared; the others' statistics are counted as idle, and nothing is lost."""
+    monkeypatch.setattr(supernet_module, "MAX_PREPARED", 2)
+    supernet = small_supernet()
+    before = outputs_of(supernet)
+    report = supernet.memory()
+    total = sum(4 * len(held.values) for held in supernet.statistics.values())
+
+    assert report.n_resident == 2
+    assert report.statistics_resident + report.statistics_idle == total
+    assert report.statistics_idle > 0
+    assert_alike(outputs_of(supernet), before)
+
+
+def test_pinned_subnets_stay_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a captured graph looks into is not dropped, whatever runs meanwhile."""
+    monkeypatch.setattr(supernet_module, "MAX_PREPARED", 1)
+    supernet = small_supernet()
+    supernet.pin([1, 2])
+    held = [supernet.prepared(row) for row in (1, 2)]
+    outputs_of(supernet)
+
+    assert [supernet.prepared(row) for row in (1, 2)] == held
+    assert all(supernet.prepared(row) is one for row, one in zip((1, 2), held, strict=True))
+
+
+def test_packed_slices_answer_alike_and_are_counted() -> None:
+    """Contiguous copies change no answer; their bytes are in the report, and keep to the budget."""
+    supernet = small_supernet()
+    before = outputs_of(supernet)
+    views = supernet.memory()
+    packed = supernet.pack(ROWS, images(1), budget_bytes=10**6)
+
+    assert views.packed == 0
+    assert supernet.memory().packed == packed > 0
+    assert_alike(outputs_of(supernet), before)
+    for layer in supernet.modules():
+        if isinstance(layer, WeightSlice):
+            assert all(slice_.weight.is_contiguous() for slice_ in layer.packed.values())
+
+
+@pytest.mark.parametrize("budget_bytes", [0, 100, 1000])
+def test_packing_keeps_to_its_budget(budget_bytes: int) -> None:
+    """A budget too small for all slices packs some; one of nothing packs none and undoes what was packed."""
+    supernet = small_supernet()
+    supernet.pack(ROWS, images(1), budget_bytes=10**6)
+
+    assert supernet.pack(ROWS, images(1), budget_bytes=budget_bytes) <= budget_bytes
+    assert supernet.memory().packed <= budget_bytes
+    assert_alike(outputs_of(supernet), outputs_of(small_supernet()))
+
+
+def test_statistics_that_do_not_fit_are_refused() -> None:
+    """The error names the subnet, and the norm where one is too long; those held stay."""
+    supernet = small_supernet()
+    held = dict(supernet.statistics)
+    with pytest.raises(ConfigError, match="statistics of 0: expected 15 norms, got 1"):
+        supernet.set_statistics({"0": SubnetStatistics((1,), torch.zeros(2))})
+    channels = (99, *[0] * 14)
+    with pytest.raises(ConfigError, match="statistics of 0, stem_norm: expected at most 8 channels, got 99"):
+        supernet.set_statistics({"0": SubnetStatistics(channels, torch.zeros(198))})
+    with pytest.raises(ConfigError, match="expected 2 float32 values"):
+        SubnetStatistics((1,), torch.zeros(3))
+
+    assert supernet.statistics == held

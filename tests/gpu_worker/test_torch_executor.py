@@ -1,28 +1,43 @@
-"""TorchExecutor: the shipped supernet, the batches it takes, and the files it refuses."""
+"""TorchExecutor: the shipped supernet, the batches it takes, and the options it refuses."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gpu_worker import digits
-from gpu_worker.torch_executor import SHIPPED_PATH, Card, TorchExecutor, save
+from gpu_worker.kinds import KINDS, digits_data, supernet_kind
+from gpu_worker.names import SHIPPED_SUPERNETS
+from gpu_worker.torch_executor import Placement, TorchExecutor, relative_error
+from profiles.table import load_profile, statistics_path
 from superserve.errors import ConfigError, InvalidQueryError
-from tests.gpu_worker.plain import images, small_supernet
+from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-EXECUTOR = TorchExecutor.load(batch_sizes=(1, 4, 16))
-LARGEST = len(EXECUTOR.subnets) - 1
+PROFILE = load_profile("digits-cpu")
+SUBNETS = [Subnet(row.name, row.control) for row in PROFILE.subnets]
+LARGEST = len(SUBNETS) - 1
+
+
+def loaded(*batch_sizes: int, subnets: list[Subnet] = SUBNETS, **options: Any) -> TorchExecutor:
+    """Return the shipped supernet with the shipped profile's subnets."""
+    return TorchExecutor.load(
+        "digits",
+        subnets,
+        statistics=options.pop("statistics", statistics_path("digits-cpu")),
+        weights=options.pop("weights", None),
+        placement=Placement(batch_sizes=batch_sizes, **options),
+    )
+
+
+EXECUTOR = loaded(1, 4, 16)
 
 
 def some_images(n: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -32,42 +47,44 @@ def some_images(n: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return batch
 
 
-def measured_accuracy(row: int, held_out: digits.Images) -> float:
+def measured_accuracy(row: int) -> float:
     """Return the percentage of the held-out set that a row reads rightly, in batches of 512."""
-    executor = TorchExecutor.load()
+    executor, held_out = loaded(), digits_data().held_out
     logits = [
-        executor.execute(row, held_out.pixels[start : start + 512])
+        executor.execute(row, np.asarray(held_out.inputs[start : start + 512]))
         for start in range(0, len(held_out.labels), 512)
     ]
     return 100 * float((np.concatenate(logits).argmax(1) == held_out.labels).mean())
 
 
-def test_the_smallest_subnet_is_as_accurate_as_the_file_says() -> None:
-    """The shipped weights and statistics read the held-out digits as the card promises."""
-    assert measured_accuracy(0, digits.held_out()) == pytest.approx(EXECUTOR.accuracies[0], abs=0.1)
+def test_the_smallest_subnet_is_as_accurate_as_the_profile_says() -> None:
+    """The shipped weights and statistics read the held-out digits as the profile promises."""
+    assert measured_accuracy(0) == pytest.approx(PROFILE.subnets[0].accuracy, abs=0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", range(1, LARGEST + 1))
-def test_every_subnet_is_as_accurate_as_the_file_says(row: int) -> None:
+def test_every_subnet_is_as_accurate_as_the_profile_says(row: int) -> None:
     """So do all the larger subnets."""
-    assert measured_accuracy(row, digits.held_out()) == pytest.approx(EXECUTOR.accuracies[row], abs=0.1)
+    assert measured_accuracy(row) == pytest.approx(PROFILE.subnets[row].accuracy, abs=0.1)
 
 
 def test_subnets_truly_differ() -> None:
-    """Several subnets, each at least 0.3 points above the one before, more than ten points in all."""
-    gaps = [after - before for before, after in itertools.pairwise(EXECUTOR.accuracies)]
+    """Several subnets, over more than ten points of accuracy."""
+    accuracies = [row.accuracy for row in PROFILE.subnets]
 
-    assert 5 <= len(EXECUTOR.subnets) <= 8
-    assert min(gaps) >= 0.3
-    assert EXECUTOR.accuracies[-1] - EXECUTOR.accuracies[0] > 10
+    assert 5 <= len(SUBNETS) <= 12
+    assert min(after - before for before, after in itertools.pairwise(accuracies)) > 0
+    assert accuracies[-1] - accuracies[0] > 10
 
 
-def test_subnet_norm_is_what_makes_small_subnets_work() -> None:
-    """With the largest subnet's statistics the smallest does no better than guessing, or little."""
-    smallest = EXECUTOR.cards[0]
+def test_no_held_out_image_is_chosen_on_or_trained_on() -> None:
+    """The two held-out halves share no original: they are as many as all, and their images differ."""
+    selection, held_out = digits.held_out_halves()
+    together = {image.tobytes() for image in (*selection.pixels, *held_out.pixels)}
 
-    assert smallest.accuracy_without_subnet_norm < 20 < smallest.accuracy
+    assert len(selection.labels) + len(held_out.labels) == digits.HELD_OUT_IMAGES == len(together)
+    assert abs(len(selection.labels) - len(held_out.labels)) < 50
 
 
 @pytest.mark.parametrize("n_queries", [1, 2, 4, 5, 16])
@@ -75,7 +92,7 @@ def test_padding_changes_no_answer(n_queries: int) -> None:
     """A query's logits do not depend on the zeros beside it, and padding is trimmed."""
     batch = some_images(n_queries)
     padded = EXECUTOR.execute(0, batch)
-    alone = TorchExecutor.load().execute(0, batch)
+    alone = loaded().execute(0, batch)
 
     assert padded.shape == (n_queries, *EXECUTOR.output_spec.shape)
     assert padded.dtype == np.dtype(EXECUTOR.output_spec.dtype)
@@ -109,6 +126,28 @@ def test_warming_up_answers_nothing_and_breaks_nothing() -> None:
     assert np.array_equal(EXECUTOR.execute(0, batch), before)
 
 
+def test_packed_slices_and_views_answer_alike() -> None:
+    """A budget for packed slices moves memory, not answers; on a CPU none is taken unless asked for."""
+    packed = loaded(1, 4, packed_bytes=10**7)
+    batch = some_images(3)
+
+    assert packed.memory().packed > 0 == loaded().memory().packed
+    for row in range(len(SUBNETS)):
+        np.testing.assert_allclose(
+            packed.execute(row, batch), loaded().execute(row, batch), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_without_statistics_small_subnets_guess() -> None:
+    """SubnetNorm is what makes them work: with the whole's statistics the smallest is far off."""
+    bare = loaded(statistics=None)
+    held_out = digits_data().held_out
+    images, labels = np.asarray(held_out.inputs[:512]), held_out.labels[:512]
+
+    assert (bare.execute(0, images).argmax(1) == labels).mean() < 0.5
+    assert (loaded().execute(0, images).argmax(1) == labels).mean() > 0.75
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
@@ -126,7 +165,7 @@ def test_a_bad_batch_is_refused(batch: np.ndarray[Any, Any], message: str) -> No
 
 
 def test_a_row_that_is_not_hosted_is_refused() -> None:
-    """The executor passes on what actuation says."""
+    """The error gives the rows there are."""
     with pytest.raises(ConfigError, match="subnet: expected a row from 0"):
         EXECUTOR.execute(LARGEST + 1, some_images(1))
 
@@ -140,104 +179,68 @@ def test_a_row_that_is_not_hosted_is_refused() -> None:
         ({"threads": 0}, "threads: expected at least 1, got 0"),
         ({"batch_sizes": (4, 2)}, "batch_sizes: expected ascending"),
         ({"batch_sizes": (0, 2)}, "batch_sizes: expected ascending"),
+        ({"precision": "int4"}, "precision: expected auto, float32, float16, bfloat16, got 'int4'"),
     ],
 )
 def test_a_bad_option_is_named(options: dict[str, Any], message: str) -> None:
-    """Loading refuses what it cannot do, by the option's name."""
+    """A placement refuses what it cannot do, by the option's name."""
     with pytest.raises(ConfigError, match=message):
-        TorchExecutor.load(**options)
+        TorchExecutor.load("digits", SUBNETS, placement=Placement(**options))
 
 
-def edited(path: Path, edit: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> Path:
-    """Write the shipped file with its tensors and metadata changed by `edit`."""
-    with safe_open(SHIPPED_PATH, framework="pt") as file:
-        metadata = dict(file.metadata())
-    tensors = load_file(SHIPPED_PATH)
-    edit(tensors, metadata)
-    save_file(tensors, path, metadata=metadata)
-    return path
+def test_a_lower_precision_answers_nearly_alike() -> None:
+    """bfloat16 on request: the same labels but for few, another fingerprint; auto stays in float32 here."""
+    lower = loaded(precision="bfloat16")
+    batch = np.asarray(digits_data().held_out.inputs[:256])
+
+    assert (EXECUTOR.precision, lower.precision) == ("float32", "bfloat16")
+    alike = lower.execute(LARGEST, batch).argmax(1) == loaded().execute(LARGEST, batch).argmax(1)
+    assert alike.mean() > 0.98
+    assert lower.fingerprint != EXECUTOR.fingerprint
 
 
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda tensors, _: tensors.pop("head.weight"), "tensor head.weight: missing"),
-        (
-            lambda tensors, _: tensors.update({"head.bias": torch.zeros(3)}),
-            r"tensor head.bias: expected shape \(10,\), got \(3,\)",
-        ),
-        (lambda tensors, _: tensors.update({"extra": torch.zeros(3)}), "tensor extra: not one of"),
-        (lambda _, metadata: metadata.pop("architecture"), "metadata architecture: expected"),
-        (lambda _, metadata: metadata.update({"subnets": "[{}]"}), "metadata subnets: expected"),
-        (lambda _, metadata: metadata.update({"subnets": "[]"}), "subnets: expected at least one"),
-        (
-            lambda _, metadata: metadata.update(
-                {"subnets": json.dumps(json.loads(metadata["subnets"])[::-1])}
-            ),
-            "metadata subnets: expected ascending accuracies",
-        ),
-    ],
-)
-def test_a_damaged_file_is_refused_by_what_is_wrong_in_it(
-    tmp_path: Path, edit: Callable[[dict[str, torch.Tensor], dict[str, str]], object], message: str
-) -> None:
-    """The error names the file and the tensor or metadata at fault."""
-    path = edited(tmp_path / "damaged.safetensors", edit)
-    with pytest.raises(ConfigError, match=message) as raised:
-        TorchExecutor.load(path)
+def test_an_error_that_is_not_a_number_is_infinite() -> None:
+    """A half-precision pass that overflows never counts as holding."""
+    ones = torch.ones(3)
 
-    assert str(path) in str(raised.value)
+    assert relative_error(ones, ones) == 0
+    assert relative_error(2 * ones, ones) == pytest.approx(1)
+    assert relative_error(torch.full((3,), torch.nan), ones) == float("inf")
+    assert relative_error(torch.full((3,), torch.inf), ones) == float("inf")
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
-    """A missing file, a folder and mere bytes are all said to be no safetensors file."""
-    junk = tmp_path / "junk.safetensors"
-    junk.write_bytes(b"not a supernet")
-    for path in (tmp_path / "absent.safetensors", junk, tmp_path):
-        with pytest.raises(ConfigError, match="expected a safetensors file"):
-            TorchExecutor.load(path)
+def test_fingerprints_tell_what_decides_answers(tmp_path: Path) -> None:
+    """Equal for a copy; another for other weights, other subnets and other statistics."""
+    shipped = KINDS["digits"].weights
+    assert shipped is not None
+    tensors = load_file(shipped)
+    copy, other = tmp_path / "copy.safetensors", tmp_path / "other.safetensors"
+    save_file(tensors, copy)
+    tensors["head.bias"] += 1
+    save_file(tensors, other)
+
+    assert loaded(weights=str(copy)).fingerprint == loaded().fingerprint == EXECUTOR.fingerprint
+    others = [loaded(weights=str(other)), loaded(subnets=SUBNETS[1:]), loaded(statistics=None)]
+    assert len({EXECUTOR.fingerprint, *(one.fingerprint for one in others)}) == 4
 
 
-def test_a_saved_supernet_answers_as_before(tmp_path: Path) -> None:
-    """Saving some of the hosted subnets and loading them changes their answers by rounding only."""
-    supernet = small_supernet()
-    cards = [
-        Card(supernet.subnets[row].name, dict(supernet.subnets[row].control or {}), 10.0 * row, 0.0, 0.0)
-        for row in (1, 3)
-    ]
-    path = tmp_path / "small.safetensors"
-    save(supernet, cards, path, notes={"seed": "0"})
-    executor = TorchExecutor.load(path)
+def test_random_weights_are_the_same_everywhere() -> None:
+    """They are drawn from a fixed seed, and leave torch's own generator alone."""
+    before = torch.random.get_rng_state()
+    first, second = (loaded(weights="random", statistics=None) for _ in range(2))
 
-    assert executor.subnets == (supernet.subnets[1], supernet.subnets[3])
-    for row, original in enumerate((1, 3)):
-        supernet.cursor.row = original
-        with torch.inference_mode():
-            expected = supernet(images()).numpy()
-        np.testing.assert_allclose(executor.execute(row, images().numpy()), expected, rtol=0.05, atol=0.05)
+    assert first.fingerprint == second.fingerprint != EXECUTOR.fingerprint
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_equal_files_have_equal_fingerprints(tmp_path: Path) -> None:
-    """A fingerprint is the file's: the same for a copy, another for other weights."""
-    copy = tmp_path / "copy.safetensors"
-    copy.write_bytes(SHIPPED_PATH.read_bytes())
-    other = edited(tmp_path / "other.safetensors", lambda tensors, _: tensors["head.bias"].add_(1))
-
-    assert TorchExecutor.load(copy).fingerprint == EXECUTOR.fingerprint
-    assert TorchExecutor.load(other).fingerprint != EXECUTOR.fingerprint
+def test_the_names_are_those_of_the_kinds() -> None:
+    """Whoever must not wait for torch knows the same supernets."""
+    assert tuple(KINDS) == SHIPPED_SUPERNETS
 
 
-def test_a_selection_answers_as_the_same_subnets_do() -> None:
-    """Rows are renumbered, answers are not changed, and an unknown name is refused."""
-    chosen = TorchExecutor.load()
-    chosen.select([EXECUTOR.subnets[row].name for row in (1, LARGEST)])
-    batch = some_images(4)
+def test_a_kind_of_ones_own_is_found_by_module_and_attribute() -> None:
+    """`package.module:attribute` names a SupernetKind that is not shipped."""
+    assert supernet_kind(f"{__name__}:OWN") is OWN
 
-    assert chosen.accuracies == (EXECUTOR.accuracies[1], EXECUTOR.accuracies[LARGEST])
-    np.testing.assert_allclose(
-        chosen.execute(1, batch), EXECUTOR.execute(LARGEST, batch), rtol=1e-4, atol=1e-5
-    )
-    with pytest.raises(ConfigError, match="got nobody"):
-        chosen.select(["nobody"])
-    with pytest.raises(ConfigError, match="row from 0 to 1"):
-        chosen.execute(2, batch)
+
+OWN = KINDS["digits"]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from loadgen import bench
 from loadgen.bench_calls import wide_profile
+from loadgen.bench_row import Row
 from loadgen.bench_search import Bounds, Probe, confirmed, highest_rate, undisturbed
 from loadgen.run import Emulation, emulated
 
@@ -128,7 +129,7 @@ def test_a_rate_is_confirmed_or_lowered(limit_qps: float) -> None:
 
 def test_a_row_writes_the_fields_of_its_file(tmp_path: Path) -> None:
     """A file has every field; the ratio is value over reference."""
-    row = bench.Row("some_qps", 30.0, "q/s", "echo", 60.0, {"senders": 1}, 1.5)
+    row = Row("some_qps", 30.0, "q/s", "echo", 60.0, {"senders": 1}, 1.5)
 
     bench.write(row, tmp_path)
 
@@ -140,7 +141,7 @@ def test_a_row_writes_the_fields_of_its_file(tmp_path: Path) -> None:
 
 def test_what_was_not_found_is_null(tmp_path: Path) -> None:
     """A rate that no run confirmed is null, not a number, in the file; a dash in the table."""
-    row = bench.Row("some_qps", None, "q/s", "echo", 60.0)
+    row = Row("some_qps", None, "q/s", "echo", 60.0)
 
     bench.write(row, tmp_path)
 

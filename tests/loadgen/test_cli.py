@@ -106,7 +106,7 @@ WORKER = [
     (("--connect", "tcp://{closed}", "--emulate", "cnn-8gpu-modelled", "--gpus", "0"), "--gpus"),
     (("--connect", "tcp://{closed}", "--emulate", "cnn-8gpu-modelled", "--device", "cpu"), "--device goes"),
     (("--connect", "tcp://{closed}", "--supernet", "digits", "--gpus", "2"), "--gpus goes with --emulate"),
-    (("--connect", "tcp://{closed}", "--supernet", "{tmp}/none"), "--supernet"),
+    (("--connect", "tcp://{closed}", "--supernet", "{tmp}/none"), "supernet: expected one of digits"),
     (
         ("--connect", "tcp://{closed}", "--emulate", "cnn-8gpu-modelled", "--event-log", "{tmp}/file/log"),
         "{tmp}/file/log",

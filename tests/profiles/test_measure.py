@@ -12,10 +12,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_worker.torch_executor import Card
 from profiles.cli import cli
 from profiles.measure import MIN_ROUNDS, Place, Setting, fit, isotonic, measure, pareto_rows, percentile_99
-from profiles.table import load_profile
+from profiles.table import SubnetProfile, load_profile
 from superserve.clock import MS, VirtualClock
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet, TensorSpec
@@ -35,11 +34,11 @@ class FakeExecutor:
     """Takes `base_ms * (1 + batch size)` a batch; every tenth run ten times as long."""
 
     def __init__(self, clock: VirtualClock, base_ms: Sequence[float]) -> None:
-        self.cards = tuple(
-            Card(f"s{row}", {"d": [row + 1], "w": [1.0]}, 80.0 + row, 10.0, 0.1 * row)
+        self.rows = tuple(
+            SubnetProfile(f"s{row}", {"d": [row + 1]}, 80.0 + row, 0.1 * row, (), ())
             for row in range(len(base_ms))
         )
-        self.subnets = tuple(Subnet(card.name, card.control) for card in self.cards)
+        self.subnets = tuple(Subnet(row.name, row.control) for row in self.rows)
         self.input_spec = TensorSpec("float32", (2,))
         self.n_runs = 0
         self._base_ms = base_ms
@@ -60,7 +59,7 @@ def test_a_measured_profile_has_the_true_medians(rounds: int, tmp_path: Path) ->
     clock = VirtualClock()
     executor = FakeExecutor(clock, [1.0, 2.0, 4.0])
     setting = Setting(batch_sizes=(1, 2, 4), rounds=rounds)
-    measurement = measure(executor, setting, PLACE, name="fake", supernet="none", clock=clock)
+    measurement = measure(executor, executor.rows, setting, PLACE, name="fake", supernet="none", clock=clock)
     path = tmp_path / "fake.json"
     path.write_bytes(measurement.to_json())
     profile = load_profile(path)
@@ -79,7 +78,7 @@ def test_a_subnet_that_pays_nothing_is_left_out() -> None:
     clock = VirtualClock()
     executor = FakeExecutor(clock, [1.0, 4.0, 3.0])
     setting = Setting(batch_sizes=(1, 2), rounds=20)
-    measurement = measure(executor, setting, PLACE, name="fake", supernet="none", clock=clock)
+    measurement = measure(executor, executor.rows, setting, PLACE, name="fake", supernet="none", clock=clock)
 
     assert [subnet.name for subnet in measurement.profile.subnets] == ["s0", "s2"]
     assert measurement.dropped == ("s1",)
@@ -91,7 +90,7 @@ def test_the_budget_ends_the_rounds() -> None:
     clock = VirtualClock()
     executor = FakeExecutor(clock, [1.0])
     setting = Setting(batch_sizes=(1,), rounds=1000, budget_ns=1)
-    measurement = measure(executor, setting, PLACE, name="fake", supernet="none", clock=clock)
+    measurement = measure(executor, executor.rows, setting, PLACE, name="fake", supernet="none", clock=clock)
 
     assert f"{MIN_ROUNDS} interleaved rounds" in measurement.profile.provenance
 
@@ -150,7 +149,17 @@ def test_batch_sizes_ascend(batch_sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--supernet", "absent.safetensors"], "absent.safetensors: expected a safetensors file"),
+        (["--supernet", "digit"], "supernet: expected one of digits, ofa-resnet50, dynabert, or"),
+        (["--supernet", "digit"], "did you mean 'digits'?"),
+        (["--supernet", "os:path"], "supernet os:path: expected a SupernetKind, got module"),
+        (["--supernet", "nobody.here:kind"], "supernet nobody.here:kind: No module named 'nobody'"),
+        (["--supernet", "ofa-resnet50"], "--subnets: ofa-resnet50 comes without a profile"),
+        (
+            ["--subnets", "cnn-8gpu-modelled"],
+            "subnets: expected a profile of digits, got one of ofa-resnet50",
+        ),
+        (["--weights", "absent.pt"], "absent.pt: expected a safetensors or .pt file"),
+        (["--precision", "int4"], "precision: expected auto, float32, float16, bfloat16, got 'int4'"),
         (["--device", "tpu"], "device: expected cpu, cuda or cuda:<n>, got 'tpu'"),
         (["--batch-sizes", "1,x"], "--batch-sizes: expected whole numbers"),
         (["--batch-sizes", "2,1"], "batch_sizes: expected ascending"),

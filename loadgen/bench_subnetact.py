@@ -1,0 +1,229 @@
+"""What SubnetAct costs and saves on OFA-ResNet50, on one CPU thread: actuation, running in place, memory.
+
+Weights are random: neither time nor bytes depend on their values.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics as st
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from gpu_worker.actuation import actuate
+from gpu_worker.calibration import calibrate
+from gpu_worker.kinds import KINDS, RANDOM, resident
+from gpu_worker.names import OFA_RESNET50
+from gpu_worker.ofa_resnet50 import OfaResNet50, extracted
+from loadgen.bench_calls import actuation_ns
+from loadgen.bench_row import Row
+from profiles.table import load_profile
+from superserve.subnet import Subnet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gpu_worker.control import Control
+    from gpu_worker.supernet import Supernet
+
+PROFILE = "ofa-resnet50-pareto"
+"""A pareto set of the supernet: 32 subnets or more."""
+
+N_RESIDENT, N_EXTRACTED, N_HOSTED = 32, 6, 500
+_PIXELS = 224
+_ROUNDS = {1: 15, 16: 3}  # by batch size, of each subnet and way to run it
+_CALIBRATION_PIXELS = 32  # statistics are as long whatever the images show
+
+HAND_MADE = {"ResNet-18": (2, 2, 2, 2), "ResNet-34": (3, 4, 6, 3), "ResNet-50": (3, 4, 6, 3),
+             "ResNet-101": (3, 4, 23, 3)}  # fmt: skip
+"""Blocks of each stage; the last two have bottlenecks."""
+
+
+def resnet_parameters(name: str) -> int:
+    """Return the parameters of a hand-made ResNet for 1,000 classes, from its definition.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition" (CVPR '16), table 1.
+    """
+    has_bottlenecks = name in ("ResNet-50", "ResNet-101")
+    total, before = _conv(3, 64, 7), 64
+    for stage, n_blocks in enumerate(HAND_MADE[name]):
+        width = 64 * 2**stage
+        out = 4 * width if has_bottlenecks else width
+        for block in range(n_blocks):
+            if has_bottlenecks:
+                total += _conv(before, width, 1) + _conv(width, width, 3) + _conv(width, out, 1)
+            else:
+                total += _conv(before, width, 3) + _conv(width, out, 3)
+            if block == 0 and before != out:
+                total += _conv(before, out, 1)
+            before = out
+    return total + 1000 * before + 1000
+
+
+def _conv(inputs: int, outputs: int, kernel_size: int) -> int:
+    """Return the parameters of a convolution without bias and the scale and shift behind it."""
+    return inputs * outputs * kernel_size**2 + 2 * outputs
+
+
+def evenly(n: int, wanted: int) -> list[int]:
+    """Return `wanted` of the numbers below `n`, evenly spread, the first and the last among them."""
+    return [round(i * (n - 1) / (wanted - 1)) for i in range(wanted)]
+
+
+def n_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+class _Times(NamedTuple):
+    """Median milliseconds of one subnet at one batch size."""
+
+    views: float
+    packed: float
+    extracted: float
+
+
+class SubnetAct:
+    """Measures the rows; the supernet is made once."""
+
+    @functools.cached_property
+    def supernet(self) -> Supernet:
+        """OFA-ResNet50 on one thread, channels last, hosting the pareto set."""
+        torch.set_num_threads(1)
+        supernet = resident(KINDS[OFA_RESNET50], RANDOM)
+        supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
+        supernet.host(self.pareto)
+        return supernet
+
+    @functools.cached_property
+    def pareto(self) -> tuple[Subnet, ...]:
+        """The subnets of the profile."""
+        return tuple(Subnet(row.name, row.control) for row in load_profile(PROFILE).subnets)
+
+    def actuation(self) -> Row:
+        """Actuate random subnets of the resident 32, each with statistics of its own; p99.
+
+        The reference is what actuation replaces: reading the middle subnet's checkpoint from disk.
+        """
+        supernet = self._host(self._resident())
+        p50_ns, p99_ns = actuation_ns(supernet)
+        drawn = np.random.default_rng(0)
+        many = [Subnet(f"s{i}", supernet.controls.space.random(drawn)) for i in range(N_HOSTED)]
+        cold_p50_ns, cold_p99_ns = actuation_ns(self._host(many), n=2_000)
+        load_us = _load_us(self._control(self.pareto[len(self.pareto) // 2]))
+        conditions = {
+            "supernet": OFA_RESNET50, "subnets": N_RESIDENT, "p50_us": p50_ns / 1e3, "budget_us": 1_000,
+            f"of_{N_HOSTED}_hosted_p50_us": cold_p50_ns / 1e3,
+            f"of_{N_HOSTED}_hosted_p99_us": cold_p99_ns / 1e3,
+        }  # fmt: skip
+        return Row("actuation_us", p99_ns / 1e3, "us", "the subnet read from disk", load_us, conditions)
+
+    def actuated_over_extracted(self) -> Row:
+        """Run the smallest, the middle and the largest subnet in place and on their own; the worst ratio."""
+        ratios: dict[str, float] = {}
+        supernet = self.supernet
+        supernet.host(self.pareto)
+        for batch_size, rounds in _ROUNDS.items():
+            x = _images(batch_size)
+            times = [self._times(row, x, rounds) for row in evenly(len(self.pareto), 3)]
+            ratios[f"views_batch_{batch_size}"] = max(t.views / t.extracted for t in times)
+            ratios[f"packed_batch_{batch_size}"] = max(t.packed / t.extracted for t in times)
+        conditions = {
+            "supernet": OFA_RESNET50, "threads": 1, "pixels": _PIXELS, **ratios,
+            "budgets": {"views_batch_1": 1.6, "views_batch_16": 1.25, "packed": 1.05},
+        }  # fmt: skip
+        return Row("actuated_over_extracted", ratios["views_batch_1"], "x", "budget", 1.6, conditions)
+
+    def memory_ratio(self) -> Row:
+        """Bytes of six subnets on their own over those of the supernet with 32 resident."""
+        chosen = [self._control(self.pareto[row]) for row in evenly(len(self.pareto), N_EXTRACTED)]
+        alone = sum(n_bytes(extracted(control)) for control in chosen)
+        report = self._host(self._resident()).memory()
+        drawn = np.random.default_rng(0)
+        many = [Subnet(f"s{i}", self.supernet.controls.space.random(drawn)) for i in range(N_HOSTED)]
+        hosted = self._host(many).memory()
+        hand_made = 4 * sum(map(resnet_parameters, HAND_MADE))
+        conditions = {
+            "supernet": OFA_RESNET50, "resident_subnets": report.n_resident, "device_bytes": report.device,
+            "shared_bytes": report.shared, "statistics_bytes": report.statistics_resident,
+            "over_shared_pct": 100 * (report.device / report.shared - 1), "extracted_bytes": alone,
+            "hand_made_bytes": hand_made, "hand_made_over_supernet": hand_made / report.device,
+            f"with_{N_HOSTED}_hosted_device_bytes": hosted.device,
+            f"with_{N_HOSTED}_hosted_host_bytes": hosted.statistics_idle,
+            f"extracted_over_{N_HOSTED}_hosted": alone / hosted.device,
+        }  # fmt: skip
+        return Row("memory_ratio", alone / report.device, "x", "budget", 2.6, conditions)
+
+    def _resident(self) -> list[Subnet]:
+        return [self.pareto[row] for row in evenly(len(self.pareto), N_RESIDENT)]
+
+    def _host(self, subnets: Sequence[Subnet]) -> Supernet:
+        """Host subnets, each with statistics of its own, and prepare as many as stay resident."""
+        images = torch.randn(2, 3, _CALIBRATION_PIXELS, _CALIBRATION_PIXELS)
+        supernet = self.supernet
+        supernet.host(subnets)
+        supernet.set_statistics(calibrate(supernet, subnets, [images]))
+        for row in range(len(subnets)):
+            actuate(supernet, row)
+        return supernet
+
+    def _times(self, row: int, x: torch.Tensor, rounds: int) -> _Times:
+        """Run one subnet by views, packed and extracted, in turns."""
+        alone = extracted(self._control(self.pareto[row])).eval()
+        alone = alone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
+        supernet = self.supernet
+        actuate(supernet, row)
+        ways: list[Callable[[torch.Tensor], torch.Tensor]] = [supernet, supernet, alone]
+        taken: list[list[float]] = [[], [], []]
+        for number in range(rounds + 1):  # the first round warms up
+            for way, forward in enumerate(ways):
+                if way < 2:
+                    supernet.pack([row] if way else [], x[:1], budget_bytes=2**30)
+                    actuate(supernet, row)
+                took_ms = _run_ms(forward, x)
+                if number:
+                    taken[way].append(took_ms)
+        supernet.pack([], x[:1], budget_bytes=0)
+        return _Times(*map(st.median, taken))
+
+    @staticmethod
+    def _control(subnet: Subnet) -> Control:
+        assert subnet.control is not None, "a pareto set has control tuples"
+        return dict(subnet.control)
+
+
+def _run_ms(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
+    with torch.inference_mode():
+        began_ns = time.perf_counter_ns()
+        forward(x)
+        return (time.perf_counter_ns() - began_ns) / 1e6
+
+
+def _images(batch_size: int) -> torch.Tensor:
+    images = torch.randn(batch_size, 3, _PIXELS, _PIXELS)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _load_us(control: Control) -> float:
+    """Return the median time to read a subnet's checkpoint into a model, its file in the page cache."""
+    model = extracted(control)
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "subnet.pt"
+        torch.save(model.state_dict(), path)
+        for _ in range(5):
+            began_ns = time.perf_counter_ns()
+            _read(path, model)
+            taken.append((time.perf_counter_ns() - began_ns) / 1e3)
+            gc.collect()
+    return st.median(taken)
+
+
+def _read(path: Path, model: OfaResNet50) -> None:
+    model.load_state_dict(torch.load(path, weights_only=True))

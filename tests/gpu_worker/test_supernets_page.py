@@ -1,0 +1,20 @@
+"""The example of docs/supernets.md runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "supernets.md"
+
+
+def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """It inserts into torch's own encoder, hosts two subnets, runs one and says what they weigh."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(compile(code, str(PAGE), "exec"), {})  # noqa: S102  our own page
+    printed = capsys.readouterr().out
+
+    assert "torch.Size([1, 10, 64])" in printed
+    assert "2 subnets:" in printed
