@@ -28,7 +28,7 @@ from torch import nn
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     Settings = tuple[Any, ...]
 
@@ -100,6 +100,7 @@ class Calibration:
 class Operator:
     """What every operator has beside its layer: a cursor, its place in the settings, its path."""
 
+    channel_axis: ClassVar[int] = 1
     cursor: Cursor
     place: int
     path: str
@@ -180,7 +181,6 @@ class WeightSlice(Operator):
 
     weight: torch.Tensor  # (out, in, ...)
     bias: Any  # a parameter (out,) or None, which torch annotates differently in each layer
-    channel_axis: ClassVar[int] = 1
 
     def forget(self) -> None:
         """Drop all slices, packed ones too."""
@@ -201,8 +201,7 @@ class WeightSlice(Operator):
         return self._first_use(key) if found is None else found
 
     def _first_use(self, key: tuple[int, int]) -> Parameters:
-        bias = None if self.bias is None else self.bias.detach()
-        found = self.slices[key] = self._slice(self.weight.detach(), bias, *key)
+        found = self.slices[key] = self._slice(self.weight.detach(), self._bias(), *key)
         return found
 
     def _slice(
@@ -215,11 +214,24 @@ class WeightSlice(Operator):
     def pack(self, key: tuple[int, int]) -> None:
         """Put a contiguous copy, in the weight's own memory format, in the stead of the view `key`."""
         view = self.slices[key]
-        is_last = self.weight.dim() == 4 and self.weight.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if is_last else torch.contiguous_format
         # A bias's slice is contiguous as it is.
-        copy = Parameters(view.weight.clone(memory_format=layout), view.bias)
-        self.slices[key] = self.packed[key] = copy
+        self.slices[key] = self.packed[key] = Parameters(self._copied(view.weight), view.bias)
+
+    def trim(self, keys: Collection[tuple[int, int]]) -> None:
+        """Keep only what the slices `keys` use of the parameters; nothing if there are none."""
+        outputs, inputs = (max((key[axis] for key in keys), default=0) for axis in (0, 1))
+        kept = self._slice(self.weight.detach(), self._bias(), outputs, inputs)
+        self.weight = nn.Parameter(self._copied(kept.weight), self.weight.requires_grad)
+        if kept.bias is not None:
+            self.bias = nn.Parameter(kept.bias.clone(), self.bias.requires_grad)
+        self.forget()
+
+    def _bias(self) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.detach()
+
+    def _copied(self, weight: torch.Tensor) -> torch.Tensor:
+        is_last = self.weight.dim() == 4 and self.weight.is_contiguous(memory_format=torch.channels_last)
+        return weight.clone(memory_format=torch.channels_last if is_last else torch.contiguous_format)
 
     def unpack(self) -> None:
         """Go back to views."""
@@ -254,6 +266,12 @@ class _WeightSliceConv(WeightSlice):
         groups = self._groups(inputs)
         outputs = groups * (len(weight) // self.groups)
         return Parameters(weight[:outputs], None if bias is None else bias[:outputs])
+
+    def trim(self, keys: Collection[tuple[int, int]]) -> None:
+        """Keep only what the slices `keys` use, whole groups where there are several."""
+        n_groups = self._groups(max((inputs for _, inputs in keys), default=0))
+        super().trim(keys)
+        self.groups = max(1, n_groups)
 
     def _groups(self, inputs: int) -> int:
         if self.groups == 1:
@@ -379,6 +397,20 @@ class SubnetNorm(Operator):
         if setting is not None:
             mean, variance = setting
         return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
+
+    def trim(self, channels: int) -> None:
+        """Keep only the first `channels` scales, shifts and running statistics."""
+        for name in ("weight", "bias"):
+            parameter: nn.Parameter | None = getattr(self, name)
+            if parameter is not None:
+                kept = parameter.detach()[:channels].clone()
+                setattr(self, name, nn.Parameter(kept, parameter.requires_grad))
+        for name in ("running_mean", "running_var"):
+            buffer: torch.Tensor | None = getattr(self, name)
+            if buffer is not None:
+                setattr(self, name, buffer[:channels].clone())
+        self.num_features = channels
+        self.forget()
 
     def _part(self, channels: int, *, is_recorded: bool = False) -> tuple[torch.Tensor | None, ...]:
         if channels > self.num_features:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import nn
 
-from gpu_worker.operators import Prepared, Statistics, SubnetNorm, WeightSlice, is_packed_already
+from gpu_worker.operators import Operator, Prepared, Statistics, SubnetNorm, WeightSlice, is_packed_already
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from gpu_worker.insertion import Inserted
     from gpu_worker.operators import Settings
 
-MAX_PREPARED = 64
-"""Subnets whose statistics rest on the device, unless more are pinned; all others' are in host memory."""
+MAX_PREPARED = {"cpu": 1_024}
+"""By device, the subnets that are ready to run, unless more are pinned: on a CPU that is mere views."""
+
+MAX_PREPARED_ELSEWHERE = 64
+"""The same for other devices: there their statistics rest; all others' are in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,7 @@ class Supernet(nn.Module):
         self._one_pass = threading.Lock()
         self._statistics: dict[str, SubnetStatistics] = {}
         self._pinned: frozenset[int] = frozenset()
+        self._trimmed_to: frozenset[str] | None = None
         self.host((Subnet("largest", controls.space.largest),))
 
     def host(self, subnets: Sequence[Subnet]) -> None:
@@ -131,8 +135,11 @@ class Supernet(nn.Module):
         """Return what every operator does for `subnet`; SubnetNorm's entries are None.
 
         Raises:
-            ConfigError: Naming the subnet, and the entry of its control tuple that does not fit.
+            ConfigError: Naming the subnet, and the entry of its control tuple that does not fit; or the
+                supernet was trimmed to others.
         """
+        if self._trimmed_to is not None and subnet.name not in self._trimmed_to:
+            raise ConfigError(f"subnet {subnet.name}: the supernet was trimmed to others: make it anew")
         try:
             sizes = self.controls.sizes_of(subnet.control)
         except ConfigError as error:
@@ -202,7 +209,7 @@ class Supernet(nn.Module):
         self._statistics.update(statistics)
         self._refresh()
 
-    # --- packed slices ------------------------------------------------------------------------
+    # --- packed slices, and what is not needed --------------------------------------------------
 
     def pack(self, rows: Iterable[int], example: torch.Tensor, *, budget_bytes: int) -> int:
         """Copy the slices of these subnets that are not contiguous, up to a budget; return the bytes.
@@ -216,42 +223,62 @@ class Supernet(nn.Module):
             example: A batch, to find out which slices each of them uses.
             budget_bytes: For all copies together.
         """
-        layers = [op for op in self._inserted.operators if isinstance(op, WeightSlice)]
-        for layer in layers:
-            layer.unpack()
+        for op in self._inserted.operators:
+            if isinstance(op, WeightSlice):
+                op.unpack()
         spent = 0
         for row in rows:
-            for _, layer, key in sorted(
-                self._loose_slices(layers, row, example), key=lambda found: -found[0]
-            ):
-                n_bytes = _n_bytes(layer.slices[key].weight)
-                if key not in layer.packed and spent + n_bytes <= budget_bytes:
+            used = [
+                (layer, (self.cursor.settings[layer.place], inputs))
+                for layer, inputs in self._inputs_of(row, example).items()
+                if isinstance(layer, WeightSlice)
+            ]
+            # Kernels of many positions first: they gather most.
+            for layer, key in sorted(used, key=lambda found: -found[0].weight[0, 0].numel()):
+                view = layer.slices[key].weight
+                is_worth_it = not is_packed_already(view) and spent + _n_bytes(view) <= budget_bytes
+                if key not in layer.packed and is_worth_it:
                     layer.pack(key)
-                    spent += n_bytes
+                    spent += _n_bytes(view)
         return spent
 
-    def _loose_slices(
-        self, layers: Sequence[WeightSlice], row: int, example: torch.Tensor
-    ) -> list[tuple[int, WeightSlice, tuple[int, int]]]:
-        """Return (kernel positions, layer, key) of each slice that subnet `row` uses and that lies apart."""
-        used: list[tuple[int, WeightSlice, tuple[int, int]]] = []
+    def trim(self, example: torch.Tensor) -> None:
+        """Give up what no hosted subnet uses: then these, and no others, can be hosted.
+
+        A layer keeps the outputs and inputs of its largest slice, a norm its most channels, a block that
+        never runs nothing. Attention layers and LayerNorms stay whole.
+
+        Args:
+            example: A batch, to find out what each subnet uses.
+        """
+        used: dict[Operator, set[tuple[int, int]]] = {op: set() for op in self._inserted.operators}
+        for row in range(len(self.subnets)):
+            for op, inputs in self._inputs_of(row, example).items():
+                used[op].add((self.cursor.settings[op.place] if isinstance(op, WeightSlice) else 0, inputs))
+        for op, keys in used.items():
+            if isinstance(op, WeightSlice):
+                op.trim(keys)
+            elif isinstance(op, SubnetNorm):
+                op.trim(max((inputs for _, inputs in keys), default=0))
+        self._trimmed_to = frozenset(subnet.name for subnet in self.subnets)
+        self._refresh()
+
+    def _inputs_of(self, row: int, example: torch.Tensor) -> dict[Operator, int]:
+        """Return how many input channels each operator that runs is given, by running subnet `row`."""
+        seen: dict[Operator, int] = {}
 
         def note(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            assert isinstance(layer, WeightSlice)
-            inputs = args[0].shape[layer.channel_axis]
-            key = (self.cursor.settings[layer.place], inputs)
-            weight = layer.slice_in_use(inputs).weight
-            if not is_packed_already(weight):
-                used.append((weight[0, 0].numel(), layer, key))
+            assert isinstance(layer, Operator), "hooks are on operators alone"
+            seen[layer] = args[0].shape[layer.channel_axis]
 
-        hooks = [cast("nn.Module", layer).register_forward_pre_hook(note) for layer in layers]
+        hooks = [cast("nn.Module", op).register_forward_pre_hook(note) for op in self._inserted.operators]
         try:
             with torch.inference_mode():
                 self.run_with(self.prepared(row).settings, example)
         finally:
             for hook in hooks:
                 hook.remove()
-        return used
+        return seen
 
     # --- what it weighs -----------------------------------------------------------------------
 
@@ -322,7 +349,8 @@ class Supernet(nn.Module):
         if held is not None:
             settings = self._with_statistics(settings, held)
         found = self._prepared[row] = Prepared(row, settings)
-        while len(self._prepared) > max(MAX_PREPARED, len(self._pinned) + 1):
+        most = MAX_PREPARED.get(self.device.type, MAX_PREPARED_ELSEWHERE)
+        while len(self._prepared) > max(most, len(self._pinned) + 1):
             self._prepared.pop(next(old for old in self._prepared if old not in self._pinned))
         return found
 

@@ -148,11 +148,14 @@ class CpuEngine:
         """Nothing is held."""
 
     def warm_up(self) -> None:
-        """Run every subnet once at every padded size."""
+        """Run every subnet once at the smallest size, and the smallest one at every size.
+
+        A CPU has no kernels to choose: what is new is memory, and each layer's slices.
+        """
         spec = self._kind.input_spec
-        for size in self._sizes:
-            for row in range(len(self._supernet.subnets)):
-                self.run(row, self.stage(np.zeros((1, *spec.shape), spec.dtype), size))
+        cells = [(row, self._sizes[0]) for row in range(len(self._supernet.subnets))]
+        for row, size in (*cells, *((0, size) for size in self._sizes)):
+            self.run(row, self.stage(np.zeros((1, *spec.shape), spec.dtype), size))
 
 
 def model_input(kind: SupernetKind, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -230,6 +233,7 @@ class TorchExecutor:
         if isinstance(statistics, Path):
             statistics = load_statistics(statistics, supernet, kind.name, subnets)
         supernet.set_statistics(statistics or {})
+        supernet.trim(example_input(supernet, kind, torch.float32))
         layout = {"memory_format": torch.channels_last} if kind.takes_images else {}
         supernet.to(device, **layout)  # type: ignore[call-overload]  # the stub lacks memory_format
         precision = _settle_precision(supernet, kind, placement)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from profiles.show import draw_heat_map, flops, flops_unit, print_heat_map
 from profiles.table import load_profile
 from superserve.clock import MonotonicClock
-from superserve.errors import SuperServeError
+from superserve.errors import ConfigError, SuperServeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 # Population and generations: a prediction costs microseconds, a measurement a good part of a second.
 _EFFORT_PREDICTED = (100, 40)
-_EFFORT_MEASURED = (20, 3)
+_EFFORT_MEASURED = (20, 2)
 _REMEASURED_ROUNDS = 50
 _REMEASURED_BUDGET_NS = 60 * _NS_PER_S
 
@@ -65,7 +65,7 @@ def _sizes(_context: click.Context, _option: click.Parameter, text: str) -> tupl
     type=click.Choice(["flops", "measured"]),
     default="flops",
     show_default=True,
-    help="Fitted to a dozen subnets, or measured for each that is kept.",
+    help="Fitted to a dozen subnets, or measured for each that is kept, which takes longer.",
 )
 @_device
 @_threads
@@ -212,17 +212,20 @@ def show_command(profile: str, picture: Path | None) -> None:
 
 @click.command("accuracy")
 @click.argument("profile")
+@click.option("--supernet", help="Its name, or module:attribute.  [default: the profile's]")
 @_weights
 @_device
 @_threads
-def accuracy_command(profile: str, weights: str | None, device: str, threads: int) -> None:
+def accuracy_command(
+    profile: str, supernet: str | None, weights: str | None, device: str, threads: int
+) -> None:
     """Print what SubnetNorm is worth to each subnet of PROFILE.
 
     Held-out accuracy with the subnet's own statistics, and with those of the largest subnet for all.
     """
     try:
         judged = load_profile(profile)
-        rows = _accuracies(judged, weights, device, threads)
+        rows = _accuracies(judged, supernet or judged.supernet, weights, device, threads)
     except (SuperServeError, OSError) as error:
         raise click.ClickException(str(error)) from error
     width = max(len(subnet.name) for subnet in judged.subnets)
@@ -232,7 +235,7 @@ def accuracy_command(profile: str, weights: str | None, device: str, threads: in
 
 
 def _accuracies(
-    profile: Profile, weights: str | None, device: str, threads: int
+    profile: Profile, supernet: str, weights: str | None, device: str, threads: int
 ) -> Sequence[tuple[float, float]]:
     import torch  # noqa: PLC0415  see above
 
@@ -241,9 +244,12 @@ def _accuracies(
     from profiles.accuracy import MeasuredAccuracy, accuracy_by_statistics, judge_of  # noqa: PLC0415  see above
     from superserve.subnet import Subnet  # noqa: PLC0415  used only here
 
+    kind = supernet_kind(supernet)
+    if kind.name != profile.supernet:
+        raise ConfigError(f"supernet: expected {profile.supernet}, the profile's, got {kind.name}")
     placement = Placement(device=device, threads=threads)
     torch.set_num_threads(threads)
-    judge = judge_of(supernet_kind(profile.supernet), weights, None, placement)
+    judge = judge_of(kind, weights, None, placement)
     assert isinstance(judge, MeasuredAccuracy), "no predictor was given"
     subnets = [Subnet(row.name, row.control) for row in profile.subnets]
     return accuracy_by_statistics(judge, subnets)

@@ -183,6 +183,32 @@ def _places_in(module: nn.Module) -> tuple[int, ...]:
     return (*operators, *(part.switch_place for part in module.modules() if isinstance(part, Switched)))
 
 
+Around = list[tuple[int, ...]]
+"""The switches around a layer, one row for each block of which it is a part."""
+
+
+def surroundings(model: nn.Module) -> list[Around]:
+    """Return what lies around each operator and each switch, in the order of the settings."""
+    found: dict[int, Around] = {}
+
+    def walk(module: nn.Module, around: tuple[int, ...]) -> None:
+        if isinstance(module, Switched):
+            found.setdefault(module.switch_place, []).append(around)
+            around = (*around, module.switch_place)
+        if isinstance(module, Operator):
+            found.setdefault(module.place, []).append(around)
+        for child in module.children():
+            walk(child, around)
+
+    walk(model, ())
+    return [found[place] for place in sorted(found)]
+
+
+def runs(around: Around, settings: Sequence[Any]) -> bool:
+    """Tell whether what has this around it runs under these settings."""
+    return any(all(settings[switch] for switch in switches) for switches in around)
+
+
 # --- latency --------------------------------------------------------------------------------
 
 

@@ -2,8 +2,7 @@
 
 An evolution with non-dominated survival: parents are crossed or mutated, and of parents and
 children those survive that no other beats in everything; of equals, those in emptier regions. What
-comes back is the best of all subnets that were judged, not only of the last generation.
-`find_profile` makes a profile of it, for one device.
+comes back is the best of all that were judged; `find_profile` makes a profile of it, for one device.
 
 Costs are properties of a subnet and not of a device, so a search is the same everywhere for one seed.
 With multiply-adds and kernels as costs, the front holds the best subnets for every device whose
@@ -27,9 +26,8 @@ import orjson
 
 from gpu_worker.calibration import save_statistics
 from gpu_worker.kinds import RANDOM, SupernetKind, supernet_kind
-from gpu_worker.operators import Operator, Switched
 from profiles.accuracy import Judge, MeasuredAccuracy, judge_of
-from profiles.flops import Cost, CostCounter, FittedLatency, fit_on_device, spread
+from profiles.flops import Cost, CostCounter, FittedLatency, fit_on_device, runs, spread, surroundings
 from profiles.measure import Measurement, fit, torch_place
 from profiles.table import Profile, SubnetProfile, statistics_path
 from superserve.errors import ConfigError
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy.typing as npt
-    from torch import nn
 
     from gpu_worker.control import Control, Entry
     from gpu_worker.supernet import Supernet
@@ -108,7 +105,7 @@ class Space:
         space = supernet.controls.space
         self._keys = tuple((key, len(row)) for key, row in space.entries.items())
         self._entries: tuple[Entry, ...] = tuple(itertools.chain(*space.entries.values()))
-        self._around = _surroundings(supernet.model)
+        self._around = surroundings(supernet.model)
         self._touched, self._same = self._probe()
         self.choices = tuple(
             tuple(choice for choice in entry.choices if same[choice] == choice)
@@ -132,14 +129,14 @@ class Space:
         """
         settings = self._settings(genome)
         return tuple(
-            setting if _runs(around, settings) else None
+            setting if runs(around, settings) else None
             for around, setting in zip(self._around, settings, strict=True)
         )
 
     def canonical(self, genome: Genome) -> Genome:
         """Return the same network's genome with every entry that does not matter at its lowest."""
         settings = self._settings(genome)
-        running = {place for place, around in enumerate(self._around) if _runs(around, settings)}
+        running = {place for place, around in enumerate(self._around) if runs(around, settings)}
         lowered = tuple(
             same.get(value, value) if running & touched else entry.choices[0]
             for value, entry, same, touched in zip(
@@ -216,31 +213,6 @@ class Space:
         return touched, same
 
 
-_Around = list[tuple[int, ...]]
-"""The switches around a layer, one row for each block of which it is a part."""
-
-
-def _surroundings(model: nn.Module) -> list[_Around]:
-    """Return what lies around each operator and each switch, in the order of the settings."""
-    found: dict[int, _Around] = {}
-
-    def walk(module: nn.Module, around: tuple[int, ...]) -> None:
-        if isinstance(module, Switched):
-            found.setdefault(module.switch_place, []).append(around)
-            around = (*around, module.switch_place)
-        if isinstance(module, Operator):
-            found.setdefault(module.place, []).append(around)
-        for child in module.children():
-            walk(child, around)
-
-    walk(model, ())
-    return [found[place] for place in sorted(found)]
-
-
-def _runs(around: _Around, settings: Sequence[Any]) -> bool:
-    return any(all(settings[switch] for switch in switches) for switches in around)
-
-
 # --- the evolution --------------------------------------------------------------------------
 
 
@@ -290,10 +262,12 @@ class Front(NamedTuple):
 
     Attributes:
         candidates: Those that no other beats in everything, by ascending accuracy.
+        others: Of the others, the space's smallest and largest, and the next best.
         n_judged: Different networks that were judged.
     """
 
     candidates: list[Candidate]
+    others: list[Candidate]
     n_judged: int
 
 
@@ -329,9 +303,15 @@ def search(
         numbers = [*population, *children]
         population = [numbers[i] for i in survivors(judged.points(numbers), effort.population)]
         on_generation(generation + 1, effort.generations)
-    best = non_dominated(judged.points(range(len(judged.candidates))))
-    front = sorted((judged.candidates[i] for i in best), key=lambda c: (c.accuracy, c.cost))
-    return Front(front, len(judged.candidates))
+    points = judged.points(range(len(judged.candidates)))
+    best = non_dominated(points)
+    ends = range(len(space.ends))  # they were judged first
+    near = dict.fromkeys([*ends, *survivors(points, len(best) + effort.population)])
+    return Front(
+        sorted((judged.candidates[i] for i in best), key=lambda one: (one.accuracy, one.cost)),
+        [judged.candidates[i] for i in near if i not in set(best)],
+        len(judged.candidates),
+    )
 
 
 def _children(
@@ -392,6 +372,7 @@ def _apart(points: Floats) -> Floats:
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is, and of how much."""
 
+_RUNNERS_UP = 4  # beside the front, judged again by more examples; the space's ends are two of them
 _POOL = 200  # subnets of which a spread is measured, for latencies to be fitted to
 
 
@@ -489,12 +470,12 @@ def find_profile(
         space, judge, counter, request.effort, lambda done, total: on_progress("searching", done, total)
     )
     on_progress("judging", 0, 1)
-    chosen = [front.candidates[row] for row in _servable(front.candidates, latency)]
-    chosen = [chosen[i] for i in spread([one.accuracy for one in chosen], request.n_subnets)]
     note, supernet = "", None
     if isinstance(judge, MeasuredAccuracy):
         supernet = judge.supernet
-        chosen, note = _held_out(chosen, judge, latency, kind)
+        chosen, note = _finals(front, judge, latency, kind, request.n_subnets)
+    else:
+        chosen = _chosen(front.candidates, latency, request.n_subnets)
     on_progress("judging", 1, 1)
     place = torch_place(request.placement.device, request.placement.threads or 1)
     profile = Profile(
@@ -545,26 +526,41 @@ def _servable(candidates: Sequence[Candidate], latency: FittedLatency) -> list[i
     return servable([candidate.accuracy for candidate in candidates], latency_ms)
 
 
-def _held_out(
-    chosen: Sequence[Candidate], judge: MeasuredAccuracy, latency: FittedLatency, kind: SupernetKind
+def _chosen(candidates: Sequence[Candidate], latency: FittedLatency, n: int) -> list[Candidate]:
+    """Return up to `n` candidates that a profile can hold, evenly over their accuracies."""
+    rows = _servable(candidates, latency)
+    return [candidates[rows[i]] for i in spread([candidates[row].accuracy for row in rows], n)]
+
+
+def _finals(
+    front: Front, judge: MeasuredAccuracy, latency: FittedLatency, kind: SupernetKind, n: int
 ) -> tuple[list[Candidate], str]:
-    """Return the candidates with their held-out accuracy, and a note; the supernet holds their statistics."""
-    subnets = [Subnet(f"{number}", candidate.control) for number, candidate in enumerate(chosen)]
+    """Choose by more selection examples, then report what was chosen as the held-out ones have it.
+
+    Few examples, as the search had, may misrank the next best. The supernet holds the statistics then.
+    """
+    finalists = [*front.candidates, *front.others[:_RUNNERS_UP]]
+    subnets = [Subnet(f"{number}", candidate.control) for number, candidate in enumerate(finalists)]
     statistics = judge.calibrated(subnets)
-    accuracies = judge.held_out(subnets, statistics)
-    again = [
-        candidate._replace(accuracy=accuracy) for candidate, accuracy in zip(chosen, accuracies, strict=True)
-    ]
+    selected = _chosen(_rejudged(finalists, judge.selection(subnets, statistics)), latency, n)
+    numbers = [[one.control for one in finalists].index(one.control) for one in selected]
+    again = _rejudged(selected, judge.held_out([subnets[number] for number in numbers], statistics))
     rows = _servable(again, latency)
     kept = [again[row] for row in rows]
     note = (
-        f"There the kept subnets average {np.mean([chosen[row].accuracy for row in rows]):.2f} %, on the "
+        f"There the kept subnets average {np.mean([selected[row].accuracy for row in rows]):.2f} %, on the "
         f"held-out ones {np.mean([candidate.accuracy for candidate in kept]):.2f} %; "
-        f"{len(chosen) - len(rows)} that the held-out ones rank out of order were left out."
+        f"{len(selected) - len(rows)} that the held-out ones rank out of order were left out."
     )
     if statistics:
-        judge.supernet.set_statistics({_name(kind, again[row]): statistics[f"{row}"] for row in rows})
+        judge.supernet.set_statistics(
+            {_name(kind, again[row]): statistics[f"{numbers[row]}"] for row in rows}
+        )
     return kept, note
+
+
+def _rejudged(candidates: Sequence[Candidate], accuracies: Sequence[float]) -> list[Candidate]:
+    return [one._replace(accuracy=accuracy) for one, accuracy in zip(candidates, accuracies, strict=True)]
 
 
 def _profile_rows(

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from gpu_worker import supernet as supernet_module
 from gpu_worker.actuation import actuate
 from gpu_worker.digits_supernet import Architecture
+from gpu_worker.insertion import Elastic, insert
 from gpu_worker.operators import WeightSlice
 from gpu_worker.supernet import SubnetStatistics, Supernet
 from superserve.errors import ConfigError
@@ -149,7 +151,7 @@ def test_an_architecture_has_as_many_channels_as_depths() -> None:
 
 def test_idle_subnets_rest_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only so many subnets are prepared; the others' statistics are counted as idle, and nothing is lost."""
-    monkeypatch.setattr(supernet_module, "MAX_PREPARED", 2)
+    monkeypatch.setitem(supernet_module.MAX_PREPARED, "cpu", 2)
     supernet = small_supernet()
     before = outputs_of(supernet)
     report = supernet.memory()
@@ -163,7 +165,7 @@ def test_idle_subnets_rest_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_pinned_subnets_stay_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a captured graph looks into is not dropped, whatever runs meanwhile."""
-    monkeypatch.setattr(supernet_module, "MAX_PREPARED", 1)
+    monkeypatch.setitem(supernet_module.MAX_PREPARED, "cpu", 1)
     supernet = small_supernet()
     supernet.pin([1, 2])
     held = [supernet.prepared(row) for row in (1, 2)]
@@ -212,3 +214,39 @@ def test_statistics_that_do_not_fit_are_refused() -> None:
         SubnetStatistics((1,), torch.zeros(3))
 
     assert supernet.statistics == held
+
+
+def test_a_trimmed_supernet_keeps_what_its_subnets_use() -> None:
+    """Their answers stay; what none of them uses is gone, and others are refused."""
+    supernet = small_supernet()
+    supernet.host(SUBNETS[:3])
+    before, whole = outputs_of(supernet), supernet.memory().shared
+    supernet.trim(images(1))
+
+    assert_alike(outputs_of(supernet), before)
+    # Of 8, 10 and 12 channels 8, 3 and 12 are used at most; a third block of stage 1 never runs.
+    shapes = {name: tuple(tensor.shape) for name, tensor in supernet.model.state_dict().items()}
+    assert shapes["stages.1.0.conv1.weight"] == (3, 8, 3, 3)
+    assert shapes["stages.2.0.shortcut.weight"] == (12, 3, 1, 1)
+    assert shapes["stages.1.2.conv1.weight"] == (0, 0, 3, 3)
+    assert shapes["stages.1.0.norm1.running_mean"] == (3,)
+    assert supernet.memory().shared < 0.5 * whole
+    with pytest.raises(ConfigError, match="subnet 3: the supernet was trimmed to others"):
+        supernet.host(SUBNETS)
+    supernet.host([SUBNETS[2], SUBNETS[0]])
+    assert_alike(outputs_of(supernet), [before[2], before[0]])
+
+
+def test_a_trimmed_depthwise_convolution_keeps_its_groups() -> None:
+    """Three of four channels in use: three groups stay, and a bias as long."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 8, 1, groups=4), nn.Conv2d(8, 2, 1, bias=False))
+    supernet = insert(model, elastic=[Elastic("w", ["0"])]).eval()
+    supernet.host([Subnet("a", {"w": [0.5]}), Subnet("b", {"w": [0.75]})])
+    x = torch.randn(2, 1, 3, 3)
+    before = outputs_of(supernet, x)
+    supernet.trim(x)
+
+    assert [tuple(layer.weight.shape) for layer in model if isinstance(layer, nn.Conv2d)] == [
+        (3, 1, 1, 1), (6, 1, 1, 1), (2, 6, 1, 1)
+    ]  # fmt: skip
+    assert_alike(outputs_of(supernet, x), before)
