@@ -1,9 +1,10 @@
 """`python -m loadgen.demo`: a burst on this machine, served twice, and every claim about it checked.
 
-The digits supernet is measured on this machine's CPU; the rates of a bursty trace follow
-from that profile, so that the largest subnet alone cannot keep up on any machine. A router
-and one worker then serve it under SlackFit, and again with the largest subnet alone. What
-came back is held against the true labels, and against the very subnets named in the answers.
+The digits supernet is searched for subnets worth serving, and these are measured on this machine's
+CPU; the rates of a bursty trace follow from that profile, so that the largest subnet alone cannot
+keep up on any machine. A router and one worker then serve it under SlackFit, and again with the
+largest subnet alone. What came back is held against the true labels, and against the very subnets
+named in the answers.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from loadgen.run import Run
     from loadgen.stats import RunResult
     from loadgen.trace import Trace
+    from profiles.search import Found
     from profiles.table import SubnetProfile
 
 MS = 1_000_000
@@ -72,6 +74,8 @@ _SIGMAS = 3.0
 _LOAD = 1.2  # times what the largest subnet can do at its quickest
 _BASE_SHARE = 0.35  # of the load, as a constant stream; the rest comes in bursts
 _CV2 = 40.0  # of the bursts
+_EFFORT = (12, 3)  # population and generations: accuracy is measured, each subnet in part of a second
+_N_SUBNETS = 8
 _ROUNDS, _BUDGET_NS = 40, 6 * SECOND
 _MARGIN_MS = 10.0  # held back by the router: all processes share this machine's cores
 _CLOSE = 1e-4  # relative and absolute: a batch's size moves logits by some 1e-6
@@ -401,6 +405,24 @@ def check_installed() -> None:
         raise ConfigError(f"{', '.join(missing)}: not installed; try: pip install 'superserve[demo]'")
 
 
+def search_here(path: Path) -> Found:
+    """Search the digits supernet for subnets worth serving, and write their profile, and their statistics."""
+    from gpu_worker.torch_executor import Placement  # noqa: PLC0415  they import torch
+    from profiles.search import Effort, Request, find_profile  # noqa: PLC0415
+
+    placement = Placement(threads=1, batch_sizes=BATCH_SIZES)
+    request = Request(DIGITS, placement, Effort(*_EFFORT), n_subnets=_N_SUBNETS)
+    found = find_profile(request, name=path.stem, clock=MonotonicClock())
+    found.write(path)
+    return found
+
+
+def n_subnets(found: Found) -> int:
+    """Return how many subnets the searched supernet has."""
+    assert found.supernet is not None, "its accuracies were measured"
+    return found.supernet.controls.space.n_tuples
+
+
 def measure_here(source: str | Path, path: Path) -> Measurement:
     """Measure the subnets of a profile on one thread of this machine's CPU, and write theirs to `path`."""
     setting = Setting(BATCH_SIZES, _ROUNDS, _BUDGET_NS)
@@ -521,8 +543,14 @@ def demo(out: Path, seconds: float, slo_ms: float, seed: int) -> list[str]:
     """
     check_installed()
     out.mkdir(parents=True, exist_ok=True)
-    click.echo("Measuring the digits supernet on one thread of this machine's CPU (some 10 s) ...")
-    measurement = measure_here("digits-cpu", out / "profile.json")
+    click.echo("Searching the digits supernet for subnets worth serving (some 30 s) ...")
+    found = search_here(out / "searched.json")
+    click.echo(
+        f"  {found.n_judged} of {n_subnets(found):,} subnets judged, "
+        f"{found.profile.n_subnets} pareto ones kept\n"
+        "Measuring these on one thread of this machine's CPU (some 10 s) ..."
+    )
+    measurement = measure_here(out / "searched.json", out / "profile.json")
     _say(profile_lines(measurement.profile.subnets, measurement.profile.batch_sizes))
     _, images = digits.held_out_halves()  # those that the profile's accuracies were counted on
     quickest = quickest_qps(measurement)
@@ -558,7 +586,7 @@ def cli(out: Path, seconds: float, slo_ms: float, seed: int) -> None:
         wrong = demo(out, seconds, slo_ms, seed)
     except (SuperServeError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    written = ("profile.json", "adaptive.json", "largest.json", "report.html")
+    written = ("searched.json", "profile.json", "adaptive.json", "largest.json", "report.html")
     click.echo(f"\nWritten: {', '.join(str(out / name) for name in written)}")
     for line in wrong:
         click.echo(f"FAILED: {line}")

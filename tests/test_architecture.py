@@ -46,6 +46,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "gpu_worker.names",
         "gpu_worker.torch_executor",
         "profiles.measure",
+        "profiles.search",
         "gpu_worker.eventlog",
     ),
     # The benchmarks time the decision and the actuation on their own.
