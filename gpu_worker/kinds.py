@@ -11,7 +11,7 @@ import hashlib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +19,7 @@ from gpu_worker import digits
 from gpu_worker.checkpoints import load_checkpoint
 from gpu_worker.digits_supernet import DIGITS, digits_supernet
 from gpu_worker.dynabert import MNLI, dynabert
+from gpu_worker.examples import Data, Examples
 from gpu_worker.names import DIGITS as DIGITS_NAME
 from gpu_worker.names import DYNABERT, OFA_RESNET50
 from gpu_worker.ofa_resnet50 import N_CLASSES, ofa_resnet50, published_name
@@ -28,9 +29,6 @@ from superserve.subnet import TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
-    import numpy.typing as npt
-
     from gpu_worker.supernet import Supernet
 
 RANDOM = "random"
@@ -38,32 +36,6 @@ RANDOM = "random"
 
 _RANDOM_SEED = 20250428
 _HERE = Path(__file__).parent
-
-
-class Examples(NamedTuple):
-    """Queries and their labels.
-
-    Attributes:
-        inputs: (N, *input), as clients send them.
-        labels: Class numbers, (N,).
-    """
-
-    inputs: npt.NDArray[np.generic]
-    labels: npt.NDArray[np.int64]
-
-
-class Data(NamedTuple):
-    """What a supernet's subnets are calibrated, chosen and judged on.
-
-    Attributes:
-        calibration: Inputs (N, *input) of the training set, for SubnetNorm's statistics.
-        selection: Held out of training; a search ranks subnets by it.
-        held_out: Held out of both; the accuracy that a profile gives.
-    """
-
-    calibration: npt.NDArray[np.generic]
-    selection: Examples
-    held_out: Examples
 
 
 @dataclass(frozen=True, slots=True)

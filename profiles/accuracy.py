@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812  torch's own convention
 
 from gpu_worker.calibration import accuracy_percent, calibrate
 from gpu_worker.checkpoints import read_tensors
+from gpu_worker.examples import read_examples
 from gpu_worker.kinds import resident
 from gpu_worker.names import OFA_RESNET50
 from gpu_worker.ofa_resnet50 import BASE_DEPTHS, CONTROLS, DEPTHS, EXPAND_RATIOS, WIDTHS
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gpu_worker.control import Control
-    from gpu_worker.kinds import Data, Examples, SupernetKind
+    from gpu_worker.examples import Data, Examples
+    from gpu_worker.kinds import SupernetKind
     from gpu_worker.supernet import Supernet
     from gpu_worker.torch_executor import Placement
 
@@ -238,23 +240,44 @@ class MeasuredAccuracy:
 
 
 def judge_of(
-    kind: SupernetKind, weights: str | None, predictor: Path | None, placement: Placement
+    kind: SupernetKind,
+    weights: str | None,
+    predictor: Path | None,
+    examples: Path | None,
+    placement: Placement,
 ) -> OfaPredictor | MeasuredAccuracy:
-    """Return the predictor if one is given, or what measures on the supernet's own data.
+    """Return the predictor if one is given, or what measures on examples: a file's, or the supernet's own.
 
     Raises:
-        ConfigError: If there is neither, or the predictor is of another supernet.
+        ConfigError: If there is neither or both, or the predictor is of another supernet.
     """
     if predictor is not None:
+        if examples is not None:
+            raise ConfigError("accuracy: expected a predictor or examples to measure it on, got both")
         if kind.name != OFA_RESNET50:
             raise ConfigError(f"predictor: expected the supernet {OFA_RESNET50}, got {kind.name}")
         return OfaPredictor.load(predictor)
-    if kind.data is None:
-        raise ConfigError(f"accuracy: {kind.name} comes without data to measure it on: expected a predictor")
+    return measured_accuracy(kind, weights, examples, placement)
+
+
+def measured_accuracy(
+    kind: SupernetKind, weights: str | None, examples: Path | None, placement: Placement
+) -> MeasuredAccuracy:
+    """Return what calibrates and measures a supernet on a file's examples, or on its own data.
+
+    Raises:
+        ConfigError: If there are neither.
+    """
+    if examples is not None:
+        data = read_examples(examples, kind.input_spec)
+    elif kind.data is not None:
+        data = kind.data()
+    else:
+        raise ConfigError(f"accuracy: {kind.name} comes without data: expected examples, or a predictor")
     supernet = resident(kind, weights)
     layout = {"memory_format": torch.channels_last} if kind.takes_images else {}
     supernet.to(placement.torch_device(), **layout)  # type: ignore[call-overload]  # missing in the stub
-    return MeasuredAccuracy(supernet, kind, kind.data())
+    return MeasuredAccuracy(supernet, kind, data)
 
 
 def accuracies(

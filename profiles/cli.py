@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from profiles.commands import accuracy_command, search_command, show_command
-from profiles.measure import Device, Measurement, Setting, measure_supernet, save_measurement
+from profiles.commands import accuracy_command, calibrate_command, search_command, show_command
+from profiles.measure import Device, Measurement, Setting, measure_supernet, save_measurement, thinned
 from profiles.table import load_profile
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
@@ -22,7 +22,7 @@ def cli() -> None:
     """Make and show profiles: how long each subnet takes at each batch size."""
 
 
-for _command in (search_command, show_command, accuracy_command):
+for _command in (search_command, show_command, calibrate_command, accuracy_command):
     cli.add_command(_command)
 
 
@@ -35,6 +35,9 @@ for _command in (search_command, show_command, accuracy_command):
     "source",
     metavar="PROFILE",
     help="Measure those of this profile, searched or measured elsewhere.",
+)
+@click.option(
+    "--at-most", type=click.IntRange(2), help="Measure so many of them, evenly spread.  [default: all]"
 )
 @click.option(
     "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the one it comes with]'
@@ -50,8 +53,8 @@ for _command in (search_command, show_command, accuracy_command):
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
 )
 def measure_command(
-    supernet: str, source: str | None, batch_sizes: str, repeats: int, quick: bool, eager: bool, out: Path,
-    **device: Any,
+    supernet: str, source: str | None, at_most: int | None, batch_sizes: str, repeats: int, quick: bool,
+    eager: bool, out: Path, **device: Any,
 ) -> None:  # fmt: skip
     """Measure a supernet's subnets on this machine and write the profile to OUT."""
     try:
@@ -63,7 +66,7 @@ def measure_command(
         )
         measurement = measure_supernet(
             supernet,
-            load_profile(source),
+            thinned(load_profile(source), at_most),
             setting,
             Device(**device, uses_graphs=not eager),
             name=out.stem,

@@ -15,13 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from profiles.show import draw_heat_map, flops, flops_unit, print_heat_map
-from profiles.table import load_profile
+from profiles.table import load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
+from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
+    from profiles.accuracy import MeasuredAccuracy
     from profiles.measure import Measurement
     from profiles.search import Found
     from profiles.table import Profile
@@ -40,6 +42,11 @@ _REMEASURED_BUDGET_NS = 60 * _NS_PER_S
 
 _weights = click.option(
     "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the one it comes with]'
+)
+_examples = click.option(
+    "--examples",
+    type=_FILE,
+    help="Labelled examples to measure accuracy on, an .npz.  [default: those it comes with]",
 )
 _device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:<n>.")
 _threads = click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
@@ -60,6 +67,7 @@ def _sizes(_context: click.Context, _option: click.Parameter, text: str) -> tupl
 @click.option(
     "--predictor", type=_FILE, help="OFA-ResNet50's accuracy predictor.  [default: accuracy is measured]"
 )
+@_examples
 @click.option(
     "--latency",
     type=click.Choice(["flops", "measured"]),
@@ -112,6 +120,7 @@ def _search(
     threads: int,
     batch_sizes: tuple[int, ...],
     predictor: Path | None,
+    examples: Path | None,
     population: int | None,
     generations: int | None,
     seed: int,
@@ -129,6 +138,7 @@ def _search(
             seed,
         ),
         predictor=predictor,
+        examples=examples,
         **wanted,
     )
     remeasure = _remeasuring(request.supernet, request.weights, device, threads, clock)
@@ -214,18 +224,19 @@ def show_command(profile: str, picture: Path | None) -> None:
 @click.argument("profile")
 @click.option("--supernet", help="Its name, or module:attribute.  [default: the profile's]")
 @_weights
+@_examples
 @_device
 @_threads
-def accuracy_command(
-    profile: str, supernet: str | None, weights: str | None, device: str, threads: int
-) -> None:
+def accuracy_command(profile: str, **given: Any) -> None:
     """Print what SubnetNorm is worth to each subnet of PROFILE.
 
     Held-out accuracy with the subnet's own statistics, and with those of the largest subnet for all.
     """
     try:
+        from profiles.accuracy import accuracy_by_statistics  # noqa: PLC0415  see above
+
         judged = load_profile(profile)
-        rows = _accuracies(judged, supernet or judged.supernet, weights, device, threads)
+        rows = accuracy_by_statistics(_measured(judged, **given), _subnets(judged))
     except (SuperServeError, OSError) as error:
         raise click.ClickException(str(error)) from error
     width = max(len(subnet.name) for subnet in judged.subnets)
@@ -234,22 +245,52 @@ def accuracy_command(
         click.echo(f"{subnet.name:{width}}  {own:14.2f} %{shared:18.2f} %")
 
 
-def _accuracies(
-    profile: Profile, supernet: str, weights: str | None, device: str, threads: int
-) -> Sequence[tuple[float, float]]:
+@click.command("calibrate")
+@click.argument("profile")
+@click.option("--supernet", help="Its name, or module:attribute.  [default: the profile's]")
+@_weights
+@_examples
+@_device
+@_threads
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: beside the profile]")
+def calibrate_command(profile: str, out: Path | None, **given: Any) -> None:
+    """Gather SubnetNorm's statistics of each subnet of PROFILE, and write them where workers look."""
+    try:
+        from gpu_worker.calibration import save_statistics  # noqa: PLC0415  see above
+
+        calibrated = load_profile(profile)
+        subnets, judge = _subnets(calibrated), _measured(calibrated, **given)
+        if not judge.supernet.norms:
+            raise ConfigError("calibrate: expected a supernet with BatchNorm: LayerNorm keeps no statistics")
+        judge.supernet.set_statistics(judge.calibrated(subnets))
+        path = out or statistics_path(profile)
+        save_statistics(path, judge.supernet, calibrated.supernet, subnets)
+    except (SuperServeError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"wrote {path}: statistics of {len(subnets)} subnets")
+
+
+def _subnets(profile: Profile) -> list[Subnet]:
+    return [Subnet(row.name, row.control) for row in profile.subnets]
+
+
+def _measured(
+    profile: Profile,
+    supernet: str | None,
+    weights: str | None,
+    examples: Path | None,
+    device: str,
+    threads: int,
+) -> MeasuredAccuracy:
+    """Return what calibrates and measures the supernet of a profile."""
     import torch  # noqa: PLC0415  see above
 
     from gpu_worker.kinds import supernet_kind  # noqa: PLC0415  see above
     from gpu_worker.torch_executor import Placement  # noqa: PLC0415  see above
-    from profiles.accuracy import MeasuredAccuracy, accuracy_by_statistics, judge_of  # noqa: PLC0415  see above
-    from superserve.subnet import Subnet  # noqa: PLC0415  used only here
+    from profiles.accuracy import measured_accuracy  # noqa: PLC0415  see above
 
-    kind = supernet_kind(supernet)
+    kind = supernet_kind(supernet or profile.supernet)
     if kind.name != profile.supernet:
         raise ConfigError(f"supernet: expected {profile.supernet}, the profile's, got {kind.name}")
-    placement = Placement(device=device, threads=threads)
     torch.set_num_threads(threads)
-    judge = judge_of(kind, weights, None, placement)
-    assert isinstance(judge, MeasuredAccuracy), "no predictor was given"
-    subnets = [Subnet(row.name, row.control) for row in profile.subnets]
-    return accuracy_by_statistics(judge, subnets)
+    return measured_accuracy(kind, weights, examples, Placement(device=device, threads=threads))

@@ -168,6 +168,15 @@ def measure_supernet(
     )
 
 
+def thinned(profile: Profile, at_most: int | None) -> Profile:
+    """Return a profile with `at_most` of its rows, evenly spread, the first and the last among them."""
+    n = profile.n_subnets
+    if at_most is None or at_most >= n:
+        return profile
+    rows = [round(i * (n - 1) / (at_most - 1)) for i in range(at_most)]
+    return replace(profile, subnets=tuple(profile.subnets[row] for row in rows))
+
+
 def save_measurement(measurement: Measurement, path: Path, subnets: str | Path) -> None:
     """Write a profile to `path`; beside it SubnetNorm's statistics, if `subnets`, its source, has any.
 

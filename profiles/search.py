@@ -387,6 +387,7 @@ class Request:
         n_subnets: At most so many rows.
         weights: A checkpoint's path, "random", or None for the one that comes with it.
         predictor: OFA-ResNet50's published accuracy predictor; None measures accuracy.
+        examples: What to measure it on: see `gpu_worker.examples`; None for the supernet's own.
     """
 
     supernet: str
@@ -395,6 +396,7 @@ class Request:
     n_subnets: int = 32
     weights: str | None = None
     predictor: Path | None = None
+    examples: Path | None = None
 
     def __post_init__(self) -> None:
         if self.n_subnets < 2:
@@ -455,7 +457,7 @@ def find_profile(
         ConfigError: Naming what cannot be had: the supernet, its weights, the device, an accuracy.
     """
     kind = supernet_kind(request.supernet)
-    judge = judge_of(kind, request.weights, request.predictor, request.placement)
+    judge = judge_of(kind, request.weights, request.predictor, request.examples, request.placement)
     counter = CostCounter(kind)
     space = Space(counter.supernet)
     latency = fit_on_device(

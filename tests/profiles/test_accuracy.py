@@ -13,7 +13,8 @@ from gpu_worker.calibration import calibrate
 from gpu_worker.digits_supernet import Architecture, digits_supernet
 from gpu_worker.dynabert import Architecture as BertArchitecture
 from gpu_worker.dynabert import dynabert
-from gpu_worker.kinds import Data, Examples, SupernetKind, as_floats, as_tokens, resident
+from gpu_worker.examples import Data, Examples
+from gpu_worker.kinds import SupernetKind, as_floats, as_tokens, resident
 from gpu_worker.ofa_resnet50 import CONTROLS
 from gpu_worker.supernet import SubnetStatistics
 from gpu_worker.torch_executor import Placement
@@ -168,9 +169,9 @@ def test_an_accuracy_needs_a_predictor_or_data() -> None:
     bare = SupernetKind("bare", TINY.build, TINY.input_spec, TINY.output_spec, as_floats)
 
     with pytest.raises(ConfigError, match="bare comes without data"):
-        judge_of(bare, "random", None, Placement())
+        judge_of(bare, "random", None, None, Placement())
     with pytest.raises(ConfigError, match="predictor: expected the supernet ofa-resnet50, got tiny"):
-        judge_of(TINY, "random", Path("any.pth"), Placement())
+        judge_of(TINY, "random", Path("any.pth"), None, Placement())
 
 
 # --- measured -------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def test_the_largest_subnets_own_statistics_are_the_shared_ones() -> None:
 
 def test_without_batch_norm_there_is_nothing_to_compare() -> None:
     """A transformer needs no calibration: it is judged as it is, and the comparison says why not."""
-    judge = judge_of(TINY_BERT, "random", None, Placement())
+    judge = judge_of(TINY_BERT, "random", None, None, Placement())
     assert isinstance(judge, MeasuredAccuracy)
     subnets = [Subnet("whole", judge.supernet.controls.space.largest)]
 

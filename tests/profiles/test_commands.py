@@ -6,12 +6,14 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from gpu_worker.calibration import load_statistics
 from gpu_worker.kinds import KINDS, resident
-from profiles.commands import accuracy_command, search_command, show_command
+from profiles.commands import accuracy_command, calibrate_command, search_command, show_command
 from profiles.table import load_profile, statistics_path
 from superserve.subnet import Subnet
 from tests.profiles.test_accuracy import PREDICTOR, TINY, WITHOUT, published_shapes
@@ -104,6 +106,44 @@ def test_the_accuracies_of_a_searched_profile_are_its_own(found: tuple[Path, Res
     own = {name: own for name, (own, _) in printed_accuracies(result.output).items()}
     assert own == {row.name: row.accuracy for row in load_profile(out).subnets}
     assert "supernet: expected tiny, the profile's, got digits" in refused.output
+
+
+def test_calibrating_a_profile_writes_what_the_search_wrote(
+    found: tuple[Path, Result], tmp_path: Path
+) -> None:
+    """The same statistics, from the supernet's data or from a file of the same examples."""
+    out, _ = found
+    assert TINY.data is not None
+    data, examples, again = TINY.data(), tmp_path / "examples.npz", tmp_path / "again.safetensors"
+    np.savez(examples, calibration=data.calibration, inputs=data.held_out.inputs, labels=data.held_out.labels)
+    options = (out, "--supernet", SEARCH_TINY[1], "--weights", "random", "--out", again)
+    subnets = [Subnet(row.name, row.control) for row in load_profile(out).subnets]
+    supernet = resident(TINY, "random")
+    expected = load_statistics(statistics_path(out), supernet, TINY.name, subnets)
+    for more in ((), ("--examples", examples)):
+        result = run(calibrate_command, *options, *more)
+        assert result.exit_code == 0, result.output
+        assert f"wrote {again}: statistics of {len(load_profile(out).subnets)} subnets" in result.output
+        found_again = load_statistics(again, supernet, TINY.name, subnets)
+        assert [held.channels for held in found_again.values()] == [
+            held.channels for held in expected.values()
+        ]
+        for one, other in zip(found_again.values(), expected.values(), strict=True):
+            torch.testing.assert_close(one.values, other.values)
+
+
+def test_a_supernet_without_data_is_searched_on_examples_of_ones_own(tmp_path: Path) -> None:
+    """What its own data made impossible a file makes possible; predictor and examples exclude each other."""
+    out, examples = tmp_path / "own.json", tmp_path / "examples.npz"
+    assert TINY.data is not None
+    data = TINY.data()
+    np.savez(examples, inputs=data.held_out.inputs, labels=data.held_out.labels)
+    result = run(search_command, *SEARCH_TINY, "--examples", examples, "--out", out)
+    both = run(search_command, *SEARCH_TINY, "--examples", examples, "--predictor", examples, "--out", out)
+
+    assert result.exit_code == 0, result.output
+    assert f"measured on {len(data.held_out.labels) // 2} held-out examples" in load_profile(out).provenance
+    assert "expected a predictor or examples to measure it on, got both" in both.output
 
 
 def test_measured_latencies_take_the_place_of_fitted_ones(tmp_path: Path) -> None:

@@ -13,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.cli import cli
-from profiles.measure import MIN_ROUNDS, Place, Setting, fit, isotonic, measure, pareto_rows, percentile_99
+from profiles.measure import (
+    MIN_ROUNDS,
+    Place,
+    Setting,
+    fit,
+    isotonic,
+    measure,
+    pareto_rows,
+    percentile_99,
+    thinned,
+)
 from profiles.table import SubnetProfile, load_profile
 from superserve.clock import MS, VirtualClock
 from superserve.errors import ConfigError
@@ -128,6 +138,16 @@ def test_the_most_accurate_subnet_is_always_kept(scores: list[float]) -> None:
 
     assert rows[-1] == len(scores) - 1
     assert all(scores[before] < scores[after] for before, after in itertools.pairwise(rows))
+
+
+@pytest.mark.parametrize(
+    ("at_most", "rows"), [(None, [0, 1, 2, 3, 4, 5]), (9, [0, 1, 2, 3, 4, 5]), (3, [0, 2, 5])]
+)
+def test_a_thinned_profile_keeps_its_ends(at_most: int | None, rows: list[int]) -> None:
+    """So many rows, evenly spread; all of them where there are no more."""
+    profile = load_profile("cnn-8gpu-modelled")
+
+    assert thinned(profile, at_most).subnets == tuple(profile.subnets[row] for row in rows)
 
 
 def test_few_rounds_share_their_tail() -> None:
