@@ -14,7 +14,7 @@ import numpy as np
 
 from loadgen.sim_links import FAR_NS
 from router.events import QueriesArrived
-from superserve.wire import Queries
+from superserve.wire import MAX_QUERIES, Queries
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -60,6 +60,7 @@ class OpenLoopClient:
         self.n = len(due_ns)
         self._due_ns = due_ns
         self._deadlines_ns = deadlines_ns
+        self._is_ascending = bool((deadlines_ns[1:] >= deadlines_ns[:-1]).all())
         self.sent_ns, arrives_ns = _sent(due_ns, link, every_ns)
         # What was lost is unanswered; what arrives twice is, as on TCP, read once.
         self._places = np.flatnonzero(arrives_ns >= 0)
@@ -69,11 +70,37 @@ class OpenLoopClient:
         self._classes = priority
         self._ids = np.arange(self.n, dtype="<u8").tobytes()
         self._lo = 0
+        self._read_ns: int | None = None  # when a live router would have read what waits to be read
         self.next_ns = self._arrives_ns[0] if self._arrives_ns else FAR_NS
         self._answers = _Answers(self.n)
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether something has arrived that waits to be read: see `may_wait`."""
+        return self._read_ns is not None
+
+    def may_wait(self, now_ns: int, deadline_ns: int, room: int) -> bool:
+        """Tell whether what has arrived by now, and was not read, can be read later as well."""
+        if self.next_ns > now_ns:
+            return True
+        if self._floors is not None:
+            return False  # a floor that no subnet reaches is refused on arrival
+        lo, arrives = self._lo, self._arrives_ns
+        hi = bisect_right(arrives, now_ns, lo)
+        if hi - lo >= room or self._least_deadline_ns(lo, hi) < deadline_ns:
+            return False
+        self.next_ns = arrives[hi] if hi < len(arrives) else FAR_NS
+        if self._read_ns is None:
+            self._read_ns = now_ns
+        return True
+
+    def _least_deadline_ns(self, lo: int, hi: int) -> int:
+        if self._is_ascending and self._is_whole:
+            return int(self._deadlines_ns[lo])
+        return int(self._deadlines_ns[self._places[lo:hi]].min())
+
     def arrived(self, now_ns: int) -> list[QueriesArrived]:
-        """Return what has arrived by now, as one message."""
+        """Return what has arrived by now and was not read, as one message."""
         lo = self._lo
         arrives = self._arrives_ns
         self._lo = hi = bisect_right(arrives, now_ns, lo)
@@ -84,13 +111,17 @@ class OpenLoopClient:
         else:
             picked = self._places[lo:hi]
             first, ids = int(picked[0]), picked.astype("<u8").tobytes()
-        sent_ns = int(self.sent_ns[first])
-        slacks = (self._deadlines_ns[picked] - sent_ns).tobytes()
+        read_ns = now_ns if self._read_ns is None else self._read_ns
+        self._read_ns = None
+        transit_ns = read_ns - int(self.sent_ns[first])
+        # The core counts slack from `transit_ns` ago, whenever the others of the run were sent.
+        slacks = (self._deadlines_ns[picked] - (now_ns - transit_ns)).tobytes()
         floors = None if self._floors is None else self._floors[picked].tobytes()
         classes = None if self._classes is None else self._classes[picked].tobytes()
-        queries = Queries(1, sent_ns, hi - lo, ids, slacks, 0, (b"",), False, None, floors, classes)
-        # Its first query was under way for so long, and the others' slacks are counted from there.
-        return [QueriesArrived(self.key, queries, now_ns - sent_ns)]
+        queries = Queries(
+            1, now_ns - transit_ns, hi - lo, ids, slacks, 0, (b"",), False, None, floors, classes
+        )
+        return [QueriesArrived(self.key, queries, transit_ns)]
 
     def answered(self, answer: Answer, arrives_ns: int) -> None:
         """Note an answer that reaches this client at `arrives_ns`."""
@@ -115,16 +146,14 @@ def _sent(
     n, lo, at_ns = len(due), 0, -every_ns
     sizes: list[int] = []
     sent: list[int] = []
-    arrives: list[int] = []
     while lo < n:
         at_ns = max(due[lo], at_ns + every_ns)
-        hi = bisect_right(due, at_ns, lo)
+        hi = bisect_right(due, at_ns, lo, min(n, lo + MAX_QUERIES))
         sizes.append(hi - lo)
         sent.append(at_ns)
-        found = link.arrivals(at_ns)
-        arrives.append(found[0] if found else -1)
         lo = hi
-    return np.repeat(np.array(sent, np.int64), sizes), np.repeat(np.array(arrives, np.int64), sizes)
+    sent_ns = np.array(sent, np.int64)
+    return np.repeat(sent_ns, sizes), np.repeat(link.arrivals_of(sent_ns), sizes)
 
 
 class _Answers:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from loadgen.faults import Fault
-from loadgen.simulator import SimSettings, Workload, simulate
+from loadgen.sim_links import Way
+from loadgen.simulator import SimSettings, Simulation, Workload, simulate
 from loadgen.trace import Trace, load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
@@ -79,3 +80,24 @@ def test_queries_of_a_killed_process_are_served_by_another() -> None:
     assert found.result.queries["ok"] + found.result.queries["late"] == trace.n
     assert found.result.slo_attainment is not None
     assert found.result.slo_attainment > 0.99
+
+
+@pytest.mark.parametrize("n_clients", [1, 2])
+def test_skipped_passes_change_nothing_that_was_decided(n_clients: int) -> None:
+    """Reading what cannot matter yet later than a live router would gives the same batches to all."""
+    # Without rests every message takes the same way: what a run samples of it cannot differ.
+    settings = SimSettings(way=Way(100_000, 0), router_rest_ns=0, n_clients=n_clients)
+    workload = Workload(TRACE, np.where(np.arange(TRACE.n) % 5, 36 * MS, 20 * MS).astype(np.int64))
+    found = []
+    for is_watched in (False, True):
+        simulation = Simulation([CNN] * 2, settings=settings)
+        clients = simulation.offer(workload)
+        if is_watched:  # a watched simulation makes every pass
+            simulation.on_pass = lambda _now_ns, _actions: None
+        simulation.run()
+        found.append((simulation.n_passes, [client.columns()[0] for client in clients]))
+    (n_skipping, skipping), (n_whole, whole) = found
+    assert n_skipping < n_whole
+    for one, other in zip(skipping, whole, strict=True):
+        for name in ("answered_ns", "status", "subnet", "batch_size"):
+            assert (one[name] == other[name]).all(), name
