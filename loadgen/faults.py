@@ -11,7 +11,8 @@ A fault file is JSON, instants and durations in milliseconds from the start of t
     kind       says                                                         beside at_ms and peer
     kill       a worker process ends; the router's next send to it fails
     vanish     the same, but no send fails: a host that lost its power
-    revive     a killed worker process starts again, under its old name
+    drain      a worker process gets no more work, and ends when it holds none
+    revive     a worker process that has ended starts again, under its old name
     freeze     a worker process stops; its GPUs go on with what they hold   for_ms
     slow       GPUs take `factor` times what their profile says             factor, for_ms?, slot?
     delay      messages take `delay_ms` more                                delay_ms, for_ms
@@ -56,6 +57,7 @@ MAX_FAULTS = 100_000
 _FIELDS: dict[str, tuple[str, ...]] = {
     "kill": (),
     "vanish": (),
+    "drain": (),
     "revive": (),
     "freeze": ("for_ms",),
     "slow": ("factor", "for_ms?", "slot?"),
@@ -77,7 +79,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "slot": (0, 4_095),
 }
 
-_OF_WORKERS = ("kill", "vanish", "revive", "freeze", "slow")
+_OF_WORKERS = ("kill", "vanish", "drain", "revive", "freeze", "slow")
 """What befalls a process, not a connection."""
 
 
@@ -184,6 +186,7 @@ def _freeze(fault: Fault, simulation: Simulation, now_ns: int) -> None:
 _STRIKES: dict[str, Callable[[Fault, Simulation, int], None]] = {
     "kill": lambda fault, simulation, now_ns: simulation.kill(fault.number, now_ns, silently=False),
     "vanish": lambda fault, simulation, now_ns: simulation.kill(fault.number, now_ns, silently=True),
+    "drain": lambda fault, simulation, now_ns: simulation.drain(fault.number, now_ns),
     "revive": lambda fault, simulation, now_ns: simulation.revive(fault.number, now_ns),
     "freeze": _freeze,
     "slow": _slow,
@@ -287,14 +290,14 @@ def draw_faults(
         peer = f"worker:{rng.randrange(n_processes)}" if is_worker else f"client:{rng.randrange(n_clients)}"
         for_ns = int(10 ** rng.uniform(0.5, 3.2) * MS)
         faults.append(_drawn(rng, kind, at_ns, peer, for_ns))
-        if kind in ("kill", "vanish") and rng.random() < 0.7:
+        if kind in ("kill", "vanish", "drain") and rng.random() < 0.7:
             faults.append(Fault("revive", at_ns + for_ns, peer))
     return tuple(sorted(faults, key=lambda fault: (fault.at_ns, fault.peer, fault.kind)))
 
 
 def _drawn(rng: random.Random, kind: str, at_ns: int, peer: str, for_ns: int) -> Fault:
     match kind:
-        case "kill" | "vanish":
+        case "kill" | "vanish" | "drain":
             return Fault(kind, at_ns, peer)
         case "slow":
             factor = rng.choice([0.7, 1.3, 3.0, 10.0, 100.0])

@@ -19,7 +19,7 @@ import contextlib
 import gc
 import hashlib
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,10 +34,13 @@ from router.core import RouterCore
 from router.events import (
     Answer,
     ClientJoined,
+    ClientLeft,
     Dispatch,
+    DrainWorker,
     Fence,
     Finished,
     Pulled,
+    Released,
     WorkerHeard,
     WorkerJoined,
     WorkerLeft,
@@ -189,6 +192,16 @@ class Client(Protocol):
         ...
 
 
+class Connecting(Client, Protocol):
+    """A client whose connection may break."""
+
+    number: int
+
+    def connected(self, way_in: Link) -> None:
+        """Take the way to the router of a new connection."""
+        ...
+
+
 def simulate(
     trace: Trace | Workload,
     cluster: Sequence[Profile],
@@ -227,6 +240,20 @@ def simulate(
     return _simulated(workload, found, clients, policy)
 
 
+def slowed(profile: Profile, factor: float) -> Profile:
+    """Return the profile of a device on which everything takes `factor` times as long."""
+    subnets = [
+        replace(
+            subnet,
+            latency_ns=tuple(round(factor * ns) for ns in subnet.latency_ns),
+            latency_p99_ns=tuple(round(factor * ns) for ns in subnet.latency_p99_ns),
+        )
+        for subnet in profile.subnets
+    ]
+    provenance = f"{profile.provenance} All latencies times {factor:g}."
+    return replace(profile, name=f"{profile.name}*{factor:g}", provenance=provenance, subnets=tuple(subnets))
+
+
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """Leave garbage where it is, as the live router does: nothing on a query's way makes cycles."""
@@ -255,7 +282,9 @@ class Simulation:
         core: The router's core.
         processes: The worker processes, in order.
         now_ns: The router's clock.
-        on_pass: Called after each pass with its instant and the core's actions; None calls nobody.
+        ways_back: From the router to each client, by key.
+        on_pass: Called in each pass with its instant and the core's actions, before they are carried out;
+            None calls nobody.
     """
 
     def __init__(
@@ -281,15 +310,17 @@ class Simulation:
         self.n_passes = 0
         self._seed = seed
         self._rng = random.Random(f"{seed}/host")
-        self._agenda: list[tuple[int, int, Callable[[int], None]]] = []
+        # It ends with what never comes, and so is never empty.
+        self._agenda: list[tuple[int, int, Callable[[int], None]]] = [(FAR_NS, 0, lambda _: None)]
         self._mail: list[tuple[int, int, Callable[[Any, int], None], Any]] = []
         self._serial = 0
         self._next_epoch = 0
         self._n_lives = 0
+        self._n_connections = 0
         self._rest_until_ns = 0
         self._wake_ns = FAR_NS
         self._end_ns = FAR_NS
-        self._ways_back: dict[int, Link] = {}
+        self.ways_back: dict[int, Link] = {}
         self._troubles: dict[str, list[Trouble]] = {}
         self._speakers: dict[int, SimProcess] = {}  # by connection; a new life has a new one
         each = self.settings.gpus_per_process
@@ -327,11 +358,23 @@ class Simulation:
         self._end_ns = int(deadlines_ns.max()) + _GRACE_NS
         return clients
 
-    def join(self, client: Client) -> None:
-        """Let a client say HELLO before the trace begins."""
+    def join(self, client: Client) -> Link:
+        """Let a client say HELLO before the trace begins; return its way to the router."""
+        name = f"client:{client.key}"
         self.clients[client.key] = client
-        self._ways_back[client.key] = self._link(f"client:{client.key}", "out")
+        self.ways_back[client.key] = self._link(name, "out")
         self.core.handle(ClientJoined(client.key, client.key + 1), self.now_ns)
+        return self._link(name, "in")
+
+    def reconnect(self, client: Connecting) -> None:
+        """Give a client a new connection in place of its own; what was under way on that is gone."""
+        del self.clients[client.key]
+        self._n_connections += 1
+        client.key = key = 1_000_000 + self._n_connections
+        self.clients[key] = client
+        name = f"client:{client.number}"
+        self.ways_back[key] = self._link(name, f"{key}/out")
+        client.connected(self._link(name, f"{key}/in"))
 
     def later(self, at_ns: int, act: Callable[[int], None]) -> None:
         """Call `act` with the instant when it comes."""
@@ -419,6 +462,8 @@ class Simulation:
                     core.handle(event, now_ns)
                 is_busy = True
         actions = core.advance(now_ns)
+        if self.on_pass is not None:
+            self.on_pass(now_ns, actions)
         if actions:
             self._carry_out(actions, now_ns)
         wake_ns = core.next_wake_ns()
@@ -426,18 +471,20 @@ class Simulation:
         if is_busy:
             self._rest_until_ns = now_ns + self.settings.router_rest_ns
         self.n_passes += 1
-        if self.on_pass is not None:
-            self.on_pass(now_ns, actions)
 
     def _carry_out(self, actions: list[Action], now_ns: int) -> None:
         lost: list[int] = []
+        gone: list[int] = []
         arrivals: dict[int, tuple[int, ...]] = {}  # a client's answers of one pass share a message
         for action in actions:
             if isinstance(action, Answer):
                 key = action.client
+                if key not in self.clients:  # its connection broke
+                    gone.append(key)
+                    continue
                 instants = arrivals.get(key)
                 if instants is None:
-                    instants = arrivals[key] = self._ways_back[key].arrivals(now_ns)
+                    instants = arrivals[key] = self.ways_back[key].arrivals(now_ns)
                 for at_ns in instants:
                     self.clients[key].answered(action, at_ns)
             elif isinstance(action, Dispatch):
@@ -445,8 +492,12 @@ class Simulation:
                     lost.append(action.peer)
             elif isinstance(action, Fence):
                 self._say(action.peer, (Word.SAY_HELLO, 0), now_ns)
+            elif isinstance(action, Released):
+                self._release(action.peer, now_ns)
         for peer in lost:
             self._lose(peer, now_ns)
+        for key in gone:
+            self.core.handle(ClientLeft(key), now_ns)
 
     # --- the router's side of the workers' protocol, as `router.server` has it -------------
 
@@ -575,6 +626,22 @@ class Simulation:
     def _mail_in(self, at_ns: int, take: Callable[[Any, int], None], message: Any) -> None:
         self._serial += 1
         heappush(self._mail, (at_ns, self._serial, take, message))
+
+    def drain(self, i: int, now_ns: int) -> None:
+        """Have the router give a worker process no more work, and let it go when it holds nothing."""
+        process = self.processes[i]
+        if process.is_alive:
+            self._mail_in(now_ns, self._drained, process.key)
+
+    def _drained(self, key: int, now_ns: int) -> None:
+        self.core.handle(DrainWorker(key, None), now_ns)
+
+    def _release(self, key: int, now_ns: int) -> None:
+        """Let a drained worker process go: it says BYE and ends."""
+        process = self._speakers.pop(key, None)
+        if process is not None and process.is_alive:
+            process.die()
+        self.core.handle(WorkerLeft(key, orderly=True), now_ns)
 
     def revive(self, i: int, now_ns: int) -> None:
         """Start a killed worker process again, under its old name."""
