@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loadgen.compare_cli import compare_command
 from loadgen.environment import environment_of
 from loadgen.plots import check_installed
 from loadgen.report import load_runs
@@ -227,3 +228,4 @@ def _show(measured: Run, report: EventLogReport | None) -> None:
 
 
 cli.add_command(simulate_command)
+cli.add_command(compare_command)

@@ -50,6 +50,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "loadgen.sim_clients": ("router.events",),
     "loadgen.sim_workers": ("router.events",),
     "loadgen.simulate_cli": ("router.registry",),
+    "loadgen.compare_cli": ("router.registry",),
     "cluster": ("superserve", "router", "gpu_worker", "loadgen", "profiles"),
 }
 
