@@ -37,6 +37,7 @@ class OpenLoopClient:
         deadlines_ns: Instants, shape (n,).
         link: Its way to the router.
         every_ns: Least time between two messages.
+        played: When each query was sent and read in a live run, -1 if it was not; None has it sent as due.
         min_accuracy: Floors, percent, shape (n,); None if there are none.
         priority: Classes, shape (n,); None if there are none.
 
@@ -53,6 +54,7 @@ class OpenLoopClient:
         link: Link,
         *,
         every_ns: int,
+        played: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None,
         min_accuracy: npt.NDArray[np.float32] | None = None,
         priority: npt.NDArray[np.uint8] | None = None,
     ) -> None:
@@ -61,7 +63,7 @@ class OpenLoopClient:
         self._due_ns = due_ns
         self._deadlines_ns = deadlines_ns
         self._is_ascending = bool((deadlines_ns[1:] >= deadlines_ns[:-1]).all())
-        self.sent_ns, arrives_ns = _sent(due_ns, link, every_ns)
+        self.sent_ns, arrives_ns = _sent(due_ns, link, every_ns) if played is None else played
         # What was lost is unanswered; what arrives twice is, as on TCP, read once.
         self._places = np.flatnonzero(arrives_ns >= 0)
         self._arrives_ns: list[int] = arrives_ns[self._places].tolist()

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from loadgen.faults import Fault
+    from loadgen.machine import Machine
     from loadgen.stats import RunResult
     from loadgen.trace import Trace
     from profiles.table import Profile
@@ -88,6 +89,7 @@ class SimSettings:
         n_clients: Clients that the queries are dealt out to, in turn.
         gpus_per_process: GPUs of one worker process.
         actuation_ns: What going over to another subnet takes on a GPU.
+        machine: What a live run of the same trace met; takes the place of ways and rests. None is calm.
     """
 
     way: Way = field(default_factory=lambda: Way(100_000, 50_000))
@@ -97,6 +99,11 @@ class SimSettings:
     n_clients: int = 1
     gpus_per_process: int = 8
     actuation_ns: int = 0
+    machine: Machine | None = None
+
+    def like(self, machine: Machine) -> SimSettings:
+        """Return settings under which messages take what they took in a live run, with its loops' rests."""
+        return replace(self, machine=machine, router_rest_ns=0, worker_rest_ns=0, n_clients=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -349,7 +356,7 @@ class Simulation:
             mine = slice(key, None, n)
             client = OpenLoopClient(
                 key, due_ns[mine], deadlines_ns[mine], self._link(f"client:{key}", "in"),
-                every_ns=self.settings.send_every_ns,
+                every_ns=self.settings.send_every_ns, played=self._played(),
                 min_accuracy=None if workload.min_accuracy is None else workload.min_accuracy[mine],
                 priority=None if workload.priority is None else workload.priority[mine],
             )  # fmt: skip
@@ -390,8 +397,21 @@ class Simulation:
         else:
             self._troubles.setdefault(fault.peer, []).append(trouble)
 
+    def _played(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+        """Return when a live run's queries were sent and read, if its machine is to be met again."""
+        machine = self.settings.machine
+        if machine is None:
+            return None
+        sent_ns, read_ns = machine.sent_ns, machine.read_ns
+        return np.where(sent_ns < 0, -1, sent_ns + START_NS), np.where(read_ns < 0, -1, read_ns + START_NS)
+
     def _link(self, name: str, way: str) -> Link:
         """Return one direction of a connection of the peer called `name`; both share its troubles."""
+        machine = self.settings.machine
+        if machine is not None:
+            back = machine.to_clients if name.startswith("client") else machine.to_workers
+            series = back if way.endswith("in") or name.startswith("client") else machine.from_workers
+            return series.link(START_NS, tuple(self._troubles.get(name, ())))
         return Link(self.settings.way, f"{self._seed}/{name}/{way}", tuple(self._troubles.get(name, ())))
 
     # --- the loop -------------------------------------------------------------------------
