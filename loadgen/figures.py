@@ -8,6 +8,7 @@ prints them. The machine is the simulator's calm one; the GPUs are the modelled 
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +111,7 @@ def draw_range(points: list[Point]) -> Callable[[Axes], None]:
             if policy.startswith("fixed:"):
                 axes.plot(rates[-1:], accuracies[-1:], "s", color=MUTED, markersize=5)
                 axes.annotate(
-                    policy.removeprefix("fixed:"), (rates[-1], accuracies[-1]), (6, -3),
+                    policy.removeprefix("fixed:"), (rates[-1], accuracies[-1]), (5, 4),
                     textcoords="offset points", color=MUTED, fontsize=8,
                 )  # fmt: skip
             else:
@@ -136,7 +137,8 @@ def svg_of(draw: Callable[[Axes], None]) -> str:
         draw(figure.add_subplot())
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+    plain = re.sub(r"\s*<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
+    return "\n".join(line.rstrip() for line in plain.splitlines()) + "\n"
 
 
 def _json(points: list[Point], **more: Any) -> str:

@@ -7,6 +7,7 @@ and arrival are known beforehand; at the router, what arrived between two passes
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,22 @@ UNANSWERED = 255
 """In a column of statuses: no answer came."""
 
 _FLUSH_AT = 1 << 16
+
+
+_NO_PAYLOAD = (b"",)
+
+
+class _Run(Queries):
+    """A message that was never bytes: its slacks are reckoned from deadlines when the core asks."""
+
+    __slots__ = ("deadlines_ns",)
+
+    deadlines_ns: array[int]
+
+    def slack_ns(self) -> list[int]:
+        """Return the slacks, counted from `sent_ns`."""
+        base_ns = self.sent_ns
+        return [deadline_ns - base_ns for deadline_ns in self.deadlines_ns]
 
 
 class OpenLoopClient:
@@ -62,8 +79,10 @@ class OpenLoopClient:
         self.n = len(due_ns)
         self._due_ns = due_ns
         self._deadlines_ns = deadlines_ns
+        self._deadlines = array("q", deadlines_ns.tobytes())  # from which one is taken sooner
         self._is_ascending = bool((deadlines_ns[1:] >= deadlines_ns[:-1]).all())
         self.sent_ns, arrives_ns = _sent(due_ns, link, every_ns) if played is None else played
+        self._sent = array("q", self.sent_ns.tobytes())
         # What was lost is unanswered; what arrives twice is, as on TCP, read once.
         self._places = np.flatnonzero(arrives_ns >= 0)
         self._arrives_ns: list[int] = arrives_ns[self._places].tolist()
@@ -98,7 +117,7 @@ class OpenLoopClient:
 
     def _least_deadline_ns(self, lo: int, hi: int) -> int:
         if self._is_ascending and self._is_whole:
-            return int(self._deadlines_ns[lo])
+            return self._deadlines[lo]
         return int(self._deadlines_ns[self._places[lo:hi]].min())
 
     def arrived(self, now_ns: int) -> list[QueriesArrived]:
@@ -107,22 +126,23 @@ class OpenLoopClient:
         arrives = self._arrives_ns
         self._lo = hi = bisect_right(arrives, now_ns, lo)
         self.next_ns = arrives[hi] if hi < len(arrives) else FAR_NS
+        read_ns = now_ns if self._read_ns is None else self._read_ns
+        self._read_ns = None
         if self._is_whole:
-            picked: Any = slice(lo, hi)
             first, ids = lo, self._ids[8 * lo : 8 * hi]
+            deadlines_ns = self._deadlines[lo:hi]
+            picked: Any = slice(lo, hi)
         else:
             picked = self._places[lo:hi]
             first, ids = int(picked[0]), picked.astype("<u8").tobytes()
-        read_ns = now_ns if self._read_ns is None else self._read_ns
-        self._read_ns = None
-        transit_ns = read_ns - int(self.sent_ns[first])
+            deadlines_ns = array("q", self._deadlines_ns[picked].tobytes())
+        transit_ns = read_ns - self._sent[first]
         # The core counts slack from `transit_ns` ago, whenever the others of the run were sent.
-        slacks = (self._deadlines_ns[picked] - (now_ns - transit_ns)).tobytes()
+        base_ns = now_ns - transit_ns
         floors = None if self._floors is None else self._floors[picked].tobytes()
         classes = None if self._classes is None else self._classes[picked].tobytes()
-        queries = Queries(
-            1, now_ns - transit_ns, hi - lo, ids, slacks, 0, (b"",), False, None, floors, classes
-        )
+        queries = _Run(1, base_ns, hi - lo, ids, b"", 0, _NO_PAYLOAD, False, None, floors, classes)
+        queries.deadlines_ns = deadlines_ns
         return [QueriesArrived(self.key, queries, transit_ns)]
 
     def answered(self, answer: Answer, arrives_ns: int) -> None:

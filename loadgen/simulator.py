@@ -460,7 +460,10 @@ class Simulation:
         head = queue.head()
         assert head is not None, "a queue with a length has a head"
         room = self._max_queries - len(queue) - self.core.in_flight
-        return all(client.may_wait(now_ns, head[0], room) for client in self.clients.values())
+        for client in self.clients.values():
+            if client.next_ns <= now_ns and not client.may_wait(now_ns, head[0], room):
+                return False
+        return True
 
     def _is_over(self) -> bool:
         core = self.core
