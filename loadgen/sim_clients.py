@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,10 +18,12 @@ from router.events import QueriesArrived
 from superserve.wire import MAX_QUERIES, Queries
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from loadgen.sim_links import Link
-    from router.events import Answer
+    from router.events import Answer, Event
 
 UNANSWERED = 255
 """In a column of statuses: no answer came."""
@@ -43,6 +45,47 @@ class _Run(Queries):
         """Return the slacks, counted from `sent_ns`."""
         base_ns = self.sent_ns
         return [deadline_ns - base_ns for deadline_ns in self.deadlines_ns]
+
+
+class Client(Protocol):
+    """What plays a client: sends into the router, and takes its answers."""
+
+    key: int
+
+    @property
+    def next_ns(self) -> int:
+        """When something of it arrives at the router next; `FAR_NS` if nothing does."""
+        ...
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether something has arrived that waits to be read: see `may_wait`."""
+        ...
+
+    def may_wait(self, now_ns: int, deadline_ns: int, room: int) -> bool:
+        """Tell whether all it brings by now are less than `room` queries due no sooner than `deadline_ns`.
+
+        If so `next_ns` moves past them, and `arrived` will bring them later.
+        """
+        ...
+
+    def arrived(self, now_ns: int) -> Sequence[Event]:
+        """Return what has arrived by now and was not returned before."""
+        ...
+
+    def answered(self, answer: Answer, arrives_ns: int) -> None:
+        """Take an answer that reaches it at `arrives_ns`."""
+        ...
+
+
+class Connecting(Client, Protocol):
+    """A client whose connection may break."""
+
+    number: int
+
+    def connected(self, way_in: Link) -> None:
+        """Take the way to the router of a new connection."""
+        ...
 
 
 class OpenLoopClient:
