@@ -122,14 +122,21 @@ class Fault:
         """Which process or client it befalls."""
         return int(self.peer.partition(":")[2])
 
-    def check(self, n_processes: int, n_clients: int) -> None:
-        """Raise ConfigError unless such a peer takes part."""
-        n = n_processes if self.peer.startswith("worker") else n_clients
+    def check(self, n_gpus: Sequence[int], n_clients: int) -> None:
+        """Raise ConfigError unless such a peer, and such a GPU of it, takes part.
+
+        Args:
+            n_gpus: Of each worker process.
+            n_clients: How many clients there are.
+        """
+        where = f"fault {self.kind} at {self.at_ns / MS:g} ms"
+        role = self.peer.partition(":")[0]
+        n = len(n_gpus) if role == "worker" else n_clients
         if self.number >= n:
-            role = self.peer.partition(":")[0]
+            raise ConfigError(f"{where}: peer: expected {role}:0 to {role}:{n - 1}, got {self.peer}")
+        if self.slot is not None and self.slot >= n_gpus[self.number]:
             raise ConfigError(
-                f"fault {self.kind} at {self.at_ns / MS:g} ms: peer: expected {role}:0 to "
-                f"{role}:{n - 1}, got {self.peer}"
+                f"{where}: slot: {self.peer} has slots 0 to {n_gpus[self.number] - 1}, got {self.slot}"
             )
 
     def trouble(self, start_ns: int) -> Trouble | None:

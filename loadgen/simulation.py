@@ -211,7 +211,7 @@ class Simulation:
 
     def _plan(self, fault: Fault) -> None:
         """Have a fault strike when its time comes; trouble on the way is known to the links beforehand."""
-        fault.check(len(self.processes), self.settings.n_clients)
+        fault.check([len(process.gpus) for process in self.processes], self.settings.n_clients)
         trouble = fault.trouble(START_NS)
         if trouble is None:
             self.later(START_NS + fault.at_ns, partial(fault.strike, self))
