@@ -286,7 +286,7 @@ def draw_faults(
 ) -> tuple[Fault, ...]:
     """Return the faults of a seed: one to six of them by default, of every kind, within the duration.
 
-    A process that is killed is revived later, more often than not.
+    A process that has ended is revived later, more often than not, and at times on a slow way.
     """
     rng = random.Random(f"{seed}/faults")
     faults: list[Fault] = []
@@ -299,6 +299,10 @@ def draw_faults(
         faults.append(_drawn(rng, kind, at_ns, peer, for_ns))
         if kind in ("kill", "vanish", "drain") and rng.random() < 0.7:
             faults.append(Fault("revive", at_ns + for_ns, peer))
+            if rng.random() < 0.4:
+                # So slow a way has it say HELLO again before it is welcomed, and so speak under an old epoch.
+                slow_ns = rng.randrange(150, 450) * MS
+                faults.append(Fault("delay", at_ns + for_ns, peer, 300 * MS, slow_ns))
     return tuple(sorted(faults, key=lambda fault: (fault.at_ns, fault.peer, fault.kind)))
 
 
