@@ -145,43 +145,23 @@ def fluid_bound(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A way to serve one query: what it costs a GPU at least, and what it is worth."""
-
-    cost_ns: float
-    worth: float
-
-
-def options(profile: Profile, slo_ns: int, floor: int, *, count_only: bool = False) -> tuple[Option, ...]:
-    """Return the concave hull of worth over cost, from no service on, of the rows from `floor` up.
+def options(
+    profile: Profile, slo_ns: int, floor: int, *, count_only: bool = False
+) -> tuple[tuple[float, float], ...]:
+    """Return the ways to serve one query that are worth having: (worth, cost in nanoseconds).
 
     Args:
         profile: Latencies by row and batch size.
         slo_ns: A batch must end within it.
         floor: The smallest row allowed.
-        count_only: A query on time is worth 1, not its accuracy.
+        count_only: A query on time is worth 1, not its accuracy: then the cheapest way is the only one.
     """
-    hull: list[Option] = []
-    for subnet in profile.subnets[floor:]:
-        sizes = zip(profile.batch_sizes, subnet.latency_ns, strict=True)
-        shares = [latency_ns / size for size, latency_ns in sizes if latency_ns <= slo_ns]
-        if not shares:
-            break  # P2: no row above it is faster
-        option = Option(min(shares), 1.0 if count_only else subnet.accuracy)
-        if hull and option.worth <= hull[-1].worth:
-            continue
-        while hull and _slope(hull[-1], option) >= _slope(hull[-2] if len(hull) > 1 else None, hull[-1]):
-            hull.pop()
-        hull.append(option)
-    return tuple(hull)
-
-
-def _slope(less: Option | None, more: Option) -> float:
-    if less is None:
-        return more.worth / more.cost_ns
-    extra_ns = more.cost_ns - less.cost_ns
-    return (more.worth - less.worth) / extra_ns if extra_ns > 0 else np.inf
+    frontier = profile.frontier(floor=floor, limit_ns=slo_ns)
+    if count_only:
+        # The row at the floor is the cheapest (P2), and may itself lie below the hull of accuracies.
+        sizes = zip(profile.batch_sizes, profile.subnets[floor].latency_ns, strict=True)
+        return ((1.0, min(ns / size for size, ns in sizes if ns <= slo_ns)),) if frontier else ()
+    return tuple((profile.subnets[row].accuracy, cost_ns) for row, cost_ns in frontier)
 
 
 class _Fluid:
@@ -224,10 +204,10 @@ class _Fluid:
             )
             once = program.rows(len(bins), upper=counts)
             for entries, profile in zip(work, kinds, strict=True):
-                for option in options(profile, slo_ns, floor, count_only=self._count_only):
-                    served = program.columns(len(bins), worth=option.worth, upper=counts)
+                for worth, cost_ns in options(profile, slo_ns, floor, count_only=self._count_only):
+                    served = program.columns(len(bins), worth=worth, upper=counts)
                     program.add(once, served, 1.0)
-                    entries.append((bins, served, option.cost_ns / self._bin_ns))
+                    entries.append((bins, served, cost_ns / self._bin_ns))
         return work
 
     def _first_in_first_out(

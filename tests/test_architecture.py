@@ -60,6 +60,7 @@ PURE = (
     "superserve.session", "superserve.reply",
     "router.core", "router.state", "router.admission", "router.fleet", "router.edf", "router.estimates",
     "router.workers", "router.events", "router.policy", "router.slackfit", "router.baselines",
+    "router.demand", "router.demandfit", "router.lanes",
 )  # fmt: skip
 IMPURE = ("zmq", "socket", "time", "threading", "logging", "random", "numpy.random", "asyncio", "secrets")
 

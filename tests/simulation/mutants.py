@@ -12,7 +12,7 @@ from loadgen.chaos import find_violation
 from router.core import RouterCore
 from router.edf import ANSWERED
 from router.events import Answer
-from router.policy import Choice
+from router.policy import Choice, Shed
 from superserve.wire import Status
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class DispatchesExpired(RouterCore):
             self._dispatch(now_ns)
         return super().advance(now_ns)
 
-    def _choose(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> Choice | None:
+    def _choose(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> Choice | Shed | None:
         floor = 0 if head[1].floors is None else head[1].floors[head[2]]
         return super()._choose(worker, head, now_ns) or Choice(floor, 1)
 
