@@ -42,11 +42,17 @@ if TYPE_CHECKING:
 _SET_POINT = 0.25
 """Share of the patience that a query spends in the queue when need equals rate."""
 
+_GRACE = 1.25
+"""Batches count as possible up to this many times the head's slack, lest each fluctuation move the price."""
+
 _LATE = 0.5
 """A batch that sheds for is at most this share of the patience long."""
 
 _STEEPEST = 4.0
 """The price at the least budget, over that between the two cheapest subnets: size counts most then."""
+
+_N_LIMITS = 24
+"""Frontiers that prices are kept of: by how long a batch may take within the patience."""
 
 _MAX_SIZES = 6
 """Batch sizes weighed in one decision; of a profile with more, those spread evenly among its sizes."""
@@ -135,9 +141,9 @@ class Prices:
         return prices[i - 1] + part * (prices[i] - prices[i - 1])
 
 
-def make_prices(profile: Profile) -> Prices:
-    """Return the prices of the profile's frontier."""
-    frontier = profile.frontier()
+def make_prices(profile: Profile, limit_ns: int) -> Prices:
+    """Return the prices of the profile's frontier of batches that take at most `limit_ns`."""
+    frontier = profile.frontier(limit_ns=limit_ns)
     worth = [profile.subnets[row].accuracy for row, _ in frontier]
     costs_ns = [cost_ns for _, cost_ns in frontier]
     budgets, prices = [], []
@@ -149,6 +155,13 @@ def make_prices(profile: Profile) -> Prices:
     budgets = [costs_ns[0], *budgets, 1.5 * costs_ns[-1]]
     prices = [_STEEPEST * prices[0], *prices, 0.0]
     return Prices(tuple(budgets), tuple(prices))
+
+
+def _limits_ns(profile: Profile) -> tuple[int, ...]:
+    """Return the limits that prices are made for: from the quickest batch to the longest, evenly in ratio."""
+    first, last = profile.subnets[0].latency_ns[0], profile.subnets[-1].latency_ns[-1]
+    steps = (int(first * (last / first) ** (i / _N_LIMITS)) for i in range(_N_LIMITS))
+    return tuple(sorted({first, *steps, last}))
 
 
 class DemandFit:
@@ -172,20 +185,22 @@ class DemandFit:
         n_weighed = min(n_sizes, _MAX_SIZES)
         columns = sorted({round(i * (n_sizes - 1) / max(1, n_weighed - 1)) for i in range(n_weighed)})
         self.sizes = tuple(make_size(profile, column) for column in columns)
-        self.prices = make_prices(profile)
+        self.limits_ns = _limits_ns(profile)
+        self.prices = tuple(make_prices(profile, limit_ns) for limit_ns in self.limits_ns)
         self._accuracies = tuple(subnet.accuracy for subnet in profile.subnets)
         self._unit_cost_ns = profile.unit_cost_ns
 
     def choose(self, queue: QueueView, worker: WorkerView, now_ns: int) -> Choice | Shed | None:
         """Return the batch that is worth most at today's price; None if no batch fits the head's slack."""
         slack_ns = usable_slack_ns(queue, worker, now_ns)
-        budget_ns = self._budget_ns(queue, worker, slack_ns)
-        shed = self._shed(queue, worker, now_ns, slack_ns, budget_ns)
+        patience_ns, budget_ns = self._budget_ns(queue, worker, slack_ns)
+        shed = self._shed(queue, worker, now_ns, slack_ns, patience_ns, budget_ns)
         if shed is not None:
             return shed
-        price, floor, length, accuracies = (
-            self.prices.at(budget_ns), queue.head_floor, queue.length, self._accuracies,
-        )  # fmt: skip
+        limit_ns = min((1.0 - _SET_POINT) * patience_ns, _GRACE * slack_ns)
+        limit = bisect_right(self.limits_ns, limit_ns) - 1
+        price = self.prices[max(0, limit)].at(budget_ns)
+        floor, length, accuracies = queue.head_floor, queue.length, self._accuracies
         best, best_worth = None, float("-inf")
         for size in self.sizes:
             each = price / min(size.size, length)
@@ -199,31 +214,34 @@ class DemandFit:
                 break
         return best
 
-    def _budget_ns(self, queue: QueueView, worker: WorkerView, slack_ns: int) -> float:
-        """Return how much of this profile's GPU time there is for a query."""
+    def _budget_ns(self, queue: QueueView, worker: WorkerView, slack_ns: int) -> tuple[float, float]:
+        """Return how long a query can wait and run on this worker, and how much of its time there is for it.
+
+        Both as the profile counts time.
+        """
         demand = queue.demand
         if demand is None or demand.capacity <= 0.0:  # as if this worker were alone, and nothing arrived
-            return max(1, slack_ns) / queue.length
-        patience_ns = self._patience_ns(queue, worker)
+            return max(1.0, slack_ns), max(1.0, slack_ns) / queue.length
+        patience_ns = max(1.0, demand.slack_ns - worker.allowance_ns)
         need = (1.0 - _SET_POINT) * demand.rate + queue.length / patience_ns
-        return demand.capacity * self._unit_cost_ns / need
-
-    def _patience_ns(self, queue: QueueView, worker: WorkerView) -> float:
-        demand = queue.demand
-        assert demand is not None, "asked only with demand"
-        return max(1.0, demand.slack_ns - worker.allowance_ns)
+        return patience_ns / worker.slowdown, demand.capacity * self._unit_cost_ns / need
 
     def _shed(
-        self, queue: QueueView, worker: WorkerView, now_ns: int, slack_ns: int, budget_ns: float
+        self,
+        queue: QueueView,
+        worker: WorkerView,
+        now_ns: int,
+        slack_ns: int,
+        patience_ns: float,
+        budget_ns: float,
     ) -> Shed | None:
         """Return what to refuse if the head is too late for a full batch, and such batches are all needed."""
         demand = queue.demand
         if demand is None or slack_ns >= self.sizes[-1].p99_ns[0]:
             return None
-        most_ns = _LATE * self._patience_ns(queue, worker) / worker.slowdown
         full = self.sizes[0]
         for size in self.sizes:
-            if size.p99_ns[0] > most_ns:
+            if size.p99_ns[0] > _LATE * patience_ns:
                 break
             full = size
         is_late = slack_ns < full.p99_ns[0]

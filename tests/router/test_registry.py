@@ -96,7 +96,10 @@ def test_a_package_plugs_in_a_policy() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("slakfit", r"'slakfit' is unknown: expected one of slackfit, demandfit, maxacc, .*; did you mean 'slackfit'\?"),
+        (
+            "slakfit",
+            r"'slakfit' is unknown: expected one of slackfit, demandfit, .*; did you mean 'slackfit'\?",
+        ),
         ("", "policy '' is unknown: expected one of slackfit"),
         (":16", "policy '' is unknown"),
         ("Alone", r"did you mean 'alone'\?"),
