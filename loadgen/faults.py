@@ -243,7 +243,7 @@ def _fault(data: Any, where: str) -> Fault:
     for_ms = numbers.pop("for_ms", None)
     amount = 0.0
     for name, value in numbers.items():  # the kind's own
-        amount = value * MS if name.endswith("_ms") else value
+        amount = float(round(value * MS)) if name.endswith("_ms") else value
     if slot is not None and slot != int(slot):
         raise ConfigError(f"{where}: slot: expected a whole number, got {slot}")
     peer = data["peer"]
@@ -251,8 +251,8 @@ def _fault(data: Any, where: str) -> Fault:
         raise ConfigError(f"{where}: peer: expected a string, got {peer!r}")
     try:
         return Fault(
-            kind, int(_number(data["at_ms"], "at_ms", where) * MS), peer,
-            None if for_ms is None else int(for_ms * MS), amount, None if slot is None else int(slot),
+            kind, round(_number(data["at_ms"], "at_ms", where) * MS), peer,
+            None if for_ms is None else round(for_ms * MS), amount, None if slot is None else int(slot),
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None

@@ -49,6 +49,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     # Its parts hand the core's own events in, and take its actions.
     "loadgen.sim_clients": ("router.events",),
     "loadgen.sim_workers": ("router.events",),
+    "loadgen.simulate_cli": ("router.registry",),
+    "loadgen.compare_cli": ("router.registry",),
     "cluster": ("superserve", "router", "gpu_worker", "loadgen", "profiles"),
 }
 
