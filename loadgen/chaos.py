@@ -8,7 +8,7 @@ of the router these are checked:
     custody        what is in flight is in a batch that the router waits for
     one answer     no query is answered twice by the router, and each ends once for its owner
     no expired     no query is dispatched after its deadline
-    EDF            what is dispatched is due no later than what stays queued, floors are kept
+    EDF            what is dispatched is due no later than what stays queued and the subnet may serve
     credit         never negative, and no GPU is sent more than it can hold
     bounds         queries and bytes held stay within the router's own bounds
     epochs         nothing goes to an older life of a worker, and nothing that one says counts
@@ -44,6 +44,7 @@ from profiles.table import load_profile
 from router.core import RouterCore
 from router.edf import DISPATCHED, QUEUED
 from router.events import Answer, Dispatch, Finished, Pulled
+from router.lanes import LaneQueue
 from router.state import CoreSettings
 from superserve.clock import MS
 from superserve.wire import Status
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from router.events import Action, Event
 
 PROFILE = "cnn-8gpu-modelled"
-POLICIES = ("slackfit", "slackfit", "maxacc", "maxbatch", "mincost", "fixed:cnn-78.25")
+POLICIES = ("slackfit", "demandfit", "maxacc", "maxbatch", "mincost", "fixed:cnn-78.25")
 _SHOWN = 20
 """Failures printed, at most."""
 _TOLD_WITHIN_NS = 5 * MS
@@ -195,17 +196,12 @@ class Checker:
 
     def passed(self, now_ns: int, actions: list[Action]) -> None:
         """Check what a pass left behind and what it decided."""
-        order: list[int] = []
         for action in actions:
             if isinstance(action, Answer):
                 self._check_answer(action, now_ns)
             elif isinstance(action, Dispatch):
-                order += self._check_dispatch(action, now_ns)
-        head = self._core.queue.head()
-        _hold(order == sorted(order), "a query was dispatched before one that is due earlier")
-        _hold(
-            not order or head is None or order[-1] <= head[0], "a query that is due earlier was left behind"
-        )
+                self._check_dispatch(action, now_ns)
+        self._check_order([action for action in actions if isinstance(action, Dispatch)])
         self._check_counts()
         self._check_gpus()
         wake_ns = self._core.next_wake_ns()
@@ -227,26 +223,38 @@ class Checker:
                 f"query {_name(cohort, lo)} expired in the queue and was told {late_ns / MS:.2f} ms later",
             )
 
-    def _check_dispatch(self, action: Dispatch, now_ns: int) -> list[int]:
+    def _check_order(self, batches: Sequence[Dispatch]) -> None:
+        """Check that no batch left a query due earlier behind; a floor above it may be passed over."""
+        queue = self._core.queue
+        in_lanes = isinstance(queue, LaneQueue)
+        if isinstance(queue, LaneQueue):
+            left = [(head[0], lane[1]) for head, lane in queue.heads()]
+        else:
+            left = [(head[0], 0)] if (head := queue.head()) is not None else []
+        for action in reversed(batches):
+            mine = [_terms(cohort, i) for cohort, lo, hi in action.stretches for i in range(lo, hi)]
+            last_ns = max(deadline_ns for deadline_ns, _ in mine)
+            allowed = [ns for ns, floor in left if floor <= action.subnet or not in_lanes]
+            _hold(last_ns <= min(allowed, default=last_ns), "a query that is due earlier was left behind")
+            left += mine
+
+    def _check_dispatch(self, action: Dispatch, now_ns: int) -> None:
         core = self._core
-        deadlines: list[int] = []
         for cohort, lo, hi in action.stretches:
             for i in range(lo, hi):
-                deadline_ns = cohort.deadlines_ns[i]
-                deadlines.append(deadline_ns)
+                deadline_ns, floor = _terms(cohort, i)
                 _hold(
                     deadline_ns >= now_ns,
                     f"query {_name(cohort, i)} was dispatched {(now_ns - deadline_ns) / MS:.2f} ms too late",
                 )
-                is_floored = cohort.floors is not None and cohort.floors[i] > action.subnet
-                _hold(not is_floored, f"query {_name(cohort, i)} was dispatched below its floor")
-        _hold(len(deadlines) == action.n, f"batch {action.batch_id} says {action.n} queries")
+                _hold(floor <= action.subnet, f"query {_name(cohort, i)} was dispatched below its floor")
+        n = sum(hi - lo for _, lo, hi in action.stretches)
+        _hold(n == action.n, f"batch {action.batch_id} says {action.n} queries")
         peer = core.peers.get(action.peer)
         _hold(peer is not None, f"batch {action.batch_id} went to a worker that is not there")
         assert peer is not None, "held above"
         _hold(peer.epoch == action.epoch, f"batch {action.batch_id} went to an older life")
         self._note(now_ns, action.batch_id, action.slot, action.subnet)
-        return sorted(deadlines)
 
     def _check_counts(self) -> None:
         """Count every query that is not answered, by its own state."""
@@ -312,6 +320,11 @@ class Checker:
 def _hold(is_so: bool, what: str) -> None:
     if not is_so:
         raise ViolationError(what)
+
+
+def _terms(cohort: Cohort, i: int) -> tuple[int, int]:
+    """Return a query's deadline and floor."""
+    return cohort.deadlines_ns[i], 0 if cohort.floors is None else cohort.floors[i]
 
 
 def _name(cohort: Cohort, i: int) -> str:

@@ -202,6 +202,8 @@ class RouterCore(Fleet):
         queue.length = len(self.queue)
         if self._demand is not None:
             self._demand.settle(now_ns)
+            assert isinstance(self.queue, LaneQueue), "with demand comes a queue in lanes"
+            queue.outranks = self.queue.outranks()
         view.free_at_ns = max(worker.free_at_ns, now_ns + worker.transport.median_ns // 2)
         view.allowance_ns = self._return_ns(worker, cohort)
         choice = self._corrected_choice(worker, now_ns)

@@ -46,7 +46,8 @@ _GRACE = 1.25
 """Batches count as possible up to this many times the head's slack, lest each fluctuation move the price."""
 
 _LATE = 0.5
-"""A batch that sheds for is at most this share of the patience long."""
+"""In overload full batches are at most this share of the patience long, and heads with less of it are late
+while a lower class is queued."""
 
 _STEEPEST = 4.0
 """The price at the least budget, over that between the two cheapest subnets: size counts most then."""
@@ -237,17 +238,20 @@ class DemandFit:
     ) -> Shed | None:
         """Return what to refuse if the head is too late for a full batch, and such batches are all needed."""
         demand = queue.demand
-        if demand is None or slack_ns >= self.sizes[-1].p99_ns[0]:
+        if demand is None or slack_ns >= max(self.sizes[-1].p99_ns[0], _LATE * patience_ns):
             return None
         full = self.sizes[0]
         for size in self.sizes:
             if size.p99_ns[0] > _LATE * patience_ns:
                 break
             full = size
-        is_late = slack_ns < full.p99_ns[0]
+        # Lower classes give way before the head is late, not when it is.
+        is_late = slack_ns < (_LATE * patience_ns if queue.outranks else full.p99_ns[0])
         n_gpus = demand.capacity * self._unit_cost_ns
         if not is_late or budget_ns >= full.latency_ns[0] / full.size or queue.length <= full.size * n_gpus:
             return None
         begin_ns = max(now_ns, worker.free_at_ns)
         before_ns = begin_ns + worker.allowance_ns + int(full.p99_ns[0] * worker.slowdown)
-        return Shed(max(before_ns, queue.head_deadline_ns + 1), full.size)
+        # A part of what is too much, and then the policy is asked again: few steps, however long the queue.
+        n = max(full.size, int(queue.length - full.size * n_gpus) // 4)
+        return Shed(max(before_ns, queue.head_deadline_ns + 1), n)

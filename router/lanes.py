@@ -50,14 +50,25 @@ class LaneQueue(EdfQueue):
 
     def head(self) -> tuple[int, Cohort, int] | None:
         """Return (deadline, cohort, index) of the earliest query, or None if there is none."""
-        heads = self._heads(self._lanes)
+        heads = self.heads()
         return min(heads, key=_order)[0] if heads else None
+
+    def heads(self) -> list[tuple[tuple[int, Cohort, int], Lane]]:
+        """Return the head of each lane, and which lane that is."""
+        return self._heads(self._lanes)
 
     def head_class(self) -> tuple[int, int]:
         """Return the priority class of the head, and the lowest class queued; there must be a head."""
-        heads = self._heads(self._lanes)
+        heads = self.heads()
         _, lane = min(heads, key=_order)
         return lane[0], min(one[0] for _, one in heads)
+
+    def outranks(self) -> bool:
+        """Tell whether queries of a lower class than the head's are queued; there must be a head."""
+        if len(self._lanes) == 1:
+            return False
+        head_class, lowest = self.head_class()
+        return lowest < head_class
 
     def take(self, k: int, subnet: int, until_ns: int | None = None) -> tuple[list[Stretch], int]:
         """Remove at most `k` earliest queries, passing over those whose floor lies above `subnet`.

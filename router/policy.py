@@ -47,12 +47,15 @@ class QueueView:
         head_floor: The smallest profile row whose accuracy satisfies the head query; 0 if any does.
         length: Queries queued; at least 1.
         demand: What arrives and what can serve it; None unless the policy asks for it.
+        outranks: Whether queries of a lower priority class than the head's are queued; False unless the
+            policy asks for demand.
     """
 
     head_deadline_ns: int
     head_floor: int
     length: int
     demand: Demand | None = None
+    outranks: bool = False
 
 
 @dataclass(slots=True)

@@ -43,7 +43,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "loadgen.bench_calls": ("router.policy", "router.slackfit", "gpu_worker.actuation"),
     # The simulator runs the core that serves, under a policy built by name; no sockets.
     "loadgen.simulator": ("router.core", "router.policy", "router.registry", "router.events", "router.state"),
-    "loadgen.chaos": ("router.core", "router.events", "router.state", "router.edf"),
+    "loadgen.chaos": ("router.core", "router.events", "router.state", "router.edf", "router.lanes"),
     # Its clients are the session that applications embed, told what the router's answers say.
     "loadgen.chaos_clients": ("router.events", "router.directives"),
     # Its parts hand the core's own events in, and take its actions.
