@@ -8,7 +8,7 @@ of the router these are checked:
     custody        what is in flight is in a batch that the router waits for
     one answer     no query is answered twice by the router, and each ends once for its owner
     no expired     no query is dispatched after its deadline
-    EDF            what is dispatched is due no later than what stays queued and the subnet may serve
+    EDF            a batch has the head, and leaves behind nothing due earlier that its subnet could serve
     credit         never negative, and no GPU is sent more than it can hold
     bounds         queries and bytes held stay within the router's own bounds
     epochs         nothing goes to an older life of a worker, and nothing that one says counts
@@ -44,7 +44,6 @@ from profiles.table import load_profile
 from router.core import RouterCore
 from router.edf import DISPATCHED, QUEUED
 from router.events import Answer, Dispatch, Finished, Pulled
-from router.lanes import LaneQueue
 from router.state import CoreSettings
 from superserve.clock import MS
 from superserve.wire import Status
@@ -130,6 +129,7 @@ def _draw_queries(rng: random.Random, duration_ns: int) -> list[SimQuery]:
     """Return one client's queries: bursts and single ones, of one SLO or of several."""
     slos_ms = rng.choice([[36.0], [18.0, 36.0, 100.0], [3.0, 36.0, 400.0]])
     floors = rng.choice([[0.0], [0.0], [0.0, 78.0], [0.0, 80.16, 99.0]])
+    classes = rng.choice([[0], [0, 0, 1, 7]])
     queries: list[SimQuery] = []
     n = rng.choice([10, 40, 160])
     while len(queries) < n:
@@ -137,7 +137,7 @@ def _draw_queries(rng: random.Random, duration_ns: int) -> list[SimQuery]:
         for _ in range(rng.choice([1, 1, 1, 4, 30])):
             cancelled_ns = rng.randrange(40 * MS) if rng.random() < 0.03 else None
             slo_ns = int(rng.choice(slos_ms) * MS)
-            queries.append(SimQuery(due_ns, slo_ns, rng.choice(floors), cancelled_ns))
+            queries.append(SimQuery(due_ns, slo_ns, rng.choice(floors), cancelled_ns, rng.choice(classes)))
     return queries
 
 
@@ -196,12 +196,15 @@ class Checker:
 
     def passed(self, now_ns: int, actions: list[Action]) -> None:
         """Check what a pass left behind and what it decided."""
+        dispatches: list[Dispatch] = []
         for action in actions:
             if isinstance(action, Answer):
                 self._check_answer(action, now_ns)
             elif isinstance(action, Dispatch):
                 self._check_dispatch(action, now_ns)
-        self._check_order([action for action in actions if isinstance(action, Dispatch)])
+                dispatches.append(action)
+        if dispatches:
+            self._check_order(dispatches)
         self._check_counts()
         self._check_gpus()
         wake_ns = self._core.next_wake_ns()
@@ -223,32 +226,42 @@ class Checker:
                 f"query {_name(cohort, lo)} expired in the queue and was told {late_ns / MS:.2f} ms later",
             )
 
-    def _check_order(self, batches: Sequence[Dispatch]) -> None:
-        """Check that no batch left a query due earlier behind; a floor above it may be passed over."""
-        queue = self._core.queue
-        in_lanes = isinstance(queue, LaneQueue)
-        if isinstance(queue, LaneQueue):
-            left = [(head[0], lane[1]) for head, lane in queue.heads()]
-        else:
-            left = [(head[0], 0)] if (head := queue.head()) is not None else []
-        for action in reversed(batches):
-            mine = [_terms(cohort, i) for cohort, lo, hi in action.stretches for i in range(lo, hi)]
-            last_ns = max(deadline_ns for deadline_ns, _ in mine)
-            allowed = [ns for ns, floor in left if floor <= action.subnet or not in_lanes]
-            _hold(last_ns <= min(allowed, default=last_ns), "a query that is due earlier was left behind")
-            left += mine
+    def _check_order(self, dispatches: list[Dispatch]) -> None:
+        """Check that each batch of a pass has the head, and nothing due later than what it could have had.
+
+        A batch may pass over a query whose floor lies above its subnet; over no other.
+        """
+        least: dict[int, int] = {}  # earliest deadline of what is left, by floor
+        for cohort in self._cohorts():
+            for i, state in enumerate(cohort.states):
+                if state == QUEUED:
+                    _fold(least, cohort, i)
+        for action in reversed(dispatches):
+            members = [(cohort, i) for cohort, lo, hi in action.stretches for i in range(lo, hi)]
+            deadlines = [cohort.deadlines_ns[i] for cohort, i in members]
+            for floor, deadline_ns in least.items():
+                _hold(min(deadlines) <= deadline_ns, f"batch {action.batch_id} passed over the head")
+                is_allowed = floor <= action.subnet
+                _hold(
+                    not is_allowed or max(deadlines) <= deadline_ns,
+                    f"batch {action.batch_id} left behind a query that is due earlier than one of its own",
+                )
+            for cohort, i in members:
+                _fold(least, cohort, i)
 
     def _check_dispatch(self, action: Dispatch, now_ns: int) -> None:
         core = self._core
+        n = 0
         for cohort, lo, hi in action.stretches:
             for i in range(lo, hi):
-                deadline_ns, floor = _terms(cohort, i)
+                deadline_ns = cohort.deadlines_ns[i]
+                n += 1
                 _hold(
                     deadline_ns >= now_ns,
                     f"query {_name(cohort, i)} was dispatched {(now_ns - deadline_ns) / MS:.2f} ms too late",
                 )
-                _hold(floor <= action.subnet, f"query {_name(cohort, i)} was dispatched below its floor")
-        n = sum(hi - lo for _, lo, hi in action.stretches)
+                is_floored = cohort.floors is not None and cohort.floors[i] > action.subnet
+                _hold(not is_floored, f"query {_name(cohort, i)} was dispatched below its floor")
         _hold(n == action.n, f"batch {action.batch_id} says {action.n} queries")
         peer = core.peers.get(action.peer)
         _hold(peer is not None, f"batch {action.batch_id} went to a worker that is not there")
@@ -322,9 +335,10 @@ def _hold(is_so: bool, what: str) -> None:
         raise ViolationError(what)
 
 
-def _terms(cohort: Cohort, i: int) -> tuple[int, int]:
-    """Return a query's deadline and floor."""
-    return cohort.deadlines_ns[i], 0 if cohort.floors is None else cohort.floors[i]
+def _fold(least: dict[int, int], cohort: Cohort, i: int) -> None:
+    floor = 0 if cohort.floors is None else cohort.floors[i]
+    deadline_ns = cohort.deadlines_ns[i]
+    least[floor] = min(least.get(floor, deadline_ns), deadline_ns)
 
 
 def _name(cohort: Cohort, i: int) -> str:

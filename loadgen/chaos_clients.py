@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loadgen.sim_links import Link
-    from loadgen.simulator import Simulation
+    from loadgen.simulation import Simulation
     from router.events import Answer, Event
 
 _LOOK_EVERY_NS = SPACING_NS

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -107,18 +107,13 @@ class Figures:
 
     Attributes:
         attainment: Share of all queries answered in time.
-        accuracy: Mean profiled accuracy of those, percent; NaN without any.
+        accuracy: Mean profiled accuracy of those, percent; None without any, and of a bound.
         per_query: Summed accuracy of those, over all queries, percent.
     """
 
     attainment: float
-    accuracy: float
+    accuracy: float | None
     per_query: float
-
-    def to_dict(self) -> dict[str, float | None]:
-        """Return the figures as JSON has them."""
-        accuracy = None if math.isnan(self.accuracy) else self.accuracy
-        return {"attainment": self.attainment, "accuracy": accuracy, "per_query": self.per_query}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +149,10 @@ class CellResult:
 
 
 def _mean(figures: Sequence[Figures]) -> Figures:
-    known = [one.accuracy for one in figures if not math.isnan(one.accuracy)]
+    known = [one.accuracy for one in figures if one.accuracy is not None]
     return Figures(
         fmean(one.attainment for one in figures),
-        fmean(known) if known else math.nan,
+        fmean(known) if known else None,
         fmean(one.per_query for one in figures),
     )
 
@@ -202,10 +197,11 @@ class Comparison:
         cluster = parse_cluster(cell.cluster)
         figures = {}
         for policy in self.policies:
-            result = simulate(workload, cluster, policy=policy, seed=seed, settings=self.settings).result
-            accuracy = math.nan if result.mean_accuracy is None else result.mean_accuracy
-            attainment = result.slo_attainment or 0.0
-            figures[policy] = Figures(attainment, accuracy, attainment * accuracy if attainment else 0.0)
+            found = simulate(workload, cluster, policy=policy, seed=seed, settings=self.settings)
+            result = found.result
+            figures[policy] = Figures(
+                result.slo_attainment or 0.0, result.mean_accuracy, found.accuracy_per_query
+            )
         return figures, bound_of(workload, cluster) if self.with_bound else None
 
 
@@ -238,7 +234,7 @@ def bound_of(workload: Workload, cluster: Sequence[Profile]) -> Figures:
             raise ConfigError(f"floor: no subnet of {cluster[0].name} reaches it")
         floors = np.array(rows, np.int64)[np.unique(workload.min_accuracy, return_inverse=True)[1]]
     found = bound.fluid_bound(bound.Workload(workload.trace.due_ns, slo_ns, floors), cluster)
-    return Figures(found.attainment, math.nan, found.accuracy)
+    return Figures(found.attainment, None, found.accuracy)
 
 
 # --- the paper's headline comparisons -----------------------------------------------------------
@@ -279,17 +275,21 @@ def headline(result: CellResult, policy: str) -> Headline:
     """Return the headline comparisons of a policy in one cell, from figures averaged over the seeds."""
     ours = result.mean(policy)
     rivals = {name: result.mean(name) for name in result.policies if is_baseline(name)}
-    rivals = {name: one for name, one in rivals.items() if not math.isnan(one.accuracy)}
-    equal = {n: r for n, r in rivals.items() if r.attainment >= ours.attainment - EQUAL_ATTAINMENT}
-    over = max(equal, key=lambda name: equal[name].accuracy, default=None)
-    better = {name: one for name, one in rivals.items() if one.accuracy >= ours.accuracy}
-    at = min(better, key=lambda name: better[name].accuracy, default=None)
-    mincost = rivals.get("mincost")
+    accuracies = {name: one.accuracy for name, one in rivals.items() if one.accuracy is not None}
+    if ours.accuracy is None:
+        return Headline(None, None, None, None, None)
+    least = ours.attainment - EQUAL_ATTAINMENT
+    equal = {name: accuracies[name] for name in accuracies if rivals[name].attainment >= least}
+    over = max(equal, key=equal.__getitem__, default=None)
+    better = {name: accuracy for name, accuracy in accuracies.items() if accuracy >= ours.accuracy}
+    at = min(better, key=better.__getitem__, default=None)
+    mincost = accuracies.get("mincost")
+    share = 0.0 if at is None else rivals[at].attainment
     return Headline(
-        None if over is None else ours.accuracy - equal[over].accuracy,
+        None if over is None else ours.accuracy - equal[over],
         over,
-        None if mincost is None else ours.accuracy - mincost.accuracy,
-        None if at is None or not better[at].attainment else ours.attainment / better[at].attainment,
+        None if mincost is None else ours.accuracy - mincost,
+        ours.attainment / share if share else None,
         at,
     )
 
@@ -320,18 +320,14 @@ def _cell_dict(result: CellResult) -> dict[str, Any]:
         "cluster": cell.cluster,
         "slo_ms": cell.slo_ms,
         "floor": cell.floor,
-        "policies": {name: [one.to_dict() for one in runs] for name, runs in result.policies.items()},
-        "bound": None if result.bounds is None else [one.to_dict() for one in result.bounds],
+        "policies": {name: [asdict(one) for one in runs] for name, runs in result.policies.items()},
+        "bound": None if result.bounds is None else [asdict(one) for one in result.bounds],
         "gain_per_query": {
             name: {"over": first, "mean": mean, "error": None if math.isnan(error) else error}
             for name, (mean, error) in gains.items()
         },
-        "headline": {name: _headline_dict(headline(result, name)) for name in names} if has_rivals else None,
+        "headline": {name: asdict(headline(result, name)) for name in names} if has_rivals else None,
     }
-
-
-def _headline_dict(found: Headline) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in Headline.__slots__}
 
 
 def lines(results: Sequence[CellResult]) -> list[str]:
@@ -350,9 +346,10 @@ def lines(results: Sequence[CellResult]) -> list[str]:
                 gain, error = result.gain(policy, policies[0])
                 ahead = f"{gain:+.4f}" + ("" if math.isnan(error) else f" ±{error:.4f}")
             of = "" if limit is None else f"{mean.per_query - limit.per_query:+.3f}"
+            accuracy = "-" if mean.accuracy is None else f"{mean.accuracy:.3f}"
             found.append(
                 f"{result.cell.name:<{wide}}  {policy:<{longest}}  {mean.attainment:10.5f}  "
-                f"{mean.accuracy:8.3f}  {mean.per_query:9.4f}   {ahead:<15} {of}".rstrip()
+                f"{accuracy:>8}  {mean.per_query:9.4f}   {ahead:<15} {of}".rstrip()
             )
         if limit is not None:
             found.append(

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from loadgen.simulator import Simulation
+    from loadgen.simulation import Simulation
 
 SCHEMA = 1
 """Version of the fault file."""

@@ -7,8 +7,9 @@ and arrival are known beforehand; at the router, what arrived between two passes
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,15 +18,74 @@ from router.events import QueriesArrived
 from superserve.wire import MAX_QUERIES, Queries
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from loadgen.sim_links import Link
-    from router.events import Answer
+    from router.events import Answer, Event
 
 UNANSWERED = 255
 """In a column of statuses: no answer came."""
 
 _FLUSH_AT = 1 << 16
+
+
+_NO_PAYLOAD = (b"",)
+
+
+class _Run(Queries):
+    """A message that was never bytes: its slacks are reckoned from deadlines when the core asks."""
+
+    __slots__ = ("deadlines_ns",)
+
+    deadlines_ns: array[int]
+
+    def slack_ns(self) -> list[int]:
+        """Return the slacks, counted from `sent_ns`."""
+        base_ns = self.sent_ns
+        return [deadline_ns - base_ns for deadline_ns in self.deadlines_ns]
+
+
+class Client(Protocol):
+    """What plays a client: sends into the router, and takes its answers."""
+
+    key: int
+
+    @property
+    def next_ns(self) -> int:
+        """When something of it arrives at the router next; `FAR_NS` if nothing does."""
+        ...
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether something has arrived that waits to be read: see `may_wait`."""
+        ...
+
+    def may_wait(self, now_ns: int, deadline_ns: int, room: int) -> bool:
+        """Tell whether all it brings by now are less than `room` queries due no sooner than `deadline_ns`.
+
+        If so `next_ns` moves past them, and `arrived` will bring them later.
+        """
+        ...
+
+    def arrived(self, now_ns: int) -> Sequence[Event]:
+        """Return what has arrived by now and was not returned before."""
+        ...
+
+    def answered(self, answer: Answer, arrives_ns: int) -> None:
+        """Take an answer that reaches it at `arrives_ns`."""
+        ...
+
+
+class Connecting(Client, Protocol):
+    """A client whose connection may break."""
+
+    number: int
+
+    def connected(self, way_in: Link) -> None:
+        """Take the way to the router of a new connection."""
+        ...
 
 
 class OpenLoopClient:
@@ -37,6 +97,7 @@ class OpenLoopClient:
         deadlines_ns: Instants, shape (n,).
         link: Its way to the router.
         every_ns: Least time between two messages.
+        played: When each query was sent and read in a live run, -1 if it was not; None has it sent as due.
         min_accuracy: Floors, percent, shape (n,); None if there are none.
         priority: Classes, shape (n,); None if there are none.
 
@@ -53,6 +114,7 @@ class OpenLoopClient:
         link: Link,
         *,
         every_ns: int,
+        played: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None,
         min_accuracy: npt.NDArray[np.float32] | None = None,
         priority: npt.NDArray[np.uint8] | None = None,
     ) -> None:
@@ -60,8 +122,10 @@ class OpenLoopClient:
         self.n = len(due_ns)
         self._due_ns = due_ns
         self._deadlines_ns = deadlines_ns
+        self._deadlines = array("q", deadlines_ns.tobytes())  # from which one is taken sooner
         self._is_ascending = bool((deadlines_ns[1:] >= deadlines_ns[:-1]).all())
-        self.sent_ns, arrives_ns = _sent(due_ns, link, every_ns)
+        self.sent_ns, arrives_ns = _sent(due_ns, link, every_ns) if played is None else played
+        self._sent = array("q", self.sent_ns.tobytes())
         # What was lost is unanswered; what arrives twice is, as on TCP, read once.
         self._places = np.flatnonzero(arrives_ns >= 0)
         self._arrives_ns: list[int] = arrives_ns[self._places].tolist()
@@ -96,7 +160,7 @@ class OpenLoopClient:
 
     def _least_deadline_ns(self, lo: int, hi: int) -> int:
         if self._is_ascending and self._is_whole:
-            return int(self._deadlines_ns[lo])
+            return self._deadlines[lo]
         return int(self._deadlines_ns[self._places[lo:hi]].min())
 
     def arrived(self, now_ns: int) -> list[QueriesArrived]:
@@ -105,22 +169,23 @@ class OpenLoopClient:
         arrives = self._arrives_ns
         self._lo = hi = bisect_right(arrives, now_ns, lo)
         self.next_ns = arrives[hi] if hi < len(arrives) else FAR_NS
+        read_ns = now_ns if self._read_ns is None else self._read_ns
+        self._read_ns = None
         if self._is_whole:
-            picked: Any = slice(lo, hi)
             first, ids = lo, self._ids[8 * lo : 8 * hi]
+            deadlines_ns = self._deadlines[lo:hi]
+            picked: Any = slice(lo, hi)
         else:
             picked = self._places[lo:hi]
             first, ids = int(picked[0]), picked.astype("<u8").tobytes()
-        read_ns = now_ns if self._read_ns is None else self._read_ns
-        self._read_ns = None
-        transit_ns = read_ns - int(self.sent_ns[first])
+            deadlines_ns = array("q", self._deadlines_ns[picked].tobytes())
+        transit_ns = read_ns - self._sent[first]
         # The core counts slack from `transit_ns` ago, whenever the others of the run were sent.
-        slacks = (self._deadlines_ns[picked] - (now_ns - transit_ns)).tobytes()
+        base_ns = now_ns - transit_ns
         floors = None if self._floors is None else self._floors[picked].tobytes()
         classes = None if self._classes is None else self._classes[picked].tobytes()
-        queries = Queries(
-            1, now_ns - transit_ns, hi - lo, ids, slacks, 0, (b"",), False, None, floors, classes
-        )
+        queries = _Run(1, base_ns, hi - lo, ids, b"", 0, _NO_PAYLOAD, False, None, floors, classes)
+        queries.deadlines_ns = deadlines_ns
         return [QueriesArrived(self.key, queries, transit_ns)]
 
     def answered(self, answer: Answer, arrives_ns: int) -> None:

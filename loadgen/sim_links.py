@@ -76,13 +76,17 @@ class Link:
 
         Instants of sending must not fall from call to call.
         """
-        at_ns = sent_ns + self._least_ns + int(self._jitter_ns * self._random())
+        at_ns = sent_ns + self.way_ns(sent_ns)
         if self._troubles:
             return self._troubled(sent_ns, at_ns)
         if at_ns < self._last_ns:
             at_ns = self._last_ns
         self._last_ns = at_ns
         return (at_ns,)
+
+    def way_ns(self, _sent_ns: int) -> int:
+        """Return what a message that is sent now takes, but for trouble and for those before it."""
+        return self._least_ns + int(self._jitter_ns * self._random())
 
     def arrivals_of(self, sent_ns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return when each of many messages arrives, the first time; -1 where one is lost.

@@ -11,6 +11,7 @@ import click
 
 from loadgen.environment import environment_of
 from loadgen.faults import draw_faults, faults_json, load_faults
+from loadgen.machine import load_machine
 from loadgen.plots import check_installed
 from loadgen.simulator import SimSettings, simulate
 from loadgen.tables import check_writable, table, write, write_page
@@ -52,6 +53,10 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--actuation-ms", type=click.FloatRange(0, 60_000), default=0.0, show_default=True,
     help="What going over to another subnet takes.",
 )  # fmt: skip
+@click.option(
+    "--like", "like_folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Have messages take what they took in the live run that left its logs here.",
+)  # fmt: skip
 @click.option("--clients", type=click.IntRange(1, 10_000), default=1, show_default=True, help="That send.")
 @click.option(
     "--gpus-per-process", type=click.IntRange(1, 4096), default=8, show_default=True,
@@ -72,6 +77,7 @@ def simulate_command(
     fault_seed: int | None,
     save_faults: Path | None,
     actuation_ms: float,
+    like_folder: Path | None,
     clients: int,
     gpus_per_process: int,
     json_path: Path | None,
@@ -94,6 +100,8 @@ def simulate_command(
             actuation_ns=int(actuation_ms * MS), n_clients=clients, gpus_per_process=gpus_per_process
         )
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
+        if like_folder is not None:
+            settings = settings.like(load_machine(like_folder, trace))
         workload = mixed_workload(
             trace, parse_slos(slo_ms), None if floor is None else parse_floor(floor), seed=seed
         )

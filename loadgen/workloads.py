@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loadgen.simulator import Workload, slowed
 from profiles.table import load_profile
 from superserve.clock import MS
 from superserve.errors import ConfigError
@@ -21,6 +21,47 @@ MAX_GPUS = 65_536
 """Of a simulated cluster."""
 
 _LONGEST_MS = 86_400_000.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workload:
+    """Queries, each with its own terms, in the order in which they are due.
+
+    Attributes:
+        trace: When they are due.
+        slo_ns: From due to deadline: one for all, or shape (n,).
+        min_accuracy: Accuracy floors, percent, 0 where there is none, shape (n,); or None.
+        priority: Priority classes, shape (n,); or None.
+    """
+
+    trace: Trace
+    slo_ns: int | npt.NDArray[np.int64] = 36 * MS
+    min_accuracy: npt.NDArray[np.float32] | None = None
+    priority: npt.NDArray[np.uint8] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("slo_ns", "min_accuracy", "priority"):
+            column = getattr(self, name)
+            if isinstance(column, np.ndarray) and column.shape != (self.trace.n,):
+                raise ConfigError(
+                    f"workload: {name}: expected one for each of {self.trace.n} queries, got {column.shape}"
+                )
+        if np.min(self.slo_ns) <= 0:
+            raise ConfigError(f"workload: slo_ns: expected more than 0, got {np.min(self.slo_ns)}")
+
+
+def slowed(profile: Profile, factor: float) -> Profile:
+    """Return the profile of a device on which everything takes `factor` times as long."""
+    subnets = [
+        replace(
+            subnet,
+            latency_ns=tuple(round(factor * ns) for ns in subnet.latency_ns),
+            latency_p99_ns=tuple(round(factor * ns) for ns in subnet.latency_p99_ns),
+        )
+        for subnet in profile.subnets
+    ]
+    provenance = f"{profile.provenance} All latencies times {factor:g}."
+    return replace(profile, name=f"{profile.name}*{factor:g}", provenance=provenance, subnets=tuple(subnets))
 
 
 def parse_cluster(text: str, option: str = "--emulate") -> list[Profile]:

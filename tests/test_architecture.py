@@ -42,13 +42,22 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "loadgen.bench_path": ("router",),
     "loadgen.bench_calls": ("router.policy", "router.slackfit", "gpu_worker.actuation"),
     # The simulator runs the core that serves, under a policy built by name; no sockets.
-    "loadgen.simulator": ("router.core", "router.policy", "router.registry", "router.events", "router.state"),
-    "loadgen.chaos": ("router.core", "router.events", "router.state", "router.edf", "router.lanes"),
+    "loadgen.simulator": ("router.core", "router.policy", "router.registry", "router.state"),
+    "loadgen.simulation": (
+        "router.core",
+        "router.policy",
+        "router.registry",
+        "router.events",
+        "router.state",
+    ),
+    "loadgen.chaos": ("router.core", "router.events", "router.state", "router.edf"),
     # Its clients are the session that applications embed, told what the router's answers say.
     "loadgen.chaos_clients": ("router.events", "router.directives"),
     # Its parts hand the core's own events in, and take its actions.
     "loadgen.sim_clients": ("router.events",),
     "loadgen.sim_workers": ("router.events",),
+    # What a live run's messages took is in the logs of its emulated GPUs.
+    "loadgen.machine": ("gpu_worker.eventlog",),
     "loadgen.simulate_cli": ("router.registry",),
     "loadgen.compare_cli": ("router.registry",),
     "cluster": ("superserve", "router", "gpu_worker", "loadgen", "profiles"),

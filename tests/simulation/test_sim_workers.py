@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gpu_worker import batches, server
 from gpu_worker.emulated import EmulatedGpu
-from loadgen import sim_workers, simulator
+from loadgen import sim_workers, simulation
 from loadgen.sim_workers import SimGpu
 from profiles.table import load_profile
 from router.directives import directive_of
@@ -25,9 +25,9 @@ CNN = load_profile("cnn-8gpu-modelled")
 def test_what_is_played_has_the_numbers_of_what_it_plays() -> None:
     """Capacity and periods are those of the worker's own files."""
     assert sim_workers.CAPACITY == batches.CAPACITY
-    assert simulator.HELLO_EVERY_NS == server.HELLO_EVERY_NS
-    assert simulator.HEARTBEAT_NS == server.HEARTBEAT_NS
-    assert simulator.PULL_EVERY_NS == server.PULL_EVERY_NS
+    assert simulation.HELLO_EVERY_NS == server.HELLO_EVERY_NS
+    assert simulation.HEARTBEAT_NS == server.HEARTBEAT_NS
+    assert simulation.PULL_EVERY_NS == server.PULL_EVERY_NS
 
 
 def dispatch_of(rng: random.Random, batch_id: int, now_ns: int) -> Dispatch:
