@@ -202,7 +202,7 @@ class DemandFit:
         limit = bisect_right(self.limits_ns, limit_ns) - 1
         price = self.prices[max(0, limit)].at(budget_ns)
         floor, length, accuracies = queue.head_floor, queue.length, self._accuracies
-        best, best_worth = None, float("-inf")
+        best_row, best_size, best_worth = -1, 0, float("-inf")
         for size in self.sizes:
             each = price / min(size.size, length)
             row = size.best(each, floor, slack_ns, accuracies)
@@ -210,10 +210,10 @@ class DemandFit:
                 break  # P1: no larger batch fits either
             worth = accuracies[row] - each * size.latency_ns[row]
             if worth >= best_worth:
-                best, best_worth = Choice(row, size.size), worth
+                best_row, best_size, best_worth = row, size.size, worth
             if size.size >= length:
                 break
-        return best
+        return Choice(best_row, best_size) if best_size else None
 
     def _budget_ns(self, queue: QueueView, worker: WorkerView, slack_ns: int) -> tuple[float, float]:
         """Return how long a query can wait and run on this worker, and how much of its time there is for it.
