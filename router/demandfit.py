@@ -15,9 +15,8 @@ after paying for it, among those that meet the head's deadline.
 
 Patience is the mean slack on arrival, less what the way takes. Holding a quarter of it in the queue is
 the set point: at that length need equals rate. A longer queue raises the price until it drains, a
-shorter one lowers it; averages over a patience keep single batches from moving it. The quarter was
-chosen in simulation: from a fifth to a third all figures stay within 0.1 points, below batches go half
-empty, above bursts find no slack left.
+shorter one lowers it; averages over a patience keep single batches from moving it. docs/demandfit.md
+says how much each constant matters.
 
 Once even the smallest subnet cannot keep up, serving a head that is too late for a full batch costs the
 time of many queries behind it. Such heads are shed, of the lowest priority class first.
@@ -50,7 +49,7 @@ _LATE = 0.5
 while a lower class is queued."""
 
 _STEEPEST = 4.0
-"""The price at the least budget, over that between the two cheapest subnets: size counts most then."""
+"""The price at the least budget, over that of the step between the two cheapest subnets."""
 
 _N_LIMITS = 24
 """Frontiers that prices are kept of: by how long a batch may take within the patience."""
