@@ -426,10 +426,8 @@ class Bench:
     # --- single calls -------------------------------------------------------------------
 
     def policy_decision_us(self) -> Row:
-        """What one decision of SlackFit takes."""
-        value = bench_calls.decision_us(load_profile(PROFILE))
-        wide = bench_calls.decision_us(bench_calls.wide_profile(1_000), n_rounds=50)
-        conditions = {"policy": POLICY, "subnets": 6, "with_1000_subnets_us": wide}
+        """What one decision of the dearest policy takes, DemandFit; beside it SlackFit's."""
+        value, conditions = bench_calls.decisions_us(load_profile(PROFILE))
         return Row("policy_decision_us", value, "us", _BUDGET, 20.0, conditions)
 
     def simulator_x_realtime(self) -> Row:

@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loadgen.highs import Program
-from superserve.clock import MS
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,8 +44,12 @@ if TYPE_CHECKING:
 
     Ints = npt.NDArray[np.int64]
 
-DEFAULT_BIN_NS = 2 * MS
-"""Width of a bin: wide against a millisecond's arrivals, narrow against an SLO."""
+BINS_PER_SLO = 4
+"""Bins in the shortest SLO, unless the caller says how wide they are.
+
+On the cells of docs/demandfit.md four times as many lower the bound by less than 0.001 points, and the
+solver then takes some thirty times as long.
+"""
 
 TIME_LIMIT_S = 600.0
 """How long the solver may take."""
@@ -114,7 +117,7 @@ def fluid_bound(
     workload: Workload,
     gpus: Sequence[Profile],
     *,
-    bin_ns: int = DEFAULT_BIN_NS,
+    bin_ns: int | None = None,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> FluidBound:
     """Return upper bounds on summed accuracy per query and on attainment.
@@ -122,7 +125,8 @@ def fluid_bound(
     Args:
         workload: The queries.
         gpus: The profile of each GPU; equal ones are one kind.
-        bin_ns: Width of the bins; narrower ones are tighter, and cost time in proportion.
+        bin_ns: Width of the bins; narrower ones are tighter, and cost more time. None is the shortest
+            SLO over `BINS_PER_SLO`.
         time_limit_s: How long each of the two programs may take.
 
     Raises:
@@ -130,6 +134,8 @@ def fluid_bound(
             not installed.
         ProcessError: The solver proved nothing in its time.
     """
+    if bin_ns is None:
+        bin_ns = max(1, int(workload.slo_ns.min()) // BINS_PER_SLO)
     if not gpus or bin_ns <= 0:
         raise ConfigError(f"bound: expected GPUs and bins of some width, got {len(gpus)} and {bin_ns} ns")
     if workload.floor.max() >= min(profile.n_subnets for profile in gpus):
@@ -145,43 +151,23 @@ def fluid_bound(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A way to serve one query: what it costs a GPU at least, and what it is worth."""
-
-    cost_ns: float
-    worth: float
-
-
-def options(profile: Profile, slo_ns: int, floor: int, *, count_only: bool = False) -> tuple[Option, ...]:
-    """Return the concave hull of worth over cost, from no service on, of the rows from `floor` up.
+def options(
+    profile: Profile, slo_ns: int, floor: int, *, count_only: bool = False
+) -> tuple[tuple[float, float], ...]:
+    """Return the ways to serve one query that are worth having: (worth, cost in nanoseconds).
 
     Args:
         profile: Latencies by row and batch size.
         slo_ns: A batch must end within it.
         floor: The smallest row allowed.
-        count_only: A query on time is worth 1, not its accuracy.
+        count_only: A query on time is worth 1, not its accuracy: then the cheapest way is the only one.
     """
-    hull: list[Option] = []
-    for subnet in profile.subnets[floor:]:
-        sizes = zip(profile.batch_sizes, subnet.latency_ns, strict=True)
-        shares = [latency_ns / size for size, latency_ns in sizes if latency_ns <= slo_ns]
-        if not shares:
-            break  # P2: no row above it is faster
-        option = Option(min(shares), 1.0 if count_only else subnet.accuracy)
-        if hull and option.worth <= hull[-1].worth:
-            continue
-        while hull and _slope(hull[-1], option) >= _slope(hull[-2] if len(hull) > 1 else None, hull[-1]):
-            hull.pop()
-        hull.append(option)
-    return tuple(hull)
-
-
-def _slope(less: Option | None, more: Option) -> float:
-    if less is None:
-        return more.worth / more.cost_ns
-    extra_ns = more.cost_ns - less.cost_ns
-    return (more.worth - less.worth) / extra_ns if extra_ns > 0 else np.inf
+    frontier = profile.frontier(floor=floor, limit_ns=slo_ns)
+    if count_only:
+        # The row at the floor is the cheapest (P2), and may itself lie below the hull of accuracies.
+        sizes = zip(profile.batch_sizes, profile.subnets[floor].latency_ns, strict=True)
+        return ((1.0, min(ns / size for size, ns in sizes if ns <= slo_ns)),) if frontier else ()
+    return tuple((profile.subnets[row].accuracy, cost_ns) for row, cost_ns in frontier)
 
 
 class _Fluid:
@@ -224,10 +210,10 @@ class _Fluid:
             )
             once = program.rows(len(bins), upper=counts)
             for entries, profile in zip(work, kinds, strict=True):
-                for option in options(profile, slo_ns, floor, count_only=self._count_only):
-                    served = program.columns(len(bins), worth=option.worth, upper=counts)
+                for worth, cost_ns in options(profile, slo_ns, floor, count_only=self._count_only):
+                    served = program.columns(len(bins), worth=worth, upper=counts)
                     program.add(once, served, 1.0)
-                    entries.append((bins, served, option.cost_ns / self._bin_ns))
+                    entries.append((bins, served, cost_ns / self._bin_ns))
         return work
 
     def _first_in_first_out(

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from router.events import Action, Event
 
 PROFILE = "cnn-8gpu-modelled"
-POLICIES = ("slackfit", "slackfit", "maxacc", "maxbatch", "mincost", "fixed:cnn-78.25")
+POLICIES = ("slackfit", "demandfit", "maxacc", "maxbatch", "mincost", "fixed:cnn-78.25")
 _SHOWN = 20
 """Failures printed, at most."""
 _TOLD_WITHIN_NS = 5 * MS

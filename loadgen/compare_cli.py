@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from loadgen.compare import Cell, Comparison, baselines, headline_lines, lines, 
 from loadgen.environment import environment_of
 from loadgen.simulator import SimSettings
 from loadgen.tables import check_writable, write
+from loadgen.verdict import markdown, verdict_lines, verdicts
 from loadgen.workloads import parse_cluster
 from router.registry import make_policy
 from superserve.errors import ConfigError, SuperServeError
@@ -41,6 +43,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--bound/--no-bound", "with_bound", default=True, show_default=True, help="Compute the bound.")
 @click.option("--processes", type=click.IntRange(1), help="[default: one for each processor]")
 @click.option("--json", "json_path", type=_FILE, help="Write the figures.")
+@click.option("--markdown", "page_path", type=_FILE, help="Write the table, for a page.")
+@click.option(
+    "--judge", "is_judged", is_flag=True,
+    help="Exit 1 unless every other policy may take the first one's place: see loadgen/verdict.py.",
+)  # fmt: skip
 def compare_command(
     is_simulated: bool,
     policies: tuple[str, ...],
@@ -57,6 +64,8 @@ def compare_command(
     with_bound: bool,
     processes: int | None,
     json_path: Path | None,
+    page_path: Path | None,
+    is_judged: bool,
 ) -> None:
     """Serve the same queries under each policy, and print attainment, accuracy, and how far the bound is.
 
@@ -66,8 +75,9 @@ def compare_command(
     try:
         if not is_simulated:
             raise ConfigError("compare: expected --simulate; for live runs see `loadgen run` and `report`")
-        if json_path is not None:
-            check_writable(json_path, "--json")
+        for path, option in ((json_path, "--json"), (page_path, "--markdown")):
+            if path is not None:
+                check_writable(path, option)
         cluster = parse_cluster(emulate)
         if with_baselines:
             policies = (*policies, *(one for one in baselines(cluster[0]) if one not in policies))
@@ -93,8 +103,12 @@ def compare_command(
         )
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
-    for line in (*lines(results), "", *headline_lines(results)):
+    for line in (*lines(results), "", *headline_lines(results), *verdict_lines(results)):
         click.echo(line)
     if json_path is not None:
         body = to_dict(comparison, results) | {"environment": environment_of()}
         write(json_path, orjson.dumps(body, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode())
+    if page_path is not None:
+        write(page_path, "\n".join(markdown(results)) + "\n")
+    if is_judged and any(verdicts(results).values()):
+        sys.exit(1)

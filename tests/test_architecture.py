@@ -40,7 +40,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "loadgen.bench": ("router", "gpu_worker"),
     # Where a query spends its time in the router is measured on the core itself.
     "loadgen.bench_path": ("router",),
-    "loadgen.bench_calls": ("router.policy", "router.slackfit", "gpu_worker.actuation"),
+    "loadgen.bench_calls": ("router.policy", "router.demand", "router.registry", "gpu_worker.actuation"),
     # The simulator runs the core that serves, under a policy built by name; no sockets.
     "loadgen.simulator": ("router.core", "router.policy", "router.registry", "router.state"),
     "loadgen.simulation": (
@@ -71,6 +71,7 @@ PURE = (
     "superserve.session", "superserve.reply",
     "router.core", "router.state", "router.admission", "router.fleet", "router.edf", "router.estimates",
     "router.workers", "router.events", "router.policy", "router.slackfit", "router.baselines",
+    "router.demand", "router.demandfit", "router.lanes",
 )  # fmt: skip
 IMPURE = ("zmq", "socket", "time", "threading", "logging", "random", "numpy.random", "asyncio", "secrets")
 

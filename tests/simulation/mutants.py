@@ -13,7 +13,7 @@ from loadgen.chaos import find_violation
 from router.core import RouterCore
 from router.edf import ANSWERED, EdfQueue
 from router.events import Answer
-from router.policy import Choice
+from router.policy import Choice, Shed
 from superserve.clock import MS
 from superserve.wire import Status
 
@@ -61,7 +61,7 @@ class DispatchesExpired(RouterCore):
             self._dispatch(now_ns)
         return super().advance(now_ns)
 
-    def _choose(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> Choice | None:
+    def _choose(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> Choice | Shed | None:
         floor = 0 if head[1].floors is None else head[1].floors[head[2]]
         return super()._choose(worker, head, now_ns) or Choice(floor, 1)
 
@@ -71,14 +71,14 @@ class _Hasty(EdfQueue):
 
     __slots__ = ()
 
-    def take(self, k: int, subnet: int) -> tuple[list[Stretch], int]:
+    def take(self, k: int, subnet: int, until_ns: int | None = None) -> tuple[list[Stretch], int]:
         """Remove queries, but not the earliest."""
         if self.head() is None or len(self._heap) == 1:
-            return super().take(k, subnet)
+            return super().take(k, subnet, until_ns)
         first = heappop(self._heap)
-        taken, n = super().take(k, subnet)
+        taken, n = super().take(k, subnet, until_ns)
         heappush(self._heap, first)
-        return (taken, n) if n else super().take(k, subnet)
+        return (taken, n) if n else super().take(k, subnet, until_ns)
 
 
 class LeavesTheHead(RouterCore):
