@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test check bench demo train wheel clean
+.PHONY: help install lint test check bench chaos demo train wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -46,6 +46,10 @@ check: lint ## the same without the slow tests
 
 bench: $(INSTALLED) ## run the benchmarks; out/bench/*.json and a table
 	$(BIN)/python -m loadgen.bench
+
+chaos: $(INSTALLED) ## 10,000 fault schedules through the real core on a virtual clock
+	$(BIN)/python -m loadgen.chaos
+	$(BIN)/python -m tests.simulation.mutants
 
 demo: $(INSTALLED) ## serve a burst on this machine; out/demo/ and a table
 	$(BIN)/python -m loadgen.demo

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from loadgen import bench_calls
+from loadgen import bench_calls, bench_simulator
+from loadgen.bench_calm import await_calm
 from loadgen.bench_churn import churn
 from loadgen.bench_offer import Offered, offer_singly
 from loadgen.bench_path import PathShape, path_cost
@@ -29,7 +30,7 @@ from loadgen.bench_row import Row, SkippedError, machine
 from loadgen.bench_search import Bounds, Probe, confirmed, highest_rate, undisturbed
 from loadgen.bench_sender import SinglePlan
 from loadgen.run import Emulation, RunSettings, emulated, in_time, run_emulated, run_trace
-from loadgen.stats import NoiseProbe, quantile_ns
+from loadgen.stats import quantile_ns
 from loadgen.trace import load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
@@ -66,29 +67,12 @@ QPS_PER_GPU = 1_200
 Nearer to that a stall leaves a backlog which drains slowly, and GPUs are not what is measured."""
 NOISY_NS = 4 * MS
 """A probe that fails while the noise probe's p99.9 is above this is repeated once."""
-CALM_SAMPLE_S, CALM_WAIT_S = 0.4, 6.0
-"""Each probe waits, at most so long, until the idle machine was quiet for a sample."""
 REPEAT_PROBES_S, REPEAT_LONG_S = 40.0, 75.0
 """After so long a search repeats no short probe, no long run: on a noisy machine too there is an end."""
 LEAST_SLEEP_NS = MS // 2
 """Of a sender with one query a message, where the highest rate is sought."""
 _ECHO = "pyzmq ROUTER echo"
 _BUDGET = "budget"
-
-
-def await_calm() -> None:
-    """Wait until this machine, with nothing of ours running, wakes a sleeper in time; not for ever.
-
-    A neighbour's load on a shared host says nothing about the rate that we look for.
-    """
-    give_up_s = time.monotonic() + CALM_WAIT_S
-    while time.monotonic() < give_up_s:
-        noise = NoiseProbe()
-        noise.start()
-        time.sleep(CALM_SAMPLE_S)
-        late_ns = quantile_ns(noise.stop(), 990)
-        if late_ns is not None and late_ns < NOISY_NS // 4:
-            return
 
 
 @contextlib.contextmanager
@@ -203,7 +187,7 @@ class Bench:
             return lambda: time.monotonic() - began_s < end_s
 
         def probe(rate_qps: float, seconds: float) -> Probe:
-            await_calm()
+            await_calm(NOISY_NS // 4)
             found = offer(rate_qps, seconds)
             self._tried.append(found)
             verdict = "holds" if found.holds else "fails"
@@ -387,11 +371,16 @@ class Bench:
     # --- single calls -------------------------------------------------------------------
 
     def policy_decision_us(self) -> Row:
-        """What one decision of SlackFit takes."""
-        value = bench_calls.decision_us(load_profile(PROFILE))
-        wide = bench_calls.decision_us(bench_calls.wide_profile(1_000), n_rounds=50)
-        conditions = {"policy": POLICY, "subnets": 6, "with_1000_subnets_us": wide}
+        """What one decision of the dearest policy takes, DemandFit; beside it SlackFit's."""
+        value, conditions = bench_calls.decisions_us(load_profile(PROFILE))
         return Row("policy_decision_us", value, "us", _BUDGET, 20.0, conditions)
+
+    def simulator_x_realtime(self) -> Row:
+        """How much faster than its cluster the simulator is, on one processor, at 7,000 q/s and 8 GPUs."""
+        found = bench_simulator.fastest(seconds=8 * self.seconds)
+        conditions = asdict(found) | {"rate_qps": bench_simulator.RATE_QPS, "gpus": bench_simulator.N_GPUS}
+        must_x = bench_simulator.MUST_X
+        return Row("simulator_x_realtime", found.x_realtime, "x", _BUDGET, must_x, conditions)
 
     def actuation_us(self) -> Row:
         """What one actuation takes, between random subnets of OFA-ResNet50."""
@@ -417,6 +406,7 @@ def _subnetact() -> SubnetAct:
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "policy_decision_us": Bench.policy_decision_us,
     "router_path_us": Bench.router_path_us,
+    "simulator_x_realtime": Bench.simulator_x_realtime,
     "actuation_us": Bench.actuation_us,
     "actuated_over_extracted": Bench.actuated_over_extracted,
     "memory_ratio": Bench.memory_ratio,

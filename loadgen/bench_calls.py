@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpu_worker.actuation import actuate
 from loadgen.stats import quantile_ns
 from profiles.table import Profile, SubnetProfile, load_profile
+from router.demand import Demand
 from router.policy import QueueView, WorkerView
-from router.slackfit import SlackFit
+from router.registry import make_policy
 from superserve.clock import MS
 
 if TYPE_CHECKING:
@@ -21,13 +22,17 @@ if TYPE_CHECKING:
 _CALLS = 1_000  # in one reading of the clock: its own cost vanishes
 
 
-def decision_us(profile: Profile, *, n_rounds: int = 200, seed: int = 0) -> float:
-    """Return the median over rounds of what one `SlackFit.choose` takes, in microseconds."""
+def decision_us(policy: str, profile: Profile, *, n_rounds: int = 200, seed: int = 0) -> float:
+    """Return the median over rounds of what one decision of a policy takes, in microseconds.
+
+    The demand is that of 6,400 queries a second, each with 36 ms, on eight GPUs.
+    """
     rng = random.Random(seed)
-    choose = SlackFit(profile).choose
+    choose = make_policy(policy, profile).choose
     worker = WorkerView(free_at_ns=0, allowance_ns=MS // 2, slowdown=1.0)
+    demand = Demand(rate=6.4e-6, slack_ns=36 * MS, capacity=8 / profile.unit_cost_ns)
     queues = [
-        QueueView(rng.randrange(40 * MS), rng.randrange(profile.n_subnets), rng.randrange(1, 100))
+        QueueView(rng.randrange(40 * MS), rng.randrange(profile.n_subnets), rng.randrange(1, 100), demand)
         for _ in range(_CALLS)
     ]
     taken_ns = []
@@ -39,6 +44,18 @@ def decision_us(profile: Profile, *, n_rounds: int = 200, seed: int = 0) -> floa
     median_ns = quantile_ns(np.array(taken_ns, np.int64), 500)
     assert median_ns is not None, "one round at least"
     return median_ns / _CALLS / 1_000
+
+
+def decisions_us(profile: Profile) -> tuple[float, dict[str, Any]]:
+    """Return what a decision of DemandFit takes, and beside it SlackFit's, and both with 1,000 subnets."""
+    wide = wide_profile(1_000)
+    conditions = {
+        "policy": "demandfit", "subnets": profile.n_subnets,
+        "with_1000_subnets_us": decision_us("demandfit", wide, n_rounds=50),
+        "slackfit_us": decision_us("slackfit", profile),
+        "slackfit_with_1000_subnets_us": decision_us("slackfit", wide, n_rounds=50),
+    }  # fmt: skip
+    return decision_us("demandfit", profile), conditions
 
 
 def wide_profile(n_subnets: int) -> Profile:

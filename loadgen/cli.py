@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loadgen.compare_cli import compare_command
 from loadgen.environment import environment_of
 from loadgen.plots import check_installed
-from loadgen.report import load_runs, write_report
+from loadgen.report import load_runs
 from loadgen.run import Emulation, RunSettings, run_emulated, run_trace
-from loadgen.stats import OUTCOMES
+from loadgen.simulate_cli import simulate_command
+from loadgen.tables import check_writable, make_folder, table, write, write_page
 from loadgen.timeline import recorded
 from loadgen.trace import load_trace
 from profiles.table import load_profile
@@ -25,11 +27,10 @@ from superserve.errors import ConfigError, SuperServeError
 from superserve.subnet import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from gpu_worker.eventlog import EventLogReport
     from loadgen.run import Run
-    from loadgen.stats import RunResult
     from loadgen.trace import Trace
 
 MS = 1_000_000
@@ -83,10 +84,10 @@ def run(
         if not 0 < slo_ms <= 86_400_000:
             raise ConfigError(f"--slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
         if json_path is not None:
-            _check_writable(json_path, "--json")
+            check_writable(json_path, "--json")
         if page_path is not None:
             check_installed()
-            _check_writable(page_path, "--report")
+            check_writable(page_path, "--report")
         target = _target(connect, emulate, policy, logs)
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
         if payload_bytes is None:
@@ -107,9 +108,9 @@ def run(
     environment = _environment(trace, settings, target, measured, report)
     result = recorded(measured, trace, settings.slo_ns, environment)
     if json_path is not None:
-        _write(json_path, result.to_json())
+        write(json_path, result.to_json())
     if page_path is not None:
-        _write_page(page_path, [result])
+        write_page(page_path, [result])
     if not measured.result.valid or (report is not None and report.n_violations):
         sys.exit(1)
 
@@ -122,18 +123,10 @@ def report(runs: tuple[Path, ...], output: Path) -> None:
     try:
         check_installed()
         results, labels = load_runs(runs)
-        _check_writable(output, "--output")
+        check_writable(output, "--output")
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
-    _write_page(output, results, labels)
-
-
-def _write_page(path: Path, results: Sequence[RunResult], labels: Sequence[str] | None = None) -> None:
-    try:
-        write_report(path, results, labels)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(f"  written          {path}")
+    write_page(output, results, labels)
 
 
 def _environment(
@@ -165,7 +158,7 @@ def _target(
         raise ConfigError("--connect and --emulate: expected one of them, got both")
     if emulate is not None:
         if logs is not None:
-            _make_folder(logs, "--logs")
+            make_folder(logs, "--logs")
         return _emulation(emulate, policy or "slackfit", logs)
     if policy is not None:
         raise ConfigError("--policy: a running router has its own; expected with --emulate only")
@@ -234,61 +227,5 @@ def _show(measured: Run, report: EventLogReport | None) -> None:
         click.echo(report.to_text())
 
 
-def table(result: RunResult) -> list[str]:
-    """Return the lines of the final table."""
-    queries, latency, lag = result.queries, result.latency_ms, result.send_lag_ms
-    ends = ", ".join(f"{name} {queries[name]:,}" for name in OUTCOMES if queries[name])
-    attainment = "-" if result.slo_attainment is None else f"{result.slo_attainment:.5f}"
-    accuracy = "-" if result.mean_accuracy is None else f"{result.mean_accuracy:.3f} %"
-    batch = "-" if result.batch_size_mean is None else f"{result.batch_size_mean:.2f}"
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in result.subnet_share.items() if share)
-    verdict = "valid" if result.valid else "INVALID: " + "; ".join(result.invalid_because)
-    return [
-        f"  policy           {result.policy}",
-        f"  rate             {result.realised_qps:,.0f} q/s sent of {result.offered_qps:,.0f} offered",
-        f"  queries          {queries['total']:,}: {ends}",
-        f"  SLO attainment   {attainment} at {result.slo_ms:g} ms",
-        f"  mean accuracy    {accuracy}",
-        f"  goodput          {result.goodput_qps:,.0f} q/s",
-        f"  latency          {_quantiles(latency)}",
-        f"  send lag         {_quantiles(lag)}",
-        f"  batch size       {batch}",
-        f"  subnets          {shares or '-'}",
-        f"  run              {verdict}{' (disturbed by this machine)' if result.disturbed else ''}",
-    ]
-
-
-def _quantiles(values: object) -> str:
-    assert isinstance(values, dict), "quantiles come by name"
-    parts = [f"{name.replace('_', '.')} {value:.3f}" for name, value in values.items() if value is not None]
-    return "  ".join(parts) + " ms" if parts else "-"
-
-
-def _make_folder(path: Path, option: str) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{option}: {path}: expected a folder that can be made: {error.strerror}"
-        ) from error
-
-
-def _check_writable(path: Path, option: str) -> None:
-    """Refuse a file that could not be written, before the run rather than after it."""
-    _make_folder(path.parent, option)
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise ConfigError(
-            f"{option}: {path}: expected a path that can be written: {error.strerror}"
-        ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise click.ClickException(
-            f"{path}: expected a path that can be written: {error.strerror}"
-        ) from error
-    click.echo(f"  written          {path}")
+cli.add_command(simulate_command)
+cli.add_command(compare_command)

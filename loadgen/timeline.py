@@ -127,7 +127,9 @@ def bin_ns(duration_ns: int) -> int:
     return min(width for nice in _NICE if (width := round(nice * power)) >= least)
 
 
-def recorded(run: Run, trace: Trace, slo_ns: int, environment: Mapping[str, Any]) -> RunResult:
+def recorded(
+    run: Run, trace: Trace, slo_ns: int | npt.NDArray[np.int64], environment: Mapping[str, Any]
+) -> RunResult:
     """Return a run's result with all that its file keeps: reasons, timeline and environment."""
     timeline = timeline_of(
         run.columns, duration_ns=trace.duration_ns, slo_ns=slo_ns, subnets=run.subnets, noise=run.noise
@@ -141,7 +143,7 @@ def timeline_of(
     columns: Mapping[str, npt.NDArray[Any]],
     *,
     duration_ns: int,
-    slo_ns: int,
+    slo_ns: int | npt.NDArray[np.int64],
     subnets: Sequence[tuple[str, float]],
     noise: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None,
 ) -> Timeline:
@@ -150,7 +152,7 @@ def timeline_of(
     Args:
         columns: Of `loadgen.run.Run`, in the order in which queries were due.
         duration_ns: Length of the trace.
-        slo_ns: From due to deadline.
+        slo_ns: From due to deadline: one for all, or shape (n,).
         subnets: Name and accuracy, from smallest to largest.
         noise: When a noise probe woke, from the start of the run, and how late; ascending.
     """

@@ -28,6 +28,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -91,6 +92,8 @@ class Profile:
         date: When it was made, ISO 8601.
         batch_sizes: Profiled batch sizes, ascending.
         subnets: Rows, by ascending accuracy.
+        unit_cost_ns: What a query costs at least, averaged over the rows: a GPU of half the unit cost
+            counts twice. Derived.
 
     Raises:
         ProfileError: The figures break a rule of this module's docstring.
@@ -105,6 +108,7 @@ class Profile:
     date: str
     batch_sizes: tuple[int, ...]
     subnets: tuple[SubnetProfile, ...]
+    unit_cost_ns: float = field(init=False, repr=False, compare=False)
     # Derived; the router looks latencies up on its hot path.
     _column: tuple[int, ...] = field(init=False, repr=False, compare=False)  # of each batch size from 0
     _median: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)  # by row
@@ -122,6 +126,8 @@ class Profile:
         self._derive("_p99", p99)
         self._derive("_p99_columns", tuple(zip(*p99, strict=True)))
         self._derive("_accuracies", tuple(subnet.accuracy for subnet in self.subnets))
+        costs = [min(map(truediv, subnet.latency_ns, self.batch_sizes)) for subnet in self.subnets]
+        self._derive("unit_cost_ns", sum(costs) / len(costs))
         self._derive("_rows", {subnet.name: row for row, subnet in enumerate(self.subnets)})
 
     def _derive(self, name: str, value: object) -> None:
@@ -209,6 +215,39 @@ class Profile:
         """Return the smallest row at least `min_accuracy` percent accurate; None if none is."""
         row = bisect_left(self._accuracies, min_accuracy)
         return row if row < len(self._accuracies) else None
+
+    def frontier(self, *, floor: int = 0, limit_ns: int | None = None) -> tuple[tuple[int, float], ...]:
+        """Return the rows worth running, and what each costs a query at least: (row, nanoseconds).
+
+        A query's cost is its share of a batch's median latency, at the batch size that makes it least.
+        A row below the concave hull of accuracy over cost is left out: a mix of its neighbours is as
+        accurate for less.
+
+        Args:
+            floor: The smallest row allowed.
+            limit_ns: Batches that take longer do not count; None if any does.
+        """
+        hull: list[tuple[int, float]] = []
+        for row, subnet in enumerate(self.subnets[floor:], floor):
+            sizes = zip(self.batch_sizes, subnet.latency_ns, strict=True)
+            costs = [ns / size for size, ns in sizes if limit_ns is None or ns <= limit_ns]
+            if not costs:
+                break  # P2: no row above it is faster
+            while hull and self._is_pointless(
+                hull[-2] if len(hull) > 1 else None, hull[-1], (row, min(costs))
+            ):
+                hull.pop()
+            hull.append((row, min(costs)))
+        return tuple(hull)
+
+    def _is_pointless(
+        self, below: tuple[int, float] | None, point: tuple[int, float], above: tuple[int, float]
+    ) -> bool:
+        """Tell whether `point` lies on or below the line from `below`, None for no service, to `above`."""
+        row, cost_ns = below or (None, 0.0)
+        worth = 0.0 if row is None else self._accuracies[row]
+        rise = (self._accuracies[point[0]] - worth) * (above[1] - point[1])
+        return rise <= (self._accuracies[above[0]] - self._accuracies[point[0]]) * (point[1] - cost_ns)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as its file holds it: see the module's docstring."""

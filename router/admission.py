@@ -47,7 +47,7 @@ class Admission(CoreState):
         del self._sessions[client.session]
         for cohort in tuple(client.cohorts.values()):
             for lo, hi in tuple(state_stretches(cohort, 0, len(cohort.states), QUEUED)):
-                self.queue.forget(hi - lo)
+                self.queue.forget(cohort, lo, hi)
                 self._close(cohort, lo, hi, Status.CANCELLED)
 
     def _queries_arrived(self, event: QueriesArrived, now_ns: int) -> None:
@@ -58,8 +58,13 @@ class Admission(CoreState):
             self._sampled_ns = now_ns
             self._transits.add(max(0, event.transit_ns))
         self._serial += 1
-        deadlines_ns = [slack_ns + base_ns for slack_ns in queries.slack_ns()]
-        cohort = Cohort(self._serial, client, deadlines_ns, base_ns, now_ns, message=queries)
+        slacks_ns = queries.slack_ns()
+        deadlines_ns = [slack_ns + base_ns for slack_ns in slacks_ns]
+        cohort = Cohort(
+            self._serial, client, deadlines_ns, base_ns, now_ns, classes=queries.priority, message=queries
+        )
+        if self._demand is not None:
+            self._demand.arrived(n, sum(slacks_ns))
         if queries.resubmitted and client.cohorts:
             self._admit_unknown(client, cohort)
             return
@@ -150,7 +155,7 @@ class Admission(CoreState):
             for cohort in tuple(client.cohorts.values()):
                 live = cohort.live
                 cohort.floors = self._floors(cohort, 0, len(cohort.states))
-                self.queue.forget(live - cohort.live)
+                self.queue.forget(cohort, 0, live - cohort.live)
 
     def _reference_profile(self) -> Profile | None:
         return next(iter(self._policies.values()))[0] if self._policies else None

@@ -36,7 +36,8 @@ from router.events import (
     WorkerLeft,
 )
 from router.fleet import Fleet
-from router.policy import Choice, usable_slack_ns
+from router.lanes import LaneQueue
+from router.policy import Choice, Shed, usable_slack_ns
 from router.workers import Batch, PeerState, Worker, WorkerState
 from superserve.wire import Status
 
@@ -165,6 +166,9 @@ class RouterCore(Fleet):
         worker, passed = first, []
         while True:
             choice = self._choose(worker, head, now_ns)
+            if isinstance(choice, Shed):
+                self._shed(choice, now_ns)
+                return
             if choice is not None:
                 self._send(worker, choice, now_ns)
                 return
@@ -179,13 +183,27 @@ class RouterCore(Fleet):
                 return
             worker = rival
 
-    def _choose(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> Choice | None:
+    def _shed(self, shed: Shed, now_ns: int) -> None:
+        """Refuse what the policy gives up for the others."""
+        assert isinstance(self.queue, LaneQueue), "only a policy that sees demand may shed"
+        stretches = self.queue.shed(shed.before_ns, shed.n)
+        assert stretches, "what a policy sheds is in the queue: its head, or of a class below"
+        for cohort, lo, hi in stretches:
+            slack_ms = (cohort.deadlines_ns[lo] - now_ns) / MS
+            reason = f"slack {slack_ms:.2f} ms: more queries wait than the smallest subnet serves in time"
+            self._refuse(cohort, lo, hi, Status.OVERLOADED, reason, now_ns)
+
+    def _choose(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> Choice | Shed | None:
         """Ask the policy, with this worker's own corrections applied to its answer."""
         deadline_ns, cohort, _ = head
         queue, view = self._queue_view, self._worker_view
         queue.head_deadline_ns = deadline_ns
         queue.head_floor = _floor(head)
         queue.length = len(self.queue)
+        if self._demand is not None:
+            self._demand.settle(now_ns)
+            assert isinstance(self.queue, LaneQueue), "with demand comes a queue in lanes"
+            queue.outranks = self.queue.outranks()
         view.free_at_ns = max(worker.free_at_ns, now_ns + worker.transport.median_ns // 2)
         view.allowance_ns = self._return_ns(worker, cohort)
         choice = self._corrected_choice(worker, now_ns)
@@ -196,12 +214,15 @@ class RouterCore(Fleet):
             choice = self._corrected_choice(worker, now_ns)
         return choice
 
-    def _corrected_choice(self, worker: Worker, now_ns: int) -> Choice | None:
+    def _corrected_choice(self, worker: Worker, now_ns: int) -> Choice | Shed | None:
         queue, view = self._queue_view, self._worker_view
         view.slowdown = worker.slowdown if abs(worker.slowdown - 1.0) > 0.05 else 1.0
         for _ in range(3):
             choice = worker.policy.choose(queue, view, now_ns)
-            if choice is None or (corrected := worker.corrected(choice.subnet)) <= view.slowdown:
+            if (
+                not isinstance(choice, Choice)
+                or (corrected := worker.corrected(choice.subnet)) <= view.slowdown
+            ):
                 return choice
             slack_ns = usable_slack_ns(queue, view, now_ns) * view.slowdown
             if worker.profile.latency_p99_ns(choice.subnet, choice.batch_size) * corrected <= slack_ns:

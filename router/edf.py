@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from superserve.wire import Buffer
+
 QUEUED = 0
 DISPATCHED = 1
 ANSWERED = 2
@@ -33,6 +35,7 @@ class Cohort:
         deadlines_ns: Instants on the router's clock, as the client ordered them, length n.
         base_ns: Deadline minus the slack the client sent: the instant of sending.
         floors: Smallest profile row allowed for each query; None if any row will do.
+        classes: Priority class of each query, as the wire has them; None if all are of class 0.
         states: One byte a query: QUEUED, DISPATCHED or ANSWERED.
         live: Queries not answered yet.
         n_bytes: Payload bytes, released when `live` reaches 0.
@@ -43,8 +46,8 @@ class Cohort:
     """
 
     __slots__ = (
-        "arrived_ns", "base_ns", "client", "deadlines_ns", "floors", "holders", "live", "losses", "message",
-        "n_bytes", "serial", "states",
+        "arrived_ns", "base_ns", "classes", "client", "deadlines_ns", "floors", "holders", "live", "losses",
+        "message", "n_bytes", "serial", "states",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +59,7 @@ class Cohort:
         arrived_ns: int,
         *,
         floors: list[int] | None = None,
+        classes: Buffer | None = None,
         message: Any = None,
         n_bytes: int = 0,
     ) -> None:
@@ -65,6 +69,7 @@ class Cohort:
         self.base_ns = base_ns
         self.arrived_ns = arrived_ns
         self.floors = floors
+        self.classes = None if classes is None else bytes(classes)
         self.message = message
         self.n_bytes = n_bytes
         self.live = len(deadlines_ns)
@@ -114,9 +119,9 @@ class EdfQueue:
             self._seq += 1
             heappush(self._heap, (deadlines[start], self._seq, cohort, start, end))
 
-    def forget(self, n: int) -> None:
-        """Deduct `n` queries whose states left QUEUED from outside; the heap sheds them later."""
-        self._length -= n
+    def forget(self, cohort: Cohort, lo: int, hi: int) -> None:  # noqa: ARG002 - lanes look at it
+        """Deduct queries lo to hi, whose states leave QUEUED from outside; the heap sheds them later."""
+        self._length -= hi - lo
 
     def head(self) -> tuple[int, Cohort, int] | None:
         """Return (deadline, cohort, index) of the earliest query, or None if there is none."""
@@ -132,8 +137,13 @@ class EdfQueue:
                 heapreplace(heap, (cohort.deadlines_ns[lo], seq, cohort, lo, hi))
         return None
 
-    def take(self, k: int, subnet: int) -> tuple[list[Stretch], int]:
+    def take(self, k: int, subnet: int, until_ns: int | None = None) -> tuple[list[Stretch], int]:
         """Remove at most `k` earliest queries; stop before one whose floor lies above `subnet`.
+
+        Args:
+            k: How many, at most.
+            subnet: The row that is to serve them.
+            until_ns: Take none that is due later; None if any will do.
 
         Returns:
             The stretches in order of deadline, and how many queries they hold.
@@ -142,7 +152,9 @@ class EdfQueue:
         taken: list[Stretch] = []
         n = 0
         heap = self._heap
-        while n < k and self.head() is not None:
+        while n < k and (head := self.head()) is not None:
+            if until_ns is not None and head[0] > until_ns:
+                break
             _, seq, cohort, lo, hi = heap[0]
             if hi - lo == 1:  # a message of its own: nothing to cut
                 if cohort.floors is not None and cohort.floors[lo] > subnet:
@@ -156,6 +168,8 @@ class EdfQueue:
                 rival, rival_seq, *_ = heap[1] if len(heap) == 2 else min(heap[1], heap[2])
                 cut = bisect_right if seq < rival_seq else bisect_left
                 end = cut(cohort.deadlines_ns, rival, lo + 1, end) if end > lo + 1 else end
+            if until_ns is not None:
+                end = bisect_right(cohort.deadlines_ns, until_ns, lo, end)
             end = cohort.states.find(DISPATCHED, lo, end) if DISPATCHED in cohort.states[lo:end] else end
             end = cohort.states.find(ANSWERED, lo, end) if ANSWERED in cohort.states[lo:end] else end
             stop = _floor_stop(cohort.floors, lo, end, subnet)

@@ -7,6 +7,7 @@ from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from router.admission import Admission
+from router.demand import Demand
 from router.edf import ANSWERED, DISPATCHED, Cohort
 from router.events import (
     Answer,
@@ -21,6 +22,7 @@ from router.events import (
     WorkerJoined,
     WorkerLeft,
 )
+from router.lanes import LaneQueue
 from router.workers import Batch, Peer, PeerEvent, PeerState, Worker, WorkerEvent, WorkerState
 from superserve.errors import ConfigError, WireError
 from superserve.wire import Status
@@ -51,9 +53,16 @@ class Fleet(Admission):
         self.payload_bytes = event.payload_bytes
         if self._checked_ns is None:
             self._checked_ns = now_ns
-        self._refresh_min_service()
         if first:
             self._floor_waiting()
+            self._show_demand(peer.workers[0].policy)
+        self._refresh_min_service()
+
+    def _show_demand(self, policy: Policy) -> None:
+        """Keep track of demand, and the queue in lanes, from now on if the policy asks for it."""
+        if getattr(policy, "sees_demand", False):
+            self._demand = self._queue_view.demand = Demand()
+            self.queue = LaneQueue(self.queue)
 
     def _policy(self, profile: Profile) -> Policy:
         known = self._policies.get(id(profile))
@@ -295,6 +304,9 @@ class Fleet(Admission):
     def _refresh_min_service(self) -> None:
         """The quickest answer any live worker can give: its smallest subnet alone, and the way."""
         peers = self.peers.values()
+        if self._demand is not None:
+            live = [peer for peer in peers if peer.machine.state is PeerState.LIVE]
+            self._demand.capacity = sum([peer.capacity for peer in live])
         self._min_service_ns = min([peer.quickest_ns for peer in peers], default=0)
         if not peers:
             self._uneven = False

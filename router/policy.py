@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from router.demand import Demand
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,22 @@ class Choice:
     batch_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """Refuse some queries now, so that the time they would cost serves more of the others; then ask again.
+
+    Of the lowest priority class queued: if the head is of that class, every query of it that is due
+    before `before_ns`; else its `n` earliest queries, in the head's favour.
+
+    Attributes:
+        before_ns: An instant after the head's deadline.
+        n: How many queries of a class below the head's; at least 1.
+    """
+
+    before_ns: int
+    n: int
+
+
 @dataclass(slots=True)
 class QueueView:
     """What a policy sees of the queue. Made anew or overwritten before each decision.
@@ -27,11 +46,16 @@ class QueueView:
         head_deadline_ns: The earliest deadline queued, an instant on the router's clock.
         head_floor: The smallest profile row whose accuracy satisfies the head query; 0 if any does.
         length: Queries queued; at least 1.
+        demand: What arrives and what can serve it; None unless the policy asks for it.
+        outranks: Whether queries of a lower priority class than the head's are queued; False unless the
+            policy asks for demand.
     """
 
     head_deadline_ns: int
     head_floor: int
     length: int
+    demand: Demand | None = None
+    outranks: bool = False
 
 
 @dataclass(slots=True)
@@ -65,11 +89,15 @@ class Policy(Protocol):
 
     A policy is built once per profile, offline, by `factory(profile, argument)`;
     `argument` is what follows the colon in `--policy name:argument`, or None.
+
+    One that also has `sees_demand = True` is shown `QueueView.demand`; for it the queue keeps priority
+    classes and floors apart, and a batch passes over queries whose floor lies above its subnet, where
+    otherwise it ends before the first of them. Only such a policy may shed.
     """
 
     name: str
 
-    def choose(self, queue: QueueView, worker: WorkerView, now_ns: int) -> Choice | None:
+    def choose(self, queue: QueueView, worker: WorkerView, now_ns: int) -> Choice | Shed | None:
         """Return what to run next, in under 20 us, or None if nothing fits the head's slack.
 
         On None the core answers the head INFEASIBLE if no subnet could meet its

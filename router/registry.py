@@ -31,6 +31,7 @@ ENTRY_POINT_GROUP = "superserve.policies"
 # and no package takes over a shipped name unseen. Imported only when chosen.
 _SHIPPED = {
     "slackfit": ("router.slackfit", "SlackFit"),
+    "demandfit": ("router.demandfit", "DemandFit"),
     "maxacc": ("router.baselines", "MaxAcc"),
     "maxbatch": ("router.baselines", "MaxBatch"),
     "fixed": ("router.baselines", "Fixed"),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from profiles.table import Profile
+    from router.demand import Demand
     from router.policy import Policy
     from router.workers import Batch, Peer, Worker
 
@@ -137,6 +138,7 @@ class CoreState:
         self._checked_ns: int | None = None
         self._to_judge: list[Peer] = []
         self._stall_ns = 0
+        self._demand: Demand | None = None  # of policies that ask for it
         self._queue_view = QueueView(0, 0, 0)
         self._worker_view = WorkerView(0, 0, 1.0)
 
@@ -184,7 +186,7 @@ class CoreState:
     def _leave_state(self, cohort: Cohort, i: int) -> None:
         """Take one unanswered query out of the count that it is in."""
         if cohort.states[i] == QUEUED:
-            self.queue.forget(1)
+            self.queue.forget(cohort, i, i + 1)
         else:
             self.in_flight -= 1
 

@@ -162,11 +162,12 @@ class Peer:
         quickest_ns: The quickest answer any of its GPUs can give, as of the last `summarise`.
         slowdowns: Least and greatest slowdown of its GPUs, likewise.
         way_ns: 99th percentile of the way to it and back, likewise.
+        capacity: Queries a nanosecond that its GPUs serve at their unit costs, likewise.
     """
 
     __slots__ = (
-        "epoch", "heard_ns", "key", "machine", "name", "quickest_ns", "sampled_ns", "slowdowns", "transport",
-        "way_ns", "workers",
+        "capacity", "epoch", "heard_ns", "key", "machine", "name", "quickest_ns", "sampled_ns", "slowdowns",
+        "transport", "way_ns", "workers",
     )  # fmt: skip
 
     def __init__(self, key: Any, name: str, epoch: int, heard_ns: int) -> None:
@@ -184,6 +185,7 @@ class Peer:
         self.quickest_ns = 0
         self.slowdowns = (1.0, 1.0)
         self.way_ns = 0
+        self.capacity = 0.0
 
     def sample_way(self, way_ns: int, now_ns: int) -> None:
         """Note how long a batch was under way; now and then: one stall must not fill the window."""
@@ -199,6 +201,8 @@ class Peer:
         self.quickest_ns = alone_ns + self.transport.median_ns
         self.slowdowns = (min(slowdowns), max(slowdowns))
         self.way_ns = self.transport.bound_ns()
+        takers = [w for w in workers if w.machine.state is WorkerState.READY]
+        self.capacity = sum([1 / (w.profile.unit_cost_ns * w.slowdown) for w in takers])
 
     def ease(self, now_ns: int, idle_ns: int) -> None:
         """Let GPUs that have been idle for so long forget what slowed them down."""

@@ -53,10 +53,27 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "loadgen.bench": ("router", "gpu_worker"),
     # Where a query spends its time in the router is measured on the core itself.
     "loadgen.bench_path": ("router",),
-    "loadgen.bench_calls": ("router.policy", "router.slackfit", "gpu_worker"),
+    "loadgen.bench_calls": ("router.policy", "router.demand", "router.registry", "gpu_worker"),
     "loadgen.bench_subnetact": ("gpu_worker",),
     # The simulator runs the core that serves, under a policy built by name; no sockets.
-    "loadgen.simulator": ("router.core", "router.policy", "router.registry"),
+    "loadgen.simulator": ("router.core", "router.policy", "router.registry", "router.state"),
+    "loadgen.simulation": (
+        "router.core",
+        "router.policy",
+        "router.registry",
+        "router.events",
+        "router.state",
+    ),
+    "loadgen.chaos": ("router.core", "router.events", "router.state", "router.edf"),
+    # Its clients are the session that applications embed, told what the router's answers say.
+    "loadgen.chaos_clients": ("router.events", "router.directives"),
+    # Its parts hand the core's own events in, and take its actions.
+    "loadgen.sim_clients": ("router.events",),
+    "loadgen.sim_workers": ("router.events",),
+    # What a live run's messages took is in the logs of its emulated GPUs.
+    "loadgen.machine": ("gpu_worker.eventlog",),
+    "loadgen.simulate_cli": ("router.registry",),
+    "loadgen.compare_cli": ("router.registry",),
     "cluster": ("superserve", "router", "gpu_worker", "loadgen", "profiles"),
 }
 
@@ -68,6 +85,7 @@ PURE = (
     "superserve.session", "superserve.reply",
     "router.core", "router.state", "router.admission", "router.fleet", "router.edf", "router.estimates",
     "router.workers", "router.events", "router.policy", "router.slackfit", "router.baselines",
+    "router.demand", "router.demandfit", "router.lanes",
 )  # fmt: skip
 IMPURE = ("zmq", "socket", "time", "threading", "logging", "random", "numpy.random", "asyncio", "secrets")
 

@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import click
@@ -15,7 +15,10 @@ import pytest
 from cluster.cli import cli as cluster_cli
 from gpu_worker.cli import cli as gpu_worker_cli
 from gpu_worker.eventlog import cli as eventlog_cli
+from loadgen.agreement import main as agreement_cli
+from loadgen.chaos import main as chaos_cli
 from loadgen.cli import cli as loadgen_cli
+from loadgen.figures import main as figures_cli
 from loadgen.run import Emulation, emulated
 from profiles.cli import cli as profiles_cli
 from router.cli import cli as router_cli
@@ -24,13 +27,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/operating.md", "docs/report.md")
+PAGES = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "docs/operating.md",
+    "docs/report.md",
+    "docs/simulator.md",
+)
 CLIENT_PAGES = ("README.md", "wheels/client/README.md")
 """The pages whose Python is for applications that have the client alone."""
 
 ENDPOINT = "tcp://127.0.0.1:5555"
 COMMANDS: dict[str, click.Command] = {
     ".venv/bin/python -m router": router_cli,
+    ".venv/bin/python -m loadgen.agreement": agreement_cli,
+    ".venv/bin/python -m loadgen.chaos": chaos_cli,
+    ".venv/bin/python -m loadgen.figures": figures_cli,
     ".venv/bin/python -m gpu_worker": gpu_worker_cli,
     ".venv/bin/python -m gpu_worker.eventlog": eventlog_cli,
     ".venv/bin/cluster": cluster_cli,
@@ -60,8 +73,9 @@ def client_snippets() -> list[str]:
 
 
 def paths(page: str) -> set[str]:
-    """Return the paths of this repository that a page names."""
-    found = {code or link for code, link in _PATH.findall(text_of(page))}
+    """Return the paths of this repository that a page names; links count from the page's own folder."""
+    folder = PurePosixPath(page).parent
+    found = {code or str(folder / link) for code, link in _PATH.findall(text_of(page))}
     return {path for path in found if not path.startswith(_MADE_BY_COMMANDS)}
 
 
@@ -118,7 +132,7 @@ def test_every_command_shown_takes_its_options(line: str) -> None:
     """Commands on the pages parse: their names, subcommands and options exist."""
     command, rest = command_of(shlex.split(line, comments=True))
     # Files and folders are made by the command before, so only the options are looked up.
-    known = {option for parameter in command.params for option in parameter.opts}
+    known = {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
 
     assert {word for word in rest if word.startswith("--")} <= known
 

@@ -26,6 +26,7 @@ from router.events import (
     WorkerJoined,
     WorkerLeft,
 )
+from router.lanes import LaneQueue
 from router.slackfit import SlackFit
 from router.workers import PeerState, WorkerState
 from superserve.clock import MS
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from profiles.table import Profile
+    from router.edf import Cohort
     from router.policy import Policy
     from router.state import CoreSettings
     from router.workers import Worker
@@ -58,6 +60,7 @@ def make_queries(
     *,
     payload: bytes = b"\x00" * 8,
     min_accuracy: Sequence[float] | None = None,
+    priority: Sequence[int] | None = None,
     resubmitted: bool = False,
 ) -> Queries:
     """Return a QUERIES message of these ids, with one slack each and equal payloads, packed."""
@@ -71,6 +74,7 @@ def make_queries(
         payload_bytes=len(payload),
         payloads=[payload * n],
         min_accuracy=None if min_accuracy is None else struct.pack(f"<{n}f", *min_accuracy),
+        priority=None if priority is None else bytes(priority),
         resubmitted=resubmitted,
     )
 
@@ -170,6 +174,7 @@ class World:
         client: str = "client",
         ids: Sequence[int] | None = None,
         min_accuracy: Sequence[float] | None = None,
+        priority: Sequence[int] | None = None,
         payload: bytes = b"\x00" * 8,
         resubmitted: bool = False,
     ) -> list[int]:
@@ -181,8 +186,9 @@ class World:
             self._next_id += len(slacks_ms)
         slacks_ns = [round(slack * MS) for slack in slacks_ms]
         queries = make_queries(
-            ids, slacks_ns, payload=payload, min_accuracy=min_accuracy, resubmitted=resubmitted
-        )
+            ids, slacks_ns, payload=payload, min_accuracy=min_accuracy, priority=priority,
+            resubmitted=resubmitted,
+        )  # fmt: skip
         for i, slack_ns in zip(ids, slacks_ns, strict=True):
             self.sent.setdefault((client, i), self.now_ns + slack_ns)
         self.do(QueriesArrived(client, queries, transit_ns=0))
@@ -268,21 +274,32 @@ class World:
     def _advance(self) -> list[Action]:
         actions = self.core.advance(self.now_ns)
         self.core.check()
-        order: list[int] = []
         for action in actions:
             self.actions.append((self.now_ns, action))
             match action:
                 case Dispatch():
-                    order += self._check_dispatch(action)
+                    self._check_dispatch(action)
                     self._receive(action)
                 case Answer():
                     self._record(action)
                 case Fence() | Released():
                     pass
-        head = self.core.queue.head()
-        assert order == sorted(order), "not earliest deadline first"
-        assert not order or head is None or order[-1] <= head[0], "an earlier deadline was left behind"
+        self._check_order([action for action in actions if isinstance(action, Dispatch)])
         return actions
+
+    def _check_order(self, batches: Sequence[Dispatch]) -> None:
+        """Assert earliest deadline first; in lanes a batch may pass over floors above its subnet."""
+        queue = self.core.queue
+        if isinstance(queue, LaneQueue):
+            left = [(head[0], lane[1]) for head, lane in queue.heads()]
+        else:
+            left = [(head[0], 0)] if (head := queue.head()) is not None else []
+        for batch in reversed(batches):
+            mine = [_terms(cohort, i) for cohort, lo, hi in batch.stretches for i in range(lo, hi)]
+            may_pass = isinstance(queue, LaneQueue)
+            others = [ns for ns, floor in left if floor <= batch.subnet or not may_pass]
+            assert max(mine)[0] <= min(others, default=max(mine)[0]), "an earlier deadline was left behind"
+            left += mine
 
     def _record(self, answer: Answer) -> None:
         for i in ids_of(answer):
@@ -290,21 +307,14 @@ class World:
             self.answers[answer.client, i] = answer
             self.answered_ns[answer.client, i] = self.now_ns
 
-    def _check_dispatch(self, action: Dispatch) -> list[int]:
-        deadlines = [d for cohort, lo, hi in action.stretches for d in cohort.deadlines_ns[lo:hi]]
-        assert len(deadlines) == action.n
-        assert min(deadlines) >= self.now_ns, "an expired query was dispatched"
-        floors = [
-            f
-            for cohort, lo, hi in action.stretches
-            if cohort.floors is not None
-            for f in cohort.floors[lo:hi]
-        ]
-        assert all(floor <= action.subnet for floor in floors), "a floor was not honoured"
+    def _check_dispatch(self, action: Dispatch) -> None:
+        terms = [_terms(cohort, i) for cohort, lo, hi in action.stretches for i in range(lo, hi)]
+        assert len(terms) == action.n
+        assert min(terms)[0] >= self.now_ns, "an expired query was dispatched"
+        assert all(floor <= action.subnet for _, floor in terms), "a floor was not honoured"
         peer = self.core.peers[action.peer]
         assert peer.machine.state is PeerState.LIVE
         assert peer.workers[action.slot].machine.state is WorkerState.READY
-        return deadlines
 
     def _receive(self, action: Dispatch) -> None:
         process = self.processes[action.peer]
@@ -366,6 +376,11 @@ class World:
     def _report(self, process: Process, row: DoneRow) -> None:
         if process.alive:
             self.core.handle(Finished(process.key, process.epoch, [row]), self.now_ns)
+
+
+def _terms(cohort: Cohort, i: int) -> tuple[int, int]:
+    """Return a query's deadline and floor."""
+    return cohort.deadlines_ns[i], 0 if cohort.floors is None else cohort.floors[i]
 
 
 def hash_of(key: str) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hypothesis import strategies as st
 
 from profiles.table import Profile, SubnetProfile
-from router.policy import Choice, QueueView, WorkerView
+from router.policy import Choice, QueueView, Shed, WorkerView
 
 if TYPE_CHECKING:
     from router.policy import Policy
@@ -45,7 +45,9 @@ def slacks_ns(profile: Profile) -> st.SearchStrategy[int]:
 def at_slack(policy: Policy, slack_ns: int, *, floor: int = 0, slowdown: float = 1.0) -> Choice | None:
     """Ask `policy` with `slack_ns` left at the head, an idle worker and no transport."""
     queue = QueueView(head_deadline_ns=1_000 + slack_ns, head_floor=floor, length=1)
-    return policy.choose(queue, WorkerView(free_at_ns=0, allowance_ns=0, slowdown=slowdown), now_ns=1_000)
+    choice = policy.choose(queue, WorkerView(free_at_ns=0, allowance_ns=0, slowdown=slowdown), now_ns=1_000)
+    assert not isinstance(choice, Shed), "nothing is shed by who does not know of any demand"
+    return choice
 
 
 def many_subnets(n_subnets: int) -> Profile:

@@ -6,7 +6,9 @@ import random
 
 import pytest
 
+from router.demandfit import DemandFit
 from router.events import DrainWorker
+from router.slackfit import SlackFit
 from router.state import CoreSettings
 from superserve.clock import MS
 from superserve.wire import Status
@@ -19,7 +21,8 @@ def storm(seed: int) -> World:
     """Run one seeded storm to its end and return its world; the world asserts as it goes."""
     rng = random.Random(seed)
     settings = CoreSettings(max_queries=rng.choice([30, 300, 200_000]), max_bytes=rng.choice([800, 1 << 20]))
-    world = World(settings, way_ns=rng.choice([20_000, 200_000, 1_500_000]))
+    policy: type[SlackFit] | type[DemandFit] = DemandFit if rng.random() < 0.5 else SlackFit
+    world = World(settings, make_policy=policy, way_ns=rng.choice([20_000, 200_000, 1_500_000]))
     n_processes = rng.randint(1, 4)
     for k in range(n_processes):
         world.join(f"p{k}", *[CNN] * rng.randint(1, 2), speed=rng.choice([0.8, 1.0, 1.0, 3.0]))
@@ -44,7 +47,8 @@ def _one_thing(world: World, rng: random.Random, ids: list[int]) -> None:
         if rng.random() < 0.7:
             slacks = [slacks[0]] * len(slacks)
         floors = [rng.choice([0.0, 78.25, 80.16, 99.0]) for _ in slacks] if rng.random() < 0.2 else None
-        ids += world.submit(*slacks, min_accuracy=floors)
+        classes = [rng.choice([0, 0, 1, 255]) for _ in slacks] if rng.random() < 0.2 else None
+        ids += world.submit(*slacks, min_accuracy=floors, priority=classes)
     elif what < 0.68:
         world.cancel(*rng.sample(ids, min(len(ids), 5)))
     elif what < 0.74:

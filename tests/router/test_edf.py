@@ -90,7 +90,7 @@ class Model(RuleBasedStateMachine):
         query = data.draw(st.sampled_from(sorted(self.queued)))
         del self.queued[query]
         self.cohorts[query[0]].states[query[1]] = ANSWERED
-        self.queue.forget(1)
+        self.queue.forget(self.cohorts[query[0]], query[1], query[1] + 1)
 
     @precondition(lambda self: self.dispatched)
     @rule(data=st.data())

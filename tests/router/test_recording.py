@@ -56,6 +56,22 @@ def test_a_recorded_run_replays_to_the_same_directives(tmp_path: Path, recorded:
     assert f": {n_directives} directives are the same" in output
 
 
+@pytest.mark.e2e
+def test_a_run_that_sees_demand_replays_too(tmp_path: Path) -> None:
+    """What is known of demand is learnt from the log's events alone."""
+    result = CliRunner().invoke(
+        loadgen,
+        ["run", "--trace", "poisson:rate=2500", "--duration", "1", "--emulate", "cnn-8gpu-modelled:2",
+         "--policy", "demandfit", "--logs", str(tmp_path)],
+    )  # fmt: skip
+    assert "no violations" in result.output, result.output
+
+    found = replay(tmp_path / "router.jsonl")
+
+    assert found.n_directives > 50
+    assert found.mismatches == ()
+
+
 def parsed(log: bytes) -> Lines:
     """Return the lines of a log."""
     return [orjson.loads(line) for line in log.splitlines()]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from profiles.table import Profile, load_profile
 from router import registry
 from router.baselines import Fixed, MaxAcc, MaxBatch, MinCost
-from router.policy import Choice, QueueView, WorkerView
+from router.policy import Choice, QueueView, Shed, WorkerView
 from router.registry import ENTRY_POINT_GROUP, known_policies, make_policy
 from router.slackfit import SlackFit
 from superserve.clock import MS
@@ -21,7 +21,16 @@ from superserve.errors import ConfigError
 from tests.router.random_profiles import at_slack, many_subnets, profiles, slacks_ns
 
 CNN = load_profile("cnn-8gpu-modelled")
-SPECS = ("slackfit", "slackfit:16", "maxacc", "maxbatch", "fixed:smallest", "fixed:largest", "mincost")
+SPECS = (
+    "slackfit",
+    "slackfit:16",
+    "demandfit",
+    "maxacc",
+    "maxbatch",
+    "fixed:smallest",
+    "fixed:largest",
+    "mincost",
+)
 
 
 class Alone:
@@ -87,7 +96,10 @@ def test_a_package_plugs_in_a_policy() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("slakfit", r"'slakfit' is unknown: expected one of slackfit, maxacc, .*; did you mean 'slackfit'\?"),
+        (
+            "slakfit",
+            r"'slakfit' is unknown: expected one of slackfit, demandfit, .*; did you mean 'slackfit'\?",
+        ),
         ("", "policy '' is unknown: expected one of slackfit"),
         (":16", "policy '' is unknown"),
         ("Alone", r"did you mean 'alone'\?"),
@@ -120,6 +132,7 @@ def test_the_chosen_batch_ends_by_the_deadline(spec: str, data: st.DataObject, s
     )
     now_ns = data.draw(ns)
     choice = make_policy(spec, profile).choose(queue, worker, now_ns)
+    assert not isinstance(choice, Shed)
     if choice is not None:
         running_ns = profile.latency_p99_ns(choice.subnet, choice.batch_size) * slowdown
         end_ns = max(now_ns, worker.free_at_ns) + math.floor(running_ns) + worker.allowance_ns
@@ -129,7 +142,7 @@ def test_the_chosen_batch_ends_by_the_deadline(spec: str, data: st.DataObject, s
 
 
 @pytest.mark.parametrize(
-    "spec", ["slackfit", "slackfit:1", "maxacc", "maxbatch", "fixed:smallest", "mincost"]
+    "spec", ["slackfit", "slackfit:1", "demandfit", "maxacc", "maxbatch", "fixed:smallest", "mincost"]
 )
 @given(data=st.data())
 def test_a_feasible_head_is_never_left(spec: str, data: st.DataObject) -> None:
