@@ -296,15 +296,15 @@ class Simulation:
         """Do what the live router does when it wakes: read what has come, decide once, act."""
         core, mail = self.core, self._mail
         is_busy = False
+        for client in self.clients.values():
+            if client.next_ns <= now_ns or client.has_unread:
+                for read_ns, event in client.arrived(now_ns):
+                    core.handle(event, read_ns)
+                is_busy = True
         while mail and mail[0][0] <= now_ns:
             _, _, take, message = heappop(mail)
             take(message, now_ns)
             is_busy = True
-        for client in self.clients.values():
-            if client.next_ns <= now_ns or client.has_unread:
-                for event in client.arrived(now_ns):
-                    core.handle(event, now_ns)
-                is_busy = True
         actions = core.advance(now_ns)
         if self.on_pass is not None:
             self.on_pass(now_ns, actions)
