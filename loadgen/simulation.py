@@ -130,8 +130,9 @@ class Simulation:
         if not cluster:
             raise ConfigError("cluster: expected one GPU at least")
         self.settings = settings or SimSettings()
-        build = partial(make_policy, policy) if isinstance(policy, str) else policy
-        self.core = make_core(build, core)
+        self._build = partial(make_policy, policy) if isinstance(policy, str) else policy
+        self._sees_demand = False
+        self.core = make_core(self._built, core)
         self._max_queries = self.core.settings.max_queries // self.settings.n_clients
         self.now_ns = _JOIN_NS
         self.clients: dict[int, Client] = {}
@@ -167,6 +168,12 @@ class Simulation:
             self._plan(fault)
         for process in self.processes:
             self._begin(process, _JOIN_NS)
+
+    def _built(self, profile: Profile) -> Policy:
+        """Build the policy for a profile, and note whether it looks at more than the queue's head."""
+        policy = self._build(profile)
+        self._sees_demand = self._sees_demand or bool(getattr(policy, "sees_demand", False))
+        return policy
 
     # --- what is to happen ----------------------------------------------------------------
 
@@ -282,10 +289,11 @@ class Simulation:
         """Tell whether a pass now would only admit queries, and none of them could change anything yet.
 
         The core has nothing to do before its next wake, whatever joins the queue behind its head. So
-        such a pass is skipped, at half the cost of a run, and the next one admits its queries too.
+        such a pass is skipped, at half the cost of a run, and the next one admits its queries too; not
+        under a policy that sees demand, to which it matters in what parts queries came.
         """
         queue = self.core.queue
-        if self._wake_ns <= now_ns or not queue or self.on_pass is not None:
+        if self._wake_ns <= now_ns or not queue or self._sees_demand or self.on_pass is not None:
             return False
         if self._mail and self._mail[0][0] <= now_ns:
             return False

@@ -98,7 +98,8 @@ def test_skipped_passes_change_nothing_that_was_decided(n_clients: int, policy: 
         simulation.run()
         found.append((simulation.n_passes, [client.columns()[0] for client in clients]))
     (n_skipping, skipping), (n_whole, whole) = found
-    assert n_skipping < n_whole
+    # A policy that sees demand has every pass made: to it, it matters in what parts queries came.
+    assert n_skipping < n_whole or policy == "demandfit"
     for one, other in zip(skipping, whole, strict=True):
         for name in ("answered_ns", "status", "subnet", "batch_size"):
             assert (one[name] == other[name]).all(), name
