@@ -8,6 +8,7 @@ come, has the core decide once, carries out what it says, and rests if there was
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import heappop, heappush
@@ -129,8 +130,9 @@ class Simulation:
         if not cluster:
             raise ConfigError("cluster: expected one GPU at least")
         self.settings = settings or SimSettings()
-        build = partial(make_policy, policy) if isinstance(policy, str) else policy
-        self.core = make_core(build, core)
+        self._build = partial(make_policy, policy) if isinstance(policy, str) else policy
+        self._sees_demand = False
+        self.core = make_core(self._built, core)
         self._max_queries = self.core.settings.max_queries // self.settings.n_clients
         self.now_ns = _JOIN_NS
         self.clients: dict[int, Client] = {}
@@ -147,6 +149,8 @@ class Simulation:
         self._n_connections = 0
         self._rest_until_ns = 0
         self._wake_ns = FAR_NS
+        machine = self.settings.machine
+        self._passes_ns = None if machine is None else (machine.passes_ns + START_NS).tolist()
         self._end_ns = FAR_NS
         self.ways_back: dict[int, Link] = {}
         self._troubles: dict[str, list[Trouble]] = {}
@@ -164,6 +168,12 @@ class Simulation:
             self._plan(fault)
         for process in self.processes:
             self._begin(process, _JOIN_NS)
+
+    def _built(self, profile: Profile) -> Policy:
+        """Build the policy for a profile, and note whether it looks at more than the queue's head."""
+        policy = self._build(profile)
+        self._sees_demand = self._sees_demand or bool(getattr(policy, "sees_demand", False))
+        return policy
 
     # --- what is to happen ----------------------------------------------------------------
 
@@ -250,6 +260,8 @@ class Simulation:
                     router_ns = client.next_ns
             if router_ns < self._rest_until_ns:
                 router_ns = self._rest_until_ns
+            if self._passes_ns is not None:
+                router_ns = self._played_pass_ns(router_ns)
             at_ns = agenda[0][0]
             if at_ns <= router_ns:
                 if at_ns >= end_ns:
@@ -267,14 +279,21 @@ class Simulation:
                 if until_ns is None and self._is_over():
                     break
 
+    def _played_pass_ns(self, due_ns: int) -> int:
+        """Return when a live router's loop came round next; after its last time, when one is due."""
+        assert self._passes_ns is not None, "asked only where a live run is played"
+        place = bisect_left(self._passes_ns, max(due_ns, self._rest_until_ns))
+        return self._passes_ns[place] if place < len(self._passes_ns) else due_ns
+
     def _may_wait(self, now_ns: int) -> bool:
         """Tell whether a pass now would only admit queries, and none of them could change anything yet.
 
         The core has nothing to do before its next wake, whatever joins the queue behind its head. So
-        such a pass is skipped, at half the cost of a run, and the next one admits its queries too.
+        such a pass is skipped, at half the cost of a run, and the next one admits its queries too; not
+        under a policy that sees demand, to which it matters in what parts queries came.
         """
         queue = self.core.queue
-        if self._wake_ns <= now_ns or not queue or self.on_pass is not None:
+        if self._wake_ns <= now_ns or not queue or self._sees_demand or self.on_pass is not None:
             return False
         if self._mail and self._mail[0][0] <= now_ns:
             return False
@@ -296,15 +315,15 @@ class Simulation:
         """Do what the live router does when it wakes: read what has come, decide once, act."""
         core, mail = self.core, self._mail
         is_busy = False
+        for client in self.clients.values():
+            if client.next_ns <= now_ns or client.has_unread:
+                for read_ns, event in client.arrived(now_ns):
+                    core.handle(event, read_ns)
+                is_busy = True
         while mail and mail[0][0] <= now_ns:
             _, _, take, message = heappop(mail)
             take(message, now_ns)
             is_busy = True
-        for client in self.clients.values():
-            if client.next_ns <= now_ns or client.has_unread:
-                for event in client.arrived(now_ns):
-                    core.handle(event, now_ns)
-                is_busy = True
         actions = core.advance(now_ns)
         if self.on_pass is not None:
             self.on_pass(now_ns, actions)

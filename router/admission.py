@@ -64,7 +64,7 @@ class Admission(CoreState):
             self._serial, client, deadlines_ns, base_ns, now_ns, classes=queries.priority, message=queries
         )
         if self._demand is not None:
-            self._demand.arrived(n, sum(slacks_ns))
+            self._demand.arrived(slacks_ns)
         if queries.resubmitted and client.cohorts:
             self._admit_unknown(client, cohort)
             return

@@ -19,26 +19,31 @@ class Demand:
 
     Attributes:
         rate: Queries a nanosecond, smoothed over `slack_ns`.
-        slack_ns: Mean slack of queries on arrival, smoothed over itself.
+        slack_ns: Harmonic mean of the slack of queries on arrival, smoothed over itself. Harmonic,
+            because a few very patient queries make nobody else more patient.
         capacity: Queries a nanosecond that the cluster serves at each GPU's unit cost: the sum over
             the GPUs that take work of 1 / (unit cost * slowdown); see `Profile.unit_cost_ns`.
     """
 
-    __slots__ = ("_n", "_slack_rate", "_slacks_ns", "_until_ns", "capacity", "rate", "slack_ns")
+    __slots__ = ("_haste", "_hastes", "_n", "_until_ns", "capacity", "rate", "slack_ns")
 
     def __init__(self, *, rate: float = 0.0, slack_ns: float = 0.0, capacity: float = 0.0) -> None:
         self.rate = rate
         self.slack_ns = slack_ns
         self.capacity = capacity
-        self._slack_rate = rate * slack_ns
+        self._haste = rate / slack_ns if slack_ns else 0.0  # the sum over arrivals of 1 / slack, a nanosecond
         self._n = 0
-        self._slacks_ns = 0
+        self._hastes = 0.0
         self._until_ns: int | None = None
 
-    def arrived(self, n: int, slacks_ns: int) -> None:
-        """Note n queries, whose slacks sum to `slacks_ns`."""
-        self._n += n
-        self._slacks_ns += slacks_ns
+    def arrived(self, slacks_ns: list[int]) -> None:
+        """Note queries with these slacks; those below a millisecond count as one."""
+        self._n += len(slacks_ns)
+        first_ns = slacks_ns[0]
+        if slacks_ns[-1] == first_ns and slacks_ns.count(first_ns) == len(slacks_ns):
+            self._hastes += len(slacks_ns) / max(MS, first_ns)
+        else:
+            self._hastes += sum([1.0 / max(MS, slack_ns) for slack_ns in slacks_ns])
 
     def settle(self, now_ns: int) -> None:
         """Take into account what has arrived by now.
@@ -48,7 +53,7 @@ class Demand:
         """
         if self._until_ns is None or self.slack_ns <= 0.0:
             self._until_ns = now_ns
-            self.slack_ns = max(0.0, self._slacks_ns / self._n) if self._n else 0.0
+            self.slack_ns = self._n / self._hastes if self._n else 0.0
             return
         passed_ns = now_ns - self._until_ns
         if passed_ns < _SETTLE_NS:
@@ -56,8 +61,8 @@ class Demand:
         keep = exp(-passed_ns / self.slack_ns)
         gain = (1.0 - keep) / passed_ns
         self.rate = self.rate * keep + gain * self._n
-        self._slack_rate = self._slack_rate * keep + gain * self._slacks_ns
-        if self._n and self._slack_rate > 0.0:
-            self.slack_ns = self._slack_rate / self.rate
-        self._n = self._slacks_ns = 0
+        self._haste = self._haste * keep + gain * self._hastes
+        if self._n and self._haste > 0.0:
+            self.slack_ns = self.rate / self._haste
+        self._n, self._hastes = 0, 0.0
         self._until_ns = now_ns
