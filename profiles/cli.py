@@ -106,7 +106,7 @@ def _show(measurement: Measurement) -> None:
     click.echo(f"{'':{width}}        %{sizes}")
     for subnet in profile.subnets:
         cells = (
-            f"{median / 1e6:7.2f} /{p99 / 1e6:7.2f}"
+            f"{median / 1e6:7.4g} /{p99 / 1e6:6.4g}"
             for median, p99 in zip(subnet.latency_ns, subnet.latency_p99_ns, strict=True)
         )
         click.echo(f"{subnet.name:{width}}  {subnet.accuracy:6.2f}{''.join(cells)}")
