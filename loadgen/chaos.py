@@ -187,12 +187,18 @@ class Checker:
         if isinstance(event, Finished | Pulled):
             peer = core.peers.get(event.peer)
             if peer is None or peer.epoch != event.epoch:
-                before = (core.n_answered, len(core.queue), core.in_flight, len(core.ledger))
+                before = self._known()
                 self._handle(event, now_ns)
-                after = (core.n_answered, len(core.queue), core.in_flight, len(core.ledger))
-                _hold(before == after, f"epoch {event.epoch} is over, and what it said was counted")
+                is_same = self._known() == before
+                _hold(is_same, f"epoch {event.epoch} is over, and what it said was counted")
                 return
         self._handle(event, now_ns)
+
+    def _known(self) -> tuple[object, ...]:
+        """Return what a worker's word changes."""
+        core = self._core
+        offers = [(worker.credit, worker.free_at_ns, len(worker.outstanding)) for worker in core.workers()]
+        return core.n_answered, len(core.queue), core.in_flight, len(core.ledger), offers
 
     def passed(self, now_ns: int, actions: list[Action]) -> None:
         """Check what a pass left behind and what it decided."""

@@ -110,7 +110,7 @@ class SessionClient:
         self._link = way_in
         self._way.clear()
 
-    def arrived(self, now_ns: int) -> list[Event]:
+    def arrived(self, now_ns: int) -> list[tuple[int, Event]]:
         """Return what has arrived by now."""
         events: list[Event] = []
         while self._way and self._way[0][0] <= now_ns:
@@ -128,7 +128,7 @@ class SessionClient:
             isinstance(event, ClientJoined) for event in events
         ):
             return []  # the router has forgotten it: it answers "say HELLO", and reads no more
-        return events
+        return [(now_ns, event) for event in events]
 
     def _reply(self, word: str, now_ns: int) -> None:
         key = self.key

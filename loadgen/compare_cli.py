@@ -84,7 +84,7 @@ def compare_command(
         for policy in policies:
             make_policy(policy, cluster[0])
         if traces:
-            cells = [Cell(trace, trace, emulate, rate, slo_ms, floor) for trace in traces]
+            cells = [Cell(Path(trace).name, trace, emulate, rate, slo_ms, floor) for trace in traces]
         else:
             profile, _, n = emulate.partition(":")
             if not n.isdecimal():

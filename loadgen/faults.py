@@ -122,14 +122,21 @@ class Fault:
         """Which process or client it befalls."""
         return int(self.peer.partition(":")[2])
 
-    def check(self, n_processes: int, n_clients: int) -> None:
-        """Raise ConfigError unless such a peer takes part."""
-        n = n_processes if self.peer.startswith("worker") else n_clients
+    def check(self, n_gpus: Sequence[int], n_clients: int) -> None:
+        """Raise ConfigError unless such a peer, and such a GPU of it, takes part.
+
+        Args:
+            n_gpus: Of each worker process.
+            n_clients: How many clients there are.
+        """
+        where = f"fault {self.kind} at {self.at_ns / MS:g} ms"
+        role = self.peer.partition(":")[0]
+        n = len(n_gpus) if role == "worker" else n_clients
         if self.number >= n:
-            role = self.peer.partition(":")[0]
+            raise ConfigError(f"{where}: peer: expected {role}:0 to {role}:{n - 1}, got {self.peer}")
+        if self.slot is not None and self.slot >= n_gpus[self.number]:
             raise ConfigError(
-                f"fault {self.kind} at {self.at_ns / MS:g} ms: peer: expected {role}:0 to "
-                f"{role}:{n - 1}, got {self.peer}"
+                f"{where}: slot: {self.peer} has slots 0 to {n_gpus[self.number] - 1}, got {self.slot}"
             )
 
     def trouble(self, start_ns: int) -> Trouble | None:
@@ -279,7 +286,7 @@ def draw_faults(
 ) -> tuple[Fault, ...]:
     """Return the faults of a seed: one to six of them by default, of every kind, within the duration.
 
-    A process that is killed is revived later, more often than not.
+    A process that has ended is revived later, more often than not, and at times on a slow way.
     """
     rng = random.Random(f"{seed}/faults")
     faults: list[Fault] = []
@@ -292,6 +299,10 @@ def draw_faults(
         faults.append(_drawn(rng, kind, at_ns, peer, for_ns))
         if kind in ("kill", "vanish", "drain") and rng.random() < 0.7:
             faults.append(Fault("revive", at_ns + for_ns, peer))
+            if rng.random() < 0.4:
+                # So slow a way has it say HELLO again before it is welcomed, and so speak under an old epoch.
+                slow_ns = rng.randrange(150, 450) * MS
+                faults.append(Fault("delay", at_ns + for_ns, peer, 300 * MS, slow_ns))
     return tuple(sorted(faults, key=lambda fault: (fault.at_ns, fault.peer, fault.kind)))
 
 

@@ -3,8 +3,9 @@
 A run of `loadgen run --emulate ... --logs FOLDER` leaves the router's event log and those of the
 emulated GPUs. All processes of such a run share this machine's monotonic clock, so the logs tell
 for each message when it was sent and when it was read. `loadgen simulate --like FOLDER` then has
-every message take what the last one sent before it took at that moment of the live run, stalls
-included: what differs is what the simulator's model leaves out, and not the machine.
+every message take what its neighbours took at that moment of the live run, and the router look when
+the live one looked, stalls included: what differs is what the simulator's model leaves out, and not
+the machine.
 """
 
 from __future__ import annotations
@@ -59,8 +60,11 @@ class _PlayedLink(Link):
         while place + 1 < len(at_ns) and at_ns[place + 1] <= sent_ns:
             place += 1
         self._place = place  # instants of sending do not fall
-        way_ns: int = self._ways_ns[place]
-        return way_ns
+        ways_ns = self._ways_ns
+        # What was held up with the one before it comes with it; else the quicker of its neighbours tells.
+        usual_ns: int = min(ways_ns[place : place + 2])
+        held_ns: int = at_ns[place] + ways_ns[place] - sent_ns if at_ns[place] <= sent_ns else 0
+        return max(usual_ns, held_ns)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +77,7 @@ class Machine:
         to_clients: RESULTS: as long as QUERIES took at that moment, for no log has them.
         sent_ns: When each query was sent, shape (n,).
         read_ns: When the router read it, shape (n,); -1 if it did not.
+        passes_ns: When the router's loop came round, ascending.
     """
 
     to_workers: Series
@@ -80,6 +85,7 @@ class Machine:
     to_clients: Series
     sent_ns: Ints
     read_ns: Ints
+    passes_ns: Ints
 
 
 def load_machine(folder: Path, trace: Trace) -> Machine:
@@ -89,7 +95,7 @@ def load_machine(folder: Path, trace: Trace) -> Machine:
         ConfigError: The logs are missing, are no logs, or are of another run.
     """
     path = folder / "router.jsonl"
-    queries, dispatched, finished = _router_log(path)
+    queries, dispatched, finished, passes = _router_log(path)
     if not queries or not finished:
         raise ConfigError(f"{path}: expected the log of a run in which queries were answered")
     sent = np.array([entry[0] for entry in queries], np.int64)
@@ -112,6 +118,7 @@ def load_machine(folder: Path, trace: Trace) -> Machine:
     return Machine(
         _series(there, start_ns), _series(back, start_ns),
         _series(np.stack([sent, read - sent], axis=1), start_ns), sent_ns, read_ns,
+        np.array(passes, np.int64) - start_ns,
     )  # fmt: skip
 
 
@@ -122,14 +129,19 @@ def _series(pairs: Ints, start_ns: int) -> Series:
 
 def _router_log(
     path: Path,
-) -> tuple[list[tuple[int, int, int, int]], dict[int, int], dict[int, tuple[int, int]]]:
-    """Return messages (sent, read, first id, n), dispatches by batch, and reports (read, waited) by batch."""
+) -> tuple[list[tuple[int, int, int, int]], dict[int, int], dict[int, tuple[int, int]], list[int]]:
+    """Return what the router's log tells.
+
+    Messages (sent, read, first id, n), dispatches by batch, reports (read, waited) by batch, and passes.
+    """
+    passes: list[int] = []
     queries: list[tuple[int, int, int, int]] = []
     dispatched: dict[int, int] = {}
     finished: dict[int, tuple[int, int]] = {}
     try:
         for now_ns, name, body in _lines(path):
             if name == "advance":
+                passes.append(now_ns)
                 dispatched |= {batch[0]: now_ns for batch in body}
             elif name == "Finished":
                 finished |= {row["batch_id"]: (now_ns, row["waited_ns"]) for row in body["rows"]}
@@ -139,7 +151,7 @@ def _router_log(
                 queries.append((message["sent_ns"], now_ns, first, message["n"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: expected a router's event log: {error!r}") from error
-    return queries, dispatched, finished
+    return queries, dispatched, finished, passes
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, Any]]:

@@ -69,8 +69,8 @@ class Client(Protocol):
         """
         ...
 
-    def arrived(self, now_ns: int) -> Sequence[Event]:
-        """Return what has arrived by now and was not returned before."""
+    def arrived(self, now_ns: int) -> Sequence[tuple[int, Event]]:
+        """Return what has arrived by now and was not returned before, each with when it is read."""
         ...
 
     def answered(self, answer: Answer, arrives_ns: int) -> None:
@@ -163,30 +163,34 @@ class OpenLoopClient:
             return self._deadlines[lo]
         return int(self._deadlines_ns[self._places[lo:hi]].min())
 
-    def arrived(self, now_ns: int) -> list[QueriesArrived]:
-        """Return what has arrived by now and was not read, as one message."""
+    def arrived(self, now_ns: int) -> list[tuple[int, QueriesArrived]]:
+        """Return what has arrived by now and was not read, as one message, and when it is read.
+
+        One message in place of several: it was sent, and is read, at the mean of their instants, so
+        that slacks on arrival and waits in the queue sum to what theirs would.
+        """
         lo = self._lo
         arrives = self._arrives_ns
         self._lo = hi = bisect_right(arrives, now_ns, lo)
         self.next_ns = arrives[hi] if hi < len(arrives) else FAR_NS
         read_ns = now_ns if self._read_ns is None else self._read_ns
         self._read_ns = None
+        n = hi - lo
         if self._is_whole:
-            first, ids = lo, self._ids[8 * lo : 8 * hi]
-            deadlines_ns = self._deadlines[lo:hi]
+            ids, sent_ns, deadlines_ns = self._ids[8 * lo : 8 * hi], self._sent[lo:hi], self._deadlines[lo:hi]
             picked: Any = slice(lo, hi)
         else:
             picked = self._places[lo:hi]
-            first, ids = int(picked[0]), picked.astype("<u8").tobytes()
+            ids = picked.astype("<u8").tobytes()
+            sent_ns = array("q", self.sent_ns[picked].tobytes())
             deadlines_ns = array("q", self._deadlines_ns[picked].tobytes())
-        transit_ns = read_ns - self._sent[first]
-        # The core counts slack from `transit_ns` ago, whenever the others of the run were sent.
-        base_ns = now_ns - transit_ns
+        transit_ns = read_ns - sent_ns[0]
+        base_ns = sum(sent_ns) // n
         floors = None if self._floors is None else self._floors[picked].tobytes()
         classes = None if self._classes is None else self._classes[picked].tobytes()
-        queries = _Run(1, base_ns, hi - lo, ids, b"", 0, _NO_PAYLOAD, False, None, floors, classes)
+        queries = _Run(1, base_ns, n, ids, b"", 0, _NO_PAYLOAD, False, None, floors, classes)
         queries.deadlines_ns = deadlines_ns
-        return [QueriesArrived(self.key, queries, transit_ns)]
+        return [(base_ns + transit_ns, QueriesArrived(self.key, queries, transit_ns))]
 
     def answered(self, answer: Answer, arrives_ns: int) -> None:
         """Note an answer that reaches this client at `arrives_ns`."""

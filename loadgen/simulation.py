@@ -8,6 +8,7 @@ come, has the core decide once, carries out what it says, and rests if there was
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import heappop, heappush
@@ -147,6 +148,8 @@ class Simulation:
         self._n_connections = 0
         self._rest_until_ns = 0
         self._wake_ns = FAR_NS
+        machine = self.settings.machine
+        self._passes_ns = None if machine is None else (machine.passes_ns + START_NS).tolist()
         self._end_ns = FAR_NS
         self.ways_back: dict[int, Link] = {}
         self._troubles: dict[str, list[Trouble]] = {}
@@ -211,7 +214,7 @@ class Simulation:
 
     def _plan(self, fault: Fault) -> None:
         """Have a fault strike when its time comes; trouble on the way is known to the links beforehand."""
-        fault.check(len(self.processes), self.settings.n_clients)
+        fault.check([len(process.gpus) for process in self.processes], self.settings.n_clients)
         trouble = fault.trouble(START_NS)
         if trouble is None:
             self.later(START_NS + fault.at_ns, partial(fault.strike, self))
@@ -250,6 +253,8 @@ class Simulation:
                     router_ns = client.next_ns
             if router_ns < self._rest_until_ns:
                 router_ns = self._rest_until_ns
+            if self._passes_ns is not None:
+                router_ns = self._played_pass_ns(router_ns)
             at_ns = agenda[0][0]
             if at_ns <= router_ns:
                 if at_ns >= end_ns:
@@ -266,6 +271,12 @@ class Simulation:
                 self._pass(router_ns)
                 if until_ns is None and self._is_over():
                     break
+
+    def _played_pass_ns(self, due_ns: int) -> int:
+        """Return when a live router's loop came round next; after its last time, when one is due."""
+        assert self._passes_ns is not None, "asked only where a live run is played"
+        place = bisect_left(self._passes_ns, max(due_ns, self._rest_until_ns))
+        return self._passes_ns[place] if place < len(self._passes_ns) else due_ns
 
     def _may_wait(self, now_ns: int) -> bool:
         """Tell whether a pass now would only admit queries, and none of them could change anything yet.
@@ -296,15 +307,15 @@ class Simulation:
         """Do what the live router does when it wakes: read what has come, decide once, act."""
         core, mail = self.core, self._mail
         is_busy = False
+        for client in self.clients.values():
+            if client.next_ns <= now_ns or client.has_unread:
+                for read_ns, event in client.arrived(now_ns):
+                    core.handle(event, read_ns)
+                is_busy = True
         while mail and mail[0][0] <= now_ns:
             _, _, take, message = heappop(mail)
             take(message, now_ns)
             is_busy = True
-        for client in self.clients.values():
-            if client.next_ns <= now_ns or client.has_unread:
-                for event in client.arrived(now_ns):
-                    core.handle(event, now_ns)
-                is_busy = True
         actions = core.advance(now_ns)
         if self.on_pass is not None:
             self.on_pass(now_ns, actions)

@@ -6,19 +6,26 @@ The chaos checker must find each of them: a check that cannot fail proves nothin
 from __future__ import annotations
 
 import sys
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from loadgen.chaos import find_violation
 from router.core import RouterCore
-from router.edf import ANSWERED
+from router.edf import ANSWERED, EdfQueue
 from router.events import Answer
 from router.policy import Choice, Shed
+from superserve.clock import MS
 from superserve.wire import Status
 
 if TYPE_CHECKING:
-    from router.edf import Cohort
-    from router.events import Action, Ran
-    from router.workers import Batch, Worker
+    from collections.abc import Callable
+
+    from profiles.table import Profile
+    from router.edf import Cohort, Stretch
+    from router.events import Action, Key, Ran
+    from router.policy import Policy
+    from router.state import CoreSettings
+    from router.workers import Batch, Peer, Worker
 
 
 class DropsRedispatch(RouterCore):
@@ -59,10 +66,85 @@ class DispatchesExpired(RouterCore):
         return super()._choose(worker, head, now_ns) or Choice(floor, 1)
 
 
+class _Hasty(EdfQueue):
+    """Takes what is behind the first run of the heap, where there is something."""
+
+    __slots__ = ()
+
+    def take(self, k: int, subnet: int, until_ns: int | None = None) -> tuple[list[Stretch], int]:
+        """Remove queries, but not the earliest."""
+        if self.head() is None or len(self._heap) == 1:
+            return super().take(k, subnet, until_ns)
+        first = heappop(self._heap)
+        taken, n = super().take(k, subnet, until_ns)
+        heappush(self._heap, first)
+        return (taken, n) if n else super().take(k, subnet, until_ns)
+
+
+class LeavesTheHead(RouterCore):
+    """Gives a worker what came later, and leaves the earliest deadline in the queue."""
+
+    def __init__(
+        self, make_policy: Callable[[Profile], Policy], settings: CoreSettings | None = None
+    ) -> None:
+        super().__init__(make_policy, settings)
+        self.queue = _Hasty()
+
+
+class SendsOnNoCredit(RouterCore):
+    """Does not deduct what it sends from what a worker said that it can take."""
+
+    def _send(self, worker: Worker, choice: Choice, now_ns: int) -> None:
+        super()._send(worker, choice, now_ns)
+        worker.credit = max(1, worker.credit)
+        self._offer(worker)
+
+
+class TrustsOldLives(RouterCore):
+    """Listens to whoever has a known name, under whatever epoch."""
+
+    def _speaker(self, key: Key, _epoch: int, now_ns: int) -> Peer | None:
+        peer = self.peers.get(key)
+        if peer is not None:
+            self._hear(peer, now_ns)
+        return peer
+
+
+class TellsLate(RouterCore):
+    """Looks for what has expired ten times a second."""
+
+    looked_ns = 0
+
+    def _refuse_doomed(self, now_ns: int) -> None:
+        if now_ns - self.looked_ns >= 100 * MS:
+            self.looked_ns = now_ns
+            super()._refuse_doomed(now_ns)
+
+    def next_wake_ns(self) -> int | None:
+        """Return a wake that is ahead."""
+        wake_ns = super().next_wake_ns()
+        return None if wake_ns is None else max(wake_ns, self.looked_ns + 100 * MS)
+
+
+class TakesTooMany(RouterCore):
+    """Queues whatever comes."""
+
+    def _admit_stretch(self, cohort: Cohort, lo: int, hi: int) -> None:
+        if cohort.message.min_accuracy is None:
+            self.queue.push(cohort, lo, hi)
+        else:
+            super()._admit_stretch(cohort, lo, hi)
+
+
 MUTANTS: dict[str, tuple[type[RouterCore], str]] = {
     "re-dispatch dropped": (DropsRedispatch, "in nobody's hands"),
     "answered twice": (AnswersTwice, "was answered twice"),
     "expired work dispatched": (DispatchesExpired, "was dispatched .* ms too late"),
+    "head left behind": (LeavesTheHead, "passed over the head|left behind a query"),
+    "credit ignored": (SendsOnNoCredit, "a GPU was sent 3 batches"),
+    "old lives trusted": (TrustsOldLives, "epoch .* is over"),
+    "expiry told late": (TellsLate, "expired in the queue and was told"),
+    "bound ignored": (TakesTooMany, "more queries than --max-queries"),
 }
 """What each does, and what the checker says of it."""
 

@@ -78,6 +78,14 @@ def test_a_fault_of_nobody_is_refused() -> None:
         Simulation([CNN], faults=[Fault("kill", MS, "worker:3")])
 
 
+def test_a_fault_of_a_gpu_that_is_not_there_is_refused() -> None:
+    """A process of two GPUs has no slot 2: the error says which it has."""
+    fault = Fault("slow", MS, "worker:0", None, 2.0, slot=2)
+
+    with pytest.raises(ConfigError, match=r"slow at 1 ms: slot: worker:0 has slots 0 to 1, got 2"):
+        Simulation([CNN] * 2, faults=[fault])
+
+
 def test_a_frozen_process_reports_when_it_thaws() -> None:
     """Its GPU goes on, but nobody hears of it: what the only worker holds is answered after, and once."""
     trace = Trace("one", np.array([50 * MS]), 100 * MS, "made by a test")

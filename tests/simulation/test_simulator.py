@@ -82,15 +82,16 @@ def test_queries_of_a_killed_process_are_served_by_another() -> None:
     assert found.result.slo_attainment > 0.99
 
 
+@pytest.mark.parametrize("policy", ["slackfit", "demandfit"])
 @pytest.mark.parametrize("n_clients", [1, 2])
-def test_skipped_passes_change_nothing_that_was_decided(n_clients: int) -> None:
+def test_skipped_passes_change_nothing_that_was_decided(n_clients: int, policy: str) -> None:
     """Reading what cannot matter yet later than a live router would gives the same batches to all."""
     # Without rests every message takes the same way: what a run samples of it cannot differ.
     settings = SimSettings(way=Way(100_000, 0), router_rest_ns=0, n_clients=n_clients)
     workload = Workload(TRACE, np.where(np.arange(TRACE.n) % 5, 36 * MS, 20 * MS).astype(np.int64))
     found = []
     for is_watched in (False, True):
-        simulation = Simulation([CNN] * 2, settings=settings)
+        simulation = Simulation([CNN] * 2, policy=policy, settings=settings)
         clients = simulation.offer(workload)
         if is_watched:  # a watched simulation makes every pass
             simulation.on_pass = lambda _now_ns, _actions: None
