@@ -48,7 +48,12 @@ def cli() -> None:
 )
 @click.option("--profile", metavar="PROFILE", help="Of the supernet on this device.  [default: digits-cpu]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each worker's torch.  [default: 1]")
-@click.option("--policy", default="slackfit", show_default=True, help="slackfit, fixed:<subnet>, maxacc, ...")
+@click.option(
+    "--policy",
+    default="demandfit",
+    show_default=True,
+    help="demandfit, slackfit, fixed:<subnet>, maxacc, ...",
+)
 @click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back for the unforeseen.")
 @click.option("--client-port", type=_PORT, default=0, help="Where clients connect.  [default: any free one]")
 @click.option("--worker-port", type=_PORT, default=0, help="Where workers connect.  [default: any free one]")

@@ -70,7 +70,7 @@ class Options:
         threads: CPU threads of each.
     """
 
-    policy: str = "slackfit"
+    policy: str = "demandfit"
     margin_ms: float = 1.0
     client_port: int = ANY_PORT
     worker_port: int = ANY_PORT

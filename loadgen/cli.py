@@ -53,7 +53,7 @@ def cli() -> None:
 @click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
 @click.option("--duration", type=float, help="Squeeze or cut the trace to so many seconds.")
 @click.option("--slo-ms", type=float, default=36.0, show_default=True, help="From due to deadline.")
-@click.option("--policy", help="Policy of the private router.  [default: slackfit]")
+@click.option("--policy", help="Policy of the private router.  [default: demandfit]")
 @click.option("--senders", type=click.IntRange(1, 64), default=1, show_default=True, help="Sender processes.")
 @click.option(
     "--payload-bytes", type=click.IntRange(0, 64 << 20), help="[default: what the model takes, or 64]"
@@ -159,7 +159,7 @@ def _target(
     if emulate is not None:
         if logs is not None:
             make_folder(logs, "--logs")
-        return _emulation(emulate, policy or "slackfit", logs)
+        return _emulation(emulate, policy or "demandfit", logs)
     if policy is not None:
         raise ConfigError("--policy: a running router has its own; expected with --emulate only")
     if connect is None:

@@ -44,7 +44,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--slo-ms", default="36", show_default=True, metavar="MS[:WEIGHT],...", help="One SLO, or a mix of them."
 )
 @click.option("--floor", metavar="ACCURACY[:SHARE]", help="An accuracy floor for a share of the queries.")
-@click.option("--policy", default="slackfit", show_default=True, help="What the router runs.")
+@click.option("--policy", default="demandfit", show_default=True, help="What the router runs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals, mix and network.")
 @click.option("--faults", "faults_path", type=_FILE, help="A fault file: see docs/simulator.md.")
 @click.option("--fault-seed", type=click.IntRange(0), help="Draw faults from this seed instead.")

@@ -25,7 +25,12 @@ _LOOPBACK = "tcp://127.0.0.1:*"
 @click.group(invoke_without_command=True)
 @click.option("--client-endpoint", default=_LOOPBACK, show_default=True, help="Where clients connect.")
 @click.option("--worker-endpoint", default=_LOOPBACK, show_default=True, help="Where workers connect.")
-@click.option("--policy", default="slackfit", show_default=True, help="slackfit, fixed:<subnet>, maxacc, ...")
+@click.option(
+    "--policy",
+    default="demandfit",
+    show_default=True,
+    help="demandfit, slackfit, fixed:<subnet>, maxacc, ...",
+)
 @click.option(
     "--max-queries", type=click.IntRange(1), default=200_000, show_default=True, help="Queries held, at most."
 )

@@ -13,10 +13,10 @@ after paying for it, among those that meet the head's deadline.
     price   = slope of accuracy over cost at budget     percent a nanosecond
     batch   = argmax over fitting (subnet, size) of accuracy - price * latency / min(size, length)
 
-Patience is the mean slack on arrival, less what the way takes. Holding a quarter of it in the queue is
-the set point: at that length need equals rate. A longer queue raises the price until it drains, a
-shorter one lowers it; averages over a patience keep single batches from moving it. docs/demandfit.md
-says how much each constant matters.
+Patience is the harmonic mean of the slack on arrival, less what the way takes. Holding a quarter of it
+in the queue is the set point: at that length need equals rate. A longer queue raises the price until it
+drains, a shorter one lowers it; averages over a patience keep single batches from moving it.
+docs/demandfit.md says how much each constant matters.
 
 Once even the smallest subnet cannot keep up, serving a head that is too late for a full batch costs the
 time of many queries behind it. Such heads are shed, of the lowest priority class first.

@@ -50,6 +50,9 @@ class LaneQueue(EdfQueue):
 
     def head(self) -> tuple[int, Cohort, int] | None:
         """Return (deadline, cohort, index) of the earliest query, or None if there is none."""
+        if len(self._lanes) == 1:
+            [only] = self._lanes.values()
+            return only.head()
         heads = self.heads()
         return min(heads, key=_order)[0] if heads else None
 
@@ -82,6 +85,11 @@ class LaneQueue(EdfQueue):
             The stretches in order of deadline, and how many queries they hold.
             Their states are still QUEUED: the caller says what becomes of them.
         """
+        if len(self._lanes) == 1:
+            [only] = self._lanes.values()
+            taken, n = only.take(k, subnet, until_ns)  # stops at once if the lane's floor is above
+            self._length -= n
+            return taken, n
         allowed = [lane for lane in self._lanes if lane[1] <= subnet]
         return self._take(k, allowed, until_ns)
 

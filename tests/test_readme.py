@@ -31,6 +31,7 @@ PAGES = (
     "README.md",
     "ARCHITECTURE.md",
     "CHANGELOG.md",
+    "docs/demandfit.md",
     "docs/operating.md",
     "docs/report.md",
     "docs/simulator.md",
