@@ -316,8 +316,9 @@ class Supernet(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
-        return next(self.model.parameters()).device
+        """Where its parameters are; host memory if it has none."""
+        first = next(self.model.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -118,6 +118,7 @@ def draw_range(points: list[Point]) -> Callable[[Axes], None]:
                 axes.plot(rates, accuracies, "o-", color=RUNS[place], markersize=3.5, label=policy)
         axes.set_xlabel(f"constant rate, queries/s, held with attainment of {ENOUGH:g} at least")
         axes.set_ylabel("mean accuracy, %")
+        axes.margins(y=0.1)  # room for the names at the ends
         axes.set_xlim(0, RATES_QPS[-1])
         axes.legend(frameon=False, loc="lower left")
         axes.grid()
