@@ -19,6 +19,7 @@ from loadgen.simulate_cli import simulate_command
 from loadgen.tables import check_writable, make_folder, table, write, write_page
 from loadgen.timeline import recorded
 from loadgen.trace import load_trace
+from loadgen.trace_cli import trace_group
 from profiles.table import load_profile
 from router.registry import make_policy
 from superserve import local
@@ -229,3 +230,4 @@ def _show(measured: Run, report: EventLogReport | None) -> None:
 
 cli.add_command(simulate_command)
 cli.add_command(compare_command)
+cli.add_command(trace_group)
