@@ -15,17 +15,14 @@ from loadgen.environment import environment_of
 from loadgen.plots import check_installed
 from loadgen.report import load_runs
 from loadgen.run import Emulation, RunSettings, run_emulated, run_trace
+from loadgen.search_cli import search_command
 from loadgen.simulate_cli import simulate_command
-from loadgen.tables import check_writable, make_folder, table, write, write_page
+from loadgen.tables import check_writable, table, write, write_page
+from loadgen.targets import payload_bytes_of, target_of
 from loadgen.timeline import recorded
 from loadgen.trace import load_trace
 from loadgen.trace_cli import trace_group
-from profiles.table import load_profile
-from router.registry import make_policy
-from superserve import local
-from superserve.connection import ask_status
 from superserve.errors import ConfigError, SuperServeError
-from superserve.subnet import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
     from loadgen.trace import Trace
 
 MS = 1_000_000
-_ANY_PAYLOAD_BYTES = 64
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -89,10 +85,10 @@ def run(
         if page_path is not None:
             check_installed()
             check_writable(page_path, "--report")
-        target = _target(connect, emulate, policy, logs)
+        target = target_of(connect, emulate, policy, logs)
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
         if payload_bytes is None:
-            payload_bytes = _payload_bytes(target)
+            payload_bytes = payload_bytes_of(target)
         settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed)
         click.echo(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
         click.echo(f"  {trace.provenance}")
@@ -151,52 +147,6 @@ def _environment(
     )
 
 
-def _target(
-    connect: str | None, emulate: str | None, policy: str | None, logs: Path | None
-) -> Emulation | str:
-    """Return the private cluster to start, or the endpoint to use."""
-    if emulate is not None and connect is not None:
-        raise ConfigError("--connect and --emulate: expected one of them, got both")
-    if emulate is not None:
-        if logs is not None:
-            make_folder(logs, "--logs")
-        return _emulation(emulate, policy or "slackfit", logs)
-    if policy is not None:
-        raise ConfigError("--policy: a running router has its own; expected with --emulate only")
-    if connect is None:
-        return _local_endpoint()
-    return connect if "://" in connect else f"tcp://{connect}"
-
-
-def _local_endpoint() -> str:
-    """Return where the cluster of this machine takes queries."""
-    try:
-        return local.running().client_endpoint
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error}; or give --connect HOST:PORT of a running router, or --emulate PROFILE:N to start a "
-            f"private one (such as cnn-8gpu-modelled:8)"
-        ) from error
-
-
-def _payload_bytes(target: Emulation | str) -> int:
-    """Return the bytes of a payload that the cluster's model takes; 64 if it takes any."""
-    if isinstance(target, Emulation):
-        return _ANY_PAYLOAD_BYTES
-    expected = (ask_status(target)["model"] or {}).get("input")
-    if expected is None:
-        return _ANY_PAYLOAD_BYTES
-    return TensorSpec(str(expected["dtype"]), tuple(expected["shape"])).n_bytes
-
-
-def _emulation(emulate: str, policy: str, logs: Path | None) -> Emulation:
-    name, colon, count = emulate.rpartition(":")
-    if not colon or not count.isdecimal() or not 1 <= int(count) <= 4096:
-        raise ConfigError(f"--emulate: expected PROFILE:N with N from 1 to 4096, got {emulate!r}")
-    make_policy(policy, load_profile(name))
-    return Emulation(name, int(count), policy, folder=logs, record=logs is not None)
-
-
 def _live(trace: Trace) -> Callable[[dict[str, int]], None]:
     """Return what prints the live line: on a terminal only, twice a second at most."""
     began_s = last_s = time.monotonic()
@@ -230,4 +180,5 @@ def _show(measured: Run, report: EventLogReport | None) -> None:
 
 cli.add_command(simulate_command)
 cli.add_command(compare_command)
+cli.add_command(search_command)
 cli.add_command(trace_group)
