@@ -39,7 +39,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     # The event logs of emulated GPUs prove that none of them cheated.
     "loadgen.run": ("gpu_worker.eventlog",),
     # A policy's name is checked before anything is started.
-    "loadgen.cli": ("gpu_worker.eventlog",),
+    "loadgen.run_cli": ("gpu_worker.eventlog",),
     "loadgen.targets": ("router.registry",),
     # The demo compares what came back with a local forward of the same subnet.
     "loadgen.demo": (
