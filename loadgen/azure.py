@@ -175,18 +175,27 @@ def _minute_counts(minutes: range, rows: list[bytes], choice: str | None, source
     """Return the sum of the rows of Functions 2019, each of which is a function."""
     keys = [Column(name, rb"[^,]*", "a name") for name in _MINUTE_KEYS]
     _check(rows, (*keys, *(Column(str(minute), _COUNT, _A_COUNT) for minute in minutes)), source)
-    splits = [row.split(b",", 4) for row in rows]
-    names = [b"/".join(split[1:3]).decode(errors="replace") for split in splits]
-    by_row = [np.fromstring(split[4], dtype=np.int64, sep=",") for split in splits]
-    found = Functions(tuple(names), np.array([int(counts.sum()) for counts in by_row], dtype=np.int64))
+    names: list[str] = []
+    sums: list[int] = []
+    totals = np.zeros(len(minutes), dtype=np.int64)
+    for row in rows:  # summed as they come: a published day has 50,000 functions, 0.6 GB of counts
+        counts = _counts(row)
+        names.append(b"/".join(row.split(b",", 3)[1:3]).decode(errors="replace"))
+        sums.append(int(counts.sum()))
+        totals += counts
+    found = Functions(tuple(names), np.array(sums, dtype=np.int64))
     if choice is not None:
         is_chosen = found.chosen(choice, source=source)
-        by_row = list(compress(by_row, is_chosen))
+        totals = np.sum([_counts(row) for row in compress(rows, is_chosen)], axis=0)
         found = _narrowed(found, is_chosen)
-    totals = np.sum(by_row, axis=0)
     if not totals.any():
         raise TraceError(f"{source}: no invocations: every count of {found.n} functions is 0")
     return MinuteCounts(f"Azure Functions 2019 ({LICENCE})", found, minutes[0], totals)
+
+
+def _counts(row: bytes) -> npt.NDArray[np.int64]:
+    """Return a function's invocations in each minute, shape (n_minutes,)."""
+    return np.fromstring(row.split(b",", 4)[4], dtype=np.int64, sep=",")
 
 
 def _functions_2021(rows: list[bytes], choice: str | None, source: str) -> Invocations:
