@@ -1,10 +1,13 @@
 """The highest rate at which a trace is still answered in time: probes, live or simulated, and the answer.
 
-A rate holds if its run is valid and at least the attainment asked for was reached. Rates are found by
-doubling, halving and bisection (`loadgen.rate_search`). Two things could make the answer one of chance:
+A rate holds if at least the attainment asked for was reached. That is judged from the instants at which
+queries were due, so that a sender's lag can only make a rate fail; a run that holds in spite of it counts,
+though as a measurement of latency it might be invalid. Rates are found by doubling, halving and bisection
+(`loadgen.rate_search`). Three things could make the answer one that is not the cluster's:
 
     noise   a probe that failed while this machine woke its sleepers late is repeated; if noise stays, the
             answer says that the limit may lie higher
+    sender  if the load of a probe that failed was not really offered, the answer says whose limit it is
     luck    the highest rate that held must hold again, with other arrivals of the same trace; else the
             rates just below are tried
 """
@@ -86,9 +89,10 @@ class Tried:
     def to_line(self, search: Search) -> str:
         """Return it as a line."""
         probe, result = self.probe, self.result
-        notes = "" if result.valid else f"  NOT OFFERED: {'; '.join(result.invalid_because)}"
-        if not probe.holds and probe.noise_ns > search.noisy_ns:
-            notes += "  (noisy)"
+        notes = ""
+        if not probe.holds:
+            notes += "" if result.valid else f"  NOT OFFERED: {'; '.join(result.invalid_because)}"
+            notes += "  (noisy)" if probe.noise_ns > search.noisy_ns else ""
         accuracy = "-" if result.mean_accuracy is None else f"{result.mean_accuracy:.3f} %"
         p99_ms = result.latency_ms["p99"]
         p99 = "-" if p99_ms is None else f"{p99_ms:.2f} ms"
@@ -181,7 +185,7 @@ class _Prober:
         result, noise_ns = self.offer(self.search.trace_at(rate_qps, seed), seed)
         share = result.queries["ok"] / result.queries["total"]
         lag_ms = result.send_lag_ms["p99_9"] or 0.0
-        holds = result.valid and share >= self.search.attainment
+        holds = share >= self.search.attainment
         probe = Probe(rate_qps, share, holds, noise_ns, int(lag_ms * MS), result.queries["unsent"])
         self.tried.append(Tried(probe, result))
         self.say(self.tried[-1].to_line(self.search))
