@@ -177,7 +177,9 @@ class Records:
 
     def _has_duplicates(self, index: npt.NDArray[np.int64]) -> bool:
         is_answered: bool = (self.status[index] != UNANSWERED).any()
-        return is_answered or len(np.unique(index)) < len(index)
+        # Not np.unique: its first call imports a module, and the sender stands still for 8 to 20 ms.
+        ordered = np.sort(index)
+        return is_answered or bool((ordered[1:] == ordered[:-1]).any())
 
     def take(self, group: Group, now_ns: int, *, keep_outputs: bool) -> None:
         """Enter a group of answers that arrived at `now_ns`."""
