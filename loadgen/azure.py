@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import filterfalse
+from itertools import compress, filterfalse
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from loadgen.arrivals import MAX_ARRIVALS, MAX_DURATION_S
+from loadgen.functions import Functions
 from superserve.clock import SECOND
 from superserve.errors import TraceError
 
@@ -38,15 +39,20 @@ class MinuteCounts:
 
     Attributes:
         origin: The dataset, its owner and licence.
-        n_functions: Rows summed.
+        functions: Those summed, with their invocations in the whole file.
         first_minute: The first minute column's number.
         counts: Invocations in each of the consecutive minutes, shape (n_minutes,).
     """
 
     origin: str
-    n_functions: int
+    functions: Functions
     first_minute: int
     counts: npt.NDArray[np.int64]
+
+    @property
+    def n_functions(self) -> int:
+        """Return the number of functions summed."""
+        return self.functions.n
 
     @property
     def last_minute(self) -> int:
@@ -67,7 +73,7 @@ class MinuteCounts:
                 f" got {start} to {end - 1}"
             )
         low, high = start - self.first_minute, end - self.first_minute
-        return MinuteCounts(self.origin, self.n_functions, start, self.counts[low:high])
+        return MinuteCounts(self.origin, self.functions, start, self.counts[low:high])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,11 +85,13 @@ class Invocations:
         due_ns: Ascending nanoseconds after the first invocation, shape (n_invocations,).
         duration_ns: From the first invocation to one mean gap after the last, so that the mean
             rate is one over the mean gap.
+        functions: Those that were invoked; None where the dataset tells of none.
     """
 
     origin: str
     due_ns: npt.NDArray[np.int64]
     duration_ns: int
+    functions: Functions | None = None
 
 
 class Column(NamedTuple):
@@ -119,24 +127,28 @@ _HEADER_2021 = tuple(column.name for column in _COLUMNS_2021)
 _HEADER_LLM = tuple(column.name for column in _COLUMNS_LLM)
 
 
-def parse(data: bytes, *, source: str) -> MinuteCounts | Invocations:
+def parse(data: bytes, *, source: str, functions: str | None = None) -> MinuteCounts | Invocations:
     """Return the trace that a file of one of the three formats holds.
 
     Args:
         data: The file, uncompressed.
         source: The file's name, for errors.
+        functions: The functions wanted, as `loadgen.functions` reads them; by default all.
 
     Raises:
-        TraceError: The header is none of the three, a row is malformed, or there are no invocations.
+        TraceError: The header is none of the three, a row is malformed, there are no invocations, or
+            the functions wanted are not there.
     """
     lines = data.replace(b"\r\n", b"\n").rstrip(b"\n").split(b"\n")
     header = tuple(lines[0].decode("utf-8-sig", errors="replace").split(","))
     rows = lines[1:]
     if header[:4] == _MINUTE_KEYS:
-        return _minute_counts(_minutes(header[4:], source), rows, source)
+        return _minute_counts(_minutes(header[4:], source), rows, functions, source)
     if header == _HEADER_2021:
-        return _functions_2021(rows, source)
+        return _functions_2021(rows, functions, source)
     if header == _HEADER_LLM:
+        if functions is not None:
+            raise TraceError(f"{source}: functions: LLM inference 2023 does not tell of any")
         return _llm_2023(rows, source)
     raise TraceError(
         f"{source}: line 1: unknown header {lines[0][:60].decode(errors='replace')!r}: expected that of Azure"
@@ -159,30 +171,73 @@ def _minutes(names: tuple[str, ...], source: str) -> range:
     return minutes
 
 
-def _minute_counts(minutes: range, rows: list[bytes], source: str) -> MinuteCounts:
-    """Return the sum of all rows of Functions 2019."""
+def _minute_counts(minutes: range, rows: list[bytes], choice: str | None, source: str) -> MinuteCounts:
+    """Return the sum of the rows of Functions 2019, each of which is a function."""
     keys = [Column(name, rb"[^,]*", "a name") for name in _MINUTE_KEYS]
     _check(rows, (*keys, *(Column(str(minute), _COUNT, _A_COUNT) for minute in minutes)), source)
+    names: list[str] = []
+    sums: list[int] = []
     totals = np.zeros(len(minutes), dtype=np.int64)
-    for row in rows:  # a row is a function, not an arrival
-        totals += np.fromstring(row.split(b",", 4)[4], dtype=np.int64, sep=",")
+    for row in rows:  # summed as they come: a published day has 50,000 functions, 0.6 GB of counts
+        counts = _counts(row)
+        names.append(b"/".join(row.split(b",", 3)[1:3]).decode(errors="replace"))
+        sums.append(int(counts.sum()))
+        totals += counts
+    found = Functions(tuple(names), np.array(sums, dtype=np.int64))
+    if choice is not None:
+        is_chosen = found.chosen(choice, source=source)
+        totals = np.sum([_counts(row) for row in compress(rows, is_chosen)], axis=0)
+        found = _narrowed(found, is_chosen)
     if not totals.any():
-        raise TraceError(f"{source}: no invocations: every count of {len(rows)} functions is 0")
-    return MinuteCounts(f"Azure Functions 2019 ({LICENCE})", len(rows), minutes[0], totals)
+        raise TraceError(f"{source}: no invocations: every count of {found.n} functions is 0")
+    return MinuteCounts(f"Azure Functions 2019 ({LICENCE})", found, minutes[0], totals)
 
 
-def _functions_2021(rows: list[bytes], source: str) -> Invocations:
+def _counts(row: bytes) -> npt.NDArray[np.int64]:
+    """Return a function's invocations in each minute, shape (n_minutes,)."""
+    return np.fromstring(row.split(b",", 4)[4], dtype=np.int64, sep=",")
+
+
+def _functions_2021(rows: list[bytes], choice: str | None, source: str) -> Invocations:
     """Return the arrivals of Functions 2021: each end minus its duration."""
     _check(rows, _COLUMNS_2021, source)
     fields = b",".join(rows).split(b",")
     end_s = np.fromiter(map(float, fields[2::4]), np.float64, len(rows))
     duration_s = np.fromiter(map(float, fields[3::4]), np.float64, len(rows))
+    every_s = start_s = end_s - duration_s
+    found, of_row = _invoked(fields)
+    if choice is not None:
+        is_chosen = found.chosen(choice, source=source)
+        start_s = start_s[is_chosen[of_row]]
+        found = _narrowed(found, is_chosen)
+    if not np.ptp(start_s) <= MAX_DURATION_S:
+        # Real rows lie together; the one that does not is furthest from the one in the middle.
+        line = int(np.abs(every_s - np.median(every_s)).argmax()) + 2
+        raise TraceError(
+            f"{source}: line {line}: expected at most {MAX_DURATION_S:.12g} s from first to last arrival,"
+            f" got one at {every_s[line - 2]:.6g} s"
+        )
     # Rows end out of order, and begin in order only to within rounding.
-    start_s = np.sort(end_s - duration_s)
-    if not start_s[-1] - start_s[0] <= MAX_DURATION_S:
-        raise TraceError(f"{source}: expected at most {MAX_DURATION_S:.12g} s from first to last arrival")
+    start_s = np.sort(start_s)
     due_ns = np.rint((start_s - start_s[0]) * SECOND).astype(np.int64)
-    return _invocations(f"Azure Functions 2021 ({LICENCE})", due_ns, source)
+    return _invocations(f"Azure Functions 2021 ({LICENCE})", due_ns, source, found)
+
+
+def _invoked(fields: list[bytes]) -> tuple[Functions, npt.NDArray[np.int64]]:
+    """Return the functions that the rows name, and which of them each row invokes, shape (n_rows,).
+
+    A function's name is unique only within its application.
+    """
+    index: dict[tuple[bytes, bytes], int] = {}
+    pairs = zip(fields[0::4], fields[1::4], strict=True)
+    of_row = np.fromiter((index.setdefault(pair, len(index)) for pair in pairs), np.int64)
+    names = tuple(b"/".join(pair).decode(errors="replace") for pair in index)
+    return Functions(names, np.bincount(of_row)), of_row
+
+
+def _narrowed(found: Functions, is_chosen: npt.NDArray[np.bool_]) -> Functions:
+    """Return those that were chosen."""
+    return Functions(tuple(compress(found.names, is_chosen)), found.totals[is_chosen])
 
 
 def _llm_2023(rows: list[bytes], source: str) -> Invocations:
@@ -197,9 +252,13 @@ def _llm_2023(rows: list[bytes], source: str) -> Invocations:
         raise TraceError(
             f"{source}: line {line}: TIMESTAMP: expected a day and time that exist, got {stamp!r}"
         ) from None
+    if int(instants.max()) - int(instants.min()) > MAX_DURATION_S * SECOND:
+        line = int(np.abs(instants - np.median(instants)).argmax()) + 2
+        raise TraceError(
+            f"{source}: line {line}: expected at most {MAX_DURATION_S:.12g} s from first to last arrival,"
+            f" got one at {stamps[line - 2]}"
+        )
     instants.sort()
-    if int(instants[-1]) - int(instants[0]) > MAX_DURATION_S * SECOND:
-        raise TraceError(f"{source}: expected at most {MAX_DURATION_S:.12g} s from first to last arrival")
     return _invocations(f"Azure LLM inference 2023 ({LICENCE})", instants - instants[0], source)
 
 
@@ -212,13 +271,15 @@ def _is_instant(stamp: str) -> bool:
     return True
 
 
-def _invocations(origin: str, due_ns: npt.NDArray[np.int64], source: str) -> Invocations:
+def _invocations(
+    origin: str, due_ns: npt.NDArray[np.int64], source: str, functions: Functions | None = None
+) -> Invocations:
     """Return a recording of these arrivals, the first of which is at 0."""
     span_ns = int(due_ns[-1])
     if span_ns == 0:
         raise TraceError(f"{source}: expected arrivals at two different instants at least, for a rate")
     # One mean gap more than the span: never less than a nanosecond past the last arrival.
-    return Invocations(origin, due_ns, span_ns + max(1, round(span_ns / (due_ns.size - 1))))
+    return Invocations(origin, due_ns, span_ns + max(1, round(span_ns / (due_ns.size - 1))), functions)
 
 
 def _check(rows: list[bytes], columns: tuple[Column, ...], source: str) -> None:

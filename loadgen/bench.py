@@ -27,8 +27,8 @@ from loadgen.bench_churn import churn
 from loadgen.bench_offer import Offered, offer_singly
 from loadgen.bench_path import PathShape, path_cost
 from loadgen.bench_row import Row, SkippedError, machine
-from loadgen.bench_search import Bounds, Probe, confirmed, highest_rate, undisturbed
 from loadgen.bench_sender import SinglePlan
+from loadgen.rate_search import Bounds, Probe, confirmed, highest_rate, undisturbed
 from loadgen.run import Emulation, RunSettings, emulated, in_time, run_emulated, run_trace
 from loadgen.stats import quantile_ns
 from loadgen.trace import load_trace

@@ -233,6 +233,11 @@ def _notices(named: Sequence[tuple[str, RunResult]]) -> list[str]:
     if not boxes:
         said = verdict(named[0][1]) if len(named) == 1 else "Every run is valid: its load was really offered."
         boxes.append(("valid", said))
+    for label, result in named:
+        if result.partial:
+            name = f"{label}: " if len(named) > 1 else ""
+            ended = f"Partial: interrupted after {figure(result.duration_s)} s; all figures are up to there."
+            boxes.append(("disturbed", name + ended))
     return [f'<p class="notice {kind}">{escape(text)}</p>' for kind, text in boxes]
 
 

@@ -15,6 +15,7 @@ import orjson
 import zmq
 
 from gpu_worker.eventlog import check_logs
+from loadgen.live import Seconds
 from loadgen.sender import COLUMNS, UNANSWERED, SenderPlan
 from loadgen.stats import (
     LAG_QUANTILES,
@@ -26,6 +27,7 @@ from loadgen.stats import (
     quantiles_ms,
 )
 from superserve import wire
+from superserve.clock import SECOND
 from superserve.connection import ask_status
 from superserve.errors import ConfigError
 from superserve.processes import ProcessGroup
@@ -38,12 +40,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gpu_worker.eventlog import EventLogReport
+    from loadgen.live import Watch
     from loadgen.trace import Trace
     from superserve.processes import RoleProcess
 
 MS = 1_000_000
 _START_AFTER_NS = 300 * MS
 """From the order to start until the first instant: every sender has it by then."""
+_STOP_AFTER_NS = 400 * MS
+"""From the order to stop until that instant: a sender looks for orders four times a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +165,7 @@ def run_emulated(
     settings: RunSettings,
     emulation: Emulation,
     on_progress: Callable[[dict[str, int]], None] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Run, EventLogReport]:
     """Offer `trace` to a private cluster, then prove from its event logs that no GPU cheated."""
     with contextlib.ExitStack() as stack:
@@ -167,7 +173,7 @@ def run_emulated(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="superserve-")))
             emulation = replace(emulation, folder=folder)
         with emulated(emulation) as cluster:
-            run = run_trace(trace, settings, cluster.client_endpoint, on_progress)
+            run = run_trace(trace, settings, cluster.client_endpoint, on_progress, watch)
         return run, check_logs(cluster.event_logs)
 
 
@@ -176,12 +182,16 @@ def run_trace(
     settings: RunSettings,
     endpoint: str,
     on_progress: Callable[[dict[str, int]], None] | None = None,
+    watch: Watch | None = None,
 ) -> Run:
     """Offer `trace` to the router at `endpoint`, open loop, and merge what the senders saw.
+
+    If `watch` ends it early, the result is that of the trace up to there, and marked as partial.
 
     Raises:
         ConfigError: No router answers, or the payloads are not what its model takes.
         ProcessError: A sender died.
+        KeyboardInterrupt: It was ended before any query was due.
     """
     if trace.n == 0:
         raise ConfigError(f"trace {trace.name}: expected at least one query")
@@ -191,7 +201,7 @@ def run_trace(
         control, control_endpoint = bind_router(context, "tcp://127.0.0.1:*")
         probe = NoiseProbe()
         try:
-            plans = _plan(trace, settings, endpoint, control_endpoint, folder)
+            plans = _plan(trace, settings, endpoint, control_endpoint, folder, is_watched=watch is not None)
             with ProcessGroup() as group:
                 for plan in plans:
                     path = folder / f"{plan.name}.json"
@@ -199,20 +209,54 @@ def run_trace(
                     group.start(plan.name, ["-m", "loadgen.sender", str(path)])
                 group.wait_ready(60.0)
                 coordinator = _Coordinator(control, group, len(plans))
-                start_ns = coordinator.start()
-                probe.start()
-                coordinator.follow(on_progress)
+                with contextlib.nullcontext() if watch is None else watch.interrupts():
+                    start_ns = coordinator.start()
+                    probe.start()
+                    if watch is not None:
+                        coordinator.watch(watch, _seconds(trace, settings, plans, start_ns, watch))
+                    coordinator.follow(on_progress)
                 noise_ns = probe.stop()
                 router_cpu_s = _router_cpu_s(endpoint, before)
         finally:
             control.close(0)
         columns = _merge(trace, settings, plans, start_ns)
+    is_partial = coordinator.stop_ns is not None and coordinator.stop_ns < trace.duration_ns
+    if is_partial:
+        trace, columns = _until(trace, columns, coordinator.stop_ns or 0)
     noise = quantile_ns(noise_ns, 999)
     policy = str(before["router"]["policy"])
     result = summarise(trace, settings.slo_ns, policy, columns, coordinator.subnets, noise)
+    if is_partial:
+        result = replace(result, partial=True)
     return Run(
         result, columns, coordinator.subnets, coordinator.reasons, router_cpu_s, coordinator.n_duplicates,
         noise, (probe.woke_ns - start_ns, noise_ns),
+    )  # fmt: skip
+
+
+def _until(
+    trace: Trace, columns: dict[str, npt.NDArray[Any]], stop_ns: int
+) -> tuple[Trace, dict[str, npt.NDArray[Any]]]:
+    """Return the part of a run up to `stop_ns`.
+
+    Raises:
+        KeyboardInterrupt: There is none.
+    """
+    n = int(np.searchsorted(trace.due_ns, stop_ns))
+    if not n:
+        raise KeyboardInterrupt
+    return trace.scaled(duration_s=stop_ns / SECOND), {name: one[:n] for name, one in columns.items()}
+
+
+def _seconds(
+    trace: Trace, settings: RunSettings, plans: Sequence[SenderPlan], start_ns: int, watch: Watch
+) -> Seconds:
+    """Return what reads the senders' rows while they run."""
+    n = settings.n_senders
+    feeds = {plan.name: (plan.live_path, trace.due_ns[i::n]) for i, plan in enumerate(plans)}
+    return Seconds(
+        feeds, start_ns=start_ns, duration_ns=trace.duration_ns, slo_ns=settings.slo_ns,
+        on_second=watch.on_second,
     )  # fmt: skip
 
 
@@ -228,7 +272,15 @@ def _router_cpu_s(endpoint: str, before: dict[str, Any]) -> float:
     return cpu_s
 
 
-def _plan(trace: Trace, settings: RunSettings, endpoint: str, control: str, folder: Path) -> list[SenderPlan]:
+def _plan(
+    trace: Trace,
+    settings: RunSettings,
+    endpoint: str,
+    control: str,
+    folder: Path,
+    *,
+    is_watched: bool = False,
+) -> list[SenderPlan]:
     """Deal the trace out, and write what each sender needs."""
     rng = np.random.default_rng(settings.seed)
     pick = None
@@ -240,7 +292,7 @@ def _plan(trace: Trace, settings: RunSettings, endpoint: str, control: str, fold
     for i in range(min(settings.n_senders, trace.n)):
         plan = SenderPlan(
             endpoint, control, f"sender-{i}", str(folder), settings.slo_ns, settings.payload_bytes,
-            settings.grace_ns, settings.keep_outputs,
+            settings.grace_ns, settings.keep_outputs, is_watched,
         )  # fmt: skip
         np.save(plan.path("due"), trace.due_ns[i :: settings.n_senders])
         if pick is not None:
@@ -256,29 +308,52 @@ class _Coordinator:
         self.subnets: list[tuple[str, float]] = []
         self.reasons: dict[str, str] = {}
         self.n_duplicates = 0
+        self.stop_ns: int | None = None
         self._control = control
         self._group = group
         self._n_senders = n_senders
         self._progress: dict[bytes, dict[str, int]] = {}
         self._n_done = 0
+        self._senders: set[bytes] = set()
+        self._start_ns = 0
+        self._watch: Watch | None = None
+        self._seconds: Seconds | None = None
 
     def start(self) -> int:
         """Wait for every sender, then tell all of them the instant to start at; return it."""
-        ready: set[bytes] = set()
-        while len(ready) < self._n_senders:
+        while len(self._senders) < self._n_senders:
             for key, body in self._messages():
                 if body.get("ready"):
-                    ready.add(key)
-        start_ns = time.monotonic_ns() + _START_AFTER_NS
-        order = wire.encode_control(Control(Kind.STATUS, {"start_ns": start_ns}))
-        for key in ready:
+                    self._senders.add(key)
+        self._start_ns = time.monotonic_ns() + _START_AFTER_NS
+        self._order(start_ns=self._start_ns)
+        return self._start_ns
+
+    def watch(self, watch: Watch, seconds: Seconds) -> None:
+        """Have `follow` tell of each second, and stop when told to."""
+        self._watch, self._seconds = watch, seconds
+
+    def _order(self, **body: int) -> None:
+        order = wire.encode_control(Control(Kind.STATUS, body))
+        for key in self._senders:
             send(self._control, [key, *order])
-        return start_ns
+
+    def _stop(self) -> None:
+        """Tell every sender the one instant from which on nothing is sent; it is when all know of it."""
+        self.stop_ns = max(0, time.monotonic_ns() - self._start_ns) + _STOP_AFTER_NS
+        if self._seconds is not None:
+            self._seconds.duration_ns = min(self._seconds.duration_ns, self.stop_ns)
+        self._order(stop_ns=self.stop_ns)
 
     def follow(self, on_progress: Callable[[dict[str, int]], None] | None) -> None:
         """Pass progress on until every sender is done."""
         while self._n_done < self._n_senders:
+            if self._watch is not None and self._watch.stop.is_set() and self.stop_ns is None:
+                self._stop()
             for key, body in self._messages():
+                if self._seconds is not None and "rows" in body:
+                    until_ns = body.get("until_ns", self._seconds.duration_ns)
+                    self._seconds.read(body["name"], body["rows"], until_ns)
                 if body.get("done"):
                     self._finish(body)
                 elif "due" in body:

@@ -137,6 +137,7 @@ class RunResult:
         valid: Whether the load was really offered; see `judge_validity`.
         invalid_because: Why not; empty if valid.
         disturbed: Whether the machine itself was late enough to explain the sender's lag.
+        partial: True of a run that was interrupted: all figures are of the trace up to there; else None.
         reasons: For each status without an output, one of the router's reasons; None if not kept.
         timeline: The run in bins: see `loadgen.timeline`; None if it was not kept.
         environment: Where, when and by which command: see `loadgen.environment`; None if not kept.
@@ -161,12 +162,13 @@ class RunResult:
     valid: bool
     invalid_because: tuple[str, ...]
     disturbed: bool = False
+    partial: bool | None = None
     reasons: Mapping[str, str] | None = None
     timeline: Mapping[str, Any] | None = None
     environment: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the file's fields, in its order; the last three only if they were kept."""
+        """Return the file's fields, in its order; the last four only if there is something to say."""
         found = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
         return {name: value for name, value in found.items() if value is not None or name in _FIELDS}
 
@@ -334,6 +336,7 @@ _FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 # Files by other writers, and older ones, may lack these.
 _OPTIONAL: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "partial": ("true or false, or null", lambda value: value is None or _is_bool(value)),
     "reasons": ("reasons by status, or null", _is_texts_or_none),
     "timeline": ("an object or null", _is_object_or_none),
     "environment": ("an object or null", _is_object_or_none),

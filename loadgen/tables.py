@@ -11,7 +11,7 @@ from loadgen.stats import OUTCOMES
 from superserve.errors import ConfigError, SuperServeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from loadgen.stats import RunResult
@@ -25,6 +25,7 @@ def table(result: RunResult) -> list[str]:
     accuracy = "-" if result.mean_accuracy is None else f"{result.mean_accuracy:.3f} %"
     batch = "-" if result.batch_size_mean is None else f"{result.batch_size_mean:.2f}"
     shares = ", ".join(f"{name} {share:.1%}" for name, share in result.subnet_share.items() if share)
+    partial = f"PARTIAL, interrupted after {result.duration_s:.1f} s; " if result.partial else ""
     verdict = "valid" if result.valid else "INVALID: " + "; ".join(result.invalid_because)
     return [
         f"  policy           {result.policy}",
@@ -37,7 +38,7 @@ def table(result: RunResult) -> list[str]:
         f"  send lag         {_quantiles(lag)}",
         f"  batch size       {batch}",
         f"  subnets          {shares or '-'}",
-        f"  run              {verdict}{' (disturbed by this machine)' if result.disturbed else ''}",
+        f"  run              {partial}{verdict}{' (disturbed by this machine)' if result.disturbed else ''}",
     ]
 
 
@@ -68,7 +69,7 @@ def check_writable(path: Path, option: str) -> None:
         ) from error
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str, say: Callable[[str], None] = click.echo) -> None:
     """Write a file that was found writable, and say so."""
     try:
         path.write_text(text)
@@ -76,13 +77,18 @@ def write(path: Path, text: str) -> None:
         raise click.ClickException(
             f"{path}: expected a path that can be written: {error.strerror}"
         ) from error
-    click.echo(f"  written          {path}")
+    say(f"  written          {path}")
 
 
-def write_page(path: Path, results: Sequence[RunResult], labels: Sequence[str] | None = None) -> None:
+def write_page(
+    path: Path,
+    results: Sequence[RunResult],
+    labels: Sequence[str] | None = None,
+    say: Callable[[str], None] = click.echo,
+) -> None:
     """Write the page of runs, and say so."""
     try:
         write_report(path, results, labels)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"  written          {path}")
+    say(f"  written          {path}")

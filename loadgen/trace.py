@@ -8,7 +8,7 @@ A saved trace is a short text header and one gap per query:
 
 A gap is the time in nanoseconds from the query before (of the first, from the start) until the
 query is due. `gap_bytes` is 4 when all gaps are below 2**32 ns (4.3 s), else 8. The number on the
-first line is the format's version. The file may be gzipped, by another tool.
+first line is the format's version. The file is gzipped if its name ends in .gz.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import gzip
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,7 @@ _MAGIC = b"SuperServe-trace "
 _VERSION = b"1"
 _GZIP_MAGIC = b"\x1f\x8b"
 _MINUTE_S = 60
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,8 +121,39 @@ class Trace:
             return self._squeezed(check_positive("rate_qps", rate_qps, at_most=MAX_RATE_QPS), duration_s)
         return self if duration_s is None else self._cut(duration_s)
 
+    def windowed(self, start_s: float, end_s: float | None = None) -> Trace:
+        """Return what is due from `start_s` on and before `end_s` (by default, the end), as a trace.
+
+        Raises:
+            TraceError: The window is empty, or not within the trace.
+        """
+        length_s = self.duration_ns / SECOND
+        end_s = length_s if end_s is None else end_s
+        if not 0 <= start_s < end_s <= length_s:
+            raise TraceError(
+                f"{self.name}: expected a window within 0 to {length_s:.9g} s,"
+                f" got {start_s:.9g} to {end_s:.9g}"
+            )
+        start_ns, end_ns = round(start_s * SECOND), round(end_s * SECOND)
+        low, high = np.searchsorted(self.due_ns, (start_ns, end_ns))
+        done = f"{self.provenance}; from {start_s:.9g} s to {end_s:.9g} s"
+        return Trace(self.name, self.due_ns[low:high] - start_ns, end_ns - start_ns, done)
+
+    def fitted(self, duration_s: float) -> Trace:
+        """Return all queries of the trace in `duration_s`: every gap times the same factor.
+
+        Raises:
+            TraceError: The duration is out of range.
+        """
+        duration_ns = to_ns("duration_s", duration_s)
+        due_ns = _times(self.due_ns, duration_ns, self.duration_ns)
+        done = f"all {self.duration_ns / SECOND:.9g} s fitted to {duration_s:.9g} s"
+        return Trace(self.name, due_ns, duration_ns, f"{self.provenance}; {done}")
+
     def save(self, path: Path) -> None:
         """Write the trace to `path`, in the format that the module's docstring describes.
+
+        Equal traces give equal files, gzipped ones as well.
 
         Raises:
             TraceError: The file cannot be written.
@@ -136,8 +168,9 @@ class Trace:
             "gap_bytes": gap_bytes,
         }
         lines = _MAGIC + _VERSION + b"\n" + orjson.dumps(header) + b"\n"
+        data = lines + gaps_ns.astype(f"<u{gap_bytes}").tobytes()
         try:
-            path.write_bytes(lines + gaps_ns.astype(f"<u{gap_bytes}").tobytes())
+            path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
         except OSError as error:
             raise TraceError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -177,6 +210,10 @@ class Trace:
         return Trace(self.name, due_ns, duration_ns, f"{self.provenance}; {done}")
 
 
+Source: TypeAlias = Spec | azure.MinuteCounts | azure.Invocations | Trace
+"""What a trace is made from."""
+
+
 def load_trace(
     spec: str,
     *,
@@ -214,28 +251,72 @@ def load_trace(
     Raises:
         TraceError: The file or spec is not what it should be, or cannot give what is asked for.
     """
+    source = open_source(spec, rate_qps=rate_qps)
+    if start_minute is not None or minutes is not None:
+        if not isinstance(source, azure.MinuteCounts):
+            raise TraceError(
+                f"trace {spec!r}: start_minute and minutes: only Functions 2019 counts by minute"
+            )
+        source = source.window(start_minute, minutes, source=spec)
+    return trace_of(source, spec, rate_qps=rate_qps, duration_s=duration_s, seed=seed)
+
+
+def open_source(spec: str, *, rate_qps: float | None = None, functions: str | None = None) -> Source:
+    """Return what `spec` names: a process to draw from, minute counts, or recorded arrivals.
+
+    Args:
+        spec: As `load_trace` takes it.
+        rate_qps: Stands in for a missing `rate` of a spec.
+        functions: The functions wanted of an Azure Functions file, as `loadgen.functions` reads them.
+
+    Raises:
+        TraceError: The file or spec is not what it should be, or has no such functions.
+    """
+    if rate_qps is not None:
+        check_positive("rate_qps", rate_qps, at_most=MAX_RATE_QPS)
+    if is_spec(spec):
+        _check_no_functions(spec, functions)
+        return parse_spec(spec, rate_qps=rate_qps)
+    data = _read(Path(spec))
+    if data.startswith(_MAGIC):
+        _check_no_functions(spec, functions)
+        return _decoded(data, spec)
+    return azure.parse(data, source=spec, functions=functions)
+
+
+def trace_of(
+    source: Source,
+    spec: str,
+    *,
+    rate_qps: float | None = None,
+    duration_s: float | None = None,
+    seed: int = 0,
+) -> Trace:
+    """Return the trace of what `open_source` found under `spec`; see `load_trace` for the rest.
+
+    Raises:
+        TraceError: It cannot give what is asked for.
+    """
     if rate_qps is not None:
         check_positive("rate_qps", rate_qps, at_most=MAX_RATE_QPS)
     if duration_s is not None:
         to_ns("duration_s", duration_s)
     if seed < 0:
         raise TraceError(f"seed: expected an integer of at least 0, got {seed}")
-    windowed = start_minute is not None or minutes is not None
-    if is_spec(spec):
-        _check_no_window(spec, windowed=windowed)
-        return _drawn(parse_spec(spec, rate_qps=rate_qps), rate_qps, duration_s, seed)
-    data = _read(Path(spec))
-    if data.startswith(_MAGIC):
-        _check_no_window(spec, windowed=windowed)
-        return _decoded(data, spec).scaled(rate_qps=rate_qps, duration_s=duration_s)
-    found = azure.parse(data, source=spec)
-    if isinstance(found, azure.MinuteCounts):
-        found = found.window(start_minute, minutes, source=spec)
-        return _filled(found, Path(spec), rate_qps, duration_s, seed)
-    _check_no_window(spec, windowed=windowed)
-    provenance = f"{found.origin}: {Path(spec).name}, {found.due_ns.size} recorded arrivals"
-    trace = Trace(_stem(Path(spec)), found.due_ns, found.duration_ns, provenance)
-    return trace.scaled(rate_qps=rate_qps, duration_s=duration_s)
+    if isinstance(source, Spec):
+        return _drawn(source, rate_qps, duration_s, seed)
+    if isinstance(source, azure.MinuteCounts):
+        return _filled(source, Path(spec), rate_qps, duration_s, seed)
+    if isinstance(source, azure.Invocations):
+        source = _recorded(source, Path(spec))
+    return source.scaled(rate_qps=rate_qps, duration_s=duration_s)
+
+
+def _recorded(found: azure.Invocations, path: Path) -> Trace:
+    """Return the trace of recorded arrivals."""
+    functions = "" if found.functions is None else f"{found.functions.n} functions, "
+    provenance = f"{found.origin}: {path.name}, {functions}{found.due_ns.size} recorded arrivals"
+    return Trace(_stem(path), found.due_ns, found.duration_ns, provenance)
 
 
 def _drawn(spec: Spec, rate_qps: float | None, duration_s: float | None, seed: int) -> Trace:
@@ -275,10 +356,23 @@ def _filled(
     return Trace(_stem(path), due_ns, to_ns("duration_s", duration_s), provenance)
 
 
-def _check_no_window(spec: str, *, windowed: bool) -> None:
-    """Raise TraceError if a window of minutes is asked of a trace that has none."""
-    if windowed:
-        raise TraceError(f"trace {spec!r}: start_minute and minutes: only Functions 2019 counts by minute")
+def _check_no_functions(spec: str, functions: str | None) -> None:
+    """Raise TraceError if functions are asked of a trace that has none."""
+    if functions is not None:
+        raise TraceError(f"trace {spec!r}: functions: only a file of Azure Functions 2019 or 2021 has any")
+
+
+def _times(ns: npt.NDArray[np.int64], numerator: int, denominator: int) -> npt.NDArray[np.int64]:
+    """Return floor(ns * numerator / denominator), shape (n,).
+
+    In Python's integers, since the products leave int64, and floats would move a query that is due on
+    the edge of a bin to the bin before. A block at a time, since each takes 32 bytes.
+    """
+    scaled = np.empty_like(ns)
+    for low in range(0, ns.size, _BLOCK):
+        block = ns[low : low + _BLOCK].astype(object)
+        scaled[low : low + _BLOCK] = block * numerator // denominator
+    return scaled
 
 
 def _stem(path: Path) -> str:

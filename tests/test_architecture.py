@@ -39,7 +39,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     # The event logs of emulated GPUs prove that none of them cheated.
     "loadgen.run": ("gpu_worker.eventlog",),
     # A policy's name is checked before anything is started.
-    "loadgen.cli": ("gpu_worker.eventlog", "router.registry"),
+    "loadgen.run_cli": ("gpu_worker.eventlog",),
+    "loadgen.targets": ("router.registry",),
     # The demo compares what came back with a local forward of the same subnet.
     "loadgen.demo": (
         "gpu_worker.digits",
@@ -74,6 +75,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "loadgen.machine": ("gpu_worker.eventlog",),
     "loadgen.simulate_cli": ("router.registry",),
     "loadgen.compare_cli": ("router.registry",),
+    "loadgen.search": ("gpu_worker.eventlog",),
+    "loadgen.search_cli": ("gpu_worker.eventlog", "router.registry"),
     "cluster": ("superserve", "router", "gpu_worker", "loadgen", "profiles"),
 }
 

@@ -35,6 +35,7 @@ PAGES = (
     "docs/operating.md",
     "docs/report.md",
     "docs/simulator.md",
+    "docs/traces.md",
 )
 CLIENT_PAGES = ("README.md", "wheels/client/README.md")
 """The pages whose Python is for applications that have the client alone."""

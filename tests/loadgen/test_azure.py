@@ -135,7 +135,7 @@ def test_a_malformed_minute_file_names_line_and_column(old: bytes, new: bytes, m
         (TEXT_2021, b"10.75", b"-10.75", "line 3: column end_timestamp: expected a number of seconds"),
         (TEXT_2021, b"10.75", b"nan", "line 3: column end_timestamp: expected a number of seconds"),
         (TEXT_2021, b"11.0,1.0", b"11.0,inf", "line 4: column duration: expected a number of seconds"),
-        (TEXT_2021, b"11.0", b"11e90", "expected at most 10000000 s from first to last"),
+        (TEXT_2021, b"11.0", b"11e90", "line 4: expected at most 10000000 s from first to last"),
         (TEXT_2021, b"a,g", b",g", "line 3: column app: expected a name, got ''"),
         (TEXT_LLM, b"374,44", b"374", "line 2: expected 3 columns, got 2"),
         (TEXT_LLM, b"374", b"-374", "line 2: column ContextTokens: expected an integer"),
@@ -148,7 +148,7 @@ def test_a_malformed_minute_file_names_line_and_column(old: bytes, new: bytes, m
             b"02-30 18:15:50",
             "line 4: TIMESTAMP: expected a day and time that exist",
         ),
-        (TEXT_LLM, b"2023-11-16 18:15:50", b"2199-11-16 18:15:50", "expected at most 10000000 s"),
+        (TEXT_LLM, b"2023-11-16 18:15:50", b"2199-11-16 18:15:50", "line 4: expected at most 10000000 s"),
         (TEXT_LLM, b"2023-11-16 18:15:50", b"9023-11-16 18:15:50", "line 4: column TIMESTAMP: expected"),
     ],
 )

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from loadgen import bench
 from loadgen.bench_calls import wide_profile
 from loadgen.bench_row import Row
-from loadgen.bench_search import Bounds, Probe, confirmed, highest_rate, undisturbed
+from loadgen.rate_search import Bounds, Probe, confirmed, highest_rate, undisturbed
 from loadgen.run import Emulation, emulated
 
 if TYPE_CHECKING:

@@ -211,6 +211,7 @@ def test_a_run_that_does_not_count_says_so_first() -> None:
         (result_of(200, (Status.OK, UNSENT)), "Invalid, it does not count:"),
         (result_of(200, (Status.OK, UNANSWERED)), "got no answer at all"),
         (replace(fine, disturbed=True), "Disturbed: the p99.9 of send lag"),
+        (replace(fine, partial=True), "Partial: interrupted after"),
         (replace(fine, environment={"violations": 3}), "event logs show 3 violations"),
         (replace(fine, environment={"duplicates": 2}), "2 answers came beyond"),
         (fine, "Valid: every query was sent"),

@@ -88,10 +88,13 @@ def undisturbed(
     *,
     noisy_ns: int,
     may_repeat: Callable[[], bool] = lambda: True,
+    max_repeats: int = 1,
 ) -> Probe:
-    """Return a probe at `rate_qps`; one that failed while the machine was noisy is repeated, once."""
+    """Return a probe at `rate_qps`; one that failed while the machine was noisy is repeated."""
     found = offer(rate_qps)
-    if not found.holds and found.noise_ns > noisy_ns and may_repeat():
+    for _ in range(max_repeats):
+        if found.holds or found.noise_ns <= noisy_ns or not may_repeat():
+            break
         found = offer(rate_qps)
     return found
 
@@ -103,11 +106,14 @@ def confirmed(
     noisy_ns: int,
     steps: Sequence[float] = (1.0, 0.8, 0.65, 0.5),
     may_repeat: Callable[[], bool] = lambda: True,
+    max_repeats: int = 1,
 ) -> Probe:
     """Return the first probe that holds at `rate_qps` times a step; the last one if none does."""
     assert steps, "one step at least"
     for step in steps:
-        found = undisturbed(offer, rate_qps * step, noisy_ns=noisy_ns, may_repeat=may_repeat)
+        found = undisturbed(
+            offer, rate_qps * step, noisy_ns=noisy_ns, may_repeat=may_repeat, max_repeats=max_repeats
+        )
         if found.holds:
             break
     return found

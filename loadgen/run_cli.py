@@ -1,0 +1,179 @@
+"""`loadgen run`: offer a trace to a live cluster, and say what came of it, each second and at the end."""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import orjson
+
+from loadgen.environment import environment_of
+from loadgen.live import HEADER, Watch
+from loadgen.plots import check_installed
+from loadgen.run import Emulation, RunSettings, run_emulated, run_trace
+from loadgen.tables import check_writable, table, write, write_page
+from loadgen.targets import payload_bytes_of, target_of
+from loadgen.timeline import recorded
+from loadgen.trace import load_trace
+from superserve.errors import ConfigError, SuperServeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gpu_worker.eventlog import EventLogReport
+    from loadgen.live import Second
+    from loadgen.run import Run
+    from loadgen.trace import Trace
+
+MS = 1_000_000
+_INTERRUPTED = 130
+"""The exit code of a run that SIGINT ended: 128 and its number."""
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command("run")
+@click.option("--trace", "spec", required=True, help="A trace file, or a spec such as poisson:rate=2000.")
+@click.option(
+    "--connect", metavar="HOST:PORT", help="Of a router.  [default: the cluster running on this machine]"
+)
+@click.option("--emulate", metavar="PROFILE:N", help="Start a private router and N emulated GPUs instead.")
+@click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
+@click.option("--duration", type=float, help="Squeeze or cut the trace to so many seconds.")
+@click.option("--slo-ms", type=float, default=36.0, show_default=True, help="From due to deadline.")
+@click.option("--policy", help="Policy of the private router.  [default: demandfit]")
+@click.option("--senders", type=click.IntRange(1, 64), default=1, show_default=True, help="Sender processes.")
+@click.option(
+    "--payload-bytes", type=click.IntRange(0, 64 << 20), help="[default: what the model takes, or 64]"
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals that are drawn.")
+@click.option("--json", "json_path", type=_FILE, help="Write the result.")
+@click.option(
+    "--json-lines", "is_json", is_flag=True,
+    help="Print a JSON object for each second and one for the result, and all else to stderr.",
+)  # fmt: skip
+@click.option("--report", "page_path", type=_FILE, help="Write a page about it, as HTML.")
+@click.option("--logs", type=_FOLDER, help="Keep event logs here.")
+def run_command(
+    spec: str,
+    connect: str | None,
+    emulate: str | None,
+    rate: float | None,
+    duration: float | None,
+    slo_ms: float,
+    policy: str | None,
+    senders: int,
+    payload_bytes: int | None,
+    seed: int,
+    json_path: Path | None,
+    is_json: bool,
+    page_path: Path | None,
+    logs: Path | None,
+) -> None:
+    """Offer a trace, print a line each second, and at the end a table.
+
+    Ctrl-C ends it early, with the table of the trace up to there, marked as partial, and exit code 130; a
+    second one gives up. Exits 1 if the run is invalid or an event log shows a violation.
+    """
+    say = partial(click.echo, err=is_json)
+    try:
+        if not 0 < slo_ms <= 86_400_000:
+            raise ConfigError(f"--slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
+        if json_path is not None:
+            check_writable(json_path, "--json")
+        if page_path is not None:
+            check_installed()
+            check_writable(page_path, "--report")
+        target = target_of(connect, emulate, policy, logs)
+        trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
+        if payload_bytes is None:
+            payload_bytes = payload_bytes_of(target)
+        settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed)
+        say(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
+        say(f"  {trace.provenance}")
+        if not is_json:
+            say(HEADER)
+        measured, report = _offer(trace, settings, target, Watch(_on_second(is_json=is_json)))
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        say("Interrupted before there was anything to report")
+        sys.exit(_INTERRUPTED)
+    _show(measured, report, say)
+    is_partial = bool(measured.result.partial)
+    if is_partial:
+        trace = trace.scaled(duration_s=measured.result.duration_s)
+    result = recorded(
+        measured, trace, settings.slo_ns, _environment(trace, settings, target, measured, report)
+    )
+    if is_json:
+        click.echo(_json_line({"kind": "result", **result.to_dict(), "timeline": None}))
+    if json_path is not None:
+        write(json_path, result.to_json(), say)
+    if page_path is not None:
+        write_page(page_path, [result], say=say)
+    if is_partial:
+        sys.exit(_INTERRUPTED)
+    if not measured.result.valid or (report is not None and report.n_violations):
+        sys.exit(1)
+
+
+def _offer(
+    trace: Trace, settings: RunSettings, target: Emulation | str, watch: Watch
+) -> tuple[Run, EventLogReport | None]:
+    if isinstance(target, Emulation):
+        return run_emulated(trace, settings, target, watch=watch)
+    return run_trace(trace, settings, target, watch=watch), None
+
+
+def _on_second(*, is_json: bool) -> Callable[[Second], None]:
+    """Return what prints a second: at once, since whoever reads a pipe wants to know now."""
+
+    def show(second: Second) -> None:
+        click.echo(_json_line(second.to_dict()) if is_json else second.to_line())
+        sys.stdout.flush()
+
+    return show
+
+
+def _json_line(body: dict[str, Any]) -> str:
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+
+
+def _environment(
+    trace: Trace, settings: RunSettings, target: Emulation | str, measured: Run, report: EventLogReport | None
+) -> dict[str, Any]:
+    """Return what it takes to make this run again, and what its own checks found."""
+    cluster = str(target)
+    if isinstance(target, Emulation):
+        cluster = f"private: {target.n_gpus} emulated GPUs of {target.profile}"
+    cpu_us = 1e6 * measured.router_cpu_s / measured.result.queries["total"]
+    return environment_of(
+        trace=trace.provenance,
+        cluster=cluster,
+        senders=settings.n_senders,
+        payload_bytes=settings.payload_bytes,
+        seed=settings.seed,
+        router_cpu_us_per_query=None if math.isnan(cpu_us) else round(cpu_us, 1),
+        duplicates=measured.n_duplicates,
+        event_logs=None if report is None else report.to_text().splitlines(),
+        violations=None if report is None else report.n_violations,
+    )
+
+
+def _show(measured: Run, report: EventLogReport | None, say: Callable[[str], None]) -> None:
+    for line in table(measured.result):
+        say(line)
+    if not math.isnan(measured.router_cpu_s):
+        each_us = 1e6 * measured.router_cpu_s / measured.result.queries["total"]
+        say(f"  router CPU       {each_us:.1f} us a query")
+    if measured.n_duplicates:
+        say(f"  DUPLICATES       {measured.n_duplicates} answers beyond a query's first")
+    for status, reason in measured.reasons.items():
+        say(f"  {status.lower():<16} e.g. {reason}")
+    if report is not None:
+        say(report.to_text())
