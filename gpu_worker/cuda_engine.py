@@ -18,6 +18,7 @@ import torch
 
 from gpu_worker.actuation import actuate
 from gpu_worker.torch_executor import Staged, model_input
+from profiles.table import evenly
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,13 +63,6 @@ class _Buffer:
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     output: torch.Tensor  # (size, *output), float32
-
-
-def spread(n: int, most: int) -> list[int]:
-    """Return at most `most` of the numbers below `n`, spread evenly, the first and the last among them."""
-    if n <= most:
-        return list(range(n))
-    return sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
 
 
 class CudaEngine:
@@ -125,7 +119,7 @@ class CudaEngine:
         """Capture the graphs, and run eagerly once what has none."""
         rows, sizes = range(len(self._supernet.subnets)), self._sizes or (1,)
         if self._uses_graphs and self._sizes:
-            captured = spread(len(rows), MAX_GRAPH_SUBNETS)
+            captured = evenly(len(rows), MAX_GRAPH_SUBNETS)
             self._capture(captured, self._sizes[:MAX_GRAPH_SIZES])
         for size in sizes:
             for row in rows:

@@ -24,7 +24,7 @@ from gpu_worker.names import OFA_RESNET50
 from gpu_worker.ofa_resnet50 import OfaResNet50, extracted
 from loadgen.bench_calls import actuation_ns
 from loadgen.bench_row import Row
-from profiles.table import load_profile
+from profiles.table import evenly, load_profile
 from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
@@ -70,11 +70,6 @@ def resnet_parameters(name: str) -> int:
 def _conv(inputs: int, outputs: int, kernel_size: int) -> int:
     """Return the parameters of a convolution without bias and the scale and shift behind it."""
     return inputs * outputs * kernel_size**2 + 2 * outputs
-
-
-def evenly(n: int, wanted: int) -> list[int]:
-    """Return `wanted` of the numbers below `n`, evenly spread, the first and the last among them."""
-    return [round(i * (n - 1) / (wanted - 1)) for i in range(wanted)]
 
 
 def n_bytes(model: torch.nn.Module) -> int:

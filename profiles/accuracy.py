@@ -193,11 +193,13 @@ class MeasuredAccuracy:
     @property
     def words(self) -> str:
         """What was measured on what."""
+        is_calibrated = bool(self.supernet.norms)
+        after = ", after calibration" if is_calibrated else ""
+        on = f", each subnet calibrated on {self.n_calibration} training examples" if is_calibrated else ""
         return (
-            f"Accuracy is measured on {self.n_held_out} held-out examples, after calibration. The finalists "
+            f"Accuracy is measured on {self.n_held_out} held-out examples{after}. The finalists "
             f"were chosen by {self.n_finals} others held out of training; the search "
-            f"itself saw {self.n_selection} of them, each subnet calibrated on {self.n_calibration} "
-            "training examples."
+            f"itself saw {self.n_selection} of them{on}."
         )
 
     def __call__(self, controls: Sequence[Control]) -> Floats:

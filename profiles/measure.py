@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import orjson
 
-from profiles.table import Profile, SubnetProfile, statistics_path
+from profiles.table import Profile, SubnetProfile, evenly, statistics_path
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 
@@ -170,10 +170,9 @@ def measure_supernet(
 
 def thinned(profile: Profile, at_most: int | None) -> Profile:
     """Return a profile with `at_most` of its rows, evenly spread, the first and the last among them."""
-    n = profile.n_subnets
-    if at_most is None or at_most >= n:
+    if at_most is None:
         return profile
-    rows = [round(i * (n - 1) / (at_most - 1)) for i in range(at_most)]
+    rows = evenly(profile.n_subnets, at_most)
     return replace(profile, subnets=tuple(profile.subnets[row] for row in rows))
 
 

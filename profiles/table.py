@@ -323,6 +323,13 @@ def load_profile(name_or_path: str | Path) -> Profile:
     return Profile.from_dict(data, where=str(path))
 
 
+def evenly(n: int, most: int) -> list[int]:
+    """Return at most `most` of the rows below `n`, evenly spread, the first and the last among them."""
+    if most >= n:
+        return list(range(n))
+    return [round(i * (n - 1) / (most - 1)) for i in range(most)]
+
+
 def profile_path(name_or_path: str | Path) -> Path:
     """Return the file that `load_profile` reads; it need not be there."""
     shipped = isinstance(name_or_path, str) and name_or_path in shipped_profiles()

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from gpu_worker import cuda_engine
-from gpu_worker.cuda_engine import CudaEngine, spread
+from gpu_worker.cuda_engine import CudaEngine
 from gpu_worker.kinds import KINDS, resident
 from gpu_worker.torch_executor import Placement
-from profiles.table import load_profile
+from profiles.table import evenly, load_profile
 from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
@@ -163,17 +163,8 @@ def test_graphs_are_captured_for_each_subnet_and_size(monkeypatch: pytest.Monkey
     monkeypatch.setattr(engine, "_captured", capture)
     engine.warm_up()
 
-    assert captured == [(row, size) for size in (2, 1) for row in spread(len(SUBNETS), 3)]
+    assert captured == [(row, size) for size in (2, 1) for row in evenly(len(SUBNETS), 3)]
     for size in (1, 2, 4):
         for row in range(len(SUBNETS)):
             found = engine.run(row, engine.stage(queries(1), size))
             np.testing.assert_allclose(found, plain(row, queries(1)), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("n", "most"), [(1, 32), (32, 32), (33, 32), (1000, 32), (7, 3)])
-def test_rows_with_graphs_are_spread_evenly(n: int, most: int) -> None:
-    """As many as allowed, the first and the last among them."""
-    rows = spread(n, most)
-
-    assert len(rows) == min(n, most)
-    assert (rows[0], rows[-1]) == (0, n - 1)

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from loadgen.bench_subnetact import evenly, resnet_parameters
+from loadgen.bench_subnetact import resnet_parameters
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,3 @@ from loadgen.bench_subnetact import evenly, resnet_parameters
 def test_hand_made_networks_have_the_published_number_of_parameters(name: str, n: int) -> None:
     """Counted from the definition, each is what is published of it."""
     assert resnet_parameters(name) == n
-
-
-def test_evenly_spread_rows_include_both_ends() -> None:
-    """Six of 32, and all of 6."""
-    assert evenly(32, 6) == [0, 6, 12, 19, 25, 31]
-    assert evenly(6, 6) == [0, 1, 2, 3, 4, 5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.table import MAX_BATCH_SIZE, Profile, SubnetProfile, load_profile, shipped_profiles
+from profiles.table import MAX_BATCH_SIZE, Profile, SubnetProfile, evenly, load_profile, shipped_profiles
 from superserve.errors import ConfigError, ProfileError
 
 if TYPE_CHECKING:
@@ -315,3 +316,14 @@ def test_a_file_that_is_not_json_is_refused_with_the_place(tmp_path: Path) -> No
     path.write_text('{"schema": 1,\n "name": }')
     with pytest.raises(ProfileError, match=r"broken\.json: expected JSON: .* line 2 column 10"):
         load_profile(path)
+
+
+@pytest.mark.parametrize(("n", "most"), [(1, 32), (32, 32), (33, 32), (1000, 32), (7, 3), (32, 6)])
+def test_evenly_spread_rows_include_both_ends(n: int, most: int) -> None:
+    """As many as allowed, ascending, both ends among them, with gaps that differ by one at most."""
+    rows = evenly(n, most)
+    gaps = {after - before for before, after in itertools.pairwise(rows)}
+
+    assert len(rows) == min(n, most)
+    assert (rows[0], rows[-1]) == (0, n - 1)
+    assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)
