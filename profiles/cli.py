@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from profiles.commands import accuracy_command, calibrate_command, search_command, show_command
+from profiles.commands import (
+    accuracy_command,
+    batch_sizes_option,
+    calibrate_command,
+    search_command,
+    show_command,
+)
 from profiles.measure import Device, Measurement, Setting, measure_supernet, save_measurement, thinned
 from profiles.table import load_profile
 from superserve.clock import MonotonicClock
@@ -46,21 +52,21 @@ for _command in (search_command, show_command, calibrate_command, accuracy_comma
 @click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
 @click.option("--precision", default="auto", show_default=True, help="auto, float32, float16 or bfloat16.")
 @click.option("--eager", is_flag=True, help="Capture no CUDA graphs.")
-@click.option("--batch-sizes", default="1,2,4,8,16", show_default=True, help="Ascending, with commas.")
+@batch_sizes_option
 @click.option("--repeats", default=200, show_default=True, help="Times each subnet and size is run.")
 @click.option("--quick", is_flag=True, help="Stop after a few seconds; at most 40 repeats.")
 @click.option(
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
 )
 def measure_command(
-    supernet: str, source: str | None, at_most: int | None, batch_sizes: str, repeats: int, quick: bool,
-    eager: bool, out: Path, **device: Any,
+    supernet: str, source: str | None, at_most: int | None, batch_sizes: tuple[int, ...], repeats: int,
+    quick: bool, eager: bool, out: Path, **device: Any,
 ) -> None:  # fmt: skip
     """Measure a supernet's subnets on this machine and write the profile to OUT."""
     try:
         source = source or _profile_of(supernet)
         setting = Setting(
-            batch_sizes=_sizes(batch_sizes),
+            batch_sizes=batch_sizes,
             rounds=min(repeats, _QUICK_ROUNDS) if quick else repeats,
             budget_ns=_QUICK_BUDGET_NS if quick else None,
         )
@@ -87,15 +93,6 @@ def _profile_of(supernet: str) -> str:
     if kind.profile is None:
         raise ConfigError(f"--subnets: {kind.name} comes without a profile: make one by `profiles search`")
     return kind.profile
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(size) for size in text.split(","))
-    except ValueError as error:
-        raise click.ClickException(
-            f"--batch-sizes: expected whole numbers with commas between, got {text!r}"
-        ) from error
 
 
 def _show(measurement: Measurement) -> None:

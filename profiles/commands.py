@@ -52,11 +52,17 @@ _device = click.option("--device", default="cpu", show_default=True, help="cpu, 
 _threads = click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
 
 
-def _sizes(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
+def _parsed(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(size) for size in text.split(","))
     except ValueError as error:
-        raise click.BadParameter(f"expected whole numbers with commas between, got {text!r}") from error
+        words = f"--batch-sizes: expected whole numbers with commas between, got {text!r}"
+        raise click.ClickException(words) from error
+
+
+batch_sizes_option = click.option(
+    "--batch-sizes", default="1,2,4,8,16", show_default=True, callback=_parsed, help="Ascending, with commas."
+)
 
 
 @click.command("search")
@@ -77,9 +83,7 @@ def _sizes(_context: click.Context, _option: click.Parameter, text: str) -> tupl
 )
 @_device
 @_threads
-@click.option(
-    "--batch-sizes", default="1,2,4,8,16", show_default=True, callback=_sizes, help="Ascending, with commas."
-)
+@batch_sizes_option
 @click.option("--subnets", "n_subnets", default=32, show_default=True, help="Keep at most so many.")
 @click.option("--seed", default=0, show_default=True, help="One seed gives one search.")
 @click.option(

@@ -42,8 +42,9 @@ SPACING_NS = MS
 client some 60 us whatever it holds, so a busy process may spend a tenth of a core on them, not all
 of it. A client that awaits nothing sends at once: one caller after another never waits here."""
 
-GRACE_NS = 1_000 * MS
-"""How long past its deadline a query waits for a LATE answer, while the router is heard."""
+GRACE_NS = 2_000 * MS
+"""How long past its deadline a query waits for a LATE answer, while the router is heard: longer than a
+router holds on to a batch that overran (one second), so that the answer says what became of it."""
 
 QUIET_NS = 12 * MS
 """How long past a query's deadline nothing need be heard: refusals of what expired come within 5 ms."""
