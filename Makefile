@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test check bench chaos demo train wheel clean
+.PHONY: help install lint test check bench chaos reproduce demo train wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -50,6 +50,10 @@ bench: $(INSTALLED) ## run the benchmarks; out/bench/*.json and a table
 chaos: $(INSTALLED) ## 10,000 fault schedules through the real core on a virtual clock
 	$(BIN)/python -m loadgen.chaos
 	$(BIN)/python -m tests.simulation.mutants
+
+# MAF is a day of Azure Functions 2019, which docs/traces.md says where to find: make reproduce MAF=FILE.
+reproduce: $(INSTALLED) ## the paper's results made again, in half an hour; out/reproduce/results.md
+	$(BIN)/python -m loadgen.reproduce $(if $(MAF),--maf "$(MAF)")
 
 demo: $(INSTALLED) ## serve a burst on this machine; out/demo/ and a table
 	$(BIN)/python -m loadgen.demo

@@ -1,4 +1,4 @@
-"""`loadgen compare`: policies side by side on the same queries, simulated."""
+"""`loadgen compare`: policies side by side on the same queries, simulated or live."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import orjson
 
 from loadgen.compare import Cell, Comparison, baselines, headline_lines, lines, paper_cells, to_dict
+from loadgen.compare_live import LiveRun, compare_live
 from loadgen.environment import environment_of
 from loadgen.simulator import SimSettings
 from loadgen.tables import check_writable, write
@@ -19,12 +21,15 @@ from loadgen.workloads import parse_cluster
 from router.registry import make_policy
 from superserve.errors import ConfigError, SuperServeError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("compare")
 @click.option(
-    "--simulate", "is_simulated", is_flag=True, help="Required: live comparisons are runs of `run`."
+    "--simulate", "is_simulated", is_flag=True, help="On a virtual clock, not with processes of this machine."
 )
 @click.option("--policy", "policies", multiple=True, default=("slackfit",), show_default=True)
 @click.option("--baselines", "with_baselines", is_flag=True, help="Add every fixed subnet and mincost.")
@@ -70,11 +75,13 @@ def compare_command(
     """Serve the same queries under each policy, and print attainment, accuracy, and how far the bound is.
 
     Without --trace: MAF, the bursty and the accelerating cells of the paper, mixes of SLOs, unequal
-    GPUs and an accuracy floor; the paper's headline comparisons where the baselines ran.
+    GPUs and an accuracy floor; the paper's headline comparisons where the baselines ran. Live, each
+    policy has a private cluster of emulated GPUs, and takes its turn with each seed's queries; exits 1
+    if a run was invalid.
     """
     try:
-        if not is_simulated:
-            raise ConfigError("compare: expected --simulate; for live runs see `loadgen run` and `report`")
+        if not is_simulated and not (traces or chosen):
+            raise ConfigError("compare: live runs take their time: expected --trace or --cell, or --simulate")
         for path, option in ((json_path, "--json"), (page_path, "--markdown")):
             if path is not None:
                 check_writable(path, option)
@@ -95,20 +102,35 @@ def compare_command(
         if not cells:
             raise ConfigError(f"--cell: no cell's name holds {' or '.join(chosen)}")
         comparison = Comparison(policies, tuple(range(seeds)), duration, with_bound, SimSettings())
-        began_s = time.monotonic()
-        results = comparison.run(
-            cells,
-            n_processes=processes or len(os.sched_getaffinity(0)),
-            say=lambda what: click.echo(f"  {time.monotonic() - began_s:6.1f} s  {what}", err=True),
-        )
+        say = _progress()
+        live: list[LiveRun] = []
+        if is_simulated:
+            n_processes = processes or len(os.sched_getaffinity(0))
+            results = comparison.run(cells, n_processes=n_processes, say=say)
+        else:
+            results, live = compare_live(comparison, cells, say)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     for line in (*lines(results), "", *headline_lines(results), *verdict_lines(results)):
         click.echo(line)
     if json_path is not None:
         body = to_dict(comparison, results) | {"environment": environment_of()}
+        if live:
+            body["live_runs"] = [run.to_dict() for run in live]
         write(json_path, orjson.dumps(body, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode())
     if page_path is not None:
         write(page_path, "\n".join(markdown(results)) + "\n")
-    if is_judged and any(verdicts(results).values()):
+    spoiled = [run for run in live if not run.valid or run.violations]
+    for run in spoiled:
+        click.echo(f"  INVALID          {run.cell}, seed {run.seed}, {run.policy}: {_why(run)}")
+    if spoiled or (is_judged and any(verdicts(results).values())):
         sys.exit(1)
+
+
+def _progress() -> Callable[[str], None]:
+    began_s = time.monotonic()
+    return lambda what: click.echo(f"  {time.monotonic() - began_s:6.1f} s  {what}", err=True)
+
+
+def _why(run: LiveRun) -> str:
+    return "; ".join(run.invalid_because) or f"{run.violations} violations in the GPUs' event logs"

@@ -113,12 +113,12 @@ def test_compare_prints_a_table_and_writes_it(tmp_path: Path) -> None:
     assert written["environment"]["machine"]["cores"] >= 1
 
 
-def test_compare_without_simulate_says_what_to_do_instead() -> None:
-    """Live comparisons are runs side by side."""
-    code, output = run("compare", "--trace", "poisson:rate=100")
+def test_compare_live_wants_to_know_which_cells() -> None:
+    """All of the paper's would take hours live."""
+    code, output = run("compare")
 
     assert code == 1
-    assert "expected --simulate" in output
+    assert "expected --trace or --cell, or --simulate" in output
 
 
 def test_an_actuation_delay_costs_more_the_longer_it_is() -> None:
