@@ -16,7 +16,7 @@ from loadgen.timeline import timeline_from
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from loadgen.stats import RunResult
 
@@ -424,10 +424,23 @@ def _environment(label: str, result: RunResult, *, only: bool) -> str:
     if result.environment is None:
         return f"<section><h2>{escape(title)}</h2><p>The file does not say.</p></section>"
     facts = dict(result.environment)
+    if result.calibration is not None:
+        facts["the generator alone, against a null sink"] = _calibration(result.calibration)
     command = facts.pop("command", None)
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in _flat(facts))
     shown = "" if command is None else f"<pre>{escape(str(command))}</pre>"
     return f'<section><h2>{escape(title)}</h2>{shown}<dl class="facts">{rows}</dl></section>'
+
+
+def _calibration(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the generator did alone, as facts of one line."""
+    lag = found.get("send_lag_ms") or {}
+    return {
+        "sent": f"{found.get('sent_qps', 0):,.0f} q/s of {found.get('rate_qps', 0):,.0f}",
+        "senders": found.get("senders"),
+        "send lag p99.9": f"{lag.get('p99_9')} ms",
+        "noise p99.9": f"{found.get('noise_p99_9_ms')} ms",
+    }
 
 
 def _flat(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
+from loadgen.calibrate import calibrate
 from loadgen.environment import environment_of
 from loadgen.live import HEADER, Watch
 from loadgen.plots import check_installed
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 MS = 1_000_000
 _INTERRUPTED = 130
 """The exit code of a run that SIGINT ended: 128 and its number."""
+_CALIBRATED_FROM_NS = 10_000 * MS
+"""A run of this length or more is calibrated first, unless told otherwise: it takes some two seconds."""
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -58,6 +62,10 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option("--report", "page_path", type=_FILE, help="Write a page about it, as HTML.")
 @click.option("--logs", type=_FOLDER, help="Keep event logs here.")
+@click.option(
+    "--calibrate/--no-calibrate", "is_calibrated", default=None,
+    help="Before it, send a second's worth to a null sink.  [default: if it takes 10 s or more]",
+)  # fmt: skip
 def run_command(
     spec: str,
     connect: str | None,
@@ -73,11 +81,15 @@ def run_command(
     is_json: bool,
     page_path: Path | None,
     logs: Path | None,
+    is_calibrated: bool | None,
 ) -> None:
     """Offer a trace, print a line each second, and at the end a table.
 
     Ctrl-C ends it early, with the table of the trace up to there, marked as partial, and exit code 130; a
     second one gives up. Exits 1 if the run is invalid or an event log shows a violation.
+
+    Longer runs are calibrated first: the same senders, at the trace's mean rate, against a sink that answers
+    at once. What is late there is this machine's doing, not the server's.
     """
     say = partial(click.echo, err=is_json)
     try:
@@ -95,6 +107,11 @@ def run_command(
         settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed)
         say(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
         say(f"  {trace.provenance}")
+        calibration = None
+        if is_calibrated or (is_calibrated is None and trace.duration_ns >= _CALIBRATED_FROM_NS):
+            calibration = calibrate(trace.mean_qps, settings)
+            for line in calibration.to_lines():
+                say(line)
         if not is_json:
             say(HEADER)
         measured, report = _offer(trace, settings, target, Watch(_on_second(is_json=is_json)))
@@ -110,6 +127,8 @@ def run_command(
     result = recorded(
         measured, trace, settings.slo_ns, _environment(trace, settings, target, measured, report)
     )
+    if calibration is not None:
+        result = replace(result, calibration=calibration.to_dict())
     if is_json:
         click.echo(_json_line({"kind": "result", **result.to_dict(), "timeline": None}))
     if json_path is not None:
