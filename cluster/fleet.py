@@ -23,6 +23,7 @@ from cluster.ssh import OpenSsh, RemoteError, parallel
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator, Sequence
 
     from cluster.record import KnownHost, Record
@@ -170,6 +171,10 @@ class Fleet:
             return self._shell.run(self.record.host(host).target, argv, stdin=stdin, timeout_s=timeout_s)
         except RemoteError as error:
             raise type(error)(f"{host}: {error}") from error
+
+    def start_reading(self, host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a command on a host whose output the caller reads from its `stdout`, and ends."""
+        return self._shell.start(self.record.host(host).target, argv)
 
 
 def ask(

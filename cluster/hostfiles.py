@@ -4,8 +4,8 @@
       supervisord.conf             one program a role; here is all of supervisor's configuration
       roles/NAME.sh                a role's command line and environment, runnable by hand
       NAME.log, NAME.log.1, ...    what it wrote; bounded
-      roles.json                   the roles and what each serves, for `cluster status`
-      keys/                        0700, if the cluster has keys
+      plan.json, before.json       what runs, and what ran before the last change
+      keys/, files/                0700: the keys and profiles that the roles read, 0600 each
       sv.sock, supervisord.log, supervisord.pid
 
 A role's program carries a digest of its script, so that `update` sees a change of either.
@@ -30,6 +30,8 @@ OURS_VARIABLE = "SUPERSERVE_HOST_FOLDER"
 
 SOCKET = "sv.sock"
 CONFIG = "supervisord.conf"
+KEYS, FILES = FILLED = ("keys", "files")
+"""Folders that hold exactly what `up` puts there."""
 
 # A role counts as started after so long; one that ends sooner is started again after 1, 2 and
 # 3 s, and then is FATAL. One that crashes later is started again at once.

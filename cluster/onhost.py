@@ -5,6 +5,7 @@ says what went wrong, for people. Supervisor is asked through its socket, in a f
 its user may enter.
 
     apply      have exactly the given roles run; say what changed
+    undo       have the roles run that ran before the last `apply`
     states     how each role stands
     down       stop every role and supervisord itself
     start, stop, signal   one role
@@ -16,6 +17,7 @@ Only what differs is touched: `apply` for the second time changes nothing.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import fcntl
 import json
@@ -31,7 +33,16 @@ from typing import TYPE_CHECKING, Any
 
 from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped]  # it ships no types
 
-from cluster.hostfiles import CONFIG, SOCKET, HostPlan, check_folder, script, supervisord_conf
+from cluster.hostfiles import (
+    CONFIG,
+    FILLED,
+    SOCKET,
+    HostPlan,
+    HostRole,
+    check_folder,
+    script,
+    supervisord_conf,
+)  # fmt: skip
 from superserve.connection import ask_status
 from superserve.errors import ConfigError, ProcessError, SuperServeError
 from superserve.local import ProcessId
@@ -39,7 +50,7 @@ from superserve.local import ProcessId
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_ROLES = "roles.json"
+_PLAN, _BEFORE = "plan.json", "before.json"  # what runs, and what ran before the last `apply`
 _FILES_WANTED = 65_536
 _STARTED_S, _STOPPED_S = 15.0, 30.0
 _ASK_AGAIN_S = 0.05
@@ -54,9 +65,12 @@ class Supervisord:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._rpc: Any = xmlrpc.client.ServerProxy(
-            "http://127.0.0.1", transport=SupervisorTransport(None, None, f"unix://{folder / SOCKET}")
-        ).supervisor
+
+    @property
+    def _rpc(self) -> Any:
+        # A new one each time: a connection that failed once is of no further use.
+        transport = SupervisorTransport(None, None, f"unix://{self.folder / SOCKET}")
+        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
 
     def pid(self) -> int | None:
         """Return its process; None if nobody answers at its socket."""
@@ -168,28 +182,51 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Have exactly the plan's roles run; return what was changed, by role."""
+    """Have exactly the plan's roles run, with these files beside them; return what changed, by role."""
     plan = HostPlan.from_dict(asked["plan"])
     check_folder(folder)
     with alone(folder):
-        _write(folder, plan)
-        supervisord = Supervisord(folder)
-        if supervisord.pid() is None:
-            supervisord.start(plan)
-            return {"changed": {role.name: "started" for role in plan.roles}, "was_running": False}
-        before = supervisord.infos()
-        changed = supervisord.update()
-        for name, info in before.items():
-            if name not in changed and info["statename"] in _IDLE:
-                supervisord.begin(name)
-                changed[name] = f"started (was {info['statename']})"
-        _forget_code(folder, plan)
-        return {"changed": changed, "was_running": True}
+        _put_files(folder, {name: base64.b64decode(text) for name, text in asked["files"].items()})
+        is_running = Supervisord(folder).pid() is not None
+        before = _read(folder / _PLAN) if is_running else None
+        if before is None:
+            (folder / _BEFORE).unlink(missing_ok=True)
+        else:
+            _put(folder / _BEFORE, before)
+        return {"changed": _run(folder, plan)}
+
+
+def undo(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Have the roles run that ran before the last `apply`, or none if nothing ran."""
+    before = _read(folder / _BEFORE)
+    if before is None:
+        return down(folder, asked)
+    with alone(folder):
+        return {"changed": _run(folder, HostPlan.from_dict(json.loads(before)))}
+
+
+def _run(folder: Path, plan: HostPlan) -> dict[str, str]:
+    """Have exactly the plan's roles run; touch only what differs."""
+    _write(folder, plan)
+    supervisord = Supervisord(folder)
+    if supervisord.pid() is None:
+        for path in folder.glob("*.log*"):  # of an earlier life
+            path.unlink()
+        supervisord.start(plan)
+        return {role.name: "started" for role in plan.roles}
+    infos = supervisord.infos()
+    changed = supervisord.update()
+    for name, info in infos.items():
+        if name not in changed and info["statename"] in _IDLE:
+            supervisord.begin(name)
+            changed[name] = f"started (was {info['statename']})"
+    _forget_code(folder)
+    return changed
 
 
 def _write(folder: Path, plan: HostPlan) -> None:
     (folder / "roles").mkdir(mode=0o700, exist_ok=True)
-    _put(folder / _ROLES, json.dumps([[role.name, role.kind, role.serves] for role in plan.roles]))
+    _put(folder / _PLAN, json.dumps(plan.to_dict()))
     for role in plan.roles:
         _put(folder / "roles" / f"{role.name}.sh", script(role, plan))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -197,19 +234,48 @@ def _write(folder: Path, plan: HostPlan) -> None:
     _put(folder / CONFIG, supervisord_conf(plan, min_files=min_files))
 
 
+def _put_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Have exactly these files in the folders that `apply` fills; only this user may read them."""
+    for name in FILLED:
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
+        for path in [path for path in (folder / name).rglob("*") if path.is_file()]:
+            if str(path.relative_to(folder)) not in files:
+                path.unlink()
+    for name, content in files.items():
+        path = folder / name
+        assert name.split("/")[0] in FILLED, name
+        assert ".." not in path.parts, name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists() or path.read_bytes() != content:
+            _put_bytes(path, content)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
 def _put(path: Path, text: str) -> None:
+    _put_bytes(path, text.encode())
+
+
+def _put_bytes(path: Path, content: bytes) -> None:
     """Write a file as a whole: who reads it finds the old one or the new one."""
     new = path.with_name(f".{path.name}.new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
     new.replace(path)
 
 
-def _forget_code(folder: Path, plan: HostPlan) -> None:
-    """Remove versions of the package that no role runs any more, once all run the plan's."""
+def _forget_code(folder: Path) -> None:
+    """Remove versions of the package that neither the plan nor the one before it runs."""
+    texts = [_read(folder / _PLAN), _read(folder / _BEFORE)]
+    kept = {Path(json.loads(text)["code"]) for text in texts if text is not None}
     for path in (folder / "code").iterdir():
-        if path != Path(plan.code):
+        if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -217,15 +283,16 @@ def states(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Return how each role stands, with the end of its log if it is given up."""
     supervisord = Supervisord(folder)
     infos = supervisord.infos()
-    told = _roles(folder)
     n_lines = int(asked.get("lines", _TAIL_LINES))
     roles = []
-    for name, kind, serves in told:
+    for role in _roles(folder):
+        name = role.name
         info = infos.get(name, {"statename": "STOPPED", "pid": 0, "start": 0, "now": 0, "exitstatus": 0})
         state = info["statename"]
         is_bad = state in ("FATAL", "BACKOFF") or (state == "EXITED" and info["exitstatus"] != 0)
         roles.append({
-            "name": name, "kind": kind, "serves": serves, "state": state, "pid": info["pid"] or None,
+            "name": name, "kind": role.kind, "serves": role.serves, "state": state,
+            "pid": info["pid"] or None,
             "up_s": info["now"] - info["start"] if info["pid"] else 0,
             "exit": info["exitstatus"],
             "log": str(folder / f"{name}.log"),
@@ -234,12 +301,9 @@ def states(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     return {"supervisord": supervisord.pid(), "roles": roles}
 
 
-def _roles(folder: Path) -> list[list[str]]:
-    try:
-        roles: list[list[str]] = json.loads((folder / _ROLES).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    return roles
+def _roles(folder: Path) -> list[HostRole]:
+    text = _read(folder / _PLAN)
+    return [] if text is None else list(HostPlan.from_dict(json.loads(text)).roles)
 
 
 def tail_of(path: Path, n_lines: int) -> list[str]:
@@ -247,9 +311,10 @@ def tail_of(path: Path, n_lines: int) -> list[str]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()[-n_lines:]
+            lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return []
+    return [line for line in lines if line.strip()][-n_lines:]
 
 
 def down(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +324,7 @@ def down(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     with alone(folder):
         supervisord = Supervisord(folder)
         running = [info for info in supervisord.infos().values() if info["pid"]]
-        kinds = {name: kind for name, kind, _ in _roles(folder)}
+        kinds = {role.name: role.kind for role in _roles(folder)}
         kind = asked.get("kind")
         stopped = [(info["name"], info["pid"]) for info in running if kind in (None, kinds.get(info["name"]))]
         processes = [process for _, pid in stopped if (process := ProcessId.of(pid)) is not None]
@@ -306,8 +371,8 @@ def tail(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 VERBS = {
-    "apply": apply, "states": states, "down": down, "start": start, "stop": stop, "signal": signal,
-    "status": status, "tail": tail,
+    "apply": apply, "undo": undo, "states": states, "down": down, "start": start, "stop": stop,
+    "signal": signal, "status": status, "tail": tail,
 }  # fmt: skip
 
 

@@ -69,6 +69,8 @@ class Record:
         worker_endpoint: Where workers connect.
         profile: What its workers serve by.
         hosts: Every host that was prepared.
+        slots: How many GPUs each worker registers, by its name.
+        left_out: Hosts of the file that are not among them, each with the reason.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Record:
     worker_endpoint: str
     profile: str
     hosts: tuple[KnownHost, ...]
+    slots: tuple[tuple[str, int], ...]
+    left_out: tuple[tuple[str, str], ...]
 
     def host(self, name: str) -> KnownHost:
         """Return a host by its name.
@@ -128,10 +132,12 @@ def load(name: str) -> Record | None:
         if (schema := body.pop("schema")) != SCHEMA:
             raise ConfigError(f"{path}: schema: expected {SCHEMA}, got {schema}: written by another version")
         hosts = tuple(KnownHost.from_dict(host) for host in body.pop("hosts"))
-        return Record(**body, hosts=hosts)
+        slots = tuple((role, int(n)) for role, n in body.pop("slots"))
+        left_out = tuple((name, why) for name, why in body.pop("left_out"))
+        return Record(**body, hosts=hosts, slots=slots, left_out=left_out)
     except FileNotFoundError:
         return None
-    except (OSError, orjson.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: expected what `cluster up` writes, got {type(error).__name__}: {error}; "
             f"remove it, and run `cluster up` with the hosts file again"

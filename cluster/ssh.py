@@ -165,7 +165,8 @@ class OpenSsh:
             errors.seek(0)
             words = errors.read().decode(errors="replace").strip()
         if done.returncode == _SSH_FAILED:
-            raise UnreachableError(f"ssh: {_last_line(words) or 'the connection was lost'}")
+            said = _last_line(words).removeprefix("ssh: ") or "the connection was lost"
+            raise UnreachableError(f"ssh: {said}")
         return Completed(done.returncode, done.stdout, words)
 
     def start(self, target: Target, argv: Sequence[str]) -> subprocess.Popen[bytes]:
