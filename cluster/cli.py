@@ -81,6 +81,19 @@ def up(hosts_file: Path | None, name: str, ready_timeout_s: float, **asked: Any)
     _say(show.what_next(done.cluster, done.status, plan.profile))
 
 
+@cli.command()
+@click.argument("hosts_file", type=click.Path(path_type=Path))
+@click.option("--effective", is_flag=True, help="Print the file with every default filled in.")
+def config(hosts_file: Path, effective: bool) -> None:
+    """Check HOSTS_FILE; print every error in it, with its line, and exit 1 if there is one."""
+    from cluster.config_cli import checked  # noqa: PLC0415  it takes pydantic's import, 0.2 s
+
+    try:
+        click.echo(checked(hosts_file, effective=effective))
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+
+
 def no_hosts_yet(path: Path) -> str:
     """Say that a hosts file cannot be used so far, and what can be done instead."""
     return (
