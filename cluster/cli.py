@@ -118,6 +118,19 @@ def _check_name(name: str) -> None:
         )
 
 
+@cli.command()
+@click.argument("hosts_file", type=click.Path(path_type=Path))
+@click.option("--effective", is_flag=True, help="Print the file with every default filled in.")
+def config(hosts_file: Path, effective: bool) -> None:
+    """Check HOSTS_FILE; print every error in it, with its line, and exit 1 if there is one."""
+    from cluster.config_cli import checked  # noqa: PLC0415  it takes pydantic's import, 0.2 s
+
+    try:
+        click.echo(checked(hosts_file, effective=effective))
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+
+
 def options(*, emulate: str | None, gpus: str | None, **plain: Any) -> Options:
     """Return the options of `up`, those with a syntax of their own parsed.
 
