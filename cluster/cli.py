@@ -167,6 +167,7 @@ def status(name: str, as_json: bool) -> None:
     """Show the router and every worker; exit 1 if none runs or one is unwell."""
     if _is_on_hosts(name):
         hosts_cli.status(name, as_json=as_json)
+        return
     try:
         cluster = _running(name)
         said = ask_router(cluster)
@@ -216,6 +217,7 @@ def down(name: str, timeout_s: float) -> None:
     """Drain and stop everything; say what was stopped."""
     if _is_on_hosts(name):
         hosts_cli.down(name)
+        return
     try:
         done = take_down(name, timeout_s)
     except SuperServeError as error:
@@ -230,9 +232,13 @@ def down(name: str, timeout_s: float) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Show what is written from now on, too.")
 @click.argument("roles", nargs=-1, metavar="[HOST|ROLE]...")
 def logs(name: str, follow: bool, roles: tuple[str, ...]) -> None:
-    """Show the last lines of the logs, of ROLEs or of all; a stopped cluster's stay until the next."""
+    """Show the last lines of the logs: of ROLEs, of HOSTs, or of all.
+
+    A cluster of this machine leaves its logs until the next of its name.
+    """
     if _is_on_hosts(name):
         hosts_cli.logs(name, roles, is_followed=follow)
+        return
     try:
         paths = _logs(local.cluster_folder(name), roles)
     except SuperServeError as error:

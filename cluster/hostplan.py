@@ -95,7 +95,8 @@ def plan_of(hosts: Hosts, path: Path) -> HostsPlan:
         hosts.cluster, str(path.absolute()), hosts.ssh_config, hosts.router.host,
         f"tcp://{hosts.router_address}:{hosts.router.client_port}",
         f"tcp://{hosts.router_address}:{hosts.router.worker_port}",
-        hosts.serves, wanted, roles, slots, files, hosts.log.megabytes << 20, hosts.log.files,
+        hosts.emulate or hosts.serves, wanted, roles, slots, files,
+        hosts.log.megabytes << 20, hosts.log.files,
     )  # fmt: skip
 
 
@@ -118,11 +119,12 @@ def _check_security(hosts: Hosts, path: Path) -> None:
 
 def _profile(hosts: Hosts) -> tuple[str, tuple[tuple[str, bytes], ...]]:
     """Return how a worker names its profile, and the file that goes with it if it is not a shipped one."""
-    if hosts.serves in shipped_profiles():
-        return hosts.serves, ()
-    content = load_profile(hosts.serves).to_json()
+    name = hosts.emulate or hosts.serves
+    if name in shipped_profiles():
+        return name, ()
+    content = load_profile(name).to_json()
     # The digest makes another profile another command line, so that workers are started anew.
-    place = f"{FILES}/{hashlib.sha256(content).hexdigest()[:12]}-{Path(hosts.serves).name}"
+    place = f"{FILES}/{hashlib.sha256(content).hexdigest()[:12]}-{Path(name).name}"
     return f"{FOLDER}/{place}", ((place, content),)
 
 

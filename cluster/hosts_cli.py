@@ -109,7 +109,8 @@ def status(name: str, *, as_json: bool) -> None:
         say([f"cluster {name!r} on {len(fleet.hosts)} hosts, from {fleet.record.file}", ""])
         say([*(show.router(fleet.record, said) if said is not None else ()), ""])
         say([hosts_show.roles(seen, said), *(["", *wrong] if wrong else [])])
-    sys.exit(1 if wrong else 0)
+    if wrong:
+        sys.exit(1)
 
 
 def _ask(fleet: Fleet) -> dict[str, Any] | None:
@@ -127,7 +128,8 @@ def down(name: str) -> None:
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     say(hosts_show.stopped(fleet.record, done))
-    sys.exit(1 if done.wrong else 0)
+    if done.wrong:
+        sys.exit(1)
 
 
 def logs(name: str, names: tuple[str, ...], *, is_followed: bool) -> None:
@@ -141,8 +143,9 @@ def logs(name: str, names: tuple[str, ...], *, is_followed: bool) -> None:
             wrong = hosts_logs.show_tails(fleet, roles)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
-    say(wrong)
-    sys.exit(1 if wrong else 0)
+    if wrong:
+        say(wrong)
+        sys.exit(1)
 
 
 def say(lines: list[str]) -> None:

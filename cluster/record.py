@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from typing import Self
 
 SCHEMA = 1
-_FOLDER = ".clusters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ def path_of(name: str) -> Path:
         ConfigError: It is no name for a cluster.
     """
     local.cluster_folder(name)  # for its check
-    return local.state_folder() / _FOLDER / f"{name}.json"
+    return local.state_folder() / local.REMEMBERED / f"{name}.json"
 
 
 def load(name: str) -> Record | None:
@@ -169,4 +168,4 @@ def forget(name: str) -> None:
 
 def names() -> list[str]:
     """Return the clusters that there are records of, in order of name."""
-    return sorted(path.stem for path in (local.state_folder() / _FOLDER).glob("[!.]*.json"))
+    return sorted(path.stem for path in (local.state_folder() / local.REMEMBERED).glob("[!.]*.json"))
