@@ -142,6 +142,7 @@ class Role:
         process: Its process; None before the first start and after an end.
         restarts: How often it was started again.
         why: What ended it last, with the last lines of its log; "" if nothing did.
+        metrics: Where it serves /metrics, HOST:PORT; "" where it does not.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Role:
     process: ProcessId | None = None
     restarts: int = 0
     why: str = ""
+    metrics: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +268,7 @@ def _role(body: object, where: str) -> Role:
         process=_process(_take(body, "process", dict, where), f"{where}: process") if has_process else None,
         restarts=_take(body, "restarts", int, where),
         why=_take(body, "why", str, where),
+        metrics=_take({"metrics": "", **body}, "metrics", str, where),  # older files lack it
     )
 
 
