@@ -14,6 +14,7 @@ from cluster import hosts_cli, show
 from cluster.down import down as take_down
 from cluster.health import ask_router, problems
 from cluster.plan import Options, make_plan
+from cluster.top_cli import top
 from cluster.up import StartError, name_option
 from cluster.up import up as bring_up
 from superserve import local
@@ -31,6 +32,9 @@ _name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Wh
 @click.group()
 def cli() -> None:
     """Run a cluster: a router and its workers, on this machine or on several hosts."""
+
+
+cli.add_command(top)
 
 
 @cli.command()
@@ -57,6 +61,7 @@ def cli() -> None:
 @click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back for the unforeseen.")
 @click.option("--client-port", type=_PORT, default=0, help="Where clients connect.  [default: any free one]")
 @click.option("--worker-port", type=_PORT, default=0, help="Where workers connect.  [default: any free one]")
+@click.option("--metrics", is_flag=True, help="Every process serves /metrics to Prometheus, on loopback.")
 @click.option("--ready-timeout-s", default=60.0, show_default=True, help="Wait so long for all to be ready.")
 @click.option("--rollback", is_flag=True, help="With HOSTS_FILE: keep nothing of it if any part fails.")
 @click.pass_context

@@ -153,8 +153,15 @@ def _router(hosts: Hosts, host: Host) -> list[HostRole]:
         "--client-endpoint", f"tcp://{bound}:{hosts.router.client_port}",
         "--worker-endpoint", f"tcp://{bound}:{hosts.router.worker_port}",
         "--policy", hosts.policy, "--margin-ms", f"{hosts.margin_ms:g}",
+        *_metrics(hosts, hosts.metrics.router),
     )  # fmt: skip
     return [HostRole("router", "router", argv, _env(host), f"policy {hosts.policy}")]
+
+
+def _metrics(hosts: Hosts, port: int | None) -> tuple[str, ...]:
+    if port is None:
+        return ()
+    return ("--metrics-port", str(port), "--metrics-address", hosts.metrics.address)
 
 
 def _env(host: Host) -> tuple[tuple[str, str], ...]:
@@ -166,9 +173,11 @@ def _workers(hosts: Hosts, host: Host, profile: str) -> list[HostRole]:
     address = "127.0.0.1" if host.name == hosts.router.host else hosts.router_address
     endpoint = f"tcp://{address}:{hosts.router.worker_port}"
     roles = []
-    for name, device in zip(host.worker_names, host.devices, strict=True):
-        argv, serves = _served(hosts, host, profile, device)
-        argv = ("-m", "gpu_worker", "--connect", endpoint, "--name", name, *argv)
+    first_port = hosts.metrics.workers
+    for i, (name, device) in enumerate(zip(host.worker_names, host.devices, strict=True)):
+        served, serves = _served(hosts, host, profile, device)
+        metrics = _metrics(hosts, None if first_port is None else first_port + i)
+        argv = ("-m", "gpu_worker", "--connect", endpoint, "--name", name, *served, *metrics)
         roles.append(HostRole(name, "worker", argv, _env(host), serves))
     return roles
 

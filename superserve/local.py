@@ -145,6 +145,7 @@ class Role:
         process: Its process; None before the first start and after an end.
         restarts: How often it was started again.
         why: What ended it last, with the last lines of its log; "" if nothing did.
+        metrics: Where it serves /metrics, HOST:PORT; "" where it does not.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Role:
     process: ProcessId | None = None
     restarts: int = 0
     why: str = ""
+    metrics: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +271,7 @@ def _role(body: object, where: str) -> Role:
         process=_process(_take(body, "process", dict, where), f"{where}: process") if has_process else None,
         restarts=_take(body, "restarts", int, where),
         why=_take(body, "why", str, where),
+        metrics=_take({"metrics": "", **body}, "metrics", str, where),  # older files lack it
     )
 
 

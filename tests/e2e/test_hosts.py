@@ -32,13 +32,14 @@ def hosts() -> Iterator[Net]:
         yield here
 
 
-def write(here: Net, *names: str, security: str = "none", **more: str) -> str:
+def write(here: Net, *names: str, security: str = "none", head: str = "", **more: str) -> str:
     """Write a hosts file with the router on `a` and a worker on each host; return its path.
 
     Args:
         here: The hosts.
         names: Those that take part.
         security: As in the file.
+        head: A line of the file's own, besides.
         more: What a host's entry says besides, by host.
     """
     entries = [
@@ -46,9 +47,9 @@ def write(here: Net, *names: str, security: str = "none", **more: str) -> str:
         f"{', ' + more[name] if name in more else ''}}}"
         for name in names
     ]
-    head = ["router: {host: a}", "emulate: cnn-8gpu-modelled", f"security: {security}", "hosts:"]
+    lines = ["router: {host: a}", "emulate: cnn-8gpu-modelled", f"security: {security}", head, "hosts:"]
     path = here.folder / "hosts.yaml"
-    path.write_text("\n".join([*head, *entries, ""]))
+    path.write_text("\n".join([*lines, *entries, ""]))
     return str(path)
 
 
@@ -100,6 +101,22 @@ def test_a_cluster_on_three_hosts_serves_a_fourth(hosts: Net) -> None:
     for role, pid in roles.items():
         assert f"{role} (pid {pid})" in output
     assert hosts.processes() == []
+
+
+def test_top_and_metrics_reach_the_hosts(hosts: Net) -> None:
+    """Router and workers serve /metrics on the ports of the file; `top` shows the workers of all hosts."""
+    up(hosts, write(hosts, "a", "b", head="metrics: {router: 9100, workers: 9101, address: 0.0.0.0}"))
+    for host, port in (("a", 9100), ("a", 9101), ("b", 9101)):
+        url = f"http://{hosts.address(host)}:{port}/metrics"
+        fetch = f"import urllib.request as u; print(u.urlopen({url!r}).read())"
+        code, output = hosts.run(sys.executable, "-c", fetch)
+        assert code == 0, output
+        assert "superserve_" in output
+    code, output = hosts.cluster("top", "--once")
+    assert code == 0, output
+    assert "worker-a-0" in output
+    assert "worker-b-0" in output
+    assert hosts.cluster("down")[0] == 0
 
 
 def test_logs_are_followed_until_ctrl_c(hosts: Net) -> None:
