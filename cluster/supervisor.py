@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from cluster.plan import METRICS_PORT
 from superserve.clock import MS, SECOND
 from superserve.errors import ProcessError
 from superserve.local import ProcessId, Role, RoleState
@@ -109,6 +110,7 @@ class _Watched:
         self.since_ns = 0  # of the state
         self.due_ns = 0  # when it is started again, or has had its time to end
         self.why = ""
+        self.metrics = ""  # HOST:PORT of its exporter, and from then on the port that it keeps
         self._history: list[str] = []
 
     def move(self, event: RoleEvent, now_ns: int) -> None:
@@ -121,7 +123,7 @@ class _Watched:
     def snapshot(self) -> Role:
         return Role(
             self.plan.name, self.plan.kind, self.state, self.plan.serves, str(self.log_path), self.process,
-            self.n_restarts, self.why,
+            self.n_restarts, self.why, self.metrics,
         )  # fmt: skip
 
 
@@ -275,7 +277,11 @@ class Supervisor:
             self._start(role, now_ns)
 
     def _start(self, role: _Watched, now_ns: int) -> None:
-        endpoints = {"{client}": self.client_endpoint, "{worker}": self.worker_endpoint}
+        endpoints = {
+            "{client}": self.client_endpoint,
+            "{worker}": self.worker_endpoint,
+            METRICS_PORT: role.metrics.rpartition(":")[2] or "0",
+        }
         argv = [endpoints.get(word, word) for word in role.plan.argv]
         role.move(RoleEvent.START, now_ns)
         try:
@@ -322,6 +328,7 @@ class Supervisor:
         role.move(RoleEvent.ANNOUNCED, now_ns)
         role.was_ready = True
         log.info("%s: ready", role.plan.name)
+        role.metrics = str(role.handle.ready.get("metrics", ""))
         if role is self._router:
             self._is_bound = True
             self.client_endpoint = str(role.handle.ready["client"])
