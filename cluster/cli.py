@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from cluster import hosts_cli, show
+from cluster import hosts_cli, operate_cli, show
 from cluster.down import down as take_down
 from cluster.health import ask_router, problems
 from cluster.plan import Options, make_plan
@@ -98,6 +98,8 @@ def up(
     if done.tidied is not None:
         click.echo(show.tidied(done.tidied))
     words = "is up" if done.is_new else "runs already, as asked for"
+    if done.restarted:
+        words += f"; started again: {', '.join(done.restarted)}"
     _say([f"cluster {name!r} {words}", "", show.processes(done.cluster), ""])
     _say(show.what_next(done.cluster, done.status, plan.profile))
 
@@ -230,6 +232,33 @@ def down(name: str, timeout_s: float) -> None:
     _say(
         [f"no cluster {name!r} runs on this machine: nothing to stop"] if done is None else show.stopped(done)
     )
+
+
+@cli.command()
+@_name
+@click.argument("names", nargs=-1, required=True, metavar="HOST|WORKER...")
+def drain(name: str, names: tuple[str, ...]) -> None:
+    """Have workers take no new queries, answer what they have, and end; they stay away."""
+    try:
+        operate_cli.drain(name, names)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@cli.command()
+@_name
+@click.option("--rolling", is_flag=True, help="A few at a time; all workers, unless some are named.")
+@click.option("--at-once", type=click.IntRange(1), default=1, show_default=True, help="How many, if rolling.")
+@click.option("--router", is_flag=True, help="The router too, first; it says what that costs.")
+@click.option("--force", is_flag=True, help="Take the last live worker, too.")
+@click.option("--timeout-s", default=120.0, show_default=True, help="Wait so long for each to be live again.")
+@click.argument("names", nargs=-1, metavar="[HOST|WORKER]...")
+def restart(name: str, names: tuple[str, ...], **how: Any) -> None:
+    """Drain workers, start them again, and wait until the router gives them work."""
+    try:
+        operate_cli.restart(name, names, **how)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @cli.command()

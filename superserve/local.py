@@ -64,6 +64,7 @@ class RoleState(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     WAITING = "waiting"  # it ended, and is started again soon
+    STOPPING = "stopping"  # it was told to end
     STOPPED = "stopped"  # it was told to end, and did
     FATAL = "FATAL"  # it ended too often, or before it was ever ready
 
