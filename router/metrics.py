@@ -33,7 +33,7 @@ _PREFIX = "superserve_router_"
 _MS = 1e3
 _WAIT_S = 1.0
 """A loop that has not answered for so long hangs: an idle one passes every 50 ms."""
-_SWITCH_S = 0.0005
+SWITCH_S = 0.0005
 """How long the thread of a scrape may compute before the loop gets the interpreter back; Python's
 own 5 ms would add that to answers. Set when metrics are on."""
 
@@ -170,7 +170,6 @@ class RouterMetrics:
 
 def pages(server: RouterServer, metrics: RouterMetrics) -> dict[str, Callable[[], Page]]:
     """Return the router's pages, by path; asked for in other threads than the loop's."""
-    sys.setswitchinterval(_SWITCH_S)
     return {"/metrics": lambda: _metrics_page(server, metrics)}
 
 
