@@ -110,4 +110,10 @@ class WorkerMetrics:
 
 def pages(server: WorkerServer, metrics: WorkerMetrics) -> dict[str, Callable[[], Page]]:
     """Return a worker's pages, by path; asked for in other threads than the server's."""
-    return {"/metrics": lambda: exposition(metrics.families(server).all())}
+
+    def ready() -> Page:
+        link = server.link
+        words = f"the link to the router is {link.value}\n".encode()
+        return Page(200 if link.value == "serving" else 503, words)
+
+    return {"/metrics": lambda: exposition(metrics.families(server).all()), "/ready": ready}

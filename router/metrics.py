@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from router.events import Dispatch
+from router.health import attainment, live, ready, slo
 from router.status import summary_of_server, worker_status
 from router.workers import PeerState, WorkerState
 from superserve.exposition import SIZE_BOUNDS, Families, Histogram, Metric, Page, UnavailableError, exposition
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from router.events import Action
+    from router.health import Health
     from router.server import RouterServer
     from superserve.exposition import Buckets
 
@@ -170,7 +172,17 @@ class RouterMetrics:
 
 def pages(server: RouterServer, metrics: RouterMetrics) -> dict[str, Callable[[], Page]]:
     """Return the router's pages, by path; asked for in other threads than the loop's."""
-    return {"/metrics": lambda: _metrics_page(server, metrics)}
+
+    def health(judge: Callable[[Mapping[str, Any]], Health]) -> Page:
+        said = judge(metrics.ask().summary)
+        return Page(200 if said.is_well else 503, f"{said.why}\n".encode())
+
+    return {
+        "/metrics": lambda: _metrics_page(server, metrics),
+        "/live": lambda: health(live),
+        "/ready": lambda: health(ready),
+        "/slo": lambda: health(slo),
+    }
 
 
 def _metrics_page(server: RouterServer, metrics: RouterMetrics) -> Page:
@@ -235,12 +247,6 @@ def fill(families: Families, snapshot: Snapshot, waited_s: float) -> None:
     }
     for name, value in plain.items():
         families.add(_PREFIX + name, value)
-
-
-def attainment(answered: Mapping[str, int]) -> float:
-    """Return the share of queries that ended OK, of all that ended uncancelled; NaN of none."""
-    n = sum(answered.values()) - answered["cancelled"]
-    return answered["ok"] / n if n else float("nan")
 
 
 def fill_workers(families: Families, gpus: list[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
 
+AS_BEFORE = ("--emulate", "cnn-8gpu-modelled:2", "--workers", "2")  # as `Machine.up` asks for
 Samples = dict[tuple[str, ...], float]
 
 
@@ -101,6 +102,7 @@ def test_a_router_that_crashed_serves_metrics_where_it_did(here: Machine) -> Non
     """What scrapes it is not told of a new port."""
     cluster = here.up("--metrics")
     router = cluster.roles[0]
+    assert f"http://{router.metrics}/metrics" in here.run("up", *AS_BEFORE, "--metrics")[1]
     assert router.process is not None
     assert router.process.signal(9)
 

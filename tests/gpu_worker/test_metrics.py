@@ -63,6 +63,16 @@ def test_batches_are_counted_by_subnet_and_by_what_became_of_them() -> None:
     assert values["dropped_messages_total", "malformed"] == 3
 
 
+def test_a_worker_is_ready_while_its_link_serves() -> None:
+    """A worker that drains or seeks its router says so, with 503."""
+    server = Server()
+    ready = pages(cast("WorkerServer", server), WorkerMetrics("w", PROFILE, n_slots=1))["/ready"]
+
+    assert ready()[:2] == (200, b"the link to the router is serving\n")
+    server.link = Link.DRAINING
+    assert ready()[:2] == (503, b"the link to the router is draining\n")
+
+
 def test_every_metric_of_the_table_is_exported_and_what_is_unknown_is_absent() -> None:
     """A temperature that nobody knows is no sample; its name and help are there all the same."""
     helps, values = scrape(WorkerMetrics("w", PROFILE, n_slots=1))

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from router.core import RouterCore
 from router.events import Answer
 from router.load import LONG_S, SHORT_S, Fleet, Load, fleet, workers_needed
-from router.metrics import METRICS, RouterMetrics, attainment, pages
+from router.metrics import METRICS, RouterMetrics, pages
 from router.registry import make_policy
 from router.server import RouterServer, ServerSettings
 from superserve import exposition
@@ -83,6 +83,15 @@ def test_a_path_that_is_not_there_is_answered_with_those_that_are() -> None:
             urllib.request.urlopen(request, timeout=10)
         refusal.value.close()
         assert refusal.value.code == 501
+
+
+@pytest.mark.e2e
+def test_a_router_without_workers_lives_and_is_not_ready() -> None:
+    """Three questions, each with an answer of its own and its reason."""
+    with running() as (server, metrics), serve_pages(pages(server, metrics)) as where:
+        assert get(where, "/live") == (200, "the loop passes\n")
+        assert get(where, "/ready") == (503, "no GPU takes work\n")
+        assert get(where, "/slo") == (503, "nothing ended in the last 10 s; no GPU takes work\n")
 
 
 def test_a_page_that_cannot_be_given_is_503_with_the_reason() -> None:
@@ -196,7 +205,8 @@ def test_a_worker_process_that_is_lost_is_counted_and_one_that_leaves_is_not() -
 
     assert world.core.n_lost_peers == 1
     left = fleet(world.core)
-    assert (left.ready, left.least_s) == (1, pytest.approx(CNN.latency_ns(0, 16) / 16 / SECOND))
+    assert left.ready == 1
+    assert left.least_s == pytest.approx(CNN.latency_ns(0, 16) / 16 / SECOND)
 
 
 # --- the recent past, and the GPUs that it asks for -------------------------------------------
@@ -233,11 +243,3 @@ def test_workers_needed_is_nothing_without_arrivals_and_the_least_where_nothing_
 
     assert workers_needed(idle, Fleet(0, 0.0)) == {"as_served": 0.0, "at_least": 0.0}
     assert workers_needed(stuck, Fleet(1, 0.001)) == {"as_served": 1.0, "at_least": 1.0}
-
-
-def test_attainment_leaves_out_what_clients_cancelled() -> None:
-    """A query that nobody wants any more was not missed; nothing ended is not 100 %."""
-    ends = {"ok": 3, "late": 1, "cancelled": 96}
-
-    assert attainment(ends) == 0.75
-    assert attainment({"ok": 0, "cancelled": 5}) != attainment({"ok": 0, "cancelled": 5})  # NaN
