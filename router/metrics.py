@@ -45,7 +45,11 @@ _NAMES = (
     Metric("queries_answered", "counter", "Queries that ended, by how.", ("status",)),
     Metric("queries_in_flight", "gauge", "Queries that workers hold."),
     Metric("queries_redispatched", "counter", "Queries queued again after their worker was lost or overran."),
-    Metric("attainment_ratio", "gauge", "Share of the queries that ended in the last 10 s that ended OK."),
+    Metric(
+        "attainment_ratio",
+        "gauge",
+        "Share that ended OK of the queries that ended in the last 10 s, less those cancelled.",
+    ),
     Metric("accuracy_ratio", "summary", "Profiled accuracy of the queries that ended OK, 0 to 1."),
     Metric("queue_length", "gauge", "Queries that wait."),
     Metric("queue_head_slack_seconds", "gauge", "Time left to the earliest deadline queued; NaN if none is."),
