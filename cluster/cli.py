@@ -1,4 +1,4 @@
-"""`cluster`: a router and workers on this machine, started, watched and stopped together."""
+"""`cluster`: a router and workers, on this machine or several, started, watched and stopped together."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from cluster import show
+from cluster import hosts_cli, operate_cli, show
 from cluster.down import down as take_down
 from cluster.health import ask_router, problems
 from cluster.plan import Options, make_plan
-from cluster.up import StartError
+from cluster.top_cli import top
+from cluster.up import StartError, name_option
 from cluster.up import up as bring_up
 from superserve import local
 from superserve.errors import ConfigError, SuperServeError
@@ -30,7 +31,10 @@ _name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Wh
 
 @click.group()
 def cli() -> None:
-    """Run a cluster: a router and its workers, on this machine so far."""
+    """Run a cluster: a router and its workers, on this machine or on several hosts."""
+
+
+cli.add_command(top)
 
 
 @cli.command()
@@ -57,15 +61,32 @@ def cli() -> None:
 @click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back for the unforeseen.")
 @click.option("--client-port", type=_PORT, default=0, help="Where clients connect.  [default: any free one]")
 @click.option("--worker-port", type=_PORT, default=0, help="Where workers connect.  [default: any free one]")
+@click.option("--metrics", is_flag=True, help="Every process serves /metrics to Prometheus, on loopback.")
 @click.option("--ready-timeout-s", default=60.0, show_default=True, help="Wait so long for all to be ready.")
-def up(hosts_file: Path | None, name: str, ready_timeout_s: float, **asked: Any) -> None:
+@click.option("--rollback", is_flag=True, help="With HOSTS_FILE: keep nothing of it if any part fails.")
+@click.pass_context
+def up(
+    context: click.Context,
+    /,
+    hosts_file: Path | None,
+    name: str,
+    ready_timeout_s: float,
+    rollback: bool,
+    **asked: Any,
+) -> None:
     """Start a router and workers; return when all are ready, with a table.
 
-    They run until `cluster down`. If they run already, this says so.
+    On this machine, or on the hosts of HOSTS_FILE, over ssh. They run until `cluster down`.
+    What runs already is left alone, and this says so.
     """
+    if hosts_file is not None:
+        _only_in_file(context)
+        hosts_cli.up(hosts_file, ready_timeout_s=ready_timeout_s, rollback=rollback)
+        return
     try:
-        if hosts_file is not None:
-            raise ConfigError(no_hosts_yet(hosts_file))
+        if rollback:
+            raise ConfigError("--rollback goes with HOSTS_FILE: on one machine nothing stays of what failed")
+        _check_name(name)
         plan = make_plan(name, options(**asked), ready_timeout_s)
         done = bring_up(plan)
     except StartError as error:
@@ -77,16 +98,44 @@ def up(hosts_file: Path | None, name: str, ready_timeout_s: float, **asked: Any)
     if done.tidied is not None:
         click.echo(show.tidied(done.tidied))
     words = "is up" if done.is_new else "runs already, as asked for"
+    if done.restarted:
+        words += f"; started again: {', '.join(done.restarted)}"
     _say([f"cluster {name!r} {words}", "", show.processes(done.cluster), ""])
     _say(show.what_next(done.cluster, done.status, plan.profile))
 
 
-def no_hosts_yet(path: Path) -> str:
-    """Say that a hosts file cannot be used so far, and what can be done instead."""
-    return (
-        f"{path}: starting a cluster on several hosts is not built yet; without a file `cluster up` starts "
-        f"one on this machine, and `python -m gpu_worker --connect tcp://HOST:PORT` joins a router by hand"
-    )
+_WITH_FILE = ("hosts_file", "ready_timeout_s", "rollback")
+
+
+def _only_in_file(context: click.Context) -> None:
+    """Refuse options that a hosts file has fields for."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in _WITH_FILE and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.ClickException(
+                f"--{name.replace('_', '-')}: expected none beside HOSTS_FILE, which says such things"
+            )
+
+
+def _check_name(name: str) -> None:
+    if hosts_cli.is_on_hosts(name):
+        raise ConfigError(
+            f"--name: a cluster {name!r} on several hosts is known to this machine: choose another name, or "
+            f"stop that one with `cluster down{name_option(name)}`"
+        )
+
+
+@cli.command()
+@click.argument("hosts_file", type=click.Path(path_type=Path))
+@click.option("--effective", is_flag=True, help="Print the file with every default filled in.")
+def config(hosts_file: Path, effective: bool) -> None:
+    """Check HOSTS_FILE; print every error in it, with its line, and exit 1 if there is one."""
+    from cluster.config_cli import checked  # noqa: PLC0415  it takes pydantic's import, 0.2 s
+
+    try:
+        click.echo(checked(hosts_file, effective=effective))
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def options(*, emulate: str | None, gpus: str | None, **plain: Any) -> Options:
@@ -123,6 +172,9 @@ def _gpus(text: str) -> tuple[int, ...]:
 @click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
 def status(name: str, as_json: bool) -> None:
     """Show the router and every worker; exit 1 if none runs or one is unwell."""
+    if _is_on_hosts(name):
+        hosts_cli.status(name, as_json=as_json)
+        return
     try:
         cluster = _running(name)
         said = ask_router(cluster)
@@ -139,6 +191,13 @@ def status(name: str, as_json: bool) -> None:
         _say([*(show.router(cluster, said) if said is not None else ()), "", show.roles(cluster, said)])
         _say(["", *wrong] if wrong else [])
     sys.exit(1 if wrong else 0)
+
+
+def _is_on_hosts(name: str) -> bool:
+    try:
+        return hosts_cli.is_on_hosts(name)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _running(name: str) -> LocalCluster:
@@ -163,6 +222,9 @@ def _others(name: str) -> str:
 @click.option("--timeout-s", default=20.0, show_default=True, help="Drain so long, then kill.")
 def down(name: str, timeout_s: float) -> None:
     """Drain and stop everything; say what was stopped."""
+    if _is_on_hosts(name):
+        hosts_cli.down(name)
+        return
     try:
         done = take_down(name, timeout_s)
     except SuperServeError as error:
@@ -174,10 +236,43 @@ def down(name: str, timeout_s: float) -> None:
 
 @cli.command()
 @_name
+@click.argument("names", nargs=-1, required=True, metavar="HOST|WORKER...")
+def drain(name: str, names: tuple[str, ...]) -> None:
+    """Have workers take no new queries, answer what they have, and end; they stay away."""
+    try:
+        operate_cli.drain(name, names)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@cli.command()
+@_name
+@click.option("--rolling", is_flag=True, help="A few at a time; all workers, unless some are named.")
+@click.option("--at-once", type=click.IntRange(1), default=1, show_default=True, help="How many, if rolling.")
+@click.option("--router", is_flag=True, help="The router too, first; it says what that costs.")
+@click.option("--force", is_flag=True, help="Take the last live worker, too.")
+@click.option("--timeout-s", default=120.0, show_default=True, help="Wait so long for each to be live again.")
+@click.argument("names", nargs=-1, metavar="[HOST|WORKER]...")
+def restart(name: str, names: tuple[str, ...], **how: Any) -> None:
+    """Drain workers, start them again, and wait until the router gives them work."""
+    try:
+        operate_cli.restart(name, names, **how)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@cli.command()
+@_name
 @click.option("-f", "--follow", is_flag=True, help="Show what is written from now on, too.")
-@click.argument("roles", nargs=-1, metavar="[ROLE]...")
+@click.argument("roles", nargs=-1, metavar="[HOST|ROLE]...")
 def logs(name: str, follow: bool, roles: tuple[str, ...]) -> None:
-    """Show the last lines of the logs, of ROLEs or of all; a stopped cluster's stay until the next."""
+    """Show the last lines of the logs: of ROLEs, of HOSTs, or of all.
+
+    A cluster of this machine leaves its logs until the next of its name.
+    """
+    if _is_on_hosts(name):
+        hosts_cli.logs(name, roles, is_followed=follow)
+        return
     try:
         paths = _logs(local.cluster_folder(name), roles)
     except SuperServeError as error:

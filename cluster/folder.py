@@ -10,6 +10,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from cluster import orders
 from superserve import local
 from superserve.errors import ConfigError
 from superserve.local import Liveness
@@ -107,6 +108,7 @@ def tidy(folder: Path, *, wait_s: float = _DEATH_S) -> LocalCluster | None:
                 return None
             end([role.process for role in left.roles if role.process is not None], wait_s=wait_s)
             local.forget(folder)
+            (folder / orders.SOCKET).unlink(missing_ok=True)
             return left
     except HeldError:
         return None

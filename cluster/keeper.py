@@ -10,7 +10,8 @@ Whoever starts it holds a socket to it, and hands down the other end:
 
 Until `keep` is said, the socket's end is the launcher's: a launcher that is interrupted,
 killed or crashes takes everything down with it, and nothing of it stays. From then on the
-keeper runs until SIGTERM, which drains and stops all.
+keeper runs until SIGTERM, which drains and stops all, and takes orders to stop or start one role
+(`cluster/orders.py`).
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ import orjson
 
 from cluster.folder import HeldError, hold
 from cluster.launcher import LocalLauncher
+from cluster.orders import OrderDesk
 from cluster.plan import Plan, endpoint
 from cluster.supervisor import Supervisor
 from superserve import local
 from superserve.clock import MS, SECOND, MonotonicClock
+from superserve.errors import ProcessError
 from superserve.local import LocalCluster, Phase, ProcessId
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ class Keeper:
             worker_endpoint=endpoint(plan.options["worker_port"]),
             clock=self._clock,
         )  # fmt: skip
+        self._desk = OrderDesk(folder, self._follow)
         me = ProcessId.of(os.getpid())
         assert me is not None, "this process runs"
         self._me = me
@@ -87,12 +91,14 @@ class Keeper:
         local.save(self._snapshot(), self._folder)
         failure = ""
         try:
+            self._desk.open()
             failure = self._start()
             if not failure:
                 self._serve()
         finally:
             last = self._snapshot(Phase.FAILED)
             self._phase = Phase.STOPPING
+            self._desk.close()
             self._save()
             self._supervisor.stop()
             local.forget(self._folder)
@@ -151,6 +157,18 @@ class Keeper:
             self._step()
             self._wait()
 
+    def _follow(self, order: str, role: str) -> None:
+        """Follow an operator's order; ProcessError if that is impossible."""
+        if self._phase is not Phase.RUNNING:
+            raise ProcessError(f"the cluster is {self._phase}: expected one that runs")
+        if order == "stop":
+            self._supervisor.order_stop(role)
+        elif order == "start":
+            self._supervisor.order_start(role)
+        else:
+            raise ProcessError(f"an order: expected stop or start, got {order[:40]!r}")
+        self._save()
+
     def _step(self) -> None:
         if self._supervisor.step():
             self._save()
@@ -165,6 +183,8 @@ class Keeper:
         """Wait for a signal, the launcher, the end of a child, or what the supervisor waits for."""
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
+        for descriptor in self._desk.descriptors():
+            poller.register(descriptor, select.POLLIN)
         if self._control is not None:
             poller.register(self._control, select.POLLIN)
         wait_ns = self._supervisor.wait_ns()
@@ -174,6 +194,7 @@ class Keeper:
                 os.read(self._wake_fd, 4096)
         if self._control is not None and self._control.fileno() in heard:
             self._hear()
+        self._desk.look()
 
     def _snapshot(self, phase: Phase | None = None) -> LocalCluster:
         supervisor = self._supervisor

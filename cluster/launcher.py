@@ -38,6 +38,9 @@ class Handle(Protocol):
     def stop(self, timeout_s: float) -> int:
         """Ask it to end, insist after `timeout_s` seconds, and return its exit code; from any thread."""
 
+    def terminate(self) -> None:
+        """Ask it to end, and do not wait."""
+
     def kill(self) -> int:
         """End it at once and return its exit code."""
 

@@ -7,7 +7,7 @@ the keeper. It names no host: a launcher decides where a role runs (`cluster/lau
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,9 @@ MAX_WORKERS = 1_024
 
 CLIENT, WORKER = "{client}", "{worker}"
 """In a role's arguments: the router's endpoints, known once it runs, and kept from then on."""
+
+METRICS_PORT = "{metrics}"
+"""Likewise: any free port at a process's first start, and the same one from then on."""
 
 _MAX_MARGIN_MS = 60_000.0
 # What stands there where a driver of NVIDIA's is loaded; without it torch need not be asked,
@@ -68,6 +71,7 @@ class Options:
         weights: Its checkpoint, or "random".
         profile: Their profile.
         threads: CPU threads of each.
+        metrics: Whether every process serves /metrics, on a free port of loopback.
     """
 
     policy: str = "demandfit"
@@ -83,6 +87,7 @@ class Options:
     weights: str | None = None
     profile: str | None = None
     threads: int | None = None
+    metrics: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +139,11 @@ def make_plan(name: str, options: Options, ready_timeout_s: float) -> Plan:
     workers, profile, asked = _emulated(options) if options.emulate is not None else _real(options)
     make_policy(options.policy, load_profile(profile))
     router = {name: getattr(options, name) for name in ("policy", "margin_ms", "client_port", "worker_port")}
-    return Plan(name, (_router(options), *workers), router | asked, ready_timeout_s, profile)
+    roles = [_router(options), *workers]
+    if options.metrics:
+        roles = [replace(role, argv=(*role.argv, "--metrics-port", METRICS_PORT)) for role in roles]
+        asked["metrics"] = "on"
+    return Plan(name, tuple(roles), router | asked, ready_timeout_s, profile)
 
 
 def differences(running: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

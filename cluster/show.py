@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich import box
 from rich.console import Console
@@ -50,6 +50,8 @@ def processes(cluster: LocalCluster) -> str:
         serves = role.serves
         if role.kind == "router" and cluster.client_endpoint:
             serves = f"clients at {cluster.client_endpoint}, workers at {cluster.worker_endpoint}, {serves}"
+        if role.metrics:
+            serves = f"{serves}, http://{role.metrics}/metrics"
         rows.append((role.name, _pid(role), _state(role), serves))
     return table(("role", "pid", "state", "serves"), rows)
 
@@ -74,13 +76,16 @@ def reasons(cluster: LocalCluster) -> list[str]:
 
 def what_next(cluster: LocalCluster, status: dict[str, Any], profile: str) -> list[str]:
     """Return what to type next, and how a program connects."""
-    given = (
-        "" if cluster.name == DEFAULT_NAME else f" --connect {cluster.client_endpoint.removeprefix('tcp://')}"
-    )
-    named = name_option(cluster.name)
+    return next_lines(cluster.name, cluster.client_endpoint, status, profile)
+
+
+def next_lines(name: str, client_endpoint: str, status: dict[str, Any], profile: str) -> list[str]:
+    """Return what to type next, and how a program connects, for a cluster on any hosts."""
+    given = "" if name == DEFAULT_NAME else f" --connect {client_endpoint.removeprefix('tcp://')}"
+    named = name_option(name)
     return [
         f"Load it:   {command('loadgen')} run --trace {_gentle(status, profile)}{given}",
-        f'Use it:    superserve.Client("{cluster.client_endpoint}")',
+        f'Use it:    superserve.Client("{client_endpoint}")',
         f"See it:    {command('cluster')} status{named}",
         f"Stop it:   {command('cluster')} down{named}",
     ]
@@ -114,7 +119,21 @@ def command(name: str) -> str:
 # --- status and down --------------------------------------------------------------------------
 
 
-def router(cluster: LocalCluster, status: dict[str, Any]) -> list[str]:
+class Endpoints(Protocol):
+    """Where a router is: a cluster of this machine says it, or the record of one on several."""
+
+    @property
+    def client_endpoint(self) -> str:
+        """Where clients connect."""
+        ...
+
+    @property
+    def worker_endpoint(self) -> str:
+        """Where workers connect."""
+        ...
+
+
+def router(cluster: Endpoints, status: dict[str, Any]) -> list[str]:
     """Return lines about the router: where it is, its queue, and how queries ended."""
     queries, queue, batches = status["queries"], status["queue"], status["batches"]
     answered = ", ".join(f"{name} {n:,}" for name, n in queries["answered"].items() if n) or "none"
@@ -137,12 +156,12 @@ def roles(cluster: LocalCluster, status: dict[str, Any] | None) -> str:
     rows = []
     for role in cluster.roles:
         found = registered.get(role.name, [])
-        rows.append((role.name, _pid(role), str(role.state), str(role.restarts), role.serves, *_work(found)))
+        rows.append((role.name, _pid(role), str(role.state), str(role.restarts), role.serves, *work(found)))
     columns = ("role", "pid", "state", "restarts", "serves", "registered", "batches", "queries", "slowdown")
     return table(columns, rows)
 
 
-def _work(found: Sequence[dict[str, Any]]) -> tuple[str, str, str, str]:
+def work(found: Sequence[dict[str, Any]]) -> tuple[str, str, str, str]:
     """Return what the router says of a worker process: its GPUs, their work, how slow they are."""
     if not found:
         return "-", "-", "-", "-"

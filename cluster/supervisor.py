@@ -3,12 +3,17 @@
     IDLE -start-> STARTING -announced-> READY -crashed-> WAITING -start-> STARTING ...
                      +-------gave up------> FATAL <---gave up---+
                                          READY -left-> STOPPED
+    READY, STARTING -stop-> STOPPING -left-> STOPPED        WAITING -stop-> STOPPED
+    STOPPED, FATAL -start-> STARTING
 
 The router comes first; workers are started once it has said where they connect. A role that
 ends before it was ever ready is FATAL at once: what is wrong with it, it will be again. One
 that crashes after a good start is started again after half a second, and after twice as long
 each further time, five times in a row at most; a minute of good service forgets the past.
 A router that is started again gets the ports it had, so that clients and workers find it.
+
+An operator may order a role to stop, and to start. Whatever ends a role that was told to stop,
+it has stopped; what had happened to one before it was told to start is forgotten.
 
 The supervisor is asked, by `step`, and waits for nothing: whoever owns it has the loop.
 """
@@ -21,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from cluster.plan import METRICS_PORT
 from superserve.clock import MS, SECOND
 from superserve.errors import ProcessError
 from superserve.local import ProcessId, Role, RoleState
@@ -57,7 +63,8 @@ class RoleEvent(Enum):
     START = "start"
     ANNOUNCED = "announced"
     CRASHED = "crashed"  # and will be started again
-    LEFT = "left"  # ended as told, exit code 0
+    LEFT = "left"  # ended as told
+    STOP = "stop"
     GAVE_UP = "gave up"
 
 
@@ -72,6 +79,12 @@ TRANSITIONS: dict[tuple[RoleState, RoleEvent], RoleState] = {
     (RoleState.READY, RoleEvent.GAVE_UP): RoleState.FATAL,
     (RoleState.WAITING, RoleEvent.START): RoleState.STARTING,
     (RoleState.WAITING, RoleEvent.GAVE_UP): RoleState.FATAL,
+    (RoleState.STARTING, RoleEvent.STOP): RoleState.STOPPING,
+    (RoleState.READY, RoleEvent.STOP): RoleState.STOPPING,
+    (RoleState.WAITING, RoleEvent.STOP): RoleState.STOPPED,
+    (RoleState.STOPPING, RoleEvent.LEFT): RoleState.STOPPED,
+    (RoleState.STOPPED, RoleEvent.START): RoleState.STARTING,
+    (RoleState.FATAL, RoleEvent.START): RoleState.STARTING,
 }
 """A pair that is not here is a mistake of ours."""
 
@@ -90,12 +103,14 @@ class _Watched:
         self.state = RoleState.IDLE
         self.handle: Handle | None = None
         self.process: ProcessId | None = None
-        self.was_ready = False
+        self.was_ready = False  # since it was first started, or ordered to
+        self.was_ordered = False
         self.n_restarts = 0
         self.n_in_a_row = 0
         self.since_ns = 0  # of the state
-        self.retry_at_ns = 0
+        self.due_ns = 0  # when it is started again, or has had its time to end
         self.why = ""
+        self.metrics = ""  # HOST:PORT of its exporter, and from then on the port that it keeps
         self._history: list[str] = []
 
     def move(self, event: RoleEvent, now_ns: int) -> None:
@@ -108,7 +123,7 @@ class _Watched:
     def snapshot(self) -> Role:
         return Role(
             self.plan.name, self.plan.kind, self.state, self.plan.serves, str(self.log_path), self.process,
-            self.n_restarts, self.why,
+            self.n_restarts, self.why, self.metrics,
         )  # fmt: skip
 
 
@@ -145,6 +160,7 @@ class Supervisor:
         self._ready_timeout_ns = int(plan.ready_timeout_s * SECOND)
         self._watched = [_Watched(role, folder / f"{role.name}.log") for role in plan.roles]
         self._router = self._watched[0]
+        self._is_bound = False
         assert self._router.plan.kind == "router", "a plan begins with the router"
 
     def roles(self) -> tuple[Role, ...]:
@@ -164,7 +180,7 @@ class Supervisor:
     @property
     def is_bound(self) -> bool:
         """Whether the router has said which ports it got."""
-        return self._router.was_ready
+        return self._is_bound
 
     def step(self) -> bool:
         """Look at every role once, and start what is due; return whether anything changed."""
@@ -178,9 +194,9 @@ class Supervisor:
         """Return how long nothing is to do here unless a child ends; None for ever."""
         now_ns = self._clock.now_ns()
         waits = [
-            _POLL_NS if role.state is RoleState.STARTING else max(0, role.retry_at_ns - now_ns)
+            _POLL_NS if role.state is RoleState.STARTING else max(0, role.due_ns - now_ns)
             for role in self._watched
-            if role.state in (RoleState.STARTING, RoleState.WAITING)
+            if role.state in (RoleState.STARTING, RoleState.WAITING, RoleState.STOPPING)
         ]
         return min(waits, default=None)
 
@@ -203,6 +219,49 @@ class Supervisor:
                 if role.handle is not None:
                     role.handle.kill()
 
+    # --- orders ---------------------------------------------------------------------------
+
+    def order_stop(self, name: str) -> None:
+        """Tell a role to end, and do not wait: a worker drains. One that has ended stays so.
+
+        Raises:
+            ProcessError: There is no such role, or it was never started.
+        """
+        role, now_ns = self._named(name), self._clock.now_ns()
+        if role.state is RoleState.WAITING:
+            self._end(role, RoleEvent.STOP, "stopped by an operator while it waited to be started", now_ns)
+        elif role.state in (RoleState.STARTING, RoleState.READY):
+            assert role.handle is not None, "it was started"
+            role.move(RoleEvent.STOP, now_ns)
+            stop_s = ROUTER_STOP_S if role is self._router else WORKER_STOP_S
+            role.due_ns = now_ns + int(stop_s * SECOND)
+            role.handle.terminate()
+            log.info("%s: told to stop", name)
+        elif role.state is RoleState.IDLE:
+            raise ProcessError(f"{name}: expected a role that was started; it waits for the router")
+
+    def order_start(self, name: str) -> None:
+        """Start a role that has ended; one that runs, or will soon, is left alone.
+
+        Raises:
+            ProcessError: There is no such role, or it is ending just now.
+        """
+        role = self._named(name)
+        if role.state is RoleState.STOPPING:
+            raise ProcessError(f"{name}: expected a role that has ended; it is stopping: try again soon")
+        if role.state not in (RoleState.STOPPED, RoleState.FATAL):
+            return
+        role.n_in_a_row, role.was_ready, role.was_ordered, role.why = 0, False, True, ""
+        log.info("%s: told to start", name)
+        self._start(role, self._clock.now_ns())
+
+    def _named(self, name: str) -> _Watched:
+        for role in self._watched:
+            if role.plan.name == name:
+                return role
+        known = ", ".join(role.plan.name for role in self._watched)
+        raise ProcessError(f"{name}: expected one of {known}")
+
     # --- one role -------------------------------------------------------------------------
 
     def _look(self, role: _Watched, now_ns: int) -> None:
@@ -211,12 +270,18 @@ class Supervisor:
         elif role.state is RoleState.IDLE:
             if role is self._router or self._router.state is RoleState.READY:
                 self._start(role, now_ns)
-        elif role.state is RoleState.WAITING and now_ns >= role.retry_at_ns:
+        elif role.state is RoleState.STOPPING:
+            self._watch_end(role, now_ns)
+        elif role.state is RoleState.WAITING and now_ns >= role.due_ns:
             role.n_restarts += 1
             self._start(role, now_ns)
 
     def _start(self, role: _Watched, now_ns: int) -> None:
-        endpoints = {"{client}": self.client_endpoint, "{worker}": self.worker_endpoint}
+        endpoints = {
+            "{client}": self.client_endpoint,
+            "{worker}": self.worker_endpoint,
+            METRICS_PORT: role.metrics.rpartition(":")[2] or "0",
+        }
         argv = [endpoints.get(word, word) for word in role.plan.argv]
         role.move(RoleEvent.START, now_ns)
         try:
@@ -242,17 +307,30 @@ class Supervisor:
         if role.state is RoleState.STARTING:
             if is_ready:
                 self._announced(role, now_ns)
-            elif role.was_ready and now_ns - role.since_ns > self._ready_timeout_ns:
+            elif (role.was_ready or role.was_ordered) and now_ns - role.since_ns > self._ready_timeout_ns:
                 role.handle.kill()
                 timeout_s = self._ready_timeout_ns / SECOND
                 self._crashed(role, _quoted(role, f"was not ready again within {timeout_s:g} s"), now_ns)
+
+    def _watch_end(self, role: _Watched, now_ns: int) -> None:
+        """See whether a role that was told to end has ended, or has had its time."""
+        assert role.handle is not None, "it was started"
+        if role.handle.poll() is not None:
+            code = role.handle.stop(0.0)  # reaps it
+            why = "ended as told, with exit code 0" if code == 0 else f"ended with {code} when told to stop"
+            self._end(role, RoleEvent.LEFT, why, now_ns)
+        elif now_ns >= role.due_ns:
+            role.handle.kill()
+            self._end(role, RoleEvent.LEFT, "did not end in time when told to stop, and was killed", now_ns)
 
     def _announced(self, role: _Watched, now_ns: int) -> None:
         assert role.handle is not None, "it was started"
         role.move(RoleEvent.ANNOUNCED, now_ns)
         role.was_ready = True
         log.info("%s: ready", role.plan.name)
+        role.metrics = str(role.handle.ready.get("metrics", ""))
         if role is self._router:
+            self._is_bound = True
             self.client_endpoint = str(role.handle.ready["client"])
             self.worker_endpoint = str(role.handle.ready["worker"])
 
@@ -264,7 +342,7 @@ class Supervisor:
         if wait_ns is None:
             self._end(role, RoleEvent.GAVE_UP, why, now_ns)
             return
-        role.retry_at_ns = now_ns + wait_ns
+        role.due_ns = now_ns + wait_ns
         self._end(role, RoleEvent.CRASHED, why, now_ns)
 
     def _end(self, role: _Watched, event: RoleEvent, why: str, now_ns: int) -> None:

@@ -17,7 +17,9 @@ import orjson
 from cluster import folder as folders
 from cluster.health import ask_router, problems
 from cluster.keeper import KEEP, KEEPER_LOG
+from cluster.operable import LocalOperable
 from cluster.plan import differences
+from cluster.rolling import Operator
 from superserve import local
 from superserve.connection import ask_status
 from superserve.errors import ConfigError, ProcessError
@@ -58,12 +60,14 @@ class Up:
         status: What its router says.
         is_new: Whether it was started now.
         tidied: What a dead keeper had left under this name, and is gone now.
+        restarted: The roles that had ended, by a drain say, and were started again.
     """
 
     cluster: LocalCluster
     status: dict[str, Any]
     is_new: bool
     tidied: LocalCluster | None = None
+    restarted: tuple[str, ...] = ()
 
 
 def up(plan: Plan) -> Up:
@@ -72,6 +76,7 @@ def up(plan: Plan) -> Up:
     Raises:
         StartError: It did not become ready, or was interrupted; nothing of it runs.
         ConfigError: One runs under this name that differs, or that is being started or stopped.
+        ProcessError: One runs under this name, and a role that had ended does not come back.
     """
     folder = local.cluster_folder(plan.name)
     tidied = folders.tidy(folder)
@@ -101,13 +106,28 @@ def _already(there: LocalCluster, plan: Plan) -> Up:
             f"stop it first with `cluster down{name_option(there.name)}`, or start this one beside it with "
             f"`cluster up --name OTHER`"
         )
+    restarted = _start_ended(plan)
+    there = local.load(local.cluster_folder(plan.name)) or there
     status = ask_router(there)
     if status is None or problems(there, status):
         raise ConfigError(
             f"the cluster {there.name!r} runs already, and is not well: see "
             f"`cluster status{name_option(there.name)}`; start it anew with `cluster down` and `cluster up`"
         )
-    return Up(there, status, is_new=False)
+    return Up(there, status, is_new=False, restarted=restarted)
+
+
+def _start_ended(plan: Plan) -> tuple[str, ...]:
+    """Start what was drained or given up; return the names of those roles.
+
+    Raises:
+        ProcessError: One of them does not come back; the others run.
+    """
+    try:
+        operator = Operator(LocalOperable(plan.name), lambda _: None)
+        return tuple(operator.start_ended(plan.ready_timeout_s))
+    except ProcessError as error:
+        raise ProcessError(f"the cluster {plan.name!r} runs, but not all that had ended: {error}") from error
 
 
 def name_option(name: str) -> str:

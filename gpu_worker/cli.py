@@ -17,11 +17,13 @@ import zmq
 
 from gpu_worker.emulated import OUTPUT, EmulatedGpus
 from gpu_worker.eventlog import EventLogHeader, EventLogWriter
+from gpu_worker.metrics import WorkerMetrics, pages
 from gpu_worker.names import SHIPPED_SUPERNETS
 from gpu_worker.server import Gauges, Waker, WorkerServer
 from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
+from superserve.exposition import LOOPBACK, serve_pages
 from superserve.processes import announce_ready, die_with_parent
 from superserve.sockets import connect_dealer
 from superserve.subnet import Subnet
@@ -54,6 +56,11 @@ class Device(NamedTuple):
 @click.option("--name", help="What the cluster calls this worker; host and process number if not given.")
 @click.option("--emulate", metavar="PROFILE", help="Emulate GPUs: a shipped profile's name, or a file.")
 @click.option("--gpus", type=click.IntRange(1, MAX_GPUS), help="Emulated GPUs in this process.  [default: 1]")
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65_535),
+    help="Serve /metrics to Prometheus here; 0 is any free port.  [default: off]",
+)  # fmt: skip
+@click.option("--metrics-address", default=LOOPBACK, show_default=True, help="Where that listens.")
 @click.option("--event-log", type=click.Path(dir_okay=False, path_type=Path), help="What they ran and when.")
 @click.option(
     "--supernet",
@@ -84,6 +91,8 @@ def cli(
     gpus: int | None,
     event_log: Path | None,
     supernet: str | None,
+    metrics_port: int | None,
+    metrics_address: str,
     **of_supernet: Any,
 ) -> None:
     """Serve a supernet, or emulated GPUs, to a router until SIGTERM."""
@@ -102,7 +111,8 @@ def cli(
             else:
                 assert supernet is not None, "one of the two was given"
                 served = stack.enter_context(resident(Asked(supernet, **of_supernet), waker))
-            serve(endpoint, name, served, waker)
+            exports = None if metrics_port is None else (metrics_address, metrics_port)
+            serve(endpoint, name, served, waker, exports)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
 
@@ -229,15 +239,20 @@ def pin(text: str) -> list[int]:
     return cores
 
 
-def serve(endpoint: str, name: str, device: Device, waker: Waker) -> None:
-    """Serve a device to the router at `endpoint` until a signal.
+def serve(
+    endpoint: str, name: str, device: Device, waker: Waker, exports: tuple[str, int] | None = None
+) -> None:
+    """Serve a device to the router at `endpoint` until a signal; metrics at address and port `exports`.
 
     Raises:
-        SuperServeError: The endpoint is malformed, or the router will not have this worker.
+        SuperServeError: The endpoint is malformed, the port taken, or the router will not have this worker.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        with connect_dealer(context, endpoint) as socket:
+        with ExitStack() as stack:
+            socket = stack.enter_context(connect_dealer(context, endpoint))
+            ready: dict[str, Any] = {"name": name, "n_slots": device.gpus.n_slots}
+            metrics = None if exports is None else WorkerMetrics(name, device.profile, device.gpus.n_slots)
             server = WorkerServer(
                 socket,
                 device.gpus,
@@ -246,8 +261,13 @@ def serve(endpoint: str, name: str, device: Device, waker: Waker) -> None:
                 clock=MonotonicClock(),
                 waker=waker,
                 gauges=device.gauges,
-                on_ready=lambda: announce_ready({"name": name, "n_slots": device.gpus.n_slots}),
+                on_ready=lambda: announce_ready(ready),
+                metrics=metrics,
             )
+            if metrics is not None and exports is not None:
+                address, port = exports
+                exporter = serve_pages(pages(server, metrics), address=address, port=port)
+                ready["metrics"] = stack.enter_context(exporter)
             waker.on_signals(server.stop)
             server.run()
     finally:

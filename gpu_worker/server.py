@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Self
 
+    from gpu_worker.metrics import WorkerMetrics
     from profiles.table import Profile
     from superserve.clock import Clock
 
@@ -171,9 +172,11 @@ class WorkerServer:
         waker: Woken by signals and by GPUs that report from another thread.
         gauges: Reads the device's gauges; quick.
         on_ready: Called once, after the first WELCOME.
+        metrics: Is told what has ended; None where nobody asks.
 
     Attributes:
         counts: Of what was dropped, by reason.
+        gauges: What the latest PULL said of the device.
     """
 
     def __init__(
@@ -187,6 +190,7 @@ class WorkerServer:
         waker: Waker,
         gauges: Callable[[], Gauges] = Gauges,
         on_ready: Callable[[], None] = lambda: None,
+        metrics: WorkerMetrics | None = None,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._socket = socket
@@ -196,7 +200,9 @@ class WorkerServer:
         self._name = str(hello["name"])
         self._clock = clock
         self._waker = waker
-        self._gauges = gauges
+        self._read_gauges = gauges
+        self.gauges = Gauges()
+        self._metrics = metrics
         self._on_ready = on_ready
         self._is_announced = False
         self._link = Link.JOINING
@@ -219,6 +225,11 @@ class WorkerServer:
             Pong: lambda _message, _now_ns: None,
             Control: self._control,
         }
+
+    @property
+    def link(self) -> Link:
+        """How it stands with the router."""
+        return self._link
 
     # --- the loop -------------------------------------------------------------------------
 
@@ -424,6 +435,8 @@ class WorkerServer:
             return
         self._refused = []
         self._busy_ns = now_ns
+        if self._metrics is not None:
+            self._metrics.ended(ended)
         rows = [report.row for report in ended if report.epoch == self._epoch]
         if len(rows) < len(ended):
             self.counts["ended under another epoch"] += len(ended) - len(rows)
@@ -440,7 +453,7 @@ class WorkerServer:
         if self._epoch is None:
             return
         self._pull_due_ns = now_ns + PULL_EVERY_NS
-        gauges = self._gauges()
+        self.gauges = gauges = self._read_gauges()
         is_draining = self._link is Link.DRAINING
         rows = [
             _pull_row(slot, self._gpus.state(slot, now_ns), gauges, is_draining=is_draining)

@@ -47,9 +47,9 @@ def target_of(
 
 
 def _local_endpoint() -> str:
-    """Return where the cluster of this machine takes queries."""
+    """Return where the cluster of this machine, or the one it started on others, takes queries."""
     try:
-        return local.running().client_endpoint
+        return local.client_endpoint()
     except ConfigError as error:
         raise ConfigError(
             f"{error}; or give --connect HOST:PORT of a running router, or --emulate PROFILE:N to start a "

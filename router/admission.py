@@ -86,6 +86,7 @@ class Admission(CoreState):
 
     def _admit(self, client: Client, cohort: Cohort, stretches: list[tuple[int, int]]) -> None:
         n_bytes = cohort.message.n_bytes()
+        self.payload_bytes_in += n_bytes
         refusal = self._refusal(cohort.message, n_bytes)
         if refusal is not None:
             for lo, hi in stretches:

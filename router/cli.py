@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
 from profiles.table import load_profile
+from router.metrics import SWITCH_S, RouterMetrics, pages
 from router.recording import Recorder, replay
 from router.registry import make_policy
 from router.server import RouterServer, ServerSettings
 from router.state import CoreSettings
 from superserve.errors import SuperServeError
+from superserve.exposition import LOOPBACK, serve_pages
 from superserve.processes import announce_ready, die_with_parent
 
 MS = 1_000_000
@@ -42,6 +45,11 @@ _LOOPBACK = "tcp://127.0.0.1:*"
     help="Payload bytes held, at most.",
 )
 @click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back for the unforeseen.")
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65_535),
+    help="Serve /metrics to Prometheus here; 0 is any free port.  [default: off]",
+)  # fmt: skip
+@click.option("--metrics-address", default=LOOPBACK, show_default=True, help="Where that listens.")
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Write an event log here.")
 @click.pass_context
 def cli(
@@ -52,6 +60,8 @@ def cli(
     max_queries: int,
     max_bytes: int,
     margin_ms: float,
+    metrics_port: int | None,
+    metrics_address: str,
     record: Path | None,
 ) -> None:
     """Run the router: one earliest-deadline-first queue for all workers."""
@@ -63,18 +73,35 @@ def cli(
         raise click.ClickException(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {margin_ms}")
     core = CoreSettings(max_queries=max_queries, max_bytes=max_bytes, margin_ns=int(margin_ms * MS))
     settings = ServerSettings(client_endpoint, worker_endpoint, policy, core)
-    try:
-        _check_policy(policy)
-        recorder = None if record is None else Recorder(record, policy, core)
-        server = RouterServer(settings, recorder)
-        server.open()
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop())
-    announce_ready({"client": server.client_endpoint, "worker": server.worker_endpoint})
+    metrics = None if metrics_port is None else RouterMetrics()
+    with ExitStack() as stack:
+        try:
+            _check_policy(policy)
+            recorder = None if record is None else Recorder(record, policy, core)
+            server = RouterServer(settings, recorder, metrics)
+            where = ""
+            if metrics is not None:
+                exporter = serve_pages(
+                    pages(server, metrics), address=metrics_address, port=metrics_port or 0
+                )
+                where = stack.enter_context(exporter)
+                sys.setswitchinterval(SWITCH_S)
+            server.open()
+        except SuperServeError as error:
+            raise click.ClickException(str(error)) from error
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.stop())
+        _serve(server, where)
+
+
+def _serve(server: RouterServer, metrics: str) -> None:
+    """Announce and run; `metrics` is HOST:PORT of the exporter, "" without."""
+    ends = {"client": server.client_endpoint, "worker": server.worker_endpoint}
+    announce_ready(ends | ({"metrics": metrics} if metrics else {}))
     click.echo(
-        f"clients: {server.client_endpoint}  workers: {server.worker_endpoint}  policy: {policy}", err=True
+        f"clients: {server.client_endpoint}  workers: {server.worker_endpoint}  "
+        f"policy: {server.settings.policy}" + (f"  metrics: http://{metrics}/metrics" if metrics else ""),
+        err=True,
     )
     server.run()
 

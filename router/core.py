@@ -326,6 +326,7 @@ class RouterCore(Fleet):
         worker.credit -= 1
         worker.n_batches += 1
         worker.n_queries += n
+        worker.last_subnet = subnet
         self._offer(worker)
         peer = worker.peer
         self._actions.append(

@@ -146,6 +146,10 @@ class Fleet(Admission):
         if row.statuses is None:
             profiled_ns = worker.profile.latency_ns(batch.subnet, batch.n)
             worker.measure(batch.subnet, profiled_ns, row.executing_ns)
+        worker.busy_ns += row.executing_ns
+        self.busy_ns += row.executing_ns
+        self.n_executed += batch.n
+        self.output_bytes += len(row.output)
         outbound_ns = transport_ns // 2
         ran = Ran(
             row, batch.subnet, batch.n, worker.profile.subnets[batch.subnet].accuracy,
@@ -191,6 +195,8 @@ class Fleet(Admission):
         self, ran: Ran, cohort: Cohort, lo: int, hi: int, status: Status, at: int, queued_ns: int
     ) -> None:
         self._close(cohort, lo, hi, status)
+        if status is Status.OK:
+            self.ok_accuracy += ran.accuracy * (hi - lo)
         key = cohort.client.key
         if key is None:
             return
@@ -218,6 +224,7 @@ class Fleet(Admission):
     def _bury(self, peer: Peer, event: PeerEvent, now_ns: int) -> None:
         """Forget a worker process; dispatch its queries again where slack is left."""
         peer.machine.on(event)
+        self.n_lost_peers += event is PeerEvent.LOST
         del self.peers[peer.key]
         self._refresh_min_service()
         for worker in peer.workers:

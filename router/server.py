@@ -11,8 +11,6 @@ import contextlib
 import gc
 import logging
 import operator
-import os
-import socket as os_socket
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -42,9 +40,10 @@ from router.events import (
     WorkerJoined,
     WorkerLeft,
 )
+from router.load import Load
 from router.registry import make_policy
 from router.state import CoreSettings
-from router.status import status_of
+from router.status import status_of_server
 from router.workers import TransitionError
 from superserve import wire
 from superserve.errors import ConfigError, SuperServeError, WireError
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from router.events import Action, Event
+    from router.metrics import RouterMetrics
     from router.recording import Recorder
     from superserve.wire import Buffer, Message
 
@@ -103,10 +103,11 @@ class ServerSettings:
 class Connection:
     """What the server keeps of one peer: how far away it is, and when it last spoke."""
 
-    __slots__ = ("heard_ns", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit")
+    __slots__ = ("heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit")
 
     def __init__(self, now_ns: int) -> None:
         self.heard_ns = now_ns
+        self.host = ""
         self.n_pongs = 0
         self.one_way_ns = 0
         self.pinged_ns = 0
@@ -120,9 +121,12 @@ class RouterServer:
     Args:
         settings: Where to listen and what to run.
         recorder: Writes every event and directive, for replay; None records nothing.
+        metrics: Is told what was done, and hands it to whoever asks; None where nobody may.
     """
 
-    def __init__(self, settings: ServerSettings, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, settings: ServerSettings, recorder: Recorder | None = None, metrics: RouterMetrics | None = None
+    ) -> None:
         self.settings = settings
         self.core = RouterCore(partial(make_policy, settings.policy), settings.core)
         self.epoch = time.time_ns()
@@ -132,7 +136,9 @@ class RouterServer:
         self.model: dict[str, Any] | None = None
         self.reference: Profile | None = None
         self.loop_ns = 0
+        self.load = Load()
         self._recorder = recorder
+        self._metrics = metrics
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._clients: dict[bytes, Connection] = {}
         self._workers: dict[bytes, Connection] = {}
@@ -165,6 +171,15 @@ class RouterServer:
         except ConfigError:
             self._context.destroy(0)
             raise
+
+    @property
+    def n_clients(self) -> int:
+        """How many clients are connected."""
+        return len(self._clients)
+
+    def host_of(self, peer: bytes) -> str:
+        """Return the host that a worker process says it runs on; "" where it did not say."""
+        return self._workers[peer].host if peer in self._workers else ""
 
     def stop(self) -> None:
         """Ask `run` to drain and return. Safe in a signal handler."""
@@ -242,7 +257,11 @@ class RouterServer:
         if actions:
             self._carry_out(actions)
         self.counts["loops"] += 1
-        self.loop_ns += time.monotonic_ns() - began_ns
+        ended_ns = time.monotonic_ns()
+        self.loop_ns += ended_ns - began_ns
+        self.load.note(self.core, ended_ns)
+        if self._metrics is not None:
+            self._metrics.passed(self, actions, ended_ns - began_ns)
         return n
 
     def _drain(self, socket: zmq.Socket[bytes], take: Callable[[bytes, list[Buffer], int], None]) -> int:
@@ -375,20 +394,7 @@ class RouterServer:
             send(self._worker_socket, [peer, *order])  # else it would take the BYE for a router's end
 
     def _send_status(self, socket: zmq.Socket[bytes], key: bytes, now_ns: int) -> None:
-        body = status_of(self.core, now_ns)
-        body["router"] |= {
-            "pid": os.getpid(),
-            "host": os_socket.gethostname(),
-            "epoch": self.epoch,
-            "policy": self.settings.policy,
-            "client_endpoint": self.client_endpoint,
-            "worker_endpoint": self.worker_endpoint,
-            "cpu_s": time.process_time(),
-            "loop_s": self.loop_ns / 1e9,
-        }
-        body["model"] = self.model
-        body["clients"] = len(self._clients)
-        body["counts"] = dict(self.counts)
+        body = status_of_server(self, now_ns)
         send(socket, [key, *wire.encode_control(Control(Kind.STATUS, body))])
 
     # --- from workers -------------------------------------------------------------------
@@ -473,6 +479,7 @@ class RouterServer:
         slots = profiles * n_slots if len(profiles) == 1 else profiles
         self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes), now_ns)
         self._workers[key] = connection = Connection(now_ns)
+        connection.host = str(body.get("host") or "")
         self._workers_due.append((now_ns + self.settings.core.heartbeat_ns, key, connection))
         welcome = {"epoch": self._next_epoch, "router": self.epoch}
         send(self._worker_socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome))])

@@ -119,6 +119,12 @@ class CoreState:
         self.n_batches = 0
         self.n_redispatched = 0
         self.n_stale = 0
+        self.n_lost_peers = 0
+        self.payload_bytes_in = 0
+        self.output_bytes = 0
+        self.ok_accuracy = 0.0  # percent, summed over the queries that ended OK
+        self.busy_ns = 0  # time that GPUs executed batches, as they report it
+        self.n_executed = 0  # queries in those batches
         self._make_policy = make_policy
         self._policies: dict[int, tuple[Profile, Policy]] = {}
         self._sessions: dict[int, Client] = {}

@@ -223,12 +223,15 @@ class Worker:
         outstanding: Batches sent and not answered, by ascending batch id.
         free_at_ns: When it is expected to have nothing left to run.
         slowdowns: Measured over profiled latency, smoothed, by subnet.
+        busy_ns: How long it has executed batches, as it reports.
+        last_subnet: Row of the profile that its latest batch runs; None before the first.
         version: Changes whenever an older entry in the heap of free workers is stale.
     """
 
     __slots__ = (
-        "_is_slow", "answered_ns", "credit", "free_at_ns", "gauges", "machine", "n_batches", "n_queries",
-        "outstanding", "peer", "policy", "profile", "slot", "slowdown", "slowdowns", "transport", "version",
+        "_is_slow", "answered_ns", "busy_ns", "credit", "free_at_ns", "gauges", "last_subnet", "machine",
+        "n_batches", "n_queries", "outstanding", "peer", "policy", "profile", "slot", "slowdown", "slowdowns",
+        "transport", "version",
     )  # fmt: skip
 
     def __init__(self, peer: Peer, slot: int, profile: Profile, policy: Policy, now_ns: int) -> None:
@@ -250,6 +253,8 @@ class Worker:
         self._is_slow = False
         self.n_batches = 0
         self.n_queries = 0
+        self.busy_ns = 0
+        self.last_subnet: int | None = None
         self.gauges: dict[str, float] = {}
 
     @property

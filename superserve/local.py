@@ -37,6 +37,9 @@ STATE_VARIABLE = "SUPERSERVE_STATE"
 DEFAULT_NAME = "default"
 """The cluster that commands mean if none is named."""
 
+REMEMBERED = ".clusters"
+"""The folder of what this machine's user remembers of clusters on other hosts: cluster/record.py."""
+
 SCHEMA = 1
 
 _FILE = "state.json"
@@ -61,6 +64,7 @@ class RoleState(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     WAITING = "waiting"  # it ended, and is started again soon
+    STOPPING = "stopping"  # it was told to end
     STOPPED = "stopped"  # it was told to end, and did
     FATAL = "FATAL"  # it ended too often, or before it was ever ready
 
@@ -142,6 +146,7 @@ class Role:
         process: Its process; None before the first start and after an end.
         restarts: How often it was started again.
         why: What ended it last, with the last lines of its log; "" if nothing did.
+        metrics: Where it serves /metrics, HOST:PORT; "" where it does not.
     """
 
     name: str
@@ -152,6 +157,7 @@ class Role:
     process: ProcessId | None = None
     restarts: int = 0
     why: str = ""
+    metrics: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +272,7 @@ def _role(body: object, where: str) -> Role:
         process=_process(_take(body, "process", dict, where), f"{where}: process") if has_process else None,
         restarts=_take(body, "restarts", int, where),
         why=_take(body, "why", str, where),
+        metrics=_take({"metrics": "", **body}, "metrics", str, where),  # older files lack it
     )
 
 
@@ -369,6 +376,34 @@ def running(base: Path | None = None) -> LocalCluster:
         name, cluster = next(iter(found.items()))
         raise ConfigError(f"the cluster {name!r} of this machine {remains(cluster)}")
     raise ConfigError("no cluster runs on this machine: start one with `cluster up`")
+
+
+def client_endpoint(base: Path | None = None) -> str:
+    """Return where clients connect: the cluster of this machine, or one that it started on others.
+
+    The latter counts only where this machine has none of its own: the default one, else the
+    only one. It is what the operator remembers, and may run no more.
+
+    Raises:
+        ConfigError: There is none to choose, or no telling which; says what to type.
+    """
+    base = state_folder() if base is None else base
+    elsewhere = {} if names(base) else _remembered(base)
+    if DEFAULT_NAME in elsewhere:
+        return elsewhere[DEFAULT_NAME]
+    if len(elsewhere) > 1:
+        which = ", ".join(f"{name} at {endpoint}" for name, endpoint in sorted(elsewhere.items()))
+        raise ConfigError(f"several clusters on other hosts are known: {which}: expected --connect with one")
+    return next(iter(elsewhere.values())) if elsewhere else running(base).client_endpoint
+
+
+def _remembered(base: Path) -> dict[str, str]:
+    """Return where clients connect of each cluster that `cluster up FILE` has started on hosts."""
+    found = {}
+    for path in (base / REMEMBERED).glob("[!.]*.json"):
+        with contextlib.suppress(OSError, orjson.JSONDecodeError, TypeError, KeyError):  # torn or not ours
+            found[path.stem] = str(orjson.loads(path.read_bytes())["client_endpoint"])
+    return found
 
 
 def _serving(cluster: LocalCluster) -> LocalCluster:

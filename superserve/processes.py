@@ -148,6 +148,11 @@ class RoleProcess:
                 self._kill_session()
         return self._ended(keep_log=self._popen.returncode not in _CLEAN_EXITS)
 
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM), and do not wait: for a parent with a loop of its own."""
+        if self.poll() is None:
+            self._popen.terminate()
+
     def kill(self) -> int:
         """End it at once (SIGKILL), with whatever it started in its session, and reap it.
 

@@ -46,6 +46,7 @@ class Machine:
 
     Attributes:
         base: What SUPERSERVE_STATE says; processes of this test are known by it.
+        env: The environment of every command.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,7 +54,12 @@ class Machine:
         self._faults = folder / "faults"
         self._faults.mkdir()
         (self._faults / "sitecustomize.py").write_text(_SITE)
-        self._env = {**os.environ, STATE_VARIABLE: str(self.base), "PYTHONPATH": str(self._faults)}
+        self.env = {**os.environ, STATE_VARIABLE: str(self.base), "PYTHONPATH": str(self._faults)}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every process of this test."""
+        return dict(self._env)
 
     def fault(self, module: str, code: str) -> Path:
         """Have every later `python -m <module>` run `code` first; remove the file to end that."""
@@ -64,7 +70,7 @@ class Machine:
     def start(self, *args: str, module: str = "cluster") -> subprocess.Popen[str]:
         """Start a command."""
         return subprocess.Popen(
-            [sys.executable, "-m", module, *args], env=self._env, cwd=ROOT, text=True,
+            [sys.executable, "-m", module, *args], env=self.env, cwd=ROOT, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

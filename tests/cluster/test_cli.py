@@ -133,7 +133,6 @@ def test_the_same_options_do_not_differ_and_others_are_named() -> None:
 
 EMULATE = ("--emulate", "cnn-8gpu-modelled:2")
 WRONG = [
-    (("up", "hosts.yaml"), "hosts.yaml: starting a cluster on several hosts is not built yet"),
     (("up", "--emulate", "cnn-8gpu-modeled:2"), "cnn-8gpu-modelled"),
     (("up", "--emulate", "cnn-8gpu-modelled"), "--emulate: expected PROFILE:N"),
     (("up", "--emulate", "cnn-8gpu-modelled:0"), "--emulate: expected PROFILE:N"),

@@ -13,6 +13,7 @@ from cluster.supervisor import (
     GOOD_SERVICE_NS,
     MAX_RESTARTS_IN_A_ROW,
     TRANSITIONS,
+    WORKER_STOP_S,
     RoleEvent,
     Supervisor,
     backoff_ns,
@@ -76,6 +77,10 @@ class FakeHandle:
             self._stops.append(self.name)
             self.exit_code = 0
         return self.exit_code
+
+    def terminate(self) -> None:
+        """Note that it was told to end; it does when a test says so."""
+        self._stops.append(self.name)
 
     def kill(self) -> int:
         """End at once."""
@@ -349,3 +354,117 @@ def test_back_offs_are_bounded() -> None:
     assert backoff_ns(1) == FIRST_BACKOFF_NS
     assert backoff_ns(MAX_RESTARTS_IN_A_ROW) == 8 * SECOND
     assert backoff_ns(MAX_RESTARTS_IN_A_ROW + 1) is None
+
+
+# --- orders -----------------------------------------------------------------------------------
+
+
+def test_a_worker_that_was_told_to_stop_stays_stopped(scene: Scene) -> None:
+    """It is asked to end, is stopping until it has, and is not started again by itself."""
+    scene.bring_up()
+    scene.supervisor.order_stop("worker-0")
+    scene.supervisor.order_stop("worker-0")
+    assert scene.states() == ["ready", "stopping", "ready"]
+    assert scene.launcher.stops == ["worker-0"]
+
+    scene.launcher.latest("worker-0").exit_code = 0
+    assert scene.supervisor.step()
+
+    assert scene.states() == ["ready", "stopped", "ready"]
+    scene.clock.advance(3_600 * SECOND)
+    assert not scene.supervisor.step()
+
+
+def test_whatever_ends_a_role_that_was_told_to_stop_is_no_crash(scene: Scene) -> None:
+    """An exit code, a signal, or that it had to be killed."""
+    scene.bring_up()
+    scene.supervisor.order_stop("worker-0")
+    scene.supervisor.order_stop("worker-1")
+    scene.crash("worker-0")
+    scene.clock.advance(int(WORKER_STOP_S * SECOND))
+    assert scene.supervisor.wait_ns() == 0
+    scene.supervisor.step()
+
+    assert scene.states() == ["ready", "stopped", "stopped"]
+    assert "-9" in scene.supervisor.roles()[1].why
+    assert "was killed" in scene.supervisor.roles()[2].why
+
+
+def test_a_waiting_role_can_be_stopped(scene: Scene) -> None:
+    """Its next restart does not come."""
+    scene.bring_up()
+    scene.crash("worker-0")
+    scene.supervisor.order_stop("worker-0")
+    scene.clock.advance(3_600 * SECOND)
+
+    assert not scene.supervisor.step()
+    assert scene.states() == ["ready", "stopped", "ready"]
+
+
+@pytest.mark.parametrize("is_given_up", [False, True])
+def test_a_role_that_ended_is_started_on_order(scene: Scene, is_given_up: bool) -> None:
+    """Stopped or given up: it begins anew, its restarts in a row forgotten."""
+    scene.bring_up()
+    for _ in range(MAX_RESTARTS_IN_A_ROW if is_given_up else 0):
+        scene.crash("worker-0")
+        scene.restart("worker-0")
+    scene.launcher.latest("worker-0").exit_code = -9 if is_given_up else 0
+    scene.supervisor.step()
+    assert scene.states()[1] == ("FATAL" if is_given_up else "stopped")
+
+    scene.supervisor.order_start("worker-0")
+    scene.supervisor.order_start("worker-0")
+    scene.launcher.latest("worker-0").announce()
+    scene.supervisor.step()
+
+    assert scene.supervisor.is_ready
+    scene.crash("worker-0")
+    assert scene.supervisor.wait_ns() == FIRST_BACKOFF_NS
+
+
+def test_a_role_that_fails_when_started_on_order_is_given_up_at_once(scene: Scene) -> None:
+    """Whoever ordered it learns so, and need not wait for five restarts."""
+    scene.bring_up()
+    scene.launcher.latest("worker-0").exit_code = 0
+    scene.supervisor.step()
+    scene.supervisor.order_start("worker-0")
+    scene.crash("worker-0")
+
+    assert scene.states() == ["ready", "FATAL", "ready"]
+
+
+def test_a_start_on_order_that_hangs_is_given_up(scene: Scene) -> None:
+    """It has as long as the first start had."""
+    scene.bring_up()
+    scene.launcher.latest("worker-0").exit_code = 0
+    scene.supervisor.step()
+    scene.supervisor.order_start("worker-0")
+    scene.clock.advance(30 * SECOND + 1)
+    scene.supervisor.step()
+
+    assert scene.states() == ["ready", "FATAL", "ready"]
+
+
+def test_a_router_that_is_started_on_order_keeps_its_ports(scene: Scene) -> None:
+    """Workers and clients find it where it was."""
+    scene.bring_up()
+    scene.supervisor.order_stop("router")
+    scene.launcher.latest("router").exit_code = 0
+    scene.supervisor.step()
+    assert scene.supervisor.is_bound
+
+    scene.supervisor.order_start("router")
+
+    assert scene.launcher.latest("router").argv == ["--client", READY["client"], "--worker", READY["worker"]]
+
+
+def test_orders_that_cannot_be_followed_say_why(scene: Scene) -> None:
+    """An unknown name, a role that waits for the router, a start while it is stopping."""
+    with pytest.raises(ProcessError, match=r"worker-7: expected one of router, worker-0, worker-1"):
+        scene.supervisor.order_stop("worker-7")
+    with pytest.raises(ProcessError, match="it waits for the router"):
+        scene.supervisor.order_stop("worker-0")
+    scene.bring_up()
+    scene.supervisor.order_stop("worker-0")
+    with pytest.raises(ProcessError, match="it is stopping: try again soon"):
+        scene.supervisor.order_start("worker-0")

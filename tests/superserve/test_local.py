@@ -197,6 +197,34 @@ def test_without_one_to_use_the_error_says_what_to_type(
         local.running(tmp_path)
 
 
+def remember(base: Path, name: str, endpoint: str) -> None:
+    """Write what an operator remembers of a cluster on other hosts, as far as clients need it."""
+    path = base / local.REMEMBERED / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(orjson.dumps({"client_endpoint": endpoint}))
+
+
+def test_a_cluster_on_other_hosts_is_found_where_this_machine_has_none(tmp_path: Path) -> None:
+    """The only one, whatever its name; one of this machine comes first; torn files do not count."""
+    remember(tmp_path, "far", "tcp://10.0.0.1:5555")
+    (tmp_path / local.REMEMBERED / "torn.json").write_text("{")
+    assert local.client_endpoint(tmp_path) == "tcp://10.0.0.1:5555"
+
+    put(tmp_path, example())
+    assert local.client_endpoint(tmp_path) == example().client_endpoint
+
+
+def test_of_several_on_other_hosts_the_default_one_is_meant(tmp_path: Path) -> None:
+    """Without a default one the error names them all."""
+    remember(tmp_path, "far", "tcp://10.0.0.1:5555")
+    remember(tmp_path, "farther", "tcp://10.0.0.2:5555")
+    with pytest.raises(ConfigError, match=r"far at tcp://10.0.0.1:5555, farther at .*--connect"):
+        local.client_endpoint(tmp_path)
+
+    remember(tmp_path, "default", "tcp://10.0.0.3:5555")
+    assert local.client_endpoint(tmp_path) == "tcp://10.0.0.3:5555"
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", "x" * 65, "a b"])
 def test_a_name_that_is_no_folder_of_its_own_is_refused(name: str) -> None:
     """A name cannot leave the state folder."""

@@ -1,0 +1,80 @@
+"""A cluster that does what a test says, for those commands that change or judge one role at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from cluster.operable import RoleView
+from superserve.clock import VirtualClock
+from superserve.errors import ProcessError
+
+
+def role(name: str, host: str = "a", **other: Any) -> RoleView:
+    """Return a role that is well."""
+    kind = "router" if name == "router" else "worker"
+    return replace(RoleView(name, kind, host, "ready", True, False, 100, 0, "", f"/{name}.log"), **other)
+
+
+class FakeCluster:
+    """Workers that take a while to end and to come back.
+
+    Attributes:
+        did: What it was told, in order.
+        wont: Roles that do not come back, and why.
+        stuck: Roles that do not end.
+        always_live: The fewest workers that were ever live.
+    """
+
+    def __init__(self, *roles: RoleView) -> None:
+        self.name = "test"
+        self.clock = VirtualClock()
+        self.did: list[str] = []
+        self.wont: dict[str, str] = {}
+        self.stuck: set[str] = set()
+        self.is_silent = False
+        self._roles = {role.name: role for role in roles}
+        self._due: dict[str, tuple[int, RoleView]] = {}
+        self.always_live = len(self._live())
+
+    def pause(self, seconds: float) -> None:
+        """Let time pass, and what is due happen."""
+        self.clock.advance(int(seconds * 1e9))
+        for name, (due_ns, view) in list(self._due.items()):
+            if self.clock.now_ns() >= due_ns:
+                self._roles[name] = view
+                del self._due[name]
+        self.always_live = min(self.always_live, len(self._live()))
+
+    def _live(self) -> list[str]:
+        return [role.name for role in self._roles.values() if role.kind == "worker" and role.is_up]
+
+    def roles(self) -> tuple[RoleView, ...]:
+        """Return every role."""
+        return tuple(self._roles.values())
+
+    def status(self) -> dict[str, Any] | None:
+        """Return as much of a STATUS as these commands read."""
+        if self.is_silent or not self._roles["router"].is_up:
+            return None
+        return {"workers": [{"name": name, "process": "live", "state": "ready"} for name in self._live()]}
+
+    def stop(self, name: str) -> None:
+        """Have a role end in 0.4 s."""
+        self.did.append(f"stop {name}")
+        self._roles[name] = replace(self._roles[name], state="stopping", is_up=False)
+        if name not in self.stuck:
+            ended = replace(self._roles[name], state="stopped", has_ended=True, pid=None)
+            self._due[name] = (self.clock.now_ns() + 400_000_000, ended)
+
+    def start(self, name: str) -> None:
+        """Have a role be ready in 1.2 s."""
+        if not self._roles[name].has_ended:
+            raise ProcessError(f"{name}: runs")
+        self.did.append(f"start {name}")
+        starting = replace(self._roles[name], state="starting", has_ended=False, pid=200)
+        self._roles[name] = starting
+        up = replace(starting, state="ready", is_up=True)
+        if name in self.wont:
+            up = replace(starting, state="FATAL", has_ended=True, pid=None, why=self.wont[name])
+        self._due[name] = (self.clock.now_ns() + 1_200_000_000, up)
