@@ -110,9 +110,11 @@ def draw_range(points: list[Point]) -> Callable[[Axes], None]:
             accuracies = [point.accuracy or 0.0 for point in held]
             if policy.startswith("fixed:"):
                 axes.plot(rates[-1:], accuracies[-1:], "s", color=MUTED, markersize=5)
+                is_at_edge = rates[-1] > 0.9 * RATES_QPS[-1]  # its name would cross the frame
                 axes.annotate(
-                    policy.removeprefix("fixed:"), (rates[-1], accuracies[-1]), (5, 4),
-                    textcoords="offset points", color=MUTED, fontsize=8,
+                    policy.removeprefix("fixed:"), (rates[-1], accuracies[-1]),
+                    (-6, -8) if is_at_edge else (5, 4), textcoords="offset points",
+                    ha="right" if is_at_edge else "left", color=MUTED, fontsize=8,
                 )  # fmt: skip
             else:
                 axes.plot(rates, accuracies, "o-", color=RUNS[place], markersize=3.5, label=policy)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 from loadgen import figures
 from loadgen.cli import cli
 from loadgen.faults import Fault, faults_json
-from loadgen.figures import ablation, draw_ablation, draw_range, svg_of, throughput_range
+from loadgen.figures import Point, ablation, draw_ablation, draw_range, svg_of, throughput_range
 from loadgen.stats import load_run
 from profiles.table import load_profile
 from superserve.clock import MS
@@ -145,3 +146,20 @@ def test_an_adaptive_policy_spans_what_fixed_subnets_do(monkeypatch: pytest.Monk
     assert found["slackfit", 5_000].attainment > figures.ENOUGH
     assert found["fixed:largest", 5_000].attainment < figures.ENOUGH
     assert "<svg" in svg_of(draw_range(points))
+
+
+@pytest.mark.parametrize("rate_qps", [3_500.0, 17_000.0])
+def test_the_name_of_a_fixed_subnet_stays_within_the_frame(rate_qps: float) -> None:
+    """Also where the subnet holds nearly the highest rate that the picture has, or is the most accurate."""
+    figure = Figure(figsize=(5.6, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    low, high = Point(1_000.0, "slackfit", 1.0, 73.9), Point(rate_qps, "fixed:cnn-80.16", 1.0, 80.16)
+
+    draw_range([low, high])(axes)
+    figure.draw_without_rendering()
+
+    frame, name = axes.get_window_extent(), axes.texts[0].get_window_extent()
+    assert frame.x0 < name.x0
+    assert name.x1 < frame.x1
+    assert frame.y0 < name.y0
+    assert name.y1 < frame.y1
