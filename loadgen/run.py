@@ -35,6 +35,7 @@ from superserve.sockets import bind_router, receive, send
 from superserve.wire import STATUSES, Control, Kind, Status
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
@@ -131,6 +132,19 @@ class Run:
     noise: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a run that is part of a larger one leaves to that.
+
+    Attributes:
+        start: Called once every sender is ready; returns the instant to start at, of this host's clock.
+        stop: Once set, nothing more is sent; the run is reported up to there.
+    """
+
+    start: Callable[[], int]
+    stop: threading.Event
+
+
 @contextlib.contextmanager
 def emulated(emulation: Emulation) -> Iterator[Cluster]:
     """Run a private cluster of emulated GPUs; every process is gone when the block ends."""
@@ -183,10 +197,12 @@ def run_trace(
     endpoint: str,
     on_progress: Callable[[dict[str, int]], None] | None = None,
     watch: Watch | None = None,
+    *,
+    hooks: Hooks | None = None,
 ) -> Run:
     """Offer `trace` to the router at `endpoint`, open loop, and merge what the senders saw.
 
-    If `watch` ends it early, the result is that of the trace up to there, and marked as partial.
+    If `watch` or `hooks` ends it early, the result is that of the trace up to there, and marked as partial.
 
     Raises:
         ConfigError: No router answers, or the payloads are not what its model takes.
@@ -208,7 +224,7 @@ def run_trace(
                     path.write_bytes(orjson.dumps(asdict(plan)))
                     group.start(plan.name, ["-m", "loadgen.sender", str(path)])
                 group.wait_ready(60.0)
-                coordinator = _Coordinator(control, group, len(plans))
+                coordinator = _Coordinator(control, group, len(plans), hooks)
                 with contextlib.nullcontext() if watch is None else watch.interrupts():
                     start_ns = coordinator.start()
                     probe.start()
@@ -304,7 +320,9 @@ def _plan(
 class _Coordinator:
     """Starts the senders at one instant and listens to them until all are done."""
 
-    def __init__(self, control: zmq.Socket[bytes], group: ProcessGroup, n_senders: int) -> None:
+    def __init__(
+        self, control: zmq.Socket[bytes], group: ProcessGroup, n_senders: int, hooks: Hooks | None = None
+    ) -> None:
         self.subnets: list[tuple[str, float]] = []
         self.reasons: dict[str, str] = {}
         self.n_duplicates = 0
@@ -316,7 +334,8 @@ class _Coordinator:
         self._n_done = 0
         self._senders: set[bytes] = set()
         self._start_ns = 0
-        self._watch: Watch | None = None
+        self._hooks = hooks
+        self._stop_asked = None if hooks is None else hooks.stop
         self._seconds: Seconds | None = None
 
     def start(self) -> int:
@@ -325,13 +344,15 @@ class _Coordinator:
             for key, body in self._messages():
                 if body.get("ready"):
                     self._senders.add(key)
-        self._start_ns = time.monotonic_ns() + _START_AFTER_NS
+        hooks = self._hooks
+        self._start_ns = time.monotonic_ns() + _START_AFTER_NS if hooks is None else hooks.start()
         self._order(start_ns=self._start_ns)
         return self._start_ns
 
     def watch(self, watch: Watch, seconds: Seconds) -> None:
         """Have `follow` tell of each second, and stop when told to."""
-        self._watch, self._seconds = watch, seconds
+        self._seconds = seconds
+        self._stop_asked = watch.stop
 
     def _order(self, **body: int) -> None:
         order = wire.encode_control(Control(Kind.STATUS, body))
@@ -348,7 +369,7 @@ class _Coordinator:
     def follow(self, on_progress: Callable[[dict[str, int]], None] | None) -> None:
         """Pass progress on until every sender is done."""
         while self._n_done < self._n_senders:
-            if self._watch is not None and self._watch.stop.is_set() and self.stop_ns is None:
+            if self._stop_asked is not None and self._stop_asked.is_set() and self.stop_ns is None:
                 self._stop()
             for key, body in self._messages():
                 if self._seconds is not None and "rows" in body:

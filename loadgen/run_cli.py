@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import orjson
 
 from loadgen.calibrate import calibrate
 from loadgen.environment import environment_of
+from loadgen.generators import Head
 from loadgen.live import HEADER, Watch
 from loadgen.plots import check_installed
 from loadgen.run import Emulation, RunSettings, run_emulated, run_trace
@@ -62,6 +64,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option("--report", "page_path", type=_FILE, help="Write a page about it, as HTML.")
 @click.option("--logs", type=_FOLDER, help="Keep event logs here.")
+@click.option("--generators", metavar="HOST:PORT,...", help="Send from the `loadgen agent` of these hosts.")
 @click.option(
     "--calibrate/--no-calibrate", "is_calibrated", default=None,
     help="Before it, send a second's worth to a null sink.  [default: if it takes 10 s or more]",
@@ -82,6 +85,7 @@ def run_command(
     page_path: Path | None,
     logs: Path | None,
     is_calibrated: bool | None,
+    generators: str | None,
 ) -> None:
     """Offer a trace, print a line each second, and at the end a table.
 
@@ -100,6 +104,8 @@ def run_command(
         if page_path is not None:
             check_installed()
             check_writable(page_path, "--report")
+        if generators is not None and (connect is None or is_json):
+            raise ConfigError("--generators: expected --connect, as they reach it, and no --json-lines")
         target = target_of(connect, emulate, policy, logs)
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
         if payload_bytes is None:
@@ -108,13 +114,18 @@ def run_command(
         say(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
         say(f"  {trace.provenance}")
         calibration = None
-        if is_calibrated or (is_calibrated is None and trace.duration_ns >= _CALIBRATED_FROM_NS):
+        if is_calibrated is None:
+            is_calibrated = generators is None and trace.duration_ns >= _CALIBRATED_FROM_NS
+        if is_calibrated:
             calibration = calibrate(trace.mean_qps, settings)
             for line in calibration.to_lines():
                 say(line)
-        if not is_json:
-            say(HEADER)
-        measured, report = _offer(trace, settings, target, Watch(_on_second(is_json=is_json)))
+        if generators is not None:
+            measured, report = _offer_across(trace, settings, str(target), generators.split(",")), None
+        else:
+            if not is_json:
+                say(HEADER)
+            measured, report = _offer(trace, settings, target, Watch(_on_second(is_json=is_json)))
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
@@ -147,6 +158,21 @@ def _offer(
     if isinstance(target, Emulation):
         return run_emulated(trace, settings, target, watch=watch)
     return run_trace(trace, settings, target, watch=watch), None
+
+
+def _offer_across(trace: Trace, settings: RunSettings, endpoint: str, agents: list[str]) -> Run:
+    """Offer a trace from several hosts, and print how far they are each second."""
+    watch = Watch(lambda _second: None)
+    said_s = 0.0
+
+    def on_progress(total: dict[str, int]) -> None:
+        nonlocal said_s
+        if (now_s := time.monotonic()) >= said_s + 1.0:
+            said_s = now_s
+            click.echo("".join(f"  {what} {n:>10,}" for what, n in total.items()))
+
+    with watch.interrupts():
+        return Head(agents, watch.stop).run(trace, settings, endpoint, on_progress)
 
 
 def _on_second(*, is_json: bool) -> Callable[[Second], None]:
@@ -190,6 +216,12 @@ def _show(measured: Run, report: EventLogReport | None, say: Callable[[str], Non
     if not math.isnan(measured.router_cpu_s):
         each_us = 1e6 * measured.router_cpu_s / measured.result.queries["total"]
         say(f"  router CPU       {each_us:.1f} us a query")
+    for one in measured.result.generators or ():
+        lost = "  LOST: a gap" if one["lost"] else ""
+        say(
+            f"  generator        {one['generator']}: {one['queries']:,} queries, "
+            f"started within {one['start_error_ms']:.3f} ms of the instant{lost}"
+        )
     if measured.n_duplicates:
         say(f"  DUPLICATES       {measured.n_duplicates} answers beyond a query's first")
     for status, reason in measured.reasons.items():

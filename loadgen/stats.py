@@ -142,6 +142,8 @@ class RunResult:
         timeline: The run in bins: see `loadgen.timeline`; None if it was not kept.
         environment: Where, when and by which command: see `loadgen.environment`; None if not kept.
         calibration: What the generator did alone: see `loadgen.calibrate`; None if that was not tried.
+        generators: Of a run from several hosts: each one's queries, and how far its start may be off.
+        gaps: Of those that were lost, what is not known; None if none was.
     """
 
     schema: int = SCHEMA
@@ -168,9 +170,11 @@ class RunResult:
     timeline: Mapping[str, Any] | None = None
     environment: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
+    generators: tuple[Mapping[str, Any], ...] | None = None
+    gaps: tuple[Mapping[str, Any], ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the file's fields, in its order; the last five only if there is something to say."""
+        """Return the file's fields, in its order; optional ones if there is something to say."""
         found = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
         return {name: value for name, value in found.items() if value is not None or name in _FIELDS}
 
@@ -304,6 +308,12 @@ def _is_object_or_none(value: object) -> bool:
     return value is None or isinstance(value, Mapping)
 
 
+def _is_objects_or_none(value: object) -> bool:
+    return value is None or (
+        isinstance(value, tuple | list) and all(isinstance(one, Mapping) for one in value)
+    )
+
+
 def _is_strings(value: object) -> bool:
     return isinstance(value, tuple) and all(map(_is_string, value))
 
@@ -343,6 +353,8 @@ _OPTIONAL: dict[str, tuple[str, Callable[[object], bool]]] = {
     "timeline": ("an object or null", _is_object_or_none),
     "environment": ("an object or null", _is_object_or_none),
     "calibration": ("an object or null", _is_object_or_none),
+    "generators": ("a list of objects or null", _is_objects_or_none),
+    "gaps": ("a list of objects or null", _is_objects_or_none),
 }
 
 
