@@ -22,6 +22,8 @@ from gpu_worker.server import Gauges, Waker, WorkerServer
 from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
+from superserve.handshake import Handshake
+from superserve.keys import peer_keys
 from superserve.processes import announce_ready, die_with_parent
 from superserve.sockets import connect_dealer
 from superserve.subnet import Subnet
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
     from gpu_worker.batches import Gpus
     from gpu_worker.torch_executor import TorchExecutor
+    from superserve.keys import PeerKeys
     from superserve.subnet import TensorSpec
 
 MAX_GPUS = 1_024
@@ -52,6 +55,11 @@ class Device(NamedTuple):
 @click.command()
 @click.option("--connect", "endpoint", required=True, metavar="tcp://HOST:PORT", help="The router.")
 @click.option("--name", help="What the cluster calls this worker; host and process number if not given.")
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    help="Its key file, for a router with keys; or a folder with worker.key.",
+)
 @click.option("--emulate", metavar="PROFILE", help="Emulate GPUs: a shipped profile's name, or a file.")
 @click.option("--gpus", type=click.IntRange(1, MAX_GPUS), help="Emulated GPUs in this process.  [default: 1]")
 @click.option("--event-log", type=click.Path(dir_okay=False, path_type=Path), help="What they ran and when.")
@@ -80,6 +88,7 @@ class Device(NamedTuple):
 def cli(
     endpoint: str,
     name: str | None,
+    keys: Path | None,
     emulate: str | None,
     gpus: int | None,
     event_log: Path | None,
@@ -95,6 +104,7 @@ def cli(
         _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
         if (emulate is None) == (supernet is None):
             raise ConfigError("expected one of --emulate and --supernet")
+        own = peer_keys(keys or "", "worker")
         with ExitStack() as stack:
             waker = stack.enter_context(Waker())
             if emulate is not None:
@@ -102,7 +112,7 @@ def cli(
             else:
                 assert supernet is not None, "one of the two was given"
                 served = stack.enter_context(resident(Asked(supernet, **of_supernet), waker))
-            serve(endpoint, name, served, waker)
+            serve(endpoint, name, served, waker, own)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
 
@@ -229,7 +239,7 @@ def pin(text: str) -> list[int]:
     return cores
 
 
-def serve(endpoint: str, name: str, device: Device, waker: Waker) -> None:
+def serve(endpoint: str, name: str, device: Device, waker: Waker, keys: PeerKeys | None = None) -> None:
     """Serve a device to the router at `endpoint` until a signal.
 
     Raises:
@@ -237,7 +247,10 @@ def serve(endpoint: str, name: str, device: Device, waker: Waker) -> None:
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        with connect_dealer(context, endpoint) as socket:
+        with (
+            connect_dealer(context, endpoint, keys) as socket,
+            Handshake(context, socket, endpoint, keys) as handshake,
+        ):
             server = WorkerServer(
                 socket,
                 device.gpus,
@@ -245,6 +258,7 @@ def serve(endpoint: str, name: str, device: Device, waker: Waker) -> None:
                 hello(name, device),
                 clock=MonotonicClock(),
                 waker=waker,
+                handshake=handshake,
                 gauges=device.gauges,
                 on_ready=lambda: announce_ready({"name": name, "n_slots": device.gpus.n_slots}),
             )

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from superserve.sockets import is_readable
+
 if TYPE_CHECKING:
+    from typing import Self
+
     from superserve.keys import PeerKeys
 
 FAILED = int(
@@ -26,11 +30,13 @@ RETRY_NS = 1_000_000_000
 """Time between two tries of a socket that was refused; each costs the router a line in its log."""
 
 
-def monitor_of(socket: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
+def monitor_of(
+    context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], events: int
+) -> zmq.Socket[bytes]:
     """Return a socket that tells a socket's events; it takes in any number of them unread."""
     address = f"inproc://monitor-{secrets.token_hex(8)}"
     socket.monitor(address, events)
-    monitor = socket.context.socket(zmq.PAIR)
+    monitor = context.socket(zmq.PAIR)
     monitor.set(zmq.RCVHWM, 0)  # ZeroMQ's I/O thread would wait for a slow reader
     monitor.set(zmq.LINGER, 0)
     monitor.connect(address)
@@ -41,6 +47,7 @@ class Handshake:
     """Watches whether a DEALER gets to talk to its router. For the thread that owns the socket.
 
     Args:
+        context: The socket's.
         socket: Made by `connect_dealer`, just now.
         endpoint: Where it connects.
         keys: What it was made with.
@@ -49,12 +56,18 @@ class Handshake:
         failure: What is likely to be wrong, as of the last handshake that failed; None if none has.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], endpoint: str, keys: PeerKeys | None) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        socket: zmq.Socket[bytes],
+        endpoint: str,
+        keys: PeerKeys | None,
+    ) -> None:
         self.failure: str | None = None
         self._socket = socket
         self._endpoint = endpoint
         self._keys = keys
-        self._monitor: zmq.Socket[bytes] | None = monitor_of(socket, FAILED)
+        self._monitor: zmq.Socket[bytes] | None = monitor_of(context, socket, FAILED)
         self._retry_ns: int | None = None
 
     def look(self, now_ns: int) -> bool:
@@ -62,7 +75,7 @@ class Handshake:
         if self._monitor is None:
             return False
         before = self.failure
-        while self._monitor.get(zmq.EVENTS) & zmq.POLLIN:
+        while is_readable(self._monitor):
             event = int(recv_monitor_message(self._monitor)["event"])
             self.failure = self._why(event)
             if event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._retry_ns is None:
@@ -101,6 +114,12 @@ class Handshake:
             f"{self._endpoint} broke off the handshake: its key is probably not the one in {keys.path}, "
             f"router = {keys.router}"
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop watching; before the socket is closed."""
