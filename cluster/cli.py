@@ -13,6 +13,7 @@ import orjson
 from cluster import show
 from cluster.down import down as take_down
 from cluster.health import ask_router, problems
+from cluster.keys_cli import keys_command
 from cluster.plan import Options, make_plan
 from cluster.up import StartError
 from cluster.up import up as bring_up
@@ -31,6 +32,9 @@ _name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Wh
 @click.group()
 def cli() -> None:
     """Run a cluster: a router and its workers, on this machine so far."""
+
+
+cli.add_command(keys_command)
 
 
 @cli.command()
