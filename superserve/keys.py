@@ -26,6 +26,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -246,7 +247,7 @@ def _key(path: Path, fields: Mapping[str, str], name: str) -> str:
     text = fields.get(name, "")
     try:
         is_key = len(text) == _Z85_CHARACTERS and z85.encode(z85.decode(text)).decode() == text
-    except (ValueError, KeyError, OverflowError):
+    except (ValueError, KeyError, struct.error):
         is_key = False
     if not is_key:  # the text may be a secret: it is not shown
         raise ConfigError(f"{path}: {name}: expected a key of 40 characters in Z85")
