@@ -112,7 +112,7 @@ class Handshake:
             )
         return (
             f"{self._endpoint} broke off the handshake: its key is probably not the one in {keys.path}, "
-            f"router = {keys.router}"
+            f"router = {keys.router}; or it does not speak with keys"
         )
 
     def __enter__(self) -> Self:
