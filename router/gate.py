@@ -133,7 +133,7 @@ class Gate:
         if problems:
             raise ConfigError("; ".join(problems))
         self._take(ring)
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_fd = -1
         self._monitors: list[_Monitor] = []
         self._voice = _Voice()
         self._thread: threading.Thread | None = None
@@ -150,18 +150,19 @@ class Gate:
             _Monitor(what, monitor_of(self._context, socket, _WATCHED), self._voice)
             for what, socket in sockets.items()
         ]
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="gate", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """End the thread and close what is the gate's own; the context can then be terminated."""
-        os.eventfd_write(self._wake_fd, 1)
         if self._thread is not None:
+            os.eventfd_write(self._wake_fd, 1)
             self._thread.join()
+            os.close(self._wake_fd)
         for monitor in self._monitors:
             monitor.socket.close(0)
         self._zap.close(0)
-        os.close(self._wake_fd)
 
     def counts(self) -> dict[str, int]:
         """Return what was turned away, for STATUS."""
@@ -218,7 +219,9 @@ class Gate:
             answer = [b"400", b"not listed", b""]
             what = "worker" if door is self.workers else "client"
             peer = address.decode("ascii", "replace") or "this machine"
-            self._voice.warn(peer, f"{what} at {peer} refused: the key {public or 'it lacks'} is not listed")
+            self._voice.warn(
+                f"{what} {peer}", f"{what} at {peer} refused: the key {public or 'it lacks'} is not listed"
+            )
         self._zap.send_multipart([version, number, *answer, b""])
 
     def _look(self) -> None:
@@ -248,7 +251,7 @@ class Gate:
 
 
 class _Voice:
-    """Warns of each peer once in a while: one that tries twenty times a second shall not fill a disk."""
+    """Warns of each peer and fault once in a while: what tries twenty times a second shall fill no disk."""
 
     def __init__(self) -> None:
         self._said: dict[str, tuple[int, int]] = {}
@@ -292,7 +295,8 @@ class _Monitor:
             elif event == zmq.EVENT_DISCONNECTED:
                 peer, why, self._why = self._peers.pop(value, _GONE), self._why, None
                 if why is not None:
-                    self._voice.warn(_host_of(peer), f"{self._what} at {peer}: handshake failed: {why}")
+                    who = f"{self._what} handshake {_host_of(peer)}"
+                    self._voice.warn(who, f"{self._what} at {peer}: handshake failed: {why}")
             elif event & FAILED:
                 n_failed += 1
                 if event != _REFUSED_AUTH:  # whoever refused it has said so

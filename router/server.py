@@ -169,11 +169,11 @@ class RouterServer:
                 folder of keys is not what it should be.
         """
         settings = self.settings
-        if settings.keys is None and not settings.is_open:
-            check_reach("--client-endpoint", settings.client_endpoint)
-            check_reach("--worker-endpoint", settings.worker_endpoint)
         context, keys = self._context, None
         try:
+            if settings.keys is None and not settings.is_open:
+                check_reach("--client-endpoint", settings.client_endpoint)
+                check_reach("--worker-endpoint", settings.worker_endpoint)
             if settings.keys is not None:
                 self._gate = gate = Gate(context, settings.keys)
                 gate.open()

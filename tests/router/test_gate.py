@@ -277,12 +277,12 @@ def test_a_routing_id_that_another_key_takes_over_starts_anew(folder: Path) -> N
     door.user = "one"
     server._from_known_client(b"id", list(hello), 1)
     server._from_known_client(b"id", list(wire.encode_queries(queries(1))), 2)
-    assert server.core.in_flight == 1
+    assert server.core.held_bytes == 4
     door.user = "another"
     server._from_known_client(b"id", list(wire.encode_queries(queries(2))), 3)
     assert server._clients == {}
     assert server.core.received == 1
-    assert server.core.in_flight == 0
+    assert server.core.held_bytes == 0
     server.stop()
     server.run()
 
