@@ -13,6 +13,7 @@ import orjson
 from cluster import hosts_cli, operate_cli, show
 from cluster.down import down as take_down
 from cluster.health import ask_router, problems
+from cluster.keys_cli import keys_command
 from cluster.plan import Options, make_plan
 from cluster.top_cli import top
 from cluster.up import StartError, name_option
@@ -35,6 +36,9 @@ def cli() -> None:
 
 
 cli.add_command(top)
+
+
+cli.add_command(keys_command)
 
 
 @cli.command()

@@ -24,6 +24,8 @@ from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
 from superserve.exposition import LOOPBACK, serve_pages
+from superserve.handshake import Handshake
+from superserve.keys import peer_keys
 from superserve.processes import announce_ready, die_with_parent
 from superserve.sockets import connect_dealer
 from superserve.subnet import Subnet
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
     from gpu_worker.batches import Gpus
     from gpu_worker.torch_executor import TorchExecutor
+    from superserve.keys import PeerKeys
     from superserve.subnet import TensorSpec
 
 MAX_GPUS = 1_024
@@ -55,6 +58,11 @@ class Device(NamedTuple):
 @click.command()
 @click.option("--connect", "endpoint", required=True, metavar="tcp://HOST:PORT", help="The router.")
 @click.option("--name", help="What the cluster calls this worker; host and process number if not given.")
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    help="Its key file, for a router with keys; or a folder with worker.key.",
+)
 @click.option("--emulate", metavar="PROFILE", help="Emulate GPUs: a shipped profile's name, or a file.")
 @click.option("--gpus", type=click.IntRange(1, MAX_GPUS), help="Emulated GPUs in this process.  [default: 1]")
 @click.option(
@@ -88,6 +96,7 @@ class Device(NamedTuple):
 def cli(
     endpoint: str,
     name: str | None,
+    keys: Path | None,
     emulate: str | None,
     gpus: int | None,
     event_log: Path | None,
@@ -105,6 +114,7 @@ def cli(
         _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
         if (emulate is None) == (supernet is None):
             raise ConfigError("expected one of --emulate and --supernet")
+        own = peer_keys(keys or "", "worker")
         with ExitStack() as stack:
             waker = stack.enter_context(Waker())
             if emulate is not None:
@@ -113,7 +123,7 @@ def cli(
                 assert supernet is not None, "one of the two was given"
                 served = stack.enter_context(resident(Asked(supernet, **of_supernet), waker))
             exports = None if metrics_port is None else (metrics_address, metrics_port)
-            serve(endpoint, name, served, waker, exports)
+            serve(endpoint, name, served, waker, exports, own)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
 
@@ -241,7 +251,12 @@ def pin(text: str) -> list[int]:
 
 
 def serve(
-    endpoint: str, name: str, device: Device, waker: Waker, exports: tuple[str, int] | None = None
+    endpoint: str,
+    name: str,
+    device: Device,
+    waker: Waker,
+    exports: tuple[str, int] | None = None,
+    keys: PeerKeys | None = None,
 ) -> None:
     """Serve a device to the router at `endpoint` until a signal; metrics at address and port `exports`.
 
@@ -251,7 +266,8 @@ def serve(
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         with ExitStack() as stack:
-            socket = stack.enter_context(connect_dealer(context, endpoint))
+            socket = stack.enter_context(connect_dealer(context, endpoint, keys))
+            handshake = stack.enter_context(Handshake(context, socket, endpoint, keys))
             ready: dict[str, Any] = {"name": name, "n_slots": device.gpus.n_slots}
             metrics = None if exports is None else WorkerMetrics(name, device.profile, device.gpus.n_slots)
             server = WorkerServer(
@@ -261,6 +277,7 @@ def serve(
                 hello(name, device),
                 clock=MonotonicClock(),
                 waker=waker,
+                handshake=handshake,
                 gauges=device.gauges,
                 on_ready=lambda: announce_ready(ready),
                 metrics=metrics,

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from gpu_worker.metrics import WorkerMetrics
     from profiles.table import Profile
     from superserve.clock import Clock
+    from superserve.handshake import Handshake
 
 _LOG = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ class WorkerServer:
         clock: The process's clock.
         waker: Woken by signals and by GPUs that report from another thread.
         gauges: Reads the device's gauges; quick.
+        handshake: The socket's: tells why no router answers, and tries again; closed by the caller.
         on_ready: Called once, after the first WELCOME.
         metrics: Is told what has ended; None where nobody asks.
 
@@ -189,6 +191,7 @@ class WorkerServer:
         clock: Clock,
         waker: Waker,
         gauges: Callable[[], Gauges] = Gauges,
+        handshake: Handshake | None = None,
         on_ready: Callable[[], None] = lambda: None,
         metrics: WorkerMetrics | None = None,
     ) -> None:
@@ -203,6 +206,7 @@ class WorkerServer:
         self._read_gauges = gauges
         self.gauges = Gauges()
         self._metrics = metrics
+        self._handshake = handshake
         self._on_ready = on_ready
         self._is_announced = False
         self._link = Link.JOINING
@@ -313,6 +317,8 @@ class WorkerServer:
         else:  # jitter, so that a cluster's workers do not greet a stalled router in step
             self._hello_due_ns = now_ns + int(SECOND * random.uniform(0.75, 1.25))
             _LOG.warning("router silent for %.1f s; saying HELLO", (now_ns - self._heard_ns) / SECOND)
+        if self._handshake is not None and self._handshake.look(now_ns):
+            _LOG.warning("%s", self._handshake.failure)
         is_sent = self._send(encode_control(Control(Kind.HELLO, self._hello)))
         if is_sent and not self._is_connected:
             _LOG.info("connected")
@@ -327,6 +333,8 @@ class WorkerServer:
             _LOG.info("welcomed under epoch %d; %d held batches dropped", epoch, n_dropped)
             self._epoch = epoch
             self._is_drain_told = False
+        if self._handshake is not None:
+            self._handshake.succeeded()
         self._move(LinkEvent.WELCOMED)
         self._ping_due_ns = now_ns
         self._pull(now_ns)

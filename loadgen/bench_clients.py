@@ -37,7 +37,7 @@ class ManyTarget:
     """
 
     def __init__(self, plan: SinglePlan, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        context.set(zmq.MAX_SOCKETS, max(1023, 2 * plan.n_clients + 16))
+        context.set(zmq.MAX_SOCKETS, max(1023, 4 * plan.n_clients + 16))
         self.n_ended = 0
         self._is_echo = plan.target == "many-echo"
         self._payload = bytes(plan.payload_bytes)

@@ -64,6 +64,7 @@ class RunSettings:
         seed: Of that draw.
         keep_outputs: Whether outputs are kept, for checking them.
         grace_ns: How long after its deadline an answer is awaited.
+        keys: A client's key file, or a folder with one, for a router with keys.
     """
 
     slo_ns: int
@@ -73,6 +74,7 @@ class RunSettings:
     seed: int = 0
     keep_outputs: bool = False
     grace_ns: int = 3_000 * MS
+    keys: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +213,7 @@ def run_trace(
     """
     if trace.n == 0:
         raise ConfigError(f"trace {trace.name}: expected at least one query")
-    before = ask_status(endpoint)
+    before = ask_status(endpoint, keys=settings.keys)
     with tempfile.TemporaryDirectory(prefix="superserve-run-") as name, zmq.Context() as context:
         folder = Path(name)
         control, control_endpoint = bind_router(context, "tcp://127.0.0.1:*")
@@ -232,7 +234,7 @@ def run_trace(
                         coordinator.watch(watch, _seconds(trace, settings, plans, start_ns, watch))
                     coordinator.follow(on_progress)
                 noise_ns = probe.stop()
-                router_cpu_s = _router_cpu_s(endpoint, before)
+                router_cpu_s = _router_cpu_s(endpoint, settings.keys, before)
         finally:
             control.close(0)
         columns = _merge(trace, settings, plans, start_ns)
@@ -276,10 +278,10 @@ def _seconds(
     )  # fmt: skip
 
 
-def _router_cpu_s(endpoint: str, before: dict[str, Any]) -> float:
+def _router_cpu_s(endpoint: str, keys: str, before: dict[str, Any]) -> float:
     """Return the router's CPU time since `before`; NaN if it is gone, or another one."""
     try:
-        after = ask_status(endpoint)
+        after = ask_status(endpoint, keys=keys)
     except ConfigError:
         return math.nan  # what the senders saw still counts
     if after["router"]["pid"] != before["router"]["pid"]:
@@ -308,7 +310,7 @@ def _plan(
     for i in range(min(settings.n_senders, trace.n)):
         plan = SenderPlan(
             endpoint, control, f"sender-{i}", str(folder), settings.slo_ns, settings.payload_bytes,
-            settings.grace_ns, settings.keep_outputs, is_watched,
+            settings.grace_ns, settings.keep_outputs, is_watched, settings.keys,
         )  # fmt: skip
         np.save(plan.path("due"), trace.due_ns[i :: settings.n_senders])
         if pick is not None:

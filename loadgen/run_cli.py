@@ -20,10 +20,11 @@ from loadgen.live import HEADER, Watch
 from loadgen.plots import check_installed
 from loadgen.run import Emulation, RunSettings, run_emulated, run_trace
 from loadgen.tables import check_writable, table, write, write_page
-from loadgen.targets import payload_bytes_of, target_of
+from loadgen.targets import keys_of, payload_bytes_of, target_of
 from loadgen.timeline import recorded
 from loadgen.trace import load_trace
 from superserve.errors import ConfigError, SuperServeError
+from superserve.keys import ENVIRONMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option(
     "--connect", metavar="HOST:PORT", help="Of a router.  [default: the cluster running on this machine]"
 )
+@click.option("--keys", envvar=ENVIRONMENT, help="A client's key file, for a router with keys.")
 @click.option("--emulate", metavar="PROFILE:N", help="Start a private router and N emulated GPUs instead.")
 @click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
 @click.option("--duration", type=float, help="Squeeze or cut the trace to so many seconds.")
@@ -72,6 +74,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 def run_command(
     spec: str,
     connect: str | None,
+    keys: str | None,
     emulate: str | None,
     rate: float | None,
     duration: float | None,
@@ -107,10 +110,11 @@ def run_command(
         if generators is not None and (connect is None or is_json):
             raise ConfigError("--generators: expected --connect, as they reach it, and no --json-lines")
         target = target_of(connect, emulate, policy, logs)
+        shown = keys_of(target, keys)
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
         if payload_bytes is None:
-            payload_bytes = payload_bytes_of(target)
-        settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed)
+            payload_bytes = payload_bytes_of(target, shown)
+        settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed, keys=shown)
         say(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
         say(f"  {trace.provenance}")
         calibration = None

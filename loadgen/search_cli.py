@@ -17,12 +17,13 @@ from loadgen.rate_search import Bounds
 from loadgen.run import Emulation, RunSettings
 from loadgen.search import Search, find_rate, live_offer, private_cluster, simulated_offer, warm_up
 from loadgen.tables import check_writable, write
-from loadgen.targets import payload_bytes_of, target_of
+from loadgen.targets import keys_of, payload_bytes_of, target_of
 from loadgen.trace import Trace, open_source
 from loadgen.workloads import parse_cluster
 from router.registry import make_policy
 from superserve.clock import MS
 from superserve.errors import ConfigError, SuperServeError
+from superserve.keys import ENVIRONMENT
 
 if TYPE_CHECKING:
     from gpu_worker.eventlog import EventLogReport
@@ -39,6 +40,7 @@ _DRAWN_S = 5.0
 @click.option(
     "--connect", metavar="HOST:PORT", help="Of a router.  [default: the cluster running on this machine]"
 )
+@click.option("--keys", envvar=ENVIRONMENT, help="A client's key file, for a router with keys.")
 @click.option("--emulate", metavar="PROFILE:N", help="A private router and N emulated GPUs instead.")
 @click.option(
     "--simulate", "is_simulated", is_flag=True, help="On a virtual clock; PROFILE:N[,PROFILE:N...]."
@@ -69,6 +71,7 @@ def search_command(
     attainment: float,
     spec: str,
     connect: str | None,
+    keys: str | None,
     emulate: str | None,
     is_simulated: bool,
     policy: str | None,
@@ -99,9 +102,10 @@ def search_command(
             answer = _simulated(search, connect, emulate, policy or "demandfit")
         else:
             target = target_of(connect, emulate, policy, None)
+            shown = keys_of(target, keys)
             if payload_bytes is None:
-                payload_bytes = payload_bytes_of(target)
-            settings = RunSettings(search.slo_ns, senders, payload_bytes)
+                payload_bytes = payload_bytes_of(target, shown)
+            settings = RunSettings(search.slo_ns, senders, payload_bytes, keys=shown)
             answer = _live(search, target, settings, reports)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error

@@ -21,8 +21,9 @@ import orjson
 import zmq
 
 from superserve import wire
-from superserve.connection import Connection, no_router
+from superserve.connection import Connection
 from superserve.errors import ConfigError, SuperServeError, WireError
+from superserve.keys import peer_keys
 from superserve.processes import announce_ready, die_with_parent
 from superserve.sockets import ZERO_COPY_BYTES, Waiter, connect_dealer, receive, send, wait
 from superserve.wire import HAS_OUTPUT, MAX_QUERIES, Control, Kind, Queries, queued_us_of
@@ -70,6 +71,7 @@ class SenderPlan:
         grace_ns: How long after the last deadline answers are awaited.
         keep_outputs: Whether outputs are written too.
         is_watched: Whether rows are written while it runs: see `loadgen.live`.
+        keys: As `RunSettings` has it.
     """
 
     endpoint: str
@@ -81,6 +83,7 @@ class SenderPlan:
     grace_ns: int
     keep_outputs: bool = False
     is_watched: bool = False
+    keys: str = ""
 
     @property
     def live_path(self) -> Path:
@@ -313,7 +316,7 @@ def _await_welcome(connection: Connection) -> None:
         now_ns = time.monotonic_ns()
         if now_ns > give_up_ns:
             if connection.epoch is None:
-                raise ConfigError(no_router(connection.endpoint))
+                raise ConfigError(connection.absence)
             raise ConfigError(f"{connection.endpoint}: no worker has joined this router")
         connection.tick(now_ns)
         wait((connection.socket,), 20 * MS)
@@ -328,7 +331,7 @@ def run_sender(plan: SenderPlan) -> None:
         SuperServeError: The router is absent, or the plan's files are not what they should be.
     """
     with zmq.Context() as context:
-        connection = Connection(plan.endpoint, context)
+        connection = Connection(plan.endpoint, context, peer_keys(plan.keys))
         control = connect_dealer(context, plan.control)
         try:
             _await_welcome(connection)

@@ -57,11 +57,16 @@ def _local_endpoint() -> str:
         ) from error
 
 
-def payload_bytes_of(target: Emulation | str) -> int:
+def keys_of(target: Emulation | str, keys: str | None) -> str:
+    """Return the key file to show the target: what was given, but none to a private cluster."""
+    return "" if isinstance(target, Emulation) or keys is None else keys
+
+
+def payload_bytes_of(target: Emulation | str, keys: str) -> int:
     """Return the bytes of a payload that the cluster's model takes; 64 if it takes any."""
     if isinstance(target, Emulation):
         return _ANY_PAYLOAD_BYTES
-    expected = (ask_status(target)["model"] or {}).get("input")
+    expected = (ask_status(target, keys=keys)["model"] or {}).get("input")
     if expected is None:
         return _ANY_PAYLOAD_BYTES
     return TensorSpec(str(expected["dtype"]), tuple(expected["shape"])).n_bytes

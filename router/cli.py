@@ -16,7 +16,7 @@ from router.recording import Recorder, replay
 from router.registry import make_policy
 from router.server import RouterServer, ServerSettings
 from router.state import CoreSettings
-from superserve.errors import SuperServeError
+from superserve.errors import ConfigError, SuperServeError
 from superserve.exposition import LOOPBACK, serve_pages
 from superserve.processes import announce_ready, die_with_parent
 
@@ -50,6 +50,12 @@ _LOOPBACK = "tcp://127.0.0.1:*"
     help="Serve /metrics to Prometheus here; 0 is any free port.  [default: off]",
 )  # fmt: skip
 @click.option("--metrics-address", default=LOOPBACK, show_default=True, help="Where that listens.")
+@click.option(
+    "--keys",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Admit only the keys that this folder lists; see `cluster keys`.",
+)
+@click.option("--security", type=click.Choice(["none"]), help="none: open to other machines without keys.")
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Write an event log here.")
 @click.pass_context
 def cli(
@@ -62,6 +68,8 @@ def cli(
     margin_ms: float,
     metrics_port: int | None,
     metrics_address: str,
+    keys: Path | None,
+    security: str | None,
     record: Path | None,
 ) -> None:
     """Run the router: one earliest-deadline-first queue for all workers."""
@@ -72,10 +80,14 @@ def cli(
     if not 0 <= margin_ms <= _MAX_MARGIN_MS:  # NaN passes a FloatRange
         raise click.ClickException(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {margin_ms}")
     core = CoreSettings(max_queries=max_queries, max_bytes=max_bytes, margin_ns=int(margin_ms * MS))
-    settings = ServerSettings(client_endpoint, worker_endpoint, policy, core)
+    settings = ServerSettings(
+        client_endpoint, worker_endpoint, policy, core, keys=keys, is_open=security == "none"
+    )
     metrics = None if metrics_port is None else RouterMetrics()
     with ExitStack() as stack:
         try:
+            if keys is not None and security == "none":
+                raise ConfigError("--keys and --security none: expected one of them, got both")
             _check_policy(policy)
             recorder = None if record is None else Recorder(record, policy, core)
             server = RouterServer(settings, recorder, metrics)

@@ -40,6 +40,7 @@ from router.events import (
     WorkerJoined,
     WorkerLeft,
 )
+from router.gate import CLIENT_DOMAIN, WORKER_DOMAIN, Gate, check_reach
 from router.load import Load
 from router.registry import make_policy
 from router.state import CoreSettings
@@ -53,6 +54,7 @@ from superserve.wire import Cancel, Control, Done, Kind, Ping, Pong, Pull, Queri
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from router.events import Action, Event
     from router.metrics import RouterMetrics
@@ -91,6 +93,8 @@ class ServerSettings:
         worker_endpoint: Where workers connect.
         policy: As `router.registry.make_policy` takes it.
         drain_timeout_ns: How long a SIGTERM waits for queued queries.
+        keys: The folder of keys; see `superserve.keys`. Without, anybody who reaches a socket is served.
+        is_open: Without keys, other machines may reach the sockets all the same.
     """
 
     client_endpoint: str = "tcp://127.0.0.1:*"
@@ -98,17 +102,32 @@ class ServerSettings:
     policy: str = "demandfit"
     core: CoreSettings = field(default_factory=CoreSettings)
     drain_timeout_ns: int = 5_000 * MS
+    keys: Path | None = None
+    is_open: bool = False
 
 
 class Connection:
     """What the server keeps of one peer: how far away it is, and when it last spoke."""
 
-    __slots__ = ("heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "version")
+    __slots__ = (
+        "heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user", "version"
+    )  # fmt: skip
+        "heard_ns",
+        "host",
+        "n_pongs",
+        "one_way_ns",
+        "pinged_ns",
+        "rtts",
+        "transit",
+        "user",
+        "version",
+    )
 
-    def __init__(self, now_ns: int) -> None:
+    def __init__(self, now_ns: int, user: str = "") -> None:
         self.heard_ns = now_ns
         self.host = ""
         self.version = ""
+        self.user = user  # the public key that it said HELLO with, if the router has keys
         self.n_pongs = 0
         self.one_way_ns = 0
         self.pinged_ns = 0
@@ -144,6 +163,8 @@ class RouterServer:
         self._clients: dict[bytes, Connection] = {}
         self._workers: dict[bytes, Connection] = {}
         self._profiles: dict[bytes, Profile] = {}
+        self._gate: Gate | None = None
+        self._gate_version = 0
         self._is_stopping = False
         self._clients_due: deque[tuple[int, bytes, Connection]] = deque()  # whom to ping, and when
         self._workers_due: deque[tuple[int, bytes, Connection]] = deque()
@@ -163,15 +184,30 @@ class RouterServer:
         """Bind both sockets.
 
         Raises:
-            ConfigError: An endpoint is malformed or taken.
+            ConfigError: An endpoint is malformed, taken, or open to other machines without keys; or the
+                folder of keys is not what it should be.
         """
         settings = self.settings
+        context, keys = self._context, None
         try:
-            self._client_socket, self.client_endpoint = bind_router(self._context, settings.client_endpoint)
-            self._worker_socket, self.worker_endpoint = bind_router(self._context, settings.worker_endpoint)
+            if settings.keys is None and not settings.is_open:
+                check_reach("--client-endpoint", settings.client_endpoint)
+                check_reach("--worker-endpoint", settings.worker_endpoint)
+            if settings.keys is not None:
+                self._gate = gate = Gate(context, settings.keys)
+                gate.open()
+                keys = gate.keys
+            self._client_socket, self.client_endpoint = bind_router(
+                context, settings.client_endpoint, keys, CLIENT_DOMAIN
+            )
+            self._worker_socket, self.worker_endpoint = bind_router(
+                context, settings.worker_endpoint, keys, WORKER_DOMAIN
+            )
         except ConfigError:
-            self._context.destroy(0)
+            context.destroy(0)
             raise
+        if self._gate is not None:
+            self._gate.start({"client": self._client_socket, "worker": self._worker_socket})
 
     @property
     def n_clients(self) -> int:
@@ -223,6 +259,8 @@ class RouterServer:
         self._let_peers_read()
         for socket in (self._client_socket, self._worker_socket):
             socket.close(linger=_GOODBYE_MS)
+        if self._gate is not None:
+            self._gate.close()
         if self._recorder is not None:
             self._recorder.close()
         self._context.term()
@@ -249,8 +287,18 @@ class RouterServer:
     def _pass(self) -> int:
         """Drain every socket, decide once, act; return how many messages there were."""
         began_ns = time.monotonic_ns()
-        n = self._drain(self._worker_socket, self._from_worker)
-        n += self._drain(self._client_socket, self._from_client)
+        gate = self._gate
+        if gate is None:
+            n_of_workers = self._drain(self._worker_socket, self._from_worker)
+            n_of_clients = self._drain(self._client_socket, self._from_client)
+        else:
+            if gate.version != self._gate_version:
+                self._expel(gate)
+            n_of_workers = self._drain(self._worker_socket, self._from_known_worker, gate.workers.admits)
+            n_of_clients = self._drain(self._client_socket, self._from_known_client, gate.clients.admits)
+        self.counts["worker_messages"] += n_of_workers
+        self.counts["client_messages"] += n_of_clients
+        n = n_of_workers + n_of_clients
         now_ns = time.monotonic_ns()
         self._keep_alive(now_ns)
         if n == 0 and not self.core.ledger and now_ns - self._collected_ns >= _COLLECT_NS:
@@ -269,7 +317,12 @@ class RouterServer:
             self._metrics.passed(self, actions, ended_ns - began_ns)
         return n
 
-    def _drain(self, socket: zmq.Socket[bytes], take: Callable[[bytes, list[Buffer], int], None]) -> int:
+    def _drain(
+        self,
+        socket: zmq.Socket[bytes],
+        take: Callable[[bytes, list[Buffer], int], None],
+        admits: Callable[[zmq.Frame], bool] | None = None,
+    ) -> int:
         now_ns = time.monotonic_ns()
         end_ns = now_ns + _DRAIN_NS
         n = 0
@@ -277,9 +330,12 @@ class RouterServer:
             return 0
         while now_ns < end_ns:
             try:
-                frames = receive(socket)
+                frames = receive(socket, admits)
                 if frames is None:
                     return n
+                if not frames:  # not admitted
+                    now_ns = time.monotonic_ns()
+                    continue
                 n += 1
                 key = bytes(frames[0])
                 del frames[0]
@@ -307,6 +363,39 @@ class RouterServer:
 
     def _refuse(self, socket: zmq.Socket[bytes], key: bytes, code: str, reason: str) -> None:
         send(socket, [key, *wire.encode_control(Control(Kind.REFUSED, {"code": code, "reason": reason}))])
+
+    # --- with keys ----------------------------------------------------------------------
+
+    def _from_known_client(self, key: bytes, frames: list[Buffer], now_ns: int) -> None:
+        """Take a message from a client with a listed key; its routing id may have been another's."""
+        assert self._gate is not None, "only a router with keys comes here"
+        connection = self._clients.get(key)
+        if connection is not None and connection.user != self._gate.clients.user:
+            self._forget_client(key, now_ns)
+        self._from_client(key, frames, now_ns)
+
+    def _from_known_worker(self, key: bytes, frames: list[Buffer], now_ns: int) -> None:
+        """Take a message from a worker with a listed key, likewise."""
+        assert self._gate is not None, "only a router with keys comes here"
+        connection = self._workers.get(key)
+        if connection is not None and connection.user != self._gate.workers.user:
+            self._lose_worker(key, now_ns)
+        self._from_worker(key, frames, now_ns)
+
+    def _expel(self, gate: Gate) -> None:
+        """Forget whoever said HELLO with a key that is not listed any more, and tell them so."""
+        self._gate_version = gate.version
+        now_ns = time.monotonic_ns()
+        reason = "the router does not list this key any more"
+        for key, connection in list(self._clients.items()):
+            if connection.user not in gate.clients.listed:
+                log.warning("client %s: its key was revoked", key.hex())
+                self._refuse(self._client_socket, key, "revoked", reason)
+                self._forget_client(key, now_ns)
+        for key, connection in list(self._workers.items()):
+            if connection.user not in gate.workers.listed:
+                self._refuse(self._worker_socket, key, "revoked", reason)
+                self._lose_worker(key, now_ns)
 
     # --- from clients -------------------------------------------------------------------
 
@@ -358,7 +447,8 @@ class RouterServer:
             if not isinstance(session, int):
                 self._refuse(socket, key, "malformed", "hello: session: expected an integer")
                 return
-            self._clients[key] = connection = Connection(now_ns)
+            user = "" if self._gate is None else self._gate.clients.user
+            self._clients[key] = connection = Connection(now_ns, user)
             self._clients_due.append((now_ns + _CLIENT_PING_NS, key, connection))
             self._handle(ClientJoined(key, session), now_ns)
             self._welcome_client(key)
@@ -385,6 +475,10 @@ class RouterServer:
 
     def _operator_drain(self, key: bytes, body: dict[str, Any], now_ns: int) -> None:
         """Drain the worker process named in `worker`, or the whole router where there is none."""
+        gate = self._gate
+        if gate is not None and gate.clients.user not in gate.operators:
+            self._refuse(self._client_socket, key, "not-an-operator", "drain: expected an operator's key")
+            return
         name = body.get("worker")
         if name is None:
             self._handle(DrainRouter(), now_ns)
@@ -400,6 +494,9 @@ class RouterServer:
 
     def _send_status(self, socket: zmq.Socket[bytes], key: bytes, now_ns: int) -> None:
         body = status_of_server(self, now_ns)
+        if self._gate is not None:
+            body["keys"] = self._gate.status()
+            body["counts"] |= self._gate.counts()
         send(socket, [key, *wire.encode_control(Control(Kind.STATUS, body))])
 
     # --- from workers -------------------------------------------------------------------
@@ -483,7 +580,8 @@ class RouterServer:
         self._next_epoch += 1
         slots = profiles * n_slots if len(profiles) == 1 else profiles
         self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes), now_ns)
-        self._workers[key] = connection = Connection(now_ns)
+        user = "" if self._gate is None else self._gate.workers.user
+        self._workers[key] = connection = Connection(now_ns, user)
         connection.host = str(body.get("host") or "")
         connection.version = str(body.get("version") or "")
         self._workers_due.append((now_ns + self.settings.core.heartbeat_ns, key, connection))

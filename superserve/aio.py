@@ -24,6 +24,7 @@ import zmq
 from superserve.connection import Connection, no_router
 from superserve.errors import CancelledQueryError, DrainingError, QueryError, UnansweredError, UsageError
 from superserve.futures import FORKED
+from superserve.keys import peer_keys
 from superserve.link import Link
 from superserve.reply import Reply
 from superserve.session import CLOSED, CLOSED_EARLY, Session, checked_accuracy, checked_priority, checked_slo
@@ -87,6 +88,11 @@ class AsyncClient:
         max_outstanding: Queries without an answer, at most; `submit` then raises OverloadedError.
         max_bytes: Payload bytes without an answer, at most; likewise.
         connect_timeout_s: How long `connect` waits for a router.
+        keys: A key file, or a folder with `client.key`, for a router with keys; "" for none. None takes
+            it from the environment, SUPERSERVE_KEYS.
+
+    Raises:
+        ConfigError: The key file is missing, malformed, or others may read it.
     """
 
     def __init__(
@@ -96,9 +102,11 @@ class AsyncClient:
         max_outstanding: int = 20_000,
         max_bytes: int = 1 << 30,
         connect_timeout_s: float = 5.0,
+        keys: str | os.PathLike[str] | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.connect_timeout_s = connect_timeout_s
+        self._keys = peer_keys(keys)
         self._pid = os.getpid()
         self._session: Session[AsyncQueryFuture] = Session(
             threading.RLock(), no_router(endpoint), max_outstanding=max_outstanding, max_bytes=max_bytes
@@ -140,7 +148,7 @@ class AsyncClient:
             await asyncio.wait_for(asyncio.shield(self._welcomed), self.connect_timeout_s)
         except TimeoutError:
             await self.close()
-            raise UnansweredError(no_router(self.endpoint)) from None
+            raise UnansweredError(self._session.no_router) from None
 
     async def infer(
         self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0
@@ -228,7 +236,7 @@ class AsyncClient:
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        connection = Connection(self.endpoint, context)
+        connection = Connection(self.endpoint, context, self._keys)
         self._loop = loop
         self._welcomed = loop.create_future()
         self._link = Link(connection, self._session, self._settle, self._fail)

@@ -34,6 +34,7 @@ from superserve.errors import (
     UsageError,
 )
 from superserve.futures import BLOCKING, FORKED, QueryFuture, is_on_a_loop, settle
+from superserve.keys import peer_keys
 from superserve.link import Link
 from superserve.session import CLOSED, CLOSED_EARLY, Session, checked_accuracy, checked_priority, checked_slo
 
@@ -53,6 +54,11 @@ class Client:
         max_outstanding: Queries without an answer, at most; `submit` then raises OverloadedError.
         max_bytes: Payload bytes without an answer, at most; likewise.
         connect_timeout_s: How long `connect` waits for a router.
+        keys: A key file, or a folder with `client.key`, for a router with keys; "" for none. None takes
+            it from the environment, SUPERSERVE_KEYS.
+
+    Raises:
+        ConfigError: The key file is missing, malformed, or others may read it.
     """
 
     def __init__(
@@ -62,9 +68,11 @@ class Client:
         max_outstanding: int = 20_000,
         max_bytes: int = 1 << 30,
         connect_timeout_s: float = 5.0,
+        keys: str | os.PathLike[str] | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.connect_timeout_s = connect_timeout_s
+        self._keys = peer_keys(keys)
         self.guard: contextlib.AbstractContextManager[Any] = threading.RLock()
         self.pid = os.getpid()
         self._session: Session[QueryFuture] = Session(
@@ -104,7 +112,7 @@ class Client:
             raise DrainingError(CLOSED)
         if not self._welcomed.wait(self.connect_timeout_s):
             self.close()
-            raise UnansweredError(no_router(self.endpoint))
+            raise UnansweredError(self._session.no_router)
         if self._failure is not None:
             raise SuperServeError(f"client: {self._failure}") from self._failure
 
@@ -207,7 +215,7 @@ class Client:
             if self.thread is not None or self._is_closing:
                 return
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-            connection = Connection(self.endpoint, context)
+            connection = Connection(self.endpoint, context, self._keys)
             self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self.thread = threading.Thread(
                 target=self._run, args=(connection,), name=f"superserve {self.endpoint}", daemon=True

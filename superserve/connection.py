@@ -16,12 +16,17 @@ import zmq
 
 from superserve import wire
 from superserve.errors import ConfigError, WireError
+from superserve.handshake import Handshake
+from superserve.keys import peer_keys
 from superserve.sockets import connect_dealer, receive, send
 from superserve.subnet import TensorSpec
 from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries, Results
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator
+
+    from superserve.keys import PeerKeys
 
 log = logging.getLogger("superserve")
 
@@ -41,6 +46,11 @@ _EVENTS = int(zmq.EVENTS)
 class Connection:
     """A DEALER that knows the protocol; for one thread.
 
+    Args:
+        endpoint: The router's client endpoint.
+        context: Whose socket it is.
+        keys: What it shows the router; None for a router without keys.
+
     Attributes:
         epoch: The router's, once it said WELCOME; None before, and after it fell silent.
         model: What WELCOME said of the model's input and output; None if no worker has joined.
@@ -51,7 +61,9 @@ class Connection:
         n_malformed: Messages that could not be decoded.
     """
 
-    def __init__(self, endpoint: str, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self, endpoint: str, context: zmq.Context[zmq.Socket[bytes]], keys: PeerKeys | None = None
+    ) -> None:
         self.endpoint = endpoint
         self.session = secrets.randbits(62)
         self.epoch: int | None = None
@@ -70,10 +82,17 @@ class Connection:
         self._is_connected = False
         self._seen = 0
         self._has_sent = True
-        self.socket = connect_dealer(context, endpoint)
+        self.socket = connect_dealer(context, endpoint, keys)
+        self._handshake = Handshake(context, self.socket, endpoint, keys)
+
+    @property
+    def absence(self) -> str:
+        """Why no router answers, as far as is known, and what to do."""
+        return self._handshake.failure or no_router(self.endpoint)
 
     def close(self) -> None:
         """Say BYE if anybody listens, and close the socket."""
+        self._handshake.close()
         if self.epoch is not None:
             send(self.socket, wire.encode_control(Control(Kind.BYE)))
         self.socket.close(linger=100)
@@ -87,6 +106,9 @@ class Connection:
                 self.ping(now_ns)
         if self.epoch is None and now_ns - self._hello_ns >= self._hello_wait_ns:
             self._hello(now_ns)
+        if self.epoch is None and self._handshake.look(now_ns):
+            log.warning("%s", self.absence)
+            self._has_sent = True  # what the socket can do has changed
 
     def _hello(self, now_ns: int) -> None:
         hello = Control(Kind.HELLO, {"role": "client", "session": self.session})
@@ -187,6 +209,7 @@ class Connection:
                 self.n_malformed += 1
                 return
             self.n_welcomes += self.epoch != epoch
+            self._handshake.succeeded()
             self.epoch = epoch
             self._ping_ns = self.heard_ns
             self._hello_every_ns = HELLO_EVERY_NS
@@ -200,6 +223,10 @@ class Connection:
         elif message.kind is Kind.REFUSED:
             self.refusals = [*self.refusals[-15:], str(body.get("reason"))]
             if body.get("code") == "say-hello":
+                self.lose()
+            elif body.get("code") == "revoked":
+                self._handshake.failure = f"{self.endpoint}: {body.get('reason')}"
+                log.warning("%s", self.absence)
                 self.lose()
             else:
                 log.warning("%s refused a message: %s", self.endpoint, body.get("reason"))
@@ -219,14 +246,22 @@ class Connection:
             raise ConfigError(f"welcome: model {what}: expected a dtype and a shape, got {body}") from error
 
 
-def ask_status(endpoint: str, timeout_s: float = 2.0) -> dict[str, Any]:
+def ask_status(
+    endpoint: str, timeout_s: float = 2.0, keys: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
     """Ask the router at `endpoint` for its STATUS.
 
+    Args:
+        endpoint: The router's client endpoint.
+        timeout_s: How long to wait for the answer.
+        keys: As for `Client`.
+
     Raises:
-        ConfigError: Nobody answers within `timeout_s`.
+        ConfigError: Nobody answers within `timeout_s`, or the key file is not what it should be.
     """
+    own = peer_keys(keys)
     with zmq.Context() as context:
-        connection = Connection(endpoint, context)
+        connection = Connection(endpoint, context, own)
         try:
             deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)
             while connection.status is None and (now_ns := time.monotonic_ns()) < deadline_ns:
@@ -239,7 +274,7 @@ def ask_status(endpoint: str, timeout_s: float = 2.0) -> dict[str, Any]:
         finally:
             connection.close()
     if connection.status is None:
-        raise ConfigError(no_router(endpoint))
+        raise ConfigError(connection.absence)
     return connection.status
 
 

@@ -71,6 +71,8 @@ class Link(Generic[Q]):
         connection.look()
         connection.tick(now_ns)
         self._observe()
+        if connection.epoch is None:
+            session.no_router = connection.absence
         if ended := session.expired(now_ns, connection.heard_ns):
             self._fail(ended)
         if session.wants_ping:

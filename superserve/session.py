@@ -117,7 +117,7 @@ class Session(Generic[Q]):
 
     Args:
         guard: A reentrant lock; held while what several threads change is changed.
-        no_router: What to say to a query that found no router.
+        no_router: What to say to a query that found no router; may be set anew.
         max_outstanding: Queries without an answer, at most.
         max_bytes: Their payload bytes, at most.
 
@@ -136,7 +136,7 @@ class Session(Generic[Q]):
         self.held_bytes = 0
         self.wants_ping = False
         self._guard = guard
-        self._no_router = no_router
+        self.no_router = no_router
         self._last_id = 0
         self._pending: dict[int, Q] = {}
         self._gathered: list[Q] = []
@@ -440,7 +440,7 @@ class Session(Generic[Q]):
 
     def _why(self, query: Q, now_ns: int) -> str:
         if self.epoch is None:
-            return f"query {query.query_id}: {self._no_router}"
+            return f"query {query.query_id}: {self.no_router}"
         if now_ns >= query.deadline_ns + GRACE_NS:
             why = f"the router gave no answer within {GRACE_NS // MS} ms of its deadline"
         else:

@@ -7,6 +7,7 @@ Sends never wait: what cannot be sent at once is the caller's to handle and coun
 from __future__ import annotations
 
 import errno
+import ipaddress
 import select
 import time
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ from superserve.errors import ConfigError, WireError
 from superserve.wire import MAX_FRAMES, Buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from superserve.keys import PeerKeys, RouterKeys
 
 ZERO_COPY_BYTES = 65_536
 """From here on, pinning a buffer costs less than copying it (pyzmq's own threshold; measured alike)."""
@@ -47,8 +50,16 @@ _EVENTS = int(zmq.EVENTS)
 _POLLIN = int(zmq.POLLIN)
 
 
-def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> tuple[zmq.Socket[bytes], str]:
+def bind_router(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: RouterKeys | None = None, domain: str = ""
+) -> tuple[zmq.Socket[bytes], str]:
     """Bind a ROUTER at `endpoint` (tcp port * or 0 lets the system pick).
+
+    Args:
+        context: Whose socket; with keys, a ZAP handler must be bound in it before.
+        endpoint: Where.
+        keys: With them, only those get in whom the context's ZAP handler admits.
+        domain: What the handler is told of the socket.
 
     Returns:
         The socket, and the endpoint that peers connect to.
@@ -59,6 +70,11 @@ def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> tuple
     socket = context.socket(zmq.ROUTER)
     _set_common(socket)
     socket.set(zmq.ROUTER_MANDATORY, 1)
+    if keys is not None:
+        socket.set(zmq.CURVE_SERVER, 1)
+        socket.set(zmq.CURVE_SECRETKEY, keys.secret.encode("ascii"))
+        socket.set(zmq.ZAP_DOMAIN, domain.encode("ascii"))
+        socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no handler: nobody gets in, rather than everybody
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
@@ -67,8 +83,13 @@ def bind_router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> tuple
     return socket, socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
 
-def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+def connect_dealer(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: PeerKeys | None = None
+) -> zmq.Socket[bytes]:
     """Connect a DEALER to a router's `endpoint`; it reconnects by itself, with back-off.
+
+    With keys it talks to that very router only. What the router refuses is not tried again by itself:
+    `superserve.handshake` does.
 
     Raises:
         ConfigError: The endpoint is malformed.
@@ -79,6 +100,10 @@ def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zm
     socket.set(zmq.IMMEDIATE, 1)
     socket.set(zmq.RECONNECT_IVL, 50)
     socket.set(zmq.RECONNECT_IVL_MAX, 2000)
+    if keys is not None:
+        socket.set(zmq.CURVE_SERVERKEY, keys.router.encode("ascii"))
+        socket.set(zmq.CURVE_PUBLICKEY, keys.public.encode("ascii"))
+        socket.set(zmq.CURVE_SECRETKEY, keys.secret.encode("ascii"))
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:
@@ -97,14 +122,34 @@ def _set_common(socket: zmq.Socket[bytes]) -> None:
     socket.set(zmq.HEARTBEAT_TIMEOUT, 10_000)
 
 
+def is_local(endpoint: str) -> bool:
+    """Tell whether only this machine can reach what is bound at `endpoint`."""
+    scheme, _, address = endpoint.partition("://")
+    if scheme != "tcp":
+        return scheme in ("ipc", "inproc")
+    host = address.rpartition(":")[0].strip("[]")
+    if host in ("localhost", "lo"):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False  # a name or an interface: it may be anywhere
+
+
 def is_readable(socket: zmq.Socket[bytes]) -> bool:
     """Tell whether a message has arrived: a sixth of what `receive` costs where none has."""
     events: int = _get(socket, _EVENTS)
     return bool(events & _POLLIN)
 
 
-def receive(socket: zmq.Socket[bytes]) -> list[Buffer] | None:
+def receive(
+    socket: zmq.Socket[bytes], admits: Callable[[zmq.Frame], bool] | None = None
+) -> list[Buffer] | None:
     """Return the frames of the next message without waiting, or None if there is none.
+
+    Args:
+        socket: Where from.
+        admits: Told the first frame; where it says no, the message is discarded, and no frames returned.
 
     From the third on, behind a ROUTER's key and a header, frames of `KEEP_BYTES` or more are ZeroMQ's
     own objects: buffers that `send` hands on without copying, but that cannot be sliced. A second
@@ -117,6 +162,10 @@ def receive(socket: zmq.Socket[bytes]) -> list[Buffer] | None:
         frame = _recv(socket, _NOBLOCK, False)
     except zmq.Again:
         return None
+    if admits is not None and not admits(frame):
+        while frame.more:
+            frame = _recv(socket, _NOBLOCK, False)
+        return []
     frames: list[Buffer] = [frame.bytes]
     while frame.more:
         frame = _recv(socket, _NOBLOCK, False)

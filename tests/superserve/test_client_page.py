@@ -101,7 +101,7 @@ def checked(payload: Any) -> None:
 def ended(*, is_there: bool, heard: bool) -> str:
     """Return the error of a query that got no answer, by a router that is there, or heard."""
     world = World()
-    world.session._no_router = connection.no_router(ENDPOINT)
+    world.session.no_router = connection.no_router(ENDPOINT)
     if is_there:
         world.session.welcomed(1)
     query = world.submit()
@@ -116,7 +116,7 @@ def ended(*, is_there: bool, heard: bool) -> str:
     return printed(error)
 
 
-def overloaded(n_bytes: int, **bounds: int) -> None:
+def overloaded(n_bytes: int, **bounds: Any) -> None:
     """Submit two queries to a client with these bounds."""
     client = Client(ENDPOINT, **bounds)
     client._is_closing = True  # it starts no thread

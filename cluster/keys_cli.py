@@ -1,0 +1,86 @@
+"""`cluster keys`: make, list and revoke the keys by which clients and workers join a router."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from superserve import keys
+from superserve.errors import ConfigError, SuperServeError
+
+_ROLE = click.Choice(list(keys.FOLDERS))
+
+
+@click.group("keys")
+@click.option(
+    "--out", "folder", type=click.Path(file_okay=False, path_type=Path), default=Path("keys"),
+    show_default=True, help="The router's folder of keys.",
+)  # fmt: skip
+@click.pass_context
+def keys_command(context: click.Context, folder: Path) -> None:
+    """Make and revoke the keys of a cluster. Secrets are for their owner's eyes, and never overwritten."""
+    context.obj = folder
+
+
+@keys_command.command("make")
+@click.pass_obj
+def make(folder: Path) -> None:
+    """Make a router's folder: its key pair, and an operator's key."""
+    try:
+        made = keys.make_ring(folder)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    for path in made:
+        click.echo(f"made {path}")
+    click.echo(f"The router's machine keeps {folder}: python -m router --keys {folder} ...")
+    click.echo(f"An operator takes {folder / 'operator.key'}: export {keys.ENVIRONMENT}=.../operator.key")
+    click.echo(f"Next: cluster keys --out {folder} add worker NAME, and add client NAME")
+
+
+@keys_command.command("add")
+@click.argument("role", type=_ROLE)
+@click.argument("name")
+@click.pass_obj
+def add(folder: Path, role: str, name: str) -> None:
+    """Make a key for a client, a worker's host or an operator, and list it."""
+    try:
+        own, listed = keys.add_peer(folder, role, name)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"made {own}\nmade {listed}")
+    how = "python -m gpu_worker --keys" if role == "worker" else f"export {keys.ENVIRONMENT}="
+    click.echo(f"Copy {own} to the {role}'s machine, mode 0600, and remove it here: {how} {own.name}")
+    click.echo("A router that runs admits it within a second.")
+
+
+@keys_command.command("revoke")
+@click.argument("name")
+@click.pass_obj
+def revoke(folder: Path, name: str) -> None:
+    """Take a name off the lists: a router that runs cuts it off within a second."""
+    try:
+        gone = keys.revoke(folder, name)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    for path in gone:
+        click.echo(f"removed {path}")
+
+
+@keys_command.command("list")
+@click.pass_obj
+def show(folder: Path) -> None:
+    """List who is admitted; exits 1 if a file is not what it should be."""
+    try:
+        own = keys.router_keys(folder)
+        ring, problems = keys.read_ring(folder)
+    except OSError as error:
+        raise click.ClickException(f"{folder}: cannot be read: {error.strerror}") from error
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{'router':<9} {'':<20} {own.public}")
+    for role, listed in (("client", ring.clients), ("worker", ring.workers), ("operator", ring.operators)):
+        for public, name in sorted(listed.items(), key=lambda item: item[1]):
+            click.echo(f"{role:<9} {name:<20} {public}")
+    if problems:
+        raise click.ClickException("; ".join(problems))
