@@ -263,6 +263,18 @@ def restart(name: str, names: tuple[str, ...], **how: Any) -> None:
 
 @cli.command()
 @_name
+@click.option("--json", "as_json", is_flag=True, help="The findings, for programs.")
+def doctor(name: str, as_json: bool) -> None:
+    """Look for what is wrong, and say what to type; exit 1 if anything is."""
+    try:
+        is_well = operate_cli.doctor(name, as_json=as_json)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(0 if is_well else 1)
+
+
+@cli.command()
+@_name
 @click.option("-f", "--follow", is_flag=True, help="Show what is written from now on, too.")
 @click.argument("roles", nargs=-1, metavar="[HOST|ROLE]...")
 def logs(name: str, follow: bool, roles: tuple[str, ...]) -> None:

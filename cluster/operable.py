@@ -1,7 +1,7 @@
 """A running cluster, as those commands see it that change or judge one role at a time.
 
-`Operable` is what they need; `LocalOperable` is it for a cluster of this machine, whose keeper
-takes orders. For a cluster on several hosts see `cluster/operable_hosts.py`.
+`Operable` and `Examinable` are what they need; `LocalOperable` is both for a cluster of this
+machine, whose keeper takes orders. For a cluster on several hosts see `cluster/operable_hosts.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cluster.facts import look
 from cluster.health import ask_router, slots
 from cluster.orders import give_order
 from superserve import local
@@ -18,6 +19,8 @@ from superserve.local import Liveness, RoleState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from cluster.facts import Facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,25 @@ class RoleView:
     log: str
 
 
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What a host of a cluster is like.
+
+    Attributes:
+        host: Its name.
+        error: Why it cannot be asked; "" if it was.
+        facts: What it said; None if it cannot be asked.
+        clock_s: How far its clock is ahead of this machine's, in seconds.
+        clock_error_s: By how much that may be wrong.
+    """
+
+    host: str
+    error: str
+    facts: Facts | None
+    clock_s: float
+    clock_error_s: float
+
+
 class Operable(Protocol):
     """A running cluster. What cannot be asked or told raises a SuperServeError that says so."""
 
@@ -69,6 +91,17 @@ class Operable(Protocol):
         """Have a role that has ended start; may return before it is ready."""
 
 
+class Examinable(Operable, Protocol):
+    """One that `cluster doctor` can look at."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is one of this machine, whose logs nobody bounds."""
+
+    def facts(self, roles: Sequence[RoleView]) -> tuple[HostFacts, ...]:
+        """Return what each host is like, and how many files the processes of `roles` have open there."""
+
+
 class LocalOperable:
     """A cluster of this machine.
 
@@ -77,7 +110,10 @@ class LocalOperable:
 
     Attributes:
         name: The same.
+        is_local: Always True.
     """
+
+    is_local = True
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -113,6 +149,11 @@ class LocalOperable:
     def start(self, role: str) -> None:
         """Have the keeper start a role."""
         give_order(self._folder, "start", role)
+
+    def facts(self, roles: Sequence[RoleView]) -> tuple[HostFacts, ...]:
+        """Return what this machine is like; its clock is this machine's own."""
+        pids = [role.pid for role in roles if role.pid is not None]
+        return (HostFacts(self.cluster().host, "", look(self._folder, pids), 0.0, 0.0),)
 
 
 def live(status: dict[str, Any] | None) -> set[str]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING
 
 import click
+import orjson
 
+from cluster import hosts_cli, show
+from cluster.doctor import Finding, Seen, Verdict, examine
+from cluster.fleet import open_cluster
 from cluster.operable import LocalOperable
+from cluster.operable_hosts import HostsOperable
 from cluster.rolling import Operator
 from cluster.up import name_option
 from superserve import local
@@ -17,8 +23,9 @@ from superserve.local import Liveness
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from cluster.operable import Operable
+    from cluster.operable import Examinable
 
+_COUNT_S = 1.0
 ROUTER_COSTS = (
     "the router: while it is away, some seconds, new queries are refused as DRAINING or wait at their "
     "clients; it answers what it holds first, for up to 5 s"
@@ -26,12 +33,16 @@ ROUTER_COSTS = (
 
 
 @contextlib.contextmanager
-def opened(name: str) -> Iterator[Operable]:
+def opened(name: str) -> Iterator[Examinable]:
     """Give the cluster of that name.
 
     Raises:
         ConfigError: None runs; says what to type.
     """
+    if hosts_cli.is_on_hosts(name):
+        with open_cluster(name) as fleet:
+            yield HostsOperable(fleet)
+        return
     cluster = local.load(local.cluster_folder(name))
     if cluster is None:
         raise ConfigError(f"no cluster {name!r} runs on this machine: start one with `cluster up`")
@@ -76,3 +87,34 @@ def restart(
         if names or rolling:
             n = at_once if rolling else len(cluster.roles())
             operator.restart(names, at_once=n, force=force, timeout_s=timeout_s)
+
+
+def doctor(name: str, *, as_json: bool) -> bool:
+    """Print what every check found, and what to type; return whether nothing is wrong."""
+    with opened(name) as cluster:
+        before = cluster.status()
+        time.sleep(_COUNT_S)  # counters that grow are worse than those that did
+        roles = cluster.roles()
+        seen = Seen(name, cluster.is_local, roles, cluster.status(), before, cluster.facts(roles))
+    findings = examine(seen)
+    n_wrong = sum(finding.verdict is Verdict.WRONG for finding in findings)
+    if as_json:
+        body = {"cluster": name, "wrong": n_wrong, "findings": findings}
+        click.echo(orjson.dumps(body, option=orjson.OPT_INDENT_2).decode())
+    else:
+        for line in _page(findings, n_wrong):
+            click.echo(line)
+    return n_wrong == 0
+
+
+def _page(findings: Sequence[Finding], n_wrong: int) -> Iterator[str]:
+    yield show.table(
+        ("check", "verdict", "what was seen"), [(f.check, str(f.verdict), f.text) for f in findings]
+    )
+    yield ""
+    for finding in findings:
+        if finding.verdict is not Verdict.OK:
+            yield f"{finding.verdict}: {finding.text}"
+            yield from (f"    {line}" for line in finding.more.splitlines())
+            yield f"    do: {finding.fix}"
+    yield "nothing is wrong" if n_wrong == 0 else f"{n_wrong} wrong"

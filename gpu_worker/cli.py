@@ -27,6 +27,7 @@ from superserve.exposition import LOOPBACK, serve_pages
 from superserve.processes import announce_ready, die_with_parent
 from superserve.sockets import connect_dealer
 from superserve.subnet import Subnet
+from superserve.version import version
 from superserve.wire import VERSION
 
 if TYPE_CHECKING:
@@ -280,6 +281,7 @@ def hello(name: str, device: Device) -> dict[str, Any]:
         "role": "worker",
         "name": name,
         "host": platform.node(),
+        "version": version(),
         "pid": os.getpid(),
         "device": device.profile.device,
         "fingerprint": device.fingerprint,

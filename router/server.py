@@ -103,11 +103,12 @@ class ServerSettings:
 class Connection:
     """What the server keeps of one peer: how far away it is, and when it last spoke."""
 
-    __slots__ = ("heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit")
+    __slots__ = ("heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "version")
 
     def __init__(self, now_ns: int) -> None:
         self.heard_ns = now_ns
         self.host = ""
+        self.version = ""
         self.n_pongs = 0
         self.one_way_ns = 0
         self.pinged_ns = 0
@@ -180,6 +181,10 @@ class RouterServer:
     def host_of(self, peer: bytes) -> str:
         """Return the host that a worker process says it runs on; "" where it did not say."""
         return self._workers[peer].host if peer in self._workers else ""
+
+    def version_of(self, peer: bytes) -> str:
+        """Return the version that a worker process says it runs; "" where it did not say."""
+        return self._workers[peer].version if peer in self._workers else ""
 
     def stop(self) -> None:
         """Ask `run` to drain and return. Safe in a signal handler."""
@@ -480,6 +485,7 @@ class RouterServer:
         self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes), now_ns)
         self._workers[key] = connection = Connection(now_ns)
         connection.host = str(body.get("host") or "")
+        connection.version = str(body.get("version") or "")
         self._workers_due.append((now_ns + self.settings.core.heartbeat_ns, key, connection))
         welcome = {"epoch": self._next_epoch, "router": self.epoch}
         send(self._worker_socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome))])

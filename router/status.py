@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from router.load import LONG_S, SHORT_S, fleet, workers_needed
+from superserve.version import version
 from superserve.wire import Status
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def summary_of_server(server: RouterServer, now_ns: int) -> dict[str, Any]:
     body["router"] |= {
         "pid": os.getpid(),
         "host": socket.gethostname(),
+        "version": version(),
         "epoch": server.epoch,
         "policy": server.settings.policy,
         "client_endpoint": server.client_endpoint,
@@ -76,7 +78,11 @@ def summary_of_server(server: RouterServer, now_ns: int) -> dict[str, Any]:
 def status_of_server(server: RouterServer, now_ns: int) -> dict[str, Any]:
     """Return the body of STATUS."""
     workers = [
-        {**worker_status(worker, now_ns), "host": server.host_of(worker.peer.key)}
+        {
+            **worker_status(worker, now_ns),
+            "host": server.host_of(worker.peer.key),
+            "version": server.version_of(worker.peer.key),
+        }
         for worker in server.core.workers()
     ]
     return {**summary_of_server(server, now_ns), "workers": workers}

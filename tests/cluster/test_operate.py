@@ -14,13 +14,21 @@ import pytest
 from cluster.orders import SOCKET, give_order
 from superserve.connection import ask_status
 from superserve.errors import ProcessError
-from tests.cluster.machine import CRASH, WAIT_S
+from tests.cluster.machine import CRASH, ROOT, WAIT_S
+from tests.e2e.pages import check
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.cluster.machine import Machine
 
+OLD = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})  # as `python -m` will
+import superserve.version
+superserve.version.version = lambda: "0.0.9+old"
+"""
+PAGE = "operating.md"
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 
@@ -39,8 +47,8 @@ def test_a_rolling_restart_under_load_fails_no_query(here: Machine, tmp_path: Pa
         said, _ = load.communicate(timeout=WAIT_S)
 
     assert code == 0, output
+    check(PAGE, "restart", output)
     for name in ("worker-0", "worker-1"):
-        assert f"{name}: live again" in output
         assert here.pid(name) not in (None, before[name])
     assert here.pid("router") == before["router"]
     queries = json.loads(path.read_text())["queries"]
@@ -57,8 +65,7 @@ def test_drained_is_away_until_it_is_asked_back(here: Machine) -> None:
 
     code, output = here.run("drain", "worker-0")
     assert code == 0, output
-    assert "worker-0: drained in" in output
-    assert "1 left: worker-1" in output
+    check(PAGE, "drain", output)
     assert {slot["name"] for slot in ask_status(cluster.client_endpoint)["workers"]} == {"worker-1"}
     code, output = here.run("drain", "worker-0")
     assert (code, "worker-0: has ended already (stopped)" in output) == (0, True), output
@@ -88,19 +95,37 @@ def test_a_worker_that_cannot_start_ends_a_rolling_restart(here: Machine) -> Non
     code, output = here.run("restart", "--rolling")
 
     assert code == 1
-    for words in (
-        "worker-0: did not come back (FATAL)",
-        "no memory for [weights]",
-        "restarted before: none; not touched: worker-1",
-    ):
-        assert words in output
+    check(PAGE, "restart-failed", output)
     assert here.pid("worker-1") == untouched
+    code, output = here.run("doctor")
+    assert code == 1
+    check(PAGE, "doctor-fatal", output)
 
     fault.unlink()
     code, output = here.run("restart", "worker-0")
     assert code == 0, output
     assert here.run("status")[0] == 0
     assert here.run("down")[0] == 0
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_cluster_that_is_well(here: Machine) -> None:
+    """And another version of a worker, once one is started: exit 1, and JSON that says the same."""
+    here.up()
+    code, output = here.run("doctor")
+    assert code == 0, output
+    check(PAGE, "doctor", output)
+
+    here.fault("gpu_worker", OLD)
+    code, output = here.run("restart", "worker-1")
+    assert code == 0, output
+    code, output = here.run("doctor", "--json")
+    assert code == 1
+    found = [finding for finding in json.loads(output)["findings"] if finding["verdict"] != "ok"]
+    assert [finding["check"] for finding in found] == ["versions"]
+    assert found[0]["text"].startswith("worker-1: runs 0.0.9+old, the router ")
+    assert here.run("down")[0] == 0
+    code, output = here.run("doctor")
+    assert (code, "no cluster 'default' runs on this machine" in output) == (1, True)
 
 
 def test_the_router_is_restarted_only_if_asked_for(here: Machine) -> None:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent.parent
 _MASKS = (
     (re.compile(r"\S*/\.hosts/"), "STATE/.hosts/"),
     (re.compile(r"\S*/hosts\.yaml"), "hosts.yaml"),
+    (re.compile(r"(?<=\()\S*/(?=[\w-]+\.log\))"), "STATE/"),
     (re.compile(r"\S*/(cluster|loadgen) "), r"\1 "),
     (re.compile(r"pid \d+ \([^)]*\)|pid \d+"), "pid N"),
     (re.compile(r"(?<=\s)\d{2,7}(?=\s{2,})"), "N"),  # a cell of its own: a process
@@ -20,6 +21,11 @@ _MASKS = (
     (re.compile(r"\b(STARTING|RUNNING)\b"), "RUNNING"),  # which it is after 10 s
     (re.compile(r"(?<=\s)\d+ s(?=\s{2,})"), "N s"),
     (re.compile(r"─+"), "─"),
+    (re.compile(r"\b\d+\.\d s\b"), "N s"),
+    (re.compile(r"(?<=127\.0\.0\.1:)\d+"), "N"),
+    (re.compile(r"\b\d+\.\d+\.\d+\+[0-9a-f]{8}\b"), "VERSION"),
+    (re.compile(r"\d+\.\d MB\b"), "N MB"),
+    (re.compile(r"(?<=reached: )\S+$", re.MULTILINE), "HOST"),
     (re.compile(r"[ \t]+"), " "),
 )
 

@@ -1,0 +1,83 @@
+"""Drain, rolling restart and doctor on three hosts, each a network namespace with its own sshd."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.test_hosts import hosts, pids, up, write
+
+if TYPE_CHECKING:
+    from tests.e2e.netns import Net
+
+__all__ = ["hosts"]  # the fixture
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+def test_a_rolling_restart_of_three_hosts_under_load_fails_no_query(hosts: Net) -> None:
+    """At an SLO of 1 s, with load from a fourth: every query is answered, every worker is a new process."""
+    up(hosts, write(hosts, "a", "b", "c"))
+    before = pids(hosts)
+    path = hosts.folder / "run.json"
+    with hosts.start(
+        sys.executable, "-m", "loadgen", "run", "--trace", "poisson:rate=200", "--duration", "45",
+        "--slo-ms", "1000", "--json", str(path),
+    ) as load:  # fmt: skip
+        code, output = hosts.cluster("restart", "--rolling")
+        is_loaded = load.poll() is None
+        said, _ = load.communicate(timeout=90)
+
+    assert code == 0, output
+    assert is_loaded, "the load outlasts the restart"
+    after = pids(hosts)
+    assert after["router"] == before["router"]
+    for host in "abc":
+        name = f"worker-{host}-0"
+        assert f"{name}: live again" in output
+        assert after[name] != before[name]
+    queries = json.loads(path.read_text())["queries"]
+    assert queries["total"] > 8_000
+    assert (queries["ok"], queries["unsent"]) == (queries["total"], 0), said
+
+    code, output = hosts.cluster("doctor")
+    assert code == 0, output
+    assert hosts.cluster("down")[0] == 0
+    assert hosts.processes() == []
+
+
+def test_a_drained_host_stays_away_until_it_is_asked_back(hosts: Net) -> None:
+    """Drain a host, and again; the doctor says what to type; what it says, and `up`, bring it back."""
+    file = write(hosts, "a", "b")
+    up(hosts, file)
+    code, output = hosts.cluster("drain", "b")
+    assert code == 0, output
+    assert "worker-b-0: drained in" in output
+    assert "1 left: worker-a-0" in output
+    code, output = hosts.cluster("drain", "worker-b-0")
+    assert (code, "worker-b-0: has ended already (STOPPED)" in output) == (0, True), output
+    code, output = hosts.cluster("drain", "worker-c-0")
+    assert (code, "no such worker or host; did you mean worker-" in output) == (1, True), output
+
+    code, output = hosts.cluster("doctor")
+    assert code == 1
+    assert "do: `cluster restart worker-b-0`" in output
+    code, output = hosts.cluster("restart", "worker-b-0")
+    assert (code, "worker-b-0: live again" in output) == (0, True), output
+
+    assert hosts.cluster("drain", "b")[0] == 0
+    assert "worker-b-0" in up(hosts, file)
+    assert "worker-b-0" in pids(hosts)
+
+    hosts.stop_sshd("b")
+    code, output = hosts.cluster("doctor")
+    assert code == 1
+    assert "Connection refused" in output
+    assert output.count("wrong:") == 1
+    hosts.start_sshd("b")
+    code, output = hosts.cluster("doctor")
+    assert code == 0, output
+    assert hosts.cluster("down")[0] == 0
+    assert hosts.processes() == []
