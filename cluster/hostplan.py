@@ -109,6 +109,11 @@ def is_loopback(address: str) -> bool:
 
 
 def _check_security(hosts: Hosts, path: Path) -> None:
+    if hosts.keys is not None:
+        raise ConfigError(
+            f"{path}: keys: no router, worker or client takes keys so far, and none are sent: leave it out, "
+            f"and write `security: none` if every host that reaches the router may use it"
+        )
     if hosts.security == "none" or is_loopback(hosts.router_address):
         return
     raise ConfigError(

@@ -112,16 +112,6 @@ class Connection:
     __slots__ = (
         "heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user", "version"
     )  # fmt: skip
-        "heard_ns",
-        "host",
-        "n_pongs",
-        "one_way_ns",
-        "pinged_ns",
-        "rtts",
-        "transit",
-        "user",
-        "version",
-    )
 
     def __init__(self, now_ns: int, user: str = "") -> None:
         self.heard_ns = now_ns

@@ -148,7 +148,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "cluster", "top", "--interval-s", "0.1"],
             stdin=inner, stdout=inner, stderr=inner, cwd=ROOT, start_new_session=True,
-            env={**here.environment, "TERM": "xterm"},
+            env={**here.env, "TERM": "xterm"},
         )  # fmt: skip
         os.close(inner)
 

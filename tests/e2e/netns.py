@@ -233,6 +233,8 @@ def sweep() -> None:
         pid = rest.partition("-")[0]
         if prefix == _PREFIX and pid.isdecimal() and not psutil.pid_exists(int(pid)):
             remove_namespace(name)
+            folder = rest.partition("-")[2].rpartition("-")[0]
+            shutil.rmtree(f"/tmp/ss{folder}", ignore_errors=True)
 
 
 def why_not() -> str:
