@@ -29,17 +29,6 @@ def is_on_hosts(name: str) -> bool:
     return local.load(local.cluster_folder(name)) is None and records.load(name) is not None
 
 
-def name_in(hosts_file: Path) -> str:
-    """Return the name of the cluster that a hosts file describes.
-
-    Raises:
-        ConfigError: The file is not what it should be.
-    """
-    from cluster.hosts import load_hosts  # noqa: PLC0415  what checks the file takes long to import
-
-    return load_hosts(hosts_file).cluster
-
-
 def up(hosts_file: Path, *, ready_timeout_s: float, rollback: bool) -> None:
     """Have the cluster of a hosts file run; exit 1, with what is wrong, if any part of it does not."""
     from cluster.hostplan import plan_of  # noqa: PLC0415  these read the file, or are of use here only

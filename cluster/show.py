@@ -50,6 +50,8 @@ def processes(cluster: LocalCluster) -> str:
         serves = role.serves
         if role.kind == "router" and cluster.client_endpoint:
             serves = f"clients at {cluster.client_endpoint}, workers at {cluster.worker_endpoint}, {serves}"
+        if role.metrics:
+            serves = f"{serves}, http://{role.metrics}/metrics"
         rows.append((role.name, _pid(role), _state(role), serves))
     return table(("role", "pid", "state", "serves"), rows)
 

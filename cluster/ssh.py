@@ -152,13 +152,14 @@ class OpenSsh:
     def run(self, target: Target, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
         """Run a command to its end; see `Shell.run`."""
         self._masters.add(target)
+        # In our own process group, so that Ctrl-C at a terminal ends whatever we wait for.
         # A file, not a pipe: the shared connection's process keeps its stderr open, and a pipe
         # would not end before it does.
         with tempfile.TemporaryFile() as errors:
             try:
                 done = subprocess.run(
                     [*self._argv(target), shlex.join(argv)], input=stdin, stdout=subprocess.PIPE,
-                    stderr=errors, timeout=timeout_s, check=False, start_new_session=True,
+                    stderr=errors, timeout=timeout_s, check=False,
                 )  # fmt: skip
             except subprocess.TimeoutExpired as error:
                 raise RemoteError(f"did not end within {timeout_s:g} s: {shlex.join(argv)[:200]}") from error

@@ -32,7 +32,7 @@ METRICS = tuple(
         ("execution_seconds", "counter", "Time that GPUs executed batches, summed over them.", ()),
         ("batch_seconds", "histogram", "Time that a batch was executed.", ()),
         ("batch_size_queries", "histogram", "Queries of a batch that took time of a GPU.", ()),
-        ("actuations", "counter", "Batches on another subnet than the one before on that GPU.", ()),
+        ("actuations", "counter", "Batches on another subnet than that GPU ran before.", ()),
         ("dropped_messages", "counter", "Messages and reports dropped, by reason.", ("reason",)),
         ("memory_bytes", "gauge", "Memory held: of the device on CUDA, else of the process.", ()),
         ("utilisation_ratio", "gauge", "Utilisation of the device, 0 to 1; absent where unknown.", ()),
@@ -110,4 +110,10 @@ class WorkerMetrics:
 
 def pages(server: WorkerServer, metrics: WorkerMetrics) -> dict[str, Callable[[], Page]]:
     """Return a worker's pages, by path; asked for in other threads than the server's."""
-    return {"/metrics": lambda: exposition(metrics.families(server).all())}
+
+    def ready() -> Page:
+        link = server.link
+        words = f"the link to the router is {link.value}\n".encode()
+        return Page(200 if link.value == "serving" else 503, words)
+
+    return {"/metrics": lambda: exposition(metrics.families(server).all()), "/ready": ready}

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from profiles.table import load_profile
-from router.metrics import RouterMetrics, pages
+from router.metrics import SWITCH_S, RouterMetrics, pages
 from router.recording import Recorder, replay
 from router.registry import make_policy
 from router.server import RouterServer, ServerSettings
@@ -85,6 +85,7 @@ def cli(
                     pages(server, metrics), address=metrics_address, port=metrics_port or 0
                 )
                 where = stack.enter_context(exporter)
+                sys.setswitchinterval(SWITCH_S)
             server.open()
         except SuperServeError as error:
             raise click.ClickException(str(error)) from error

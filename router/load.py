@@ -76,34 +76,47 @@ class Fleet(NamedTuple):
 
     Attributes:
         ready: How many.
-        unit_cost_s: Least GPU time a query, averaged over them, corrected by slowdown; 0 without any.
+        least_s: Least GPU time that a query can take, averaged over them; 0 without any.
     """
 
     ready: int
-    unit_cost_s: float
+    least_s: float
 
 
 def fleet(core: RouterCore) -> Fleet:
-    """Return the GPUs that take work, as of their processes' last heartbeat."""
+    """Return the GPUs that take work, and what a query costs on the smallest subnet in its best batches.
+
+    GPUs that differ are averaged by what they can do: the mean is harmonic, each cost corrected by slowdown.
+    """
+    least_ns: dict[int, float] = {}
     ready, capacity = 0, 0.0
     for peer in core.peers.values():
-        if peer.machine.state is PeerState.LIVE:
-            ready += sum([worker.machine.state is WorkerState.READY for worker in peer.workers])
-            capacity += peer.capacity
-    return Fleet(ready, ready / (capacity * SECOND) if ready and capacity else 0.0)
+        if peer.machine.state is not PeerState.LIVE:
+            continue
+        for worker in peer.workers:
+            if worker.machine.state is WorkerState.READY:
+                profile = worker.profile
+                each_ns = least_ns.get(id(profile))
+                if each_ns is None:
+                    sizes = profile.batch_sizes
+                    each_ns = min([profile.latency_ns(0, size) / size for size in sizes])
+                    least_ns[id(profile)] = each_ns
+                ready += 1
+                capacity += SECOND / (each_ns * worker.slowdown)
+    return Fleet(ready, ready / capacity if ready else 0.0)
 
 
 def workers_needed(recent: dict[str, Any], of: Fleet) -> dict[str, float]:
     """Return how many GPUs the arrivals of `recent` ask for.
 
     `as_served` is arrivals a second x GPU seconds a query as now served / `TARGET_UTILISATION`: what
-    keeps the present accuracy for everybody who asks, those refused included. `at_least` takes the
-    smallest subnets' unit cost instead, which is what deadlines need at the lowest accuracy. Both
+    keeps the present accuracy for everybody who asks, those refused included. `at_least` takes
+    the fleet's least cost instead, which is what deadlines need at the lowest accuracy. Both
     are fractions of a GPU: round up. Where nothing has been executed, both are `at_least`.
     """
     rate_qps = recent["received"] / recent["seconds"] if recent["seconds"] > 0 else 0.0
-    each_s = recent["busy_s"] / recent["executed"] if recent["executed"] else of.unit_cost_s
+    each_s = recent["busy_s"] / recent["executed"] if recent["executed"] else of.least_s
     return {
         "as_served": rate_qps * each_s / TARGET_UTILISATION,
-        "at_least": rate_qps * min(each_s, of.unit_cost_s or each_s) / TARGET_UTILISATION,
+        "at_least": rate_qps * of.least_s / TARGET_UTILISATION,
     }

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from router.events import Dispatch
+from router.health import attainment, live, ready, slo
 from router.status import summary_of_server, worker_status
 from router.workers import PeerState, WorkerState
 from superserve.exposition import SIZE_BOUNDS, Families, Histogram, Metric, Page, UnavailableError, exposition
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from router.events import Action
+    from router.health import Health
     from router.server import RouterServer
     from superserve.exposition import Buckets
 
@@ -33,7 +35,7 @@ _PREFIX = "superserve_router_"
 _MS = 1e3
 _WAIT_S = 1.0
 """A loop that has not answered for so long hangs: an idle one passes every 50 ms."""
-_SWITCH_S = 0.0005
+SWITCH_S = 0.0005
 """How long the thread of a scrape may compute before the loop gets the interpreter back; Python's
 own 5 ms would add that to answers. Set when metrics are on."""
 
@@ -43,7 +45,11 @@ _NAMES = (
     Metric("queries_answered", "counter", "Queries that ended, by how.", ("status",)),
     Metric("queries_in_flight", "gauge", "Queries that workers hold."),
     Metric("queries_redispatched", "counter", "Queries queued again after their worker was lost or overran."),
-    Metric("attainment_ratio", "gauge", "Share of the queries that ended in the last 10 s that ended OK."),
+    Metric(
+        "attainment_ratio",
+        "gauge",
+        "Share that ended OK of the queries that ended in the last 10 s, less those cancelled.",
+    ),
     Metric("accuracy_ratio", "summary", "Profiled accuracy of the queries that ended OK, 0 to 1."),
     Metric("queue_length", "gauge", "Queries that wait."),
     Metric("queue_head_slack_seconds", "gauge", "Time left to the earliest deadline queued; NaN if none is."),
@@ -170,8 +176,17 @@ class RouterMetrics:
 
 def pages(server: RouterServer, metrics: RouterMetrics) -> dict[str, Callable[[], Page]]:
     """Return the router's pages, by path; asked for in other threads than the loop's."""
-    sys.setswitchinterval(_SWITCH_S)
-    return {"/metrics": lambda: _metrics_page(server, metrics)}
+
+    def health(judge: Callable[[Mapping[str, Any]], Health]) -> Page:
+        said = judge(metrics.ask().summary)
+        return Page(200 if said.is_well else 503, f"{said.why}\n".encode())
+
+    return {
+        "/metrics": lambda: _metrics_page(server, metrics),
+        "/live": lambda: health(live),
+        "/ready": lambda: health(ready),
+        "/slo": lambda: health(slo),
+    }
 
 
 def _metrics_page(server: RouterServer, metrics: RouterMetrics) -> Page:
@@ -236,12 +251,6 @@ def fill(families: Families, snapshot: Snapshot, waited_s: float) -> None:
     }
     for name, value in plain.items():
         families.add(_PREFIX + name, value)
-
-
-def attainment(answered: Mapping[str, int]) -> float:
-    """Return the share of queries that ended OK, of all that ended uncancelled; NaN of none."""
-    n = sum(answered.values()) - answered["cancelled"]
-    return answered["ok"] / n if n else float("nan")
 
 
 def fill_workers(families: Families, gpus: list[dict[str, Any]]) -> None:

@@ -32,6 +32,7 @@ PAGES = (
     "ARCHITECTURE.md",
     "CHANGELOG.md",
     "docs/demandfit.md",
+    "docs/metrics.md",
     "docs/operating.md",
     "docs/report.md",
     "docs/simulator.md",

@@ -56,6 +56,11 @@ class Machine:
         (self._faults / "sitecustomize.py").write_text(_SITE)
         self.env = {**os.environ, STATE_VARIABLE: str(self.base), "PYTHONPATH": str(self._faults)}
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every process of this test."""
+        return dict(self._env)
+
     def fault(self, module: str, code: str) -> Path:
         """Have every later `python -m <module>` run `code` first; remove the file to end that."""
         path = self._faults / f"fault-{module}.py"

@@ -22,7 +22,7 @@ SOURCE = Path(bare.__file__).read_text(encoding="utf-8")
 TOO_NEW = [["numpy", "9999"], ["no-such-thing", "1"], ["numpy", "1"]]
 
 
-def run(verb: str, asked: dict[str, Any], content: bytes = b"", **env: str) -> dict[str, Any]:
+def run(verb: str, asked: dict[str, Any], content: bytes = b"", /, **env: str) -> dict[str, Any]:
     """Run the script as a host does: by its text, in a Python that knows nothing of us."""
     done = subprocess.run(
         [sys.executable, "-I", "-c", SOURCE, verb, json.dumps(asked)],
@@ -142,7 +142,7 @@ def test_what_is_lacking_comes_by_the_hosts_own_pip(tmp_path: Path) -> None:
     said = run("install", wanted, wheel(**{"router/x.py": ""}), **pip)
 
     assert said == {"interpreter": str(tmp_path / "s/.hosts/c/h/venv/bin/python")}
-    found = run("probe", wanted, **pip)
+    found = run("probe", wanted, b"", **pip)
     assert (found["lacks"], found["interpreter"]) == ([], said["interpreter"])
 
     failed = run("install", asked(requirements=[["no-such-thing", "1"]]), wheel(), **pip)

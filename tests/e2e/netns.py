@@ -23,7 +23,7 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parent.parent.parent
 WAIT_S = 120.0  # reached only when something is broken
@@ -157,14 +157,6 @@ class Net:
                     os.kill(int(pid), signal.SIGKILL)
         self._sshd.pop(host).wait()
 
-    def cut(self, host: str) -> None:
-        """Take a host off the network."""
-        self._in("op", "ip", "link", "set", f"v{self.hosts.index(host)}", "down")
-
-    def mend(self, host: str) -> None:
-        """Put a host back on the network."""
-        self._in("op", "ip", "link", "set", f"v{self.hosts.index(host)}", "up")
-
     # --- commands -----------------------------------------------------------------------------
 
     def start(self, *argv: str, host: str = "op") -> subprocess.Popen[str]:
@@ -210,9 +202,8 @@ class Net:
             return False
         return is_python and Path(state) in [self.state(host) for host in self.hosts]
 
-    def until(self, condition: object) -> None:
+    def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something is so that other processes bring about."""
-        assert callable(condition)
         give_up_s = time.monotonic() + WAIT_S
         while not condition():
             assert time.monotonic() < give_up_s, f"not within {WAIT_S:g} s: {self.processes()}"
