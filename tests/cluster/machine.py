@@ -59,7 +59,7 @@ class Machine:
     @property
     def environment(self) -> dict[str, str]:
         """Of every process of this test."""
-        return dict(self._env)
+        return dict(self.env)
 
     def fault(self, module: str, code: str) -> Path:
         """Have every later `python -m <module>` run `code` first; remove the file to end that."""
