@@ -19,6 +19,7 @@ from router.state import CoreSettings
 from superserve.errors import ConfigError, SuperServeError
 from superserve.exposition import LOOPBACK, serve_pages
 from superserve.processes import announce_ready, die_with_parent
+from superserve.version import version
 
 MS = 1_000_000
 _MAX_MARGIN_MS = 60_000.0
@@ -109,6 +110,7 @@ def cli(
 def _serve(server: RouterServer, metrics: str) -> None:
     """Announce and run; `metrics` is HOST:PORT of the exporter, "" without."""
     ends = {"client": server.client_endpoint, "worker": server.worker_endpoint}
+    version()  # kept: read now, as the code is that runs, and not in the loop at the first STATUS
     announce_ready(ends | ({"metrics": metrics} if metrics else {}))
     click.echo(
         f"clients: {server.client_endpoint}  workers: {server.worker_endpoint}  "
