@@ -74,8 +74,9 @@ def compare_live(
     results = []
     for cell in cells:
         figures: dict[str, list[Figures]] = {policy: [] for policy in comparison.policies}
-        for seed in comparison.seeds:
-            for policy in comparison.policies:
+        for turn, seed in enumerate(comparison.seeds):
+            first = turn % len(comparison.policies)  # nobody always goes first
+            for policy in (*comparison.policies[first:], *comparison.policies[:first]):
                 found, note = _one(comparison, cell, policy, seed)
                 figures[policy].append(found)
                 notes.append(note)

@@ -3,7 +3,8 @@
     python -m loadgen.reproduce --maf FILE
 
 Simulations first, on every processor; then the live runs, one after the other. OUT/results.json holds every
-figure, and grows as they come, so that `--only` adds to it; the page is written from it. `--page docs` writes
+figure, by experiment with where, when and how it was made, and grows as they come, so that `--only` adds to
+it; the page is written from it. `--page docs` writes
 docs/results.md and its pictures.
 """
 
@@ -81,7 +82,7 @@ def say(what: str) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Return the figures there are so far; none if the file is not there."""
     if not path.exists() or not path.stat().st_size:
-        return {"schema": 1, "took_s": 0.0}
+        return {"schema": 1, "made": {}}
     try:
         found: dict[str, Any] = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
@@ -107,12 +108,15 @@ def main(maf: str | None, only: tuple[str, ...], quick: bool, out: Path, folder:
         check_writable(path, "--out")
         check_writable(folder / "results.md", "--page")
         found = load(path) if only else load(Path(os.devnull))
-        began_s, before_s = time.monotonic(), found["took_s"]
-        found |= {"environment": environment_of(), "has_maf": maf is not None, "share": effort.share}
+        began_s = last_s = time.monotonic()
+        how = {"environment": environment_of(), "has_maf": maf is not None, "share": effort.share}
 
         def keep(name: str, figures: dict[str, Any]) -> None:
+            nonlocal last_s
+            now_s = time.monotonic()
             found[name] = figures
-            found["took_s"] = before_s + time.monotonic() - began_s
+            found["made"][name] = how | {"took_s": now_s - last_s}
+            last_s = now_s
             path.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
         reproduce(effort, only or NAMES, keep)

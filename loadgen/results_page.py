@@ -46,16 +46,22 @@ def page(found: Found) -> str:
 
 
 def _made(found: Found) -> Iterator[str]:
-    made = found["environment"]
-    machine = made["machine"]
-    trace = (
-        "the Functions 2019 file given by `--maf`" if found["has_maf"] else "synthetic arrivals of its shape"
-    )
-    took = f"{found['took_s'] / 60:.0f} minutes"
-    yield f"Made on {made['date'][:10]}, {machine['cpu']}, {machine['cores']} cores, in {took}."
-    yield f"MAF is {trace}; arrivals within a minute are drawn. Simulated unless a row says live."
-    if found["share"] < 1.0:
-        yield f"**Durations were cut to {found['share']:.0%}: not the full reproduction.**"
+    """Say when, where and how the figures were made: of each experiment, where they differ."""
+    made = list(found["made"].values())
+    dates = sorted({one["environment"]["date"][:10] for one in made})
+    machines = sorted({_machine(one["environment"]["machine"]) for one in made})
+    took_s = sum(one["took_s"] for one in made)
+    yield f"Made on {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {' and '.join(machines)}, in {took_s / 60:.0f} minutes."
+    with_maf = {one["has_maf"] for one in made}
+    trace = {(True,): "the Functions 2019 file given by `--maf`", (False,): "synthetic arrivals of its shape"}
+    words = trace.get(tuple(with_maf), "of some figures a Functions 2019 file, of others synthetic arrivals")
+    yield f"MAF is {words}; arrivals within a minute are drawn. Simulated unless a row says live."
+    if short := [name for name, one in found["made"].items() if one["share"] < 1.0]:
+        yield f"**Durations were cut for {', '.join(short)}: not the full reproduction.**"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    return f"{machine['cpu']}, {machine['cores']} cores"
 
 
 def _number(value: float | None, places: int) -> str:
@@ -142,7 +148,7 @@ def _cnn_words(cell: Found) -> Iterator[str]:
         f"{_signed(ours['mincost_gain'])} for DemandFit; the paper has 4.67. Against the best fixed subnet it is "
         f"smaller, {_signed(slackfit['accuracy_gain'])} and {_signed(ours['accuracy_gain'])}: on the modelled "
         f"profile {_subnet(over)} alone attains {_attained(cell, over)} at this rate, and the bound itself is only "
-        f"{_left_by_the_bound(cell, over)} above it. No schedule could gain the paper's points over that one."
+        f"{_left_by_the_bound(cell, over)} above it: as much as any schedule could gain over that one."
     )
 
 
@@ -315,7 +321,7 @@ def _actuation(found: Found) -> Iterator[str]:
 def _dynamics(found: Found) -> Iterator[str]:
     yield "## Dynamics at 7,000 q/s\n"
     yield "The paper: between 76 and 78 %, never 80.16 %; larger batches and smaller subnets in spikes.\n"
-    rows = []
+    rows, links = [], []
     for name in OURS:
         run = found["dynamics"]["runs"][name]
         known = [value for value in run["over_time"]["accuracy"] if value is not None]
@@ -324,6 +330,7 @@ def _dynamics(found: Found) -> Iterator[str]:
         batch = correlation(run["over_time"]["qps"], run["over_time"]["batch"])
         spread = f"{min(known):.2f} to {max(known):.2f} %"
         whole = f"{run['slo_attainment']:.5f}, {run['mean_accuracy']:.2f} %"
+        links.append((link, batch))
         rows.append((name, whole, spread, shares, f"{link:+.2f}, {batch:+.2f}"))
     linked = "correlation of rate with accuracy, batch"
     yield from _table(("policy", "attainment, accuracy", "of quarter seconds", "subnets", linked), rows)
@@ -331,8 +338,9 @@ def _dynamics(found: Found) -> Iterator[str]:
     held = max(
         point["at"] for point in found["range"]["points"] if _holds_78(point, found["range"]["attainment"])
     )
+    is_alike = all(link < 0 < batch for link, batch in links)
     yield (
-        "As in the paper, spikes get larger batches and smaller subnets. The level is higher than the paper's: on "
+        f"Spikes {'get' if is_alike else 'do NOT always get'} larger batches and smaller subnets, as in the paper. Levels: on "
         f"the modelled profile eight GPUs hold {held:,.0f} q/s on cnn-78.25 alone, which is above the mean rate."
     )
 
@@ -368,13 +376,19 @@ def _live(found: Found) -> Iterator[str]:
         *found["live_maf"].values(),
         *(r for c in found.get("live_bursty", {}).values() for r in c.values()),
     ]
-    n_aside = sum(len(run["set_aside"]) for run in [*runs, *found.get("live_faults", {}).values()])
+    runs_with_faults = [*runs, *found.get("live_faults", {}).values()]
+    aside = [one for run in runs_with_faults for one in run["set_aside"]]
     yield (
-        f"\nGPUs that broke the profile, by their event logs: {sum(run['violations'] for run in runs)}. Queries "
-        f"answered twice: {sum(run['duplicates'] for run in runs)}. Runs set aside as invalid or disturbed and "
-        f"made again: {n_aside}. A live machine wakes late now and then, so messages take longer than on the "
+        f"\nGPUs that broke the profile, by their event logs: {sum(run['violations'] for run in runs_with_faults)}. Queries "
+        f"answered twice: {sum(run['duplicates'] for run in runs_with_faults)}. Runs that were "
+        f"invalid or disturbed, and made again: {', '.join(map(_aside, aside)) or 'none'}. A live machine wakes late now and then, so messages take longer than on the "
         "simulator's calm one, and the policy, which sees less slack, chooses smaller subnets: docs/simulator.md."
     )
+
+
+def _aside(run: Found) -> str:
+    what = "invalid" if not run["valid"] else "disturbed"
+    return f"one {what} ({run['slo_attainment']:.5f}, {run['mean_accuracy']:.2f} %)"
 
 
 def _live_row(name: str, policy: str, run: Found, simulated: Sequence[Found]) -> tuple[str, ...]:

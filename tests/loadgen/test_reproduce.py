@@ -20,7 +20,10 @@ from profiles.table import load_profile
 if TYPE_CHECKING:
     from pathlib import Path
 
-ENVIRONMENT = {"date": "2026-01-02T03:04:05+00:00", "machine": {"cpu": "a CPU", "cores": 2}}
+HOW = {
+    "environment": {"date": "2026-01-02T03:04:05+00:00", "machine": {"cpu": "a CPU", "cores": 2}},
+    "has_maf": False, "share": 1.0, "took_s": 60.0,
+}  # fmt: skip
 
 
 def hush(_what: str) -> None:
@@ -35,7 +38,8 @@ def effort(share: float) -> Effort:
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """Return the figures of every simulated experiment, of a hundredth of its length."""
-    kept: dict[str, Any] = {"environment": ENVIRONMENT, "has_maf": False, "share": 0.01, "took_s": 60.0}
+    made = {name: HOW | {"share": 0.01} for name in (*WIDE, *NARROW)}
+    kept: dict[str, Any] = {"made": made}
     reproduce(effort(0.01), (*WIDE, *NARROW), kept.__setitem__)
     return kept
 
@@ -53,7 +57,7 @@ def test_the_page_has_each_experiment_with_the_paper_s_figure_ours_and_the_bound
     cell = found["maf"]["cells"][0]
     for policy in POLICIES:
         assert f"| {policy} | {cell['policies'][policy][0]['attainment']:.5f}, " in text
-    assert "Durations were cut to 1%" in text
+    assert "Durations were cut for maf, transformer, " in text
     assert text.count("\n| bursty ") == text.count("\n| accel ") == 9
 
 
@@ -72,8 +76,7 @@ def test_each_picture_that_the_page_shows_is_drawn_and_always_alike(found: dict[
 
 def test_a_part_of_the_experiments_makes_a_part_of_the_page() -> None:
     """Figures that are not there leave out their sections, and nothing fails."""
-    kept: dict[str, Any] = {"environment": ENVIRONMENT, "has_maf": True, "share": 1.0, "took_s": 0.0}
-    kept["faults"] = faults(effort(0.02))
+    kept: dict[str, Any] = {"made": {"faults": HOW}, "faults": faults(effort(0.02))}
 
     text = page(kept)
 
@@ -117,6 +120,18 @@ def test_bins_hold_every_query_once() -> None:
 
     assert sum(qps * 0.25 for qps in series["qps"] if qps is not None) == trace.n
     assert series["at_s"] == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_each_experiment_keeps_when_and_how_it_was_made() -> None:
+    """Figures of two days and two efforts are not passed off as those of one."""
+    older = {"environment": {"date": "2025-12-31T00:00:00", "machine": {"cpu": "another", "cores": 4}}}
+    kept: dict[str, Any] = {"made": {"faults": HOW, "range": HOW | older | {"share": 0.1, "has_maf": True}}}
+
+    text = page(kept)
+
+    assert "Made on 2025-12-31 to 2026-01-02, a CPU, 2 cores and another, 4 cores, in 2 minutes." in text
+    assert "Durations were cut for range" in text
+    assert "of some figures a Functions 2019 file" in text
 
 
 class FakeWorker:
@@ -164,7 +179,7 @@ def test_correlation(one: list[float | None], other: list[float | None], expecte
 
 def test_earlier_figures_are_added_to(tmp_path: Path) -> None:
     """Without a file there are none; what is no JSON is refused by name."""
-    assert load(tmp_path / "results.json") == {"schema": 1, "took_s": 0.0}
+    assert load(tmp_path / "results.json") == {"schema": 1, "made": {}}
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(Exception, match="expected the figures of an earlier run"):
         load(tmp_path / "results.json")
