@@ -24,6 +24,7 @@ import orjson
 from loadgen import bench_calls, bench_simulator
 from loadgen.bench_calm import await_calm
 from loadgen.bench_churn import churn
+from loadgen.bench_generator import generator_qps
 from loadgen.bench_offer import Offered, offer_singly
 from loadgen.bench_path import PathShape, path_cost
 from loadgen.bench_row import Row, SkippedError, machine
@@ -413,6 +414,7 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "added_latency_p50_ms": Bench.added_latency_p50_ms,
     "added_latency_p99_ms": Bench.added_latency_p99_ms,
     "router_cpu_us_per_query": Bench.router_cpu_us_per_query,
+    "generator_qps": lambda bench: generator_qps(bench.seconds),
     "gpu_idle_pct": Bench.gpu_idle_pct,
     "echo_qps": lambda bench: bench.echo_qps,
     "end_to_end_qps": Bench.end_to_end_qps,

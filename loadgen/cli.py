@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from loadgen.calibrate_cli import calibrate_command
 from loadgen.compare_cli import compare_command
 from loadgen.plots import check_installed
 from loadgen.report import load_runs
@@ -39,6 +40,7 @@ def report(runs: tuple[Path, ...], output: Path) -> None:
 
 
 cli.add_command(run_command)
+cli.add_command(calibrate_command)
 cli.add_command(simulate_command)
 cli.add_command(compare_command)
 cli.add_command(search_command)

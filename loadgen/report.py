@@ -303,8 +303,16 @@ _LOAD_ROWS: tuple[tuple[str, Callable[[RunResult], str]], ...] = (
     ("SLO", lambda one: _number(one.slo_ms, lambda x: f"{x:g} ms")),
     ("Send lag p50", lambda one: _number(one.send_lag_ms["p50"], _ms)),
     ("Send lag p99.9", lambda one: _number(one.send_lag_ms["p99_9"], _ms)),
+    ("Generator alone: lag p99.9", lambda one: _number(_alone_ms(one), _ms)),
     ("Does it count?", lambda one: escape(_word(one))),
 )
+
+
+def _alone_ms(result: RunResult) -> float | None:
+    """Return the p99.9 of send lag in the run's calibration, if it had one."""
+    lag_ms = (result.calibration or {}).get("lag_ms")
+    found = lag_ms.get("p99_9") if isinstance(lag_ms, dict) else None
+    return float(found) if isinstance(found, int | float) else None
 
 
 def _word(result: RunResult) -> str:

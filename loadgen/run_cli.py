@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import orjson
 
+from loadgen.calibrate import calibrate
 from loadgen.environment import environment_of
 from loadgen.live import HEADER, Watch
 from loadgen.plots import check_installed
 from loadgen.run import Emulation, RunSettings, run_emulated, run_trace
-from loadgen.tables import check_writable, table, write, write_page
+from loadgen.tables import check_writable, json_line, table, write, write_page
 from loadgen.targets import payload_bytes_of, target_of
 from loadgen.timeline import recorded
 from loadgen.trace import load_trace
@@ -58,6 +59,10 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option("--report", "page_path", type=_FILE, help="Write a page about it, as HTML.")
 @click.option("--logs", type=_FOLDER, help="Keep event logs here.")
+@click.option(
+    "--calibrate", "is_calibrated", is_flag=True,
+    help="Offer the first second to a null sink beforehand, and report what the generator does alone.",
+)  # fmt: skip
 def run_command(
     spec: str,
     connect: str | None,
@@ -73,6 +78,7 @@ def run_command(
     is_json: bool,
     page_path: Path | None,
     logs: Path | None,
+    is_calibrated: bool,
 ) -> None:
     """Offer a trace, print a line each second, and at the end a table.
 
@@ -95,6 +101,9 @@ def run_command(
         settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed)
         say(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
         say(f"  {trace.provenance}")
+        calibration = calibrate(trace, settings) if is_calibrated else None
+        if calibration is not None:
+            say(f"  {calibration.to_line()}")
         if not is_json:
             say(HEADER)
         measured, report = _offer(trace, settings, target, Watch(_on_second(is_json=is_json)))
@@ -110,8 +119,10 @@ def run_command(
     result = recorded(
         measured, trace, settings.slo_ns, _environment(trace, settings, target, measured, report)
     )
+    if calibration is not None:
+        result = replace(result, calibration=calibration.to_dict())
     if is_json:
-        click.echo(_json_line({"kind": "result", **result.to_dict(), "timeline": None}))
+        click.echo(json_line({"kind": "result", **result.to_dict(), "timeline": None}))
     if json_path is not None:
         write(json_path, result.to_json(), say)
     if page_path is not None:
@@ -134,14 +145,10 @@ def _on_second(*, is_json: bool) -> Callable[[Second], None]:
     """Return what prints a second: at once, since whoever reads a pipe wants to know now."""
 
     def show(second: Second) -> None:
-        click.echo(_json_line(second.to_dict()) if is_json else second.to_line())
+        click.echo(json_line(second.to_dict()) if is_json else second.to_line())
         sys.stdout.flush()
 
     return show
-
-
-def _json_line(body: dict[str, Any]) -> str:
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode()
 
 
 def _environment(

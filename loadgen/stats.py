@@ -141,6 +141,7 @@ class RunResult:
         reasons: For each status without an output, one of the router's reasons; None if not kept.
         timeline: The run in bins: see `loadgen.timeline`; None if it was not kept.
         environment: Where, when and by which command: see `loadgen.environment`; None if not kept.
+        calibration: What the generator did alone: see `loadgen.calibrate`; None if it was not asked.
     """
 
     schema: int = SCHEMA
@@ -166,9 +167,10 @@ class RunResult:
     reasons: Mapping[str, str] | None = None
     timeline: Mapping[str, Any] | None = None
     environment: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the file's fields, in its order; the last four only if there is something to say."""
+        """Return the file's fields, in its order; the optional ones only if there is something to say."""
         found = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
         return {name: value for name, value in found.items() if value is not None or name in _FIELDS}
 
@@ -340,6 +342,7 @@ _OPTIONAL: dict[str, tuple[str, Callable[[object], bool]]] = {
     "reasons": ("reasons by status, or null", _is_texts_or_none),
     "timeline": ("an object or null", _is_object_or_none),
     "environment": ("an object or null", _is_object_or_none),
+    "calibration": ("an object or null", _is_object_or_none),
 }
 
 
