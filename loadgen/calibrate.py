@@ -75,15 +75,19 @@ class Calibration:
         )
 
 
-def calibrate(trace: Trace, settings: RunSettings, *, seconds: float = SECONDS) -> Calibration:
+def calibrate(
+    trace: Trace, settings: RunSettings, *, seconds: float = SECONDS, answers: bool = True
+) -> Calibration:
     """Offer the first `seconds` of a trace to a null sink.
+
+    `answers` tells whether the sink answers: without, only sending is measured.
 
     Raises:
         ConfigError: There is no query in them.
         ProcessError: The sink or a sender did not start.
     """
     part = _beginning(trace, seconds)
-    with sink_server() as endpoint:
+    with sink_server(answers=answers) as endpoint:
         run = run_trace(part, replace(settings, keep_outputs=False, grace_ns=_GRACE_NS), endpoint)
     result, noise_ns = run.result, None if run.noise is None else run.noise[1]
     return Calibration(

@@ -1,4 +1,4 @@
-"""The null sink: a router that welcomes, answers every query at once, and does nothing else.
+"""The null sink: a router that welcomes, answers every query at once if asked to, and does nothing else.
 
 A generator that offers its load to the sink shows what it can do alone: the senders' whole path is
 run, sending, receiving and recording, but nothing queues and nothing executes. It answers each
@@ -29,16 +29,22 @@ MS = 1_000_000
 POLICY = "null sink"
 """What the sink says its policy is: the result of a run against it can be told from a cluster's."""
 _WAIT_NS = 200 * MS
+_SILENT = "--silent"
 
 
 class Sink:
     """Answers what arrives on a ROUTER socket; for one thread.
 
+    Args:
+        socket: Bound; the caller closes it.
+        answers: Whether queries are answered, rather than dropped.
+
     Attributes:
         n_malformed: Messages that could not be decoded.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], *, answers: bool = True) -> None:
+        self._answers = answers
         self.n_malformed = 0
         self._socket = socket
         self._epoch = time.time_ns() >> 10
@@ -47,6 +53,8 @@ class Sink:
         """Answer everything that has arrived."""
         while (frames := receive(self._socket)) is not None:
             key = frames[0]
+            if not self._answers and len(frames) > 2 and wire.kind_of(bytes(frames[1])) == Kind.QUERIES:
+                continue
             try:
                 message = wire.decode(frames[1:])
             except WireError:
@@ -75,14 +83,14 @@ def _answer(queries: Queries) -> Group:
 
 
 @contextlib.contextmanager
-def sink_server() -> Iterator[str]:
+def sink_server(*, answers: bool = True) -> Iterator[str]:
     """Run a null sink in a process of its own; yields its endpoint.
 
     Raises:
         ProcessError: It did not start.
     """
     with ProcessGroup() as group:
-        server = group.start("sink", ["-m", "loadgen.sink"])
+        server = group.start("sink", ["-m", "loadgen.sink", *([] if answers else [_SILENT])])
         group.wait_ready(20.0)
         yield str(server.ready["endpoint"])
 
@@ -92,7 +100,7 @@ def main() -> int:
     die_with_parent()
     with zmq.Context() as context:
         socket, endpoint = bind_router(context, "tcp://127.0.0.1:*")
-        sink = Sink(socket)
+        sink = Sink(socket, answers=_SILENT not in sys.argv)
         announce_ready({"endpoint": endpoint})
         while True:
             wait((socket,), _WAIT_NS)
