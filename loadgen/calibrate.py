@@ -1,108 +1,121 @@
-"""What the load generator can do alone: the same senders, at the same rate, against a null sink.
+"""Calibration: what this generator does alone, so that a run's lag can be blamed on it or on the cluster.
 
-A run's lag has three makers: the generator, the machine under it, and whatever shares the machine, the
-server included. Against a sink that answers at once only the first two are left, and the noise probe tells
-the second. So a run that lags where its calibration did not was disturbed by its server or by others, and
-one whose calibration lags too asks too much of the generator.
+The start of a trace is offered to a null sink (`loadgen.sink`) by the same senders, with the same payloads,
+at the same rate as the run that follows. What lag there is then is the generator's or the machine's; the
+noise probe of the calibration tells these two apart, as it does in any run.
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loadgen.run import run_trace
-from loadgen.trace import load_trace
-from superserve.clock import MS
-from superserve.processes import ProcessGroup
+from loadgen.sink import sink_server
+from loadgen.stats import quantile_ns
+from superserve.clock import MS, SECOND
+from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from loadgen.run import RunSettings
+    from loadgen.trace import Trace
 
 SECONDS = 1.0
-"""How long a run's own calibration takes."""
-_SEED = 0xCA11
-_GRACE_NS = 1_000 * MS
+"""How much of a trace is offered to the sink."""
+_GRACE_NS = 500 * MS
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a generator did against a null sink.
+    """What the generator did against a null sink.
 
     Attributes:
-        rate_qps: What was asked of it: Poisson arrivals at this mean.
-        sent_qps: What was sent.
-        seconds: For so long.
-        senders: By so many processes.
-        send_lag_ms: From due to sent, by quantile.
-        latency_ms: From due to answered by the sink.
-        noise_p99_9_ms: What the noise probe saw meanwhile.
-        unsent: Queries that were not sent.
-        valid: Whether such a run would have counted, by the SLO of the run that this is for.
+        seconds: How long it was offered.
+        offered_qps: Rate of that part of the trace.
+        qps: Rate at which it was really sent.
+        senders: Sender processes.
+        payload_bytes: Bytes of each query's payload.
+        unsent: Queries that the sink's connection would not take.
+        unanswered: Queries that the sink took and did not answer in time.
+        lag_ms: Quantiles of how late queries were sent, milliseconds.
+        latency_p99_ms: From due to answered by a sink that does nothing; None without an answer.
+        noise_p99_ms: How late this machine woke a thread that only sleeps, meanwhile.
+        noise_p99_9_ms: The same, further out: what the verdict on a run goes by.
+        disturbed: Whether that explains a lag that would have made a run invalid.
+        valid: Whether a run with this lag would count.
     """
 
-    rate_qps: float
-    sent_qps: float
     seconds: float
+    offered_qps: float
+    qps: float
     senders: int
-    send_lag_ms: dict[str, float | None]
-    latency_ms: dict[str, float | None]
-    noise_p99_9_ms: float | None
+    payload_bytes: int
     unsent: int
+    unanswered: int
+    lag_ms: dict[str, float | None]
+    latency_p99_ms: float | None
+    noise_p99_ms: float | None
+    noise_p99_9_ms: float | None
+    disturbed: bool
     valid: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return it as a run's file has it."""
         return asdict(self)
 
-    def to_lines(self) -> list[str]:
-        """Return it as lines of a table."""
-        lag = "  ".join(
-            f"{name.replace('_', '.')} {value:.3f}"
-            for name, value in self.send_lag_ms.items()
-            if value is not None
+    def to_line(self) -> str:
+        """Return it in a line."""
+        lag = ", ".join(f"{name.replace('_', '.')} {value or 0:.3f}" for name, value in self.lag_ms.items())
+        noise = "-" if self.noise_p99_ms is None else f"{self.noise_p99_ms:.3f}"
+        return (
+            f"alone, against a null sink: {self.qps:,.0f} q/s of {self.offered_qps:,.0f} in"
+            f" {self.seconds:.1f} s, lag {lag} ms; this machine's noise p99 {noise} ms"
         )
-        noise = "-" if self.noise_p99_9_ms is None else f"{self.noise_p99_9_ms:.3f} ms"
-        verdict = "counts" if self.valid else "would NOT count: this is more than the generator can send"
-        sent = f"{self.sent_qps:,.0f} q/s sent of {self.rate_qps:,.0f}"
-        return [
-            f"  null sink        {sent}, {self.senders} senders, {self.seconds:g} s; {verdict}",
-            f"  its send lag     {lag} ms, noise p99.9 {noise}",
-        ]
 
 
-@contextlib.contextmanager
-def null_sink() -> Iterator[str]:
-    """Run a null sink; yields its endpoint, and ends it with the block."""
-    with ProcessGroup() as group:
-        sink = group.start("null-sink", ["-m", "loadgen.null_sink"])
-        group.wait_ready(20.0)
-        yield sink.ready["endpoint"]
+def calibrate(
+    trace: Trace, settings: RunSettings, *, seconds: float = SECONDS, answers: bool = True
+) -> Calibration:
+    """Offer the first `seconds` of a trace to a null sink.
 
-
-def calibrate(rate_qps: float, settings: RunSettings, seconds: float = SECONDS) -> Calibration:
-    """Offer Poisson arrivals to a null sink, with the senders and payloads of a run.
+    `answers` tells whether the sink answers: without, only sending is measured.
 
     Raises:
-        ConfigError: The rate is none.
-        ProcessError: A process did not start, or died.
+        ConfigError: There is no query in them.
+        ProcessError: The sink or a sender did not start.
     """
-    trace = load_trace(f"poisson:rate={rate_qps:.6g}", duration_s=seconds, seed=_SEED)
-    plain = replace(settings, payloads=None, keep_outputs=False, grace_ns=_GRACE_NS)
-    with null_sink() as endpoint:
-        run = run_trace(trace, plain, endpoint)
-    result = run.result
+    part = _beginning(trace, seconds)
+    with sink_server(answers=answers) as endpoint:
+        run = run_trace(part, replace(settings, keep_outputs=False, grace_ns=_GRACE_NS), endpoint)
+    result, noise_ns = run.result, None if run.noise is None else run.noise[1]
     return Calibration(
-        rate_qps=rate_qps,
-        sent_qps=result.realised_qps,
-        seconds=seconds,
+        seconds=result.duration_s,
+        offered_qps=result.offered_qps,
+        qps=result.realised_qps,
         senders=settings.n_senders,
-        send_lag_ms=dict(result.send_lag_ms),
-        latency_ms=dict(result.latency_ms),
-        noise_p99_9_ms=None if run.noise_p99_9_ns is None else run.noise_p99_9_ns / MS,
+        payload_bytes=settings.payload_bytes if settings.payloads is None else settings.payloads.shape[1],
         unsent=result.queries["unsent"],
+        unanswered=result.queries["unanswered"],
+        lag_ms=dict(result.send_lag_ms),
+        latency_p99_ms=result.latency_ms["p99"],
+        noise_p99_ms=None if noise_ns is None else _ms(quantile_ns(noise_ns, 990)),
+        noise_p99_9_ms=_ms(run.noise_p99_9_ns),
+        disturbed=result.disturbed,
         valid=result.valid,
     )
+
+
+def _beginning(trace: Trace, seconds: float) -> Trace:
+    duration_ns = min(trace.duration_ns, int(seconds * SECOND))
+    n = int(np.searchsorted(trace.due_ns, duration_ns))
+    if not n:
+        raise ConfigError(
+            f"trace {trace.name}: expected a query in its first {seconds:g} s to calibrate with"
+        )
+    return replace(trace, due_ns=trace.due_ns[:n], duration_ns=duration_ns)
+
+
+def _ms(ns: int | None) -> float | None:
+    return None if ns is None else ns / MS

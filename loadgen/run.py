@@ -19,6 +19,7 @@ from loadgen.live import Seconds
 from loadgen.sender import COLUMNS, UNANSWERED, SenderPlan
 from loadgen.stats import (
     LAG_QUANTILES,
+    MAX_EXACT,
     NoiseProbe,
     RunResult,
     arrivals_cv2,
@@ -508,6 +509,7 @@ def summarise(
         valid=verdict.valid,
         invalid_because=verdict.reasons,
         disturbed=verdict.disturbed,
+        quantiles="exact" if trace.n <= MAX_EXACT else "histogram, 1 %",
     )
     result.check()
     return result

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import orjson
 
-from loadgen.calibrate import calibrate
+from loadgen.calibrate import SECONDS, calibrate
 from loadgen.environment import environment_of
 from loadgen.generators import Head
 from loadgen.live import HEADER, Watch
 from loadgen.plots import check_installed
 from loadgen.run import Emulation, RunSettings, run_emulated, run_trace
-from loadgen.tables import check_writable, table, write, write_page
+from loadgen.tables import check_writable, json_line, table, write, write_page
 from loadgen.targets import keys_of, payload_bytes_of, target_of
 from loadgen.timeline import recorded
 from loadgen.trace import load_trace
@@ -117,13 +116,11 @@ def run_command(
         settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed, keys=shown)
         say(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
         say(f"  {trace.provenance}")
-        calibration = None
         if is_calibrated is None:
-            is_calibrated = generators is None and trace.duration_ns >= _CALIBRATED_FROM_NS
-        if is_calibrated:
-            calibration = calibrate(trace.mean_qps, settings)
-            for line in calibration.to_lines():
-                say(line)
+            is_calibrated = generators is None and _is_calibrated(trace)
+        calibration = calibrate(trace, settings) if is_calibrated else None
+        if calibration is not None:
+            say(f"  {calibration.to_line()}")
         if generators is not None:
             measured, report = _offer_across(trace, settings, str(target), generators.split(",")), None
         else:
@@ -145,7 +142,7 @@ def run_command(
     if calibration is not None:
         result = replace(result, calibration=calibration.to_dict())
     if is_json:
-        click.echo(_json_line({"kind": "result", **result.to_dict(), "timeline": None}))
+        click.echo(json_line({"kind": "result", **result.to_dict(), "timeline": None}))
     if json_path is not None:
         write(json_path, result.to_json(), say)
     if page_path is not None:
@@ -162,6 +159,11 @@ def _offer(
     if isinstance(target, Emulation):
         return run_emulated(trace, settings, target, watch=watch)
     return run_trace(trace, settings, target, watch=watch), None
+
+
+def _is_calibrated(trace: Trace) -> bool:
+    """Tell whether a run is calibrated unless told otherwise: if it is long, and begins with something."""
+    return trace.duration_ns >= _CALIBRATED_FROM_NS and int(trace.due_ns[0]) < SECONDS * 1e9
 
 
 def _offer_across(trace: Trace, settings: RunSettings, endpoint: str, agents: list[str]) -> Run:
@@ -183,14 +185,10 @@ def _on_second(*, is_json: bool) -> Callable[[Second], None]:
     """Return what prints a second: at once, since whoever reads a pipe wants to know now."""
 
     def show(second: Second) -> None:
-        click.echo(_json_line(second.to_dict()) if is_json else second.to_line())
+        click.echo(json_line(second.to_dict()) if is_json else second.to_line())
         sys.stdout.flush()
 
     return show
-
-
-def _json_line(body: dict[str, Any]) -> str:
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode()
 
 
 def _environment(

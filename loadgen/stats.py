@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import orjson
 
+from loadgen.histogram import Histogram, rank
 from superserve.clock import MS
 from superserve.errors import ConfigError
 
@@ -54,12 +55,10 @@ LAG_QUANTILES = ("p50", "p99", "p99_9", "max")
 PERMILLE = {"p50": 500, "p90": 900, "p99": 990, "p99_9": 999, "max": 1000}
 """What the names of quantiles mean, in thousandths."""
 
+MAX_EXACT = 100_000_000
+"""Up to so many durations quantiles are exact; beyond, they are a histogram's: see `loadgen.histogram`."""
+
 _ATTAINMENT_TOLERANCE = 1e-6  # of a file written with six digits
-
-
-def rank(n: int, permille: int) -> int:
-    """Return which of n ascending values is the quantile, from 1: the nearest rank."""
-    return -(-n * permille // 1000)
 
 
 def quantile_ns(ns: npt.NDArray[np.int64], permille: int) -> int | None:
@@ -81,14 +80,21 @@ def quantile_ns(ns: npt.NDArray[np.int64], permille: int) -> int | None:
 
 
 def quantiles_ms(
-    ns: npt.NDArray[np.int64], names: tuple[str, ...] = LATENCY_QUANTILES
+    ns: npt.NDArray[np.int64], names: tuple[str, ...] = LATENCY_QUANTILES, *, max_exact: int = MAX_EXACT
 ) -> dict[str, float | None]:
-    """Return exact quantiles in milliseconds, by name; None each if `ns` is empty.
+    """Return quantiles in milliseconds, by name; None each if `ns` is empty.
 
     Args:
         ns: Durations in any order, shape (n,).
         names: Which ones: `LATENCY_QUANTILES` or `LAG_QUANTILES`.
+        max_exact: Up to so many durations they are exact; of more, at most 0.8 % too long, for sorting
+            would take as much memory again.
     """
+    if len(ns) > max_exact:
+        counted = Histogram()
+        counted.add(ns)
+        told = {name: counted.quantile_ns(PERMILLE[name]) for name in names}
+        return {name: None if one is None else one / MS for name, one in told.items()}
     # Sorted once: five selections of a long array cost more.
     ordered = np.sort(ns)
     ranks = {name: rank(len(ns), PERMILLE[name]) for name in names}
@@ -142,6 +148,7 @@ class RunResult:
         timeline: The run in bins: see `loadgen.timeline`; None if it was not kept.
         environment: Where, when and by which command: see `loadgen.environment`; None if not kept.
         calibration: What the generator did alone: see `loadgen.calibrate`; None if that was not tried.
+        quantiles: "exact", or "histogram, 1 %" of more than `MAX_EXACT` queries; None if not told.
         generators: Of a run from several hosts: each one's queries, and how far its start may be off.
         gaps: Of those that were lost, what is not known; None if none was.
     """
@@ -170,6 +177,7 @@ class RunResult:
     timeline: Mapping[str, Any] | None = None
     environment: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
+    quantiles: str | None = None
     generators: tuple[Mapping[str, Any], ...] | None = None
     gaps: tuple[Mapping[str, Any], ...] | None = None
 
@@ -353,6 +361,7 @@ _OPTIONAL: dict[str, tuple[str, Callable[[object], bool]]] = {
     "timeline": ("an object or null", _is_object_or_none),
     "environment": ("an object or null", _is_object_or_none),
     "calibration": ("an object or null", _is_object_or_none),
+    "quantiles": ("a string or null", lambda value: value is None or _is_string(value)),
     "generators": ("a list of objects or null", _is_objects_or_none),
     "gaps": ("a list of objects or null", _is_objects_or_none),
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+import orjson
 
 from loadgen.report import write_report
 from loadgen.stats import OUTCOMES
@@ -46,6 +47,11 @@ def _quantiles(values: object) -> str:
     assert isinstance(values, dict), "quantiles come by name"
     parts = [f"{name.replace('_', '.')} {value:.3f}" for name, value in values.items() if value is not None]
     return "  ".join(parts) + " ms" if parts else "-"
+
+
+def json_line(body: dict[str, Any]) -> str:
+    """Return a JSON object in one line."""
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode()
 
 
 def make_folder(path: Path, option: str) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loadgen.histogram import rank
 from loadgen.run import in_time
-from loadgen.stats import OUTCOMES, PERMILLE, quantiles_ms, rank
+from loadgen.stats import OUTCOMES, PERMILLE, quantiles_ms
 from superserve.clock import MS
 from superserve.errors import ConfigError
 from superserve.wire import STATUSES, Status

@@ -1,108 +1,109 @@
-"""What the load generator does alone: the null sink, calibration, and where it is told."""
+"""A null sink answers every query, and calibration says what the generator does alone."""
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import zmq
 from click.testing import CliRunner
 
-from loadgen.bench_generator import LAG_P99_NS, offer
+from loadgen.bench_generator import is_kept
 from loadgen.calibrate import Calibration, calibrate
-from loadgen.cli import cli
-from loadgen.null_sink import EPOCH, answer
-from loadgen.report import write_report
+from loadgen.calibrate_cli import calibrate_command
 from loadgen.run import RunSettings
-from loadgen.stats import load_run
+from loadgen.sink import Sink
+from loadgen.trace import Trace, load_trace
 from superserve import wire
-from superserve.wire import Control, Kind, Ping, Pong, Queries, Results, Status
+from superserve.clock import MS, SECOND
+from superserve.errors import ConfigError
+from superserve.sockets import bind_router, connect_dealer, receive, send, wait
+from superserve.wire import Queries, Results, Status
 
-if TYPE_CHECKING:
-    from pathlib import Path
+pytestmark = pytest.mark.timeout(60)
 
-MS = 1_000_000
-
-
-def test_the_sink_answers_every_query_of_a_message_with_one_group() -> None:
-    """Ids come back as they were sent; no output, and status OK."""
-    ids = (7).to_bytes(8, "little") + (9).to_bytes(8, "little")
-
-    frames = answer(Queries(EPOCH, 0, 2, ids, bytes(16), 0, (b"",), framed=False), 5)
-
-    assert frames is not None
-    results = wire.decode(frames)
-    assert isinstance(results, Results)
-    assert [(group.count, group.status, bytes(group.ids)) for group in results.groups] == [
-        (2, Status.OK, ids)
-    ]
-
-
-def test_the_sink_keeps_the_protocol() -> None:
-    """It welcomes, answers PING and STATUS, and has nothing to say to a BYE."""
-    welcome = answer(Control(Kind.HELLO, {"role": "client"}), 0)
-    pong = answer(Ping(3), 4)
-    status = answer(Control(Kind.STATUS, {}), 0)
-
-    assert welcome is not None
-    assert pong is not None
-    assert status is not None
-    said = wire.decode(welcome)
-    assert isinstance(said, Control)
-    assert (said.kind, said.body["epoch"]) == (Kind.WELCOME, EPOCH)
-    assert wire.decode(pong) == Pong(3, 4)
-    told = wire.decode(status)
-    assert isinstance(told, Control)
-    assert told.body["router"]["pid"] > 0
-    assert answer(Control(Kind.BYE, {}), 0) is None
+FOUND = Calibration(
+    seconds=1.0,
+    offered_qps=200_000.0,
+    qps=200_000.0,
+    senders=2,
+    payload_bytes=64,
+    unsent=0,
+    unanswered=0,
+    lag_ms={"p50": 0.2, "p99": 0.9, "p99_9": 3.0, "max": 5.0},
+    latency_p99_ms=1.0,
+    noise_p99_ms=0.3,
+    noise_p99_9_ms=0.5,
+    disturbed=False,
+    valid=True,
+)
 
 
-@pytest.mark.e2e
-@pytest.mark.timeout(60)
-def test_a_calibration_accounts_for_what_it_sent() -> None:
-    """All of a low rate is sent, by as many senders as asked, and answered by the sink."""
-    found = calibrate(400.0, RunSettings(36 * MS, n_senders=2), seconds=0.5)
-
-    assert (found.unsent, found.senders) == (0, 2)
-    assert found.sent_qps == pytest.approx(400.0, rel=0.3)
-    assert found.latency_ms["p50"] is not None
-    assert found.send_lag_ms["p50"] is not None
-    assert 0 <= found.send_lag_ms["p50"] <= found.latency_ms["p50"]
-    assert "null sink" in found.to_lines()[0]
-
-
-def test_a_generator_that_is_asked_too_much_is_told() -> None:
-    """The line says that no run at this rate would count."""
-    found = Calibration(1e6, 4e5, 1.0, 1, {"p50": 3.0, "p99": None}, {}, None, 10, valid=False)
-
-    assert "would NOT count" in found.to_lines()[0]
-    assert "p50 3.000 ms, noise p99.9 -" in found.to_lines()[1]
+def test_the_sink_answers_each_query_of_a_message_and_outlives_nonsense() -> None:
+    """Its ids come back under OK; what cannot be decoded is counted and dropped."""
+    ids = np.arange(3, dtype="<u8").tobytes()
+    with zmq.Context() as context:
+        socket, endpoint = bind_router(context, "tcp://127.0.0.1:*")
+        sink, client = Sink(socket), connect_dealer(context, endpoint)
+        try:
+            client.setsockopt(zmq.SNDTIMEO, 5_000)
+            client.send_multipart([b"nonsense"])
+            queries = Queries(1, 0, 3, ids, np.full(3, MS, "<i8").tobytes(), 2, [b"aabbcc"])
+            assert send(client, wire.encode_queries(queries))
+            frames = None
+            while frames is None:
+                wait((socket, client), 100 * MS)
+                sink.drain()
+                frames = receive(client)
+            answer = wire.decode(frames)
+        finally:
+            client.close(0)
+            socket.close(0)
+    assert isinstance(answer, Results)
+    (group,) = answer.groups
+    assert (group.count, group.status, bytes(group.ids)) == (3, Status.OK, ids)
+    assert sink.n_malformed == 1
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(60)
-def test_the_bench_judges_a_rate_by_lag_and_by_what_was_not_sent() -> None:
-    """A probe's verdict is that of its own figures."""
-    probe = offer(500.0, 0.4)
+def test_a_calibration_sends_the_beginning_of_the_trace_and_all_of_it_is_answered() -> None:
+    """Two senders at 400 q/s for a quarter of a second of a longer trace."""
+    found = calibrate(load_trace("constant:rate=400", duration_s=2.0), RunSettings(36 * MS, 2), seconds=0.25)
 
-    assert probe.holds == (probe.n_unsent == 0 and probe.lag_ns <= LAG_P99_NS)
-    assert 0.0 < probe.share <= 1.0
+    assert (found.unsent, found.unanswered, found.senders) == (0, 0, 2)
+    assert found.offered_qps == found.qps == pytest.approx(400, rel=0.02)
+    assert all(found.lag_ms[name] is not None for name in ("p50", "p99", "p99_9", "max"))
+    assert "against a null sink" in found.to_line()
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
-@pytest.mark.timeout(90)
-def test_a_run_tells_what_the_generator_did_alone(tmp_path: Path) -> None:
-    """`--calibrate` puts it into the file and onto the page; without it neither has any."""
-    path = tmp_path / "run.json"
-    options = ["run", "--trace", "poisson:rate=100", "--duration", "1", "--emulate", "cnn-8gpu-modelled:1"]
+def test_the_command_prints_one_json_object() -> None:
+    """It has the fields that a run's file has under `calibration`."""
+    done = CliRunner().invoke(
+        calibrate_command, ["--rate", "200", "--seconds", "0.2", "--slo-ms", "60000", "--json-lines"]
+    )
+    assert done.exit_code == 0, done.output
+    assert '"lag_ms":{"p50":' in done.output
+    assert len(done.output.splitlines()) == 1
 
-    result = CliRunner().invoke(cli, [*options, "--json", str(path), "--calibrate"])
 
-    assert "its send lag" in result.output, result.output
-    run = load_run(path)
-    assert run.calibration is not None
-    assert run.calibration["senders"] == 1
-    assert json.loads(path.read_text())["calibration"]["rate_qps"] == pytest.approx(100, rel=0.5)
-    write_report(tmp_path / "page.html", [run], ["run"])
-    assert "the generator alone, against a null sink" in (tmp_path / "page.html").read_text()
+def test_a_trace_that_begins_late_cannot_calibrate() -> None:
+    """No query in the first second: the error names the trace."""
+    late = Trace("late", np.array([2 * SECOND], np.int64), 3 * SECOND, "made for a test")
+    with pytest.raises(ConfigError, match="trace late: expected a query in its first 1 s"):
+        calibrate(late, RunSettings(36 * MS), seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"),
+    [
+        (FOUND, True),
+        (replace(FOUND, unsent=1), False),
+        (replace(FOUND, lag_ms={**FOUND.lag_ms, "p99": 1.0}), False),
+        (replace(FOUND, lag_ms=dict.fromkeys(FOUND.lag_ms)), False),
+    ],
+)
+def test_a_rate_is_kept_to_if_all_is_sent_with_a_lag_p99_under_1_ms(found: Calibration, kept: bool) -> None:
+    """Whatever the tail beyond it did."""
+    assert is_kept(found) is kept

@@ -14,10 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 from loadgen.agent import heard, packed, unpacked
-from loadgen.calibrate import null_sink
 from loadgen.cli import cli
 from loadgen.generators import Head
 from loadgen.run import RunSettings
+from loadgen.sink import sink_server
 from loadgen.stats import OUTCOMES
 from loadgen.trace import load_trace
 from superserve import wire
@@ -57,7 +57,7 @@ def agents(n: int) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
 def test_two_generators_give_the_result_of_one() -> None:
     """Every query of the trace is sent and answered once, in the trace's order, by two at one instant."""
     trace = load_trace("poisson:rate=300", duration_s=1.0, seed=5)
-    with agents(2) as both, null_sink() as endpoint:
+    with agents(2) as both, sink_server() as endpoint:
         names = [name for _, name in both]
         run = Head(names, threading.Event()).run(trace, RunSettings(SLO_NS), endpoint)
         again = Head(names, threading.Event()).run(trace, RunSettings(SLO_NS), endpoint)
@@ -78,7 +78,7 @@ def test_two_generators_give_the_result_of_one() -> None:
 def test_a_generator_that_is_killed_leaves_a_marked_gap() -> None:
     """What the others saw counts; the lost one's queries are unsent, named, and spoil the run."""
     trace = load_trace("poisson:rate=100", duration_s=8.0, seed=6)
-    with agents(2) as both, null_sink() as endpoint:
+    with agents(2) as both, sink_server() as endpoint:
         (victim, lost), (_, kept) = both
 
         def kill(progress: dict[str, int]) -> None:
@@ -104,7 +104,7 @@ def test_a_run_across_hosts_that_is_stopped_is_reported_up_to_there() -> None:
     """All stop; the result is partial, and every query before the end is accounted for."""
     trace = load_trace("poisson:rate=100", duration_s=60.0, seed=7)
     stop = threading.Event()
-    with agents(2) as both, null_sink() as endpoint:
+    with agents(2) as both, sink_server() as endpoint:
         run = Head([name for _, name in both], stop).run(
             trace, RunSettings(SLO_NS), endpoint, lambda total: stop.set() if total["sent"] > 50 else None
         )
@@ -120,7 +120,7 @@ def test_a_run_across_hosts_that_is_stopped_is_reported_up_to_there() -> None:
 def test_a_generator_that_cannot_begin_is_named_with_the_reason() -> None:
     """The agent checks what it is given, says what is wrong with it, and lives."""
     trace = load_trace("poisson:rate=100", duration_s=1.0, seed=8)
-    with agents(1) as only, null_sink() as endpoint:
+    with agents(1) as only, sink_server() as endpoint:
         name = only[0][1]
         nowhere = RunSettings(SLO_NS, n_senders=0)
         with pytest.raises(ConfigError, match=f"generator {name}: prepare: n_senders: expected 1 at least"):
@@ -131,7 +131,7 @@ def test_a_generator_that_cannot_begin_is_named_with_the_reason() -> None:
 def test_nobody_there_is_an_error_that_names_the_generator() -> None:
     """It says what to start, where."""
     trace = load_trace("poisson:rate=100", duration_s=1.0)
-    with null_sink() as endpoint, pytest.raises(ConfigError, match="no `loadgen agent` answers there"):
+    with sink_server() as endpoint, pytest.raises(ConfigError, match="no `loadgen agent` answers there"):
         Head(["127.0.0.1:9"], threading.Event()).run(trace, RunSettings(SLO_NS), endpoint)
 
 

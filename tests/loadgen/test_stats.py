@@ -214,7 +214,10 @@ def test_a_wrong_field_is_an_error_that_names_it(field: str, value: Any, tmp_pat
         load_run(path)
 
 
-OPTIONAL = ("disturbed", "partial", "reasons", "timeline", "environment", "calibration", "generators", "gaps")
+OPTIONAL = (
+    "disturbed", "partial", "reasons", "timeline", "environment", "calibration", "quantiles", "generators",
+    "gaps",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(RunResult) if field.name not in OPTIONAL])
