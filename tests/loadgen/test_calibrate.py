@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,14 +13,20 @@ from click.testing import CliRunner
 from loadgen.bench_generator import is_kept
 from loadgen.calibrate import Calibration, calibrate
 from loadgen.calibrate_cli import calibrate_command
+from loadgen.cli import cli
+from loadgen.report import page
 from loadgen.run import RunSettings
 from loadgen.sink import Sink
+from loadgen.stats import load_run
 from loadgen.trace import Trace, load_trace
 from superserve import wire
 from superserve.clock import MS, SECOND
 from superserve.errors import ConfigError
 from superserve.sockets import bind_router, connect_dealer, receive, send, wait
 from superserve.wire import Queries, Results, Status
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -107,3 +114,22 @@ def test_a_trace_that_begins_late_cannot_calibrate() -> None:
 def test_a_rate_is_kept_to_if_all_is_sent_with_a_lag_p99_under_1_ms(found: Calibration, kept: bool) -> None:
     """Whatever the tail beyond it did."""
     assert is_kept(found) is kept
+
+
+@pytest.mark.e2e
+def test_a_calibrated_run_has_it_in_its_file_and_on_its_page(tmp_path: Path) -> None:
+    """Opted into with `--calibrate`: the lag that the generator has alone stands beside the run's own."""
+    path = tmp_path / "run.json"
+    done = CliRunner().invoke(
+        cli,
+        ["run", "--trace", "constant:rate=100", "--duration", "1", "--emulate", "cnn-8gpu-modelled:2",
+         "--calibrate", "--json", str(path)],
+    )  # fmt: skip
+    assert path.exists(), done.output
+    result = load_run(path)
+
+    assert result.quantiles == "exact"
+    assert result.calibration is not None
+    assert result.calibration["offered_qps"] == 100
+    assert "alone, against a null sink" in done.output
+    assert "Generator alone: lag p99.9" in page([result])
