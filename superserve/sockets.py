@@ -124,9 +124,9 @@ def _set_common(socket: zmq.Socket[bytes]) -> None:
 
 def is_local(endpoint: str) -> bool:
     """Tell whether only this machine can reach what is bound at `endpoint`."""
-    scheme, _, address = endpoint.partition("://")
+    scheme, colon, address = endpoint.partition("://")
     if scheme != "tcp":
-        return scheme in ("ipc", "inproc")
+        return scheme in ("ipc", "inproc") or not colon  # malformed: nothing binds there
     host = address.rpartition(":")[0].strip("[]")
     if host in ("localhost", "lo"):
         return True
