@@ -25,7 +25,6 @@ from superserve.errors import ConfigError, SuperServeError
 from superserve.handshake import Handshake
 from superserve.keys import peer_keys
 from superserve.processes import announce_ready, die_with_parent
-from superserve.sockets import connect_dealer
 from superserve.subnet import Subnet
 from superserve.wire import VERSION
 
@@ -247,10 +246,8 @@ def serve(endpoint: str, name: str, device: Device, waker: Waker, keys: PeerKeys
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        with (
-            connect_dealer(context, endpoint, keys) as socket,
-            Handshake(context, socket, endpoint, keys) as handshake,
-        ):
+        handshake = Handshake(context, endpoint, keys)
+        with handshake.socket as socket, handshake:
             server = WorkerServer(
                 socket,
                 device.gpus,
