@@ -27,7 +27,6 @@ from superserve.exposition import LOOPBACK, serve_pages
 from superserve.handshake import Handshake
 from superserve.keys import peer_keys
 from superserve.processes import announce_ready, die_with_parent
-from superserve.sockets import connect_dealer
 from superserve.subnet import Subnet
 from superserve.version import version
 from superserve.wire import VERSION
@@ -266,8 +265,8 @@ def serve(
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         with ExitStack() as stack:
-            socket = stack.enter_context(connect_dealer(context, endpoint, keys))
-            handshake = stack.enter_context(Handshake(context, socket, endpoint, keys))
+            handshake = stack.enter_context(Handshake(context, endpoint, keys))
+            socket = stack.enter_context(handshake.socket)
             ready: dict[str, Any] = {"name": name, "n_slots": device.gpus.n_slots}
             metrics = None if exports is None else WorkerMetrics(name, device.profile, device.gpus.n_slots)
             server = WorkerServer(

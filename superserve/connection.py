@@ -18,7 +18,7 @@ from superserve import wire
 from superserve.errors import ConfigError, WireError
 from superserve.handshake import Handshake
 from superserve.keys import peer_keys
-from superserve.sockets import connect_dealer, receive, send
+from superserve.sockets import receive, send
 from superserve.subnet import TensorSpec
 from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries, Results
 
@@ -82,8 +82,8 @@ class Connection:
         self._is_connected = False
         self._seen = 0
         self._has_sent = True
-        self.socket = connect_dealer(context, endpoint, keys)
-        self._handshake = Handshake(context, self.socket, endpoint, keys)
+        self._handshake = Handshake(context, endpoint, keys)
+        self.socket = self._handshake.socket
 
     @property
     def absence(self) -> str:

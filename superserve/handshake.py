@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from superserve.sockets import is_readable
+from superserve.errors import ConfigError
+from superserve.sockets import connect_dealer, is_readable
 
 if TYPE_CHECKING:
     from typing import Self
@@ -44,31 +45,35 @@ def monitor_of(
 
 
 class Handshake:
-    """Watches whether a DEALER gets to talk to its router. For the thread that owns the socket.
+    """Connects a DEALER, and watches whether it gets to talk to its router. For the socket's thread.
 
     Args:
         context: The socket's.
-        socket: Made by `connect_dealer`, just now.
         endpoint: Where it connects.
-        keys: What it was made with.
+        keys: What it shows the router.
 
     Attributes:
+        socket: The DEALER; watched from before it connects, and closed by whoever uses it.
         failure: What is likely to be wrong, as of the last handshake that failed; None if none has.
     """
 
     def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        socket: zmq.Socket[bytes],
-        endpoint: str,
-        keys: PeerKeys | None,
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: PeerKeys | None = None
     ) -> None:
         self.failure: str | None = None
-        self._socket = socket
         self._endpoint = endpoint
         self._keys = keys
-        self._monitor: zmq.Socket[bytes] | None = monitor_of(context, socket, FAILED)
         self._retry_ns: int | None = None
+        monitors: list[zmq.Socket[bytes]] = []
+        try:
+            self.socket = connect_dealer(
+                context, endpoint, keys, lambda socket: monitors.append(monitor_of(context, socket, FAILED))
+            )
+        except ConfigError:
+            for monitor in monitors:
+                monitor.close(0)
+            raise
+        self._monitor: zmq.Socket[bytes] | None = monitors[0]
 
     def look(self, now_ns: int) -> bool:
         """Take in what has failed, and try again if it is time; tell whether `failure` has changed."""
@@ -83,8 +88,8 @@ class Handshake:
         if self._retry_ns is not None and now_ns >= self._retry_ns:
             self._retry_ns = None
             with contextlib.suppress(zmq.ZMQError):  # it may have let go of the endpoint itself
-                self._socket.disconnect(self._endpoint)
-            self._socket.connect(self._endpoint)
+                self.socket.disconnect(self._endpoint)
+            self.socket.connect(self._endpoint)
         return self.failure != before
 
     def succeeded(self) -> None:
@@ -124,6 +129,6 @@ class Handshake:
     def close(self) -> None:
         """Stop watching; before the socket is closed."""
         if self._monitor is not None:
-            self._socket.disable_monitor()
+            self.socket.disable_monitor()
             self._monitor.close(0)
             self._monitor = None

@@ -84,12 +84,15 @@ def bind_router(
 
 
 def connect_dealer(
-    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: PeerKeys | None = None
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    keys: PeerKeys | None = None,
+    prepare: Callable[[zmq.Socket[bytes]], None] | None = None,
 ) -> zmq.Socket[bytes]:
     """Connect a DEALER to a router's `endpoint`; it reconnects by itself, with back-off.
 
     With keys it talks to that very router only. What the router refuses is not tried again by itself:
-    `superserve.handshake` does.
+    `superserve.handshake` does. `prepare` is called with the socket before it connects.
 
     Raises:
         ConfigError: The endpoint is malformed.
@@ -104,6 +107,8 @@ def connect_dealer(
         socket.set(zmq.CURVE_SERVERKEY, keys.router.encode("ascii"))
         socket.set(zmq.CURVE_PUBLICKEY, keys.public.encode("ascii"))
         socket.set(zmq.CURVE_SECRETKEY, keys.secret.encode("ascii"))
+    if prepare is not None:
+        prepare(socket)
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:
@@ -124,9 +129,9 @@ def _set_common(socket: zmq.Socket[bytes]) -> None:
 
 def is_local(endpoint: str) -> bool:
     """Tell whether only this machine can reach what is bound at `endpoint`."""
-    scheme, _, address = endpoint.partition("://")
+    scheme, colon, address = endpoint.partition("://")
     if scheme != "tcp":
-        return scheme in ("ipc", "inproc")
+        return scheme in ("ipc", "inproc") or not colon  # malformed: nothing binds there
     host = address.rpartition(":")[0].strip("[]")
     if host in ("localhost", "lo"):
         return True

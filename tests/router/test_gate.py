@@ -110,9 +110,10 @@ def test_who_is_not_listed_gets_nothing(
     before = counts(router, folder)[f"{port}_messages"]
     own = None if path is None else keys.peer_keys(path)
     endpoint = router.ready[port]
-    socket = sockets.connect_dealer(net.context, endpoint, own)
+    handshake = Handshake(net.context, endpoint, own)
+    socket = handshake.socket
     net.sockets.append(socket)
-    with Handshake(net.context, socket, endpoint, own) as handshake:
+    with handshake:
         poll(lambda: handshake.look(time.monotonic_ns()))
         assert not sockets.send(socket, wire.encode(Control(Kind.HELLO, worker_hello(session=1))))
         assert not socket.poll(0, zmq.POLLIN)
