@@ -75,6 +75,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "loadgen.machine": ("gpu_worker.eventlog",),
     "loadgen.simulate_cli": ("router.registry",),
     "loadgen.compare_cli": ("router.registry",),
+    "loadgen.live_experiments": ("gpu_worker.eventlog",),
     "loadgen.search": ("gpu_worker.eventlog",),
     "loadgen.search_cli": ("gpu_worker.eventlog", "router.registry"),
     "cluster": ("superserve", "router", "gpu_worker", "loadgen", "profiles"),
