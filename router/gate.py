@@ -58,7 +58,7 @@ def check_reach(name: str, endpoint: str) -> None:
     Raises:
         ConfigError: The endpoint is not this machine's alone.
     """
-    if not is_local(endpoint):
+    if "://" in endpoint and not is_local(endpoint):  # without a scheme nothing can be bound, which says so
         raise ConfigError(
             f"{name} {endpoint}: other machines may reach it, and anybody there could send queries or serve "
             f"them: give --keys FOLDER (from `cluster keys make`), or say --security none"
