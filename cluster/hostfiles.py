@@ -33,6 +33,9 @@ CONFIG = "supervisord.conf"
 KEYS, FILES = FILLED = ("keys", "files")
 """Folders that hold exactly what `up` puts there."""
 
+OPERATOR_KEY = "operator.key"
+"""In KEYS of the router's host: what its STATUS is asked with."""
+
 # A role counts as started after so long; one that ends sooner is started again after 1, 2 and
 # 3 s, and then is FATAL. One that crashes later is started again at once.
 START_S, START_RETRIES = 10, 3

@@ -13,11 +13,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import ipaddress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.hostfiles import FILES, HostRole
+from cluster.hostkeys import keys_of, operator_key
 from cluster.preflight import Wanted
 from cluster.ssh import Target
 from profiles.table import load_profile, shipped_profiles
@@ -26,6 +27,7 @@ from superserve.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cluster.hostkeys import HostKeys
     from cluster.hosts import Host, Hosts
     from cluster.record import KnownHost
 
@@ -48,9 +50,11 @@ class HostsPlan:
         wanted: What each host is to have.
         roles: What each is to run, in the same order.
         slots: How many GPUs each worker registers, by its name.
-        files: What goes beside the roles on each host: a path in the folder, and the content.
+        files: What goes beside the roles on each host, in the same order: a path in the folder, and the
+            content. Secrets are among it.
         log_bytes: How large a log grows before it is put aside.
         log_files: How many put aside are kept.
+        keys: The key file by which commands of this machine ask the router; "" without keys.
     """
 
     name: str
@@ -63,40 +67,48 @@ class HostsPlan:
     wanted: tuple[Wanted, ...]
     roles: tuple[tuple[HostRole, ...], ...]
     slots: tuple[tuple[str, int], ...]
-    files: tuple[tuple[str, bytes], ...]
+    files: tuple[tuple[tuple[str, bytes], ...], ...] = field(repr=False)
     log_bytes: int
     log_files: int
+    keys: str
 
     def roles_of(self, host: KnownHost) -> tuple[HostRole, ...]:
         """Return what a host is to run, with the paths that hold there."""
-        names = [want.name for want in self.wanted]
         return tuple(
             replace(role, argv=tuple(word.replace(FOLDER, host.folder) for word in role.argv))
-            for role in self.roles[names.index(host.name)]
+            for role in self.roles[self._place_of(host)]
         )
 
-    def files_of(self, host: KnownHost) -> dict[str, str]:  # noqa: ARG002  keys differ from host to host
+    def files_of(self, host: KnownHost) -> dict[str, str]:
         """Return what goes beside the roles of a host, as JSON carries it."""
-        return {name: base64.b64encode(content).decode() for name, content in self.files}
+        files = self.files[self._place_of(host)]
+        return {name: base64.b64encode(content).decode() for name, content in files}
+
+    def _place_of(self, host: KnownHost) -> int:
+        return [want.name for want in self.wanted].index(host.name)
 
 
 def plan_of(hosts: Hosts, path: Path) -> HostsPlan:
     """Return what a hosts file asks for.
 
     Raises:
-        ConfigError: It asks for what is unsafe.
+        ConfigError: It asks for what is unsafe, or for keys that are not there.
     """
     _check_security(hosts, path)
     profile, files = _profile(hosts)
-    roles = tuple((*_router(hosts, host), *_workers(hosts, host, profile)) for host in hosts.hosts)
+    keys = [keys_of(hosts, host.name) for host in hosts.hosts]
+    roles = tuple(
+        (*_router(hosts, host, own), *_workers(hosts, host, profile, own))
+        for host, own in zip(hosts.hosts, keys, strict=True)
+    )
     wanted = tuple(_wanted(hosts, host, there) for host, there in zip(hosts.hosts, roles, strict=True))
     slots = tuple((name, host.gpus_per_worker or 1) for host in hosts.hosts for name in host.worker_names)
     return HostsPlan(
         hosts.cluster, str(path.absolute()), hosts.ssh_config, hosts.router.host,
         f"tcp://{hosts.router_address}:{hosts.router.client_port}",
         f"tcp://{hosts.router_address}:{hosts.router.worker_port}",
-        hosts.emulate or hosts.serves, wanted, roles, slots, files,
-        hosts.log.megabytes << 20, hosts.log.files,
+        hosts.emulate or hosts.serves, wanted, roles, slots, tuple((*files, *own.files) for own in keys),
+        hosts.log.megabytes << 20, hosts.log.files, operator_key(hosts),
     )  # fmt: skip
 
 
@@ -109,16 +121,12 @@ def is_loopback(address: str) -> bool:
 
 
 def _check_security(hosts: Hosts, path: Path) -> None:
-    if hosts.keys is not None:
-        raise ConfigError(
-            f"{path}: keys: no router, worker or client takes keys so far, and none are sent: leave it out, "
-            f"and write `security: none` if every host that reaches the router may use it"
-        )
-    if hosts.security == "none" or is_loopback(hosts.router_address):
+    if hosts.keys is not None or hosts.security == "none" or is_loopback(hosts.router_address):
         return
     raise ConfigError(
         f"{path}: security: without keys nothing listens beyond loopback, and the router's address is "
-        f"{hosts.router_address}: write `security: none` if every host that reaches it may use it"
+        f"{hosts.router_address}: make keys with `cluster keys make` and write `keys: FOLDER`, or write "
+        f"`security: none` if every host that reaches it may use it"
     )
 
 
@@ -149,15 +157,17 @@ def _wanted(hosts: Hosts, host: Host, roles: Sequence[HostRole]) -> Wanted:
     )  # fmt: skip
 
 
-def _router(hosts: Hosts, host: Host) -> list[HostRole]:
+def _router(hosts: Hosts, host: Host, keys: HostKeys) -> list[HostRole]:
     if host.name != hosts.router.host:
         return []
-    bound = "127.0.0.1" if is_loopback(hosts.router_address) else "0.0.0.0"  # noqa: S104  `security` allows it
+    bound = "127.0.0.1" if is_loopback(hosts.router_address) else "0.0.0.0"  # noqa: S104  it was checked
     argv = (
         "-m", "router",
         "--client-endpoint", f"tcp://{bound}:{hosts.router.client_port}",
         "--worker-endpoint", f"tcp://{bound}:{hosts.router.worker_port}",
         "--policy", hosts.policy, "--margin-ms", f"{hosts.margin_ms:g}",
+        *(("--keys", f"{FOLDER}/{keys.ring}") if keys.ring else ()),
+        *(("--security", "none") if hosts.security == "none" else ()),
         *_metrics(hosts, hosts.metrics.router),
     )  # fmt: skip
     return [HostRole("router", "router", argv, _env(host), f"policy {hosts.policy}")]
@@ -173,16 +183,17 @@ def _env(host: Host) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(host.env.items()))
 
 
-def _workers(hosts: Hosts, host: Host, profile: str) -> list[HostRole]:
+def _workers(hosts: Hosts, host: Host, profile: str, keys: HostKeys) -> list[HostRole]:
     # The router's own host may not reach itself by the address that others use.
     address = "127.0.0.1" if host.name == hosts.router.host else hosts.router_address
     endpoint = f"tcp://{address}:{hosts.router.worker_port}"
+    admitted = ("--keys", f"{FOLDER}/{keys.worker}") if keys.worker else ()
     roles = []
     first_port = hosts.metrics.workers
     for i, (name, device) in enumerate(zip(host.worker_names, host.devices, strict=True)):
         served, serves = _served(hosts, host, profile, device)
         metrics = _metrics(hosts, None if first_port is None else first_port + i)
-        argv = ("-m", "gpu_worker", "--connect", endpoint, "--name", name, *served, *metrics)
+        argv = ("-m", "gpu_worker", "--connect", endpoint, "--name", name, *admitted, *served, *metrics)
         roles.append(HostRole(name, "worker", argv, _env(host), serves))
     return roles
 

@@ -175,7 +175,8 @@ class Hosts:
         policy: What the router runs.
         margin_ms: Slack that the router holds back.
         security: "keys", or "none" for a network that is trusted.
-        keys: The folder of `cluster keys`, as an absolute path on this machine; None for its own default.
+        keys: The folder of `cluster keys`, as an absolute path on this machine; None for no keys, and then
+            nothing listens beyond loopback unless `security` is "none".
         metrics: Where Prometheus finds figures.
         ssh_config: A file for `ssh -F`, as an absolute path; None for the user's own.
         log: How much output is kept.

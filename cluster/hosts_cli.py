@@ -31,6 +31,7 @@ def is_on_hosts(name: str) -> bool:
 
 def up(hosts_file: Path, *, ready_timeout_s: float, rollback: bool) -> None:
     """Have the cluster of a hosts file run; exit 1, with what is wrong, if any part of it does not."""
+    from cluster.hostkeys import complete  # noqa: PLC0415
     from cluster.hostplan import plan_of  # noqa: PLC0415  these read the file, or are of use here only
     from cluster.hosts import load_hosts  # noqa: PLC0415
     from cluster.hosts_up import PreflightError  # noqa: PLC0415
@@ -39,7 +40,9 @@ def up(hosts_file: Path, *, ready_timeout_s: float, rollback: bool) -> None:
     from cluster.wheel import pack  # noqa: PLC0415
 
     try:
-        plan = plan_of(load_hosts(hosts_file), hosts_file)
+        hosts = load_hosts(hosts_file)
+        say([f"made {path}" for path in complete(hosts)])
+        plan = plan_of(hosts, hosts_file)
         if local.load(local.cluster_folder(plan.name)) is not None:
             raise ConfigError(
                 f"{hosts_file}: a cluster {plan.name!r} runs on this machine: stop it with `cluster "
@@ -71,7 +74,8 @@ def _say_up(name: str, done: Up) -> None:
     if done.wrong:
         words = "is not up as asked for; what is well runs"
     elif not any(done.changed.values()) and not done.removed:
-        words += ": nothing was changed"
+        words += ": nothing was restarted" if done.sent else ": nothing was changed"
+        words += "".join(f"; new files for {host}" for host in done.sent)
     say([f"cluster {name!r} {words}", "", hosts_show.processes(done), *hosts_show.removals(done), ""])
     if done.wrong:
         say([*later, *([""] if later else []), f"{len(done.wrong)} wrong; mend it and type the same again"])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 
+from cluster import hostkeys
 from cluster.hosts import CLIENT_PORT, WORKER_PORT, Host, Hosts, LogBounds, MetricsPorts, RouterPlace, Standby
 from cluster.plan import DEFAULT_PROFILE, MAX_WORKERS
 from cluster.yaml_lines import Where, read_located
@@ -381,7 +382,17 @@ def _serving(data: dict[str, Any], folder: Path) -> list[Found]:
         found.append(
             (("weights",), f"expected 'random' or an absolute path, the same on each host, got {weights!r}")
         )
-    return [*found, *_profile_and_policy(data, folder)]
+    return [*found, *_profile_and_policy(data, folder), *_keys_folder(data, folder)]
+
+
+def _keys_folder(data: dict[str, Any], folder: Path) -> Iterator[Found]:
+    keys = _absolute(_get(data, "keys", str), folder)
+    if keys is None or data.get("security") == "none":
+        return
+    try:
+        hostkeys.check(Path(keys))
+    except ConfigError as error:
+        yield ("keys",), str(error)
 
 
 def _profile_and_policy(data: dict[str, Any], folder: Path) -> Iterator[Found]:

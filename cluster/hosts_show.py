@@ -88,7 +88,9 @@ def stopped(record: Record, done: HostsDown) -> list[str]:
 
 def what_next(record: Record, status: dict[str, Any]) -> list[str]:
     """Return what to type next, and how a program connects."""
-    return show.next_lines(record.name, record.client_endpoint, status, record.profile)
+    return show.next_lines(
+        record.name, record.client_endpoint, status, record.profile, has_keys=bool(record.keys)
+    )
 
 
 def _pid(pid: int | None) -> str:

@@ -45,6 +45,7 @@ class Up:
         name: Of the cluster.
         findings: What was found on each host.
         changed: What was done to each role, by host and role; roles left alone are not in it.
+        sent: Files that were sent anew or removed, keys among them, by host; without those left alone.
         removed: What was stopped on hosts that are no longer in the file, by host.
         wrong: What went wrong, a line or a few each, naming the host.
         seen: How everything stood at the end.
@@ -55,6 +56,7 @@ class Up:
     name: str
     findings: list[Finding]
     changed: dict[str, dict[str, str]] = field(default_factory=dict)
+    sent: dict[str, list[str]] = field(default_factory=dict)
     removed: dict[str, list[str]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     seen: tuple[HostSeen, ...] = ()
@@ -138,7 +140,7 @@ def _record(plan: HostsPlan, known: Sequence[KnownHost], done: Up) -> Record:
     left_out = tuple((want.name, why.get(want.name, "it could not be prepared")) for want in out)
     return Record(
         plan.name, plan.file, plan.ssh_config, plan.router_host, plan.client_endpoint, plan.worker_endpoint,
-        plan.profile, tuple(known), plan.slots, left_out,
+        plan.profile, tuple(known), plan.slots, left_out, plan.keys,
     )  # fmt: skip
 
 
@@ -164,24 +166,24 @@ def _apply(shell: Shell, plan: HostsPlan, known: Sequence[KnownHost], done: Up) 
     wanted = {want.name for want in plan.wanted}
     gone = [host for host in record.hosts if host.name not in wanted]
 
-    def apply(host: KnownHost) -> dict[str, str] | str:
+    def apply(host: KnownHost) -> dict[str, Any] | str:
         part = HostPlan(
             host.folder, host.interpreter, host.code, plan.roles_of(host), plan.log_bytes, plan.log_files
         )
         try:
-            said = ask(
+            return ask(
                 shell, host, "apply", timeout_s=_APPLY_S, plan=part.to_dict(), files=plan.files_of(host)
             )
         except RemoteError as error:
             return str(error)
-        changed: dict[str, str] = said["changed"]
-        return changed
 
-    for host, changed in zip(known, parallel(known, apply), strict=True):
-        if isinstance(changed, str):
-            done.wrong.append(changed)
-        else:
-            done.changed[host.name] = changed
+    for host, said in zip(known, parallel(known, apply), strict=True):
+        if isinstance(said, str):
+            done.wrong.append(said)
+            continue
+        done.changed[host.name] = said["changed"]
+        if said["files"]:
+            done.sent[host.name] = said["files"]
     still_there = _leave(shell, gone, done)
     staying = tuple(host for host in record.hosts if host.name in wanted)
     records.save(replace(record, hosts=(*staying, *still_there)))

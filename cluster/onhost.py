@@ -4,7 +4,7 @@ It is run over ssh, reads one JSON object from stdin and writes one to stdout; `
 says what went wrong, for people. Supervisor is asked through its socket, in a folder that only
 its user may enter.
 
-    apply      have exactly the given roles run; say what changed
+    apply      have exactly the given roles run, and files there; say what changed
     undo       have the roles run that ran before the last `apply`
     states     how each role stands
     down       stop every role and supervisord itself
@@ -36,6 +36,8 @@ from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped
 from cluster.hostfiles import (
     CONFIG,
     FILLED,
+    KEYS,
+    OPERATOR_KEY,
     SOCKET,
     HostPlan,
     HostRole,
@@ -182,18 +184,18 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Have exactly the plan's roles run, with these files beside them; return what changed, by role."""
+    """Have exactly the plan's roles run, with these files beside them; return what changed of both."""
     plan = HostPlan.from_dict(asked["plan"])
     check_folder(folder)
     with alone(folder):
-        _put_files(folder, {name: base64.b64decode(text) for name, text in asked["files"].items()})
+        files = _put_files(folder, {name: base64.b64decode(text) for name, text in asked["files"].items()})
         is_running = Supervisord(folder).pid() is not None
         before = _read(folder / _PLAN) if is_running else None
         if before is None:
             (folder / _BEFORE).unlink(missing_ok=True)
         else:
             _put(folder / _BEFORE, before)
-        return {"changed": _run(folder, plan)}
+        return {"changed": _run(folder, plan), "files": files}
 
 
 def undo(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -234,13 +236,15 @@ def _write(folder: Path, plan: HostPlan) -> None:
     _put(folder / CONFIG, supervisord_conf(plan, min_files=min_files))
 
 
-def _put_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Have exactly these files in the folders that `apply` fills; only this user may read them."""
+def _put_files(folder: Path, files: dict[str, bytes]) -> list[str]:
+    """Have exactly these files in the folders that `apply` fills, for this user; return which changed."""
+    changed = []
     for name in FILLED:
         (folder / name).mkdir(mode=0o700, exist_ok=True)
         for path in [path for path in (folder / name).rglob("*") if path.is_file()]:
-            if str(path.relative_to(folder)) not in files:
+            if (old := str(path.relative_to(folder))) not in files:
                 path.unlink()
+                changed.append(old)
     for name, content in files.items():
         path = folder / name
         assert name.split("/")[0] in FILLED, name
@@ -248,6 +252,8 @@ def _put_files(folder: Path, files: dict[str, bytes]) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists() or path.read_bytes() != content:
             _put_bytes(path, content)
+            changed.append(name)
+    return changed
 
 
 def _read(path: Path) -> str | None:
@@ -357,10 +363,12 @@ def signal(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def status(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001  as every verb
-    """Return the router's STATUS; None if it does not answer."""
+def status(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the router's STATUS, asked with the key that `apply` put here; None if it does not answer."""
+    key = folder / KEYS / OPERATOR_KEY
     try:
-        return {"status": ask_status(asked["endpoint"], asked.get("timeout_s", 2.0))}
+        shown = str(key) if key.exists() else ""
+        return {"status": ask_status(asked["endpoint"], asked.get("timeout_s", 2.0), keys=shown)}
     except ConfigError as error:
         return {"status": None, "why": str(error)}
 

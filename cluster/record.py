@@ -70,6 +70,7 @@ class Record:
         hosts: Every host that was prepared.
         slots: How many GPUs each worker registers, by its name.
         left_out: Hosts of the file that are not among them, each with the reason.
+        keys: The key file by which commands of this machine ask the router; "" without keys.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Record:
     hosts: tuple[KnownHost, ...]
     slots: tuple[tuple[str, int], ...]
     left_out: tuple[tuple[str, str], ...]
+    keys: str = ""  # older files lack it
 
     def host(self, name: str) -> KnownHost:
         """Return a host by its name.

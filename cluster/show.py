@@ -79,13 +79,16 @@ def what_next(cluster: LocalCluster, status: dict[str, Any], profile: str) -> li
     return next_lines(cluster.name, cluster.client_endpoint, status, profile)
 
 
-def next_lines(name: str, client_endpoint: str, status: dict[str, Any], profile: str) -> list[str]:
+def next_lines(
+    name: str, client_endpoint: str, status: dict[str, Any], profile: str, *, has_keys: bool = False
+) -> list[str]:
     """Return what to type next, and how a program connects, for a cluster on any hosts."""
     given = "" if name == DEFAULT_NAME else f" --connect {client_endpoint.removeprefix('tcp://')}"
     named = name_option(name)
+    keys = ', keys="NAME.key"' if has_keys else ""
     return [
         f"Load it:   {command('loadgen')} run --trace {_gentle(status, profile)}{given}",
-        f'Use it:    superserve.Client("{client_endpoint}")',
+        f'Use it:    superserve.Client("{client_endpoint}"{keys})',
         f"See it:    {command('cluster')} status{named}",
         f"Stop it:   {command('cluster')} down{named}",
     ]

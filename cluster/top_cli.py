@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from cluster.top import Sample, page, plain
 from superserve import local
 from superserve.connection import ask_status
 from superserve.errors import ConfigError, SuperServeError
+from superserve.keys import ENVIRONMENT
 from superserve.local import DEFAULT_NAME, Liveness
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ def _endpoint(name: str, connect: str | None) -> str:
 
 def _look(endpoint: str) -> Sample:
     """Return a sample; ConfigError if the router does not answer."""
-    body = ask_status(endpoint, _ANSWER_S)
+    keys = os.environ.get(ENVIRONMENT) or local.remembered_keys(endpoint)
+    body = ask_status(endpoint, _ANSWER_S, keys=keys)
     return Sample(body, time.monotonic_ns())
 
 

@@ -58,8 +58,10 @@ def _local_endpoint() -> str:
 
 
 def keys_of(target: Emulation | str, keys: str | None) -> str:
-    """Return the key file to show the target: what was given, but none to a private cluster."""
-    return "" if isinstance(target, Emulation) or keys is None else keys
+    """Return the key file to show the target: what was given, or the operator's; "" to a private one."""
+    if isinstance(target, Emulation):
+        return ""
+    return local.remembered_keys(target) if keys is None else keys
 
 
 def payload_bytes_of(target: Emulation | str, keys: str) -> int:

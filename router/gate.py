@@ -58,8 +58,7 @@ def check_reach(name: str, endpoint: str) -> None:
     Raises:
         ConfigError: The endpoint is not this machine's alone.
     """
-    is_endpoint = "://" in endpoint  # else to bind it fails, and says why
-    if is_endpoint and not is_local(endpoint):
+    if "://" in endpoint and not is_local(endpoint):  # without a scheme nothing can be bound, which says so
         raise ConfigError(
             f"{name} {endpoint}: other machines may reach it, and anybody there could send queries or serve "
             f"them: give --keys FOLDER (from `cluster keys make`), or say --security none"

@@ -397,6 +397,20 @@ def client_endpoint(base: Path | None = None) -> str:
     return next(iter(elsewhere.values())) if elsewhere else running(base).client_endpoint
 
 
+def remembered_keys(endpoint: str, base: Path | None = None) -> str:
+    """Return the key file for the router at `endpoint`, of a cluster that `cluster up FILE` has started.
+
+    Returns:
+        The file's path; "" where no such cluster is known to this machine, or it is one without keys.
+    """
+    for path in ((state_folder() if base is None else base) / REMEMBERED).glob("[!.]*.json"):
+        with contextlib.suppress(OSError, orjson.JSONDecodeError, TypeError, KeyError):  # torn or not ours
+            body = orjson.loads(path.read_bytes())
+            if body["client_endpoint"] == endpoint:
+                return str(body["keys"])
+    return ""
+
+
 def _remembered(base: Path) -> dict[str, str]:
     """Return where clients connect of each cluster that `cluster up FILE` has started on hosts."""
     found = {}

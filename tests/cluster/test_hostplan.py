@@ -102,9 +102,3 @@ def test_loopback_needs_no_word_on_security(tmp_path: Path) -> None:
     assert "--client-endpoint tcp://127.0.0.1:5555" in argv(plan, "a", "router")
     with pytest.raises(ConfigError, match="security: none"):
         planned(tmp_path, text.replace("ADDRESS", "10.0.0.1"))
-
-
-def test_keys_are_refused_rather_than_ignored(tmp_path: Path) -> None:
-    """Who names a folder of keys must not believe that they are in use."""
-    with pytest.raises(ConfigError, match="keys: no router, worker or client takes keys so far"):
-        planned(tmp_path, REAL.replace("security: none", f"keys: {tmp_path}"))

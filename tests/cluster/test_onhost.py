@@ -61,8 +61,12 @@ class OneHost:
 
     def apply(self, files: dict[str, str] | None = None, **codes: str) -> dict[str, str]:
         """Have roles run; return what changed."""
-        changed: dict[str, str] = self.ask("apply", plan=self.plan(**codes), files=files or {})["changed"]
+        changed: dict[str, str] = self.applied(files or {}, **codes)["changed"]
         return changed
+
+    def applied(self, files: dict[str, str], **codes: str) -> dict[str, Any]:
+        """Have roles run, with files beside them; return what changed of both."""
+        return self.ask("apply", plan=self.plan(**codes), files=files)
 
     def pids(self) -> dict[str, int]:
         """Return the process of each role that has one."""
@@ -186,3 +190,18 @@ def test_files_are_for_this_user_alone_and_no_more_than_told(host: OneHost) -> N
 
     host.apply(files={"keys/workers/b.pub": secret}, one=WAITS)
     assert [file.name for file in host.folder.glob("keys/**/*") if file.is_file()] == ["b.pub"]
+
+
+def test_other_files_restart_nothing_and_replace_the_old_ones_whole(host: OneHost) -> None:
+    """Lists of keys change beside roles that watch them: a reader has the old file or the new one."""
+    first, second = (base64.b64encode(text).decode() for text in (b"first", b"second"))
+    host.apply(files={"keys/clients/a.pub": first, "keys/clients/b.pub": first}, one=WAITS)
+    before = host.running("one")
+    path = host.folder / "keys/clients/b.pub"
+    with path.open("rb") as reader:
+        said = host.applied({"keys/clients/b.pub": second}, one=WAITS)
+        assert reader.read() == b"first"
+    assert said == {"changed": {}, "files": ["keys/clients/a.pub", "keys/clients/b.pub"]}
+    assert path.read_bytes() == b"second"
+    assert host.pids() == before
+    assert host.applied({"keys/clients/b.pub": second}, one=WAITS) == {"changed": {}, "files": []}

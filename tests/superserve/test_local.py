@@ -244,3 +244,18 @@ def test_the_state_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setenv(local.STATE_VARIABLE, "/ours")
     assert str(local.state_folder()) == "/ours"
+
+
+def test_the_key_for_a_cluster_elsewhere_is_remembered_with_it(tmp_path: Path) -> None:
+    """By the router's endpoint; records that are torn, older than keys or of other routers have none."""
+    folder = tmp_path / local.REMEMBERED
+    folder.mkdir()
+    for name, body in (
+        ("with", '{"client_endpoint": "tcp://10.0.0.1:5555", "keys": "/ring/operators/up.key"}'),
+        ("without", '{"client_endpoint": "tcp://10.0.0.2:5555", "keys": ""}'),
+        ("older", '{"client_endpoint": "tcp://10.0.0.3:5555"}'),
+        ("torn", "{"),
+    ):
+        (folder / f"{name}.json").write_text(body)
+    found = [local.remembered_keys(f"tcp://10.0.0.{i}:5555", tmp_path) for i in (1, 2, 3, 4)]
+    assert found == ["/ring/operators/up.key", "", "", ""]

@@ -1,0 +1,102 @@
+"""A cluster on two hosts with keys: who is listed is served, nobody else is, and `up` sends new lists."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.netns import Net, net
+from tests.e2e.test_hosts import pids, up, write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+@pytest.fixture
+def hosts() -> Iterator[Net]:
+    """Give two hosts, an operator, and a third host that has a client's key and nothing else of ours."""
+    with net("a", "b", "c") as here:
+        yield here
+
+
+def load(here: Net, *keys: str, host: str = "c") -> tuple[int, str]:
+    """Offer a little load to the router from a host; return the exit code and what was printed."""
+    router = f"{here.address('a')}:5555"
+    return here.run(
+        sys.executable, "-m", "loadgen", "run", "--connect", router, "--trace", "poisson:rate=100",
+        "--duration", "1", "--slo-ms", "1000", "--json", str(here.folder / "run.json"), *keys, host=host,
+    )  # fmt: skip
+
+
+def answered(here: Net) -> int:
+    """Return how many queries of the last run were answered; all must be."""
+    queries = json.loads((here.folder / "run.json").read_text())["queries"]
+    assert queries["total"] == queries["ok"] > 0, queries
+    return int(queries["ok"])
+
+
+def received(here: Net) -> int:
+    """Return how many queries have ever reached the router."""
+    code, output = here.cluster("status", "--json")
+    assert code == 0, output
+    return int(json.loads(output)["status"]["queries"]["received"])
+
+
+def modes(folder: Path) -> set[int]:
+    """Return the modes of a folder's files."""
+    return {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_listed_clients_are_served_and_a_later_up_revokes(hosts: Net) -> None:
+    """From `up` to `revoke` and `up`: two hosts serve whom the folder lists; lists restart nothing."""
+    ring = hosts.folder / "ring"
+    for args in (("make",), ("add", "client", "web")):
+        code, output = hosts.cluster("keys", "--out", str(ring), *args)
+        assert code == 0, output
+    file = write(hosts, "a", "b", security="keys", head="keys: ring")
+
+    output = up(hosts, file)
+    assert f'superserve.Client("tcp://{hosts.address("a")}:5555", keys="NAME.key")' in output
+    for made in ("operators/cluster-up", "workers/a", "workers/b"):
+        assert f"made {ring / made}.key" in output
+    roles = pids(hosts)
+    assert roles.keys() == {"router", "worker-a-0", "worker-b-0"}
+    assert modes(hosts.state("a") / ".hosts/default/a/keys") == {0o600}
+    (own,) = [path for path in (hosts.state("b") / ".hosts").rglob("*") if path.match("keys/*")]
+    assert own.read_bytes() == (ring / "workers/b.key").read_bytes()
+
+    web = ring / "clients/web.key"
+    code, output = load(hosts, "--keys", str(web))
+    assert code == 0, output
+    answered(hosts)
+    code, output = load(hosts, host="op")  # the operator's own key, which `up` has made and remembers
+    assert code == 0, output
+    answered(hosts)
+
+    before = received(hosts)
+    code, output = load(hosts)
+    assert code != 0
+    assert "key" in output
+    assert received(hosts) == before
+
+    kept = hosts.folder / "kept.key"
+    web.rename(kept)  # as its owner has it
+    code, output = hosts.cluster("keys", "--out", str(ring), "revoke", "web")
+    assert code == 0, output
+    output = up(hosts, file)
+    assert "nothing was restarted; new files for a\n" in output
+    assert pids(hosts) == roles
+    hosts.until(lambda: load(hosts, "--keys", str(kept))[0] != 0)  # the router looks at its lists
+    before = received(hosts)
+    assert load(hosts, "--keys", str(kept))[0] != 0
+    assert received(hosts) == before
+
+    assert "nothing was changed" in up(hosts, file)
+    assert hosts.cluster("down")[0] == 0
+    assert hosts.processes() == []
