@@ -56,7 +56,7 @@ LIVE: dict[str, LiveExperiment] = {
     "live_bursty": live_experiments.bursty_live,
 }
 NAMES = (*WIDE, *NARROW, *LIVE)
-_SEEDS = 3
+_SEEDS = 2
 
 
 def reproduce(effort: Effort, names: tuple[str, ...], keep: Callable[[str, dict[str, Any]], None]) -> None:
