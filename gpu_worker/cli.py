@@ -265,8 +265,9 @@ def serve(
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         with ExitStack() as stack:
-            handshake = stack.enter_context(Handshake(context, endpoint, keys))
+            handshake = Handshake(context, endpoint, keys)
             socket = stack.enter_context(handshake.socket)
+            stack.enter_context(handshake)  # ends before the socket that it watches
             ready: dict[str, Any] = {"name": name, "n_slots": device.gpus.n_slots}
             metrics = None if exports is None else WorkerMetrics(name, device.profile, device.gpus.n_slots)
             server = WorkerServer(
