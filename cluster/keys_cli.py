@@ -49,8 +49,8 @@ def add(folder: Path, role: str, name: str) -> None:
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"made {own}\nmade {listed}")
-    how = "python -m gpu_worker --keys" if role == "worker" else f"export {keys.ENVIRONMENT}="
-    click.echo(f"Copy {own} to the {role}'s machine, mode 0600, and remove it here: {how} {own.name}")
+    how = "python -m gpu_worker --keys " if role == "worker" else f"export {keys.ENVIRONMENT}="
+    click.echo(f"Copy {own} to the {role}'s machine, mode 0600, and remove it here: {how}{own.name}")
     click.echo("A router that runs admits it within a second.")
 
 
