@@ -93,10 +93,7 @@ def compare_command(
         if traces:
             cells = [Cell(Path(trace).name, trace, emulate, rate, slo_ms, floor) for trace in traces]
         else:
-            profile, _, n = emulate.partition(":")
-            if not n.isdecimal():
-                raise ConfigError("--emulate: the paper's cells have one kind of GPU: expected PROFILE:N")
-            cells = paper_cells(profile, int(n), maf, slo_ms)
+            cells = _paper_cells(emulate, maf, slo_ms)
         if chosen:
             cells = [cell for cell in cells if any(text in cell.name for text in chosen)]
         if not cells:
@@ -125,6 +122,13 @@ def compare_command(
         click.echo(f"  INVALID          {run.cell}, seed {run.seed}, {run.policy}: {_why(run)}")
     if spoiled or (is_judged and any(verdicts(results).values())):
         sys.exit(1)
+
+
+def _paper_cells(emulate: str, maf: str | None, slo_ms: str) -> list[Cell]:
+    profile, _, n = emulate.partition(":")
+    if not n.isdecimal():
+        raise ConfigError("--emulate: the paper's cells have one kind of GPU: expected PROFILE:N")
+    return paper_cells(profile, int(n), maf, slo_ms)
 
 
 def _progress() -> Callable[[str], None]:

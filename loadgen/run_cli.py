@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gpu_worker.eventlog import EventLogReport
     from loadgen.live import Second
     from loadgen.run import Run
+    from loadgen.stats import RunResult
     from loadgen.trace import Trace
 
 MS = 1_000_000
@@ -94,39 +95,32 @@ def run_command(
     Ctrl-C ends it early, with the table of the trace up to there, marked as partial, and exit code 130; a
     second one gives up. Exits 1 if the run is invalid or an event log shows a violation.
 
-    Longer runs are calibrated first: the same senders, at the trace's mean rate, against a sink that answers
+    Longer runs are calibrated first: the same senders offer the trace's first second to a sink that answers
     at once. What is late there is this machine's doing, not the server's.
     """
     say = partial(click.echo, err=is_json)
     try:
         if not 0 < slo_ms <= 86_400_000:
             raise ConfigError(f"--slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
-        if json_path is not None:
-            check_writable(json_path, "--json")
-        if page_path is not None:
-            check_installed()
-            check_writable(page_path, "--report")
+        _check_files(json_path, page_path)
         if generators is not None and (connect is None or is_json):
             raise ConfigError("--generators: expected --connect, as they reach it, and no --json-lines")
         target = target_of(connect, emulate, policy, logs)
         shown = keys_of(target, keys)
+        if generators is not None and shown:
+            raise ConfigError("--generators: agents are sent no keys: expected a router without")
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
         if payload_bytes is None:
             payload_bytes = payload_bytes_of(target, shown)
         settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed, keys=shown)
         say(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
         say(f"  {trace.provenance}")
-        if is_calibrated is None:
-            is_calibrated = generators is None and _is_calibrated(trace)
-        calibration = calibrate(trace, settings) if is_calibrated else None
-        if calibration is not None:
+        calibration = None
+        if is_calibrated or (is_calibrated is None and generators is None and _is_calibrated(trace)):
+            calibration = calibrate(trace, settings)
             say(f"  {calibration.to_line()}")
-        if generators is not None:
-            measured, report = _offer_across(trace, settings, str(target), generators.split(",")), None
-        else:
-            if not is_json:
-                say(HEADER)
-            measured, report = _offer(trace, settings, target, Watch(_on_second(is_json=is_json)))
+        agents = () if generators is None else tuple(generators.split(","))
+        measured, report = _offer(trace, settings, target, agents, is_json=is_json)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
@@ -136,26 +130,46 @@ def run_command(
     is_partial = bool(measured.result.partial)
     if is_partial:
         trace = trace.scaled(duration_s=measured.result.duration_s)
-    result = recorded(
-        measured, trace, settings.slo_ns, _environment(trace, settings, target, measured, report)
-    )
+    environment = _environment(trace, settings, target, measured, report)
+    result = recorded(measured, trace, settings.slo_ns, environment)
     if calibration is not None:
         result = replace(result, calibration=calibration.to_dict())
     if is_json:
         click.echo(json_line({"kind": "result", **result.to_dict(), "timeline": None}))
-    if json_path is not None:
-        write(json_path, result.to_json(), say)
-    if page_path is not None:
-        write_page(page_path, [result], say=say)
+    _write(result, json_path, page_path, say)
     if is_partial:
         sys.exit(_INTERRUPTED)
     if not measured.result.valid or (report is not None and report.n_violations):
         sys.exit(1)
 
 
+def _check_files(json_path: Path | None, page_path: Path | None) -> None:
+    """Refuse files that could not be written, before the run rather than after it."""
+    if json_path is not None:
+        check_writable(json_path, "--json")
+    if page_path is not None:
+        check_installed()
+        check_writable(page_path, "--report")
+
+
+def _write(
+    result: RunResult, json_path: Path | None, page_path: Path | None, say: Callable[[str], None]
+) -> None:
+    if json_path is not None:
+        write(json_path, result.to_json(), say)
+    if page_path is not None:
+        write_page(page_path, [result], say=say)
+
+
 def _offer(
-    trace: Trace, settings: RunSettings, target: Emulation | str, watch: Watch
+    trace: Trace, settings: RunSettings, target: Emulation | str, agents: tuple[str, ...], *, is_json: bool
 ) -> tuple[Run, EventLogReport | None]:
+    """Offer a trace from here, or from `agents` if there are some."""
+    if agents:
+        return _offer_across(trace, settings, str(target), agents), None
+    if not is_json:
+        click.echo(HEADER)
+    watch = Watch(_on_second(is_json=is_json))
     if isinstance(target, Emulation):
         return run_emulated(trace, settings, target, watch=watch)
     return run_trace(trace, settings, target, watch=watch), None
@@ -166,7 +180,7 @@ def _is_calibrated(trace: Trace) -> bool:
     return trace.duration_ns >= _CALIBRATED_FROM_NS and int(trace.due_ns[0]) < SECONDS * 1e9
 
 
-def _offer_across(trace: Trace, settings: RunSettings, endpoint: str, agents: list[str]) -> Run:
+def _offer_across(trace: Trace, settings: RunSettings, endpoint: str, agents: tuple[str, ...]) -> Run:
     """Offer a trace from several hosts, and print how far they are each second."""
     watch = Watch(lambda _second: None)
     said_s = 0.0

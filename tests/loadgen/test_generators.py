@@ -177,3 +177,13 @@ def test_what_is_no_message_between_generators_is_refused() -> None:
     for frames in wrong:
         with pytest.raises(WireError):
             heard(frames)
+
+
+def test_keys_are_refused_rather_than_left_out() -> None:
+    """Agents are sent none: a run that has one to show says so, and starts nothing."""
+    options = ["--trace", "poisson:rate=10", "--duration", "1", "--connect", "127.0.0.1:9"]
+
+    result = CliRunner().invoke(cli, ["run", *options, "--generators", "a:1", "--keys", "web.key"])
+
+    assert result.exit_code == 1
+    assert "--generators: agents are sent no keys" in result.output
