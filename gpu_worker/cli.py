@@ -185,12 +185,15 @@ def resident(asked: Asked, waker: Waker) -> Iterator[Device]:
     from gpu_worker.compute import ComputeGpu  # noqa: PLC0415
 
     profile, executor = load_executor(asked, threads)
-    executor.warm_up()
-    logging.getLogger(__name__).info("%s, %s: %s", asked.supernet, executor.precision, executor.memory())
-    gauges = _memory_of_cuda(executor) if executor.device.type == "cuda" else _memory_of_process
     stager = executor if executor.stages_ahead else None
     gpu = ComputeGpu(executor, profile, MonotonicClock(), waker.wake, stager=stager)
-    gpu.start()
+    gpu.start(executor.warm_up)
+    logging.getLogger(__name__).info("%s, %s: %s", asked.supernet, executor.precision, executor.memory())
+    gauges = _memory_of_process
+    if executor.device.type == "cuda":
+        from gpu_worker.gauges import CudaGauges  # noqa: PLC0415
+
+        gauges = CudaGauges(executor.device)
     try:
         yield Device(gpu, profile, executor.fingerprint, executor.input_spec, executor.output_spec, gauges)
     finally:
@@ -319,9 +322,3 @@ _PROCESS = psutil.Process()
 
 def _memory_of_process() -> Gauges:
     return Gauges(memory_bytes=int(_PROCESS.memory_info().rss))
-
-
-def _memory_of_cuda(executor: TorchExecutor) -> Callable[[], Gauges]:
-    import torch  # noqa: PLC0415  emulated GPUs do without
-
-    return lambda: Gauges(memory_bytes=int(torch.cuda.memory_reserved(executor.device)))

@@ -107,9 +107,9 @@ def run_batch(
     rows = [i for i, end in enumerate(ended) if end is None]
     if not rows:
         return _as_outcome([end for end in ended if end is not None], 0)
-    inputs = _assemble(executor.input_spec, directive, rows)
     if len(rows) == directive.n:
-        return _run_whole(executor, directive.subnet, inputs, run_staged)
+        return _run_whole(executor, directive, run_staged)
+    inputs = _assemble(executor.input_spec, directive, rows)
     for i, end in zip(rows, _run(executor, directive.subnet, inputs), strict=True):
         ended[i] = end
     return _as_outcome([end for end in ended if end is not None], len(rows))
@@ -145,24 +145,29 @@ def _assemble(spec: TensorSpec, directive: Directive, rows: Sequence[int]) -> np
 
 
 def _run_whole(
-    executor: Executor,
-    subnet: int,
-    inputs: npt.NDArray[Any],
-    run_staged: Callable[[], npt.NDArray[Any]] | None,
+    executor: Executor, directive: Directive, run_staged: Callable[[], npt.NDArray[Any]] | None
 ) -> Outcome:
-    """Run a batch of which every query is sound: the usual case, whose outputs stay together."""
+    """Run a batch of which every query is sound: the usual case, whose outputs stay together.
+
+    What was staged is not assembled here a second time: the device would wait for the copy.
+    """
+    subnet, n = directive.subnet, directive.n
+
+    def inputs() -> npt.NDArray[Any]:
+        return _assemble(executor.input_spec, directive, range(n))
+
     try:
-        outputs = _checked(
-            executor, inputs, executor.execute(subnet, inputs) if run_staged is None else run_staged()
-        )
+        outputs = executor.execute(subnet, inputs()) if run_staged is None else run_staged()
+        _check(executor, outputs, n)
     except Exception as error:  # noqa: BLE001  the model's own, whatever it is
-        return _as_outcome(_rerun(executor, subnet, inputs, error), len(inputs))
-    return Outcome(len(inputs), executor.output_spec.n_bytes, outputs.tobytes())
+        return _as_outcome(_rerun(executor, subnet, inputs(), error), n)
+    return Outcome(n, executor.output_spec.n_bytes, outputs.tobytes())
 
 
 def _run(executor: Executor, subnet: int, inputs: npt.NDArray[Any]) -> list[_Ended]:
     try:
-        outputs = _execute(executor, subnet, inputs)
+        outputs = executor.execute(subnet, inputs)
+        _check(executor, outputs, len(inputs))
     except Exception as error:  # noqa: BLE001  the model's own, whatever it is
         return _rerun(executor, subnet, inputs, error)
     return [_Ended(Status.OK, output.tobytes()) for output in outputs]
@@ -180,16 +185,12 @@ def _rerun(executor: Executor, subnet: int, inputs: npt.NDArray[Any], error: Exc
     ]
 
 
-def _execute(executor: Executor, subnet: int, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return _checked(executor, inputs, executor.execute(subnet, inputs))
-
-
-def _checked(executor: Executor, inputs: npt.NDArray[Any], outputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _check(executor: Executor, outputs: npt.NDArray[Any], n: int) -> None:
+    """Raise TypeError if these are not the outputs of `n` queries."""
     spec = executor.output_spec
-    expected = (len(inputs), *spec.shape)
+    expected = (n, *spec.shape)
     if outputs.shape != expected or outputs.dtype != np.dtype(spec.dtype):
         raise TypeError(f"outputs: expected {spec.dtype} {expected}, got {outputs.dtype} {outputs.shape}")
-    return outputs
 
 
 def _as_outcome(ended: Sequence[_Ended], n_run: int) -> Outcome:
@@ -248,6 +249,7 @@ class ComputeGpu:
         self._outstanding: deque[_Job] = deque()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._reports: SimpleQueue[_Report | BaseException] = SimpleQueue()
+        self._prepared: SimpleQueue[BaseException | None] = SimpleQueue()
         # A daemon: a batch that never ends must not keep the process from ending.
         self._threads = [threading.Thread(target=self._compute, name="compute", daemon=True)]
         self._entrance = self._jobs
@@ -255,9 +257,23 @@ class ComputeGpu:
             self._entrance = SimpleQueue()
             self._threads.append(threading.Thread(target=self._stage_all, name="staging", daemon=True))
 
-    def start(self) -> None:
-        """Start its threads."""
-        for thread in self._threads:
+    def start(self, prepare: Callable[[], None] = lambda: None) -> None:
+        """Start its threads, and return when `prepare` has run in the one that will run batches.
+
+        cuDNN keeps the kernels that it has chosen for each thread: a model warmed up in another one
+        would meet every shape anew.
+
+        Raises:
+            BaseException: What `prepare` raised; no thread runs then.
+        """
+        compute, *others = self._threads
+        self._prepare = prepare
+        compute.start()
+        error = self._prepared.get()
+        if error is not None:
+            compute.join()
+            raise error
+        for thread in others:
             thread.start()
 
     def close(self, timeout_s: float = 1.0) -> None:
@@ -334,7 +350,13 @@ class ComputeGpu:
         )
 
     def _compute(self) -> None:
-        """Run batches until told to end. The thread's outermost loop."""
+        """Prepare, then run batches until told to end. The thread's outermost loop."""
+        try:
+            self._prepare()
+        except BaseException as error:  # noqa: BLE001  raised again by `start`
+            self._prepared.put(error)
+            return
+        self._prepared.put(None)
         try:
             while (job := self._jobs.get()) is not None:
                 self._reports.put(self._run_job(job))

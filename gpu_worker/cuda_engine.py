@@ -82,8 +82,6 @@ class CudaEngine:
         self._free: dict[int, SimpleQueue[_Buffer]] = {}
         self._inputs: dict[int, torch.Tensor] = {}  # by size, what graphs read
         self._graphs: dict[tuple[int, int], _Graph] = {}
-        # Two kernels of one layer may differ by half: let cuDNN try them while warming up.
-        torch.backends.cudnn.benchmark = bool(self._sizes)
 
     def stage(self, batch: npt.NDArray[Any], size: int) -> Staged:
         """Copy a batch to pinned memory and start its way to the device; waits for a free buffer."""
@@ -117,6 +115,10 @@ class CudaEngine:
 
     def warm_up(self) -> None:
         """Capture the graphs, and run eagerly once what has none."""
+        with torch.cuda.device(self._device):
+            self._warm_up()
+
+    def _warm_up(self) -> None:
         rows, sizes = range(len(self._supernet.subnets)), self._sizes or (1,)
         if self._uses_graphs and self._sizes:
             captured = evenly(len(rows), MAX_GRAPH_SUBNETS)
@@ -171,8 +173,9 @@ class CudaEngine:
 
     def _new_buffer(self, size: int) -> _Buffer:
         device = self._new_input(size)
-        host = torch.empty(device.shape, dtype=device.dtype, pin_memory=True)
-        output = torch.empty((size, *self._kind.output_spec.shape), pin_memory=True)
+        with torch.cuda.device(self._device):  # pinned for the current device, which else would wake too
+            host = torch.empty(device.shape, dtype=device.dtype, pin_memory=True)
+            output = torch.empty((size, *self._kind.output_spec.shape), pin_memory=True)
         is_ready, is_done = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
         return _Buffer(host, device, output, is_ready, is_done)
 

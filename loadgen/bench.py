@@ -396,6 +396,24 @@ class Bench:
         return _subnetact().memory_ratio()
 
 
+def _on_gpu(measure: str) -> Callable[[Bench], Row]:
+    """Return what measures a row of `OnGpu`, or says why there is none to measure on."""
+
+    def row(_bench: Bench) -> Row:
+        try:
+            import torch  # noqa: PLC0415  emulated GPUs do without
+        except ModuleNotFoundError as error:
+            raise SkippedError(f"{error.name} is not installed") from error
+        if not torch.cuda.is_available():
+            raise SkippedError(f"no CUDA device: torch {torch.__version__} sees none")
+        from loadgen.bench_gpu import OnGpu  # noqa: PLC0415  it needs torch
+
+        found: Row = getattr(OnGpu(), measure)()
+        return found
+
+    return row
+
+
 def _subnetact() -> SubnetAct:
     try:
         from loadgen.bench_subnetact import SubnetAct  # noqa: PLC0415  it needs torch
@@ -411,6 +429,10 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "actuation_us": Bench.actuation_us,
     "actuated_over_extracted": Bench.actuated_over_extracted,
     "memory_ratio": Bench.memory_ratio,
+    "gpu_actuation_us": _on_gpu("actuation"),
+    "gpu_graph_us": _on_gpu("graph_speedup"),
+    "gpu_actuated_over_extracted": _on_gpu("actuated_over_extracted"),
+    "gpu_memory_ratio": _on_gpu("memory_ratio"),
     "added_latency_p50_ms": Bench.added_latency_p50_ms,
     "added_latency_p99_ms": Bench.added_latency_p99_ms,
     "router_cpu_us_per_query": Bench.router_cpu_us_per_query,

@@ -72,6 +72,12 @@ def _conv(inputs: int, outputs: int, kernel_size: int) -> int:
     return inputs * outputs * kernel_size**2 + 2 * outputs
 
 
+def control_of(subnet: Subnet) -> Control:
+    """Return a subnet's control tuple."""
+    assert subnet.control is not None, "a pareto set has control tuples"
+    return dict(subnet.control)
+
+
 def n_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of a model's parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
@@ -111,7 +117,7 @@ class SubnetAct:
         hosted = self._host(self._random(N_HOSTED))
         many_p50_ns, many_p99_ns = actuation_ns(hosted)
         first_us = _first_us(hosted)
-        load_us = _load_us(self._control(self.pareto[len(self.pareto) // 2]))
+        load_us = _load_us(control_of(self.pareto[len(self.pareto) // 2]))
         conditions = {
             "supernet": OFA_RESNET50, "subnets": N_RESIDENT, "p50_us": p50_ns / 1e3, "budget_us": 1_000,
             f"of_{N_HOSTED}_hosted_p50_us": many_p50_ns / 1e3,
@@ -141,7 +147,7 @@ class SubnetAct:
 
         A worker trims it to what its subnets use; whole, it could host any other as well.
         """
-        chosen = [self._control(self.pareto[row]) for row in evenly(len(self.pareto), N_EXTRACTED)]
+        chosen = [control_of(self.pareto[row]) for row in evenly(len(self.pareto), N_EXTRACTED)]
         alone = sum(n_bytes(extracted(control)) for control in chosen)
         trimmed = copy.deepcopy(self._host(self._resident()))
         whole = trimmed.memory()
@@ -179,7 +185,7 @@ class SubnetAct:
 
     def _ratios(self, row: int, x: torch.Tensor, rounds: int) -> _Ratios:
         """Run one subnet by views, packed and extracted in turns; compare within each round."""
-        alone = extracted(self._control(self.pareto[row])).eval()
+        alone = extracted(control_of(self.pareto[row])).eval()
         alone = alone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
         packed = copy.deepcopy(self.supernet)
         packed.pack([row], x[:1], budget_bytes=2**30)
@@ -193,11 +199,6 @@ class SubnetAct:
                 took_ms[number, way] = _run_ms(ways[way], x)
         views, of_packed, _ = np.median(took_ms[1:] / took_ms[1:, 2:], axis=0).tolist()
         return _Ratios(views, of_packed)
-
-    @staticmethod
-    def _control(subnet: Subnet) -> Control:
-        assert subnet.control is not None, "a pareto set has control tuples"
-        return dict(subnet.control)
 
 
 def _resident_memory(supernet: Supernet) -> MemoryReport:

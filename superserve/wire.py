@@ -952,7 +952,7 @@ def _decode_control(kind: Kind, frames: Sequence[Buffer]) -> Control:
     if len(frames[1]) > MAX_JSON_BYTES:
         raise WireError(f"{kind.name.lower()}: expected at most {MAX_JSON_BYTES} bytes of JSON")
     try:
-        body = orjson.loads(frames[1])
+        body = orjson.loads(memoryview(frames[1]))  # which may be ZeroMQ's own object
     except orjson.JSONDecodeError as error:
         raise WireError(f"{kind.name.lower()}: expected JSON: {error}") from error
     if not isinstance(body, dict):

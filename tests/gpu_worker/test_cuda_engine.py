@@ -20,7 +20,7 @@ from profiles.table import evenly, load_profile
 from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 SUBNETS = [Subnet(row.name, row.control) for row in load_profile("digits-cpu").subnets]
 N_BUFFERS = cuda_engine.N_BUFFERS
@@ -65,7 +65,7 @@ class FakeGraph:
 
 
 @pytest.fixture
-def _fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put fakes in the places of what needs a driver."""
     real_empty = torch.empty
 
@@ -75,13 +75,11 @@ def _fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
     monkeypatch.setattr(torch, "empty", empty)
-    before = torch.backends.cudnn.benchmark
-    yield
-    torch.backends.cudnn.benchmark = before
 
 
 def engine_of(*sizes: int, uses_graphs: bool = False) -> CudaEngine:

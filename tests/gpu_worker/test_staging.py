@@ -148,3 +148,32 @@ def test_a_batch_that_cannot_be_staged_is_run_from_here(woken: threading.Semapho
 
     assert np.frombuffer(only.row.output, "<f4").tolist() == [6, 6]
     assert (device.n_run, device.n_discarded) == (0, 0)
+
+
+def test_the_model_is_prepared_in_the_thread_that_runs_it(woken: threading.Semaphore) -> None:
+    """What a library keeps for each thread is then there when the first batch comes."""
+    device, clock = FakeDevice(), VirtualClock()
+    device.open.set()
+    names: list[str] = []
+    gpu = ComputeGpu(device, PROFILE, clock, woken.release, stager=device)
+    gpu.start(lambda: names.append(threading.current_thread().name))
+    try:
+        assert names == ["compute"]
+        gpu.submit(directive(1, 0, (SECOND,), [payload(3)]), clock.now_ns())
+        assert woken.acquire(timeout=WAIT_S)
+    finally:
+        gpu.close()
+
+
+def test_a_model_that_cannot_be_prepared_starts_nothing(woken: threading.Semaphore) -> None:
+    """Its error reaches whoever started it, and no thread is left."""
+    before = threading.active_count()
+
+    def fail() -> None:
+        raise MemoryError("160 graphs do not fit")
+
+    device = FakeDevice()
+    with pytest.raises(MemoryError, match="160 graphs"):
+        ComputeGpu(device, PROFILE, VirtualClock(), woken.release, stager=device).start(fail)
+
+    assert threading.active_count() == before

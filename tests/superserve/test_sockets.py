@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
-from superserve import sockets
+from superserve import sockets, wire
 from superserve.clock import MS
 from superserve.errors import ConfigError, WireError
-from superserve.wire import MAX_FRAMES
+from superserve.wire import MAX_FRAMES, Control, Kind
 from tests.superserve.fakes import next_message, poll
 
 if TYPE_CHECKING:
@@ -144,3 +144,15 @@ def test_a_large_header_can_be_sliced(pair: tuple[Socket, Socket, bytes]) -> Non
     dealer.send(columns)
 
     assert bytes(next_message(router)[1][256:512]) == bytes(range(256))
+
+
+@pytest.mark.parametrize("n", [1, 100, 100_000])
+def test_a_control_message_of_any_length_is_read(pair: tuple[Socket, Socket, bytes], n: int) -> None:
+    """A worker's HELLO holds its profile, which of a thousand subnets is long."""
+    router, dealer, key = pair
+    body = {"role": "worker", "profiles": ["subnet"] * n}
+    assert sockets.send(dealer, wire.encode(Control(Kind.HELLO, body)))
+    received = next_message(router)
+
+    assert received[0] == key
+    assert wire.decode(received[1:]) == Control(Kind.HELLO, body)
