@@ -68,8 +68,11 @@ class Executor(Protocol):
 class Stager(Protocol):
     """What brings batches to a device ahead of time: a `TorchExecutor` on CUDA, or a test's own."""
 
-    def stage(self, batch: npt.NDArray[Any]) -> Any:
-        """Start the way of `batch` (B, *input) to the device; may wait until there is room."""
+    def stage(self, batch: npt.NDArray[Any] | Sequence[npt.NDArray[Any]]) -> Any:
+        """Start the way of B queries (B, *input), or B that lie apart, to the device.
+
+        It may wait until there is room.
+        """
         ...
 
     def run(self, subnet: int, staged: Any) -> npt.NDArray[Any]:
@@ -142,6 +145,15 @@ def _assemble(spec: TensorSpec, directive: Directive, rows: Sequence[int]) -> np
         payloads = directive.payload_list()
         data = b"".join([payloads[i] for i in rows])
     return np.frombuffer(data, np.dtype(spec.dtype)).reshape(len(rows), *spec.shape)
+
+
+def _where_they_lie(spec: TensorSpec, directive: Directive) -> npt.NDArray[Any] | Sequence[npt.NDArray[Any]]:
+    """Return a batch's inputs without copying: one array if they came end to end, else one a query."""
+    segments = directive.segments
+    if len(segments) == 1 and segments[0].packed:
+        return _assemble(spec, directive, range(directive.n))
+    dtype = np.dtype(spec.dtype)
+    return [np.frombuffer(payload, dtype).reshape(spec.shape) for payload in directive.payload_list()]
 
 
 def _run_whole(
@@ -415,6 +427,6 @@ class ComputeGpu:
         if any(size != spec.n_bytes for size in map(len, directive.payload_list())):
             return None
         try:
-            return self._stager.stage(_assemble(spec, directive, range(directive.n)))
+            return self._stager.stage(_where_they_lie(spec, directive))
         except Exception:  # noqa: BLE001  it will show again when the batch is run, query by query
             return None

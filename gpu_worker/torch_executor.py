@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from gpu_worker.supernet import MemoryReport, SubnetStatistics, Supernet
     from superserve.subnet import Subnet
 
+    Batch = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
+    """Queries as one array (B, *input), or B arrays that lie apart."""
+
 _LOG = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -102,7 +105,7 @@ class Staged(NamedTuple):
 class Engine(Protocol):
     """One kind of device."""
 
-    def stage(self, batch: npt.NDArray[Any], size: int) -> Staged:
+    def stage(self, batch: Batch, size: int) -> Staged:
         """Bring a batch to the device, padded with zeros to `size`; may be called while another runs."""
         ...
 
@@ -130,10 +133,10 @@ class CpuEngine:
         self._dtype = dtype
         self._sizes = placement.batch_sizes or (1,)
 
-    def stage(self, batch: npt.NDArray[Any], size: int) -> Staged:
+    def stage(self, batch: Batch, size: int) -> Staged:
         """Copy a batch, which may be read-only as it came from the wire: torch does not take such."""
-        padded = np.zeros((size, *batch.shape[1:]), dtype=batch.dtype)
-        padded[: len(batch)] = batch
+        padded = np.empty((size, *self._kind.input_spec.shape), dtype=self._kind.input_spec.dtype)
+        fill(padded, batch)
         return Staged(len(batch), torch.from_numpy(padded))
 
     def run(self, row: int, staged: Staged) -> npt.NDArray[Any]:
@@ -156,6 +159,20 @@ class CpuEngine:
         cells = [(row, self._sizes[0]) for row in range(len(self._supernet.subnets))]
         for row, size in (*cells, *((0, size) for size in self._sizes)):
             self.run(row, self.stage(np.zeros((1, *spec.shape), spec.dtype), size))
+
+
+def fill(rows: npt.NDArray[Any], batch: Batch) -> None:
+    """Copy a batch into the first of `rows` (size, *input), and zeros into the rest.
+
+    Queries that lie apart are copied one by one, each once; numpy lets other threads run meanwhile.
+    """
+    n = len(batch)
+    if isinstance(batch, np.ndarray):
+        rows[:n] = batch
+    else:
+        for row, query in zip(rows, batch, strict=False):
+            row[...] = query
+    rows[n:] = 0
 
 
 def model_input(kind: SupernetKind, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -247,16 +264,17 @@ class TorchExecutor:
             precision=precision,
         )
 
-    def stage(self, batch: npt.NDArray[Any]) -> Staged:
-        """Pad `batch` (B, *input) to a profiled size and bring it to the device.
+    def stage(self, batch: Batch) -> Staged:
+        """Pad B queries (B, *input), or B that lie apart, to a profiled size and bring them to the device.
 
         Raises:
             InvalidQueryError: If its size, dtype or shape is not what the supernet takes.
         """
-        n = len(batch) if batch.ndim else 0
+        n = len(batch) if not isinstance(batch, np.ndarray) or batch.ndim else 0
         if n < 1:
             raise InvalidQueryError("batch: expected at least 1 query, got none")
-        self.input_spec.check(batch[0], "batch")
+        for query in batch[:1] if isinstance(batch, np.ndarray) else batch:
+            self.input_spec.check(query, "batch")
         fitting = [size for size in self.batch_sizes if size >= n] if self.batch_sizes else [n]
         if not fitting:
             raise InvalidQueryError(f"batch: expected at most {self.batch_sizes[-1]} queries, got {n}")

@@ -29,7 +29,7 @@ def executor(name: str, subnets: list[Subnet], device: str = "cuda", **options: 
         name,
         subnets,
         weights=None if is_digits else "random",
-        statistics=statistics_path("digits-cpu") if is_digits else None,
+        statistics=statistics_path("digits-cpu") if subnets is DIGITS else None,
         placement=Placement(device=device, batch_sizes=SIZES, **options),
     )
     found.warm_up()

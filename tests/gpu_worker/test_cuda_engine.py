@@ -118,6 +118,18 @@ def test_a_staged_batch_answers_as_a_plain_pass() -> None:
 
 
 @pytest.mark.usefixtures("_fake_cuda")
+def test_queries_that_lie_apart_answer_as_one_array() -> None:
+    """As they come from the wire: large payloads in frames of their own, each read-only."""
+    engine = engine_of(4)
+    batch = queries(3)
+    apart = [np.frombuffer(query.tobytes(), query.dtype).reshape(query.shape) for query in batch]
+    staged = engine.stage(apart, 4)
+
+    assert not staged.inputs[3:].any()
+    np.testing.assert_allclose(engine.run(1, staged), plain(1, batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_fake_cuda")
 def test_every_way_out_gives_the_buffer_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """After runs, failures and discards, as many batches can wait as there are buffers."""
     engine = engine_of(2)

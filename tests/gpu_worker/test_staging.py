@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ from profiles.table import load_profile
 from superserve.clock import MS, SECOND, VirtualClock
 from superserve.wire import Status
 from tests.gpu_worker.test_emulated import WAIT_S, Doubler, directive, payload
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PROFILE = load_profile("cnn-8gpu-modelled")
 
@@ -29,13 +32,13 @@ class FakeDevice(Doubler):
         self.n_run = self.n_discarded = 0
         self.fails_to_stage = False
 
-    def stage(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def stage(self, batch: npt.NDArray[Any] | Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """Take a buffer."""
         if self.fails_to_stage:
             raise MemoryError("no room")
         assert self.free.acquire(timeout=WAIT_S)
         self.staged.release()
-        return batch.copy()
+        return np.array(batch)
 
     def run(self, subnet: int, staged: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Wait for the test, run, and give the buffer back."""
