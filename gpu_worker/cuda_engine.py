@@ -119,6 +119,8 @@ class CudaEngine:
 
     def _warm_up(self) -> None:
         rows, sizes = range(len(self._supernet.subnets)), self._sizes or (1,)
+        for size in sizes:
+            self._buffers(size)  # pinning takes milliseconds: no batch is to wait for it
         if self._uses_graphs and self._sizes:
             captured = evenly(len(rows), MAX_GRAPH_SUBNETS)
             self._capture(captured, self._sizes[:MAX_GRAPH_SIZES])

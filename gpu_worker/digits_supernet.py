@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 
 from gpu_worker.insertion import Elastic, Stage, insert
+from gpu_worker.operators import normed
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,10 +73,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return relu(shortcut(x) + body(x))."""
-        body = F.relu(self.norm1(self.conv1(x)), inplace=True)
-        body = self.norm2(self.conv2(body))
+        body = normed(self.norm1, self.conv1(x), rectifies=True)
         shortcut = x if self.shortcut is None else self.shortcut_norm(self.shortcut(x))
-        return F.relu(body + shortcut, inplace=True)  # (B, C, H', W')
+        return normed(self.norm2, self.conv2(body), shortcut, rectifies=True)  # (B, C, H', W')
 
 
 class DigitsNet(nn.Module):
@@ -95,7 +94,7 @@ class DigitsNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits, (B, n_classes), for images (B, C, H, W)."""
-        x = F.relu(self.stem_norm(self.stem(x)), inplace=True)
+        x = normed(self.stem_norm, self.stem(x), rectifies=True)
         for stage in self.stages:
             x = stage(x)
         logits: torch.Tensor = self.head(x.mean((2, 3)))

@@ -27,6 +27,7 @@ from torch import nn
 
 from gpu_worker.control import Control, Controls, ControlSpace, Entry, Sizes, first_blocks
 from gpu_worker.insertion import Elastic, Stage, insert
+from gpu_worker.operators import normed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,10 +93,11 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (B, out, H', W')."""
-        normed: torch.Tensor = self.bn(self.conv(x))
-        return normed
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, *, rectifies: bool = False
+    ) -> torch.Tensor:
+        """Return the norm of the convolved x, plus `residual`, rectified if asked; (B, out, H', W')."""
+        return normed(self.bn, self.conv(x), residual, rectifies=rectifies)
 
 
 class StemBlock(nn.Module):
@@ -107,7 +109,8 @@ class StemBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (B, C, H, W)."""
-        return x + F.relu(self.conv(x), inplace=True)
+        convolved: torch.Tensor = self.conv(x, rectifies=True)
+        return x + convolved
 
 
 class Bottleneck(nn.Module):
@@ -125,12 +128,12 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return relu(shortcut(x) + body(x)), (B, out, H', W')."""
-        body = F.relu(self.conv1(x), inplace=True)
-        body = self.conv3(F.relu(self.conv2(body), inplace=True))
+        body = self.conv2(self.conv1(x, rectifies=True), rectifies=True)
         if self.downsample is not None:
             # Pooling before the 1 x 1 convolution, where ResNet50 strides in it.
             x = self.downsample(x if self.stride == 1 else F.avg_pool2d(x, self.stride, ceil_mode=True))
-        return F.relu(body + x, inplace=True)
+        rectified: torch.Tensor = self.conv3(body, x, rectifies=True)
+        return rectified
 
 
 class OfaResNet50(nn.Module):
@@ -162,10 +165,10 @@ class OfaResNet50(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits, (B, 1000), for normalised images (B, 3, H, W)."""
         first, *middle, last = self.input_stem
-        x = F.relu(first(images), inplace=True)
+        x = first(images, rectifies=True)
         for block in middle:
             x = block(x)
-        x = F.max_pool2d(F.relu(last(x), inplace=True), 3, 2, 1)
+        x = F.max_pool2d(last(x, rectifies=True), 3, 2, 1)
         for block in self.blocks:
             x = block(x)
         logits: torch.Tensor = self.classifier(x.mean((2, 3)))

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 
+from gpu_worker.fused_norm import finished, norm_relu
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -379,12 +380,20 @@ class SubnetNorm(Operator):
         """Drop the views of scale, shift and running statistics."""
         self.parts: dict[int, tuple[torch.Tensor | None, ...]] = {}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise by the actuated subnet's statistics, or by the batch: (B, C, ...)."""
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, rectifies: bool = False
+    ) -> torch.Tensor:
+        """Normalise by the actuated subnet's statistics, or by the batch: (B, C, ...).
+
+        Args:
+            x: (B, C, ...).
+            residual: Added to what is normalised, where a model says so by `normed`.
+            rectifies: Whether a ReLU comes last, likewise.
+        """
         channels = x.shape[1]
         setting: Statistics | Calibration | None = self.cursor.settings[self.place]
         if isinstance(setting, Calibration):
-            return self._calibrate(x, setting)
+            return finished(self._calibrate(x, setting), residual, rectifies=rectifies)
         if torch.is_grad_enabled():
             weight, bias, mean, variance = self._part(channels, is_recorded=True)
         else:
@@ -393,10 +402,14 @@ class SubnetNorm(Operator):
                 part = self.parts[channels] = self._part(channels)
             weight, bias, mean, variance = part
         if self.training:
-            return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+            by_batch = F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+            return finished(by_batch, residual, rectifies=rectifies)
         if setting is not None:
             mean, variance = setting
-        return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
+        if mean is None or variance is None:  # track_running_stats=False: always by the batch
+            by_batch = F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+            return finished(by_batch, residual, rectifies=rectifies)
+        return norm_relu(x, mean, variance, weight, bias, self.eps, residual, rectifies=rectifies)
 
     def trim(self, channels: int) -> None:
         """Keep only the first `channels` scales, shifts and running statistics."""
@@ -448,6 +461,20 @@ class SubnetNorm2d(SubnetNorm, nn.BatchNorm2d):
 
 class SubnetNorm3d(SubnetNorm, nn.BatchNorm3d):
     """SubnetNorm of (B, C, D, H, W)."""
+
+
+def normed(
+    norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None, *, rectifies: bool = False
+) -> torch.Tensor:
+    """Return relu(norm(x) + residual), without the parts that are not asked for; (B, C, ...).
+
+    A model that says it so rather than in three lines has them done by one kernel on CUDA, once
+    operators are inserted; before, and anywhere else, it is the same in plain torch.
+    """
+    if isinstance(norm, SubnetNorm):
+        found: torch.Tensor = norm(x, residual, rectifies)
+        return found
+    return finished(norm(x), residual, rectifies=rectifies)
 
 
 def operators_in(model: nn.Module) -> Iterator[Operator]:
