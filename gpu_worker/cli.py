@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from gpu_worker.torch_executor import TorchExecutor
     from superserve.keys import PeerKeys
     from superserve.subnet import TensorSpec
+
+SWITCH_S = 0.0005
+"""How long a thread of a worker with a real device may compute before another one gets the interpreter:
+Python's own 5 ms would keep a finished batch waiting for the thread that attends the sockets."""
 
 MAX_GPUS = 1_024
 """Emulated GPUs in one process, at most; one loop attends them all."""
@@ -188,6 +193,7 @@ def resident(asked: Asked, waker: Waker) -> Iterator[Device]:
     stager = executor if executor.stages_ahead else None
     gpu = ComputeGpu(executor, profile, MonotonicClock(), waker.wake, stager=stager)
     gpu.start(executor.warm_up)
+    sys.setswitchinterval(SWITCH_S)
     logging.getLogger(__name__).info("%s, %s: %s", asked.supernet, executor.precision, executor.memory())
     gauges = _memory_of_process
     if executor.device.type == "cuda":

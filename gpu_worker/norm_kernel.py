@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 # Not specialised: else it would be compiled anew for lengths that 16 divides, and for others.
 @triton.jit(do_not_specialize=["n_rows", "n_eighths"])  # type: ignore[untyped-decorator, unused-ignore]
-def normalise(
-    out: Any,
-    x: Any,
-    residual: Any,
-    mean: Any,
-    variance: Any,
-    weight: Any,
-    bias: Any,
-    eps: Any,
-    n_rows: Any,
-    n_eighths: Any,
+def normalise(  # type: ignore[no-untyped-def]  # Triton reads annotations, and knows its own alone
+    out,
+    x,
+    residual,
+    mean,
+    variance,
+    weight,
+    bias,
+    eps,
+    n_rows,
+    n_eighths,
     has_affine: tl.constexpr,
     has_residual: tl.constexpr,
     rectifies: tl.constexpr,
     rows_each: tl.constexpr,
     channels_each: tl.constexpr,
-) -> None:
+):
     """Normalise, add and rectify one tile of a matrix (n_rows, 8 * n_eighths), in float32.
 
     That the row's length is written as a multiple of 8 lets the compiler move 16 bytes at a time.
