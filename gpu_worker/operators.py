@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 
-from gpu_worker.fused_norm import finished, norm_relu
+from gpu_worker.fused_norm import finished, is_fused, norm_relu
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -468,12 +468,18 @@ def normed(
 ) -> torch.Tensor:
     """Return relu(norm(x) + residual), without the parts that are not asked for; (B, C, ...).
 
-    A model that says it so rather than in three lines has them done by one kernel on CUDA, once
-    operators are inserted; before, and anywhere else, it is the same in plain torch.
+    A model that says it so rather than in three lines has them done by one kernel in inference on CUDA;
+    anywhere else it is the same in plain torch.
     """
     if isinstance(norm, SubnetNorm):
         found: torch.Tensor = norm(x, residual, rectifies)
         return found
+    if isinstance(norm, nn.BatchNorm2d) and not norm.training:
+        parts = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        if parts[0] is not None and parts[1] is not None and is_fused(x, residual, parts):
+            return norm_relu(
+                x, parts[0], parts[1], norm.weight, norm.bias, norm.eps, residual, rectifies=rectifies
+            )
     return finished(norm(x), residual, rectifies=rectifies)
 
 
