@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from gpu_worker.actuation import actuate
+from gpu_worker.fused_norm import fusing
 from gpu_worker.torch_executor import Staged, fill, model_input
 from profiles.table import evenly
 
@@ -154,7 +155,7 @@ class CudaEngine:
 
     def _captured(self, row: int, inputs: torch.Tensor, pool: Any) -> _Graph:
         actuate(self._supernet, row)
-        with torch.inference_mode():
+        with torch.inference_mode(), fusing():
             with torch.cuda.stream(self._compute):
                 for _ in range(_WARM_UP_PASSES):
                     self._forward(inputs)

@@ -3,13 +3,17 @@
 On an H100 cuDNN's own kernel for inference took 10 us however small its input: more than half of all
 the time of OFA-ResNet50's smallest subnet at batch 1, and two more kernels followed it. One Triton
 kernel reads each number once and writes it once.
+
+Launching it from Python takes some 150 us, much more than cuDNN's: so it is used within `fusing()` alone,
+where a CUDA graph is captured, and its launches cost nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +28,23 @@ _MAX_ELEMENTS = 2**31 - _TILE  # the kernel counts in 32 bits
 
 _Launch = Callable[..., None]
 _Parts = tuple[torch.Tensor | None, ...]
+
+
+_fuses = False
+
+
+@contextlib.contextmanager
+def fusing() -> Iterator[None]:
+    """Use the kernel within the block: around a capture, and the passes before it that compile kernels.
+
+    For all threads, one at a time: one thread captures.
+    """
+    global _fuses  # noqa: PLW0603  what runs is the process's, as torch's own switches are
+    _fuses = True
+    try:
+        yield
+    finally:
+        _fuses = False
 
 
 def norm_relu(
@@ -62,15 +83,15 @@ def finished(normed: torch.Tensor, residual: torch.Tensor | None, *, rectifies: 
 
 
 def is_fused(x: torch.Tensor, residual: torch.Tensor | None, of_norm: _Parts) -> bool:
-    """Tell whether the kernel will do it.
+    """Tell whether the kernel will do it here.
 
     Args:
         x: As `norm_relu` takes it.
         residual: Likewise.
         of_norm: Mean, variance, weight and bias.
     """
-    is_asked = x.is_cuda and not torch.is_grad_enabled() and fits(x, residual, of_norm)
-    return is_asked and _kernel() is not None
+    is_asked = _fuses and x.is_cuda and not torch.is_grad_enabled()
+    return is_asked and fits(x, residual, of_norm) and _kernel() is not None
 
 
 def fits(x: torch.Tensor, residual: torch.Tensor | None, of_norm: _Parts) -> bool:

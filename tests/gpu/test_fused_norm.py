@@ -33,7 +33,7 @@ def test_it_computes_what_torch_does(dtype: torch.dtype, tolerance: float) -> No
         if not is_affine:
             weight = bias = None
         added = residual if has_residual else None
-        with torch.inference_mode():
+        with torch.inference_mode(), fused_norm.fusing():
             assert fused_norm.is_fused(x, added, (mean, variance, weight, bias))
             found = fused_norm.norm_relu(x, mean, variance, weight, bias, 1e-5, added, rectifies=rectifies)
         expected = F.batch_norm(

@@ -90,5 +90,32 @@ def test_no_kernel_is_asked_for_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
     plain = DigitsNet(DIGITS).eval()
     plain.load_state_dict(supernet.model.state_dict())
     x = torch.randn(2, *DIGITS.image_shape)
-    with torch.inference_mode():
+    with torch.inference_mode(), fused_norm.fusing():
         torch.testing.assert_close(supernet(x), plain(x))
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a CUDA device."""
+
+    is_cuda = True
+
+
+def test_it_is_fused_where_a_graph_is_captured_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launched one by one from Python it would cost more than it saves; training needs gradients."""
+    monkeypatch.setattr(fused_norm, "_kernel", lambda: print)
+    x = channels_last(2, C, 5, 5).as_subclass(OnDevice)
+    with torch.inference_mode():
+        assert not fused_norm.is_fused(x, None, of_norm())
+        with fused_norm.fusing():
+            assert fused_norm.is_fused(x, None, of_norm())
+        assert not fused_norm.is_fused(x, None, of_norm())
+    with fused_norm.fusing():
+        assert not fused_norm.is_fused(x, None, of_norm())
+
+
+def test_without_triton_nothing_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that comes without it serves all the same, by torch's own kernels."""
+    monkeypatch.setattr(fused_norm, "_kernel", lambda: None)
+    x = channels_last(2, C, 5, 5).as_subclass(OnDevice)
+    with torch.inference_mode(), fused_norm.fusing():
+        assert not fused_norm.is_fused(x, None, of_norm())
