@@ -52,7 +52,7 @@ chaos: $(INSTALLED) ## 10,000 fault schedules through the real core on a virtual
 	$(BIN)/python -m tests.simulation.mutants
 
 # MAF is a day of Azure Functions 2019, which docs/traces.md says where to find: make reproduce MAF=FILE.
-reproduce: $(INSTALLED) ## the paper's results made again, in half an hour; out/reproduce/results.md
+reproduce: $(INSTALLED) ## the paper's results made again, in twenty minutes; out/reproduce/results.md
 	$(BIN)/python -m loadgen.reproduce $(if $(MAF),--maf "$(MAF)")
 
 demo: $(INSTALLED) ## serve a burst on this machine; out/demo/ and a table

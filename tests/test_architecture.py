@@ -56,6 +56,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "loadgen.bench_path": ("router",),
     "loadgen.bench_calls": ("router.policy", "router.demand", "router.registry", "gpu_worker"),
     "loadgen.bench_subnetact": ("gpu_worker",),
+    "loadgen.bench_gpu": ("gpu_worker",),
     # The simulator runs the core that serves, under a policy built by name; no sockets.
     "loadgen.simulator": ("router.core", "router.policy", "router.registry", "router.state"),
     "loadgen.simulation": (
