@@ -119,3 +119,14 @@ def test_without_triton_nothing_is_fused(monkeypatch: pytest.MonkeyPatch) -> Non
     x = channels_last(2, C, 5, 5).as_subclass(OnDevice)
     with torch.inference_mode(), fused_norm.fusing():
         assert not fused_norm.is_fused(x, None, of_norm())
+
+
+def test_a_norm_without_running_statistics_goes_by_the_batch() -> None:
+    """As torch's own does with track_running_stats=False, in eval mode too."""
+    norm = subnet_norm().eval()
+    for name in ("running_mean", "running_var"):
+        setattr(norm, name, None)
+    plain = torch.nn.BatchNorm2d(C, track_running_stats=False).eval()
+    x = torch.randn(4, C, 5, 5)
+    with torch.inference_mode():
+        torch.testing.assert_close(normed(norm, x, rectifies=True), F.relu(plain(x)))
