@@ -15,15 +15,23 @@ _SERVING = ("superserve", "router", "gpu_worker", "profiles")  # what a router o
 
 @functools.cache
 def version() -> str:
-    """Return this process's version, such as "0.1.0+3f9c21aa"; it reads some 80 files, once."""
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for package in _SERVING:
-        for path in sorted((root / package).glob("*.py")):
-            digest.update(f"{package}/{path.name}\0".encode())
-            digest.update(path.read_bytes())
+    """Return this process's version, such as "0.1.0+3f9c21aa"; it reads some 90 files, once."""
     try:
         release = metadata.version("superserve")
     except metadata.PackageNotFoundError:  # run from a folder
         release = "0"
-    return f"{release}+{digest.hexdigest()[:8]}"
+    return f"{release}+{digest(Path(__file__).parent.parent)[:8]}"
+
+
+def digest(root: Path) -> str:
+    """Return a digest of the Python files below `root` that a router or a worker may run, in hex.
+
+    A file's path counts as well as its content, at any depth: a module moved to a sub-folder
+    is another program.
+    """
+    found = hashlib.sha256()
+    for package in _SERVING:
+        for path in sorted((root / package).rglob("*.py")):
+            found.update(f"{path.relative_to(root).as_posix()}\0".encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()

@@ -151,7 +151,7 @@ def test_the_client_wheel_holds_superserve_alone(client_wheel: Path) -> None:
     files = contents(client_wheel)
 
     assert top_level(client_wheel) == {"superserve"}
-    modules = {f"superserve/{path.name}" for path in (ROOT / "superserve").glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "superserve").rglob("*.py")}
     assert {name for name in files if name.startswith("superserve/")} == modules | {"superserve/py.typed"}
     assert all(files[name] == (ROOT / name).read_bytes() for name in modules)
 
