@@ -48,18 +48,18 @@ bench: $(INSTALLED) ## run the benchmarks; out/bench/*.json and a table
 	$(BIN)/python -m loadgen.bench
 
 chaos: $(INSTALLED) ## 10,000 fault schedules through the real core on a virtual clock
-	$(BIN)/python -m loadgen.chaos
-	$(BIN)/python -m tests.simulation.mutants
+	$(BIN)/python -m loadgen.simulator.chaos
+	$(BIN)/python -m tests.loadgen.simulator.mutants
 
 # MAF is a day of Azure Functions 2019, which docs/traces.md says where to find: make reproduce MAF=FILE.
 reproduce: $(INSTALLED) ## the paper's results made again, in twenty minutes; out/reproduce/results.md
-	$(BIN)/python -m loadgen.reproduce $(if $(MAF),--maf "$(MAF)")
+	$(BIN)/python -m loadgen.paper.reproduce $(if $(MAF),--maf "$(MAF)")
 
 demo: $(INSTALLED) ## serve a burst on this machine; out/demo/ and a table
 	$(BIN)/python -m loadgen.demo
 
 train: $(INSTALLED) ## train the digits supernet that the demo serves
-	$(BIN)/python -m gpu_worker.train_digits
+	$(BIN)/python -m gpu_worker.models.train_digits
 
 # The second is the client alone; CONTRIBUTING.md says which one to install.
 wheel: $(INSTALLED) ## build both wheels into dist/: the whole system, and the client alone

@@ -7,7 +7,7 @@ The launcher sends this file's text over ssh's stdin, to be run by the host's Py
 
 and reads one JSON object from stdout. `{"error": ...}` says what went wrong, for people.
 
-    STATE/.hosts/CLUSTER/HOST/     0700; STATE as in superserve/local.py
+    STATE/.hosts/CLUSTER/HOST/     0700; STATE as in superserve/roles/local.py
       code/HASH/                   the package, unpacked: a running role keeps the files it began with
       venv/                        made only if the host's Python lacks something that the package needs
 """

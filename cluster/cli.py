@@ -18,12 +18,12 @@ from cluster.plan import Options, make_plan
 from cluster.top_cli import top
 from cluster.up import StartError, name_option
 from cluster.up import up as bring_up
-from superserve import local
 from superserve.errors import ConfigError, SuperServeError
-from superserve.local import DEFAULT_NAME, Liveness
+from superserve.roles import local
+from superserve.roles.local import DEFAULT_NAME, Liveness
 
 if TYPE_CHECKING:
-    from superserve.local import LocalCluster
+    from superserve.roles.local import LocalCluster
 
 _PORT = click.IntRange(0, 65_535)
 _MAX_EMULATED = 4_096

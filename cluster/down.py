@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster import folder as folders
-from superserve import local
 from superserve.errors import ConfigError
-from superserve.local import Liveness
+from superserve.roles import local
+from superserve.roles.local import Liveness
 
 if TYPE_CHECKING:
-    from superserve.local import LocalCluster
+    from superserve.roles.local import LocalCluster
 
 _KILLED_S = 5.0  # roles end with their keeper; this is for a machine that is very busy
 

@@ -85,7 +85,7 @@ class HostSeen:
     roles: tuple[RoleSeen, ...]
 
 
-class Fleet:
+class RemoteFleet:
     """A cluster's hosts. As every method asks them, each raises RemoteError, naming the host.
 
     Attributes:
@@ -180,7 +180,7 @@ class Fleet:
 def ask(
     shell: Shell, host: KnownHost, verb: str, *, timeout_s: float = _ASK_S, **asked: Any
 ) -> dict[str, Any]:
-    """Have a host do a verb of `cluster.onhost`; see `Fleet.ask`."""
+    """Have a host do a verb of `cluster.onhost`; see `RemoteFleet.ask`."""
     argv = ["env", f"PYTHONPATH={host.code}", host.interpreter, "-m", "cluster.onhost", verb]
     stdin = orjson.dumps({"folder": host.folder, **asked})
     try:
@@ -209,7 +209,7 @@ def answer(host: str, done: Completed) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_cluster(name: str) -> Iterator[Fleet]:
+def open_cluster(name: str) -> Iterator[RemoteFleet]:
     """Give a cluster that was started from a hosts file on this machine.
 
     Raises:
@@ -223,4 +223,4 @@ def open_cluster(name: str) -> Iterator[Fleet]:
             f"`cluster up FILE` with its hosts file makes it known, and changes nothing that runs"
         )
     with OpenSsh(None if record.ssh_config is None else Path(record.ssh_config)) as shell:
-        yield Fleet(record, shell)
+        yield RemoteFleet(record, shell)

@@ -11,15 +11,15 @@ import time
 from typing import TYPE_CHECKING
 
 from cluster import orders
-from superserve import local
 from superserve.errors import ConfigError
-from superserve.local import Liveness
+from superserve.roles import local
+from superserve.roles.local import Liveness
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from superserve.local import LocalCluster, ProcessId
+    from superserve.roles.local import LocalCluster, ProcessId
 
 _LOCK = "lock"
 _DEATH_S = 5.0  # far more than the kernel needs to end processes whose parent is gone

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from superserve.connection import ask_status
 from superserve.errors import ConfigError
-from superserve.local import RoleState
+from superserve.net.connection import ask_status
+from superserve.roles.local import RoleState
 
 if TYPE_CHECKING:
-    from superserve.local import LocalCluster
+    from superserve.roles.local import LocalCluster
 
 _WELL = "ready"  # a worker's state in STATUS
 _ALIVE = "live"  # its process's

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from cluster.hostfiles import KEYS, OPERATOR_KEY
 from superserve.errors import ConfigError
-from superserve.keys import FOLDERS, add_peer, peer_keys, read_public, read_ring, router_keys
+from superserve.net.keys import FOLDERS, add_peer, peer_keys, read_public, read_ring, router_keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

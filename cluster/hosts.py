@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from cluster.plan import MAX_WORKERS
-from superserve.local import DEFAULT_NAME
+from superserve.roles.local import DEFAULT_NAME
 
 CLIENT_PORT, WORKER_PORT = 5555, 5556
 """Where a router listens unless the file says so: a restarted one must be found again."""

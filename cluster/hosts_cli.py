@@ -16,12 +16,12 @@ from cluster.hosts_down import down as take_down
 from cluster.hosts_health import problems
 from cluster.ssh import RemoteError
 from cluster.up import name_option
-from superserve import local
 from superserve.errors import ConfigError, SuperServeError
+from superserve.roles import local
 
 if TYPE_CHECKING:
-    from cluster.fleet import Fleet
-    from cluster.hosts_up import Up
+    from cluster.fleet import RemoteFleet
+    from cluster.hosts_up import HostsUp
 
 
 def is_on_hosts(name: str) -> bool:
@@ -64,7 +64,7 @@ def up(hosts_file: Path, *, ready_timeout_s: float, rollback: bool) -> None:
     _say_up(plan.name, done)
 
 
-def _say_up(name: str, done: Up) -> None:
+def _say_up(name: str, done: HostsUp) -> None:
     found_before = {line for finding in done.findings for line in finding.wrong}
     later = [line for line in done.wrong if line not in found_before]
     if done.rolled_back:
@@ -106,7 +106,7 @@ def status(name: str, *, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _ask(fleet: Fleet) -> dict[str, Any] | None:
+def _ask(fleet: RemoteFleet) -> dict[str, Any] | None:
     try:
         return fleet.router_status()
     except RemoteError:  # the hosts' states say why

@@ -9,7 +9,7 @@ from cluster import record as records
 from cluster.ssh import RemoteError, parallel
 
 if TYPE_CHECKING:
-    from cluster.fleet import Fleet
+    from cluster.fleet import RemoteFleet
 
 _STOP_S = 120.0
 
@@ -27,7 +27,7 @@ class HostsDown:
     wrong: dict[str, str]
 
 
-def down(fleet: Fleet) -> HostsDown:
+def down(fleet: RemoteFleet) -> HostsDown:
     """Stop everything; return when it has ended on every host that can be reached.
 
     While the router drains its workers still answer what it holds. The cluster is forgotten
@@ -44,7 +44,7 @@ def down(fleet: Fleet) -> HostsDown:
 
 
 def _stop(
-    fleet: Fleet,
+    fleet: RemoteFleet,
     host: str,
     stopped: dict[str, tuple[tuple[str, int], ...]],
     wrong: dict[str, str],

@@ -22,9 +22,9 @@ from cluster import hostkeys
 from cluster.hosts import CLIENT_PORT, WORKER_PORT, Host, Hosts, LogBounds, MetricsPorts, RouterPlace, Standby
 from cluster.plan import DEFAULT_PROFILE, MAX_WORKERS
 from cluster.yaml_lines import Where, read_located
-from gpu_worker.names import DIGITS, SHIPPED_SUPERNETS
+from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS
 from profiles.table import load_profile, shipped_profiles
-from router.registry import make_policy
+from router.policies.registry import make_policy
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:

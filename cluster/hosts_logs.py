@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterable
 
-    from cluster.fleet import Fleet
+    from cluster.fleet import RemoteFleet
 
 _N_LINES = 20
 _ENDED_S = 5.0
 
 
-def chosen(fleet: Fleet, names: Iterable[str]) -> list[str]:
+def chosen(fleet: RemoteFleet, names: Iterable[str]) -> list[str]:
     """Return the roles that names of hosts or of roles stand for; all, if there are no names.
 
     Raises:
@@ -38,7 +38,7 @@ def chosen(fleet: Fleet, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found)) or list(fleet.roles)
 
 
-def show_tails(fleet: Fleet, roles: Iterable[str]) -> list[str]:
+def show_tails(fleet: RemoteFleet, roles: Iterable[str]) -> list[str]:
     """Print the last lines of each role's log; return what could not be read, and why."""
     wrong = []
     for role in roles:
@@ -52,7 +52,7 @@ def show_tails(fleet: Fleet, roles: Iterable[str]) -> list[str]:
     return wrong
 
 
-def follow(fleet: Fleet, roles: Iterable[str]) -> None:
+def follow(fleet: RemoteFleet, roles: Iterable[str]) -> None:
     """Print what roles write, each line with the role before it, until Ctrl-C or no host is left."""
     roles = list(roles)
     width = max(map(len, roles))

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
     from cluster.fleet import HostSeen
     from cluster.hosts_down import HostsDown
-    from cluster.hosts_up import Up
-    from cluster.preflight import Finding
+    from cluster.hosts_up import HostsUp
+    from cluster.preflight import HostFinding
     from cluster.record import Record
 
 
-def findings(found: Sequence[Finding]) -> list[str]:
+def findings(found: Sequence[HostFinding]) -> list[str]:
     """Return the preflight table, and below it what is wrong and what should be known."""
     lines = [
         *(line for finding in found for line in finding.wrong),
@@ -30,7 +30,7 @@ def findings(found: Sequence[Finding]) -> list[str]:
     ]
 
 
-def processes(done: Up) -> str:
+def processes(done: HostsUp) -> str:
     """Return the table of what `up` left running: each role, and what this call did to it."""
     rows = []
     for host in done.seen:
@@ -41,7 +41,7 @@ def processes(done: Up) -> str:
     return show.table(("host", "role", "pid", "state", "this call", "serves"), rows)
 
 
-def removals(done: Up) -> list[str]:
+def removals(done: HostsUp) -> list[str]:
     """Return lines about roles that this call stopped for good."""
     lines = [
         f"{host}: stopped {role}, which the file no longer asks for"

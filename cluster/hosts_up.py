@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import preflight
 from cluster import record as records
-from cluster.fleet import Fleet, ask
+from cluster.fleet import RemoteFleet, ask
 from cluster.hostfiles import HostPlan
 from cluster.hosts_health import unready
 from cluster.record import KnownHost, Record
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from cluster.fleet import HostSeen
     from cluster.hostplan import HostsPlan
-    from cluster.preflight import Finding, Wanted
+    from cluster.preflight import HostFinding, Wanted
     from cluster.ssh import Shell
     from cluster.wheel import Wheel
 
@@ -38,7 +38,7 @@ class PreflightError(ProcessError):
 
 
 @dataclass(slots=True)
-class Up:
+class HostsUp:
     """What `up` came to, filled in as it goes.
 
     Attributes:
@@ -54,7 +54,7 @@ class Up:
     """
 
     name: str
-    findings: list[Finding]
+    findings: list[HostFinding]
     changed: dict[str, dict[str, str]] = field(default_factory=dict)
     sent: dict[str, list[str]] = field(default_factory=dict)
     removed: dict[str, list[str]] = field(default_factory=dict)
@@ -71,8 +71,8 @@ def up(
     *,
     ready_timeout_s: float,
     rollback: bool,
-    on_preflight: Callable[[Up], None] = lambda _: None,
-) -> Up:
+    on_preflight: Callable[[HostsUp], None] = lambda _: None,
+) -> HostsUp:
     """Have the plan run; return what was done, and what is not as it should be.
 
     Args:
@@ -86,7 +86,7 @@ def up(
     Raises:
         PreflightError: Nothing was started.
     """
-    done = Up(plan.name, preflight.look(shell, plan.name, plan.wanted, wheel))
+    done = HostsUp(plan.name, preflight.look(shell, plan.name, plan.wanted, wheel))
     done.wrong += [line for finding in done.findings for line in finding.wrong]
     on_preflight(done)
     _check(plan, done.findings, rollback=rollback)
@@ -96,14 +96,14 @@ def up(
     _remember(plan, known, before, done)
     _apply(shell, plan, known, done)
     if not (rollback and done.wrong):
-        fleet = Fleet(_record(plan, known, done), shell)
+        fleet = RemoteFleet(_record(plan, known, done), shell)
         _await_ready(fleet, plan, done, ready_timeout_s)
     if rollback and done.wrong:
         _undo(shell, known, before, done)
     return done
 
 
-def _check(plan: HostsPlan, findings: Sequence[Finding], *, rollback: bool) -> None:
+def _check(plan: HostsPlan, findings: Sequence[HostFinding], *, rollback: bool) -> None:
     unable = [finding.name for finding in findings if finding.wrong]
     if plan.router_host in unable:
         raise PreflightError(f"nothing was started: {plan.router_host}, the router's host, cannot take part")
@@ -112,7 +112,7 @@ def _check(plan: HostsPlan, findings: Sequence[Finding], *, rollback: bool) -> N
 
 
 def _prepare(
-    shell: Shell, plan: HostsPlan, able: Sequence[Wanted], wheel: Wheel, done: Up
+    shell: Shell, plan: HostsPlan, able: Sequence[Wanted], wheel: Wheel, done: HostsUp
 ) -> list[KnownHost]:
     """Put the package on the hosts that lack it; return those that now have it."""
     found = {finding.name: finding for finding in done.findings}
@@ -133,7 +133,7 @@ def _prepare(
     return [host for host in prepared if isinstance(host, KnownHost)]
 
 
-def _record(plan: HostsPlan, known: Sequence[KnownHost], done: Up) -> Record:
+def _record(plan: HostsPlan, known: Sequence[KnownHost], done: HostsUp) -> Record:
     names = {host.name for host in known}
     out = [want for want in plan.wanted if want.name not in names]
     why = {finding.name: finding.wrong[0] for finding in done.findings if finding.wrong}
@@ -144,7 +144,7 @@ def _record(plan: HostsPlan, known: Sequence[KnownHost], done: Up) -> Record:
     )  # fmt: skip
 
 
-def _remember(plan: HostsPlan, known: list[KnownHost], before: Record | None, done: Up) -> None:
+def _remember(plan: HostsPlan, known: list[KnownHost], before: Record | None, done: HostsUp) -> None:
     """Write down where the cluster is about to be; stop it on hosts that have left the file.
 
     A host that is in the file and cannot take part now may run roles of an earlier `up`: it
@@ -159,7 +159,7 @@ def _remember(plan: HostsPlan, known: list[KnownHost], before: Record | None, do
     done.changed |= {host.name: {} for host in known}
 
 
-def _apply(shell: Shell, plan: HostsPlan, known: Sequence[KnownHost], done: Up) -> None:
+def _apply(shell: Shell, plan: HostsPlan, known: Sequence[KnownHost], done: HostsUp) -> None:
     """Have each host run exactly its roles, all at once, and hosts that left the file none."""
     record = records.load(plan.name)
     assert record is not None, "it was written just now"
@@ -189,7 +189,7 @@ def _apply(shell: Shell, plan: HostsPlan, known: Sequence[KnownHost], done: Up) 
     records.save(replace(record, hosts=(*staying, *still_there)))
 
 
-def _leave(shell: Shell, gone: Sequence[KnownHost], done: Up) -> list[KnownHost]:
+def _leave(shell: Shell, gone: Sequence[KnownHost], done: HostsUp) -> list[KnownHost]:
     """Stop everything on hosts that are no longer in the file; return those where that failed."""
     still_there = []
     for host in gone:
@@ -206,7 +206,7 @@ def _leave(shell: Shell, gone: Sequence[KnownHost], done: Up) -> list[KnownHost]
 # --- readiness --------------------------------------------------------------------------------
 
 
-def _await_ready(fleet: Fleet, plan: HostsPlan, done: Up, timeout_s: float) -> None:
+def _await_ready(fleet: RemoteFleet, plan: HostsPlan, done: HostsUp, timeout_s: float) -> None:
     """Wait until every worker is registered, one is given up, or time is up; say what is wrong."""
     give_up_s = time.monotonic() + timeout_s
     while True:
@@ -224,7 +224,7 @@ def _await_ready(fleet: Fleet, plan: HostsPlan, done: Up, timeout_s: float) -> N
         time.sleep(_ASK_AGAIN_S)
 
 
-def _status(fleet: Fleet) -> dict[str, Any] | None:
+def _status(fleet: RemoteFleet) -> dict[str, Any] | None:
     try:
         return fleet.router_status()
     except RemoteError:  # `states` says why
@@ -234,7 +234,7 @@ def _status(fleet: Fleet) -> dict[str, Any] | None:
 # --- rollback ---------------------------------------------------------------------------------
 
 
-def _undo(shell: Shell, known: Sequence[KnownHost], before: Record | None, done: Up) -> None:
+def _undo(shell: Shell, known: Sequence[KnownHost], before: Record | None, done: HostsUp) -> None:
     """Put each host back to what ran before this call, and what is remembered too."""
     touched = [host for host in known if done.changed.get(host.name)]
 

@@ -35,10 +35,10 @@ from cluster.launcher import LocalLauncher
 from cluster.orders import OrderDesk
 from cluster.plan import Plan, endpoint
 from cluster.supervisor import Supervisor
-from superserve import local
 from superserve.clock import MS, SECOND, MonotonicClock
 from superserve.errors import ProcessError
-from superserve.local import LocalCluster, Phase, ProcessId
+from superserve.roles import local
+from superserve.roles.local import LocalCluster, Phase, ProcessId
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

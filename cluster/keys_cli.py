@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from superserve import keys
 from superserve.errors import ConfigError, SuperServeError
+from superserve.net import keys
 
 _ROLE = click.Choice(list(keys.FOLDERS))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from superserve import processes
+from superserve.roles import processes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Handle(Protocol):
-    """A role that was started; `superserve.processes.RoleProcess` is one."""
+    """A role that was started; `superserve.roles.processes.RoleProcess` is one."""
 
     @property
     def ready(self) -> dict[str, Any]:

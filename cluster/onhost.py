@@ -45,9 +45,9 @@ from cluster.hostfiles import (
     script,
     supervisord_conf,
 )  # fmt: skip
-from superserve.connection import ask_status
 from superserve.errors import ConfigError, ProcessError, SuperServeError
-from superserve.local import ProcessId
+from superserve.net.connection import ask_status
+from superserve.roles.local import ProcessId
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cluster.facts import look
 from cluster.health import ask_router, slots
 from cluster.orders import give_order
-from superserve import local
 from superserve.errors import ConfigError, ProcessError
-from superserve.local import Liveness, RoleState
+from superserve.roles import local
+from superserve.roles.local import Liveness, RoleState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -15,7 +15,7 @@ from cluster.ssh import RemoteError, parallel
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cluster.fleet import Fleet, RoleSeen
+    from cluster.fleet import RemoteFleet, RoleSeen
     from cluster.record import KnownHost
 
 UNREACHABLE = "UNREACHABLE"
@@ -35,7 +35,7 @@ class HostsOperable:
 
     is_local = False
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: RemoteFleet) -> None:
         self.name = fleet.record.name
         self._fleet = fleet
 

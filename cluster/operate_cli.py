@@ -14,11 +14,11 @@ from cluster.doctor import Finding, Seen, Verdict, examine
 from cluster.fleet import open_cluster
 from cluster.operable import LocalOperable
 from cluster.operable_hosts import HostsOperable
-from cluster.rolling import Operator
+from cluster.rolling import RollingOperator
 from cluster.up import name_option
-from superserve import local
 from superserve.errors import ConfigError
-from superserve.local import Liveness
+from superserve.roles import local
+from superserve.roles.local import Liveness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,7 +54,7 @@ def opened(name: str) -> Iterator[Examinable]:
 def drain(name: str, names: Sequence[str]) -> None:
     """Drain workers, and say how they come back."""
     with opened(name) as cluster:
-        Operator(cluster, click.echo).drain(names)
+        RollingOperator(cluster, click.echo).drain(names)
     again = f"cluster restart{name_option(name)} {' '.join(names)}"
     click.echo(f"start again: `{again}`, or whatever has ended: `cluster up`")
 
@@ -80,7 +80,7 @@ def restart(
             "expected workers or hosts to restart, or --rolling for all workers, a few at a time"
         )
     with opened(name) as cluster:
-        operator = Operator(cluster, click.echo)
+        operator = RollingOperator(cluster, click.echo)
         if router:
             click.echo(ROUTER_COSTS)
             operator.restart_router(timeout_s)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from gpu_worker.cli import MAX_GPUS
-from gpu_worker.names import DIGITS, SHIPPED_SUPERNETS
+from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS
 from profiles.table import load_profile, shipped_profiles
-from router.registry import make_policy
+from router.policies.registry import make_policy
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -69,7 +69,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class HostFinding:
     """What was found on a host.
 
     Attributes:
@@ -91,19 +91,19 @@ class Finding:
     needs_install: bool = False
 
 
-def look(shell: Shell, cluster: str, hosts: Sequence[Wanted], wheel: Wheel) -> list[Finding]:
+def look(shell: Shell, cluster: str, hosts: Sequence[Wanted], wheel: Wheel) -> list[HostFinding]:
     """Return what is found on each host, in order; change nothing there."""
     return parallel(hosts, lambda host: _look(shell, cluster, host, wheel))
 
 
-def _look(shell: Shell, cluster: str, host: Wanted, wheel: Wheel) -> Finding:
+def _look(shell: Shell, cluster: str, host: Wanted, wheel: Wheel) -> HostFinding:
     before_s = time.time()
     try:
         found = bare(shell, host, "probe", _asked(cluster, host, wheel), timeout_s=PROBE_S)
     except RemoteError as error:
         is_unreachable = isinstance(error, UnreachableError)
         cells = (host.name, "FAILED" if is_unreachable else "ok", "-" if is_unreachable else "FAILED")
-        return Finding(host.name, (*cells, *("-",) * (len(COLUMNS) - 3)), (_explained(str(error), host),))
+        return HostFinding(host.name, (*cells, *("-",) * (len(COLUMNS) - 3)), (_explained(str(error), host),))
     after_s = time.time()
     return judge(host, found, offset_s=found["clock"] - (before_s + after_s) / 2, within_s=after_s - before_s)
 
@@ -149,7 +149,7 @@ def _explained(words: str, host: Wanted) -> str:
     return f"{words}; {hint}" if hint else words
 
 
-def judge(host: Wanted, found: dict[str, Any], *, offset_s: float, within_s: float) -> Finding:
+def judge(host: Wanted, found: dict[str, Any], *, offset_s: float, within_s: float) -> HostFinding:
     """Return a host's row and what is wrong with it.
 
     Args:
@@ -173,7 +173,7 @@ def judge(host: Wanted, found: dict[str, Any], *, offset_s: float, within_s: flo
     )
     if found["writable"]:
         wrong.append(f"disk: expected a folder that can be written, got {found['writable']}")
-    return Finding(
+    return HostFinding(
         host.name, cells, tuple(f"{host.name}: {line}" for line in wrong),
         tuple(f"{host.name}: {line}" for line in notes), found["folder"], found["interpreter"],
         not found["has_code"] or bool(found["lacks"]),

@@ -1,6 +1,6 @@
 """What the operator's machine remembers of a cluster on several hosts, for the commands after `up`.
 
-    STATE/.clusters/NAME.json    0600; STATE as in superserve/local.py
+    STATE/.clusters/NAME.json    0600; STATE as in superserve/roles/local.py
 
 It is written before anything is started, so that `down` finds whatever an interrupted `up`
 left, and holds what only `up` finds out: where on each host the cluster's folder is, and which
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from cluster.ssh import Target
-from superserve import local
 from superserve.errors import ConfigError
+from superserve.roles import local
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -26,7 +26,7 @@ DRAIN_S = 30.0
 _ASK_AGAIN_S = 0.05
 
 
-class Operator:
+class RollingOperator:
     """Drains and restarts roles of one cluster, a step at a time, and says what it does.
 
     Args:

@@ -17,13 +17,13 @@ from rich.text import Text
 from cluster.health import slots
 from cluster.up import name_option
 from profiles.table import load_profile
-from superserve.local import DEFAULT_NAME, RoleState
+from superserve.roles.local import DEFAULT_NAME, RoleState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from cluster.down import Down
-    from superserve.local import LocalCluster, Role
+    from superserve.roles.local import LocalCluster, Role
 
 _MS = 1_000_000
 _MIB = 1 << 20

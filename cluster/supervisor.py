@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from cluster.plan import METRICS_PORT
 from superserve.clock import MS, SECOND
 from superserve.errors import ProcessError
-from superserve.local import ProcessId, Role, RoleState
+from superserve.roles.local import ProcessId, Role, RoleState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from cluster import record as records
 from cluster.top import Sample, page, plain
-from superserve import local
-from superserve.connection import ask_status
 from superserve.errors import ConfigError, SuperServeError
-from superserve.keys import ENVIRONMENT
-from superserve.local import DEFAULT_NAME, Liveness
+from superserve.net.connection import ask_status
+from superserve.net.keys import ENVIRONMENT
+from superserve.roles import local
+from superserve.roles.local import DEFAULT_NAME, Liveness
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

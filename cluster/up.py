@@ -19,12 +19,12 @@ from cluster.health import ask_router, problems
 from cluster.keeper import KEEP, KEEPER_LOG
 from cluster.operable import LocalOperable
 from cluster.plan import differences
-from cluster.rolling import Operator
-from superserve import local
-from superserve.connection import ask_status
+from cluster.rolling import RollingOperator
 from superserve.errors import ConfigError, ProcessError
-from superserve.local import Liveness, LocalCluster, Phase
-from superserve.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
+from superserve.net.connection import ask_status
+from superserve.roles import local
+from superserve.roles.local import Liveness, LocalCluster, Phase
+from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,7 +124,7 @@ def _start_ended(plan: Plan) -> tuple[str, ...]:
         ProcessError: One of them does not come back; the others run.
     """
     try:
-        operator = Operator(LocalOperable(plan.name), lambda _: None)
+        operator = RollingOperator(LocalOperable(plan.name), lambda _: None)
         return tuple(operator.start_ended(plan.ready_timeout_s))
     except ProcessError as error:
         raise ProcessError(f"the cluster {plan.name!r} runs, but not all that had ended: {error}") from error

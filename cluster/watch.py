@@ -2,7 +2,7 @@
 
 A role asks the kernel to be killed when its parent ends, and must be sure that the parent had
 not ended before it asked: it is told its parent's number beforehand
-(`superserve.processes.die_with_parent`). Supervisord tells its children nothing of the kind;
+(`superserve.roles.processes.die_with_parent`). Supervisord tells its children nothing of the kind;
 here it finds the variable in its own environment, which they inherit.
 """
 
@@ -13,7 +13,7 @@ import sys
 
 from supervisor import supervisord  # type: ignore[import-untyped]  # it ships no types
 
-from superserve.processes import PARENT_PID_VARIABLE
+from superserve.roles.processes import PARENT_PID_VARIABLE
 
 
 def main(config: str) -> None:

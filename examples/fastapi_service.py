@@ -30,7 +30,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 import superserve
-from superserve.local import running
+from superserve.roles.local import running
 
 GRACE_MS = 100.0
 """How long past its deadline a request may still get a late answer, instead of a 504."""

@@ -14,8 +14,8 @@ from collections import defaultdict
 import numpy as np
 
 import superserve
-from gpu_worker.digits import held_out  # 4,096 images (1, 20, 20) and their labels
-from superserve.local import running
+from gpu_worker.models.digits import held_out  # 4,096 images (1, 20, 20) and their labels
+from superserve.roles.local import running
 
 # In a notebook sys.argv is the kernel's own: only an endpoint is taken from it.
 given = [word for word in sys.argv[1:] if word.startswith(("tcp://", "ipc://"))]

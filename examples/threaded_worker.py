@@ -16,8 +16,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import superserve
-from gpu_worker.digits import held_out  # stands in for wherever your jobs come from
-from superserve.local import running
+from gpu_worker.models.digits import held_out  # stands in for wherever your jobs come from
+from superserve.roles.local import running
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -16,28 +16,28 @@ import click
 import psutil  # type: ignore[import-untyped]  # it ships no types
 import zmq
 
-from gpu_worker.emulated import OUTPUT, EmulatedGpus
-from gpu_worker.eventlog import EventLogHeader, EventLogWriter
-from gpu_worker.metrics import WorkerMetrics, pages
-from gpu_worker.names import SHIPPED_SUPERNETS
-from gpu_worker.server import Gauges, Waker, WorkerServer
+from gpu_worker.models.names import SHIPPED_SUPERNETS
+from gpu_worker.serve.emulated import OUTPUT, EmulatedGpus
+from gpu_worker.serve.eventlog import EventLogHeader, EventLogWriter
+from gpu_worker.serve.metrics import WorkerMetrics, pages
+from gpu_worker.serve.server import Gauges, Waker, WorkerServer
 from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
-from superserve.exposition import LOOPBACK, serve_pages
-from superserve.handshake import Handshake
-from superserve.keys import peer_keys
-from superserve.processes import announce_ready, die_with_parent
+from superserve.net.handshake import Handshake
+from superserve.net.keys import peer_keys
+from superserve.roles.exposition import LOOPBACK, serve_pages
+from superserve.roles.processes import announce_ready, die_with_parent
+from superserve.roles.version import version
 from superserve.subnet import Subnet
-from superserve.version import version
 from superserve.wire import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from gpu_worker.batches import Gpus
-    from gpu_worker.torch_executor import TorchExecutor
-    from superserve.keys import PeerKeys
+    from gpu_worker.engines.torch_executor import TorchExecutor
+    from gpu_worker.serve.batches import Gpus
+    from superserve.net.keys import PeerKeys
     from superserve.subnet import TensorSpec
 
 SWITCH_S = 0.0005
@@ -48,7 +48,7 @@ MAX_GPUS = 1_024
 """Emulated GPUs in one process, at most; one loop attends them all."""
 
 
-class Device(NamedTuple):
+class WorkerDevice(NamedTuple):
     """What a worker process serves, and what it says of it."""
 
     gpus: Gpus
@@ -141,7 +141,7 @@ def _only_with(option: str, value: str | None, others: dict[str, object]) -> Non
 
 
 @contextmanager
-def emulated(profile_name: str, n_gpus: int, name: str, event_log: Path | None) -> Iterator[Device]:
+def emulated(profile_name: str, n_gpus: int, name: str, event_log: Path | None) -> Iterator[WorkerDevice]:
     """Give emulated GPUs; their event log, if any, is complete when the block ends.
 
     Raises:
@@ -156,7 +156,7 @@ def emulated(profile_name: str, n_gpus: int, name: str, event_log: Path | None) 
             header = EventLogHeader(name, profile.name, profile.batch_sizes, latencies)
             log = stack.enter_context(EventLogWriter(event_log, header))
         gpus = EmulatedGpus(profile, n_gpus, log)
-        yield Device(gpus, profile, fingerprint, None, OUTPUT, _memory_of_process)
+        yield WorkerDevice(gpus, profile, fingerprint, None, OUTPUT, _memory_of_process)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class Asked:
 
 
 @contextmanager
-def resident(asked: Asked, waker: Waker) -> Iterator[Device]:
+def resident(asked: Asked, waker: Waker) -> Iterator[WorkerDevice]:
     """Give one real device with a resident supernet, warmed up; its threads end with the block.
 
     Raises:
@@ -187,7 +187,7 @@ def resident(asked: Asked, waker: Waker) -> Iterator[Device]:
     # precede torch's import, the compute thread would take every core.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     # torch takes seconds to import: emulated GPUs do without.
-    from gpu_worker.compute import ComputeGpu  # noqa: PLC0415
+    from gpu_worker.serve.compute import ComputeGpu  # noqa: PLC0415
 
     profile, executor = load_executor(asked, threads)
     stager = executor if executor.stages_ahead else None
@@ -197,19 +197,21 @@ def resident(asked: Asked, waker: Waker) -> Iterator[Device]:
     logging.getLogger(__name__).info("%s, %s: %s", asked.supernet, executor.precision, executor.memory())
     gauges = _memory_of_process
     if executor.device.type == "cuda":
-        from gpu_worker.gauges import CudaGauges  # noqa: PLC0415
+        from gpu_worker.serve.gauges import CudaGauges  # noqa: PLC0415
 
         gauges = CudaGauges(executor.device)
     try:
-        yield Device(gpu, profile, executor.fingerprint, executor.input_spec, executor.output_spec, gauges)
+        yield WorkerDevice(
+            gpu, profile, executor.fingerprint, executor.input_spec, executor.output_spec, gauges
+        )
     finally:
         gpu.close()
 
 
 def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
     """Return the profile and the resident supernet that hosts its subnets."""
-    from gpu_worker.kinds import supernet_kind  # noqa: PLC0415  these import torch
-    from gpu_worker.torch_executor import Placement, TorchExecutor  # noqa: PLC0415
+    from gpu_worker.engines.torch_executor import Placement, TorchExecutor  # noqa: PLC0415
+    from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  these import torch
 
     kind = supernet_kind(asked.supernet)
     name = asked.profile or kind.profile
@@ -261,7 +263,7 @@ def pin(text: str) -> list[int]:
 def serve(
     endpoint: str,
     name: str,
-    device: Device,
+    device: WorkerDevice,
     waker: Waker,
     exports: tuple[str, int] | None = None,
     keys: PeerKeys | None = None,
@@ -301,7 +303,7 @@ def serve(
         context.term()
 
 
-def hello(name: str, device: Device) -> dict[str, Any]:
+def hello(name: str, device: WorkerDevice) -> dict[str, Any]:
     """Return the body of HELLO: who this worker is, and what its GPUs run and how fast."""
     return {
         "role": "worker",

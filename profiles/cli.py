@@ -7,14 +7,21 @@ from typing import Any
 
 import click
 
-from profiles.commands import (
+from profiles.measuring.commands import (
     accuracy_command,
     batch_sizes_option,
     calibrate_command,
     search_command,
     show_command,
 )
-from profiles.measure import Device, Measurement, Setting, measure_supernet, save_measurement, thinned
+from profiles.measuring.measure import (
+    Device,
+    Measurement,
+    Setting,
+    measure_supernet,
+    save_measurement,
+    thinned,
+)
 from profiles.table import load_profile
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
@@ -87,7 +94,7 @@ def measure_command(
 
 def _profile_of(supernet: str) -> str:
     """Return the profile that a supernet comes with."""
-    from gpu_worker.kinds import supernet_kind  # noqa: PLC0415  it imports torch
+    from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  it imports torch
 
     kind = supernet_kind(supernet)
     if kind.profile is None:

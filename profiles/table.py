@@ -1,6 +1,6 @@
 """Profile: how accurate each subnet is, and how long each takes at each batch size.
 
-A profile is a JSON file (schema 1), measured on a GPU by `profiles.measure` or modelled:
+A profile is a JSON file (schema 1), measured on a GPU by `profiles.measuring.measure` or modelled:
 
     {"schema": 1, "name", "supernet", "device", "source": "measured" | "modelled",
      "provenance", "versions": {package: version}, "date", "batch_sizes": [1, 2, ...],

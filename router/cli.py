@@ -11,15 +11,15 @@ from pathlib import Path
 import click
 
 from profiles.table import load_profile
-from router.metrics import SWITCH_S, RouterMetrics, pages
-from router.recording import Recorder, replay
-from router.registry import make_policy
-from router.server import RouterServer, ServerSettings
-from router.state import CoreSettings
+from router.core.state import CoreSettings
+from router.policies.registry import make_policy
+from router.report.metrics import SWITCH_S, RouterMetrics, pages
+from router.serve.recording import Recorder, replay
+from router.serve.server import RouterServer, ServerSettings
 from superserve.errors import ConfigError, SuperServeError
-from superserve.exposition import LOOPBACK, serve_pages
-from superserve.processes import announce_ready, die_with_parent
-from superserve.version import version
+from superserve.roles.exposition import LOOPBACK, serve_pages
+from superserve.roles.processes import announce_ready, die_with_parent
+from superserve.roles.version import version
 
 MS = 1_000_000
 _MAX_MARGIN_MS = 60_000.0

@@ -3,8 +3,10 @@
 Start at `Client`, from threads, or `AsyncClient`, from asyncio.
 """
 
-from superserve.aio import AsyncClient, AsyncQueryFuture
-from superserve.client import Client
+from superserve.client.aio import AsyncClient, AsyncQueryFuture
+from superserve.client.client import Client
+from superserve.client.futures import QueryFuture
+from superserve.client.reply import Reply, Timeline
 from superserve.errors import (
     CancelledQueryError,
     ConfigError,
@@ -24,8 +26,6 @@ from superserve.errors import (
     WireError,
     WorkerLostError,
 )
-from superserve.futures import QueryFuture
-from superserve.reply import Reply, Timeline
 
 __all__ = [
     "AsyncClient",

@@ -15,70 +15,30 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("superserve", "router", "gpu_worker", "loadgen", "profiles", "cluster")
 
-# What a module, and all below it, may import beyond its own package; arrows add up.
-# An entry of the right side stands for itself and all below it. Nobody is given `cluster`.
+# What a folder, and all below it, may import beyond itself; arrows add up. An entry of the right side
+# stands for itself and all below it. Nobody is given `cluster`.
 ARROWS: dict[str, tuple[str, ...]] = {
     "superserve": (),
     "router": ("superserve", "profiles.table"),
     "gpu_worker": ("superserve", "profiles.table"),
     "profiles": ("superserve",),
-    # Who measures, calibrates or counts a subnet runs it.
-    **dict.fromkeys(
-        (
-            "profiles.measure",
-            "profiles.accuracy",
-            "profiles.flops",
-            "profiles.search",
-            "profiles.commands",
-            "profiles.cli",
-        ),
-        ("gpu_worker",),
-    ),
-    # The load generator starts routers and workers as processes, through superserve.processes.
+    # What measures, calibrates or counts a subnet runs it; the commands lead there.
+    "profiles.measuring": ("gpu_worker",),
+    # The load generator starts routers and workers as processes, through superserve.roles.processes.
     "loadgen": ("superserve", "profiles.table"),
-    # The event logs of emulated GPUs prove that none of them cheated.
-    "loadgen.run": ("gpu_worker.eventlog",),
-    # A policy's name is checked before anything is started.
-    "loadgen.run_cli": ("gpu_worker.eventlog",),
-    "loadgen.targets": ("router.registry",),
+    # The event logs of emulated GPUs prove that none of them cheated; a policy's name is checked before
+    # anything is started.
+    "loadgen.live": ("gpu_worker.serve", "router.policies"),
+    "loadgen.cli": ("gpu_worker.serve", "router.policies"),
+    "loadgen.paper": ("gpu_worker.serve",),
+    "loadgen.study": ("gpu_worker.serve",),
+    # The simulator runs the core that serves, under a policy built by name; no sockets. Its chaos clients are
+    # the session that applications embed, given the messages that the router would send.
+    "loadgen.simulator": ("router.core", "router.policies", "router.serve", "gpu_worker"),
     # The demo compares what came back with a local forward of the same subnet.
-    "loadgen.demo": (
-        "gpu_worker.digits",
-        "gpu_worker.names",
-        "gpu_worker.torch_executor",
-        "profiles.measure",
-        "profiles.search",
-        "gpu_worker.eventlog",
-    ),
-    # The benchmarks time the decision and the actuation on their own.
+    "loadgen.demo": ("gpu_worker", "profiles.measuring"),
+    # The benchmarks time the router's path, the decision and the actuation on their own.
     "loadgen.bench": ("router", "gpu_worker"),
-    # Where a query spends its time in the router is measured on the core itself.
-    "loadgen.bench_path": ("router",),
-    "loadgen.bench_calls": ("router.policy", "router.demand", "router.registry", "gpu_worker"),
-    "loadgen.bench_subnetact": ("gpu_worker",),
-    "loadgen.bench_gpu": ("gpu_worker",),
-    # The simulator runs the core that serves, under a policy built by name; no sockets.
-    "loadgen.simulator": ("router.core", "router.policy", "router.registry", "router.state"),
-    "loadgen.simulation": (
-        "router.core",
-        "router.policy",
-        "router.registry",
-        "router.events",
-        "router.state",
-    ),
-    "loadgen.chaos": ("router.core", "router.events", "router.state", "router.edf"),
-    # Its clients are the session that applications embed, told what the router's answers say.
-    "loadgen.chaos_clients": ("router.events", "router.directives"),
-    # Its parts hand the core's own events in, and take its actions.
-    "loadgen.sim_clients": ("router.events",),
-    "loadgen.sim_workers": ("router.events",),
-    # What a live run's messages took is in the logs of its emulated GPUs.
-    "loadgen.machine": ("gpu_worker.eventlog",),
-    "loadgen.simulate_cli": ("router.registry",),
-    "loadgen.compare_cli": ("router.registry",),
-    "loadgen.live_experiments": ("gpu_worker.eventlog",),
-    "loadgen.search": ("gpu_worker.eventlog",),
-    "loadgen.search_cli": ("gpu_worker.eventlog", "router.registry"),
     "cluster": ("superserve", "router", "gpu_worker", "loadgen", "profiles"),
 }
 
@@ -86,12 +46,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
 EMBEDDED_DEPENDENCIES = ("zmq", "numpy", "orjson")
 
 # Pure cores: events and `now_ns` in, actions out. The router's, and the client's.
-PURE = (
-    "superserve.session", "superserve.reply",
-    "router.core", "router.state", "router.admission", "router.fleet", "router.edf", "router.estimates",
-    "router.workers", "router.events", "router.policy", "router.slackfit", "router.baselines",
-    "router.demand", "router.demandfit", "router.lanes",
-)  # fmt: skip
+PURE = ("superserve.client.session", "superserve.client.reply", "router.core", "router.policies")
+ENTRY_POINTS = ("cli", "__main__")
+"""Modules at the top of a role that lead into all of it, and that nothing imports."""
 IMPURE = ("zmq", "socket", "time", "threading", "logging", "random", "numpy.random", "asyncio", "secrets")
 
 
@@ -159,8 +116,14 @@ def forbidden(name: str, target: str) -> bool:
     """Tell whether a module may not import `target`, a module of ours or of others."""
     if not under(target, PACKAGES) or under(target, [name.partition(".")[0]]):
         return False
-    allowed = [root for importer, roots in ARROWS.items() if under(name, [importer]) for root in roots]
+    allowed = [root for importer, roots in ARROWS.items() if _may_use(name, importer) for root in roots]
     return not under(target, allowed)
+
+
+def _may_use(name: str, importer: str) -> bool:
+    """Tell whether a module may use the arrows of `importer`: it lies below, or is its role's own command."""
+    role, _, rest = name.partition(".")
+    return under(name, [importer]) or (rest in ENTRY_POINTS and under(importer, [role]))
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -201,19 +164,19 @@ def test_the_core_and_the_policies_are_pure(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "target", "is_forbidden"),
     [
-        ("superserve.client", "router.core", True),
-        ("superserve.client", "superserve.wire", False),
+        ("superserve.client.client", "router.core", True),
+        ("superserve.client.client", "superserve.wire", False),
         ("router.core", "profiles.table", False),
-        ("router.core", "profiles.measure", True),
+        ("router.core", "profiles.measuring.measure", True),
         ("router.core", "profiles", True),
-        ("router.server", "gpu_worker.server", True),
-        ("profiles.measure", "gpu_worker.supernet", False),
-        ("profiles.table", "gpu_worker.supernet", True),
-        ("loadgen.simulator", "router.core", False),
-        ("loadgen.simulator", "router.server", True),
-        ("loadgen.replay", "router.core", True),
-        ("loadgen.bench", "superserve.processes", False),
-        ("cluster.launcher", "loadgen.replay", False),
+        ("router.serve.server", "gpu_worker.serve.server", True),
+        ("profiles.measuring.measure", "gpu_worker.supernet.supernet", False),
+        ("profiles.table", "gpu_worker.supernet.supernet", True),
+        ("loadgen.simulator.world", "router.core", False),
+        ("loadgen.simulator.world", "router.report.status", True),
+        ("loadgen.traces.trace", "router.core", True),
+        ("loadgen.bench.table", "superserve.roles.processes", False),
+        ("cluster.launcher", "loadgen.live.run", False),
         ("router.cli", "cluster.launcher", True),
         ("router.core", "numpy", False),
     ],
@@ -228,7 +191,7 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text(
         "import zmq.asyncio\n"
-        "from router import policy, Unknown\n"
+        "from router import policies, Unknown\n"
         "from . import wire\n"
         "from .wire import Kind\n"
         "if TYPE_CHECKING:\n    import torch\nelse:\n    import time\n"
@@ -237,7 +200,7 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
     )
     assert imports("superserve.module", path) == [
         Import("zmq.asyncio", 1, at_import=True),
-        Import("router.policy", 2, at_import=True),
+        Import("router.policies", 2, at_import=True),
         Import("router", 2, at_import=True),
         Import("superserve.wire" if "superserve.wire" in MODULES else "superserve", 3, at_import=True),
         Import("superserve.wire", 4, at_import=True),

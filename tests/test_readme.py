@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -14,12 +15,12 @@ import pytest
 
 from cluster.cli import cli as cluster_cli
 from gpu_worker.cli import cli as gpu_worker_cli
-from gpu_worker.eventlog import cli as eventlog_cli
-from loadgen.agreement import main as agreement_cli
-from loadgen.chaos import main as chaos_cli
+from gpu_worker.serve.eventlog import cli as eventlog_cli
 from loadgen.cli import cli as loadgen_cli
-from loadgen.figures import main as figures_cli
-from loadgen.run import Emulation, emulated
+from loadgen.live.run import Emulation, emulated
+from loadgen.paper.figures import main as figures_cli
+from loadgen.simulator.chaos import main as chaos_cli
+from loadgen.study.agreement import main as agreement_cli
 from profiles.cli import cli as profiles_cli
 from router.cli import cli as router_cli
 
@@ -44,11 +45,11 @@ CLIENT_PAGES = ("README.md", "wheels/client/README.md")
 ENDPOINT = "tcp://127.0.0.1:5555"
 COMMANDS: dict[str, click.Command] = {
     ".venv/bin/python -m router": router_cli,
-    ".venv/bin/python -m loadgen.agreement": agreement_cli,
-    ".venv/bin/python -m loadgen.chaos": chaos_cli,
-    ".venv/bin/python -m loadgen.figures": figures_cli,
+    ".venv/bin/python -m loadgen.study.agreement": agreement_cli,
+    ".venv/bin/python -m loadgen.simulator.chaos": chaos_cli,
+    ".venv/bin/python -m loadgen.paper.figures": figures_cli,
     ".venv/bin/python -m gpu_worker": gpu_worker_cli,
-    ".venv/bin/python -m gpu_worker.eventlog": eventlog_cli,
+    ".venv/bin/python -m gpu_worker.serve.eventlog": eventlog_cli,
     ".venv/bin/cluster": cluster_cli,
     ".venv/bin/loadgen": loadgen_cli,
     ".venv/bin/profiles": profiles_cli,
@@ -106,8 +107,8 @@ def test_every_path_named_exists(page: str) -> None:
 
 def test_paths_are_found_where_they_stand() -> None:
     """The search above is not passed by finding nothing."""
-    assert {"docs/picture.svg", "ARCHITECTURE.md", "router/policy.py"} <= paths("README.md")
-    assert {"superserve/wire.py", "cluster/", "profiles/data/"} <= paths("ARCHITECTURE.md")
+    assert {"docs/picture.svg", "ARCHITECTURE.md", "router/policies/__init__.py"} <= paths("README.md")
+    assert {"superserve/wire/", "cluster/", "tests/test_architecture.py"} <= paths("ARCHITECTURE.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -120,14 +121,17 @@ def test_every_make_target_named_exists(page: str) -> None:
     assert named <= targets
 
 
-def test_every_module_of_the_roles_is_on_the_map() -> None:
-    """ARCHITECTURE.md's map has each file, but for commands, helpers of `make bench`, and package files."""
+def test_every_folder_is_on_the_map_in_its_own_words() -> None:
+    """ARCHITECTURE.md's map has a row for each folder: the first sentence of its docstring."""
     roles = ("superserve", "router", "gpu_worker", "loadgen", "profiles", "cluster")
-    modules = {f"{path.parent.name}/{path.name}" for role in roles for path in (ROOT / role).glob("*.py")}
-    helpers = {name for name in modules if name.startswith("loadgen/bench_")} | {"loadgen/echo.py"}
-    plain = {name for name in modules if name.endswith(("/__init__.py", "/__main__.py", "/cli.py"))}
+    rows = set()
+    for role in roles:
+        for path in (ROOT / role).rglob("__init__.py"):
+            words = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+            assert words, f"{path} says nothing"
+            rows.add(f"| `{path.parent.relative_to(ROOT)}/` | {words.splitlines()[0]} |")
 
-    assert modules - helpers - plain <= paths("ARCHITECTURE.md")
+    assert rows <= set(text_of("ARCHITECTURE.md").splitlines())
 
 
 @pytest.mark.parametrize("line", shell_lines())

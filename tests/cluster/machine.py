@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
-from superserve import local
-from superserve.local import STATE_VARIABLE
+from superserve.roles import local
+from superserve.roles.local import STATE_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from superserve.local import LocalCluster, Role
+    from superserve.roles.local import LocalCluster, Role
 
 ROOT = Path(__file__).parent.parent.parent
 WAIT_S = 40.0  # reached only when something is broken
@@ -34,7 +34,7 @@ if fault.exists():
 """
 HANG = """
 import signal
-from superserve.processes import die_with_parent
+from superserve.roles.processes import die_with_parent
 die_with_parent()
 signal.pause()
 """

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cluster import bare
-from superserve import local
+from superserve.roles import local
 
 SOURCE = Path(bare.__file__).read_text(encoding="utf-8")
 TOO_NEW = [["numpy", "9999"], ["no-such-thing", "1"], ["numpy", "1"]]
@@ -57,7 +57,7 @@ def test_python_39_can_read_it() -> None:
 def test_the_folder_is_where_state_is_kept(
     variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It restates superserve/local.py, which it cannot import: they agree."""
+    """It restates superserve/roles/local.py, which it cannot import: they agree."""
     for name in ("SUPERSERVE_STATE", "XDG_STATE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, str(tmp_path))

@@ -15,8 +15,8 @@ from cluster.cli import cli
 from cluster.down import Down
 from cluster.health import problems
 from cluster.plan import Options, Plan, differences, make_plan
-from superserve import local
-from superserve.local import STATE_VARIABLE, LocalCluster, Phase, ProcessId, Role, RoleState
+from superserve.roles import local
+from superserve.roles.local import STATE_VARIABLE, LocalCluster, Phase, ProcessId, Role, RoleState
 
 KEEPER = ProcessId(4_000_000, 1)  # nobody's
 SLOT = {"process": "live", "state": "ready", "batches": 1_000, "queries": 2_500, "slowdown": 1.25}

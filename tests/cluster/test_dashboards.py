@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from ruamel.yaml import YAML
 
-from gpu_worker.metrics import METRICS as OF_WORKERS
-from router.metrics import METRICS as OF_ROUTER
+from gpu_worker.serve.metrics import METRICS as OF_WORKERS
+from router.report.metrics import METRICS as OF_ROUTER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.folder import HeldError, await_end, end, hold, make, tidy
-from superserve import local
 from superserve.errors import ConfigError
-from superserve.local import LocalCluster, Phase, ProcessId, Role, RoleState
+from superserve.roles import local
+from superserve.roles.local import LocalCluster, Phase, ProcessId, Role, RoleState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

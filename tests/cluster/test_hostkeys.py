@@ -12,8 +12,8 @@ from cluster.hostplan import HostsPlan, plan_of
 from cluster.hosts import load_hosts
 from cluster.record import KnownHost
 from cluster.ssh import Target
-from superserve import keys
 from superserve.errors import ConfigError
+from superserve.net import keys
 
 if TYPE_CHECKING:
     from pathlib import Path

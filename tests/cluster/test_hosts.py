@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from cluster.cli import cli
 from cluster.hosts import Hosts, load_hosts
 from cluster.hosts_file import dump
-from gpu_worker.names import SHIPPED_SUPERNETS
-from router.registry import known_policies
+from gpu_worker.models.names import SHIPPED_SUPERNETS
+from router.policies.registry import known_policies
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from superserve.client import Client
-from superserve.local import Phase, RoleState
+from superserve.client.client import Client
+from superserve.roles.local import Phase, RoleState
 from tests.cluster.machine import CRASH, HANG, WAIT_S
 
 if TYPE_CHECKING:

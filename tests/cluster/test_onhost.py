@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster.hostfiles import HostPlan, HostRole
-from superserve.local import ProcessId
+from superserve.roles.local import ProcessId
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 WAIT_S = 40.0
 # As every role: it dies with its parent, and ends with code 0 when it is told to.
 WAITS = (
-    "import signal, sys; from superserve.processes import die_with_parent; die_with_parent(); "
+    "import signal, sys; from superserve.roles.processes import die_with_parent; die_with_parent(); "
     "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('waits', flush=True); "
     "[signal.pause() for _ in iter(int, 1)]"
 )

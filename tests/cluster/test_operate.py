@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.orders import SOCKET, give_order
-from superserve.connection import ask_status
 from superserve.errors import ProcessError
+from superserve.net.connection import ask_status
 from tests.cluster.machine import CRASH, ROOT, WAIT_S
 from tests.e2e.pages import check
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 OLD = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})  # as `python -m` will
-import superserve.version
-superserve.version.version = lambda: "0.0.9+old"
+import superserve.roles.version
+superserve.roles.version.version = lambda: "0.0.9+old"
 """
 PAGE = "operating.md"
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.operable import chosen
-from cluster.rolling import Operator
+from cluster.rolling import RollingOperator
 from superserve.errors import ConfigError, ProcessError
 from tests.cluster.operated import FakeCluster, role
 
@@ -22,7 +22,7 @@ class Scene:
         self.cluster = FakeCluster(
             role("router"), role("w0", **first), role("w1"), role("w2", host="b")
         )  # fmt: skip
-        self.operator = Operator(
+        self.operator = RollingOperator(
             self.cluster, self.said.append, clock=self.cluster.clock, pause=self.cluster.pause
         )
 
@@ -169,7 +169,7 @@ def test_an_interrupted_restart_says_what_to_type() -> None:
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    operator = Operator(scene.cluster, scene.said.append, clock=scene.cluster.clock, pause=interrupt)
+    operator = RollingOperator(scene.cluster, scene.said.append, clock=scene.cluster.clock, pause=interrupt)
 
     with pytest.raises(ProcessError, match="interrupted at w0: `cluster restart w0` starts"):
         operator.restart((), at_once=1, force=False, timeout_s=60.0)

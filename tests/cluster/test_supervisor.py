@@ -20,7 +20,7 @@ from cluster.supervisor import (
 )
 from superserve.clock import SECOND, VirtualClock
 from superserve.errors import ProcessError
-from superserve.local import RoleState
+from superserve.roles.local import RoleState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,7 +21,7 @@ import pytest
 from cluster.top import Sample, header, page, plain, rows_of
 from superserve.clock import SECOND
 from tests.cluster.machine import Machine, machine
-from tests.superserve.fakes import poll
+from tests.superserve.client.fakes import poll
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

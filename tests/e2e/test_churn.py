@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loadgen.bench_churn import churn
-from loadgen.run import Emulation, emulated
+from loadgen.bench.rows.churn import churn
+from loadgen.live.run import Emulation, emulated
 
 pytestmark = pytest.mark.e2e
 

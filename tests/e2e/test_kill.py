@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from loadgen.run import Emulation, Run, RunSettings, emulated, in_time, run_trace
-from loadgen.stats import OUTCOMES
-from loadgen.trace import load_trace
+from loadgen.live.run import Emulation, RunSettings, emulated, run_trace
+from loadgen.results.result import OUTCOMES
+from loadgen.results.run import in_time
+from loadgen.traces.trace import load_trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from loadgen.run import Cluster
+    from loadgen.live.run import Cluster
+    from loadgen.results.run import Run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
 

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from superserve.wire import Status
 from tests.cluster.machine import Machine, machine
-from tests.superserve.fakes import poll
+from tests.superserve.client.fakes import poll
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from loadgen.run import Emulation, emulated
+from loadgen.live.run import Emulation, emulated
 from profiles.table import load_profile
-from superserve.aio import AsyncClient
-from superserve.client import Client
-from superserve.connection import ask_status
+from superserve.client.aio import AsyncClient
+from superserve.client.client import Client
 from superserve.errors import ExpiredError, InfeasibleError, InvalidQueryError, UnansweredError
-from tests.superserve.fakes import WAIT_S
+from superserve.net.connection import ask_status
+from tests.superserve.client.fakes import WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from loadgen.run import Cluster
-    from superserve.reply import Reply
+    from loadgen.live.run import Cluster
+    from superserve.client.reply import Reply
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
 

@@ -6,12 +6,12 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from superserve.processes import ProcessGroup, wait_ready
+from superserve.roles.processes import ProcessGroup, wait_ready
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from superserve.processes import RoleProcess
+    from superserve.roles.processes import RoleProcess
 
 READY_S = 60.0
 

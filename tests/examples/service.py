@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import httpx
 import numpy as np
 
-from gpu_worker.digits import held_out
-from loadgen.demo import local_forward
+from gpu_worker.models.digits import held_out
+from loadgen.demo.demo import local_forward
 from profiles.table import load_profile
 
 if TYPE_CHECKING:

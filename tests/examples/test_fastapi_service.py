@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from superserve import errors
-from superserve.connection import ask_status
 from superserve.errors import QueryError
+from superserve.net.connection import ask_status
 from tests.examples.cluster import serving
 from tests.examples.service import (
     EXAMPLES,

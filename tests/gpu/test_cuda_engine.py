@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.cuda_engine import MAX_GRAPH_SUBNETS
-from gpu_worker.torch_executor import HALF_TOLERANCE, Placement, TorchExecutor
+from gpu_worker.engines.cuda_engine import MAX_GRAPH_SUBNETS
+from gpu_worker.engines.torch_executor import HALF_TOLERANCE, Placement, TorchExecutor
 from profiles.table import load_profile, statistics_path
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
@@ -38,7 +38,7 @@ def executor(name: str, subnets: list[Subnet], device: str = "cuda", **options: 
 
 def some_of(name: str, n: int) -> list[Subnet]:
     """Return the smallest, the largest and random subnets of a supernet, `n` in all."""
-    from gpu_worker.kinds import KINDS  # noqa: PLC0415  it needs no device, but time
+    from gpu_worker.models.kinds import KINDS  # noqa: PLC0415  it needs no device, but time
 
     with torch.device("meta"):
         space = KINDS[name].build().controls.space

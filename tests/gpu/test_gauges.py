@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu_worker.gauges import CudaGauges
+from gpu_worker.serve.gauges import CudaGauges
 
 
 def test_the_driver_tells_all_three() -> None:

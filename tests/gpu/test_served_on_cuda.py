@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import superserve
-from gpu_worker.kinds import digits_data
-from superserve.processes import ProcessGroup
+from gpu_worker.models.kinds import digits_data
+from superserve.roles.processes import ProcessGroup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from loadgen.run import Emulation, emulated
+from loadgen.live.run import Emulation, emulated
 from tests.test_readme import ENDPOINT, client_snippets
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def test_the_whole_wheel_holds_six_packages_and_their_data(whole_wheel: Path, cl
     assert top_level(whole_wheel) == {"superserve", *OTHER_ROLES}
     assert {f"{package}/py.typed" for package in top_level(whole_wheel)} <= set(whole)
     assert {
-        "gpu_worker/data/digits.safetensors",
+        "gpu_worker/models/data/digits.safetensors",
         "profiles/data/digits-cpu.json",
         "profiles/data/digits-cpu.statistics.safetensors",
         "profiles/data/ofa-resnet50-pareto.json",

@@ -1,0 +1,192 @@
+"""CudaEngine: one CUDA device, kept busy.
+
+- Each batch waits in pinned memory for a copy stream to bring it over while the batch before it runs.
+- Each pareto subnet and batch size is one CUDA graph, captured at start: a batch costs one launch
+  instead of some two hundred. All graphs share a memory pool, since one runs at a time.
+- Memory is channels last, and half precision where it holds.
+
+A subnet or a size without a graph, and everything if graphs are off, runs eagerly by the same path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from gpu_worker.engines.torch_executor import Staged, fill, model_input
+from gpu_worker.supernet.actuation import actuate
+from gpu_worker.supernet.fused_norm import fusing
+from profiles.table import evenly
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from gpu_worker.engines.torch_executor import Batch, Placement
+    from gpu_worker.models.kinds import SupernetKind
+    from gpu_worker.supernet.supernet import Supernet
+
+MAX_GRAPH_SUBNETS = 32
+"""Subnets with graphs; of more, those spread evenly over the rows."""
+
+MAX_GRAPH_SIZES = 8
+"""Batch sizes with graphs; of more, the smallest ones, where launches weigh most. On an H100 160 graphs
+were captured in 3 s, and they and their buffers held 0.3 GB."""
+
+N_BUFFERS = 2
+"""Staging buffers a size: one is filled while the batch in the other runs."""
+
+_WARM_UP_PASSES = 2  # before a capture: libraries choose their kernels and allocate then
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """Where one batch waits.
+
+    Attributes:
+        host: Pinned, (size, *input).
+        device: The same on the device.
+        output: Pinned, (size, *output), float32.
+        is_ready: Recorded when the input has arrived.
+        is_done: Recorded when the output is back.
+    """
+
+    host: torch.Tensor
+    device: torch.Tensor
+    output: torch.Tensor
+    is_ready: torch.cuda.Event
+    is_done: torch.cuda.Event
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    output: torch.Tensor  # (size, *output), float32
+
+
+class CudaEngine:
+    """One CUDA device; `stage` may be called by one thread while another one calls `run`."""
+
+    def __init__(
+        self, supernet: Supernet, kind: SupernetKind, placement: Placement, dtype: torch.dtype
+    ) -> None:
+        self._supernet = supernet
+        self._kind = kind
+        self._dtype = dtype
+        self._device = supernet.device
+        self._sizes = placement.batch_sizes
+        self._uses_graphs = placement.uses_graphs
+        self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's own
+        self._compute = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._free: dict[int, SimpleQueue[_Buffer]] = {}
+        self._inputs: dict[int, torch.Tensor] = {}  # by size, what graphs read
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+
+    def stage(self, batch: Batch, size: int) -> Staged:
+        """Copy a batch to pinned memory and start its way to the device; waits for a free buffer."""
+        buffer = self._buffers(size).get()
+        n = len(batch)
+        fill(buffer.host.numpy(), batch)
+        with torch.cuda.stream(self._copies):
+            buffer.device.copy_(buffer.host, non_blocking=True)
+            buffer.is_ready.record(self._copies)
+        return Staged(n, buffer.device, buffer)
+
+    def run(self, row: int, staged: Staged) -> npt.NDArray[Any]:
+        """Run a staged batch; returns when its output is back."""
+        buffer: _Buffer = staged.buffer
+        size = len(staged.inputs)
+        try:
+            with torch.inference_mode(), torch.cuda.stream(self._compute):
+                self._compute.wait_event(buffer.is_ready)
+                buffer.output.copy_(self._launch(row, size, staged.inputs), non_blocking=True)
+                buffer.is_done.record(self._compute)
+            buffer.is_done.synchronize()  # without the interpreter's lock
+            return buffer.output[: staged.n].numpy().copy()
+        finally:
+            self._buffers(size).put(buffer)
+
+    def discard(self, staged: Staged) -> None:
+        """Take the buffer back."""
+        self._buffers(len(staged.inputs)).put(staged.buffer)
+
+    def warm_up(self) -> None:
+        """Capture the graphs, and run eagerly once what has none."""
+        with torch.cuda.device(self._device):
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        rows, sizes = range(len(self._supernet.subnets)), self._sizes or (1,)
+        for size in sizes:
+            self._buffers(size)  # pinning takes milliseconds: no batch is to wait for it
+        if self._uses_graphs and self._sizes:
+            captured = evenly(len(rows), MAX_GRAPH_SUBNETS)
+            self._capture(captured, self._sizes[:MAX_GRAPH_SIZES])
+        for size in sizes:
+            for row in rows:
+                if (row, size) not in self._graphs:
+                    self.run(row, self.stage(self._kind_zeros(), size))
+        torch.cuda.synchronize(self._device)
+
+    def _launch(self, row: int, size: int, inputs: torch.Tensor) -> torch.Tensor:
+        graph = self._graphs.get((row, size))
+        if graph is None:
+            actuate(self._supernet, row)
+            return self._forward(inputs)
+        self._inputs[size].copy_(inputs)
+        graph.graph.replay()
+        return graph.output
+
+    def _forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self._supernet(model_input(self._kind, inputs, self._dtype))
+        return outputs.float()
+
+    def _capture(self, rows: Sequence[int], sizes: Sequence[int]) -> None:
+        self._supernet.pin(rows)
+        pool = torch.cuda.graph_pool_handle()
+        # Largest first: smaller ones then fit into the memory that the pool has.
+        for size in sorted(sizes, reverse=True):
+            self._inputs[size] = torch.zeros_like(self._new_input(size))
+            for row in rows:
+                self._graphs[row, size] = self._captured(row, self._inputs[size], pool)
+
+    def _captured(self, row: int, inputs: torch.Tensor, pool: Any) -> _Graph:
+        actuate(self._supernet, row)
+        with torch.inference_mode(), fusing():
+            with torch.cuda.stream(self._compute):
+                for _ in range(_WARM_UP_PASSES):
+                    self._forward(inputs)
+            self._compute.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=self._compute):
+                output = self._forward(inputs)
+        return _Graph(graph, output)
+
+    def _buffers(self, size: int) -> SimpleQueue[_Buffer]:
+        if size not in self._free:
+            queue: SimpleQueue[_Buffer] = SimpleQueue()
+            for _ in range(N_BUFFERS):
+                queue.put(self._new_buffer(size))
+            self._free[size] = queue
+        return self._free[size]
+
+    def _new_buffer(self, size: int) -> _Buffer:
+        device = self._new_input(size)
+        with torch.cuda.device(self._device):  # pinned for the current device, which else would wake too
+            host = torch.empty(device.shape, dtype=device.dtype, pin_memory=True)
+            output = torch.empty((size, *self._kind.output_spec.shape), pin_memory=True)
+        is_ready, is_done = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+        return _Buffer(host, device, output, is_ready, is_done)
+
+    def _new_input(self, size: int) -> torch.Tensor:
+        spec = self._kind.input_spec
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        return torch.empty((size, *spec.shape), dtype=dtype, device=self._device)
+
+    def _kind_zeros(self) -> npt.NDArray[Any]:
+        spec = self._kind.input_spec
+        zeros: npt.NDArray[Any] = torch.zeros((1, *spec.shape), dtype=getattr(torch, spec.dtype)).numpy()
+        return zeros

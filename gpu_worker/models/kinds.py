@@ -1,0 +1,210 @@
+"""The supernets that a worker can host, by name, and others by `package.module:attribute`.
+
+A kind says what the executor, the profiler and the search need to know: how to build it, what one
+query is, where weights come from, what a subnet costs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from gpu_worker.models import digits
+from gpu_worker.models.digits_supernet import DIGITS, digits_supernet
+from gpu_worker.models.dynabert import MNLI, dynabert
+from gpu_worker.models.examples import Data, Examples
+from gpu_worker.models.names import DIGITS as DIGITS_NAME
+from gpu_worker.models.names import DYNABERT, OFA_RESNET50
+from gpu_worker.models.ofa_resnet50 import N_CLASSES, ofa_resnet50, published_name
+from gpu_worker.supernet.checkpoints import load_checkpoint
+from superserve.errors import ConfigError
+from superserve.subnet import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gpu_worker.supernet.supernet import Supernet
+
+RANDOM = "random"
+"""In place of a checkpoint: seeded random weights. Latencies are as real, answers mean nothing."""
+
+_RANDOM_SEED = 20250428
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class SupernetKind:
+    """A supernet by name.
+
+    Attributes:
+        name: What profiles call it.
+        build: Returns it with random weights.
+        input_spec: One query.
+        output_spec: One query's answer.
+        preprocess: From a batch of queries (B, *input) on the device to the model's input in a dtype.
+        published_name: From a name in the model's state dict to the checkpoint's.
+        ignored: Names that checkpoints may have beside the model's.
+        weights: The checkpoint that comes with it, if any.
+        profile: The shipped profile of its subnets, if any.
+        data: Returns what it can be judged on, if it comes with any.
+        takes_images: Whether its activations are images: then memory is channels last.
+    """
+
+    name: str
+    build: Callable[[], Supernet]
+    input_spec: TensorSpec
+    output_spec: TensorSpec
+    preprocess: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+    published_name: Callable[[str], str] = str
+    ignored: tuple[str, ...] = ()
+    weights: Path | None = None
+    profile: str | None = None
+    data: Callable[[], Data] | None = None
+    takes_images: bool = False
+
+
+def as_floats(batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a batch of numbers in the model's dtype."""
+    return batch.to(dtype)
+
+
+def as_tokens(batch: torch.Tensor, _dtype: torch.dtype) -> torch.Tensor:
+    """Return a batch of token ids as they are."""
+    return batch
+
+
+class ImagenetInput:
+    """From decoded images (B, H, W, 3), uint8, to normalised ones (B, 3, H, W), channels last in memory."""
+
+    # Of ImageNet's channels, for pixels from 0 to 255.
+    MEAN = tuple(255 * mean for mean in (0.485, 0.456, 0.406))
+    STD = tuple(255 * std for std in (0.229, 0.224, 0.225))
+
+    def __init__(self) -> None:
+        # On each device once: a CUDA graph cannot capture their way there.
+        self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the model's input in `dtype`."""
+        if batch.device not in self._constants:
+            self._constants[batch.device] = (
+                torch.tensor(self.MEAN, device=batch.device),
+                torch.tensor(self.STD, device=batch.device),
+            )
+        mean, std = self._constants[batch.device]
+        return ((batch.float() - mean) / std).to(dtype).permute(0, 3, 1, 2)
+
+
+_CALIBRATION_IMAGES = 1_024
+
+
+def digits_data() -> Data:
+    """Return augmented digits; images of one original are all on one side of each split."""
+    selection, held_out = digits.held_out_halves()
+    return Data(digits.training(_CALIBRATION_IMAGES, seed=1), Examples(*selection), Examples(*held_out))
+
+
+_KINDS = (
+    SupernetKind(
+        name=DIGITS_NAME,
+        build=digits_supernet,
+        input_spec=TensorSpec("float32", DIGITS.image_shape),
+        output_spec=TensorSpec("float32", (DIGITS.n_classes,)),
+        preprocess=as_floats,
+        weights=_HERE / "data" / "digits.safetensors",
+        profile="digits-cpu",
+        data=digits_data,
+        takes_images=True,
+    ),
+    SupernetKind(
+        name=OFA_RESNET50,
+        build=ofa_resnet50,
+        input_spec=TensorSpec("uint8", (224, 224, 3)),
+        output_spec=TensorSpec("float32", (N_CLASSES,)),
+        preprocess=ImagenetInput(),
+        published_name=published_name,
+        takes_images=True,
+    ),
+    SupernetKind(
+        name=DYNABERT,
+        build=dynabert,
+        input_spec=TensorSpec("int32", (2, 128)),
+        output_spec=TensorSpec("float32", (MNLI.n_classes,)),
+        preprocess=as_tokens,
+        ignored=("bert.embeddings.position_ids",),  # a constant that older files hold
+    ),
+)
+KINDS = {kind.name: kind for kind in _KINDS}
+"""The supernets that come with the package."""
+
+
+def supernet_kind(name: str) -> SupernetKind:
+    """Return the kind called `name`, or the one that `package.module:attribute` names.
+
+    Raises:
+        ConfigError: If there is none, or it is no `SupernetKind`.
+    """
+    if name in KINDS:
+        return KINDS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, KINDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"supernet: expected one of {', '.join(KINDS)}, or package.module:attribute, got {name!r}{hint}"
+        )
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"supernet {name}: {error}") from error
+    if not isinstance(kind, SupernetKind):
+        raise ConfigError(f"supernet {name}: expected a SupernetKind, got {type(kind).__name__}")
+    return kind
+
+
+def resident(kind: SupernetKind, weights: str | None) -> Supernet:
+    """Build a supernet, in eval mode and host memory, and fill it.
+
+    Args:
+        kind: Which.
+        weights: A checkpoint's path, "random", or None for the one that comes with it.
+
+    Raises:
+        ConfigError: If it comes with none, or the checkpoint does not fit.
+    """
+    if weights == RANDOM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_RANDOM_SEED)
+            return kind.build().eval()
+    path = kind.weights if weights is None else Path(weights)
+    if path is None:
+        raise ConfigError(
+            f"weights: {kind.name} comes without any: expected a checkpoint's path, or {RANDOM!r}"
+        )
+    supernet = kind.build().eval()
+    load_checkpoint(supernet.model, path, published_name=kind.published_name, ignored=kind.ignored)
+    return supernet
+
+
+def fingerprint(supernet: Supernet) -> str:
+    """Return a hash of what decides a supernet's answers: tensors, subnets and statistics.
+
+    Workers whose fingerprints are equal answer alike.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for name, tensor in supernet.model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        plain = tensor.cpu().clone(memory_format=torch.contiguous_format).view(-1)
+        found.update(plain.view(torch.uint8).numpy().data)
+    for subnet in supernet.subnets:
+        found.update(repr((subnet.name, subnet.control)).encode())
+        held = supernet.statistics.get(subnet.name)
+        if held is not None:
+            found.update(held.values.numpy().data)
+    return found.hexdigest()

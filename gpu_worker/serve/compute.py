@@ -1,0 +1,432 @@
+"""One real GPU, or CPU: batches run in a thread of their own, so that the sockets stay attended.
+
+The server's thread puts batches into a queue and is woken by each report. The compute
+thread takes the next one without asking, so the device does not wait for the sockets. Where the
+device has a memory of its own, a third thread brings each batch there while the one before runs.
+A query that makes the model raise costs its batch a second run, one by one, and no
+other query its answer. Out of memory: the batch is halved until it fits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from gpu_worker.serve.batches import (
+    CAPACITY,
+    MAX_OUTSTANDING,
+    EndedBatch,
+    Outcome,
+    QueueState,
+    expired_reason,
+    finished,
+    free_in_ns,
+    mixed,
+    refused,
+    unexpired,
+)
+from superserve.wire import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+    from profiles.table import Profile
+    from superserve.clock import Clock
+    from superserve.subnet import TensorSpec
+    from superserve.wire import Buffer, Directive
+
+_OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+_MAX_REASON_CHARS = 1_000  # a model's message may quote whole tensors
+
+
+class Executor(Protocol):
+    """What runs a batch: `TorchExecutor`, or a test's own."""
+
+    @property
+    def input_spec(self) -> TensorSpec:
+        """One query's input."""
+        ...
+
+    @property
+    def output_spec(self) -> TensorSpec:
+        """One query's output."""
+        ...
+
+    def execute(self, subnet: int, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Run `batch` (B, *input) on row `subnet` and return its outputs (B, *output)."""
+        ...
+
+
+class Stager(Protocol):
+    """What brings batches to a device ahead of time: a `TorchExecutor` on CUDA, or a test's own."""
+
+    def stage(self, batch: npt.NDArray[Any] | Sequence[npt.NDArray[Any]]) -> Any:
+        """Start the way of B queries (B, *input), or B that lie apart, to the device.
+
+        It may wait until there is room.
+        """
+        ...
+
+    def run(self, subnet: int, staged: Any) -> npt.NDArray[Any]:
+        """Run what was staged on row `subnet`, once, and return its outputs (B, *output)."""
+        ...
+
+    def discard(self, staged: Any) -> None:
+        """Forget what was staged: it will not run."""
+        ...
+
+
+class _Ended(NamedTuple):
+    """How one query ended, and its output or reason."""
+
+    status: Status
+    output: Buffer
+
+
+def run_batch(
+    executor: Executor,
+    directive: Directive,
+    waited_ns: int,
+    run_staged: Callable[[], npt.NDArray[Any]] | None = None,
+) -> Outcome:
+    """Run a batch's queries that still have slack and fit the model; say how each ended.
+
+    Args:
+        executor: What runs them.
+        directive: The batch.
+        waited_ns: How long it has waited here.
+        run_staged: Runs the whole batch from where it was staged; called once at most, and only if every
+            query is to run.
+    """
+    ended: list[_Ended | None] = _refusals(executor.input_spec, directive, waited_ns)
+    rows = [i for i, end in enumerate(ended) if end is None]
+    if not rows:
+        return _as_outcome([end for end in ended if end is not None], 0)
+    if len(rows) == directive.n:
+        return _run_whole(executor, directive, run_staged)
+    inputs = _assemble(executor.input_spec, directive, rows)
+    for i, end in zip(rows, _run(executor, directive.subnet, inputs), strict=True):
+        ended[i] = end
+    return _as_outcome([end for end in ended if end is not None], len(rows))
+
+
+def _refusals(spec: TensorSpec, directive: Directive, waited_ns: int) -> list[_Ended | None]:
+    """Return the ends of the queries that must not run, None for the others."""
+    expected, alive = spec.n_bytes, unexpired(directive, waited_ns)
+    ended: list[_Ended | None] = [
+        None if size == expected else _Ended(Status.INVALID, _wrong_size(spec, size))
+        for size in map(len, directive.payload_list())
+    ]
+    if alive is not None:
+        reason = expired_reason(waited_ns)
+        for i in np.flatnonzero(~alive):
+            ended[i] = _Ended(Status.EXPIRED, reason)
+    return ended
+
+
+def _wrong_size(spec: TensorSpec, size: int) -> bytes:
+    return f"payload: expected {spec.n_bytes} bytes ({spec.dtype} {spec.shape}), got {size}".encode()
+
+
+def _assemble(spec: TensorSpec, directive: Directive, rows: Sequence[int]) -> npt.NDArray[Any]:
+    """Return the inputs of `rows` as one array, (len(rows), *shape); copied only if they lie apart."""
+    segments = directive.segments
+    if len(segments) == 1 and segments[0].packed and len(rows) == directive.n:
+        data: Buffer = segments[0].payloads[0]
+    else:
+        payloads = directive.payload_list()
+        data = b"".join([payloads[i] for i in rows])
+    return np.frombuffer(data, np.dtype(spec.dtype)).reshape(len(rows), *spec.shape)
+
+
+def _where_they_lie(spec: TensorSpec, directive: Directive) -> npt.NDArray[Any] | Sequence[npt.NDArray[Any]]:
+    """Return a batch's inputs without copying: one array if they came end to end, else one a query."""
+    segments = directive.segments
+    if len(segments) == 1 and segments[0].packed:
+        return _assemble(spec, directive, range(directive.n))
+    dtype = np.dtype(spec.dtype)
+    return [np.frombuffer(payload, dtype).reshape(spec.shape) for payload in directive.payload_list()]
+
+
+def _run_whole(
+    executor: Executor, directive: Directive, run_staged: Callable[[], npt.NDArray[Any]] | None
+) -> Outcome:
+    """Run a batch of which every query is sound: the usual case, whose outputs stay together.
+
+    What was staged is not assembled here a second time: the device would wait for the copy.
+    """
+    subnet, n = directive.subnet, directive.n
+
+    def inputs() -> npt.NDArray[Any]:
+        return _assemble(executor.input_spec, directive, range(n))
+
+    try:
+        outputs = executor.execute(subnet, inputs()) if run_staged is None else run_staged()
+        _check(executor, outputs, n)
+    except Exception as error:  # noqa: BLE001  the model's own, whatever it is
+        return _as_outcome(_rerun(executor, subnet, inputs(), error), n)
+    return Outcome(n, executor.output_spec.n_bytes, outputs.tobytes())
+
+
+def _run(executor: Executor, subnet: int, inputs: npt.NDArray[Any]) -> list[_Ended]:
+    try:
+        outputs = executor.execute(subnet, inputs)
+        _check(executor, outputs, len(inputs))
+    except Exception as error:  # noqa: BLE001  the model's own, whatever it is
+        return _rerun(executor, subnet, inputs, error)
+    return [_Ended(Status.OK, output.tobytes()) for output in outputs]
+
+
+def _rerun(executor: Executor, subnet: int, inputs: npt.NDArray[Any], error: Exception) -> list[_Ended]:
+    """Run in smaller pieces what raised `error`; a query that raises alone is at fault."""
+    n = len(inputs)
+    if n == 1:
+        reason = f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS]
+        return [_Ended(Status.FAILED, reason.encode(errors="replace"))]
+    piece = (n + 1) // 2 if isinstance(error, _OUT_OF_MEMORY) else 1
+    return [
+        end for start in range(0, n, piece) for end in _run(executor, subnet, inputs[start : start + piece])
+    ]
+
+
+def _check(executor: Executor, outputs: npt.NDArray[Any], n: int) -> None:
+    """Raise TypeError if these are not the outputs of `n` queries."""
+    spec = executor.output_spec
+    expected = (n, *spec.shape)
+    if outputs.shape != expected or outputs.dtype != np.dtype(spec.dtype):
+        raise TypeError(f"outputs: expected {spec.dtype} {expected}, got {outputs.dtype} {outputs.shape}")
+
+
+def _as_outcome(ended: Sequence[_Ended], n_run: int) -> Outcome:
+    outputs = [end.output for end in ended]
+    if all(end.status is Status.OK for end in ended):
+        return Outcome(n_run, len(outputs[0]), b"".join(outputs))
+    return mixed([end.status for end in ended], outputs, n_run)
+
+
+@dataclass(slots=True)
+class _Job:
+    directive: Directive
+    received_ns: int
+    staged: Any = None  # set by the staging thread before the compute thread sees the job
+    is_dropped: bool = False  # set by the server's thread, read once by the compute thread
+
+
+class _Report(NamedTuple):
+    job: _Job
+    outcome: Outcome
+    started_ns: int
+    ended_ns: int
+
+
+class ComputeGpu:
+    """One real device as the server sees it; `start` begins its thread, `close` ends it.
+
+    Args:
+        executor: What runs a batch; touched by the compute thread alone, but for what it stages.
+        profile: How long batches are expected to take.
+        clock: The process's clock.
+        wake: Called by the compute thread after each report.
+        stager: Brings batches to the device ahead of time, by a thread of its own; None if there is no
+            way to bring them.
+    """
+
+    n_slots = 1
+
+    def __init__(
+        self,
+        executor: Executor,
+        profile: Profile,
+        clock: Clock,
+        wake: Callable[[], None],
+        *,
+        stager: Stager | None = None,
+    ) -> None:
+        self._executor = executor
+        self._stager = stager
+        self._profile = profile
+        self._clock = clock
+        self._wake = wake
+        self._last_batch = 0
+        self._free_since_ns = 0
+        # Handed to the thread and not reported; the first one runs. Bounded by MAX_OUTSTANDING.
+        self._outstanding: deque[_Job] = deque()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._reports: SimpleQueue[_Report | BaseException] = SimpleQueue()
+        self._prepared: SimpleQueue[BaseException | None] = SimpleQueue()
+        # A daemon: a batch that never ends must not keep the process from ending.
+        self._threads = [threading.Thread(target=self._compute, name="compute", daemon=True)]
+        self._entrance = self._jobs
+        if stager is not None:
+            self._entrance = SimpleQueue()
+            self._threads.append(threading.Thread(target=self._stage_all, name="staging", daemon=True))
+
+    def start(self, prepare: Callable[[], None] = lambda: None) -> None:
+        """Start its threads, and return when `prepare` has run in the one that will run batches.
+
+        cuDNN keeps the kernels that it has chosen for each thread: a model warmed up in another one
+        would meet every shape anew.
+
+        Raises:
+            BaseException: What `prepare` raised; no thread runs then.
+        """
+        compute, *others = self._threads
+        self._prepare = prepare
+        compute.start()
+        error = self._prepared.get()
+        if error is not None:
+            compute.join()
+            raise error
+        for thread in others:
+            thread.start()
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """End the threads after the batch that runs, or leave them after `timeout_s` seconds each."""
+        self.forget_held()
+        self._entrance.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    def submit(self, directive: Directive, received_ns: int) -> bool:
+        """Hand a batch to the compute thread; False if it has too many already."""
+        self._last_batch = max(self._last_batch, directive.batch_id)
+        if len(self._outstanding) >= MAX_OUTSTANDING:
+            return False
+        job = _Job(directive, received_ns)
+        self._outstanding.append(job)
+        self._entrance.put(job)
+        return True
+
+    def next_event_ns(self) -> int | None:
+        """Return None: the compute thread wakes the server."""
+        return None
+
+    def finish_due(self, now_ns: int) -> list[EndedBatch]:
+        """Return what the compute thread has reported.
+
+        Raises:
+            RuntimeError: The compute thread ended by an error of our own.
+        """
+        found = []
+        while not self._reports.empty():
+            report = self._reports.get()
+            if isinstance(report, BaseException):
+                raise RuntimeError("the compute thread ended") from report
+            found.append(self._finished(report, now_ns))
+        return found
+
+    def state(self, slot: int, now_ns: int) -> QueueState:
+        """Return what it tells the router as of `now_ns`."""
+        assert slot == 0, "a compute process has one GPU"
+        outstanding = self._outstanding
+        if not outstanding:
+            return QueueState(CAPACITY, 0, 0, self._last_batch, 0)
+        first, *held = outstanding
+        started_ns = max(first.received_ns, self._free_since_ns)
+        ends_ns = started_ns + self._profile.latency_ns(first.directive.subnet, first.directive.n)
+        free_ns = free_in_ns(self._profile, ends_ns, (job.directive for job in held), now_ns)
+        credit = max(0, CAPACITY - len(outstanding))
+        return QueueState(credit, len(held), 1, self._last_batch, free_ns)
+
+    def forget_held(self) -> int:
+        """Have the thread skip what it has not started; return how many batches that was at least."""
+        self._last_batch = 0
+        held = list(self._outstanding)[1:]
+        for job in self._outstanding:
+            job.is_dropped = True
+        return len(held)
+
+    def is_idle(self) -> bool:
+        """Tell whether nothing is outstanding."""
+        return not self._outstanding
+
+    def _finished(self, report: _Report, now_ns: int) -> EndedBatch:
+        job = self._outstanding.popleft()
+        assert job is report.job, "one thread reports in the order of submission"
+        self._free_since_ns = report.ended_ns
+        return finished(
+            job.directive,
+            report.outcome,
+            self.state(0, now_ns),
+            received_ns=job.received_ns,
+            started_ns=report.started_ns,
+            ended_ns=report.ended_ns,
+        )
+
+    def _compute(self) -> None:
+        """Prepare, then run batches until told to end. The thread's outermost loop."""
+        try:
+            self._prepare()
+        except BaseException as error:  # noqa: BLE001  raised again by `start`
+            self._prepared.put(error)
+            return
+        self._prepared.put(None)
+        try:
+            while (job := self._jobs.get()) is not None:
+                self._reports.put(self._run_job(job))
+                self._wake()
+        except BaseException as error:  # noqa: BLE001  raised again by the server's thread
+            self._reports.put(error)
+            self._wake()
+
+    def _run_job(self, job: _Job) -> _Report:
+        started_ns = self._clock.now_ns()
+        staged, job.staged = job.staged, None
+        ran = False
+
+        def run_staged() -> npt.NDArray[Any]:
+            nonlocal ran
+            ran = True
+            assert self._stager is not None, "it staged this"
+            return self._stager.run(job.directive.subnet, staged)
+
+        try:
+            if job.is_dropped:
+                return _Report(
+                    job, refused(job.directive, Status.CANCELLED, "dropped"), started_ns, started_ns
+                )
+            outcome = run_batch(
+                self._executor,
+                job.directive,
+                started_ns - job.received_ns,
+                None if staged is None else run_staged,
+            )
+            return _Report(job, outcome, started_ns, self._clock.now_ns())
+        finally:
+            if staged is not None and not ran:
+                assert self._stager is not None, "it staged this"
+                self._stager.discard(staged)
+
+    def _stage_all(self) -> None:
+        """Stage batches in their order until told to end. The staging thread's outermost loop."""
+        try:
+            while (job := self._entrance.get()) is not None:
+                if not job.is_dropped:
+                    job.staged = self._staged(job.directive)
+                self._jobs.put(job)
+        except BaseException as error:  # noqa: BLE001  raised again by the server's thread
+            self._reports.put(error)
+            self._wake()
+        self._jobs.put(None)
+
+    def _staged(self, directive: Directive) -> Any:
+        """Return the staged batch; None if a query of it will be refused, or there is no room for it.
+
+        Such a batch is run from host memory, where each query gets its own answer.
+        """
+        assert self._stager is not None, "this thread runs only where there is one"
+        spec = self._executor.input_spec
+        if any(size != spec.n_bytes for size in map(len, directive.payload_list())):
+            return None
+        try:
+            return self._stager.stage(_where_they_lie(spec, directive))
+        except Exception:  # noqa: BLE001  it will show again when the batch is run, query by query
+            return None

@@ -1,0 +1,1 @@
+"""What each row of the table of `make bench` measures."""

@@ -1,0 +1,229 @@
+"""Where a query's time in the router goes: the core and the wire in this process, without sockets.
+
+Bytes in, bytes out, on a virtual clock: QUERIES of some clients arrive at a steady rate, GPUs that
+take their profiled time answer, and each stage of each pass is timed with the real clock. What the
+operating system and ZeroMQ add is measured live, by `make bench`.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from array import array
+from dataclasses import dataclass
+from functools import partial
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from router.core import RouterCore
+from router.core.events import Answer, ClientJoined, Dispatch, Finished, Pulled, QueriesArrived, WorkerJoined
+from router.core.state import CoreSettings
+from router.policies.registry import make_policy
+from router.serve.directives import directive_of, results_of
+from superserve import wire
+from superserve.clock import MS
+from superserve.net.sockets import REST_NS
+from superserve.wire import Done, DoneRow, PullRow, Queries
+
+if TYPE_CHECKING:
+    from profiles.table import Profile
+
+STAGES = ("decode", "admit", "decide", "direct", "finish", "answer")
+"""In the order of a query's life: QUERIES and DONE to messages, queries to the queue, the queue to
+batches, batches to DIRECTIVE, reports to ends, ends to RESULTS."""
+_TRANSIT_NS = MS // 5
+_FAR_NS = 3_600_000 * MS
+_PAYLOAD = bytes(64)
+
+
+@dataclass(frozen=True, slots=True)
+class PathShape:
+    """What the router is confronted with.
+
+    Attributes:
+        n_waiting: Queries that wait all the time, with deadlines that never come.
+        gpus_per_process: GPUs of one worker process.
+    """
+
+    profile: Profile
+    rate_qps: float = 10_000.0
+    queries_per_message: int = 5
+    n_clients: int = 1
+    n_gpus: int = 16
+    n_waiting: int = 0
+    gpus_per_process: int = 8
+    policy: str = "slackfit"
+    slo_ns: int = 36 * MS
+
+
+@dataclass(frozen=True, slots=True)
+class PathCost:
+    """What it took.
+
+    Attributes:
+        stages_us: Microseconds a query, by stage.
+        mean_batch_size: Queries a batch.
+        ok_share: Share of the queries that ended OK.
+        worst_advance_us: The longest single decision pass.
+    """
+
+    stages_us: dict[str, float]
+    mean_batch_size: float
+    ok_share: float
+    worst_advance_us: float
+
+    @property
+    def total_us(self) -> float:
+        """All stages."""
+        return sum(self.stages_us.values())
+
+
+class _Path:
+    """One run: a router core, its clients and its GPUs, on a virtual clock."""
+
+    def __init__(self, shape: PathShape) -> None:
+        self.shape = shape
+        self.now_ns = 1_000 * MS
+        settings = CoreSettings(max_queries=2_000_000 + shape.n_waiting)
+        self.core = RouterCore(partial(make_policy, shape.policy), settings)
+        self.taken_ns = dict.fromkeys(STAGES, 0)
+        self.worst_advance_ns = 0
+        self.n_answered = self.n_batches = self.n_ok = 0
+        self._query_id = self._n_messages = 0
+        self._free_ns = [0] * shape.n_gpus
+        self._last = [0] * shape.n_gpus
+        self._out = [0] * shape.n_gpus
+        self._ends: list[tuple[int, int, int, DoneRow]] = []
+        self._keys = [b"client %d" % i for i in range(shape.n_clients)]
+        self._join()
+
+    def _join(self) -> None:
+        shape, core, now_ns = self.shape, self.core, self.now_ns
+        for peer in range(0, shape.n_gpus, shape.gpus_per_process):
+            n = min(shape.gpus_per_process, shape.n_gpus - peer)
+            core.handle(WorkerJoined(peer, f"process {peer}", 1, [shape.profile] * n, len(_PAYLOAD)), now_ns)
+            core.handle(Pulled(peer, 1, [PullRow(slot, 2, 0, 0, 0, 0) for slot in range(n)]), now_ns)
+        for i, key in enumerate(self._keys):
+            core.handle(ClientJoined(key, i), now_ns)
+        self._refill()
+
+    def _refill(self) -> None:
+        """Let as many queries wait as the shape says; GPUs that are free take some of them."""
+        taken_ns = dict(self.taken_ns)
+        while (missing := self.shape.n_waiting - len(self.core.queue)) > 0:
+            self._receive(self._message(min(missing, 32), _FAR_NS))
+        self.taken_ns = taken_ns
+
+    def _message(self, n: int, slack_ns: int) -> list[wire.Buffer]:
+        ids = array("Q", range(self._query_id, self._query_id + n)).tobytes()
+        slacks = array("q", [slack_ns] * n).tobytes()
+        self._query_id += n
+        return wire.encode_queries(Queries(1, self.now_ns, n, ids, slacks, len(_PAYLOAD), [_PAYLOAD * n]))
+
+    def run(self, n_queries: int) -> None:
+        """Send `n_queries` at the shape's rate, a pass every `REST_NS`, until all have ended."""
+        shape = self.shape
+        step_ns = int(shape.queries_per_message * 1e9 / shape.rate_qps)
+        next_ns, n_sent = self.now_ns, 0
+        while self.n_answered < n_queries:
+            self.now_ns += REST_NS
+            self._refill()
+            self._finish()
+            while next_ns <= self.now_ns and n_sent < n_queries:
+                self._receive(self._message(shape.queries_per_message, shape.slo_ns))
+                n_sent += shape.queries_per_message
+                next_ns += step_ns
+            self._decide()
+
+    def _receive(self, frames: list[wire.Buffer]) -> None:
+        key = self._keys[self._n_messages % len(self._keys)]
+        self._n_messages += 1
+        began = time.perf_counter_ns()
+        message = wire.decode(frames)
+        decoded = time.perf_counter_ns()
+        assert isinstance(message, Queries), "it was encoded as such"
+        self.core.handle(QueriesArrived(key, message, _TRANSIT_NS), self.now_ns)
+        self.taken_ns["decode"] += decoded - began
+        self.taken_ns["admit"] += time.perf_counter_ns() - decoded
+
+    def _finish(self) -> None:
+        """Let every batch that is due end; a process tells of all of its own in one message."""
+        rows: dict[int, list[DoneRow]] = {}
+        while self._ends and self._ends[0][0] <= self.now_ns:
+            _, _, gpu, row = heappop(self._ends)
+            self._out[gpu] -= 1
+            row.credit, row.last_batch = 2 - self._out[gpu], self._last[gpu]
+            row.free_in_ns = max(0, self._free_ns[gpu] - self.now_ns)
+            rows.setdefault(gpu - row.slot, []).append(row)
+        for peer, done in rows.items():
+            frames = wire.encode_done(Done(1, done))
+            began = time.perf_counter_ns()
+            message = wire.decode(frames)
+            decoded = time.perf_counter_ns()
+            assert isinstance(message, Done), "it was encoded as such"
+            self.core.handle(Finished(peer, 1, message.rows), self.now_ns)
+            self.taken_ns["decode"] += decoded - began
+            self.taken_ns["finish"] += time.perf_counter_ns() - decoded
+
+    def _decide(self) -> None:
+        began = time.perf_counter_ns()
+        actions = self.core.advance(self.now_ns)
+        decided = time.perf_counter_ns()
+        answers: dict[bytes, list[Answer]] = {}
+        dispatches = []
+        for action in actions:
+            if isinstance(action, Answer):
+                answers.setdefault(action.client, []).append(action)
+                self.n_answered += action.n
+                self.n_ok += action.n if action.status == wire.Status.OK else 0
+            elif isinstance(action, Dispatch):
+                dispatches.append(action)
+        for of_client in answers.values():
+            for results in results_of(1, of_client):
+                wire.encode_results(results)
+        answered = time.perf_counter_ns()
+        for action in dispatches:
+            wire.encode_directive(directive_of(action))
+        directed = time.perf_counter_ns()
+        taken = self.taken_ns
+        taken["decide"] += decided - began
+        taken["answer"] += answered - decided
+        taken["direct"] += directed - answered
+        self.worst_advance_ns = max(self.worst_advance_ns, decided - began)
+        for action in dispatches:
+            self._start(action)
+
+    def _start(self, action: Dispatch) -> None:
+        """Run a batch as a GPU of its profile would."""
+        gpu = action.peer + action.slot
+        received_ns = self.now_ns + _TRANSIT_NS
+        began_ns = max(received_ns, self._free_ns[gpu])
+        executing_ns = self.shape.profile.latency_ns(action.subnet, action.n)
+        self._free_ns[gpu] = began_ns + executing_ns
+        self._last[gpu] = action.batch_id
+        self._out[gpu] += 1
+        self.n_batches += 1
+        row = DoneRow(
+            action.batch_id, action.slot, 0, 0, action.n, began_ns - received_ns, executing_ns, 0, 0, 4,
+            bytes(4 * action.n),
+        )  # fmt: skip
+        heappush(self._ends, (self._free_ns[gpu], action.batch_id, gpu, row))
+
+
+def path_cost(shape: PathShape, n_queries: int) -> PathCost:
+    """Return what a query costs in the router, beside sockets; `n_queries` a multiple of a message's."""
+    path = _Path(shape)
+    path.run(n_queries // 4)  # warm up: caches, and the estimates of the core
+    path.taken_ns = dict.fromkeys(STAGES, 0)
+    path.worst_advance_ns = path.n_answered = path.n_batches = path.n_ok = 0
+    gc.collect()
+    gc.disable()
+    try:
+        path.run(n_queries)
+    finally:
+        gc.enable()
+    path.core.check()
+    return PathCost(
+        {stage: taken / path.n_answered / 1e3 for stage, taken in path.taken_ns.items()},
+        path.n_answered / max(1, path.n_batches), path.n_ok / path.n_answered, path.worst_advance_ns / 1e3,
+    )  # fmt: skip

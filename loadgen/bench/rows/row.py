@@ -1,0 +1,66 @@
+"""One figure of the benchmarks, and the machine it was measured on."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import functools
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class SkippedError(Exception):
+    """A row cannot be measured here; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One figure: the fields of its file, but for machine and date.
+
+    Attributes:
+        name: The file's name without .json.
+        value: None if nothing was found.
+        unit: Of the value and the reference.
+        reference: What it is held against.
+        reference_value: None if nothing was found.
+        conditions: How it was measured.
+        noise_p99_9_ms: What the noise probe saw meanwhile; None where none ran.
+    """
+
+    name: str
+    value: float | None
+    unit: str
+    reference: str
+    reference_value: float | None
+    conditions: dict[str, Any] = field(default_factory=dict)
+    noise_p99_9_ms: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Value over reference."""
+        if self.value is None or not self.reference_value:
+            return None
+        return self.value / self.reference_value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the file's fields."""
+        return {
+            **asdict(self),
+            "ratio": self.ratio,
+            "machine": machine(),
+            "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        }
+
+
+@functools.cache
+def machine() -> str:
+    """Return what was measured on, in words: processor, cores, system, Python."""
+    model = platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), model)
+    cores = len(os.sched_getaffinity(0))
+    return f"{model}, {cores} cores, {platform.system()}, Python {platform.python_version()}"

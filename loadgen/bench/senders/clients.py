@@ -1,0 +1,144 @@
+"""A thousand small clients in one process: every query is a message of its own, over its client's socket.
+
+The same generator, sockets and schedule for the router and for the bare echo, so that their
+rates compare. What arrives is kept as it came, with its instant, and decoded after the run:
+during it, neither of the two costs the generator more than the other.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+from superserve import wire
+from superserve.errors import ConfigError
+from superserve.net.connection import Connection, no_router
+from superserve.net.sockets import connect_dealer
+from superserve.wire import HAS_OUTPUT, Kind, Queries, Results
+
+if TYPE_CHECKING:
+    from loadgen.bench.senders.sender import SinglePlan
+
+_WELCOME_NS = 20_000_000_000
+_POLLIN = int(zmq.POLLIN)
+_AT_ONCE = 256
+"""Sockets drained in a row before the senders' turn."""
+
+
+class ManyTarget:
+    """Query i goes out over socket i modulo `plan.n_clients`; see `bench_sender.Target`.
+
+    Args:
+        plan: `target` is "many-echo" or "many".
+        context: Of all the sockets.
+    """
+
+    def __init__(self, plan: SinglePlan, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        context.set(zmq.MAX_SOCKETS, max(1023, 4 * plan.n_clients + 16))
+        self.n_ended = 0
+        self._is_echo = plan.target == "many-echo"
+        self._payload = bytes(plan.payload_bytes)
+        self._endpoint = plan.endpoint
+        self._arrived: list[tuple[int, bytes]] = []
+        self._epoch = 0
+        self._connections: list[Connection] = []
+        if self._is_echo:
+            self._sockets = [connect_dealer(context, plan.endpoint) for _ in range(plan.n_clients)]
+        else:
+            self._connections = [Connection(plan.endpoint, context) for _ in range(plan.n_clients)]
+            self._sockets = [connection.socket for connection in self._connections]
+        self._poller = select.epoll()
+        self._of_fd = {socket.fileno(): socket for socket in self._sockets}
+        for fd in self._of_fd:
+            self._poller.register(fd, select.EPOLLIN | select.EPOLLET)
+        self._ready: list[zmq.Socket[bytes]] = []
+
+    def await_peer(self) -> None:
+        """Exchange one message over every socket, so that all connections stand before the run.
+
+        Raises:
+            ConfigError: Somebody does not answer.
+        """
+        if self._is_echo:
+            for socket in self._sockets:
+                socket.setsockopt(zmq.RCVTIMEO, 5_000)
+                socket.send(b"hello")
+            for socket in self._sockets:
+                socket.recv()
+            return
+        give_up_ns = time.monotonic_ns() + _WELCOME_NS
+        waiting = list(self._connections)
+        while waiting:
+            now_ns = time.monotonic_ns()
+            if now_ns > give_up_ns:
+                raise ConfigError(no_router(self._endpoint))
+            for connection in waiting:
+                connection.tick(now_ns)
+                for _ in connection.receive():
+                    pass
+            waiting = [one for one in waiting if one.epoch is None or one.model is None]
+            time.sleep(0.005)
+        self._epoch = self._connections[0].epoch or 0
+
+    def send(self, i: int, slack_ns: int) -> bool:
+        """Send query `i` as one message."""
+        socket = self._sockets[i % len(self._sockets)]
+        frame = wire.encode_query(self._epoch, time.monotonic_ns(), i, slack_ns, self._payload)
+        try:
+            socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            self.n_ended += 1
+            return False
+        if int(socket.getsockopt(zmq.EVENTS)) & _POLLIN:  # sending may swallow the descriptor's edge
+            self._ready.append(socket)
+        return True
+
+    def take(self) -> None:
+        """Receive what has come back."""
+        of_fd = self._of_fd
+        ready, self._ready = self._ready, []
+        ready.extend([of_fd[fd] for fd, _ in self._poller.poll(0, _AT_ONCE)])
+        for socket in ready:
+            receive: Any = socket.recv
+            try:
+                while True:
+                    frame = receive(zmq.NOBLOCK)
+                    self._arrived.append((time.monotonic_ns(), frame))
+                    self.n_ended += 1 if self._is_echo or wire.kind_of(frame) == Kind.RESULTS else 0
+            except zmq.Again:
+                pass
+
+    def sleep(self, duration_ns: int, *, least_ns: int) -> None:
+        """Sleep at least the least time, or until something has come back."""
+        if least_ns:
+            time.sleep(max(duration_ns, least_ns) / 1e9)
+        elif not self._ready:
+            self._ready.extend([self._of_fd[fd] for fd, _ in self._poller.poll(duration_ns / 1e9, _AT_ONCE)])
+
+    def answered_ns(self, n: int) -> list[int]:
+        """Return when each query's answer came, -1 where none with an output did."""
+        answered_ns = [-1] * n
+        for now_ns, frame in self._arrived:
+            if wire.kind_of(frame) not in (Kind.QUERIES, Kind.RESULTS):
+                continue  # heartbeats
+            message = wire.decode([frame])
+            if isinstance(message, Queries):  # the echo sends back what it got
+                answered_ns[wire.uint64s(message.ids)[0]] = now_ns
+                continue
+            assert isinstance(message, Results), "the kind says so"
+            for group in message.groups:
+                if group.status in HAS_OUTPUT:
+                    for i in wire.uint64s(group.ids):
+                        answered_ns[i] = now_ns
+        return answered_ns
+
+    def close(self) -> None:
+        """Close every socket."""
+        self._poller.close()
+        for connection in self._connections:
+            connection.close()
+        for socket in self._sockets:
+            socket.close(0)

@@ -1,0 +1,4 @@
+"""The best that any schedule could do: an upper bound for every policy, from linear and integer programs.
+
+Imports `loadgen.traces`. `fluid` bounds whole traces, `exact` is the paper's integer program.
+"""

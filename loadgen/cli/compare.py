@@ -1,0 +1,140 @@
+"""`loadgen compare`: policies side by side on the same queries, simulated or live."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import orjson
+
+from loadgen.live.environment import environment_of
+from loadgen.results.tables import check_writable, write
+from loadgen.simulator.simulate import SimSettings
+from loadgen.simulator.workloads import parse_cluster
+from loadgen.study.compare import Cell, Comparison, baselines, headline_lines, lines, paper_cells, to_dict
+from loadgen.study.compare_live import LiveRun, compare_live
+from loadgen.study.verdict import markdown, verdict_lines, verdicts
+from router.policies.registry import make_policy
+from superserve.errors import ConfigError, SuperServeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command("compare")
+@click.option(
+    "--simulate", "is_simulated", is_flag=True, help="On a virtual clock, not with processes of this machine."
+)
+@click.option("--policy", "policies", multiple=True, default=("slackfit",), show_default=True)
+@click.option("--baselines", "with_baselines", is_flag=True, help="Add every fixed subnet and mincost.")
+@click.option(
+    "--trace", "traces", multiple=True,
+    help="A file or spec; several give a cell each.  [default: the paper's cells]",
+)  # fmt: skip
+@click.option("--maf", type=click.Path(exists=True, dir_okay=False), help="A Functions 2019 file.")
+@click.option("--cell", "chosen", multiple=True, metavar="TEXT", help="Only cells whose name holds this.")
+@click.option("--emulate", default="cnn-8gpu-modelled:8", show_default=True, metavar="PROFILE:N[,...]")
+@click.option("--rate", type=float, help="Mean rate of the traces given.")
+@click.option("--duration", type=float, default=30.0, show_default=True, help="Seconds of each cell.")
+@click.option("--slo-ms", default="36", show_default=True, metavar="MS[:WEIGHT],...")
+@click.option("--floor", metavar="ACCURACY[:SHARE]", help="Of the traces given.")
+@click.option("--seeds", type=click.IntRange(1, 1_000), default=5, show_default=True, help="Of each cell.")
+@click.option("--bound/--no-bound", "with_bound", default=True, show_default=True, help="Compute the bound.")
+@click.option("--processes", type=click.IntRange(1), help="[default: one for each processor]")
+@click.option("--json", "json_path", type=_FILE, help="Write the figures.")
+@click.option("--markdown", "page_path", type=_FILE, help="Write the table, for a page.")
+@click.option(
+    "--judge", "is_judged", is_flag=True,
+    help="Exit 1 unless every other policy may take the first one's place: see loadgen/study/verdict.py.",
+)  # fmt: skip
+def compare_command(
+    is_simulated: bool,
+    policies: tuple[str, ...],
+    with_baselines: bool,
+    traces: tuple[str, ...],
+    maf: str | None,
+    chosen: tuple[str, ...],
+    emulate: str,
+    rate: float | None,
+    duration: float,
+    slo_ms: str,
+    floor: str | None,
+    seeds: int,
+    with_bound: bool,
+    processes: int | None,
+    json_path: Path | None,
+    page_path: Path | None,
+    is_judged: bool,
+) -> None:
+    """Serve the same queries under each policy, and print attainment, accuracy, and how far the bound is.
+
+    Without --trace: MAF, the bursty and the accelerating cells of the paper, mixes of SLOs, unequal
+    GPUs and an accuracy floor; the paper's headline comparisons where the baselines ran. Live, each
+    policy has a private cluster of emulated GPUs, and takes its turn with each seed's queries; exits 1
+    if a run was invalid.
+    """
+    try:
+        if not is_simulated and not (traces or chosen):
+            raise ConfigError("compare: live runs take their time: expected --trace or --cell, or --simulate")
+        for path, option in ((json_path, "--json"), (page_path, "--markdown")):
+            if path is not None:
+                check_writable(path, option)
+        cluster = parse_cluster(emulate)
+        if with_baselines:
+            policies = (*policies, *(one for one in baselines(cluster[0]) if one not in policies))
+        for policy in policies:
+            make_policy(policy, cluster[0])
+        if traces:
+            cells = [Cell(Path(trace).name, trace, emulate, rate, slo_ms, floor) for trace in traces]
+        else:
+            cells = _paper_cells(emulate, maf, slo_ms)
+        if chosen:
+            cells = [cell for cell in cells if any(text in cell.name for text in chosen)]
+        if not cells:
+            raise ConfigError(f"--cell: no cell's name holds {' or '.join(chosen)}")
+        comparison = Comparison(policies, tuple(range(seeds)), duration, with_bound, SimSettings())
+        say = _progress()
+        live: list[LiveRun] = []
+        if is_simulated:
+            n_processes = processes or len(os.sched_getaffinity(0))
+            results = comparison.run(cells, n_processes=n_processes, say=say)
+        else:
+            results, live = compare_live(comparison, cells, say)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    for line in (*lines(results), "", *headline_lines(results), *verdict_lines(results)):
+        click.echo(line)
+    if json_path is not None:
+        body = to_dict(comparison, results) | {"environment": environment_of()}
+        if live:
+            body["live_runs"] = [run.to_dict() for run in live]
+        write(json_path, orjson.dumps(body, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode())
+    if page_path is not None:
+        write(page_path, "\n".join(markdown(results)) + "\n")
+    spoiled = [run for run in live if not run.valid or run.violations]
+    for run in spoiled:
+        click.echo(f"  INVALID          {run.cell}, seed {run.seed}, {run.policy}: {_why(run)}")
+    if spoiled or (is_judged and any(verdicts(results).values())):
+        sys.exit(1)
+
+
+def _paper_cells(emulate: str, maf: str | None, slo_ms: str) -> list[Cell]:
+    profile, _, n = emulate.partition(":")
+    if not n.isdecimal():
+        raise ConfigError("--emulate: the paper's cells have one kind of GPU: expected PROFILE:N")
+    return paper_cells(profile, int(n), maf, slo_ms)
+
+
+def _progress() -> Callable[[str], None]:
+    began_s = time.monotonic()
+    return lambda what: click.echo(f"  {time.monotonic() - began_s:6.1f} s  {what}", err=True)
+
+
+def _why(run: LiveRun) -> str:
+    return "; ".join(run.invalid_because) or f"{run.violations} violations in the GPUs' event logs"

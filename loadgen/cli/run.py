@@ -1,0 +1,246 @@
+"""`loadgen run`: offer a trace to a live cluster, and say what came of it, each second and at the end."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loadgen.live.calibrate import SECONDS, calibrate
+from loadgen.live.environment import environment_of
+from loadgen.live.hosts import Head
+from loadgen.live.progress import HEADER, Watch
+from loadgen.live.run import Emulation, RunSettings, run_emulated, run_trace
+from loadgen.live.targets import keys_of, payload_bytes_of, target_of
+from loadgen.results.plots import check_installed
+from loadgen.results.tables import check_writable, json_line, table, write, write_page
+from loadgen.results.timeline import recorded
+from loadgen.traces.trace import load_trace
+from superserve.errors import ConfigError, SuperServeError
+from superserve.net.keys import ENVIRONMENT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gpu_worker.serve.eventlog import EventLogReport
+    from loadgen.live.progress import Second
+    from loadgen.results.result import RunResult
+    from loadgen.results.run import Run
+    from loadgen.traces.trace import Trace
+
+MS = 1_000_000
+_INTERRUPTED = 130
+"""The exit code of a run that SIGINT ended: 128 and its number."""
+_CALIBRATED_FROM_NS = 10_000 * MS
+"""A run of this length or more is calibrated first, unless told otherwise: it takes some two seconds."""
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command("run")
+@click.option("--trace", "spec", required=True, help="A trace file, or a spec such as poisson:rate=2000.")
+@click.option(
+    "--connect", metavar="HOST:PORT", help="Of a router.  [default: the cluster running on this machine]"
+)
+@click.option("--keys", envvar=ENVIRONMENT, help="A client's key file, for a router with keys.")
+@click.option("--emulate", metavar="PROFILE:N", help="Start a private router and N emulated GPUs instead.")
+@click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
+@click.option("--duration", type=float, help="Squeeze or cut the trace to so many seconds.")
+@click.option("--slo-ms", type=float, default=36.0, show_default=True, help="From due to deadline.")
+@click.option("--policy", help="Policy of the private router.  [default: demandfit]")
+@click.option("--senders", type=click.IntRange(1, 64), default=1, show_default=True, help="Sender processes.")
+@click.option(
+    "--payload-bytes", type=click.IntRange(0, 64 << 20), help="[default: what the model takes, or 64]"
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals that are drawn.")
+@click.option("--json", "json_path", type=_FILE, help="Write the result.")
+@click.option(
+    "--json-lines", "is_json", is_flag=True,
+    help="Print a JSON object for each second and one for the result, and all else to stderr.",
+)  # fmt: skip
+@click.option("--report", "page_path", type=_FILE, help="Write a page about it, as HTML.")
+@click.option("--logs", type=_FOLDER, help="Keep event logs here.")
+@click.option("--generators", metavar="HOST:PORT,...", help="Send from the `loadgen agent` of these hosts.")
+@click.option(
+    "--calibrate/--no-calibrate", "is_calibrated", default=None,
+    help="Before it, send a second's worth to a null sink.  [default: if it takes 10 s or more]",
+)  # fmt: skip
+def run_command(
+    spec: str,
+    connect: str | None,
+    keys: str | None,
+    emulate: str | None,
+    rate: float | None,
+    duration: float | None,
+    slo_ms: float,
+    policy: str | None,
+    senders: int,
+    payload_bytes: int | None,
+    seed: int,
+    json_path: Path | None,
+    is_json: bool,
+    page_path: Path | None,
+    logs: Path | None,
+    is_calibrated: bool | None,
+    generators: str | None,
+) -> None:
+    """Offer a trace, print a line each second, and at the end a table.
+
+    Ctrl-C ends it early, with the table of the trace up to there, marked as partial, and exit code 130; a
+    second one gives up. Exits 1 if the run is invalid or an event log shows a violation.
+
+    Longer runs are calibrated first: the same senders offer the trace's first second to a sink that answers
+    at once. What is late there is this machine's doing, not the server's.
+    """
+    say = partial(click.echo, err=is_json)
+    try:
+        if not 0 < slo_ms <= 86_400_000:
+            raise ConfigError(f"--slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
+        _check_files(json_path, page_path)
+        if generators is not None and (connect is None or is_json):
+            raise ConfigError("--generators: expected --connect, as they reach it, and no --json-lines")
+        target = target_of(connect, emulate, policy, logs)
+        shown = keys_of(target, keys)
+        if generators is not None and shown:
+            raise ConfigError("--generators: agents are sent no keys: expected a router without")
+        trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
+        if payload_bytes is None:
+            payload_bytes = payload_bytes_of(target, shown)
+        settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed, keys=shown)
+        say(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
+        say(f"  {trace.provenance}")
+        calibration = None
+        if is_calibrated or (is_calibrated is None and generators is None and _is_calibrated(trace)):
+            calibration = calibrate(trace, settings)
+            say(f"  {calibration.to_line()}")
+        agents = () if generators is None else tuple(generators.split(","))
+        measured, report = _offer(trace, settings, target, agents, is_json=is_json)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        say("Interrupted before there was anything to report")
+        sys.exit(_INTERRUPTED)
+    _show(measured, report, say)
+    is_partial = bool(measured.result.partial)
+    if is_partial:
+        trace = trace.scaled(duration_s=measured.result.duration_s)
+    environment = _environment(trace, settings, target, measured, report)
+    result = recorded(measured, trace, settings.slo_ns, environment)
+    if calibration is not None:
+        result = replace(result, calibration=calibration.to_dict())
+    if is_json:
+        click.echo(json_line({"kind": "result", **result.to_dict(), "timeline": None}))
+    _write(result, json_path, page_path, say)
+    if is_partial:
+        sys.exit(_INTERRUPTED)
+    if not measured.result.valid or (report is not None and report.n_violations):
+        sys.exit(1)
+
+
+def _check_files(json_path: Path | None, page_path: Path | None) -> None:
+    """Refuse files that could not be written, before the run rather than after it."""
+    if json_path is not None:
+        check_writable(json_path, "--json")
+    if page_path is not None:
+        check_installed()
+        check_writable(page_path, "--report")
+
+
+def _write(
+    result: RunResult, json_path: Path | None, page_path: Path | None, say: Callable[[str], None]
+) -> None:
+    if json_path is not None:
+        write(json_path, result.to_json(), say)
+    if page_path is not None:
+        write_page(page_path, [result], say=say)
+
+
+def _offer(
+    trace: Trace, settings: RunSettings, target: Emulation | str, agents: tuple[str, ...], *, is_json: bool
+) -> tuple[Run, EventLogReport | None]:
+    """Offer a trace from here, or from `agents` if there are some."""
+    if agents:
+        return _offer_across(trace, settings, str(target), agents), None
+    if not is_json:
+        click.echo(HEADER)
+    watch = Watch(_on_second(is_json=is_json))
+    if isinstance(target, Emulation):
+        return run_emulated(trace, settings, target, watch=watch)
+    return run_trace(trace, settings, target, watch=watch), None
+
+
+def _is_calibrated(trace: Trace) -> bool:
+    """Tell whether a run is calibrated unless told otherwise: if it is long, and begins with something."""
+    return trace.duration_ns >= _CALIBRATED_FROM_NS and int(trace.due_ns[0]) < SECONDS * 1e9
+
+
+def _offer_across(trace: Trace, settings: RunSettings, endpoint: str, agents: tuple[str, ...]) -> Run:
+    """Offer a trace from several hosts, and print how far they are each second."""
+    watch = Watch(lambda _second: None)
+    said_s = 0.0
+
+    def on_progress(total: dict[str, int]) -> None:
+        nonlocal said_s
+        if (now_s := time.monotonic()) >= said_s + 1.0:
+            said_s = now_s
+            click.echo("".join(f"  {what} {n:>10,}" for what, n in total.items()))
+
+    with watch.interrupts():
+        return Head(agents, watch.stop).run(trace, settings, endpoint, on_progress)
+
+
+def _on_second(*, is_json: bool) -> Callable[[Second], None]:
+    """Return what prints a second: at once, since whoever reads a pipe wants to know now."""
+
+    def show(second: Second) -> None:
+        click.echo(json_line(second.to_dict()) if is_json else second.to_line())
+        sys.stdout.flush()
+
+    return show
+
+
+def _environment(
+    trace: Trace, settings: RunSettings, target: Emulation | str, measured: Run, report: EventLogReport | None
+) -> dict[str, Any]:
+    """Return what it takes to make this run again, and what its own checks found."""
+    cluster = str(target)
+    if isinstance(target, Emulation):
+        cluster = f"private: {target.n_gpus} emulated GPUs of {target.profile}"
+    cpu_us = 1e6 * measured.router_cpu_s / measured.result.queries["total"]
+    return environment_of(
+        trace=trace.provenance,
+        cluster=cluster,
+        senders=settings.n_senders,
+        payload_bytes=settings.payload_bytes,
+        seed=settings.seed,
+        router_cpu_us_per_query=None if math.isnan(cpu_us) else round(cpu_us, 1),
+        duplicates=measured.n_duplicates,
+        event_logs=None if report is None else report.to_text().splitlines(),
+        violations=None if report is None else report.n_violations,
+    )
+
+
+def _show(measured: Run, report: EventLogReport | None, say: Callable[[str], None]) -> None:
+    for line in table(measured.result):
+        say(line)
+    if not math.isnan(measured.router_cpu_s):
+        each_us = 1e6 * measured.router_cpu_s / measured.result.queries["total"]
+        say(f"  router CPU       {each_us:.1f} us a query")
+    for one in measured.result.generators or ():
+        lost = "  LOST: a gap" if one["lost"] else ""
+        say(
+            f"  generator        {one['generator']}: {one['queries']:,} queries, "
+            f"started within {one['start_error_ms']:.3f} ms of the instant{lost}"
+        )
+    if measured.n_duplicates:
+        say(f"  DUPLICATES       {measured.n_duplicates} answers beyond a query's first")
+    for status, reason in measured.reasons.items():
+        say(f"  {status.lower():<16} e.g. {reason}")
+    if report is not None:
+        say(report.to_text())

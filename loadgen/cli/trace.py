@@ -1,0 +1,83 @@
+"""`loadgen trace`: say what a trace is like, and make one out of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loadgen.results.tables import check_writable
+from loadgen.traces.cut import Cut, describe, make_trace
+from superserve.errors import SuperServeError
+
+_SEED = click.option("--seed", type=int, default=0, show_default=True, help="Draws whatever is random.")
+_DURATION = click.option("--duration", type=float, help="For how many seconds a spec is drawn.")
+_FUNCTIONS = click.option(
+    "--functions", metavar="top:N|NAMES", help="Of an Azure Functions file, the busiest N or those named."
+)
+_WINDOW = click.option(
+    "--window", metavar="START:END",
+    help="END not included: minutes of a Functions 2019 file, by their numbers; else seconds.",
+)  # fmt: skip
+
+
+@click.group("trace")
+def trace_group() -> None:
+    """Look at traces and make them. TRACE is a file or a spec, as `loadgen run` takes it."""
+
+
+@trace_group.command()
+@click.argument("spec", metavar="TRACE")
+@_WINDOW
+@_FUNCTIONS
+@_DURATION
+@_SEED
+def info(spec: str, window: str | None, functions: str | None, duration: float | None, seed: int) -> None:
+    """Print a trace's kind, counts, rates and burstiness, and a picture of its rate."""
+    cut = Cut(window=window, functions=functions, duration_s=duration, seed=seed)
+    try:
+        made = make_trace(spec, cut)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    for line in (made.trace.name, *describe(made)):
+        click.echo(line)
+
+
+@trace_group.command()
+@click.argument("spec", metavar="TRACE")
+@click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path),
+    help="The saved trace; gzipped if it ends in .gz.",
+)  # fmt: skip
+@_WINDOW
+@_FUNCTIONS
+@click.option("--squeeze-to", "squeeze_to_s", type=float, metavar="S", help="Into so many seconds.")
+@click.option("--speed-up", type=float, metavar="X", help="So many times as fast.")
+@click.option("--rate", type=float, metavar="Q", help="To this mean rate, queries per second.")
+@_DURATION
+@_SEED
+def make(
+    spec: str,
+    out: Path,
+    window: str | None,
+    functions: str | None,
+    squeeze_to_s: float | None,
+    speed_up: float | None,
+    rate: float | None,
+    duration: float | None,
+    seed: int,
+) -> None:
+    """Save a part of a trace, at another speed if so asked, and print what it is like.
+
+    Recorded queries are all kept, and every gap is multiplied by one factor, so the shape stays.
+    """
+    cut = Cut(window, functions, squeeze_to_s, speed_up, rate, duration, seed)
+    try:
+        made = make_trace(spec, cut)
+        check_writable(out, "--out")
+        made.trace.save(out)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    for line in (made.trace.name, *describe(made)):
+        click.echo(line)
+    click.echo(f"  written          {out}: {out.stat().st_size:,} bytes")

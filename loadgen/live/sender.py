@@ -1,0 +1,415 @@
+"""One open-loop sender: a process that sends its share of a schedule at the instants it was given.
+
+The schedule is computed before the run; nothing that happens in it moves a query. When the
+sender wakes late it sends everything that is due at once, and the lag is on record: latency
+is counted from the instant a query was *due*, so a slow sender can only make results worse.
+It sleeps between sends, never spins, and sends what has gathered as one message.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+import zmq
+
+from superserve import wire
+from superserve.errors import ConfigError, SuperServeError, WireError
+from superserve.net.connection import Connection
+from superserve.net.keys import peer_keys
+from superserve.net.sockets import ZERO_COPY_BYTES, Waiter, connect_dealer, receive, send, wait
+from superserve.roles.processes import announce_ready, die_with_parent
+from superserve.wire import HAS_OUTPUT, MAX_QUERIES, Control, Kind, Queries, queued_us_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+    from superserve.wire import Group
+
+MS = 1_000_000
+_PROGRESS_NS = 250 * MS
+_RESOLUTION_NS = 500_000
+"""A sender wakes to send at most this often: finer than a timer's usual lateness is wasted, and the
+lag it adds is on record like any other."""
+_SETTLE_AT = 128
+"""Groups of answers entered at once, at most."""
+_SETTLE_QUERIES = 1_024
+"""Their queries, at about which they are entered: 10,000 at once would hold up the next send by 2 ms."""
+_ZEROS_BYTES = 16 << 20
+_WELCOME_NS = 10_000 * MS
+COLUMNS = (
+    "sent_ns", "answered_ns", "status", "subnet", "batch_size", "accuracy", "queued_ns", "executing_ns"
+)  # fmt: skip
+"""What a sender writes of each query."""
+UNANSWERED = 255
+"""In `status`: no answer came."""
+LIVE_ROW = np.dtype([("sent_ns", "<i8"), ("answered_ns", "<i8"), ("accuracy", "<f4"), ("status", "u1")])
+"""What a watched sender writes of each query while it runs."""
+LATE_NS = 250 * MS
+"""How long after its deadline a query's row is written: longer than all but a stuck answer takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SenderPlan:
+    """What one sender is to do; travels as JSON beside the arrays.
+
+    Attributes:
+        endpoint: The router's client endpoint.
+        control: Where the coordinator listens.
+        name: This sender's name.
+        folder: Holds `<name>-due.npy` (int64 ns offsets, ascending) and, where payloads are
+            real, `payloads.npy` (uint8, shape (n, n_bytes)) and `<name>-pick.npy`.
+        slo_ns: From due to deadline.
+        payload_bytes: Bytes of each payload where they are not real.
+        grace_ns: How long after the last deadline answers are awaited.
+        keep_outputs: Whether outputs are written too.
+        is_watched: Whether rows are written while it runs: see `loadgen.live.progress`.
+        keys: As `RunSettings` has it.
+    """
+
+    endpoint: str
+    control: str
+    name: str
+    folder: str
+    slo_ns: int
+    payload_bytes: int
+    grace_ns: int
+    keep_outputs: bool = False
+    is_watched: bool = False
+    keys: str = ""
+
+    @property
+    def live_path(self) -> Path:
+        """Return where the rows are written while it runs."""
+        return Path(self.folder) / f"{self.name}-live.rows"
+
+    def path(self, what: str) -> Path:
+        """Return the path of one of this sender's arrays."""
+        return Path(self.folder) / f"{self.name}-{what}.npy"
+
+
+class Payloads:
+    """The payloads of queries lo to hi, end to end: real ones by index, or zeros."""
+
+    def __init__(self, plan: SenderPlan) -> None:
+        shared = Path(plan.folder) / "payloads.npy"
+        self._rows = np.load(shared, mmap_mode="r") if shared.exists() else None
+        self._pick = np.load(plan.path("pick")) if self._rows is not None else None
+        self.each = plan.payload_bytes if self._rows is None else int(self._rows.shape[1])
+        self._zeros = memoryview(bytes(max(self.each, min(self.each * 4096, _ZEROS_BYTES))))
+
+    @property
+    def framed(self) -> bool:
+        """Whether each has a frame of its own: so large that nobody shall copy it."""
+        return self.each >= ZERO_COPY_BYTES
+
+    def buffers(self, lo: int, hi: int) -> Sequence[bytes | memoryview]:
+        """Return the payloads of queries lo to hi: one buffer each if `framed`, else one for all."""
+        if self.framed:
+            return [self.packed(i, i + 1) for i in range(lo, hi)]
+        return (self.packed(lo, hi),)
+
+    def packed(self, lo: int, hi: int) -> bytes | memoryview:
+        """Return the payloads of queries lo to hi in one buffer."""
+        if self._rows is not None and self._pick is not None:
+            packed: bytes = self._rows[self._pick[lo:hi]].tobytes()
+            return packed
+        n_bytes = self.each * (hi - lo)
+        return self._zeros[:n_bytes] if n_bytes <= len(self._zeros) else bytes(n_bytes)
+
+
+class Records:
+    """What became of each query of one sender, as columns of length n; -1 where it did not happen."""
+
+    def __init__(self, n: int) -> None:
+        self.sent_ns = np.full(n, -1, np.int64)
+        self.answered_ns = np.full(n, -1, np.int64)
+        self.status = np.full(n, UNANSWERED, np.uint8)
+        # Filled, not np.zeros: its pages would be faulted in during the run.
+        self.subnet = np.full(n, 0, np.uint16)
+        self.batch_size = np.full(n, 0, np.uint16)
+        self.accuracy = np.full(n, 0, np.float32)
+        self.queued_ns = np.full(n, 0, np.int64)
+        self.executing_ns = np.full(n, 0, np.int64)
+        self.outputs: npt.NDArray[np.uint8] | None = None
+        self.n_answered = 0
+        self.n_duplicates = 0
+        self.reasons: dict[str, str] = {}
+        self._gathered: list[tuple[Group, int]] = []
+        self._n_gathered = 0
+
+    @property
+    def n_ended(self) -> int:
+        """Queries answered, those gathered included: a duplicate among these counts until `settle`."""
+        return self.n_answered + self._n_gathered
+
+    def gather(self, group: Group, now_ns: int) -> bool:
+        """Keep a group that arrived at `now_ns`; True if it is time to `settle`."""
+        self._gathered.append((group, now_ns))
+        self._n_gathered += group.count
+        return self._n_gathered >= _SETTLE_QUERIES or len(self._gathered) >= _SETTLE_AT
+
+    def settle(self, *, keep_outputs: bool) -> None:
+        """Enter what was gathered: all at once, for one by one NumPy's calls cost more than the rest."""
+        gathered, self._gathered, self._n_gathered = self._gathered, [], 0
+        groups = [group for group, _ in gathered]
+        if not groups:
+            return
+        index = np.frombuffer(b"".join([group.ids for group in groups]), "<i8")
+        is_plain = all([group.status in HAS_OUTPUT for group in groups])  # noqa: C419  a generator is slower
+        if keep_outputs or not is_plain or self._has_duplicates(index):
+            for group, now_ns in gathered:
+                self.take(group, now_ns, keep_outputs=keep_outputs)
+            return
+        counts = [group.count for group in groups]
+        self.n_answered += len(index)
+        self.answered_ns[index] = np.repeat([now_ns for _, now_ns in gathered], counts)
+        self.status[index] = np.repeat([group.status for group in groups], counts)
+        self.subnet[index] = np.repeat([group.subnet for group in groups], counts)
+        self.batch_size[index] = np.repeat([group.batch_size for group in groups], counts)
+        self.accuracy[index] = np.repeat([group.accuracy for group in groups], counts)
+        self.executing_ns[index] = np.repeat([group.executing_ns for group in groups], counts)
+        waits_us = b"".join([queued_us_of(group) for group in groups])
+        self.queued_ns[index] = np.frombuffer(waits_us, "<u4") * np.int64(1000)
+
+    def _has_duplicates(self, index: npt.NDArray[np.int64]) -> bool:
+        is_answered: bool = (self.status[index] != UNANSWERED).any()
+        # Not np.unique: its first call imports a module, and the sender stands still for 8 to 20 ms.
+        ordered = np.sort(index)
+        return is_answered or bool((ordered[1:] == ordered[:-1]).any())
+
+    def take(self, group: Group, now_ns: int, *, keep_outputs: bool) -> None:
+        """Enter a group of answers that arrived at `now_ns`."""
+        index = np.frombuffer(group.ids, "<i8")
+        before = self.status[index]
+        queued_ns: Any = group.queued_ns
+        if group.queued_us is not None:
+            queued_ns = np.frombuffer(group.queued_us, "<u4").astype(np.int64) * 1000
+        if before.min() != UNANSWERED:
+            is_new = before == UNANSWERED
+            self.n_duplicates += int((~is_new).sum())
+            index = index[is_new]
+            queued_ns = queued_ns[is_new] if group.queued_us is not None else queued_ns
+        self.n_answered += len(index)
+        self.answered_ns[index] = now_ns
+        self.status[index] = group.status
+        self.queued_ns[index] = queued_ns
+        if group.status not in HAS_OUTPUT:
+            status = wire.Status(group.status).name
+            if status not in self.reasons:
+                self.reasons[status] = bytes(group.output).decode(errors="replace")[:500]
+            return
+        self.subnet[index] = group.subnet
+        self.batch_size[index] = group.batch_size
+        self.accuracy[index] = group.accuracy
+        self.executing_ns[index] = group.executing_ns
+        if keep_outputs and len(index) == group.count:
+            self._keep(group, index)
+
+    def _keep(self, group: Group, index: npt.NDArray[np.int64]) -> None:
+        """Note the outputs of a group, which are all of one length: a model has one output shape."""
+        each = len(group.output) // group.count
+        if group.lengths is not None and set(memoryview(group.lengths).cast("I")) != {each}:
+            raise WireError(f"results: expected outputs of {each} bytes, got lengths that differ")
+        if self.outputs is None:
+            self.outputs = np.zeros((len(self.status), each), np.uint8)
+        self.outputs[index] = np.frombuffer(group.output, np.uint8).reshape(group.count, -1)
+
+    def save(self, plan: SenderPlan) -> None:
+        """Write every column to the plan's folder."""
+        for name in COLUMNS:
+            np.save(plan.path(name), getattr(self, name))
+        if self.outputs is not None:
+            np.save(plan.path("outputs"), self.outputs)
+
+
+class Sender:
+    """Sends a schedule over one connection; `run` returns when all is answered or given up."""
+
+    def __init__(self, plan: SenderPlan, connection: Connection, due_ns: npt.NDArray[np.int64]) -> None:
+        self.plan = plan
+        self.connection = connection
+        self.records = Records(len(due_ns))
+        self.n_sent = 0
+        self.n_refused = 0
+        self._due_ns = due_ns
+        self._n_written = 0
+        self._payloads = Payloads(plan)
+
+    def run(self, start_ns: int, on_progress: Callable[[int], int | None]) -> None:
+        """Send every query at `start_ns` plus its offset, and gather the answers.
+
+        `on_progress` is told how many were due; it may return the offset at which the schedule ends early.
+        """
+        plan, connection, records = self.plan, self.connection, self.records
+        due_ns = self._due_ns
+        n, i = len(due_ns), 0
+        next_due_ns = start_ns + int(due_ns[0]) if n else 0
+        patience_ns = plan.slo_ns + plan.grace_ns
+        give_up_ns = start_ns + (int(due_ns[-1]) if n else 0) + patience_ns
+        next_progress_ns = start_ns
+        waiter = Waiter((connection.socket,))
+        while True:
+            now_ns = time.monotonic_ns()
+            if i < n and next_due_ns <= now_ns:
+                end = i + int(due_ns[i : min(n, i + MAX_QUERIES)].searchsorted(now_ns - start_ns, "right"))
+                self._send(i, end, start_ns, now_ns)
+                i = end
+                next_due_ns = start_ns + int(due_ns[i]) if i < n else 0
+            for results in connection.receive():
+                arrived_ns = time.monotonic_ns()
+                for group in results.groups:
+                    if records.gather(group, arrived_ns):
+                        records.settle(keep_outputs=plan.keep_outputs)
+            if now_ns >= next_progress_ns:
+                next_progress_ns = now_ns + _PROGRESS_NS
+                connection.tick(now_ns)
+                stop_ns = on_progress(i)
+                if stop_ns is not None:
+                    n = max(i, min(n, int(due_ns.searchsorted(stop_ns))))
+                    give_up_ns = max(now_ns, start_ns + (int(due_ns[n - 1]) if n else 0)) + patience_ns
+            if i >= n and (records.n_ended >= self.n_sent or now_ns >= give_up_ns):
+                records.settle(keep_outputs=plan.keep_outputs)
+                if records.n_answered >= self.n_sent or now_ns >= give_up_ns:
+                    return
+            # Waking for every query would cost more than sending it: see _RESOLUTION_NS.
+            next_ns = max(next_due_ns, now_ns + _RESOLUTION_NS) if i < n else now_ns + 20 * MS
+            waiter.wait(min(next_ns, next_progress_ns) - time.monotonic_ns())
+
+    def write_rows(self, until_ns: int | None) -> int:
+        """Write the rows of what is due before this offset, None for all; return how many there are now."""
+        records, low = self.records, self._n_written
+        records.settle(keep_outputs=self.plan.keep_outputs)
+        high = len(self._due_ns) if until_ns is None else int(np.searchsorted(self._due_ns, until_ns))
+        if high > low:
+            rows = np.empty(high - low, LIVE_ROW)
+            for name in LIVE_ROW.names or ():
+                rows[name] = getattr(records, name)[low:high]
+            with self.plan.live_path.open("ab") as file:
+                file.write(rows.tobytes())
+            self._n_written = high
+        return self._n_written
+
+    def _send(self, lo: int, hi: int, start_ns: int, now_ns: int) -> None:
+        payloads = self._payloads
+        slacks = (self._due_ns[lo:hi] + (start_ns + self.plan.slo_ns - now_ns)).tobytes()
+        ids = np.arange(lo, hi, dtype="<u8").tobytes()
+        message = Queries(
+            self.connection.epoch or 0, now_ns, hi - lo, ids, slacks,
+            payloads.each, payloads.buffers(lo, hi), payloads.framed,
+        )  # fmt: skip
+        if self.connection.send_queries(message):
+            self.records.sent_ns[lo:hi] = now_ns
+            self.n_sent += hi - lo
+        else:
+            self.n_refused += hi - lo  # an open loop does not wait for a router that takes no more
+
+
+def _await_welcome(connection: Connection) -> None:
+    give_up_ns = time.monotonic_ns() + _WELCOME_NS
+    while connection.epoch is None or connection.model is None:
+        now_ns = time.monotonic_ns()
+        if now_ns > give_up_ns:
+            if connection.epoch is None:
+                raise ConfigError(connection.absence)
+            raise ConfigError(f"{connection.endpoint}: no worker has joined this router")
+        connection.tick(now_ns)
+        wait((connection.socket,), 20 * MS)
+        for _ in connection.receive():
+            pass
+
+
+def run_sender(plan: SenderPlan) -> None:
+    """Connect, wait for the coordinator's start, send the schedule, write the records.
+
+    Raises:
+        SuperServeError: The router is absent, or the plan's files are not what they should be.
+    """
+    with zmq.Context() as context:
+        connection = Connection(plan.endpoint, context, peer_keys(plan.keys))
+        control = connect_dealer(context, plan.control)
+        try:
+            _await_welcome(connection)
+            sender = Sender(plan, connection, np.load(plan.path("due")))
+            expected = connection.spec("input")
+            if expected is not None and expected.n_bytes != sender._payloads.each:
+                got = sender._payloads.each
+                raise ConfigError(
+                    f"payload: the model takes {expected.n_bytes} bytes a query "
+                    f"({expected.dtype} {expected.shape}), got {got}: use --payload-bytes"
+                )
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+            start_ns = _await_start(connection, control, plan)
+            sender.run(start_ns, lambda i: _report(control, plan, sender, i, start_ns))
+            rows = sender.write_rows(None) if plan.is_watched else 0
+            sender.records.save(plan)
+            _say(control, plan, done=True, rows=rows, reasons=sender.records.reasons,
+                 duplicates=sender.records.n_duplicates, subnets=connection.subnets)  # fmt: skip
+        finally:
+            connection.close()
+            control.close(linger=2_000)
+
+
+def _await_start(connection: Connection, control: zmq.Socket[bytes], plan: SenderPlan) -> int:
+    """Tell the coordinator that we are ready, and return the instant it says to start at."""
+    announce_ready({"name": plan.name})
+    is_announced = False
+    while True:
+        if not is_announced:
+            is_announced = _say(control, plan, ready=True)
+        connection.tick(time.monotonic_ns())
+        wait((control, connection.socket), 50 * MS if is_announced else 5 * MS)
+        for _ in connection.receive():
+            pass
+        frames = receive(control)
+        if frames is not None:
+            message = wire.decode(frames)
+            assert isinstance(message, Control), "the coordinator says only when to start"
+            return int(message.body["start_ns"])
+
+
+def _say(control: zmq.Socket[bytes], plan: SenderPlan, **body: Any) -> bool:
+    return send(control, wire.encode_control(Control(Kind.STATUS, {"name": plan.name, **body})))
+
+
+def _report(
+    control: zmq.Socket[bytes], plan: SenderPlan, sender: Sender, i: int, start_ns: int
+) -> int | None:
+    """Say how far we are: what was due, sent and answered so far. Return when to stop, if so told."""
+    more = {}
+    if plan.is_watched:
+        until_ns = max(0, time.monotonic_ns() - start_ns - plan.slo_ns - LATE_NS)
+        more = {"until_ns": until_ns, "rows": sender.write_rows(until_ns)}
+    _say(control, plan, due=i, sent=sender.n_sent, answered=sender.records.n_ended, **more)
+    frames = receive(control)
+    if frames is None:
+        return None
+    message = wire.decode(frames)
+    assert isinstance(message, Control), "the coordinator says only when to start and to stop"
+    return int(message.body["stop_ns"])
+
+
+def main(argv: list[str]) -> int:
+    """Run the sender whose plan is the JSON file named on the command line."""
+    die_with_parent()
+    plan = SenderPlan(**orjson.loads(Path(argv[0]).read_bytes()))
+    try:
+        run_sender(plan)
+    except SuperServeError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

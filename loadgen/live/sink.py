@@ -1,0 +1,111 @@
+"""The null sink: a router that welcomes, answers every query at once if asked to, and does nothing else.
+
+A generator that offers its load to the sink shows what it can do alone: the senders' whole path is
+run, sending, receiving and recording, but nothing queues and nothing executes. It answers each
+message with one group in place of a cluster's, from the header alone: the cheapest peer there is
+that speaks the protocol, so that what is measured is the generator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+from superserve import wire
+from superserve.errors import WireError
+from superserve.net.sockets import bind_router, receive, send, wait
+from superserve.roles.processes import ProcessGroup, announce_ready, die_with_parent
+from superserve.wire import Control, Group, Kind, Ping, Pong, Queries, Results, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MS = 1_000_000
+POLICY = "null sink"
+"""What the sink says its policy is: the result of a run against it can be told from a cluster's."""
+_WAIT_NS = 200 * MS
+_SILENT = "--silent"
+
+
+class Sink:
+    """Answers what arrives on a ROUTER socket; for one thread.
+
+    Args:
+        socket: Bound; the caller closes it.
+        answers: Whether queries are answered, rather than dropped.
+
+    Attributes:
+        n_malformed: Messages that could not be decoded.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], *, answers: bool = True) -> None:
+        self._answers = answers
+        self.n_malformed = 0
+        self._socket = socket
+        self._epoch = time.time_ns() >> 10
+
+    def drain(self) -> None:
+        """Answer everything that has arrived."""
+        while (frames := receive(self._socket)) is not None:
+            key = frames[0]
+            if not self._answers and len(frames) > 2 and wire.kind_of(bytes(frames[1])) == Kind.QUERIES:
+                continue
+            try:
+                message = wire.decode(frames[1:])
+            except WireError:
+                self.n_malformed += 1
+                continue
+            if isinstance(message, Queries):
+                answer = wire.encode_results(Results(self._epoch, [_answer(message)]))
+            elif isinstance(message, Ping):
+                answer = wire.encode_pong(Pong(message.stamp_ns, time.monotonic_ns()))
+            elif isinstance(message, Control) and message.kind in (Kind.HELLO, Kind.STATUS):
+                answer = wire.encode_control(self._control(message.kind))
+            else:
+                continue
+            send(self._socket, [key, *answer])
+
+    def _control(self, kind: Kind) -> Control:
+        if kind is Kind.HELLO:
+            body: dict[str, Any] = {"epoch": self._epoch, "subnets": [("none", 0.0)], "model": {}}
+            return Control(Kind.WELCOME, body)
+        router = {"policy": POLICY, "pid": os.getpid(), "cpu_s": time.process_time()}
+        return Control(Kind.STATUS, {"router": router, "model": {}})
+
+
+def _answer(queries: Queries) -> Group:
+    return Group(queries.n, Status.OK, 0, 1, 0.0, 0, 0, 0, 0, queries.ids, 0, b"")
+
+
+@contextlib.contextmanager
+def sink_server(*, answers: bool = True) -> Iterator[str]:
+    """Run a null sink in a process of its own; yields its endpoint.
+
+    Raises:
+        ProcessError: It did not start.
+    """
+    with ProcessGroup() as group:
+        server = group.start("sink", ["-m", "loadgen.live.sink", *([] if answers else [_SILENT])])
+        group.wait_ready(20.0)
+        yield str(server.ready["endpoint"])
+
+
+def main() -> int:
+    """Serve as a role: end with the process that started it."""
+    die_with_parent()
+    with zmq.Context() as context:
+        socket, endpoint = bind_router(context, "tcp://127.0.0.1:*")
+        sink = Sink(socket, answers=_SILENT not in sys.argv)
+        announce_ready({"endpoint": endpoint})
+        while True:
+            wait((socket,), _WAIT_NS)
+            sink.drain()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

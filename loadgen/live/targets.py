@@ -1,0 +1,82 @@
+"""Which cluster a command offers its load to: what its options say, checked before anything starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loadgen.live.run import Emulation
+from loadgen.results.tables import make_folder
+from profiles.table import load_profile
+from router.policies.registry import make_policy
+from superserve.errors import ConfigError
+from superserve.net.connection import ask_status
+from superserve.roles import local
+from superserve.subnet import TensorSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_ANY_PAYLOAD_BYTES = 64
+
+
+def target_of(
+    connect: str | None, emulate: str | None, policy: str | None, logs: Path | None
+) -> Emulation | str:
+    """Return the private cluster to start, or the endpoint to use.
+
+    Args:
+        connect: `HOST:PORT` of a router.
+        emulate: `PROFILE:N`; with neither, the cluster that runs on this machine.
+        policy: Of the private cluster.
+        logs: Where it keeps its event logs.
+
+    Raises:
+        ConfigError: They do not go together, or name what is not there.
+    """
+    if emulate is not None and connect is not None:
+        raise ConfigError("--connect and --emulate: expected one of them, got both")
+    if emulate is not None:
+        if logs is not None:
+            make_folder(logs, "--logs")
+        return _emulation(emulate, policy or "demandfit", logs)
+    if policy is not None:
+        raise ConfigError("--policy: a running router has its own; expected with --emulate only")
+    if connect is None:
+        return _local_endpoint()
+    return connect if "://" in connect else f"tcp://{connect}"
+
+
+def _local_endpoint() -> str:
+    """Return where the cluster of this machine, or the one it started on others, takes queries."""
+    try:
+        return local.client_endpoint()
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; or give --connect HOST:PORT of a running router, or --emulate PROFILE:N to start a "
+            f"private one (such as cnn-8gpu-modelled:8)"
+        ) from error
+
+
+def keys_of(target: Emulation | str, keys: str | None) -> str:
+    """Return the key file to show the target: what was given, or the operator's; "" to a private one."""
+    if isinstance(target, Emulation):
+        return ""
+    return local.remembered_keys(target) if keys is None else keys
+
+
+def payload_bytes_of(target: Emulation | str, keys: str) -> int:
+    """Return the bytes of a payload that the cluster's model takes; 64 if it takes any."""
+    if isinstance(target, Emulation):
+        return _ANY_PAYLOAD_BYTES
+    expected = (ask_status(target, keys=keys)["model"] or {}).get("input")
+    if expected is None:
+        return _ANY_PAYLOAD_BYTES
+    return TensorSpec(str(expected["dtype"]), tuple(expected["shape"])).n_bytes
+
+
+def _emulation(emulate: str, policy: str, logs: Path | None) -> Emulation:
+    name, colon, count = emulate.rpartition(":")
+    if not colon or not count.isdecimal() or not 1 <= int(count) <= 4096:
+        raise ConfigError(f"--emulate: expected PROFILE:N with N from 1 to 4096, got {emulate!r}")
+    make_policy(policy, load_profile(name))
+    return Emulation(name, int(count), policy, folder=logs, record=logs is not None)

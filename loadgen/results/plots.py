@@ -1,0 +1,669 @@
+"""The panels of a run's page: matplotlib figures as SVG, which takes its colours and fonts from the page.
+
+matplotlib is imported where a figure is drawn, so that `loadgen` runs without it. All panels over
+time have equal margins and one time axis: what stands below each other happened together.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loadgen.results.result import LATENCY_QUANTILES, OUTCOMES
+from superserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from matplotlib.axes import Axes
+
+    from loadgen.results.result import RunResult
+    from loadgen.results.timeline import Counts, Floats, RunTimeline
+
+MAX_RUNS = 6
+"""More lines than that nobody tells apart."""
+
+FEW = 2
+"""Of more runs than that only the main lines are drawn, without bands and medians."""
+
+WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 640, 48, 150, 8, 24, 26
+"""Of a panel, in its own units: about a pixel each. Labels stand in the right margin."""
+
+# In SVG each of these becomes var(--name), so that one drawing serves light and dark pages.
+INK, MUTED, GRID, AREA = "#1b1f24", "#5f6873", "#e3e6ea", "#cdd5de"
+RUNS = ("#0067b1", "#d1570c", "#00805c", "#9b4f96", "#a87801", "#40606e")
+COLOURS = {INK: "ink", MUTED: "muted", GRID: "grid", AREA: "area"} | {
+    colour: f"run{i}" for i, colour in enumerate(RUNS)
+}
+ENDS = {
+    "late": "#e69f00", "expired": "#d55e00", "infeasible": "#9467bd", "overloaded": "#0072b2",
+    "failed": "#c2185b", "worker_lost": "#8c564b", "invalid": "#bcbd22", "cancelled": "#17becf",
+    "draining": "#5c7f5a", "unanswered": "#7f7f7f", "unsent": "#a8324a",
+}  # fmt: skip
+"""Colours of the outcomes that are not OK, alike on light and dark pages."""
+
+_HEIGHT, _ROW_HEIGHT = 138, 100  # of the part within the axes, alone and where several share a panel
+_LINE, _LEAST_LINE = 15.0, 12.5  # between two labels, and where a key would not fit else
+_MAX_LABEL = 22  # characters that fit the right margin
+_RC: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "superserve",
+    "text.parse_math": False,  # a dollar sign in a name is one
+    "font.size": 12.0,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+    "axes.linewidth": 0.8,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+}
+
+
+def check_installed() -> None:
+    """Raise ConfigError if matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("the report page needs matplotlib: pip install 'superserve[report]'")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shown:
+    """A run as the panels show it; `place` gives its colour."""
+
+    label: str
+    result: RunResult
+    timeline: RunTimeline
+    place: int = 0
+
+    @property
+    def colour(self) -> str:
+        """Return the colour of its lines."""
+        return RUNS[self.place]
+
+    @property
+    def edges_s(self) -> Floats:
+        """Return where bins begin and end, shape (n_bins + 1,)."""
+        edges_s = np.arange(self.timeline.n_bins + 1, dtype=np.float64) * (self.timeline.bin_ms / 1e3)
+        edges_s[-1] = self.result.duration_s
+        return edges_s
+
+    def rate(self, counts: Counts) -> Floats:
+        """Return counts of bins as rates, queries a second."""
+        rates: Floats = counts / np.diff(self.edges_s)
+        return rates
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A panel of the page: `svg`, or in its place the reason why there is none.
+
+    Attributes:
+        key: Names it in the page; a letter, then letters and hyphens.
+        title: What it shows, with the unit.
+        note: How to read it: one or two sentences.
+        svg: The drawing; empty if there is nothing to draw.
+        empty: Why not.
+    """
+
+    key: str
+    title: str
+    note: str = ""
+    svg: str = ""
+    empty: str = ""
+
+
+# --- the panels -------------------------------------------------------------------------------
+
+
+def rate(runs: Sequence[Shown]) -> Panel:
+    """Draw offered and answered-in-time rates."""
+    canvas = _Canvas("rate", _end_s(runs))
+    axes = canvas.time_axes()
+    for i, run in enumerate(runs):
+        offered = run.rate(run.timeline.due)
+        if i == 0:
+            axes.stairs(offered, run.edges_s, fill=True, color=AREA, gid="offered")
+            canvas.label(_last(offered), "offered", MUTED)
+        elif not np.array_equal(run.timeline.due, runs[0].timeline.due):
+            axes.stairs(offered, run.edges_s, color=MUTED, linewidth=0.8, gid=f"offered-{i}")
+    for i, run in reversed(list(enumerate(runs))):
+        in_time = run.rate(run.timeline.of("ok"))
+        axes.stairs(in_time, run.edges_s, color=run.colour, linewidth=1.5, baseline=None, gid=f"in-time-{i}")
+        canvas.label(_last(in_time), "in time" if len(runs) == 1 else run.label, run.colour)
+    axes.set_ylim(bottom=0)
+    note = "Grey: queries due. Line: those of them answered in time. What lies between them missed its SLO."
+    return canvas.panel("Rate, queries a second", note)
+
+
+def attainment(runs: Sequence[Shown]) -> Panel:
+    """Draw the share of queries answered in time, and each run's total."""
+    canvas = _Canvas("attainment", _end_s(runs))
+    axes = canvas.time_axes()
+    shares = [100 * run.timeline.of("ok") / _nan_for_0(run.timeline.due) for run in runs]
+    for i, run in reversed(list(enumerate(runs))):
+        _steps(axes, run, shares[i], f"attainment-{i}")
+        total = 100 * (run.result.slo_attainment or 0.0)
+        axes.axhline(total, color=run.colour, linewidth=1, dashes=(1, 2))
+        canvas.label(total, f"{percent(total)} {'in all' if len(runs) == 1 else run.label}", run.colour)
+    low = min((float(np.nanmin(share)) for share in shares if np.isfinite(share).any()), default=0.0)
+    floor = 90 if low >= 90 else 50 if low >= 50 else 0
+    axes.set_ylim(floor, 100 + (100 - floor) * 0.04)
+    start = f" The axis begins at {floor} %." if floor else ""
+    return canvas.panel(
+        "SLO attainment, %", f"Of the queries due in each moment. Dotted: the whole run.{start}"
+    )
+
+
+def accuracy(runs: Sequence[Shown]) -> Panel:
+    """Draw the mean profiled accuracy of what was answered in time."""
+    title = "Accuracy, %"
+    answered = [run for run in runs if run.result.mean_accuracy is not None]
+    if not answered:
+        return Panel(
+            "accuracy", title, empty="No query was answered in time, so there is no accuracy to show."
+        )
+    canvas = _Canvas("accuracy", _end_s(runs))
+    axes = canvas.time_axes()
+    for run in reversed(answered):
+        _steps(axes, run, run.timeline.mean_accuracy, f"accuracy-{run.place}")
+        mean = run.result.mean_accuracy or 0.0
+        axes.axhline(mean, color=run.colour, linewidth=1, dashes=(1, 2))
+        canvas.label(mean, f"{mean:.2f} {'in all' if len(runs) == 1 else run.label}", run.colour)
+    known = [one.accuracy for run in runs for one in run.timeline.subnets]
+    low, high = (min(known), max(known)) if known else axes.get_ylim()
+    room = max(0.5, 0.06 * (high - low))
+    axes.set_ylim(low - room, high + room)
+    none = [run.label for run in runs if run not in answered]
+    missing = f" {', '.join(none)}: nothing was answered in time." if none else ""
+    note = f"Mean profiled accuracy of the answers in time. Dotted: the whole run.{missing}"
+    return canvas.panel(title, note)
+
+
+def batch_size(runs: Sequence[Shown]) -> Panel:
+    """Draw the mean size of batches, and the band that most of them lie in."""
+    title = "Batch size, queries"
+    answered = [run for run in runs if run.result.batch_size_mean is not None]
+    if not answered:
+        return Panel("batch", title, empty="No query came back with an output, so no batch is known.")
+    canvas = _Canvas("batch", _end_s(runs))
+    axes = canvas.time_axes()
+    for run in reversed(answered):
+        sizes = run.timeline.batch_size
+        if len(runs) <= FEW:
+            axes.stairs(
+                sizes["p90"], run.edges_s, baseline=sizes["p10"], fill=True, color=run.colour, alpha=0.2,
+                linewidth=0, gid=f"batch-band-{run.place}",
+            )  # fmt: skip
+        _steps(axes, run, sizes["mean"], f"batch-{run.place}")
+        canvas.label(_last(sizes["mean"]), "mean" if len(runs) == 1 else run.label, run.colour)
+    axes.set_ylim(bottom=0)
+    band = " Band: from the 10th to the 90th percentile." if len(runs) <= FEW else ""
+    return canvas.panel(title, f"Line: the mean over batches.{band}")
+
+
+def subnets(runs: Sequence[Shown]) -> Panel:
+    """Draw which subnets answered: shares of the queries due, one row of axes for each run."""
+    title = "Subnet that answered, share of the queries due"
+    if not any(run.timeline.subnets and run.timeline.tail_n.size for run in runs):
+        return Panel("subnets", title, empty="No query came back with an output, so no subnet is known.")
+    colours = subnet_colours(runs)
+    canvas = _Canvas("subnets", _end_s(runs), len(runs))
+    for row, run in enumerate(runs):
+        axes = canvas.time_axes(row)
+        due = _nan_for_0(run.timeline.due)
+        axes.stairs(
+            np.where(np.isnan(due), np.nan, 100.0),
+            run.edges_s,
+            fill=True,
+            color=GRID,
+            gid=f"none-{run.place}",
+        )
+        below = np.where(np.isnan(due), np.nan, 0.0)
+        served = [one for one in run.timeline.subnets if one.queries.any()]
+        for i, one in enumerate(served):
+            top = below + 100 * one.queries / due
+            axes.stairs(
+                top, run.edges_s, baseline=below, fill=True, color=colours[one.name], linewidth=0,
+                gid=f"subnet-{run.place}-{i}",
+            )  # fmt: skip
+            below = top
+        axes.set_ylim(0, 100)
+        key = [(f"{one.accuracy:.2f} %", colours[one.name]) for one in reversed(served)]
+        if float(np.nansum(100 - below)) > 0.5:
+            key.insert(0, ("no output", GRID))
+        canvas.key(key, row, heading="" if len(runs) == 1 else run.label)
+    note = (
+        "From the smallest subnet below to the largest on top, named by its accuracy. Grey: no output came."
+    )
+    return canvas.panel(title, note)
+
+
+def latency(runs: Sequence[Shown]) -> Panel:
+    """Draw p50 and p99 of latency against the SLO: the distance below it is the slack left."""
+    title = "Latency, ms"
+    if not any(run.timeline.tail_n.size for run in runs):
+        return Panel(
+            "latency", title, empty="No query came back with an output, so there is no latency to show."
+        )
+    canvas = _Canvas("latency", _end_s(runs))
+    axes = canvas.time_axes()
+    _p50_and_p99(canvas, axes, runs, lambda run: run.timeline.latency_ms, "latency")
+    _slo_lines(canvas, axes, runs)
+    worst = max(_top(run.timeline.latency_ms["p99"]) for run in runs)
+    scale = _latency_scale(axes, worst, runs)
+    return canvas.panel(title, f"{_which(runs)} Slack is what is left below the SLO.{scale}")
+
+
+def queue_wait(runs: Sequence[Shown]) -> Panel:
+    """Draw p50 and p99 of the time in the router's queue."""
+    title = "Wait in the queue, ms"
+    if not any(run.timeline.tail_n.size for run in runs):
+        return Panel(
+            "queue", title, empty="No query came back with an output; what the others waited is not kept."
+        )
+    canvas = _Canvas("queue", _end_s(runs))
+    axes = canvas.time_axes()
+    _p50_and_p99(canvas, axes, runs, lambda run: run.timeline.queue_wait_ms, "queue")
+    axes.set_ylim(bottom=0)
+    return canvas.panel(title, f"{_which(runs)} Of the queries that came back with an output.")
+
+
+def distribution(runs: Sequence[Shown]) -> Panel:
+    """Draw latency by percentile on a complementary log scale, so that the p99.9 can be read."""
+    title = "Latency distribution, ms by percentile"
+    answered = [run for run in runs if run.timeline.tail_n.size]
+    if not answered:
+        return Panel(
+            "distribution", title, empty="No query came back with an output, so there is no latency to show."
+        )
+    canvas = _Canvas("distribution", None, height=_HEIGHT + 40)
+    axes = canvas.axes()
+    for run in reversed(answered):
+        ms, at_least = run.timeline.tail_ms, run.timeline.tail_n
+        n, total = int(at_least[0]), run.result.queries["total"]
+        axes.plot(np.log10(n / at_least), ms, color=run.colour, linewidth=1.8,
+                  gid=f"distribution-{run.place}")  # fmt: skip
+        if total > n:
+            axes.plot(np.log10(total / (at_least + total - n)), ms, color=run.colour, linewidth=1.2,
+                      dashes=(1, 2), gid=f"distribution-all-{run.place}")  # fmt: skip
+        _mark_quantiles(canvas, axes, run, n, named=len(runs) == 1)
+        if len(runs) > 1:
+            canvas.label(float(ms[-1]), run.label, run.colour)
+    end = max(1.0, *(math.log10(run.timeline.tail_n[0]) for run in answered))
+    shares = [0.0, 50.0, *(100 - 10.0**-power for power in range(-1, 8))]
+    places = [(-math.log10(1 - share / 100), f"{share:.10g} %") for share in shares]
+    ticks = [(x, text) for x, text in places if x <= end + 0.02]
+    axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
+    axes.grid(visible=True, axis="x")
+    axes.set_xlim(0, end * 1.02)
+    _slo_lines(canvas, axes, runs)
+    scale = _latency_scale(axes, max(float(run.timeline.tail_ms[-1]) for run in answered), runs)
+    has_missing = any(run.result.queries["total"] > run.timeline.tail_n[0] for run in answered)
+    dotted = " Dotted: of all queries, where one without an output is slower than any." if has_missing else ""
+    return canvas.panel(title, f"Of the queries that came back with an output.{dotted}{scale}")
+
+
+def send_lag(runs: Sequence[Shown]) -> Panel:
+    """Draw the sender's lateness beside what the noise probe saw, and the limit that validity sets."""
+    title = "Lateness of the load generator itself, ms"
+    if not any(np.isfinite(run.timeline.send_lag_ms["p99"]).any() for run in runs):
+        return Panel("lag", title, empty="No query was sent, so there is no lag to show.")
+    canvas = _Canvas("lag", _end_s(runs))
+    axes = canvas.time_axes()
+    for run in reversed(runs):
+        noise = _positive(run.timeline.noise_ms["p99"])
+        axes.stairs(noise, run.edges_s, color=MUTED, linewidth=0.8, baseline=None, gid=f"noise-{run.place}")
+    for run in reversed(runs):
+        lag = _positive(run.timeline.send_lag_ms["p99"])
+        _steps(axes, run, lag, f"lag-{run.place}")
+        canvas.label(_last(lag), "sent" if len(runs) == 1 else run.label, run.colour)
+    noise = _positive(runs[0].timeline.noise_ms["p99"])
+    canvas.label(_last(noise), "probe", MUTED)
+    limit = min(run.result.slo_ms for run in runs) / 20
+    axes.axhline(limit, color=INK, linewidth=1, dashes=(5, 3))
+    canvas.label(limit, "5 % of SLO", INK)
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 1e-3), max(high, 2 * limit))
+    _plain_log_ticks(axes)
+    note = "How late queries were sent, p99; grey: a probe beside them that only sleeps, p99. Log scale."
+    return canvas.panel(title, note)
+
+
+def ends(runs: Sequence[Shown]) -> Panel:
+    """Draw by cause the queries that were not answered in time, one row of axes for each run."""
+    title = "Queries not answered in time, a second, by cause"
+    wrong = [run for run in runs if run.result.queries["ok"] < run.result.queries["total"]]
+    if not wrong:
+        return Panel("ends", title, empty="None: every query was answered in time.")
+    canvas = _Canvas("ends", _end_s(runs), len(wrong))
+    for row, run in enumerate(wrong):
+        axes = canvas.time_axes(row)
+        below = np.zeros(run.timeline.n_bins)
+        key: list[tuple[str, str]] = []
+        for name in OUTCOMES[1:]:
+            counts = run.timeline.of(name)
+            if not counts.any():
+                continue
+            top = below + run.rate(counts)
+            axes.stairs(top, run.edges_s, baseline=below, fill=True, color=ENDS[name], linewidth=0,
+                        gid=f"end-{run.place}-{name}")  # fmt: skip
+            below = top
+            key.insert(0, (f"{name.replace('_', ' ')} {run.result.queries[name]:,}", ENDS[name]))
+        axes.set_ylim(bottom=0)
+        canvas.key(key, row, heading="" if len(runs) == 1 else run.label)
+    fine = [run.label for run in runs if run not in wrong]
+    note = (
+        f"Every query of {', '.join(fine)} was answered in time." if fine else "Beside each cause: how many."
+    )
+    return canvas.panel(title, note)
+
+
+PANELS: tuple[Callable[[Sequence[Shown]], Panel], ...] = (
+    rate, attainment, subnets, ends, accuracy, batch_size, latency, queue_wait, send_lag, distribution
+)  # fmt: skip
+"""In the page's order, two side by side; all but the last are over time."""
+
+
+def draw(runs: Sequence[Shown]) -> list[Panel]:
+    """Return every panel of the page."""
+    import matplotlib as mpl  # noqa: PLC0415  an optional extra, and slow to import
+
+    with mpl.rc_context(_RC), warnings.catch_warnings():
+        # A name in letters that matplotlib's font lacks: the page's own fonts have them.
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        return [make(runs) for make in PANELS]
+
+
+# --- what they share --------------------------------------------------------------------------
+
+
+class _Canvas:
+    """One figure: rows of axes with the page's margins, labels to their right; then SVG.
+
+    Args:
+        key: The panel's.
+        end_s: Where the time axis ends; None for another axis.
+        n_rows: Axes, one below the other.
+        height: Of each of them.
+    """
+
+    def __init__(self, key: str, end_s: float | None, n_rows: int = 1, height: int = _HEIGHT) -> None:
+        from matplotlib.figure import Figure  # noqa: PLC0415  an optional extra
+
+        self._key = key
+        self._end_s = end_s
+        self._n_rows = n_rows
+        self._height = height if n_rows == 1 else _ROW_HEIGHT
+        self._total = TOP + n_rows * self._height + (n_rows - 1) * GAP + BOTTOM
+        self._figure = Figure(figsize=(WIDTH / 72, self._total / 72), dpi=72)  # one unit is one point
+        self._labels: list[tuple[float, str, str]] = []
+
+    def axes(self, row: int = 0) -> Axes:
+        """Return the axes of a row, without a time axis."""
+        bottom = BOTTOM + (self._n_rows - 1 - row) * (self._height + GAP)
+        axes = self._figure.add_axes(
+            (LEFT / WIDTH, bottom / self._total, (WIDTH - LEFT - RIGHT) / WIDTH, self._height / self._total)
+        )
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.grid(visible=True, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", length=3)
+        axes.locator_params(axis="y", nbins=4)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
+        return axes
+
+    def time_axes(self, row: int = 0) -> Axes:
+        """Return the axes of a row; the lowest row names the ticks of its time axis."""
+        assert self._end_s is not None, "this canvas has no time axis"
+        axes = self.axes(row)
+        axes.set_xlim(0, self._end_s)
+        ticks = time_ticks(self._end_s)
+        axes.set_xticks([x for x, _ in ticks], [text if row == self._n_rows - 1 else "" for _, text in ticks])
+        return axes
+
+    def label(self, y: float, text: str, colour: str) -> None:
+        """Have `text` stand to the right of the first row, as near to `y` as other labels allow."""
+        if math.isfinite(y):
+            self._labels.append((y, text, colour))
+
+    def key(self, entries: Sequence[tuple[str, str]], row: int, heading: str) -> None:
+        """Put a key of colours to the right of a row, top down, as the stack is."""
+        top = TOP + row * (self._height + GAP)
+        if heading:
+            self._text(top + _LINE / 2, heading, INK, weight="bold")
+            top += round(_LINE)
+        room = self._height + GAP - (_LINE if heading else 0)
+        kept = thinned(entries, int(room // _LEAST_LINE))
+        line = min(_LINE, room / max(1, len(kept)))
+        for i, (text, colour) in enumerate(kept):
+            y = top + (i + 0.5) * line
+            self._swatch(y, colour)
+            self._text(y, text, MUTED, indent=16)
+
+    def panel(self, title: str, note: str) -> Panel:
+        """Write the labels and return the panel."""
+        self._write_labels()
+        buffer = io.StringIO()
+        self._figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        return Panel(self._key, title, note, page_svg(buffer.getvalue(), self._key, title))
+
+    def _write_labels(self) -> None:
+        if not self._labels:
+            return
+        axes = self._figure.axes[0]
+        low, high = TOP + _LINE / 2, TOP + self._height - 4
+        heights = axes.transData.transform([(0, y) for y, _, _ in self._labels])[:, 1]
+        wanted = [float(min(max(self._total - y, low), high)) for y in heights]
+        for (_, text, colour), y in zip(self._labels, spread(wanted, _LINE, low, high), strict=True):
+            self._text(y, text, colour)
+
+    def _text(self, y: float, text: str, colour: str, *, indent: int = 0, weight: str = "normal") -> None:
+        room = _MAX_LABEL - indent // 8
+        text = text if len(text) <= room else text[: room - 1] + "…"
+        x = (WIDTH - RIGHT + 8 + indent) / WIDTH
+        self._figure.text(x, 1 - y / self._total, text, color=colour, va="center", weight=weight)
+
+    def _swatch(self, y: float, colour: str) -> None:
+        from matplotlib.patches import Rectangle  # noqa: PLC0415  an optional extra
+
+        corner = ((WIDTH - RIGHT + 8) / WIDTH, 1 - (y + 5) / self._total)
+        self._figure.add_artist(Rectangle(corner, 10 / WIDTH, 10 / self._total, color=colour, linewidth=0))
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Return heights near those wanted, `gap` apart where `low` to `high` has the room, in their order."""
+    order = np.argsort(wanted, kind="stable")
+    gap = min(gap, (high - low) / max(1, len(order) - 1))
+    placed = np.array(wanted, dtype=np.float64)[order]
+    for i in range(1, len(placed)):
+        placed[i] = max(placed[i], placed[i - 1] + gap)
+    placed[-1:] = np.minimum(placed[-1:], high)
+    for i in range(len(placed) - 2, -1, -1):
+        placed[i] = min(placed[i], placed[i + 1] - gap)
+    result = np.empty(len(placed))
+    result[order] = placed
+    return [float(y) for y in result]
+
+
+def thinned(entries: Sequence[tuple[str, str]], n: int) -> list[tuple[str, str]]:
+    """Return at most n entries, evenly picked, the first and the last among them."""
+    if len(entries) <= n:
+        return list(entries)
+    return [entries[i] for i in np.linspace(0, len(entries) - 1, max(2, n)).round().astype(int)]
+
+
+def time_ticks(end_s: float) -> list[tuple[float, str]]:
+    """Return some six instants from 0 to `end_s`, and their names with a unit."""
+    unit_s, unit = (3600.0, "h") if end_s > 4 * 3600 else (60.0, "min") if end_s > 600 else (1.0, "s")
+    span = end_s / unit_s
+    power = 10.0 ** math.floor(math.log10(span / 8))
+    step = next(nice * power for nice in (1, 2, 5, 10) if span / (nice * power) <= 8)
+    return [(i * step * unit_s, f"{i * step:,.10g} {unit}") for i in range(int(span / step + 1e-9) + 1)]
+
+
+def percent(share: float) -> str:
+    """Return a percentage with as many digits as tell it from 100: 99.9987 %."""
+    missing = 100 - share
+    if missing <= 0:
+        return "100 %"
+    return f"{share:.{min(8, max(2, 1 - math.floor(math.log10(missing))))}f} %"
+
+
+def subnet_colours(runs: Sequence[Shown]) -> dict[str, str]:
+    """Return a colour for each subnet, by the rank of its accuracy."""
+    import matplotlib as mpl  # noqa: PLC0415  an optional extra
+    from matplotlib.colors import to_hex  # noqa: PLC0415
+
+    accuracies = {one.name: one.accuracy for run in runs for one in run.timeline.subnets}
+    ranks = {one: i for i, one in enumerate(sorted(set(accuracies.values())))}
+    colours = mpl.colormaps["viridis"](np.linspace(0.2, 0.95, max(2, len(ranks))))
+    return {name: to_hex(colours[ranks[one]]) for name, one in accuracies.items()}
+
+
+_HEAD = re.compile(r"^.*?<svg[^>]*>", re.DOTALL)
+_LEFT_OUT = re.compile(r"\s*<(metadata|style)\b.*?</\1>", re.DOTALL)
+_TAG = re.compile(r"<[^>]*>")
+_NUMBER = re.compile(r"-?\d+\.\d{3,}")
+_ID = re.compile(r'(\bid="|url\(#|href="#)')
+_FONT = re.compile(r"font: ([^;\"]*?)([\d.]+)px [^;\"]*")
+
+
+def page_svg(svg: str, key: str, title: str) -> str:
+    """Fit a figure into an HTML page; its text stays as it is.
+
+    Ids begin with `key`, so that figures do not refer to each other; colours and fonts are the
+    page's; numbers have two decimals; metadata and its addresses are left out.
+    """
+    box = re.search(r'viewBox="([^"]*)"', svg)
+    assert box is not None, "matplotlib writes a viewBox"
+
+    def fit(found: re.Match[str]) -> str:
+        tag = _NUMBER.sub(_two_decimals, found[0])
+        tag = _FONT.sub(r"font: \1\2px var(--font)", _ID.sub(rf"\g<1>{key}-", tag))
+        for colour, name in COLOURS.items():
+            tag = tag.replace(colour, f"var(--{name})")
+        return tag
+
+    body = _TAG.sub(fit, _LEFT_OUT.sub("", _HEAD.sub("", svg, count=1)))
+    return f'<svg viewBox="{_NUMBER.sub(_two_decimals, box[1])}" role="img" aria-label="{title}">{body}'
+
+
+def _two_decimals(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+
+
+def _end_s(runs: Iterable[Shown]) -> float:
+    return max(run.result.duration_s for run in runs)
+
+
+def _steps(axes: Axes, run: Shown, values: Floats, gid: str) -> None:
+    """Draw a series as steps; a bin without a value leaves a gap, one between gaps still shows."""
+    axes.stairs(values, run.edges_s, color=run.colour, linewidth=1.8, baseline=None, gid=gid)
+
+
+def _p50_and_p99(
+    canvas: _Canvas, axes: Axes, runs: Sequence[Shown], series: Callable[[Shown], Any], name: str
+) -> None:
+    for run in reversed(runs):
+        p50, p99 = series(run)["p50"], series(run)["p99"]
+        if len(runs) <= FEW:
+            axes.stairs(p50, run.edges_s, color=run.colour, linewidth=0.8, baseline=None,
+                        gid=f"{name}-p50-{run.place}")  # fmt: skip
+        _steps(axes, run, p99, f"{name}-p99-{run.place}")
+        canvas.label(_last(p99), "p99" if len(runs) == 1 else run.label, run.colour)
+        if len(runs) == 1:
+            canvas.label(_last(p50), "p50", run.colour)
+
+
+def _which(runs: Sequence[Shown]) -> str:
+    return "Thick: p99. Thin: p50." if len(runs) <= FEW else "p99."
+
+
+def _slo_lines(canvas: _Canvas, axes: Axes, runs: Sequence[Shown]) -> None:
+    for slo_ms in sorted({run.result.slo_ms for run in runs}):
+        axes.axhline(slo_ms, color=INK, linewidth=1, dashes=(5, 3))
+        canvas.label(slo_ms, f"SLO {slo_ms:g} ms", INK)
+
+
+def _latency_scale(axes: Axes, worst_ms: float, runs: Sequence[Shown]) -> str:
+    """Choose the scale on which the SLO and the worst can both be read; say so if it is not plain."""
+    slo_ms = max(run.result.slo_ms for run in runs)
+    if worst_ms <= 4 * slo_ms:
+        axes.set_ylim(0, 1.08 * max(slo_ms, worst_ms))
+        return ""
+    axes.set_yscale("log")
+    _plain_log_ticks(axes)
+    return " Log scale."
+
+
+def _plain_log_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter  # noqa: PLC0415  an optional extra
+
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,), numticks=6))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="y", which="minor", length=0)
+
+
+def _mark_quantiles(canvas: _Canvas, axes: Axes, run: Shown, n: int, *, named: bool) -> None:
+    """Mark the result's own quantiles on the curve; those at one point share a label."""
+    texts: dict[float, str] = {}
+    for name in LATENCY_QUANTILES:
+        ms = run.result.latency_ms[name]
+        if ms is None:
+            continue
+        at_least = int(
+            run.timeline.tail_n[
+                np.searchsorted(run.timeline.tail_ms, ms - 1e-4).clip(max=len(run.timeline.tail_n) - 1)
+            ]
+        )
+        axes.plot(
+            [math.log10(n / at_least)],
+            [ms],
+            "o",
+            markersize=4,
+            color=run.colour,
+            gid=f"mark-{run.place}-{name}",
+        )
+        texts[ms] = name.replace("_", ".")  # the farther one, where two are equal
+    if named:
+        for ms, name in texts.items():
+            canvas.label(ms, f"{name} {figure(ms)} ms", run.colour)
+
+
+def figure(value: float) -> str:
+    """Return a number with three significant digits, or all before the point."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _last(values: Floats) -> float:
+    """Return about where a line ends: the median of its last values; NaN if it has none."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite[-8:])) if len(finite) else math.nan
+
+
+def _top(values: Floats) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.max()) if len(finite) else 0.0
+
+
+def _positive(values: Floats) -> Floats:
+    """Return the values as a log scale takes them: at least a microsecond."""
+    return np.maximum(values, 1e-3)
+
+
+def _nan_for_0(counts: Counts) -> Floats:
+    return np.where(counts > 0, counts, np.nan)

@@ -1,0 +1,100 @@
+"""What the commands of `loadgen` print and write."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+import orjson
+
+from loadgen.results.report import write_report
+from loadgen.results.result import OUTCOMES
+from superserve.errors import ConfigError, SuperServeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from loadgen.results.result import RunResult
+
+
+def table(result: RunResult) -> list[str]:
+    """Return the lines of the final table."""
+    queries, latency, lag = result.queries, result.latency_ms, result.send_lag_ms
+    ends = ", ".join(f"{name} {queries[name]:,}" for name in OUTCOMES if queries[name])
+    attainment = "-" if result.slo_attainment is None else f"{result.slo_attainment:.5f}"
+    accuracy = "-" if result.mean_accuracy is None else f"{result.mean_accuracy:.3f} %"
+    batch = "-" if result.batch_size_mean is None else f"{result.batch_size_mean:.2f}"
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in result.subnet_share.items() if share)
+    partial = f"PARTIAL, interrupted after {result.duration_s:.1f} s; " if result.partial else ""
+    verdict = "valid" if result.valid else "INVALID: " + "; ".join(result.invalid_because)
+    return [
+        f"  policy           {result.policy}",
+        f"  rate             {result.realised_qps:,.0f} q/s sent of {result.offered_qps:,.0f} offered",
+        f"  queries          {queries['total']:,}: {ends}",
+        f"  SLO attainment   {attainment} at {result.slo_ms:g} ms",
+        f"  mean accuracy    {accuracy}",
+        f"  goodput          {result.goodput_qps:,.0f} q/s",
+        f"  latency          {_quantiles(latency)}",
+        f"  send lag         {_quantiles(lag)}",
+        f"  batch size       {batch}",
+        f"  subnets          {shares or '-'}",
+        f"  run              {partial}{verdict}{' (disturbed by this machine)' if result.disturbed else ''}",
+    ]
+
+
+def _quantiles(values: object) -> str:
+    assert isinstance(values, dict), "quantiles come by name"
+    parts = [f"{name.replace('_', '.')} {value:.3f}" for name, value in values.items() if value is not None]
+    return "  ".join(parts) + " ms" if parts else "-"
+
+
+def json_line(body: dict[str, Any]) -> str:
+    """Return a JSON object in one line."""
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+
+
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder that an option names, unless it is there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{option}: {path}: expected a folder that can be made: {error.strerror}"
+        ) from error
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Refuse a file that could not be written, before the run rather than after it."""
+    make_folder(path.parent, option)
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ConfigError(
+            f"{option}: {path}: expected a path that can be written: {error.strerror}"
+        ) from error
+
+
+def write(path: Path, text: str, say: Callable[[str], None] = click.echo) -> None:
+    """Write a file that was found writable, and say so."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise click.ClickException(
+            f"{path}: expected a path that can be written: {error.strerror}"
+        ) from error
+    say(f"  written          {path}")
+
+
+def write_page(
+    path: Path,
+    results: Sequence[RunResult],
+    labels: Sequence[str] | None = None,
+    say: Callable[[str], None] = click.echo,
+) -> None:
+    """Write the page of runs, and say so."""
+    try:
+        write_report(path, results, labels)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    say(f"  written          {path}")

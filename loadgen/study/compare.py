@@ -1,0 +1,379 @@
+"""Policies held against each other on the same queries: cells of traces, terms and clusters, by seed.
+
+A cell is a trace with the terms of its queries and a cluster. Each seed draws its arrivals anew, and
+each policy serves the very same queries of that seed, so that differences are paired. Beside them
+stands the bound: what no schedule could exceed, from `loadgen.bound`.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loadgen.bound import fluid as bound
+from loadgen.simulator.simulate import SimSettings, simulate
+from loadgen.simulator.workloads import mixed_workload, parse_cluster, parse_floor, parse_slos
+from loadgen.traces.trace import load_trace
+from superserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import numpy.typing as npt
+
+    from loadgen.simulator.simulate import Workload
+    from profiles.table import Profile
+
+EQUAL_ATTAINMENT = 0.001
+"""Attainments that differ by no more count as equal in the headline comparisons."""
+
+MAF_QPS = 6_400.0
+"""The mean rate of the paper's CNN runs on MAF."""
+
+SLOW_FACTOR = 2.5
+"""How much slower the slower half of unequal GPUs is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One column of a comparison.
+
+    Attributes:
+        name: What tables call it.
+        trace: A file or a spec, as `loadgen.traces.trace.load_trace` takes it.
+        cluster: As `loadgen.simulator.workloads.parse_cluster` takes it.
+        rate_qps: Mean rate of the trace; None is its own.
+        slo_ms: One SLO or a mix, as `--slo-ms` takes it.
+        floor: An accuracy floor for a share of the queries, as `--floor` takes it; None is none.
+    """
+
+    name: str
+    trace: str
+    cluster: str
+    rate_qps: float | None = None
+    slo_ms: str = "36"
+    floor: str | None = None
+
+    def workload(self, duration_s: float, seed: int) -> Workload:
+        """Return the queries of a seed."""
+        trace = load_trace(self.trace, rate_qps=self.rate_qps, duration_s=duration_s, seed=seed)
+        floor = None if self.floor is None else parse_floor(self.floor)
+        return mixed_workload(trace, parse_slos(self.slo_ms), floor, seed=seed)
+
+
+def paper_cells(profile: str, n_gpus: int, maf: str | None, slo_ms: str = "36") -> list[Cell]:
+    """Return the cells that policies are judged by: the paper's workloads, and what it left open.
+
+    Args:
+        profile: Of the GPUs.
+        n_gpus: How many.
+        maf: A Functions 2019 file; None takes synthetic arrivals of its shape.
+        slo_ms: Of the cells that have one SLO.
+    """
+    even = f"{profile}:{n_gpus}"
+    half = n_gpus // 2
+    unequal = f"{profile}:{n_gpus - half},{profile}*{SLOW_FACTOR:g}:{half}"
+    trace, rate = (f"maf-like:rate={MAF_QPS:g}", None) if maf is None else (maf, MAF_QPS)
+    name = "maf-like" if maf is None else "maf"
+    base = Cell(name, trace, even, rate, slo_ms)
+    cells = [base]
+    for variant in (2950, 4900, 5550):
+        for cv2 in (2, 4, 8):
+            spec = f"bursty:base=1500,variant={variant},cv2={cv2}"
+            cells.append(Cell(f"bursty {variant} cv2 {cv2}", spec, even, None, slo_ms))
+    for to in (4800, 6800, 7800):
+        for tau in (250, 500, 5000):
+            spec = f"accel:from=2500,to={to},tau={tau},cv2=8"
+            cells.append(Cell(f"accel {to} tau {tau}", spec, even, None, slo_ms))
+    mixes = {"even": "18,36,100", "urgent": "18:3,36:2,100:1", "patient": "18:1,36:2,100:3"}
+    cells += [replace(base, name=f"{name} mix {kind}", slo_ms=mix) for kind, mix in mixes.items()]
+    capacity = (n_gpus - half + half / SLOW_FACTOR) / n_gpus
+    slower_qps = MAF_QPS * capacity
+    trace = f"maf-like:rate={slower_qps:g}" if maf is None else maf
+    rate = None if maf is None else slower_qps
+    cells.append(Cell(f"{name} unequal", trace, unequal, rate, slo_ms))
+    cells.append(replace(base, name=f"{name} floor", floor=f"78:{1 / 3:.6f}"))
+    return cells
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a policy attained, or a bound on it.
+
+    Attributes:
+        attainment: Share of all queries answered in time.
+        accuracy: Mean profiled accuracy of those, percent; None without any, and of a bound.
+        per_query: Summed accuracy of those, over all queries, percent.
+    """
+
+    attainment: float
+    accuracy: float | None
+    per_query: float
+
+
+@dataclass(frozen=True, slots=True)
+class CellResult:
+    """A cell's figures: by policy one for each seed, and the bounds likewise.
+
+    Attributes:
+        bounds: None where they were not asked for.
+    """
+
+    cell: Cell
+    seeds: tuple[int, ...]
+    policies: dict[str, tuple[Figures, ...]]
+    bounds: tuple[Figures, ...] | None
+
+    def mean(self, policy: str) -> Figures:
+        """Return a policy's figures, averaged over the seeds."""
+        return _mean(self.policies[policy])
+
+    def mean_bound(self) -> Figures | None:
+        """Return the bounds, averaged over the seeds."""
+        return None if self.bounds is None else _mean(self.bounds)
+
+    def gain(self, policy: str, over: str) -> tuple[float, float]:
+        """Return by how much a policy's summed accuracy per query is ahead of another's: mean and its error.
+
+        The differences are paired by seed; the error is that of their mean, NaN for one seed.
+        """
+        pairs = zip(self.policies[policy], self.policies[over], strict=True)
+        ahead = [one.per_query - other.per_query for one, other in pairs]
+        error = stdev(ahead) / math.sqrt(len(ahead)) if len(ahead) > 1 else math.nan
+        return fmean(ahead), error
+
+
+def _mean(figures: Sequence[Figures]) -> Figures:
+    known = [one.accuracy for one in figures if one.accuracy is not None]
+    return Figures(
+        fmean(one.attainment for one in figures),
+        fmean(known) if known else None,
+        fmean(one.per_query for one in figures),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What is to be compared.
+
+    Attributes:
+        policies: As `--policy` takes them; the first one is what the others are held against.
+        with_bound: Whether the bound is computed too.
+    """
+
+    policies: tuple[str, ...]
+    seeds: tuple[int, ...]
+    duration_s: float
+    with_bound: bool
+    settings: SimSettings
+
+    def run(
+        self, cells: Sequence[Cell], *, n_processes: int = 1, say: Callable[[str], None] = lambda _: None
+    ) -> list[CellResult]:
+        """Simulate every policy on every cell and seed; the result does not depend on `n_processes`."""
+        tasks = [(self, cell, seed) for cell in cells for seed in self.seeds]
+        found: dict[tuple[str, int], tuple[dict[str, Figures], Figures | None]] = {}
+        for (_, cell, seed), figures in zip(tasks, _all(tasks, n_processes), strict=True):
+            found[cell.name, seed] = figures
+            say(f"{cell.name}, seed {seed}")
+        return [self._result(cell, found) for cell in cells]
+
+    def _result(
+        self, cell: Cell, found: dict[tuple[str, int], tuple[dict[str, Figures], Figures | None]]
+    ) -> CellResult:
+        of_seeds = [found[cell.name, seed] for seed in self.seeds]
+        bounds = tuple(one for _, one in of_seeds if one is not None)
+        policies = {policy: tuple(one[policy] for one, _ in of_seeds) for policy in self.policies}
+        return CellResult(cell, self.seeds, policies, bounds or None)
+
+    def one(self, cell: Cell, seed: int) -> tuple[dict[str, Figures], Figures | None]:
+        """Return the figures of every policy on one cell and seed, and the bound."""
+        workload = cell.workload(self.duration_s, seed)
+        cluster = parse_cluster(cell.cluster)
+        figures = {}
+        for policy in self.policies:
+            found = simulate(workload, cluster, policy=policy, seed=seed, settings=self.settings)
+            result = found.result
+            figures[policy] = Figures(
+                result.slo_attainment or 0.0, result.mean_accuracy, found.accuracy_per_query
+            )
+        return figures, bound_of(workload, cluster) if self.with_bound else None
+
+
+def _all(
+    tasks: list[tuple[Comparison, Cell, int]], n_processes: int
+) -> Iterable[tuple[dict[str, Figures], Figures | None]]:
+    if n_processes == 1:
+        yield from map(_task, tasks)
+        return
+    with ProcessPoolExecutor(n_processes) as pool:
+        yield from pool.map(_task, tasks)
+
+
+def _task(task: tuple[Comparison, Cell, int]) -> tuple[dict[str, Figures], Figures | None]:
+    comparison, cell, seed = task
+    return comparison.one(cell, seed)
+
+
+def bound_of(workload: Workload, cluster: Sequence[Profile]) -> Figures:
+    """Return upper bounds on what any schedule attains; see `loadgen.bound`.
+
+    Attainment and summed accuracy are bounded each alone, not both at once; so no mean accuracy.
+    """
+    n = workload.trace.n
+    slo_ns = np.broadcast_to(np.asarray(workload.slo_ns, np.int64), (n,)).copy()
+    floors: npt.NDArray[np.int64] = np.zeros(n, np.int64)
+    if workload.min_accuracy is not None:
+        rows = [cluster[0].floor_row(float(accuracy) - 1e-5) for accuracy in np.unique(workload.min_accuracy)]
+        if None in rows:
+            raise ConfigError(f"floor: no subnet of {cluster[0].name} reaches it")
+        floors = np.array(rows, np.int64)[np.unique(workload.min_accuracy, return_inverse=True)[1]]
+    found = bound.fluid_bound(bound.BoundWorkload(workload.trace.due_ns, slo_ns, floors), cluster)
+    return Figures(found.attainment, None, found.accuracy)
+
+
+# --- the paper's headline comparisons -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """How a policy compares with the baselines in one cell, as the paper's abstract does.
+
+    Attributes:
+        accuracy_gain: Its mean accuracy, less that of the most accurate baseline whose attainment is
+            within `EQUAL_ATTAINMENT` of its own, or above; percentage points; None if there is none.
+        over: That baseline.
+        mincost_gain: Its mean accuracy less `mincost`'s; None if that did not run.
+        attainment_ratio: Its attainment over that of the baseline with the nearest mean accuracy that
+            is not below its own; None if there is none.
+        at: That baseline.
+    """
+
+    accuracy_gain: float | None
+    over: str | None
+    mincost_gain: float | None
+    attainment_ratio: float | None
+    at: str | None
+
+
+def is_baseline(policy: str) -> bool:
+    """Tell whether a policy is one that the headline comparisons are made against."""
+    return policy == "mincost" or policy.startswith("fixed:")
+
+
+def baselines(profile: Profile) -> tuple[str, ...]:
+    """Return every baseline: each subnet alone, and the cheapest."""
+    return (*(f"fixed:{subnet.name}" for subnet in profile.subnets), "mincost")
+
+
+def headline(result: CellResult, policy: str) -> Headline:
+    """Return the headline comparisons of a policy in one cell, from figures averaged over the seeds."""
+    ours = result.mean(policy)
+    rivals = {name: result.mean(name) for name in result.policies if is_baseline(name)}
+    accuracies = {name: one.accuracy for name, one in rivals.items() if one.accuracy is not None}
+    if ours.accuracy is None:
+        return Headline(None, None, None, None, None)
+    least = ours.attainment - EQUAL_ATTAINMENT
+    equal = {name: accuracies[name] for name in accuracies if rivals[name].attainment >= least}
+    over = max(equal, key=equal.__getitem__, default=None)
+    better = {name: accuracy for name, accuracy in accuracies.items() if accuracy >= ours.accuracy}
+    at = min(better, key=better.__getitem__, default=None)
+    mincost = accuracies.get("mincost")
+    share = 0.0 if at is None else rivals[at].attainment
+    return Headline(
+        None if over is None else ours.accuracy - equal[over],
+        over,
+        None if mincost is None else ours.accuracy - mincost,
+        ours.attainment / share if share else None,
+        at,
+    )
+
+
+# --- what is printed and written ----------------------------------------------------------------
+
+
+def to_dict(comparison: Comparison, results: Sequence[CellResult]) -> dict[str, Any]:
+    """Return the file that `loadgen compare --json` writes, without its environment."""
+    return {
+        "schema": 1,
+        "policies": list(comparison.policies),
+        "seeds": list(comparison.seeds),
+        "duration_s": comparison.duration_s,
+        "cells": [_cell_dict(result) for result in results],
+    }
+
+
+def _cell_dict(result: CellResult) -> dict[str, Any]:
+    cell, first = result.cell, next(iter(result.policies))
+    names = [name for name in result.policies if not is_baseline(name)]
+    has_rivals = len(names) < len(result.policies)
+    gains = {name: result.gain(name, first) for name in result.policies if name != first}
+    return {
+        "name": cell.name,
+        "trace": cell.trace,
+        "rate_qps": cell.rate_qps,
+        "cluster": cell.cluster,
+        "slo_ms": cell.slo_ms,
+        "floor": cell.floor,
+        "policies": {name: [asdict(one) for one in runs] for name, runs in result.policies.items()},
+        "bound": None if result.bounds is None else [asdict(one) for one in result.bounds],
+        "gain_per_query": {
+            name: {"over": first, "mean": mean, "error": None if math.isnan(error) else error}
+            for name, (mean, error) in gains.items()
+        },
+        "headline": {name: asdict(headline(result, name)) for name in names} if has_rivals else None,
+    }
+
+
+def lines(results: Sequence[CellResult]) -> list[str]:
+    """Return the table: by cell and policy attainment, accuracy, and summed accuracy beside the bound's."""
+    wide = max(len(result.cell.name) for result in results)
+    policies = list(results[0].policies)
+    longest = max(map(len, policies))
+    head = f"{'cell':<{wide}}  {'policy':<{longest}}  attainment  accuracy  per query   ahead        of bound"
+    found = [head]
+    for result in results:
+        limit = result.mean_bound()
+        for policy in policies:
+            mean = result.mean(policy)
+            ahead = ""
+            if policy != policies[0]:
+                gain, error = result.gain(policy, policies[0])
+                ahead = f"{gain:+.4f}" + ("" if math.isnan(error) else f" ±{error:.4f}")
+            of = "" if limit is None else f"{mean.per_query - limit.per_query:+.3f}"
+            accuracy = "-" if mean.accuracy is None else f"{mean.accuracy:.3f}"
+            found.append(
+                f"{result.cell.name:<{wide}}  {policy:<{longest}}  {mean.attainment:10.5f}  "
+                f"{accuracy:>8}  {mean.per_query:9.4f}   {ahead:<15} {of}".rstrip()
+            )
+        if limit is not None:
+            found.append(
+                f"{result.cell.name:<{wide}}  {'(bound)':<{longest}}  {limit.attainment:10.5f}  "
+                f"{'':8}  {limit.per_query:9.4f}"
+            )
+    return found
+
+
+def headline_lines(results: Sequence[CellResult]) -> list[str]:
+    """Return the headline comparisons, a line for each cell and policy that is no baseline."""
+    found = []
+    for result in results:
+        for policy in result.policies:
+            if is_baseline(policy):
+                continue
+            one = headline(result, policy)
+            parts = []
+            if one.accuracy_gain is not None:
+                parts.append(f"{one.accuracy_gain:+.2f} points over {one.over} at equal attainment")
+            if one.mincost_gain is not None:
+                parts.append(f"{one.mincost_gain:+.2f} over mincost")
+            if one.attainment_ratio is not None:
+                parts.append(f"{one.attainment_ratio:.2f} x the attainment of {one.at} at equal accuracy")
+            if parts:
+                found.append(f"{result.cell.name}, {policy}: {', '.join(parts)}")
+    return found

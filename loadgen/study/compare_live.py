@@ -1,0 +1,117 @@
+"""Policies held against each other live: the same cells, each policy on a private cluster of emulated GPUs.
+
+Rounds are interleaved: each seed's queries are served by every policy in turn before the next seed, so that
+a machine that gets busier or calmer meets all of them alike. What the runs themselves had to say, such as
+being disturbed, is kept beside the figures: a live comparison is only as good as its machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loadgen.live.calm import await_calm
+from loadgen.live.run import Emulation, RunSettings, run_emulated
+from loadgen.simulator.workloads import parse_cluster, parse_slos
+from loadgen.study.compare import CellResult, Figures, bound_of
+from superserve.clock import MS
+from superserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from loadgen.study.compare import Cell, Comparison
+
+_CALM_NS = 2 * MS
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRun:
+    """What one live run has to say beside its figures."""
+
+    cell: str
+    policy: str
+    seed: int
+    valid: bool
+    disturbed: bool
+    invalid_because: tuple[str, ...]
+    send_lag_p99_9_ms: float | None
+    violations: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def check_live(cells: Sequence[Cell]) -> None:
+    """Refuse cells that live senders cannot offer.
+
+    Raises:
+        ConfigError: A cell has a mix of SLOs, floors, or unequal GPUs.
+    """
+    for cell in cells:
+        if len(parse_slos(cell.slo_ms)) > 1 or cell.floor is not None:
+            raise ConfigError(
+                f"cell {cell.name}: a live sender has one SLO and no floor; compare it with --simulate"
+            )
+        if "," in cell.cluster or "*" in cell.cluster:
+            raise ConfigError(
+                f"cell {cell.name}: live GPUs are of one profile: expected PROFILE:N, got {cell.cluster}; "
+                "compare it with --simulate"
+            )
+
+
+def compare_live(
+    comparison: Comparison, cells: Sequence[Cell], say: Callable[[str], None]
+) -> tuple[list[CellResult], list[LiveRun]]:
+    """Run every policy on every cell and seed; return the figures, and what each run has to say.
+
+    Raises:
+        ConfigError: A cell cannot be offered live.
+    """
+    check_live(cells)
+    notes: list[LiveRun] = []
+    results = []
+    for cell in cells:
+        figures: dict[str, list[Figures]] = {policy: [] for policy in comparison.policies}
+        for turn, seed in enumerate(comparison.seeds):
+            first = turn % len(comparison.policies)  # nobody always goes first
+            for policy in (*comparison.policies[first:], *comparison.policies[:first]):
+                found, note = _one(comparison, cell, policy, seed)
+                figures[policy].append(found)
+                notes.append(note)
+                say(_line(found, note))
+        runs = {policy: tuple(ones) for policy, ones in figures.items()}
+        results.append(CellResult(cell, comparison.seeds, runs, _bounds(comparison, cell)))
+    return results, notes
+
+
+def _bounds(comparison: Comparison, cell: Cell) -> tuple[Figures, ...] | None:
+    if not comparison.with_bound:
+        return None
+    cluster = parse_cluster(cell.cluster)
+    return tuple(bound_of(cell.workload(comparison.duration_s, seed), cluster) for seed in comparison.seeds)
+
+
+def _one(comparison: Comparison, cell: Cell, policy: str, seed: int) -> tuple[Figures, LiveRun]:
+    profile, _, n_gpus = cell.cluster.rpartition(":")
+    workload = cell.workload(comparison.duration_s, seed)
+    assert isinstance(workload.slo_ns, int), "one SLO, as was checked"
+    await_calm(_CALM_NS)
+    run, report = run_emulated(
+        workload.trace, RunSettings(workload.slo_ns, seed=seed), Emulation(profile, int(n_gpus), policy)
+    )
+    result = run.result
+    share = result.slo_attainment or 0.0
+    note = LiveRun(
+        cell.name, policy, seed, result.valid, result.disturbed, tuple(result.invalid_because),
+        result.send_lag_ms["p99_9"], report.n_violations,
+    )  # fmt: skip
+    return Figures(share, result.mean_accuracy, share * (result.mean_accuracy or 0.0)), note
+
+
+def _line(found: Figures, note: LiveRun) -> str:
+    accuracy = "-" if found.accuracy is None else f"{found.accuracy:.3f} %"
+    words = f"{note.cell}, seed {note.seed}, {note.policy}: {found.attainment:.5f}, {accuracy}"
+    words += ", disturbed" if note.disturbed else ""
+    return words if note.valid else f"{words}, INVALID: {'; '.join(note.invalid_because)}"

@@ -1,0 +1,301 @@
+"""The commands `profiles search`, `show` and `accuracy`.
+
+What they run imports torch, which takes seconds: so it is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from profiles.show import draw_heat_map, flops, flops_unit, print_heat_map
+from profiles.table import load_profile, statistics_path
+from superserve.clock import MonotonicClock
+from superserve.errors import ConfigError, SuperServeError
+from superserve.subnet import Subnet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from profiles.measuring.accuracy import MeasuredAccuracy
+    from profiles.measuring.find import Found
+    from profiles.measuring.measure import Measurement
+    from profiles.table import Profile
+
+    OnProgress = Callable[[str, int, int], None]
+
+_NS_PER_S = 1_000_000_000
+_WIDTH = 80  # of what is no terminal
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+# Population and generations: a prediction costs microseconds, a measurement a good part of a second.
+_EFFORT_PREDICTED = (100, 40)
+_EFFORT_MEASURED = (20, 2)
+_REMEASURED_ROUNDS = 50
+_REMEASURED_BUDGET_NS = 60 * _NS_PER_S
+
+_weights = click.option(
+    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the one it comes with]'
+)
+_examples = click.option(
+    "--examples",
+    type=_FILE,
+    help="Labelled examples to measure accuracy on, an .npz.  [default: those it comes with]",
+)
+_device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:<n>.")
+_threads = click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
+
+
+def _parsed(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        words = f"--batch-sizes: expected whole numbers with commas between, got {text!r}"
+        raise click.ClickException(words) from error
+
+
+batch_sizes_option = click.option(
+    "--batch-sizes", default="1,2,4,8,16", show_default=True, callback=_parsed, help="Ascending, with commas."
+)
+
+
+@click.command("search")
+@click.option(
+    "--supernet", default="digits", show_default=True, help="A supernet's name, or module:attribute."
+)
+@_weights
+@click.option(
+    "--predictor", type=_FILE, help="OFA-ResNet50's accuracy predictor.  [default: accuracy is measured]"
+)
+@_examples
+@click.option(
+    "--latency",
+    type=click.Choice(["flops", "measured"]),
+    default="flops",
+    show_default=True,
+    help="Fitted to a dozen subnets, or measured for each that is kept, which takes longer.",
+)
+@_device
+@_threads
+@batch_sizes_option
+@click.option("--subnets", "n_subnets", default=32, show_default=True, help="Keep at most so many.")
+@click.option("--seed", default=0, show_default=True, help="One seed gives one search.")
+@click.option(
+    "--population",
+    type=int,
+    help=f"[default: {_EFFORT_PREDICTED[0]}, or {_EFFORT_MEASURED[0]} if accuracy is measured]",
+)
+@click.option(
+    "--generations",
+    type=int,
+    help=f"[default: {_EFFORT_PREDICTED[1]}, or {_EFFORT_MEASURED[1]} if accuracy is measured]",
+)
+@click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
+)
+def search_command(out: Path, latency: str, **options: Any) -> None:
+    """Search a supernet for its pareto subnets and write them as a profile to OUT."""
+    clock = MonotonicClock()
+    started_ns = clock.now_ns()
+    try:
+        with _progress() as on_progress:
+            found = _search(out.stem, latency == "measured", on_progress, clock, **options)
+        beside = found.write(out)
+    except (SuperServeError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    took_s = (clock.now_ns() - started_ns) / _NS_PER_S
+    _print_found(found, took_s)
+    click.echo(f"wrote {out}" + (f" and {beside}" if beside else ""))
+
+
+def _search(
+    name: str,
+    is_measured: bool,
+    on_progress: OnProgress,
+    clock: MonotonicClock,
+    *,
+    device: str,
+    threads: int,
+    batch_sizes: tuple[int, ...],
+    predictor: Path | None,
+    examples: Path | None,
+    population: int | None,
+    generations: int | None,
+    seed: int,
+    **wanted: Any,
+) -> Found:
+    from gpu_worker.engines.torch_executor import Placement  # noqa: PLC0415  see above
+    from profiles.measuring.find import Request, find_profile  # noqa: PLC0415  see above
+    from profiles.measuring.search import SearchEffort  # noqa: PLC0415  see above
+
+    usual = _EFFORT_MEASURED if predictor is None else _EFFORT_PREDICTED
+    request = Request(
+        placement=Placement(device=device, threads=threads, batch_sizes=batch_sizes),
+        effort=SearchEffort(
+            usual[0] if population is None else population,
+            usual[1] if generations is None else generations,
+            seed,
+        ),
+        predictor=predictor,
+        examples=examples,
+        **wanted,
+    )
+    remeasure = _remeasuring(request.supernet, request.weights, device, threads, clock)
+    return find_profile(
+        request, name=name, clock=clock, remeasure=remeasure if is_measured else None, on_progress=on_progress
+    )
+
+
+def _remeasuring(
+    supernet: str, weights: str | None, device: str, threads: int, clock: MonotonicClock
+) -> Callable[[Profile], Measurement]:
+    """Return what measures every subnet of a profile."""
+    from profiles.measuring.measure import Device, Setting, measure_supernet  # noqa: PLC0415  only here
+
+    def remeasure(profile: Profile) -> Measurement:
+        setting = Setting(profile.batch_sizes, _REMEASURED_ROUNDS, _REMEASURED_BUDGET_NS)
+        where = Device(device=device, threads=threads, weights=weights)
+        return measure_supernet(supernet, profile, setting, where, name=profile.name, clock=clock)
+
+    return remeasure
+
+
+@contextmanager
+def _progress() -> Iterator[OnProgress]:
+    """Show progress on standard error: bars on a terminal, now and then a line elsewhere."""
+    if not sys.stderr.isatty():
+        yield _line_of_progress
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield advance
+
+
+def _line_of_progress(what: str, done: int, total: int) -> None:
+    if done * 4 // max(1, total) > (done - 1) * 4 // max(1, total) or done == 0:  # every quarter
+        click.echo(f"{what}: {done} of {total}", err=True)
+
+
+def _print_found(found: Found, took_s: float) -> None:
+    profile = found.profile
+    rows, sizes = profile.subnets, profile.batch_sizes
+    width = max(len(row.name) for row in rows)
+    ends = "".join(f"{f'ms at batch {size}':>17}" for size in (sizes[0], sizes[-1]))
+    click.echo(f"{'':{width}}       %  {flops_unit(profile)}{ends}")
+    for row in rows:
+        ends = "".join(f"{latency_ns / 1e6:17.4g}" for latency_ns in (row.latency_ns[0], row.latency_ns[-1]))
+        click.echo(f"{row.name:{width}}  {row.accuracy:6.2f}  {flops(row, profile):>6}{ends}")
+    for name in found.dropped:
+        click.echo(f"left out {name}: a more accurate subnet is about as fast here")
+    click.echo(
+        f"{len(rows)} pareto subnets, {rows[0].accuracy:.2f} to {rows[-1].accuracy:.2f} %, "
+        f"of {found.n_judged} judged, in {took_s:.1f} s"
+    )
+    click.echo(profile.provenance)
+
+
+@click.command("show")
+@click.argument("profile")
+@click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it to this .svg or .png instead."
+)
+def show_command(profile: str, picture: Path | None) -> None:
+    """Show PROFILE, a shipped one's name or a file: a heat map of latency."""
+    try:
+        shown = load_profile(profile)
+        if picture is not None:
+            draw_heat_map(shown, picture)
+            click.echo(f"wrote {picture}")
+            return
+    except (SuperServeError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    print_heat_map(shown, Console(width=None if sys.stdout.isatty() else _WIDTH))
+
+
+@click.command("accuracy")
+@click.argument("profile")
+@click.option("--supernet", help="Its name, or module:attribute.  [default: the profile's]")
+@_weights
+@_examples
+@_device
+@_threads
+def accuracy_command(profile: str, **given: Any) -> None:
+    """Print what SubnetNorm is worth to each subnet of PROFILE.
+
+    Held-out accuracy with the subnet's own statistics, and with those of the largest subnet for all.
+    """
+    try:
+        from profiles.measuring.accuracy import accuracy_by_statistics  # noqa: PLC0415  see above
+
+        judged = load_profile(profile)
+        rows = accuracy_by_statistics(_measured(judged, **given), _subnets(judged))
+    except (SuperServeError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    width = max(len(subnet.name) for subnet in judged.subnets)
+    click.echo(f"{'':{width}}  {'own statistics':>16}{'those of largest':>20}")
+    for subnet, (own, shared) in zip(judged.subnets, rows, strict=True):
+        click.echo(f"{subnet.name:{width}}  {own:14.2f} %{shared:18.2f} %")
+
+
+@click.command("calibrate")
+@click.argument("profile")
+@click.option("--supernet", help="Its name, or module:attribute.  [default: the profile's]")
+@_weights
+@_examples
+@_device
+@_threads
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: beside the profile]")
+def calibrate_command(profile: str, out: Path | None, **given: Any) -> None:
+    """Gather SubnetNorm's statistics of each subnet of PROFILE, and write them where workers look."""
+    try:
+        from gpu_worker.supernet.calibration import save_statistics  # noqa: PLC0415  see above
+
+        calibrated = load_profile(profile)
+        subnets, judge = _subnets(calibrated), _measured(calibrated, **given)
+        if not judge.supernet.norms:
+            raise ConfigError("calibrate: expected a supernet with BatchNorm: LayerNorm keeps no statistics")
+        judge.supernet.set_statistics(judge.calibrated(subnets))
+        path = out or statistics_path(profile)
+        save_statistics(path, judge.supernet, calibrated.supernet, subnets)
+    except (SuperServeError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"wrote {path}: statistics of {len(subnets)} subnets")
+
+
+def _subnets(profile: Profile) -> list[Subnet]:
+    return [Subnet(row.name, row.control) for row in profile.subnets]
+
+
+def _measured(
+    profile: Profile,
+    supernet: str | None,
+    weights: str | None,
+    examples: Path | None,
+    device: str,
+    threads: int,
+) -> MeasuredAccuracy:
+    """Return what calibrates and measures the supernet of a profile."""
+    import torch  # noqa: PLC0415  see above
+
+    from gpu_worker.engines.torch_executor import Placement  # noqa: PLC0415  see above
+    from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  see above
+    from profiles.measuring.accuracy import measured_accuracy  # noqa: PLC0415  see above
+
+    kind = supernet_kind(supernet or profile.supernet)
+    if kind.name != profile.supernet:
+        raise ConfigError(f"supernet: expected {profile.supernet}, the profile's, got {kind.name}")
+    torch.set_num_threads(threads)
+    return measured_accuracy(kind, weights, examples, Placement(device=device, threads=threads))

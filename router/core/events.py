@@ -1,0 +1,204 @@
+"""What goes into the router core and what comes out of it: plain values, no sockets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from profiles.table import Profile
+    from router.core.edf import Cohort, Stretch
+    from superserve.wire import Buffer, DoneRow, PullRow, Queries, Status
+
+Key = Any
+"""How the server names a connection: opaque and hashable."""
+
+
+# --- in -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class ClientJoined:
+    """A client said HELLO. The same `session` on a new connection takes its queries along."""
+
+    client: Key
+    session: int
+
+
+@dataclass(slots=True)
+class ClientLeft:
+    """A client said BYE, fell silent or cannot be reached: its queries are forgotten."""
+
+    client: Key
+
+
+@dataclass(slots=True)
+class QueriesArrived:
+    """Queries of a client that has said HELLO; `transit_ns` is how long they were under way."""
+
+    client: Key
+    queries: Queries
+    transit_ns: int
+
+
+@dataclass(slots=True)
+class CancelAsked:
+    """A client no longer wants these queries; ids as u64 bytes."""
+
+    client: Key
+    ids: Buffer
+
+
+@dataclass(slots=True)
+class WorkerJoined:
+    """A worker process said HELLO: one profile for each of its GPUs.
+
+    `payload_bytes` is what its model takes for each query; None if any size will do.
+    """
+
+    peer: Key
+    name: str
+    epoch: int
+    profiles: Sequence[Profile]
+    payload_bytes: int | None = None
+
+
+@dataclass(slots=True)
+class WorkerHeard:
+    """Any sign of life."""
+
+    peer: Key
+
+
+@dataclass(slots=True)
+class Pulled:
+    """Queue states of some of a peer's GPUs."""
+
+    peer: Key
+    epoch: int
+    rows: Sequence[PullRow]
+
+
+@dataclass(slots=True)
+class Finished:
+    """Batches that a peer finished."""
+
+    peer: Key
+    epoch: int
+    rows: Sequence[DoneRow]
+
+
+@dataclass(slots=True)
+class WorkerLeft:
+    """A worker process said BYE (`orderly`), or cannot be reached."""
+
+    peer: Key
+    orderly: bool
+
+
+@dataclass(slots=True)
+class DrainWorker:
+    """Give these GPUs of a peer no more work; slot None is all of them."""
+
+    peer: Key
+    slot: int | None
+
+
+@dataclass(slots=True)
+class DrainRouter:
+    """Take no more queries; finish what is queued."""
+
+
+Event = (
+    ClientJoined
+    | ClientLeft
+    | QueriesArrived
+    | CancelAsked
+    | WorkerJoined
+    | WorkerHeard
+    | Pulled
+    | Finished
+    | WorkerLeft
+    | DrainWorker
+    | DrainRouter
+)
+
+
+# --- out ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Dispatch:
+    """Send a DIRECTIVE."""
+
+    peer: Key
+    epoch: int
+    batch_id: int
+    slot: int
+    subnet: int
+    n: int
+    stretches: list[Stretch]
+    now_ns: int
+
+
+@dataclass(slots=True)
+class Ran:
+    """What the answers of one batch share: the worker's report, and where the time went."""
+
+    row: DoneRow
+    subnet: int
+    batch_size: int
+    accuracy: float
+    to_start_ns: int
+    executing_ns: int
+    returning_ns: int
+
+
+@dataclass(slots=True)
+class Answer:
+    """Tell `client` how queries lo to hi of `cohort`, and those of `more`, ended.
+
+    Attributes:
+        n: Queries in all its stretches.
+        queued_ns: From arrival to dispatch, or to the end where no worker was involved.
+        ran: Of the batch; None where no worker was involved, and `reason` says why.
+        at: Where in the batch its first query stands.
+        more: Further stretches that ended alike, in the batch's order after the first.
+    """
+
+    client: Key
+    cohort: Cohort
+    lo: int
+    hi: int
+    n: int
+    status: Status
+    queued_ns: int = 0
+    ran: Ran | None = None
+    at: int = 0
+    reason: str = ""
+    more: list[Stretch] | None = None
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """Every stretch that it answers."""
+        return [(self.cohort, self.lo, self.hi), *(self.more or ())]
+
+
+@dataclass(slots=True)
+class Fence:
+    """Tell a worker process that its epoch is over: it must say HELLO again."""
+
+    peer: Key
+    reason: str
+
+
+@dataclass(slots=True)
+class Released:
+    """Tell a drained worker process that it may go: nothing of ours is left on it."""
+
+    peer: Key
+
+
+Action = Dispatch | Answer | Fence | Released

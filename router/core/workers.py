@@ -1,0 +1,310 @@
+"""What the router knows of the workers: processes that can fall silent, GPUs that can overrun.
+
+A *peer* is a worker process: one connection, one heartbeat. A *worker* is one GPU of it.
+Their states are tables; a pair that is not in a table raises with the recent history.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from router.core.estimates import RecentQuantiles
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from profiles.table import Profile
+    from router.core.edf import Stretch
+    from router.policies import Policy
+
+S = TypeVar("S", bound=enum.Enum)
+E = TypeVar("E", bound=enum.Enum)
+
+
+class PeerState(enum.Enum):
+    """Is the process there?"""
+
+    LIVE = "live"
+    SUSPECT = "suspect"
+    DEAD = "dead"
+
+
+class PeerEvent(enum.Enum):
+    """What changes a peer's state."""
+
+    HEARD = "heard"
+    QUIET = "quiet"  # 3 heartbeats missed
+    LOST = "lost"  # 6 missed, or its connection is gone
+    LEFT = "left"  # it said BYE
+
+
+class WorkerState(enum.Enum):
+    """May this GPU be given work?"""
+
+    READY = "ready"
+    OVERRUN = "overrun"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+class WorkerEvent(enum.Enum):
+    """What changes a worker's state."""
+
+    ANSWERED = "answered"
+    OVERRAN = "overran"  # its batch took 3 times its profiled p99
+    DRAIN = "drain"
+    LOST = "lost"
+
+
+PEER_TRANSITIONS: dict[tuple[PeerState, PeerEvent], PeerState] = {
+    (PeerState.LIVE, PeerEvent.HEARD): PeerState.LIVE,
+    (PeerState.LIVE, PeerEvent.QUIET): PeerState.SUSPECT,
+    (PeerState.LIVE, PeerEvent.LOST): PeerState.DEAD,
+    (PeerState.LIVE, PeerEvent.LEFT): PeerState.DEAD,
+    (PeerState.SUSPECT, PeerEvent.HEARD): PeerState.LIVE,
+    (PeerState.SUSPECT, PeerEvent.QUIET): PeerState.SUSPECT,
+    (PeerState.SUSPECT, PeerEvent.LOST): PeerState.DEAD,
+    (PeerState.SUSPECT, PeerEvent.LEFT): PeerState.DEAD,
+}
+
+WORKER_TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
+    (WorkerState.READY, WorkerEvent.ANSWERED): WorkerState.READY,
+    (WorkerState.READY, WorkerEvent.OVERRAN): WorkerState.OVERRUN,
+    (WorkerState.READY, WorkerEvent.DRAIN): WorkerState.DRAINING,
+    (WorkerState.READY, WorkerEvent.LOST): WorkerState.GONE,
+    (WorkerState.OVERRUN, WorkerEvent.ANSWERED): WorkerState.READY,
+    (WorkerState.OVERRUN, WorkerEvent.OVERRAN): WorkerState.OVERRUN,
+    (WorkerState.OVERRUN, WorkerEvent.DRAIN): WorkerState.DRAINING,
+    (WorkerState.OVERRUN, WorkerEvent.LOST): WorkerState.GONE,
+    (WorkerState.DRAINING, WorkerEvent.ANSWERED): WorkerState.DRAINING,
+    (WorkerState.DRAINING, WorkerEvent.OVERRAN): WorkerState.DRAINING,
+    (WorkerState.DRAINING, WorkerEvent.DRAIN): WorkerState.DRAINING,
+    (WorkerState.DRAINING, WorkerEvent.LOST): WorkerState.GONE,
+}
+
+
+# Before the first measurement: what loopback TCP and two Python loops were seen to take.
+_FIRST_TRANSPORT_NS = [400_000] * 15 + [1_000_000]
+
+
+_SAMPLE_EVERY_NS = 1_000_000
+"""The way to a process is sampled at most this often."""
+_AS_PROFILED = 1.001
+"""A slowdown below this is none: easing goes on for ever otherwise."""
+
+
+class TransitionError(Exception):
+    """An event that the state's table does not have; says what came before."""
+
+
+class StateMachine(Generic[S, E]):
+    """A state, its table, and the last few things that happened to it."""
+
+    __slots__ = ("_history", "_table", "_what", "state")
+
+    def __init__(self, what: str, state: S, table: Mapping[tuple[S, E], S]) -> None:
+        self.state = state
+        self._what = what
+        self._table = table
+        self._history: deque[str] = deque(maxlen=16)
+
+    def on(self, event: E) -> S:
+        """Move as the table says and return the new state.
+
+        Raises:
+            TransitionError: The table has no such pair.
+        """
+        new = self._table.get((self.state, event))
+        if new is None:
+            before = ", ".join(self._history) or "nothing"
+            raise TransitionError(
+                f"{self._what}: {event.value} while {self.state.value}; before that: {before}"
+            )
+        if new is not self.state:
+            self._history.append(f"{self.state.value} -{event.value}-> {new.value}")
+            self.state = new
+        return new
+
+    def history(self) -> tuple[str, ...]:
+        """Return the last changes of state, oldest first."""
+        return tuple(self._history)
+
+
+@dataclass(slots=True)
+class Batch:
+    """A directive that is out: the ledger's entry.
+
+    Attributes:
+        begin_ns: When the router expects it to start, as of dispatch.
+        expected_ns: Its profiled median latency, corrected for this worker.
+        limit_ns: How long it may run before its worker counts as overrun.
+    """
+
+    batch_id: int
+    worker: Worker
+    subnet: int
+    n: int
+    stretches: list[Stretch]
+    dispatched_ns: int
+    begin_ns: int
+    expected_ns: int
+    limit_ns: int
+    overran: bool = False
+
+
+class Peer:
+    """A worker process: its key at the server, its heartbeat, its GPUs.
+
+    Attributes:
+        quickest_ns: The quickest answer any of its GPUs can give, as of the last `summarise`.
+        slowdowns: Least and greatest slowdown of its GPUs, likewise.
+        way_ns: 99th percentile of the way to it and back, likewise.
+        capacity: Queries a nanosecond that its GPUs serve at their unit costs, likewise.
+    """
+
+    __slots__ = (
+        "capacity", "epoch", "heard_ns", "key", "machine", "name", "quickest_ns", "sampled_ns", "slowdowns",
+        "transport", "way_ns", "workers",
+    )  # fmt: skip
+
+    def __init__(self, key: Any, name: str, epoch: int, heard_ns: int) -> None:
+        self.key = key
+        self.name = name
+        self.epoch = epoch
+        self.heard_ns = heard_ns
+        self.machine = StateMachine[PeerState, PeerEvent](
+            f"worker process {name}", PeerState.LIVE, PEER_TRANSITIONS
+        )
+        # One way for all its GPUs: they share a socket and a loop, and so tell the same sooner.
+        self.transport = RecentQuantiles(_FIRST_TRANSPORT_NS)
+        self.workers: list[Worker] = []
+        self.sampled_ns = 0
+        self.quickest_ns = 0
+        self.slowdowns = (1.0, 1.0)
+        self.way_ns = 0
+        self.capacity = 0.0
+
+    def sample_way(self, way_ns: int, now_ns: int) -> None:
+        """Note how long a batch was under way; now and then: one stall must not fill the window."""
+        if now_ns - self.sampled_ns >= _SAMPLE_EVERY_NS:
+            self.sampled_ns = now_ns
+            self.transport.add(way_ns)
+
+    def summarise(self) -> None:
+        """Note what its GPUs have in common; a thousand GPUs are not asked about one query."""
+        workers = self.workers
+        alone_ns = min([int(w.profile.latency_p99_ns(0, 1) * w.corrected(0)) for w in workers])
+        slowdowns = [w.slowdown for w in workers]
+        self.quickest_ns = alone_ns + self.transport.median_ns
+        self.slowdowns = (min(slowdowns), max(slowdowns))
+        self.way_ns = self.transport.bound_ns()
+        takers = [w for w in workers if w.machine.state is WorkerState.READY]
+        self.capacity = sum([1 / (w.profile.unit_cost_ns * w.slowdown) for w in takers])
+
+    def ease(self, now_ns: int, idle_ns: int) -> None:
+        """Let GPUs that have been idle for so long forget what slowed them down."""
+        n_idle = 0
+        for worker in self.workers:
+            if not worker.outstanding and now_ns - worker.answered_ns >= idle_ns:
+                worker.ease()
+                n_idle += 1
+        if n_idle == len(self.workers):
+            self.transport.fade(_FIRST_TRANSPORT_NS[0])
+
+
+class Worker:
+    """One GPU.
+
+    Attributes:
+        credit: Batches it may be sent now; never negative.
+        outstanding: Batches sent and not answered, by ascending batch id.
+        free_at_ns: When it is expected to have nothing left to run.
+        slowdowns: Measured over profiled latency, smoothed, by subnet.
+        busy_ns: How long it has executed batches, as it reports.
+        last_subnet: Row of the profile that its latest batch runs; None before the first.
+        version: Changes whenever an older entry in the heap of free workers is stale.
+    """
+
+    __slots__ = (
+        "_is_slow", "answered_ns", "busy_ns", "credit", "free_at_ns", "gauges", "last_subnet", "machine",
+        "n_batches", "n_queries", "outstanding", "peer", "policy", "profile", "slot", "slowdown", "slowdowns",
+        "transport", "version",
+    )  # fmt: skip
+
+    def __init__(self, peer: Peer, slot: int, profile: Profile, policy: Policy, now_ns: int) -> None:
+        self.peer = peer
+        self.slot = slot
+        self.profile = profile
+        self.policy = policy
+        self.machine = StateMachine[WorkerState, WorkerEvent](
+            f"worker {peer.name}:{slot}", WorkerState.READY, WORKER_TRANSITIONS
+        )
+        self.credit = 0
+        self.outstanding: dict[int, Batch] = {}
+        self.free_at_ns = now_ns
+        self.answered_ns = now_ns
+        self.version = 0
+        self.transport = peer.transport
+        self.slowdowns = [1.0] * profile.n_subnets
+        self.slowdown = 1.0
+        self._is_slow = False
+        self.n_batches = 0
+        self.n_queries = 0
+        self.busy_ns = 0
+        self.last_subnet: int | None = None
+        self.gauges: dict[str, float] = {}
+
+    @property
+    def may_take(self) -> bool:
+        """Whether a batch may be sent to it now."""
+        return (
+            self.credit > 0
+            and self.machine.state is WorkerState.READY
+            and self.peer.machine.state is PeerState.LIVE
+        )
+
+    def grant(self, credit: int, last_batch: int) -> None:
+        """Set the credit to what it offers, less what was sent after it spoke."""
+        unseen = sum(1 for batch_id in self.outstanding if batch_id > last_batch)
+        self.credit = max(0, credit - unseen)
+
+    def expect_free(self, now_ns: int, free_in_ns: int, last_batch: int) -> None:
+        """Update `free_at_ns` from its own report, sent half a round trip ago."""
+        at = max(now_ns, now_ns - self.transport.median_ns // 2 + free_in_ns)
+        for batch_id, batch in self.outstanding.items():
+            if batch_id > last_batch:
+                at += batch.expected_ns
+        self.free_at_ns = at if self.outstanding else now_ns
+
+    def measure(self, subnet: int, profiled_ns: int, measured_ns: int) -> None:
+        """Fold one batch's measured latency into this worker's correction.
+
+        A gain of 1/8 follows a throttling GPU within some ten batches. A ratio within
+        5 % of 1 counts as 1: that is the timer's noise, not the GPU. Bounded to [1/4, 16].
+        """
+        ratio = min(16.0, max(0.25, measured_ns / profiled_ns))
+        smoothed = self.slowdowns[subnet] + (ratio - self.slowdowns[subnet]) / 8
+        self.slowdowns[subnet] = smoothed
+        self._is_slow = self._is_slow or ratio > 1.0
+        overall = self.slowdown + (ratio - self.slowdown) / 32
+        self.slowdown = overall
+
+    def ease(self) -> None:
+        """Move what slows it down an eighth of the way back towards where it began.
+
+        For a worker that has been idle: one whose estimates refuse every query would never
+        be measured again.
+        """
+        if not self._is_slow:
+            return
+        self.slowdown -= max(0.0, self.slowdown - 1.0) / 8
+        self.slowdowns = [ratio - max(0.0, ratio - 1.0) / 8 for ratio in self.slowdowns]
+        self._is_slow = max(self.slowdown, *self.slowdowns) > _AS_PROFILED
+
+    def corrected(self, subnet: int) -> float:
+        """Return the smoothed slowdown of `subnet`, 1.0 within the noise."""
+        ratio = self.slowdowns[subnet]
+        return ratio if abs(ratio - 1.0) > 0.05 else 1.0

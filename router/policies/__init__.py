@@ -1,0 +1,106 @@
+"""What a policy is: given the head of the queue and a worker, choose a subnet and a batch size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from router.policies.demand import Demand
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One batch to run: which subnet, and at most how many queries.
+
+    Attributes:
+        subnet: Row of the profile; 0 is the smallest and least accurate.
+        batch_size: How many queries to pack at most; at least 1.
+    """
+
+    subnet: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """Refuse some queries now, so that the time they would cost serves more of the others; then ask again.
+
+    Of the lowest priority class queued: if the head is of that class, every query of it that is due
+    before `before_ns`; else its `n` earliest queries, in the head's favour.
+
+    Attributes:
+        before_ns: An instant after the head's deadline.
+        n: How many queries of a class below the head's; at least 1.
+    """
+
+    before_ns: int
+    n: int
+
+
+@dataclass(slots=True)
+class QueueView:
+    """What a policy sees of the queue. Made anew or overwritten before each decision.
+
+    Attributes:
+        head_deadline_ns: The earliest deadline queued, an instant on the router's clock.
+        head_floor: The smallest profile row whose accuracy satisfies the head query; 0 if any does.
+        length: Queries queued; at least 1.
+        demand: What arrives and what can serve it; None unless the policy asks for it.
+        outranks: Whether queries of a lower priority class than the head's are queued; False unless the
+            policy asks for demand.
+    """
+
+    head_deadline_ns: int
+    head_floor: int
+    length: int
+    demand: Demand | None = None
+    outranks: bool = False
+
+
+@dataclass(slots=True)
+class WorkerView:
+    """What a policy sees of the worker that is to run the batch.
+
+    Attributes:
+        free_at_ns: The instant at which it can begin; may lie in the past when it is idle.
+        allowance_ns: Measured time for a batch to travel there and its answer back.
+        slowdown: Measured over profiled latency of this worker, smoothed; 1.0 is as profiled.
+    """
+
+    free_at_ns: int
+    allowance_ns: int
+    slowdown: float
+
+
+def usable_slack_ns(queue: QueueView, worker: WorkerView, now_ns: int) -> int:
+    """Return the profiled time that a batch on `worker` may take and meet the head's deadline.
+
+    That is deadline - (the instant it can begin) - transport, over the worker's
+    slowdown; negative when even a batch of no length would be late.
+    """
+    begin_ns = max(now_ns, worker.free_at_ns)
+    slack_ns = queue.head_deadline_ns - begin_ns - worker.allowance_ns
+    return slack_ns if worker.slowdown == 1.0 else int(slack_ns / worker.slowdown)
+
+
+class Policy(Protocol):
+    """Chooses the next batch of one worker. Pure: no clock, no log, no hidden state.
+
+    A policy is built once per profile, offline, by `factory(profile, argument)`;
+    `argument` is what follows the colon in `--policy name:argument`, or None.
+
+    One that also has `sees_demand = True` is shown `QueueView.demand`; for it the queue keeps priority
+    classes and floors apart, and a batch passes over queries whose floor lies above its subnet, where
+    otherwise it ends before the first of them. Only such a policy may shed.
+    """
+
+    name: str
+
+    def choose(self, queue: QueueView, worker: WorkerView, now_ns: int) -> Choice | Shed | None:
+        """Return what to run next, in under 20 us, or None if nothing fits the head's slack.
+
+        On None the core answers the head INFEASIBLE if no subnet could meet its
+        deadline even alone and at once, and otherwise asks again at the next event.
+        """
+        ...

@@ -1,0 +1,87 @@
+"""Policies by name: those shipped, and those that other packages plug in.
+
+A package adds a policy with an entry point in the group `superserve.policies`:
+
+    [project.entry-points."superserve.policies"]
+    mine = "my_package:MyPolicy"
+
+It is then chosen by `--policy mine` or `--policy mine:argument`, and built as
+`MyPolicy(profile, argument)`: see `router.policies.Policy`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from superserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from profiles.table import Profile
+    from router.policies import Policy
+
+ENTRY_POINT_GROUP = "superserve.policies"
+"""The group in which packages register policies."""
+
+# Looked up before the entry points: a checkout whose installed metadata is stale still serves,
+# and no package takes over a shipped name unseen. Imported only when chosen.
+_SHIPPED = {
+    "slackfit": ("router.policies.slackfit", "SlackFit"),
+    "demandfit": ("router.policies.demandfit", "DemandFit"),
+    "maxacc": ("router.policies.baselines", "MaxAcc"),
+    "maxbatch": ("router.policies.baselines", "MaxBatch"),
+    "fixed": ("router.policies.baselines", "Fixed"),
+    "mincost": ("router.policies.baselines", "MinCost"),
+}
+
+
+def known_policies() -> tuple[str, ...]:
+    """Return the names that `make_policy` takes: the shipped ones, then the plugged-in ones."""
+    plugged_in = {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return (*_SHIPPED, *sorted(plugged_in - _SHIPPED.keys()))
+
+
+def make_policy(spec: str, profile: Profile) -> Policy:
+    """Build the policy that `spec` names.
+
+    Args:
+        spec: `name` or `name:argument`, such as "slackfit" or "fixed:largest".
+        profile: What the policy is to choose from.
+
+    Raises:
+        ConfigError: No policy has that name, it cannot be imported, or it refuses the argument.
+    """
+    name, colon, argument = spec.partition(":")
+    policy: Policy = _factory(name)(profile, argument if colon else None)
+    if not callable(getattr(policy, "choose", None)) or not isinstance(getattr(policy, "name", None), str):
+        raise ConfigError(
+            f"policy {name!r}: expected an object with a name and choose(), got {type(policy).__name__}"
+        )
+    return policy
+
+
+def _factory(name: str) -> Callable[[Profile, str | None], Any]:
+    """Return what builds the policy called `name`."""
+    if name in _SHIPPED:
+        module, attribute = _SHIPPED[name]
+        shipped: Callable[[Profile, str | None], Any] = getattr(import_module(module), attribute)
+        return shipped
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        try:
+            plugged_in: Callable[[Profile, str | None], Any] = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"policy {name!r}: {point.value} cannot be imported: {error}") from error
+        return plugged_in
+    raise ConfigError(_no_policy(name))
+
+
+def _no_policy(name: str) -> str:
+    """Say that no policy is called `name`, and which are known."""
+    known = known_policies()
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"policy {name!r} is unknown: expected one of {', '.join(known)}{hint}"

@@ -1,0 +1,325 @@
+"""The gate: whom a router with keys lets in, and whose messages it still takes.
+
+A thread of its own answers ZeroMQ's questions about keys (ZAP), listens to handshakes that fail, and looks
+four times a second at the folder of keys. Each of the router's sockets asks about every message that comes
+in: ZeroMQ says with it which key its connection was made with. So a key that is no longer listed is worth
+nothing from the next message on, whatever routing id the connection has, or whoever had that id before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket as os_socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+from superserve.errors import ConfigError
+from superserve.net.handshake import FAILED, monitor_of
+from superserve.net.keys import read_ring, router_keys, signature
+from superserve.net.sockets import is_local, is_readable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from superserve.net.keys import Ring
+
+log = logging.getLogger("router")
+
+CLIENT_DOMAIN = "superserve.client"
+WORKER_DOMAIN = "superserve.worker"
+
+LOOK_EVERY_MS = 250
+"""How often the folder is looked at: a key is cut off this long after it has left its list, at most."""
+
+QUIET_NS = 10_000_000_000
+"""A peer that fails again within this time is counted and not logged."""
+
+_GONE = "an address that was gone too soon"
+_ZAP_ENDPOINT = "inproc://zeromq.zap.01"
+_MAX_REMEMBERED = 1_024
+_REFUSED_AUTH = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+_WATCHED = FAILED | int(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+_WORDS = {
+    int(zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC): "it has another key for this router than the router's own",
+    int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH): "it came without keys",
+}
+
+
+def check_reach(name: str, endpoint: str) -> None:
+    """Refuse to bind a socket without keys where other machines may reach it.
+
+    Raises:
+        ConfigError: The endpoint is not this machine's alone.
+    """
+    if "://" in endpoint and not is_local(endpoint):  # without a scheme nothing can be bound, which says so
+        raise ConfigError(
+            f"{name} {endpoint}: other machines may reach it, and anybody there could send queries or serve "
+            f"them: give --keys FOLDER (from `cluster keys make`), or say --security none"
+        )
+
+
+class Door:
+    """What one of the router's sockets asks of each message; for the thread that receives.
+
+    Attributes:
+        listed: Who may come in here: the name behind each public key.
+        user: The public key that the last message admitted came with.
+        n_unauthenticated: Messages that came with no key at all.
+        n_revoked: Messages that came with a key that is not listed any more.
+    """
+
+    __slots__ = ("listed", "n_revoked", "n_unauthenticated", "user")
+
+    def __init__(self) -> None:
+        self.listed: Mapping[str, str] = {}
+        self.user = ""
+        self.n_unauthenticated = 0
+        self.n_revoked = 0
+
+    def admits(self, frame: zmq.Frame) -> bool:
+        """Tell whether the message that begins with `frame` may be read; 0.5 us."""
+        try:
+            user = str(frame.get("User-Id"))
+        except zmq.ZMQError:
+            self.n_unauthenticated += 1
+            return False
+        if user not in self.listed:
+            self.n_revoked += 1
+            return False
+        self.user = user
+        return True
+
+
+class Gate:
+    """Keeps the doors of a router. `open()` before its sockets are bound, `close()` after they are closed.
+
+    Args:
+        context: The router's.
+        folder: Its keys; see `superserve.net.keys`.
+
+    Attributes:
+        keys: The router's own.
+        clients: The door of the client socket.
+        workers: The door of the worker socket.
+        operators: Those of the clients that may drain.
+        version: Changes whenever the lists do.
+        n_failed: Handshakes that failed.
+
+    Raises:
+        ConfigError: The folder is not a router's, or lists something that is no key.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path) -> None:
+        self.keys = router_keys(folder)
+        self.clients, self.workers = Door(), Door()
+        self.operators: Mapping[str, str] = {}
+        self.version = 0
+        self.n_failed = 0
+        self._context = context
+        self._folder = folder
+        try:
+            self._signature = signature(folder)
+            ring, problems = read_ring(folder)
+        except OSError as error:
+            raise ConfigError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
+        if problems:
+            raise ConfigError("; ".join(problems))
+        self._take(ring)
+        self._wake_fd = -1
+        self._monitors: list[_Monitor] = []
+        self._voice = _Voice()
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Bind the handler: sockets bound from now on find it."""
+        self._zap = self._context.socket(zmq.REP)
+        self._zap.set(zmq.LINGER, 0)
+        self._zap.bind(_ZAP_ENDPOINT)
+
+    def start(self, sockets: Mapping[str, zmq.Socket[bytes]]) -> None:
+        """Watch sockets, by what their peers are called, and answer from a thread from now on."""
+        self._monitors = [
+            _Monitor(what, monitor_of(self._context, socket, _WATCHED), self._voice)
+            for what, socket in sockets.items()
+        ]
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="gate", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread and close what is the gate's own; the context can then be terminated."""
+        if self._thread is not None:
+            os.eventfd_write(self._wake_fd, 1)
+            self._thread.join()
+            os.close(self._wake_fd)
+        for monitor in self._monitors:
+            monitor.socket.close(0)
+        self._zap.close(0)
+
+    def counts(self) -> dict[str, int]:
+        """Return what was turned away, for STATUS."""
+        doors = (self.clients, self.workers)
+        return {
+            "unauthenticated_frames": sum(door.n_unauthenticated for door in doors),
+            "revoked_frames": sum(door.n_revoked for door in doors),
+            "handshake_failures": self.n_failed,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Return who is listed, for STATUS."""
+        operators = sorted(self.operators.values())
+        return {
+            "clients": sorted(set(self.clients.listed.values()) - set(operators)),
+            "workers": sorted(self.workers.listed.values()),
+            "operators": operators,
+        }
+
+    # --- the thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._zap, zmq.POLLIN)
+        poller.register(self._wake_fd, zmq.POLLIN)
+        for monitor in self._monitors:
+            poller.register(monitor.socket, zmq.POLLIN)
+        look_ns = 0
+        while True:
+            ready = dict(poller.poll(LOOK_EVERY_MS))
+            if self._wake_fd in ready:
+                return
+            if self._zap in ready:
+                self._answer()
+            for monitor in self._monitors:
+                if monitor.socket in ready:
+                    self.n_failed += monitor.take()
+            if (now_ns := time.monotonic_ns()) >= look_ns:
+                look_ns = now_ns + LOOK_EVERY_MS * 1_000_000
+                self._look()
+
+    def _answer(self) -> None:
+        """Answer one of ZeroMQ's questions; only CURVE's own keys, on a list of that socket, get in."""
+        request = self._zap.recv_multipart()
+        version, number, domain, address, _, mechanism, *credentials = request
+        doors = {CLIENT_DOMAIN.encode(): self.clients, WORKER_DOMAIN.encode(): self.workers}
+        door = doors.get(domain)
+        public = ""
+        if mechanism == b"CURVE" and len(credentials) == 1 and len(credentials[0]) == 32:
+            public = z85.encode(credentials[0]).decode("ascii")
+        if door is not None and public in door.listed:
+            answer = [b"200", b"listed", public.encode("ascii")]
+        else:
+            answer = [b"400", b"not listed", b""]
+            what = "worker" if door is self.workers else "client"
+            peer = address.decode("ascii", "replace") or "this machine"
+            self._voice.warn(
+                f"{what} {peer}", f"{what} at {peer} refused: the key {public or 'it lacks'} is not listed"
+            )
+        self._zap.send_multipart([version, number, *answer, b""])
+
+    def _look(self) -> None:
+        """Take the folder's lists as they are now. What cannot be read leaves the last ones in force."""
+        try:
+            found = signature(self._folder)
+            if found == self._signature:
+                return
+            ring, problems = read_ring(self._folder)
+        except OSError as error:
+            self._voice.warn("", f"{self._folder}: cannot be read, the last lists hold: {error}")
+            return
+        self._signature = found
+        for problem in problems:
+            log.warning("left out: %s", problem)
+        self._take(ring)
+        self.version += 1
+        log.info(
+            "keys: %d clients, %d workers and %d operators are listed",
+            len(ring.clients), len(ring.workers), len(ring.operators),
+        )  # fmt: skip
+
+    def _take(self, ring: Ring) -> None:
+        self.operators = ring.operators
+        self.clients.listed = {**ring.clients, **ring.operators}
+        self.workers.listed = ring.workers
+
+
+class _Voice:
+    """Warns of each peer and fault once in a while: what tries twenty times a second shall fill no disk."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, tuple[int, int]] = {}
+
+    def warn(self, peer: str, text: str) -> None:
+        """Say `text`, or count it where `peer` was warned of just now."""
+        now_ns = time.monotonic_ns()
+        said_ns, n_unsaid = self._said.get(peer, (now_ns - QUIET_NS, 0))
+        if now_ns - said_ns < QUIET_NS:
+            self._said[peer] = (said_ns, n_unsaid + 1)
+            return
+        if peer not in self._said and len(self._said) >= _MAX_REMEMBERED:
+            self._said.clear()
+        self._said[peer] = (now_ns, 0)
+        log.warning("%s%s", text, f" ({n_unsaid} more since)" if n_unsaid else "")
+
+
+class _Monitor:
+    """Counts one socket's failed handshakes, and says whose they were.
+
+    ZeroMQ names the peer of neither a failure nor an end; but it names the file descriptor of whom it
+    accepts, and a connection whose handshake fails ends right after. One that ends before this thread has
+    looked, as it may from the same machine, stays without a name.
+    """
+
+    def __init__(self, what: str, socket: zmq.Socket[bytes], voice: _Voice) -> None:
+        self.socket = socket
+        self._what = what
+        self._voice = voice
+        self._peers: dict[int, str] = {}
+        self._why: str | None = None
+
+    def take(self) -> int:
+        """Take in what has happened; return how many handshakes have failed."""
+        n_failed = 0
+        while is_readable(self.socket):
+            told = recv_monitor_message(self.socket)
+            event, value = int(told["event"]), int(told["value"])
+            if event == zmq.EVENT_ACCEPTED:
+                self._peers[value] = _peer_of(value)
+            elif event == zmq.EVENT_DISCONNECTED:
+                peer, why, self._why = self._peers.pop(value, _GONE), self._why, None
+                if why is not None:
+                    who = f"{self._what} handshake {_host_of(peer)}"
+                    self._voice.warn(who, f"{self._what} at {peer}: handshake failed: {why}")
+            elif event & FAILED:
+                n_failed += 1
+                if event != _REFUSED_AUTH:  # whoever refused it has said so
+                    self._why = _WORDS.get(value, f"it broke off or is no peer of ours ({value})")
+        return n_failed
+
+
+def _peer_of(fd: int) -> str:
+    """Return the address at the other end, as far as it is still there."""
+    try:
+        own = os.dup(fd)
+    except OSError:
+        return _GONE
+    try:
+        with os_socket.socket(fileno=own) as copy:
+            own = -1  # closed with the socket; where the number is a file's by now, there is none
+            address = copy.getpeername()
+    except (OSError, ValueError):
+        return _GONE
+    finally:
+        if own >= 0:
+            os.close(own)
+    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "this machine"
+
+
+def _host_of(peer: str) -> str:
+    return peer.rpartition(":")[0] or peer

@@ -1,0 +1,263 @@
+"""The router's event log: everything the core was told and everything it dispatched, one JSON line each.
+
+A recorded run replays: the same events at the same instants through a fresh core give
+the same directives (`python -m router replay FILE`). Payloads and outputs are not kept,
+only their sizes, since no decision looks at them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from profiles.table import Profile
+from router.core import RouterCore
+from router.core.events import (
+    CancelAsked,
+    ClientJoined,
+    ClientLeft,
+    Dispatch,
+    DrainRouter,
+    DrainWorker,
+    Finished,
+    Pulled,
+    QueriesArrived,
+    WorkerHeard,
+    WorkerJoined,
+    WorkerLeft,
+)
+from router.core.state import CoreSettings
+from router.core.workers import TransitionError
+from router.policies.registry import make_policy
+from superserve.errors import ConfigError, WireError
+from superserve.wire import DoneRow, PullRow, Queries
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from router.core.events import Action, Event
+
+SCHEMA = 1
+_FLUSH_LINES = 1_000
+
+
+class Recorder:
+    """Writes an event log; one thread. Lines gather in memory and are written by the thousand."""
+
+    def __init__(self, path: Path, policy: str, settings: CoreSettings) -> None:
+        try:
+            self._file = path.open("wb")
+        except OSError as error:
+            raise ConfigError(f"{path}: expected a path that can be written: {error.strerror}") from error
+        self._lines: list[bytes] = []
+        self._profiles: dict[int, int] = {}
+        self._write({"schema": SCHEMA, "policy": policy, "settings": asdict(settings)})
+
+    def event(self, now_ns: int, event: Event) -> None:
+        """Record one event as it is handed to the core."""
+        name = type(event).__name__
+        if isinstance(event, WorkerJoined):
+            body = {name: getattr(event, name) for name in WorkerJoined.__slots__}
+            body["profiles"] = [self._profile(p) for p in event.profiles]
+        elif isinstance(event, QueriesArrived):
+            body = {
+                "client": event.client,
+                "transit_ns": event.transit_ns,
+                "queries": _queries(event.queries),
+            }
+        elif isinstance(event, Finished):
+            body = {"peer": event.peer, "epoch": event.epoch, "rows": [_done_row(r) for r in event.rows]}
+        else:
+            # Not asdict: it copies, and buffers of received frames cannot be.
+            body = {field.name: getattr(event, field.name) for field in fields(event)}
+        self._write([now_ns, name, body])
+
+    def advance(self, now_ns: int, actions: Sequence[Action]) -> None:
+        """Record that the core was asked to decide, and what it dispatched."""
+        self._write([now_ns, "advance", _dispatches(actions)])
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._flush()
+        self._file.close()
+
+    def _profile(self, profile: Profile) -> int:
+        """Write each distinct profile once, as a line of its own, and return its number."""
+        number = self._profiles.get(id(profile))
+        if number is None:
+            number = self._profiles[id(profile)] = len(self._profiles)
+            self._write([number, "profile", profile.to_dict()])
+        return number
+
+    def _write(self, line: Any) -> None:
+        self._lines.append(orjson.dumps(line, default=_plain))
+        if len(self._lines) >= _FLUSH_LINES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._file.write(b"\n".join(self._lines) + b"\n")
+        self._lines.clear()
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bytes | memoryview):
+        return bytes(value).hex()
+    raise TypeError(f"cannot record a {type(value).__name__}")
+
+
+def _queries(queries: Queries) -> dict[str, Any]:
+    body = {name: getattr(queries, name) for name in Queries.__slots__ if name != "payloads"}
+    return body | {"payload_sizes": [len(payload) for payload in queries.payloads]}
+
+
+def _done_row(row: DoneRow) -> dict[str, Any]:
+    body = {name: getattr(row, name) for name in DoneRow.__slots__ if name != "output"}
+    return body | {"output_size": len(row.output)}
+
+
+def _dispatches(actions: Sequence[Action]) -> list[Any]:
+    return [
+        [a.batch_id, _name_of(a.peer), a.slot, a.subnet, [[c.serial, lo, hi] for c, lo, hi in a.stretches]]
+        for a in actions
+        if isinstance(a, Dispatch)
+    ]
+
+
+def _name_of(key: Any) -> str:
+    return bytes(key).hex() if isinstance(key, bytes | memoryview) else str(key)
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What came of replaying a log.
+
+    Attributes:
+        n_events: Events fed to the fresh core.
+        n_directives: Directives the log holds.
+        mismatches: Where the fresh core decided otherwise, at most ten.
+    """
+
+    n_events: int
+    n_directives: int
+    mismatches: tuple[str, ...]
+
+
+def replay(path: Path) -> Replay:
+    """Feed a recorded log through a fresh core and compare every directive.
+
+    Raises:
+        ConfigError: The file is missing or is no event log.
+    """
+    core: RouterCore | None = None
+    profiles: list[Profile] = []
+    n_events = n_directives = 0
+    mismatches: list[str] = []
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        if core is None:
+            core = _fresh_core(line, where)
+            continue
+        now_ns, name, body = _parts(line, where)
+        if name == "profile":
+            profiles.append(Profile.from_dict(body, where=where))
+        elif name == "advance":
+            decided = _dispatches(core.advance(now_ns))
+            n_directives += len(body)
+            if decided != body and len(mismatches) < 10:
+                mismatches.append(f"{path}:{number}: recorded {body}, replayed {decided}")
+        else:
+            n_events += 1
+            event = _event(name, body, profiles, where)
+            # What broke the protocol then breaks it again; the server went on.
+            with contextlib.suppress(WireError, TransitionError, ConfigError):
+                core.handle(event, now_ns)
+    if core is None:
+        raise ConfigError(f"{path}: expected an event log, got an empty file")
+    core.check()
+    return Replay(n_events, n_directives, tuple(mismatches))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, _parsed(line, f"{path}:{number}")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        cut = "" if line.endswith(b"\n") else "; the log was cut short, as by a kill"
+        raise ConfigError(f"{where}: expected a line of JSON: {error}{cut}") from error
+
+
+def _parts(line: Any, where: str) -> tuple[int, str, Any]:
+    match line:
+        case [int(now_ns), str(name), (list() | dict()) as body]:
+            return now_ns, name, body
+        case _:
+            raise ConfigError(f"{where}: expected [now_ns, name, body], got {str(line)[:200]}")
+
+
+def _event(name: str, body: Any, profiles: list[Profile], where: str) -> Event:
+    try:
+        return _READERS[name](body, profiles)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: no event {name} that this version knows: {error!r}") from error
+
+
+def _fresh_core(header: Any, where: str) -> RouterCore:
+    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+        raise ConfigError(f"{where}: expected an event log of schema {SCHEMA}")
+    try:
+        return RouterCore(partial(make_policy, header["policy"]), CoreSettings(**header["settings"]))
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: expected policy and settings of this version: {error!r}") from error
+
+
+def _read_queries(body: dict[str, Any]) -> Queries:
+    columns = ("ids", "slacks", "lengths", "min_accuracy", "priority")
+    fields = dict(body)
+    sizes = fields.pop("payload_sizes")
+    fields |= {name: None if body[name] is None else bytes.fromhex(body[name]) for name in columns}
+    return Queries(payloads=[bytes(size) for size in sizes], **fields)
+
+
+def _read_done_row(body: dict[str, Any]) -> DoneRow:
+    fields = dict(body)
+    size = fields.pop("output_size")
+    for name in ("statuses", "lengths"):
+        fields[name] = None if body[name] is None else bytes.fromhex(body[name])
+    return DoneRow(output=bytes(size), **fields)
+
+
+def _pull_row(body: dict[str, Any]) -> PullRow:
+    nan = float("nan")  # which JSON lacks
+    fields: dict[str, Any] = {name: nan if value is None else value for name, value in body.items()}
+    return PullRow(**fields)
+
+
+_READERS: dict[str, Callable[[dict[str, Any], list[Profile]], Event]] = {
+    "ClientJoined": lambda b, _: ClientJoined(**b),
+    "ClientLeft": lambda b, _: ClientLeft(**b),
+    "QueriesArrived": lambda b, _: QueriesArrived(b["client"], _read_queries(b["queries"]), b["transit_ns"]),
+    "CancelAsked": lambda b, _: CancelAsked(b["client"], bytes.fromhex(b["ids"])),
+    "WorkerJoined": lambda b, p: WorkerJoined(**(b | {"profiles": [p[number] for number in b["profiles"]]})),
+    "WorkerHeard": lambda b, _: WorkerHeard(**b),
+    "Pulled": lambda b, _: Pulled(b["peer"], b["epoch"], [_pull_row(row) for row in b["rows"]]),
+    "Finished": lambda b, _: Finished(b["peer"], b["epoch"], [_read_done_row(row) for row in b["rows"]]),
+    "WorkerLeft": lambda b, _: WorkerLeft(**b),
+    "DrainWorker": lambda b, _: DrainWorker(**b),
+    "DrainRouter": lambda _b, _p: DrainRouter(),
+}

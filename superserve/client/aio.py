@@ -1,0 +1,340 @@
+"""AsyncClient: the client for asyncio. One event loop; no thread, no task.
+
+    async with AsyncClient("tcp://127.0.0.1:5555") as client:
+        reply = await client.infer(image, slo_ms=36)        # raises a QueryError
+        future = client.submit(image, slo_ms=36)            # an asyncio.Future
+        reply = await future
+
+What tasks submit in one round of the loop leaves as one message. A task that is cancelled while it
+waits cancels its query at the router too. `superserve.client.session` decides, `superserve.client.link` sends
+and receives, as for `superserve.client`; here are the loop's reader and timers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+from superserve.client.futures import FORKED
+from superserve.client.link import SessionLink
+from superserve.client.reply import Reply
+from superserve.client.session import (
+    CLOSED,
+    CLOSED_EARLY,
+    Session,
+    checked_accuracy,
+    checked_priority,
+    checked_slo,
+)
+from superserve.errors import CancelledQueryError, DrainingError, QueryError, UnansweredError, UsageError
+from superserve.net.connection import Connection, no_router
+from superserve.net.keys import peer_keys
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from superserve.client.reply import Answers
+
+NO_LOOP = (
+    "no event loop runs in this thread: use AsyncClient in a coroutine, on the loop that made it, "
+    "or use Client from threads"
+)
+OTHER_LOOP = (
+    "this AsyncClient belongs to another event loop: make one AsyncClient per event loop, "
+    "or use Client from threads"
+)
+
+
+class AsyncQueryFuture(asyncio.Future[Reply]):
+    """The future of one query. Cancelling it, or the task that awaits it, tells the router too.
+
+    Attributes:
+        query_id: As in error messages and in the router's event log.
+        deadline_ns: When the answer is worthless, on the loop's clock, ns.
+        submitted_ns: When it was submitted, likewise.
+    """
+
+    __slots__ = (
+        "_owner", "deadline_ns", "min_accuracy", "n_bytes", "n_sends", "payload", "priority", "query_id",
+        "submitted_ns",
+    )  # fmt: skip
+
+    def __init__(  # the hot path: plain numbers by position
+        self, owner: AsyncClient, loop: asyncio.AbstractEventLoop, payload: Any, n_bytes: int, slo_ns: int,
+        min_accuracy: float, priority: int,
+    ) -> None:  # fmt: skip
+        super().__init__(loop=loop)
+        self._owner = owner
+        self.payload = payload
+        self.n_bytes = n_bytes
+        self.submitted_ns = now_ns = time.monotonic_ns()
+        self.deadline_ns = now_ns + slo_ns
+        self.min_accuracy = min_accuracy
+        self.priority = priority
+        self.query_id = self.n_sends = 0
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Cancel the query wherever it is; False if it has ended already."""
+        is_cancelled = super().cancel(msg)
+        if is_cancelled:
+            self._owner._cancel(self)
+        return is_cancelled
+
+
+class AsyncClient:
+    """A connection to a router for the tasks of one event loop.
+
+    Args:
+        endpoint: The router's client endpoint, such as tcp://10.0.0.1:5555.
+        max_outstanding: Queries without an answer, at most; `submit` then raises OverloadedError.
+        max_bytes: Payload bytes without an answer, at most; likewise.
+        connect_timeout_s: How long `connect` waits for a router.
+        keys: A key file, or a folder with `client.key`, for a router with keys; "" for none. None takes
+            it from the environment, SUPERSERVE_KEYS.
+
+    Raises:
+        ConfigError: The key file is missing, malformed, or others may read it.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        max_outstanding: int = 20_000,
+        max_bytes: int = 1 << 30,
+        connect_timeout_s: float = 5.0,
+        keys: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self.connect_timeout_s = connect_timeout_s
+        self._keys = peer_keys(keys)
+        self._pid = os.getpid()
+        self._session: Session[AsyncQueryFuture] = Session(
+            threading.RLock(), no_router(endpoint), max_outstanding=max_outstanding, max_bytes=max_bytes
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._link: SessionLink[AsyncQueryFuture] | None = None
+        self._welcomed: asyncio.Future[None] | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_ns = 0
+        self._is_closed = False
+
+    # --- for applications ---------------------------------------------------------------
+
+    async def __aenter__(self) -> AsyncClient:
+        try:
+            await self.connect()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def connect(self) -> None:
+        """Connect, and wait until a router has said WELCOME.
+
+        Raises:
+            UnansweredError: No router answered within `connect_timeout_s`.
+            ConfigError: The endpoint is malformed.
+            UsageError: This is not the client's event loop, or not its process.
+        """
+        self._check_place()
+        if self._is_closed or self._welcomed is None:
+            raise DrainingError(CLOSED)
+        try:
+            await asyncio.wait_for(asyncio.shield(self._welcomed), self.connect_timeout_s)
+        except TimeoutError:
+            await self.close()
+            raise UnansweredError(self._session.no_router) from None
+
+    async def infer(
+        self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0
+    ) -> Reply:
+        """Submit one query and wait for its reply. See `submit`.
+
+        Raises:
+            QueryError: It got no output; the class and the message say why.
+        """
+        return await self.submit(payload, slo_ms=slo_ms, min_accuracy=min_accuracy, priority=priority)
+
+    def submit(
+        self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0
+    ) -> AsyncQueryFuture:
+        """Submit one query; it leaves once the tasks that are ready have had their turn.
+
+        Args:
+            payload: An array of the model's input dtype and shape, or its bytes in C order. It is not
+                copied before it is sent, and may be sent again: do not write to it until the query
+                has ended.
+            slo_ms: From now until the answer is worthless, milliseconds.
+            min_accuracy: Least profiled accuracy, percent, that the serving subnet must have.
+            priority: Class 0 to 255, for policies that see classes.
+
+        Returns:
+            An asyncio.Future; its result is a Reply, its exception a QueryError.
+
+        Raises:
+            InvalidQueryError: The payload or an option is not what the model takes.
+            OverloadedError: `max_outstanding` or `max_bytes` is reached.
+            DrainingError: The client is closed.
+            UsageError: This is not the client's event loop, or not its process.
+        """
+        loop = asyncio._get_running_loop()
+        if loop is None or loop is not self._loop or os.getpid() != self._pid:
+            loop = self._check_place()
+        session = self._session
+        buffer, n_bytes = session.checked(payload)
+        slo_ns = checked_slo(slo_ms)
+        floor = 0.0 if min_accuracy is None else checked_accuracy(min_accuracy)
+        if priority != 0:
+            priority = checked_priority(priority)
+        future = AsyncQueryFuture(self, loop, buffer, n_bytes, slo_ns, floor, priority)
+        if session.submit(future) and self._link is not None:
+            self._plan(self._link.send_at_ns)
+        return future
+
+    async def close(self) -> None:
+        """Say BYE and let go of the loop; queries without an answer end as CancelledQueryError."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._check_place()
+        self._is_closed = True
+        self._let_go()
+        link, self._link = self._link, None
+        if link is None:
+            self._session.close(CancelledQueryError(CLOSED_EARLY))
+        else:
+            link.close(CancelledQueryError(CLOSED_EARLY))
+
+    @property
+    def outstanding(self) -> int:
+        """Queries without an answer."""
+        return self._session.outstanding
+
+    @property
+    def held_bytes(self) -> int:
+        """Payload bytes of queries without an answer."""
+        return self._session.held_bytes
+
+    # --- where it may be used -----------------------------------------------------------
+
+    def _check_place(self) -> asyncio.AbstractEventLoop:
+        """Return the running loop, which from the first call on is this client's."""
+        if os.getpid() != self._pid:
+            raise UsageError(FORKED.format(what="AsyncClient"))
+        loop = asyncio._get_running_loop()
+        if loop is None:
+            raise UsageError(NO_LOOP)
+        if self._loop is None:
+            if not self._is_closed:
+                self._open(loop)
+        elif loop is not self._loop:
+            raise UsageError(OTHER_LOOP)
+        return loop
+
+    def _open(self, loop: asyncio.AbstractEventLoop) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        connection = Connection(self.endpoint, context, self._keys)
+        self._loop = loop
+        self._welcomed = loop.create_future()
+        self._link = SessionLink(connection, self._session, self._settle, self._fail)
+        loop.add_reader(connection.socket.fileno(), self._turn)
+        atexit.register(self._abandon)
+        self._plan(0)
+
+    def _let_go(self) -> None:
+        """Leave nothing of ours in the loop."""
+        atexit.unregister(self._abandon)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._link is not None and self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._link.connection.socket.fileno())
+        if self._welcomed is not None and not self._welcomed.done():
+            self._welcomed.cancel()
+
+    def _abandon(self) -> None:
+        """Close the socket of a client that nobody closed, so that the interpreter can end."""
+        if self._link is not None and os.getpid() == self._pid:
+            self._link.connection.close()
+
+    # --- in the loop --------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Do what is due: once the socket, a timer or a submit says so."""
+        link = self._link
+        if link is None:
+            return  # planned before it was closed
+        try:
+            self._work(link)
+        except BaseException as failure:
+            self._let_go()
+            self._link, self._is_closed = None, True
+            link.close(UnansweredError(f"the client failed: {failure!r}"))
+            raise
+
+    def _work(self, link: SessionLink[AsyncQueryFuture]) -> None:
+        """Take in, look, send; then plan the next turn."""
+        link.receive()
+        now_ns = time.monotonic_ns()
+        link.look(now_ns)
+        if link.is_welcome and self._welcomed is not None and not self._welcomed.done():
+            self._welcomed.set_result(None)
+        link.send(now_ns)
+        wake_ns = link.wake_ns()
+        if not self._session.rest():
+            wake_ns = min(wake_ns, link.send_at_ns)
+        # Its descriptor tells of changes only, and every call on the socket may have taken one in.
+        self._plan(0 if link.connection.is_readable() else wake_ns)
+
+    def _plan(self, at_ns: int) -> None:
+        """Have a turn at an instant at the latest; 0 is in the next round of the loop."""
+        loop, timer = self._loop, self._timer
+        assert loop is not None, "an open client has a loop"
+        if timer is not None:
+            if self._timer_ns <= at_ns:
+                return
+            timer.cancel()
+        self._timer_ns = at_ns
+        delay_ns = at_ns - time.monotonic_ns()
+        self._timer = (
+            loop.call_soon(self._on_timer)
+            if delay_ns <= 0
+            else loop.call_later(delay_ns / 1e9, self._on_timer)
+        )
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._turn()
+
+    def _cancel(self, future: AsyncQueryFuture) -> None:
+        """Tell the router, unless the query has ended there; for AsyncQueryFuture.cancel."""
+        is_ended, must_tell = self._session.cancel(future)
+        if is_ended and must_tell and self._link is not None:
+            self._plan(self._link.send_at_ns)
+
+    def _settle(self, answers: Answers, futures: list[AsyncQueryFuture | None]) -> None:
+        for i, future in enumerate(futures):
+            if future is None or future.done():
+                continue
+            outcome = answers.outcome(i, future.submitted_ns)
+            if isinstance(outcome, QueryError):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+    def _fail(self, ended: list[tuple[AsyncQueryFuture, QueryError]]) -> None:
+        for future, error in ended:
+            if not future.done() and not future.get_loop().is_closed():
+                future.set_exception(error)
+                if self._is_closed:
+                    future.exception()  # on purpose: whoever does not await it is not warned of it

@@ -1,0 +1,264 @@
+"""ZeroMQ sockets as every role here uses them: bounded, never blocking, never silent.
+
+One thread owns a socket, closing included. Routers bind, everything else connects.
+Sends never wait: what cannot be sent at once is the caller's to handle and count.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import select
+import time
+from typing import TYPE_CHECKING, Any
+
+import zmq
+from zmq.backend import Socket as _Socket
+from zmq.backend import zmq_poll
+
+from superserve.errors import ConfigError, WireError
+from superserve.wire import MAX_FRAMES, Buffer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from superserve.net.keys import PeerKeys, RouterKeys
+
+ZERO_COPY_BYTES = 65_536
+"""From here on, pinning a buffer costs less than copying it (pyzmq's own threshold; measured alike)."""
+
+KEEP_BYTES = 8_192
+"""A received frame of this size or more is kept as ZeroMQ's own object and handed on by reference: 2 us
+whatever its size, where copying 8 KiB costs 4 us and 150 kB 70. Smaller ones share ZeroMQ's receive
+buffers of 8 KiB, which keeping one would hold."""
+
+MAX_MESSAGE_BYTES = 256 << 20
+"""A frame longer than this ends the connection: a peer gone wrong cannot exhaust the memory."""
+
+HIGH_WATER_MARK = 10_000
+"""Messages queued per peer before a send fails; credits and admission keep it unreached."""
+
+# Plain integers: the enumerations' operators would cost more than the calls.
+_NOBLOCK = int(zmq.NOBLOCK)
+_SNDMORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
+
+# The calls themselves: their wrappers' keyword handling costs as much again.
+_send: Any = _Socket.send
+_recv: Any = _Socket.recv
+_get: Any = _Socket.get
+_EVENTS = int(zmq.EVENTS)
+_POLLIN = int(zmq.POLLIN)
+
+
+def bind_router(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: RouterKeys | None = None, domain: str = ""
+) -> tuple[zmq.Socket[bytes], str]:
+    """Bind a ROUTER at `endpoint` (tcp port * or 0 lets the system pick).
+
+    Args:
+        context: Whose socket; with keys, a ZAP handler must be bound in it before.
+        endpoint: Where.
+        keys: With them, only those get in whom the context's ZAP handler admits.
+        domain: What the handler is told of the socket.
+
+    Returns:
+        The socket, and the endpoint that peers connect to.
+
+    Raises:
+        ConfigError: The endpoint is malformed or taken.
+    """
+    socket = context.socket(zmq.ROUTER)
+    _set_common(socket)
+    socket.set(zmq.ROUTER_MANDATORY, 1)
+    if keys is not None:
+        socket.set(zmq.CURVE_SERVER, 1)
+        socket.set(zmq.CURVE_SECRETKEY, keys.secret.encode("ascii"))
+        socket.set(zmq.ZAP_DOMAIN, domain.encode("ascii"))
+        socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no handler: nobody gets in, rather than everybody
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise ConfigError(f"bind {endpoint}: {error.strerror}") from error
+    return socket, socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
+def connect_dealer(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    keys: PeerKeys | None = None,
+    prepare: Callable[[zmq.Socket[bytes]], None] | None = None,
+) -> zmq.Socket[bytes]:
+    """Connect a DEALER to a router's `endpoint`; it reconnects by itself, with back-off.
+
+    With keys it talks to that very router only. What the router refuses is not tried again by itself:
+    `superserve.net.handshake` does. `prepare` is called with the socket before it connects.
+
+    Raises:
+        ConfigError: The endpoint is malformed.
+    """
+    socket = context.socket(zmq.DEALER)
+    _set_common(socket)
+    # Queue nothing for a router that is not there: stale work must not flood it when it returns.
+    socket.set(zmq.IMMEDIATE, 1)
+    socket.set(zmq.RECONNECT_IVL, 50)
+    socket.set(zmq.RECONNECT_IVL_MAX, 2000)
+    if keys is not None:
+        socket.set(zmq.CURVE_SERVERKEY, keys.router.encode("ascii"))
+        socket.set(zmq.CURVE_PUBLICKEY, keys.public.encode("ascii"))
+        socket.set(zmq.CURVE_SECRETKEY, keys.secret.encode("ascii"))
+    if prepare is not None:
+        prepare(socket)
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise ConfigError(f"connect {endpoint!r}: expected tcp://HOST:PORT: {error.strerror}") from error
+    return socket
+
+
+def _set_common(socket: zmq.Socket[bytes]) -> None:
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.set(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    # Finds dead TCP peers; whether a role still works is told by heartbeats of our own.
+    socket.set(zmq.HEARTBEAT_IVL, 2000)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, 10_000)
+
+
+def is_local(endpoint: str) -> bool:
+    """Tell whether only this machine can reach what is bound at `endpoint`."""
+    scheme, colon, address = endpoint.partition("://")
+    if scheme != "tcp":
+        return scheme in ("ipc", "inproc") or not colon  # malformed: nothing binds there
+    host = address.rpartition(":")[0].strip("[]")
+    if host in ("localhost", "lo"):
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False  # a name or an interface: it may be anywhere
+
+
+def is_readable(socket: zmq.Socket[bytes]) -> bool:
+    """Tell whether a message has arrived: a sixth of what `receive` costs where none has."""
+    events: int = _get(socket, _EVENTS)
+    return bool(events & _POLLIN)
+
+
+def receive(
+    socket: zmq.Socket[bytes], admits: Callable[[zmq.Frame], bool] | None = None
+) -> list[Buffer] | None:
+    """Return the frames of the next message without waiting, or None if there is none.
+
+    Args:
+        socket: Where from.
+        admits: Told the first frame; where it says no, the message is discarded, and no frames returned.
+
+    From the third on, behind a ROUTER's key and a header, frames of `KEEP_BYTES` or more are ZeroMQ's
+    own objects: buffers that `send` hands on without copying, but that cannot be sliced. A second
+    one of that size is a view; smaller ones are copied out, which is cheaper.
+
+    Raises:
+        WireError: More frames than any message has; the rest is discarded.
+    """
+    try:
+        frame = _recv(socket, _NOBLOCK, False)
+    except zmq.Again:
+        return None
+    if admits is not None and not admits(frame):
+        while frame.more:
+            frame = _recv(socket, _NOBLOCK, False)
+        return []
+    frames: list[Buffer] = [frame.bytes]
+    while frame.more:
+        frame = _recv(socket, _NOBLOCK, False)
+        if len(frames) > MAX_FRAMES + 1:
+            while frame.more:
+                frame = _recv(socket, _NOBLOCK, False)
+            raise WireError(f"expected at most {MAX_FRAMES} frames")
+        if len(frame) < KEEP_BYTES:
+            frames.append(frame.bytes)
+        else:
+            frames.append(frame.buffer if len(frames) == 1 else frame)
+    return frames
+
+
+def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
+    """Send without waiting; False if the peer is gone, or its queue is full.
+
+    A message is sent whole or not at all: only the first frame can be refused.
+    """
+    try:
+        # What is not to be copied, pyzmq copies all the same below its threshold, `ZERO_COPY_BYTES`,
+        # unless it was received as a frame.
+        if len(frames) == 2 and len(frames[1]) < KEEP_BYTES:  # what a ROUTER sends mostly
+            _send(socket, frames[0], _SNDMORE_NOBLOCK, True)
+            _send(socket, frames[1], _NOBLOCK, True)
+            return True
+        for frame in frames[:-1]:
+            _send(socket, frame, _SNDMORE_NOBLOCK, len(frame) < KEEP_BYTES)
+        frame = frames[-1]
+        _send(socket, frame, _NOBLOCK, len(frame) < KEEP_BYTES)
+    except zmq.ZMQError as error:
+        if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH, errno.EHOSTUNREACH):
+            return False
+        raise
+    return True
+
+
+REST_NS = 500_000
+"""A busy loop looks at its sockets at most this often. A pass, its wake-up, and the messages it sends
+cost some 150 us however little is in them, most of it in caches that have gone cold; what comes
+meanwhile shares the next one. An idle loop wakes for the first message at once."""
+
+LONGEST_REST_NS = 1_000_000
+"""A loop that is busy for more than a third of its time rests up to this: a loaded machine shares its
+processors with clients and workers, and larger passes cost less a query."""
+
+_LEAST_REST_NS = 60_000
+"""The kernel's timer slack: a shorter sleep is not worth its system call."""
+
+
+def rest(began_ns: int) -> None:
+    """Sleep from the end of a pass, which began at `began_ns`, until the next one is due."""
+    now_ns = time.monotonic_ns()
+    period_ns = min(LONGEST_REST_NS, max(REST_NS, 3 * (now_ns - began_ns)))
+    left_ns = began_ns + period_ns - now_ns
+    if left_ns > _LEAST_REST_NS:
+        time.sleep(left_ns / 1e9)
+
+
+class Waiter:
+    """Waits until a socket or file descriptor has something to read, or the time is up.
+
+    ZeroMQ's own poll counts in whole milliseconds, which is long beside a batch; its file
+    descriptors with select() give microseconds. They are edge-triggered: the events are
+    asked for before sleeping, and the caller receives until there is nothing left.
+
+    Args:
+        sockets: In the order in which `wait` reports them; made early, since select() takes
+            no descriptor above 1023.
+        fds: Further file descriptors that end the wait.
+    """
+
+    __slots__ = ("_fds", "_pairs", "_sockets")
+
+    def __init__(self, sockets: Sequence[zmq.Socket[bytes]], fds: Sequence[int] = ()) -> None:
+        self._sockets = tuple(sockets)
+        self._pairs = [(socket, int(zmq.POLLIN)) for socket in sockets]
+        self._fds = [*(socket.fileno() for socket in sockets), *fds]
+
+    def wait(self, timeout_ns: int | None) -> list[zmq.Socket[bytes]]:
+        """Return the sockets that have something to read; none if the time is up first."""
+        events: list[tuple[Any, int]] = zmq_poll(self._pairs, 0)
+        if not events and (timeout_ns is None or timeout_ns > 0):
+            select.select(self._fds, (), (), None if timeout_ns is None else timeout_ns / 1e9)
+            events = zmq_poll(self._pairs, 0)
+        return [socket for socket, _ in events]
+
+
+def wait(sockets: Sequence[zmq.Socket[bytes]], timeout_ns: int | None, fds: Sequence[int] = ()) -> None:
+    """Wait once; see `Waiter`, which loops use."""
+    Waiter(sockets, fds).wait(timeout_ns)

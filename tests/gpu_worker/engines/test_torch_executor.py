@@ -1,0 +1,246 @@
+"""TorchExecutor: the shipped supernet, the batches it takes, and the options it refuses."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpu_worker.engines.torch_executor import Placement, TorchExecutor, relative_error
+from gpu_worker.models import digits
+from gpu_worker.models.kinds import KINDS, digits_data, supernet_kind
+from gpu_worker.models.names import SHIPPED_SUPERNETS
+from profiles.table import load_profile, statistics_path
+from superserve.errors import ConfigError, InvalidQueryError
+from superserve.subnet import Subnet
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROFILE = load_profile("digits-cpu")
+SUBNETS = [Subnet(row.name, row.control) for row in PROFILE.subnets]
+LARGEST = len(SUBNETS) - 1
+
+
+def loaded(*batch_sizes: int, subnets: list[Subnet] = SUBNETS, **options: Any) -> TorchExecutor:
+    """Return the shipped supernet with the shipped profile's subnets."""
+    return TorchExecutor.load(
+        "digits",
+        subnets,
+        statistics=options.pop("statistics", statistics_path("digits-cpu")),
+        weights=options.pop("weights", None),
+        placement=Placement(batch_sizes=batch_sizes, **options),
+    )
+
+
+EXECUTOR = loaded(1, 4, 16)
+
+
+def some_images(n: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return n images as a batch from the wire would be: not to be written to."""
+    batch = np.random.default_rng(5).standard_normal((n, *EXECUTOR.input_spec.shape)).astype(np.float32)
+    batch.flags.writeable = False
+    return batch
+
+
+def measured_accuracy(row: int) -> float:
+    """Return the percentage of the held-out set that a row reads rightly, in batches of 512."""
+    executor, held_out = loaded(), digits_data().held_out
+    logits = [
+        executor.execute(row, np.asarray(held_out.inputs[start : start + 512]))
+        for start in range(0, len(held_out.labels), 512)
+    ]
+    return 100 * float((np.concatenate(logits).argmax(1) == held_out.labels).mean())
+
+
+def test_the_smallest_subnet_is_as_accurate_as_the_profile_says() -> None:
+    """The shipped weights and statistics read the held-out digits as the profile promises."""
+    assert measured_accuracy(0) == pytest.approx(PROFILE.subnets[0].accuracy, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", range(1, LARGEST + 1))
+def test_every_subnet_is_as_accurate_as_the_profile_says(row: int) -> None:
+    """So do all the larger subnets."""
+    assert measured_accuracy(row) == pytest.approx(PROFILE.subnets[row].accuracy, abs=0.1)
+
+
+def test_subnets_truly_differ() -> None:
+    """Several subnets, over more than ten points of accuracy."""
+    accuracies = [row.accuracy for row in PROFILE.subnets]
+
+    assert 5 <= len(SUBNETS) <= 12
+    assert min(after - before for before, after in itertools.pairwise(accuracies)) > 0
+    assert accuracies[-1] - accuracies[0] > 10
+
+
+def test_no_held_out_image_is_chosen_on_or_trained_on() -> None:
+    """The two held-out halves share no original: they are as many as all, and their images differ."""
+    selection, held_out = digits.held_out_halves()
+    together = {image.tobytes() for image in (*selection.pixels, *held_out.pixels)}
+
+    assert len(selection.labels) + len(held_out.labels) == digits.HELD_OUT_IMAGES == len(together)
+    assert abs(len(selection.labels) - len(held_out.labels)) < 50
+
+
+@pytest.mark.parametrize("n_queries", [1, 2, 4, 5, 16])
+def test_padding_changes_no_answer(n_queries: int) -> None:
+    """A query's logits do not depend on the zeros beside it, and padding is trimmed."""
+    batch = some_images(n_queries)
+    padded = EXECUTOR.execute(0, batch)
+    alone = loaded().execute(0, batch)
+
+    assert padded.shape == (n_queries, *EXECUTOR.output_spec.shape)
+    assert padded.dtype == np.dtype(EXECUTOR.output_spec.dtype)
+    np.testing.assert_allclose(padded, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_answers_as_its_queries_do_alone() -> None:
+    """Batching changes no answer."""
+    batch = some_images(4)
+    together = EXECUTOR.execute(LARGEST, batch)
+    alone = np.concatenate([EXECUTOR.execute(LARGEST, query[np.newaxis]) for query in batch])
+
+    np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_switching_back_gives_the_same_bits() -> None:
+    """A subnet's outputs do not remember which one ran between."""
+    batch = some_images(4)
+    first = EXECUTOR.execute(0, batch)
+    EXECUTOR.execute(LARGEST, batch)
+
+    assert np.array_equal(EXECUTOR.execute(0, batch), first)
+
+
+def test_warming_up_answers_nothing_and_breaks_nothing() -> None:
+    """After a warm-up the outputs are as before."""
+    batch = some_images(1)
+    before = EXECUTOR.execute(0, batch)
+    EXECUTOR.warm_up()
+
+    assert np.array_equal(EXECUTOR.execute(0, batch), before)
+
+
+def test_packed_slices_and_views_answer_alike() -> None:
+    """A budget for packed slices moves memory, not answers; on a CPU none is taken unless asked for."""
+    packed = loaded(1, 4, packed_bytes=10**7)
+    batch = some_images(3)
+
+    assert packed.memory().packed > 0 == loaded().memory().packed
+    for row in range(len(SUBNETS)):
+        np.testing.assert_allclose(
+            packed.execute(row, batch), loaded().execute(row, batch), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_without_statistics_small_subnets_guess() -> None:
+    """SubnetNorm is what makes them work: with the whole's statistics the smallest is far off."""
+    bare = loaded(statistics=None)
+    held_out = digits_data().held_out
+    images, labels = np.asarray(held_out.inputs[:512]), held_out.labels[:512]
+
+    assert (bare.execute(0, images).argmax(1) == labels).mean() < 0.5
+    assert (loaded().execute(0, images).argmax(1) == labels).mean() > 0.75
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (np.zeros((0, 1, 20, 20), dtype=np.float32), "at least 1 query"),
+        (np.zeros((), dtype=np.float32), "at least 1 query"),
+        (np.zeros((17, 1, 20, 20), dtype=np.float32), "at most 16 queries, got 17"),
+        (np.zeros((1, 1, 20, 20)), "expected dtype float32, got float64"),
+        (np.zeros((1, 20, 20), dtype=np.float32), r"expected shape \(1, 20, 20\), got \(20, 20\)"),
+    ],
+)
+def test_a_bad_batch_is_refused(batch: np.ndarray[Any, Any], message: str) -> None:
+    """The error says what was expected of the batch."""
+    with pytest.raises(InvalidQueryError, match=message):
+        EXECUTOR.execute(0, batch)
+
+
+def test_a_row_that_is_not_hosted_is_refused() -> None:
+    """The error gives the rows there are."""
+    with pytest.raises(ConfigError, match="subnet: expected a row from 0"):
+        EXECUTOR.execute(LARGEST + 1, some_images(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "device: expected cpu, cuda or cuda:<n>, got 'tpu'"),
+        ({"device": "meta"}, "device: expected cpu, cuda or cuda:<n>, got 'meta'"),
+        ({"device": "cuda:99"}, "device: cuda:99: this machine has"),
+        ({"threads": 0}, "threads: expected at least 1, got 0"),
+        ({"batch_sizes": (4, 2)}, "batch_sizes: expected ascending"),
+        ({"batch_sizes": (0, 2)}, "batch_sizes: expected ascending"),
+        ({"precision": "int4"}, "precision: expected auto, float32, float16, bfloat16, got 'int4'"),
+    ],
+)
+def test_a_bad_option_is_named(options: dict[str, Any], message: str) -> None:
+    """A placement refuses what it cannot do, by the option's name."""
+    with pytest.raises(ConfigError, match=message):
+        TorchExecutor.load("digits", SUBNETS, placement=Placement(**options))
+
+
+def test_a_lower_precision_answers_nearly_alike() -> None:
+    """bfloat16 on request: the same labels but for few, another fingerprint; auto stays in float32 here."""
+    lower = loaded(precision="bfloat16")
+    batch = np.asarray(digits_data().held_out.inputs[:256])
+
+    assert (EXECUTOR.precision, lower.precision) == ("float32", "bfloat16")
+    alike = lower.execute(LARGEST, batch).argmax(1) == loaded().execute(LARGEST, batch).argmax(1)
+    assert alike.mean() > 0.98
+    assert lower.fingerprint != EXECUTOR.fingerprint
+
+
+def test_an_error_that_is_not_a_number_is_infinite() -> None:
+    """A half-precision pass that overflows never counts as holding."""
+    ones = torch.ones(3)
+
+    assert relative_error(ones, ones) == 0
+    assert relative_error(2 * ones, ones) == pytest.approx(1)
+    assert relative_error(torch.full((3,), torch.nan), ones) == float("inf")
+    assert relative_error(torch.full((3,), torch.inf), ones) == float("inf")
+
+
+def test_fingerprints_tell_what_decides_answers(tmp_path: Path) -> None:
+    """Equal for a copy; another for other weights, other subnets and other statistics."""
+    shipped = KINDS["digits"].weights
+    assert shipped is not None
+    tensors = load_file(shipped)
+    copy, other = tmp_path / "copy.safetensors", tmp_path / "other.safetensors"
+    save_file(tensors, copy)
+    tensors["head.bias"] += 1
+    save_file(tensors, other)
+
+    assert loaded(weights=str(copy)).fingerprint == loaded().fingerprint == EXECUTOR.fingerprint
+    others = [loaded(weights=str(other)), loaded(subnets=SUBNETS[1:]), loaded(statistics=None)]
+    assert len({EXECUTOR.fingerprint, *(one.fingerprint for one in others)}) == 4
+
+
+def test_random_weights_are_the_same_everywhere() -> None:
+    """They are drawn from a fixed seed, and leave torch's own generator alone."""
+    before = torch.random.get_rng_state()
+    first, second = (loaded(weights="random", statistics=None) for _ in range(2))
+
+    assert first.fingerprint == second.fingerprint != EXECUTOR.fingerprint
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_names_are_those_of_the_kinds() -> None:
+    """Whoever must not wait for torch knows the same supernets."""
+    assert tuple(KINDS) == SHIPPED_SUPERNETS
+
+
+def test_a_kind_of_ones_own_is_found_by_module_and_attribute() -> None:
+    """`package.module:attribute` names a SupernetKind that is not shipped."""
+    assert supernet_kind(f"{__name__}:OWN") is OWN
+
+
+OWN = KINDS["digits"]

@@ -1,0 +1,189 @@
+"""Several generators: dealt out, started at one instant, merged exactly; a lost one is a marked gap."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from loadgen.cli import cli
+from loadgen.live.agent import heard, packed, unpacked
+from loadgen.live.hosts import Head
+from loadgen.live.run import RunSettings
+from loadgen.live.sink import sink_server
+from loadgen.results.result import OUTCOMES
+from loadgen.traces.trace import load_trace
+from superserve import wire
+from superserve.errors import ConfigError, WireError
+from superserve.wire import Ping
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MS = 1_000_000
+SLO_NS = 500 * MS
+
+
+@contextlib.contextmanager
+def agents(n: int) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
+    """Run agents on loopback; yields each one's process and HOST:PORT."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for _ in range(n):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "loadgen", "agent"], stdout=subprocess.PIPE, text=True
+            )
+            stack.callback(process.wait, 20)
+            stack.callback(process.kill)
+            found.append(process)
+        named = []
+        for process in found:
+            assert process.stdout is not None
+            stack.callback(process.stdout.close)
+            named.append((process, process.stdout.readline().removeprefix("listening at ").strip()))
+        yield named
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+def test_two_generators_give_the_result_of_one() -> None:
+    """Every query of the trace is sent and answered once, in the trace's order, by two at one instant."""
+    trace = load_trace("poisson:rate=300", duration_s=1.0, seed=5)
+    with agents(2) as both, sink_server() as endpoint:
+        names = [name for _, name in both]
+        run = Head(names, threading.Event()).run(trace, RunSettings(SLO_NS), endpoint)
+        again = Head(names, threading.Event()).run(trace, RunSettings(SLO_NS), endpoint)
+
+    for result in (run.result, again.result):
+        assert result.queries["total"] == trace.n
+        assert sum(result.queries[outcome] for outcome in OUTCOMES) == trace.n
+        assert (result.queries["unsent"], result.queries["unanswered"]) == (0, 0)
+        assert result.gaps is None
+        assert [one["queries"] for one in result.generators or ()] == [-(-trace.n // 2), trace.n // 2]
+    assert (run.columns["sent_ns"] >= run.columns["due_ns"]).all(), "nobody starts before the instant"
+    assert np.array_equal(run.columns["due_ns"], trace.due_ns)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+def test_a_generator_that_is_killed_leaves_a_marked_gap() -> None:
+    """What the others saw counts; the lost one's queries are unsent, named, and spoil the run."""
+    trace = load_trace("poisson:rate=100", duration_s=8.0, seed=6)
+    with agents(2) as both, sink_server() as endpoint:
+        (victim, lost), (_, kept) = both
+
+        def kill(progress: dict[str, int]) -> None:
+            if progress["sent"] > trace.n // 8:
+                victim.send_signal(signal.SIGKILL)
+
+        run = Head([lost, kept], threading.Event()).run(trace, RunSettings(SLO_NS), endpoint, kill)
+
+    result = run.result
+    n_lost = -(-trace.n // 2)
+    assert result.gaps is not None
+    assert [(gap["generator"], gap["queries"]) for gap in result.gaps] == [(lost, n_lost)]
+    assert result.queries["unsent"] == n_lost
+    assert result.queries["ok"] + result.queries["late"] == trace.n - n_lost
+    assert not result.valid
+    assert f"generator {lost} was lost: {n_lost} queries are a gap" in result.invalid_because
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+def test_a_run_across_hosts_that_is_stopped_is_reported_up_to_there() -> None:
+    """All stop; the result is partial, and every query before the end is accounted for."""
+    trace = load_trace("poisson:rate=100", duration_s=60.0, seed=7)
+    stop = threading.Event()
+    with agents(2) as both, sink_server() as endpoint:
+        run = Head([name for _, name in both], stop).run(
+            trace, RunSettings(SLO_NS), endpoint, lambda total: stop.set() if total["sent"] > 50 else None
+        )
+
+    assert run.result.partial
+    assert run.result.duration_s < 30.0
+    assert 0 < run.result.queries["total"] < trace.n
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_generator_that_cannot_begin_is_named_with_the_reason() -> None:
+    """The agent checks what it is given, says what is wrong with it, and lives."""
+    trace = load_trace("poisson:rate=100", duration_s=1.0, seed=8)
+    with agents(1) as only, sink_server() as endpoint:
+        name = only[0][1]
+        nowhere = RunSettings(SLO_NS, n_senders=0)
+        with pytest.raises(ConfigError, match=f"generator {name}: prepare: n_senders: expected 1 at least"):
+            Head([name], threading.Event()).run(trace, nowhere, endpoint)
+
+
+@pytest.mark.timeout(30)
+def test_nobody_there_is_an_error_that_names_the_generator() -> None:
+    """It says what to start, where."""
+    trace = load_trace("poisson:rate=100", duration_s=1.0)
+    with sink_server() as endpoint, pytest.raises(ConfigError, match="no `loadgen agent` answers there"):
+        Head(["127.0.0.1:9"], threading.Event()).run(trace, RunSettings(SLO_NS), endpoint)
+
+
+@pytest.mark.parametrize("names", [[], ["a:1", "a:1"]])
+def test_each_generator_is_named_once(names: list[str]) -> None:
+    """None, or one twice, is refused."""
+    with pytest.raises(ConfigError, match="expected each HOST:PORT once"):
+        Head(names, threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("listen", "message"),
+    [
+        ("127.0.0.1", "expected ADDRESS:PORT"),
+        ("host:70", "expected an address of this host"),
+        ("0.0.0.0:7000", "add --insecure"),
+        ("127.0.0.1:70000", "expected ADDRESS:PORT"),
+    ],
+)
+def test_an_agent_listens_on_loopback_unless_told_otherwise(listen: str, message: str) -> None:
+    """A wrong or an open address is one clear line."""
+    result = CliRunner().invoke(cli, ["agent", "--listen", listen])
+
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_columns_travel_as_a_file_that_cannot_run_code() -> None:
+    """They come back as they were; anything else is refused, pickles included."""
+    columns: dict[str, Any] = {"due_ns": np.array([1, 2], np.int64), "status": np.array([0, 255], np.uint8)}
+
+    back = unpacked(packed(columns))
+
+    assert {name: column.tolist() for name, column in back.items()} == {"due_ns": [1, 2], "status": [0, 255]}
+    for data in (b"", b"PK\x03\x04", packed(columns)[:40]):
+        with pytest.raises(WireError, match="expected a NumPy archive"):
+            unpacked(data)
+
+
+def test_what_is_no_message_between_generators_is_refused() -> None:
+    """Another kind, too many frames, or no message at all."""
+    wrong: list[list[Any]] = [wire.encode_ping(Ping(1)), [b"x"], [b""]]
+    for frames in wrong:
+        with pytest.raises(WireError):
+            heard(frames)
+
+
+def test_keys_are_refused_rather_than_left_out() -> None:
+    """Agents are sent none: a run that has one to show says so, and starts nothing."""
+    options = ["--trace", "poisson:rate=10", "--duration", "1", "--connect", "127.0.0.1:9"]
+
+    result = CliRunner().invoke(cli, ["run", *options, "--generators", "a:1", "--keys", "web.key"])
+
+    assert result.exit_code == 1
+    assert "--generators: agents are sent no keys" in result.output

@@ -1,0 +1,124 @@
+"""Policies are compared on the same queries; headlines and gains are what paper.md's rules give."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from loadgen.simulator.simulate import SimSettings, Workload, simulate
+from loadgen.study.compare import (
+    Cell,
+    CellResult,
+    Comparison,
+    Figures,
+    baselines,
+    bound_of,
+    headline,
+    headline_lines,
+    lines,
+    paper_cells,
+    to_dict,
+)
+from loadgen.traces.trace import load_trace
+from profiles.table import load_profile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CNN = load_profile("cnn-8gpu-modelled")
+CELL = Cell("small", "poisson:rate=1500", "cnn-8gpu-modelled:2")
+
+
+def result_of(policies: Mapping[str, tuple[float, float]]) -> CellResult:
+    """Return a cell's result with one seed: attainment and accuracy by policy."""
+    figures: dict[str, tuple[Figures, ...]] = {}
+    for name, (share, accuracy) in policies.items():
+        figures[name] = (Figures(share, accuracy, share * accuracy),)
+    return CellResult(CELL, (0,), figures, None)
+
+
+def test_the_headlines_follow_their_rules() -> None:
+    """The most accurate baseline of equal attainment, mincost, and the nearest that is no less accurate."""
+    result = result_of(
+        {
+            "ours": (0.9999, 78.8),
+            "fixed:a": (1.0, 76.0),
+            "fixed:b": (0.9995, 78.2),
+            "fixed:c": (0.4, 79.4),
+            "fixed:d": (0.2, 80.2),
+            "mincost": (1.0, 73.8),
+        }
+    )
+
+    found = headline(result, "ours")
+
+    assert found.over == "fixed:b"
+    assert found.accuracy_gain == pytest.approx(0.6)
+    assert found.mincost_gain == pytest.approx(5.0)
+    assert found.at == "fixed:c"
+    assert found.attainment_ratio == pytest.approx(0.9999 / 0.4)
+    assert len(headline_lines([result])) == 1
+
+
+def test_a_baseline_that_misses_more_is_no_equal() -> None:
+    """An attainment lower by more than 0.001 does not count, however accurate."""
+    found = headline(result_of({"ours": (1.0, 78.0), "fixed:a": (0.9985, 78.2)}), "ours")
+
+    assert found.over is None
+    assert found.accuracy_gain is None
+    assert found.mincost_gain is None
+
+
+def test_a_comparison_is_paired_and_does_not_depend_on_processes() -> None:
+    """Each policy serves the very same queries of a seed; two processes find what one finds."""
+    policies = ("slackfit", "mincost")
+    comparison = Comparison(policies, (0, 1), 0.5, with_bound=True, settings=SimSettings())
+
+    alone = comparison.run([CELL])
+    beside = comparison.run([CELL], n_processes=2)
+
+    assert alone == beside
+    for policy, figures in alone[0].policies.items():
+        trace = load_trace(CELL.trace, duration_s=0.5, seed=1)
+        direct = simulate(trace, [CNN] * 2, policy=policy, seed=1)
+        assert figures[1].per_query == pytest.approx(direct.accuracy_per_query)
+    gain, error = alone[0].gain("mincost", "slackfit")
+    assert gain < -3
+    assert error > 0
+    limit = alone[0].mean_bound()
+    assert limit is not None
+    assert alone[0].mean("slackfit").per_query <= limit.per_query
+    text = json.loads(json.dumps(to_dict(comparison, alone)))
+    assert text["cells"][0]["policies"]["slackfit"][0]["attainment"] > 0.9
+    assert any("(bound)" in line for line in lines(alone))
+
+
+def test_the_papers_cells_are_all_there() -> None:
+    """MAF, nine bursty, nine accelerating, three mixes, unequal GPUs and a floor; each has its queries."""
+    cells = paper_cells("cnn-8gpu-modelled", 8, None)
+
+    assert len(cells) == 24
+    assert len({cell.name for cell in cells}) == 24
+    for cell in cells:
+        workload = cell.workload(1.0, seed=0)
+        assert workload.trace.n > 1_000, cell.name
+
+
+def test_every_subnet_alone_and_the_cheapest_are_the_baselines() -> None:
+    """Clipper+ in each version, and INFaaS."""
+    assert len(baselines(CNN)) == CNN.n_subnets + 1
+
+
+def test_no_simulation_exceeds_the_bound() -> None:
+    """On an overloaded GPU the bound is above what SlackFit makes of it, in both figures."""
+    workload = Workload(load_trace("poisson:rate=3000", duration_s=0.5, seed=4))
+
+    limit = bound_of(workload, [CNN])
+    found = simulate(workload, [CNN])
+
+    assert found.result.slo_attainment is not None
+    assert found.result.slo_attainment <= limit.attainment < 1
+    assert found.accuracy_per_query <= limit.per_query
+    assert limit.accuracy is None

@@ -1,0 +1,388 @@
+"""A world of integers around RouterCore: fake clients and GPUs, and what must always hold."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Any
+
+from profiles.table import load_profile
+from router.core import RouterCore
+from router.core.events import (
+    Action,
+    Answer,
+    CancelAsked,
+    ClientJoined,
+    ClientLeft,
+    Dispatch,
+    Event,
+    Fence,
+    Finished,
+    Pulled,
+    QueriesArrived,
+    Released,
+    WorkerHeard,
+    WorkerJoined,
+    WorkerLeft,
+)
+from router.core.lanes import LaneQueue
+from router.core.workers import PeerState, WorkerState
+from router.policies.slackfit import SlackFit
+from superserve.clock import MS
+from superserve.wire import VARIED, DoneRow, PullRow, Queries, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from profiles.table import Profile
+    from router.core.edf import Cohort
+    from router.core.state import CoreSettings
+    from router.core.workers import Worker
+    from router.policies import Policy
+
+CNN = load_profile("cnn-8gpu-modelled")
+TRANSFORMER = load_profile("transformer-8gpu-modelled")
+
+START_NS = 1_000 * MS
+DEPTH = 2
+"""Batches that a fake GPU holds, running or waiting."""
+
+
+def pack_u64(ids: Sequence[int]) -> bytes:
+    """Return ids as the wire has them."""
+    return struct.pack(f"<{len(ids)}Q", *ids)
+
+
+def make_queries(
+    ids: Sequence[int],
+    slacks_ns: Sequence[int],
+    *,
+    payload: bytes = b"\x00" * 8,
+    min_accuracy: Sequence[float] | None = None,
+    priority: Sequence[int] | None = None,
+    resubmitted: bool = False,
+) -> Queries:
+    """Return a QUERIES message of these ids, with one slack each and equal payloads, packed."""
+    n = len(ids)
+    return Queries(
+        epoch=1,
+        sent_ns=0,
+        n=n,
+        ids=pack_u64(ids),
+        slacks=struct.pack(f"<{n}q", *slacks_ns),
+        payload_bytes=len(payload),
+        payloads=[payload * n],
+        min_accuracy=None if min_accuracy is None else struct.pack(f"<{n}f", *min_accuracy),
+        priority=None if priority is None else bytes(priority),
+        resubmitted=resubmitted,
+    )
+
+
+def ids_of(action: Answer) -> list[int]:
+    """Return the ids that an answer is about."""
+    ids = b"".join(cohort.message.ids[8 * lo : 8 * hi] for cohort, lo, hi in action.stretches)
+    return list(struct.unpack(f"<{len(ids) // 8}Q", ids))
+
+
+@dataclass
+class Gpu:
+    """A fake GPU: runs its directives one after the other, each for the profiled time times `speed`.
+
+    Attributes:
+        speed: Actual over profiled latency.
+        hung: Takes directives and never ends one.
+        statuses: What its reports say of every query; None is OK.
+    """
+
+    profile: Profile
+    speed: float = 1.0
+    hung: bool = False
+    statuses: Status | None = None
+    free_at_ns: int = 0
+    last_batch: int = 0
+    held: list[int] = field(default_factory=list)
+    n_run: int = 0
+
+
+@dataclass
+class Process:
+    """A fake worker process; a dead one neither hears nor speaks."""
+
+    key: str
+    epoch: int
+    gpus: list[Gpu]
+    alive: bool = True
+
+
+class World:
+    """Runs a core against fake peers, and asserts after every step what must hold.
+
+    Conservation, bounded credits, one answer a query, nothing expired in a directive,
+    earliest deadline first, nothing sent to a worker that did not ask, and nothing to do
+    one nanosecond before `next_wake_ns`.
+    """
+
+    def __init__(
+        self,
+        settings: CoreSettings | None = None,
+        *,
+        make_policy: Callable[[Profile], Policy] = SlackFit,
+        way_ns: int = 200_000,
+    ) -> None:
+        self.core = RouterCore(make_policy, settings)
+        self.now_ns = START_NS
+        self.way_ns = way_ns
+        self.actions: list[tuple[int, Action]] = []
+        self.answers: dict[tuple[Any, int], Answer] = {}
+        self.answered_ns: dict[tuple[Any, int], int] = {}
+        self.sent: dict[tuple[Any, int], int] = {}
+        self.processes: dict[str, Process] = {}
+        self.on_dispatch: Callable[[Dispatch, Gpu], None] | None = None
+        self._events: list[tuple[int, int, Callable[[], None]]] = []
+        self._seq = 0
+        self._epoch = 0
+        self._next_id = 0
+
+    # --- what tests do -------------------------------------------------------------------
+
+    def join(self, key: str, *profiles: Profile, speed: float = 1.0) -> Process:
+        """Let a worker process say HELLO and pull for each of its GPUs, at once."""
+        self._epoch += 1
+        process = Process(key, self._epoch, [Gpu(p, speed, free_at_ns=self.now_ns) for p in profiles])
+        self.processes[key] = process
+        self.do(WorkerJoined(key, key, process.epoch, profiles))
+        self.pull(process)
+        self._later(50 * MS, lambda: self._beat(process))
+        return process
+
+    def pull(self, process: Process) -> None:
+        """Let every GPU of a process say how much it can take."""
+        rows = [
+            PullRow(slot, DEPTH - len(g.held), len(g.held), 0, g.last_batch, 0)
+            for slot, g in enumerate(process.gpus)
+        ]
+        self.do(Pulled(process.key, process.epoch, rows))
+
+    def client(self, key: str = "client", session: int = 1) -> None:
+        """Let a client say HELLO."""
+        self.do(ClientJoined(key, session))
+
+    def submit(
+        self,
+        *slacks_ms: float,
+        client: str = "client",
+        ids: Sequence[int] | None = None,
+        min_accuracy: Sequence[float] | None = None,
+        priority: Sequence[int] | None = None,
+        payload: bytes = b"\x00" * 8,
+        resubmitted: bool = False,
+    ) -> list[int]:
+        """Send one message of queries with these slacks; return their ids."""
+        if client not in self.core.clients:
+            self.client(client, session=hash_of(client))
+        if ids is None:
+            ids = range(self._next_id, self._next_id + len(slacks_ms))
+            self._next_id += len(slacks_ms)
+        slacks_ns = [round(slack * MS) for slack in slacks_ms]
+        queries = make_queries(
+            ids, slacks_ns, payload=payload, min_accuracy=min_accuracy, priority=priority,
+            resubmitted=resubmitted,
+        )  # fmt: skip
+        for i, slack_ns in zip(ids, slacks_ns, strict=True):
+            self.sent.setdefault((client, i), self.now_ns + slack_ns)
+        self.do(QueriesArrived(client, queries, transit_ns=0))
+        return list(ids)
+
+    def submit_spaced(self, slack_ms: float, *, n: int, gap_ms: float) -> list[int]:
+        """Send n queries of this slack, each some time after the one before; return their ids."""
+        ids = []
+        for _ in range(n):
+            ids += self.submit(slack_ms)
+            self.run(gap_ms)
+        return ids
+
+    def cancel(self, *ids: int, client: str = "client") -> None:
+        """Cancel these queries."""
+        self.do(CancelAsked(client, pack_u64(ids)))
+
+    def leave(self, client: str = "client") -> None:
+        """Let a client go."""
+        self.do(ClientLeft(client))
+
+    def kill(self, key: str, *, seen: bool) -> None:
+        """Kill a worker process; `seen` if its connection breaks, else only silence tells."""
+        self.processes[key].alive = False
+        if seen:
+            self.do(WorkerLeft(key, orderly=False))
+
+    def do(self, *events: Event) -> list[Action]:
+        """Handle events now, advance, check, and carry the actions out."""
+        for event in events:
+            self.core.handle(event, self.now_ns)
+        return self._advance()
+
+    def run(self, duration_ms: float) -> None:
+        """Let time pass: every event and every wake of the core in its turn."""
+        end_ns = self.now_ns + round(duration_ms * MS)
+        while True:
+            wake_ns = self.core.next_wake_ns()
+            assert wake_ns is None or wake_ns > self.now_ns, "a wake that is not ahead is a busy loop"
+            due_ns = min(
+                wake_ns if wake_ns is not None else end_ns, self._events[0][0] if self._events else end_ns
+            )
+            if due_ns >= end_ns:
+                break
+            if due_ns > self.now_ns + 1:
+                early = self.core.advance(due_ns - 1)
+                assert not early, f"due before next_wake_ns: {early}"
+            self.now_ns = due_ns
+            while self._events and self._events[0][0] <= due_ns:
+                heappop(self._events)[2]()
+            self._advance()
+        self.now_ns = end_ns
+        self._advance()
+
+    def status(self, query: int, client: str = "client") -> Status | None:
+        """Return how a query ended; None if it has not."""
+        answer = self.answers.get((client, query))
+        return None if answer is None else answer.status
+
+    def statuses(self, ids: Sequence[int]) -> list[Status | None]:
+        """Return how these queries ended."""
+        return [self.status(i) for i in ids]
+
+    def dispatches(self) -> list[Dispatch]:
+        """Return every directive so far."""
+        return [action for _, action in self.actions if isinstance(action, Dispatch)]
+
+    def worker(self, key: str, slot: int = 0) -> Worker:
+        """Return what the core knows of a GPU."""
+        return self.core.peers[key].workers[slot]
+
+    # --- the machinery -------------------------------------------------------------------
+
+    def _later(self, delay_ns: int, call: Callable[[], None]) -> None:
+        self._seq += 1
+        heappush(self._events, (self.now_ns + delay_ns, self._seq, call))
+
+    def _beat(self, process: Process) -> None:
+        if process.alive:
+            self.core.handle(WorkerHeard(process.key), self.now_ns)
+            self._later(100 * MS, lambda: self._beat(process))
+
+    def _advance(self) -> list[Action]:
+        actions = self.core.advance(self.now_ns)
+        self.core.check()
+        for action in actions:
+            self.actions.append((self.now_ns, action))
+            match action:
+                case Dispatch():
+                    self._check_dispatch(action)
+                    self._receive(action)
+                case Answer():
+                    self._record(action)
+                case Fence() | Released():
+                    pass
+        self._check_order([action for action in actions if isinstance(action, Dispatch)])
+        return actions
+
+    def _check_order(self, batches: Sequence[Dispatch]) -> None:
+        """Assert earliest deadline first; in lanes a batch may pass over floors above its subnet."""
+        queue = self.core.queue
+        if isinstance(queue, LaneQueue):
+            left = [(head[0], lane[1]) for head, lane in queue.heads()]
+        else:
+            left = [(head[0], 0)] if (head := queue.head()) is not None else []
+        for batch in reversed(batches):
+            mine = [_terms(cohort, i) for cohort, lo, hi in batch.stretches for i in range(lo, hi)]
+            may_pass = isinstance(queue, LaneQueue)
+            others = [ns for ns, floor in left if floor <= batch.subnet or not may_pass]
+            assert max(mine)[0] <= min(others, default=max(mine)[0]), "an earlier deadline was left behind"
+            left += mine
+
+    def _record(self, answer: Answer) -> None:
+        for i in ids_of(answer):
+            assert (answer.client, i) not in self.answers, f"query {i} was answered twice"
+            self.answers[answer.client, i] = answer
+            self.answered_ns[answer.client, i] = self.now_ns
+
+    def _check_dispatch(self, action: Dispatch) -> None:
+        terms = [_terms(cohort, i) for cohort, lo, hi in action.stretches for i in range(lo, hi)]
+        assert len(terms) == action.n
+        assert min(terms)[0] >= self.now_ns, "an expired query was dispatched"
+        assert all(floor <= action.subnet for _, floor in terms), "a floor was not honoured"
+        peer = self.core.peers[action.peer]
+        assert peer.machine.state is PeerState.LIVE
+        assert peer.workers[action.slot].machine.state is WorkerState.READY
+
+    def _receive(self, action: Dispatch) -> None:
+        process = self.processes[action.peer]
+        gpu = process.gpus[action.slot]
+        if not process.alive or process.epoch != action.epoch:
+            return
+        if self.on_dispatch is not None:
+            self.on_dispatch(action, gpu)
+        gpu.held.append(action.batch_id)
+        assert len(gpu.held) <= DEPTH, "a batch was sent without credit"
+        gpu.last_batch = action.batch_id
+        arrived_ns = self.now_ns + self.way_ns
+        started_ns = max(arrived_ns, gpu.free_at_ns)
+        executing_ns = int(gpu.profile.latency_ns(action.subnet, action.n) * gpu.speed)
+        gpu.free_at_ns = started_ns + executing_ns
+        if gpu.hung:
+            return
+        waited_ns = started_ns - arrived_ns
+        delay_ns = gpu.free_at_ns - self.now_ns
+        self._later(delay_ns, lambda: self._end(process, action, waited_ns, executing_ns))
+
+    def _end(self, process: Process, action: Dispatch, waited_ns: int, executing_ns: int) -> None:
+        if not process.alive:
+            return
+        gpu = process.gpus[action.slot]
+        gpu.held.remove(action.batch_id)
+        gpu.n_run += action.n
+        row = self.done_row(
+            action, gpu, waited_ns=waited_ns, executing_ns=executing_ns, statuses=gpu.statuses
+        )
+        self._later(self.way_ns, lambda: self._report(process, row))
+
+    def done_row(
+        self,
+        action: Dispatch,
+        gpu: Gpu,
+        *,
+        waited_ns: int = 0,
+        executing_ns: int = MS,
+        statuses: Status | None = None,
+    ) -> DoneRow:
+        """Return what a GPU says once it has run a directive."""
+        return DoneRow(
+            batch_id=action.batch_id,
+            slot=action.slot,
+            credit=DEPTH - len(gpu.held),
+            held=len(gpu.held),
+            n=action.n,
+            waited_ns=waited_ns,
+            executing_ns=executing_ns,
+            last_batch=gpu.last_batch,
+            free_in_ns=max(0, gpu.free_at_ns - self.now_ns),
+            output_bytes=4 if statuses is None else VARIED,
+            output=b"\x00" * 4 * action.n if statuses is None else b"",
+            statuses=None if statuses is None else bytes([statuses]) * action.n,
+            lengths=None if statuses is None else bytes(4 * action.n),
+        )
+
+    def _report(self, process: Process, row: DoneRow) -> None:
+        if process.alive:
+            self.core.handle(Finished(process.key, process.epoch, [row]), self.now_ns)
+
+
+def _terms(cohort: Cohort, i: int) -> tuple[int, int]:
+    """Return a query's deadline and floor."""
+    return cohort.deadlines_ns[i], 0 if cohort.floors is None else cohort.floors[i]
+
+
+def hash_of(key: str) -> int:
+    """Return a session number for a client's name, the same in every run."""
+    return int.from_bytes(key.encode()[-8:], "little")

@@ -1,0 +1,59 @@
+"""A directive holds the bytes that the clients sent, whichever way they came."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.core.edf import Cohort
+from router.core.events import Dispatch
+from router.serve.directives import directive_of
+from superserve import wire
+from superserve.wire import VARIED, Directive, Queries
+
+NOW_NS = 10**12
+
+
+@st.composite
+def cohorts(draw: st.DrawFn, serial: int, sizes: st.SearchStrategy[int]) -> Cohort:
+    """Draw a message of a few queries: packed or framed, of one length or of several."""
+    n = draw(st.integers(1, 5))
+    is_varied = draw(st.booleans())
+    lengths = draw(st.lists(sizes, min_size=n, max_size=n)) if is_varied else [draw(sizes)] * n
+    payloads = [bytes([serial * 8 + i]) * length for i, length in enumerate(lengths)]
+    is_framed = draw(st.booleans())
+    slacks = sorted(draw(st.lists(st.integers(0, 10**9), min_size=n, max_size=n)))
+    base_ns = NOW_NS - draw(st.integers(0, 10**7))
+    message = Queries(
+        1, 0, n, np.arange(n, dtype="<u8").tobytes(), np.array(slacks, "<i8").tobytes(),
+        VARIED if is_varied else lengths[0], payloads if is_framed else [b"".join(payloads)], is_framed,
+        np.array(lengths, "<u4").tobytes() if is_varied else None,
+    )  # fmt: skip
+    return Cohort(serial, None, [slack + base_ns for slack in slacks], base_ns, NOW_NS, message=message)
+
+
+@given(st.data())
+def test_a_directive_says_of_each_query_what_its_client_did(data: st.DataObject) -> None:
+    """Id, slack left and payload of every query, in the batch's order, survive joining and the wire."""
+    sizes = data.draw(st.sampled_from([st.just(64), st.integers(0, 100), st.just(5_000)]))
+    stretches = []
+    expected = []
+    for serial in range(data.draw(st.integers(1, 5))):
+        cohort = data.draw(cohorts(serial, sizes))
+        n = len(cohort.deadlines_ns)
+        lo = data.draw(st.integers(0, n - 1))
+        hi = data.draw(st.integers(lo + 1, n))
+        stretches.append((cohort, lo, hi))
+        lengths = np.frombuffer(cohort.message.lengths or b"", "<u4").tolist()
+        for i in range(lo, hi):
+            length = lengths[i] if lengths else cohort.message.payload_bytes
+            expected.append((i, cohort.deadlines_ns[i] - NOW_NS, bytes([serial * 8 + i]) * length))
+    action = Dispatch(b"w", 1, 7, 0, 2, len(expected), stretches, NOW_NS)
+
+    decoded = wire.decode(wire.encode_directive(directive_of(action)))
+
+    assert isinstance(decoded, Directive)
+    ids = [i for segment in decoded.segments for i in wire.uint64s(segment.ids)]
+    payloads = map(bytes, decoded.payload_list())
+    assert list(zip(ids, decoded.slack_left_ns().tolist(), payloads, strict=True)) == expected

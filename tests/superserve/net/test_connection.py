@@ -1,0 +1,129 @@
+"""A connection greets with patience, and notices at once when it breaks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+import zmq
+
+from superserve.net.connection import (
+    HELLO_EVERY_AT_MOST_NS,
+    HELLO_EVERY_NS,
+    PING_EVERY_NS,
+    SILENT_NS,
+    Connection,
+)
+from superserve.wire import Control, Kind, Ping, decode
+from tests.superserve.client.fakes import FakeRouter, next_message, poll
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MS = 1_000_000
+
+
+@pytest.fixture
+def router() -> Iterator[FakeRouter]:
+    """Yield a router that the test plays."""
+    fake = FakeRouter()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def connection(router: FakeRouter) -> Iterator[Connection]:
+    """Yield a connection whose socket is connected; nothing has been said."""
+    with zmq.Context() as context:
+        connection = Connection(router.endpoint, context)
+        poll(lambda: is_connected(connection))
+        yield connection
+        connection.close()
+
+
+def is_connected(connection: Connection) -> bool:
+    """Look, and tell whether a router is connected."""
+    for _ in connection.receive():
+        pass
+    connection.look()
+    return connection._is_connected
+
+
+def welcome(connection: Connection, router: FakeRouter, now_ns: int) -> None:
+    """Let the two greet each other."""
+    connection.tick(now_ns)
+    router._next(10**9)
+    poll(lambda: is_connected(connection) and connection.epoch == router.epoch)
+
+
+def test_nobody_who_answers_is_greeted_ever_less_often(connection: Connection, router: FakeRouter) -> None:
+    """From 100 ms up to a second, with jitter, so that a thousand clients do not come at once."""
+    said = []
+    for now_ns in range(10**9, 11 * 10**9, MS):
+        before = connection._hello_ns
+        connection.tick(now_ns)
+        if connection._hello_ns != before:
+            said.append(now_ns)
+    gaps = [after - before for before, after in pairwise(said)]
+
+    assert 0.75 * HELLO_EVERY_NS <= gaps[0] <= 1.25 * HELLO_EVERY_NS + MS
+    assert max(gaps) <= 1.25 * HELLO_EVERY_AT_MOST_NS + MS
+    assert all(gap >= 0.75 * HELLO_EVERY_AT_MOST_NS for gap in gaps[4:])
+    assert len(set(gaps[4:])) > 1, "jitter"
+    for _ in said:
+        message = decode(next_message(router.socket)[1:])
+        assert isinstance(message, Control)
+        assert message.kind is Kind.HELLO
+
+
+def test_without_a_connection_nothing_is_said_and_nothing_queued() -> None:
+    """HELLOs do not pile up for a router that comes later; the first to come is greeted once."""
+    router = FakeRouter()
+    router.close()
+    with zmq.Context() as context:
+        connection = Connection(router.endpoint, context)
+        for now_ns in range(10**9, 2 * 10**9, 10 * MS):
+            connection.tick(now_ns)
+        router = FakeRouter(router.endpoint)
+        poll(lambda: is_connected(connection))
+        welcome(connection, router, 3 * 10**9)
+        assert len(router.hellos) == 1
+        connection.close()
+    router.close()
+
+
+def test_a_broken_connection_is_noticed_without_a_word(connection: Connection, router: FakeRouter) -> None:
+    """Long before the heartbeat would tell."""
+    welcome(connection, router, 10**9)
+    router.close()
+    poll(lambda: not is_connected(connection))
+
+    assert connection.epoch is None
+
+
+def test_a_router_that_forgot_us_is_greeted_no_more_often_than_that(
+    connection: Connection, router: FakeRouter
+) -> None:
+    """A router that welcomes and refuses in turn is not asked in a busy loop."""
+    now_ns = 10**9
+    welcome(connection, router, now_ns)
+    connection.lose()
+    connection.tick(now_ns + MS)
+    assert len(router.hellos) == 1
+    connection.tick(now_ns + 2 * HELLO_EVERY_NS)
+    assert router._next(10**9) is not None
+    assert len(router.hellos) == 2
+
+
+def test_a_silent_router_is_asked_and_then_taken_for_gone(connection: Connection, router: FakeRouter) -> None:
+    """Three PINGs go unanswered, though the connection stands."""
+    welcome(connection, router, 10**9)
+    heard_ns = connection.heard_ns
+    for i in range(1, 4):
+        connection.tick(heard_ns + i * PING_EVERY_NS)
+        assert isinstance(decode(next_message(router.socket)[1:]), Ping)
+    assert connection.epoch is not None
+    connection.tick(heard_ns + SILENT_NS + 1)
+
+    assert connection.epoch is None
