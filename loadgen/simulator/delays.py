@@ -144,7 +144,7 @@ def _router_log(
                 passes.append(now_ns)
                 dispatched |= {batch[0]: now_ns for batch in body}
             elif name == "Finished":
-                finished |= {row["batch_id"]: (now_ns, row["waited_ns"]) for row in body["rows"]}
+                finished |= {row["batch_id"]: (now_ns, row["waited_ns"]) for row in body["message"]["rows"]}
             elif name == "QueriesArrived":
                 message = body["queries"]
                 first = int.from_bytes(bytes.fromhex(message["ids"][:16]), "little")

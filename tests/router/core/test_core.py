@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from router.core.events import Answer, ClientJoined, Dispatch, DrainRouter, DrainWorker, Finished, Released
-from router.core.state import CoreSettings
+from router.core.settings import CoreSettings
 from superserve.clock import MS
 from superserve.errors import ConfigError, WireError
-from superserve.wire import Status
+from superserve.wire import Done, Status
 from tests.router.core.harness import CNN, TRANSFORMER, Gpu, World, ids_of
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def test_dispatch_is_earliest_deadline_first() -> None:
     ids = world.submit(*[60 + (37 * k) % 101 for k in range(120)])
     world.run(300)
 
-    order = [i for d in world.dispatches() for c, lo, hi in d.stretches for i in c.deadlines_ns[lo:hi]]
+    order = [i for d in world.dispatches() for c, lo, hi in d.batch.stretches for i in c.deadlines_ns[lo:hi]]
     assert order == sorted(order)
     assert None not in world.statuses(ids)
     assert world.statuses(ids).count(OK) > 60
@@ -126,7 +126,7 @@ def test_bytes_beyond_the_bound_are_overloaded_until_some_are_given_back() -> No
 def test_a_payload_of_another_size_is_invalid() -> None:
     """What the model does not take is refused with both sizes."""
     world = World()
-    world.core.payload_bytes = 4
+    world.core.model.payload_bytes = 4
     (query,) = world.submit(36, payload=b"12345")
 
     assert world.status(query) is Status.INVALID
@@ -140,8 +140,8 @@ def test_a_floor_equal_to_a_subnets_accuracy_allows_that_subnet(row: int) -> Non
     world.submit(36, min_accuracy=[CNN.subnets[row].accuracy])
 
     (dispatch,) = world.dispatches()
-    cohort = dispatch.stretches[0][0]
-    assert (cohort.floors or [0])[0] == row <= dispatch.subnet
+    cohort = dispatch.batch.stretches[0][0]
+    assert (cohort.floors or [0])[0] == row <= dispatch.batch.subnet
 
 
 @pytest.mark.parametrize("floor", [80.2, float("inf"), float("nan")])
@@ -177,7 +177,7 @@ def test_a_queued_query_that_is_cancelled_never_runs() -> None:
     world.run(50)
 
     assert world.statuses([first, second]) == [Status.CANCELLED, OK]
-    assert sum(dispatch.n for dispatch in world.dispatches()) == 1
+    assert sum(dispatch.batch.n for dispatch in world.dispatches()) == 1
 
 
 def test_a_query_cancelled_in_flight_is_answered_once() -> None:
@@ -195,12 +195,12 @@ def test_a_client_that_leaves_is_forgotten() -> None:
     """Its queued queries cost no GPU time, those in flight end unheard, nothing is held."""
     world = make_world()
     world.submit(*[36.0] * 100)
-    sent = sum(dispatch.n for dispatch in world.dispatches())
+    sent = sum(dispatch.batch.n for dispatch in world.dispatches())
     world.leave()
     world.run(100)
 
     assert not world.answers
-    assert sum(dispatch.n for dispatch in world.dispatches()) == sent
+    assert sum(dispatch.batch.n for dispatch in world.dispatches()) == sent
     assert world.core.n_answered == world.core.received == 100
     assert world.core.held_bytes == 0
 
@@ -237,7 +237,7 @@ def test_what_is_sent_again_is_not_run_twice() -> None:
 
     assert set(world.statuses([*ids, 1000, 1001])) <= {OK, LATE, INFEASIBLE}
     assert world.core.received == 32
-    assert sum(dispatch.n for dispatch in world.dispatches()) <= 32
+    assert sum(dispatch.batch.n for dispatch in world.dispatches()) <= 32
 
 
 def test_a_draining_router_ends_what_it_has_and_takes_no_more() -> None:
@@ -296,7 +296,7 @@ def test_nothing_is_sent_long_before_a_worker_is_free() -> None:
     early: list[int] = []
 
     def measure(dispatch: Dispatch, gpu: Gpu) -> None:
-        worker: Worker = world.worker(dispatch.peer, dispatch.slot)
+        worker: Worker = dispatch.batch.worker
         ahead_ns = world.core.settings.dispatch_ahead_ns + worker.transport.median_ns
         early.append(gpu.free_at_ns - world.now_ns - ahead_ns)
 
@@ -320,7 +320,7 @@ def test_a_report_of_another_length_is_a_wire_error() -> None:
     row.n = 3
 
     with pytest.raises(WireError, match="expected 2 queries, got 3"):
-        world.do(Finished("w0", process.epoch, [row]))
+        world.do(Finished("w0", Done(process.epoch, [row])))
     world.core.check()
 
 
@@ -333,7 +333,7 @@ def test_a_slot_that_is_not_there_is_a_wire_error() -> None:
     row.slot = 5
 
     with pytest.raises(WireError, match="w0 has 1 GPUs, got slot 5"):
-        world.do(Finished("w0", process.epoch, [row]))
+        world.do(Finished("w0", Done(process.epoch, [row])))
 
 
 def test_a_head_too_tight_for_a_slow_gpu_goes_to_a_fast_one() -> None:
@@ -388,8 +388,8 @@ def describe(at_ns: int, action: object) -> str:
     """Return an action as text, without the identities of objects."""
     match action:
         case Dispatch():
-            stretches = [(c.serial, lo, hi) for c, lo, hi in action.stretches]
-            return f"{at_ns} {action.peer} {action.batch_id} {action.subnet} {stretches}"
+            stretches = [(c.serial, lo, hi) for c, lo, hi in action.batch.stretches]
+            return f"{at_ns} {action.peer} {action.batch.batch_id} {action.batch.subnet} {stretches}"
         case Answer():
             return f"{at_ns} {ids_of(action)} {action.status} {action.queued_ns} {action.reason}"
         case _:
