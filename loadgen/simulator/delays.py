@@ -18,6 +18,7 @@ import orjson
 
 from gpu_worker.serve.eventlog import read_log
 from loadgen.simulator.links import SimLink, Way
+from router.serve.recording import SCHEMA
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -157,7 +158,9 @@ def _router_log(
 def _lines(path: Path) -> Iterator[tuple[int, str, Any]]:
     try:
         with path.open("rb") as file:
-            next(file, None)  # the header
+            header = orjson.loads(next(file, b"null"))
+            if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+                raise ConfigError(f"{path}: expected a router's event log of schema {SCHEMA}")
             for line in file:
                 now_ns, name, body = orjson.loads(line)
                 yield now_ns, name, body

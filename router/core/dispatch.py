@@ -46,7 +46,7 @@ class Dispatcher:
         self._awaited: Worker | None = None
         self._awaited_until_ns = 0
         self._soonest_ns: dict[int, int] = {}
-        # Overwritten for each decision: making them again would cost more than some policies take.
+        # Overwritten for each decision, so that none has to make objects.
         self._queue_view = QueueView(0, 0, 0)
         self._worker_view = WorkerView(0, 0, 1.0)
 
@@ -95,21 +95,19 @@ class Dispatcher:
 
     def _dispatch(self, now_ns: int) -> None:
         """Give work to workers that are about to be free, earliest-free first."""
-        model, fleet = self._model, self._fleet
+        model, fleet, slack = self._model, self._fleet, self._slack
         self._soonest_ns.clear()
         while model.queue and self._awaited is None:
             worker = fleet.first_free()
-            if worker is None or not self._is_due(worker, now_ns):
+            if worker is None or slack.decide_ns(worker) > now_ns:
                 break
             head = model.queue.head()
             assert head is not None, "a queue with a length has a head"
             self._serve(head, worker, now_ns)
 
-    def _is_due(self, worker: Worker, now_ns: int) -> bool:
-        return self._slack.decide_ns(worker) <= now_ns
-
     def _serve(self, head: Head, first: Worker, now_ns: int) -> None:
         """Give the head to the first free worker; if that is too slow for it, to another, or wait for one."""
+        slack = self._slack
         worker, passed = first, []
         while True:
             choice = self._choose(worker, head, now_ns)
@@ -124,10 +122,10 @@ class Dispatcher:
             if rival is None:
                 self._refuse_head(first, head, now_ns)
                 return
-            if not (rival.may_take and self._is_due(rival, now_ns)):
+            if not rival.may_take or slack.decide_ns(rival) > now_ns:
                 self._awaited = rival
                 self._awaited_until_ns = (
-                    self._leave_ns(head) - self._slack.alone_and_back_ns(rival, _floor(head)) + 1
+                    self._leave_ns(head) - slack.alone_and_back_ns(rival, _floor(head)) + 1
                 )
                 return
             worker = rival
