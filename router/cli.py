@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from profiles.table import load_profile
-from router.core.state import CoreSettings
+from router.core.settings import CoreSettings
 from router.policies.registry import make_policy
 from router.report.metrics import SWITCH_S, RouterMetrics, pages
 from router.serve.recording import Recorder, replay

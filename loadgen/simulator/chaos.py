@@ -44,7 +44,7 @@ from profiles.table import load_profile
 from router.core import RouterCore
 from router.core.edf import DISPATCHED, QUEUED
 from router.core.events import Answer, Dispatch, Finished, Pulled
-from router.core.state import CoreSettings
+from router.core.settings import CoreSettings
 from superserve.clock import MS
 from superserve.wire import Status
 
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from loadgen.simulator.faults import Fault
     from router.core.edf import Cohort
     from router.core.events import Action, Event
+    from router.core.workers import Batch
 
 PROFILE = "cnn-8gpu-modelled"
 POLICIES = ("slackfit", "demandfit", "maxacc", "maxbatch", "mincost", "fixed:cnn-78.25")
@@ -186,11 +187,11 @@ class Checker:
         core = self._core
         if isinstance(event, Finished | Pulled):
             peer = core.peers.get(event.peer)
-            if peer is None or peer.epoch != event.epoch:
+            if peer is None or peer.epoch != event.message.epoch:
                 before = self._known()
                 self._handle(event, now_ns)
                 is_same = self._known() == before
-                _hold(is_same, f"epoch {event.epoch} is over, and what it said was counted")
+                _hold(is_same, f"epoch {event.message.epoch} is over, and what it said was counted")
                 return
         self._handle(event, now_ns)
 
@@ -198,19 +199,19 @@ class Checker:
         """Return what a worker's word changes."""
         core = self._core
         offers = [(worker.credit, worker.free_at_ns, len(worker.outstanding)) for worker in core.workers()]
-        return core.n_answered, len(core.queue), core.in_flight, len(core.ledger), offers
+        return core.n_answered, len(core.queue), core.in_flight, len(core.ledger.batches), offers
 
     def passed(self, now_ns: int, actions: list[Action]) -> None:
         """Check what a pass left behind and what it decided."""
-        dispatches: list[Dispatch] = []
+        batches: list[Batch] = []
         for action in actions:
             if isinstance(action, Answer):
                 self._check_answer(action, now_ns)
             elif isinstance(action, Dispatch):
                 self._check_dispatch(action, now_ns)
-                dispatches.append(action)
-        if dispatches:
-            self._check_order(dispatches)
+                batches.append(action.batch)
+        if batches:
+            self._check_order(batches)
         self._check_counts()
         self._check_gpus()
         wake_ns = self._core.next_wake_ns()
@@ -232,7 +233,7 @@ class Checker:
                 f"query {_name(cohort, lo)} expired in the queue and was told {late_ns / MS:.2f} ms later",
             )
 
-    def _check_order(self, dispatches: list[Dispatch]) -> None:
+    def _check_order(self, batches: list[Batch]) -> None:
         """Check that each batch of a pass has the head, and nothing due later than what it could have had.
 
         A batch may pass over a query whose floor lies above its subnet; over no other.
@@ -242,23 +243,23 @@ class Checker:
             for i, state in enumerate(cohort.states):
                 if state == QUEUED:
                     _fold(least, cohort, i)
-        for action in reversed(dispatches):
-            members = [(cohort, i) for cohort, lo, hi in action.stretches for i in range(lo, hi)]
+        for batch in reversed(batches):
+            members = [(cohort, i) for cohort, lo, hi in batch.stretches for i in range(lo, hi)]
             deadlines = [cohort.deadlines_ns[i] for cohort, i in members]
             for floor, deadline_ns in least.items():
-                _hold(min(deadlines) <= deadline_ns, f"batch {action.batch_id} passed over the head")
-                is_allowed = floor <= action.subnet
+                _hold(min(deadlines) <= deadline_ns, f"batch {batch.batch_id} passed over the head")
+                is_allowed = floor <= batch.subnet
                 _hold(
                     not is_allowed or max(deadlines) <= deadline_ns,
-                    f"batch {action.batch_id} left behind a query that is due earlier than one of its own",
+                    f"batch {batch.batch_id} left behind a query that is due earlier than one of its own",
                 )
             for cohort, i in members:
                 _fold(least, cohort, i)
 
     def _check_dispatch(self, action: Dispatch, now_ns: int) -> None:
-        core = self._core
+        core, batch = self._core, action.batch
         n = 0
-        for cohort, lo, hi in action.stretches:
+        for cohort, lo, hi in batch.stretches:
             for i in range(lo, hi):
                 deadline_ns = cohort.deadlines_ns[i]
                 n += 1
@@ -266,14 +267,14 @@ class Checker:
                     deadline_ns >= now_ns,
                     f"query {_name(cohort, i)} was dispatched {(now_ns - deadline_ns) / MS:.2f} ms too late",
                 )
-                is_floored = cohort.floors is not None and cohort.floors[i] > action.subnet
+                is_floored = cohort.floors is not None and cohort.floors[i] > batch.subnet
                 _hold(not is_floored, f"query {_name(cohort, i)} was dispatched below its floor")
-        _hold(n == action.n, f"batch {action.batch_id} says {action.n} queries")
+        _hold(n == batch.n, f"batch {batch.batch_id} says {batch.n} queries")
         peer = core.peers.get(action.peer)
-        _hold(peer is not None, f"batch {action.batch_id} went to a worker that is not there")
+        _hold(peer is not None, f"batch {batch.batch_id} went to a worker that is not there")
         assert peer is not None, "held above"
-        _hold(peer.epoch == action.epoch, f"batch {action.batch_id} went to an older life")
-        self._note(now_ns, action.batch_id, action.slot, action.subnet)
+        _hold(peer.epoch == batch.worker.peer.epoch, f"batch {batch.batch_id} went to an older life")
+        self._note(now_ns, batch.batch_id, batch.worker.slot, batch.subnet)
 
     def _check_counts(self) -> None:
         """Count every query that is not answered, by its own state."""
@@ -284,7 +285,7 @@ class Checker:
             raise ViolationError(str(error)) from error
         held = {
             (id(cohort), i)
-            for batch in core.ledger.values()
+            for batch in core.ledger.batches.values()
             for cohort, lo, hi in batch.stretches
             for i in range(lo, hi)
         }
@@ -308,7 +309,7 @@ class Checker:
         """Return every cohort that may have a query without an answer, also of clients that have left."""
         core = self._core
         found = {cohort.serial: cohort for one in core.clients.values() for cohort in one.cohorts.values()}
-        for batch in core.ledger.values():
+        for batch in core.ledger.batches.values():
             found |= {cohort.serial: cohort for cohort, _, _ in batch.stretches}
         return list(found.values())
 
@@ -328,7 +329,10 @@ class Checker:
         for client in self._clients:
             for i, query in enumerate(client.queries):
                 _hold(len(query.ends) == 1, f"query {i} of client {client.number} ended so: {query.ends}")
-        _hold(not core.queue and not core.in_flight and not core.ledger, "the router still holds queries")
+        _hold(
+            not core.queue and not core.in_flight and not core.ledger.batches,
+            "the router still holds queries",
+        )
         _hold(core.received == core.n_answered, f"received {core.received}, answered {core.n_answered}")
         _hold(core.held_bytes == 0, f"{core.held_bytes} bytes are held of nobody")
 
@@ -359,7 +363,7 @@ def _run(simulation: Simulation, schedule: Schedule, clients: Sequence[SessionCl
     core = simulation.core
     while True:
         simulation.run(min(until_ns, limit_ns))
-        is_at_rest = not (core.queue or core.ledger) and all(client.is_done for client in clients)
+        is_at_rest = not (core.queue or core.ledger.batches) and all(client.is_done for client in clients)
         if is_at_rest or until_ns >= limit_ns:
             return
         until_ns += 100 * MS

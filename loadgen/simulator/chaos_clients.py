@@ -118,7 +118,7 @@ class SessionClient:
             if isinstance(message, Queries):
                 events.append(QueriesArrived(self.key, message, now_ns - message.sent_ns))
             elif isinstance(message, Cancel):
-                events.append(CancelAsked(self.key, message.ids))
+                events.append(CancelAsked(self.key, message))
             elif message is _HELLO:
                 events.append(ClientJoined(self.key, self.number + 1))
                 self._reply(_WELCOME, now_ns)

@@ -18,6 +18,7 @@ import orjson
 
 from gpu_worker.serve.eventlog import read_log
 from loadgen.simulator.links import SimLink, Way
+from router.serve.recording import SCHEMA
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _router_log(
                 passes.append(now_ns)
                 dispatched |= {batch[0]: now_ns for batch in body}
             elif name == "Finished":
-                finished |= {row["batch_id"]: (now_ns, row["waited_ns"]) for row in body["rows"]}
+                finished |= {row["batch_id"]: (now_ns, row["waited_ns"]) for row in body["message"]["rows"]}
             elif name == "QueriesArrived":
                 message = body["queries"]
                 first = int.from_bytes(bytes.fromhex(message["ids"][:16]), "little")
@@ -157,7 +158,9 @@ def _router_log(
 def _lines(path: Path) -> Iterator[tuple[int, str, Any]]:
     try:
         with path.open("rb") as file:
-            next(file, None)  # the header
+            header = orjson.loads(next(file, b"null"))
+            if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+                raise ConfigError(f"{path}: expected a router's event log of schema {SCHEMA}")
             for line in file:
                 now_ns, name, body = orjson.loads(line)
                 yield now_ns, name, body

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from loadgen.simulator.faults import Fault
     from loadgen.traces.trace import Trace
     from profiles.table import Profile
-    from router.core.state import CoreSettings
+    from router.core.settings import CoreSettings
 
 __all__ = ("START_NS", "SimSettings", "Simulated", "Simulation", "Workload", "simulate", "slowed")
 

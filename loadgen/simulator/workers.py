@@ -2,7 +2,7 @@
 
 The GPUs reckon as `gpu_worker.serve.emulated` does, in ideal instants, and a test holds the two against
 each other; a process joins, pulls, reports and begins anew as `gpu_worker.serve.server` does. What is
-left out is bytes: a DIRECTIVE is the core's own `Dispatch`, and reports carry no outputs.
+left out is bytes: a DIRECTIVE is the core's own `Batch`, and reports carry no outputs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     from loadgen.simulator.links import SimLink
     from profiles.table import Profile
-    from router.core.events import Dispatch
+    from router.core.workers import Batch
 
 CAPACITY = 2
 """Batches that a GPU takes at a time, as `gpu_worker.serve.batches.CAPACITY`; a test keeps them equal."""
 
 
 class _Running(NamedTuple):
-    dispatch: Dispatch
+    batch: Batch
     waited_ns: int
     ended_ns: int
     executing_ns: int
@@ -61,7 +61,7 @@ class SimGpu:
         self.last_batch = 0
         self.busy_ns = 0
         self.n_run = 0
-        self._held: deque[tuple[Dispatch, int]] = deque()
+        self._held: deque[tuple[Batch, int]] = deque()
         self._subnet: int | None = None
 
     @property
@@ -69,27 +69,27 @@ class SimGpu:
         """Batches that run or wait."""
         return len(self._held) + (self.running is not None)
 
-    def submit(self, dispatch: Dispatch, received_ns: int) -> None:
+    def submit(self, batch: Batch, received_ns: int) -> None:
         """Take a batch that was received now; start it if idle."""
-        if dispatch.batch_id > self.last_batch:
-            self.last_batch = dispatch.batch_id
-        self._held.append((dispatch, received_ns))
+        if batch.batch_id > self.last_batch:
+            self.last_batch = batch.batch_id
+        self._held.append((batch, received_ns))
         if self.running is None:
             self._start_next(received_ns)
 
     def finish(self, now_ns: int) -> DoneRow:
         """End the running batch, which is over by now, start the next, and return the report."""
-        batch = self.running
-        assert batch is not None, "a batch that ends was running"
-        assert batch.ended_ns <= now_ns, "a GPU never answers early"
+        ran = self.running
+        assert ran is not None, "a batch that ends was running"
+        assert ran.ended_ns <= now_ns, "a GPU never answers early"
         self.running = None
         if self._held:
-            self._start_next(batch.ended_ns)
+            self._start_next(ran.ended_ns)
         credit, held, free_in_ns = self.state(now_ns)
-        dispatch = batch.dispatch
+        batch = ran.batch
         return DoneRow(
-            dispatch.batch_id, dispatch.slot, credit, held, dispatch.n, batch.waited_ns, batch.executing_ns,
-            self.last_batch, free_in_ns, 0, b"", batch.statuses,
+            batch.batch_id, batch.worker.slot, credit, held, batch.n, ran.waited_ns, ran.executing_ns,
+            self.last_batch, free_in_ns, 0, b"", ran.statuses,
         )  # fmt: skip
 
     def state(self, now_ns: int) -> tuple[int, int, int]:
@@ -98,8 +98,8 @@ class SimGpu:
         if running is None:
             return CAPACITY, 0, 0
         free_in_ns = max(0, running.ended_ns - now_ns)
-        for dispatch, _ in self._held:
-            free_in_ns += self.profile.latency_ns(dispatch.subnet, dispatch.n)
+        for batch, _ in self._held:
+            free_in_ns += self.profile.latency_ns(batch.subnet, batch.n)
         n_held = len(self._held)
         return max(0, CAPACITY - 1 - n_held), n_held, free_in_ns
 
@@ -109,30 +109,30 @@ class SimGpu:
         self.last_batch = 0
 
     def _start_next(self, free_ns: int) -> None:
-        dispatch, received_ns = self._held.popleft()
+        batch, received_ns = self._held.popleft()
         started_ns = max(received_ns, free_ns)
         waited_ns = started_ns - received_ns
-        statuses, n_run = None, dispatch.n
-        slacks_end_ns = dispatch.now_ns + waited_ns
-        if min([cohort.deadlines_ns[lo] for cohort, lo, _ in dispatch.stretches]) <= slacks_end_ns:
-            statuses = _statuses(dispatch, slacks_end_ns)
+        statuses, n_run = None, batch.n
+        slacks_end_ns = batch.dispatched_ns + waited_ns
+        if min([cohort.deadlines_ns[lo] for cohort, lo, _ in batch.stretches]) <= slacks_end_ns:
+            statuses = _statuses(batch, slacks_end_ns)
             n_run = statuses.count(Status.OK)
         executing_ns = 0
         if n_run:
-            executing_ns = int(self.profile.latency_ns(dispatch.subnet, n_run) * self.factor)
-            if dispatch.subnet != self._subnet:
-                self._subnet = dispatch.subnet
+            executing_ns = int(self.profile.latency_ns(batch.subnet, n_run) * self.factor)
+            if batch.subnet != self._subnet:
+                self._subnet = batch.subnet
                 executing_ns += self.actuation_ns
         self.busy_ns += executing_ns
         self.n_run += n_run
-        self.running = _Running(dispatch, waited_ns, started_ns + executing_ns, executing_ns, statuses)
+        self.running = _Running(batch, waited_ns, started_ns + executing_ns, executing_ns, statuses)
 
 
-def _statuses(dispatch: Dispatch, slacks_end_ns: int) -> bytes:
+def _statuses(batch: Batch, slacks_end_ns: int) -> bytes:
     """Return OK or EXPIRED for each query: whether its slack, counted from dispatch, is left."""
     return bytes(
         Status.OK if deadline_ns > slacks_end_ns else Status.EXPIRED
-        for cohort, lo, hi in dispatch.stretches
+        for cohort, lo, hi in batch.stretches
         for deadline_ns in cohort.deadlines_ns[lo:hi]
     )
 
@@ -183,7 +183,7 @@ class SimProcess:
         self.frozen_until_ns = 0
         self.rest_ns = rest_ns if len(gpus) > 1 else 0
         self.rest_until_ns = 0
-        self.inbox: deque[tuple[int, Dispatch | tuple[Word, int]]] = deque()
+        self.inbox: deque[tuple[int, Batch | tuple[Word, int]]] = deque()
         self._due: list[tuple[int, int]] = []
 
     def next_pass_ns(self) -> int:
@@ -206,17 +206,18 @@ class SimProcess:
             message = inbox.popleft()[1]
             if isinstance(message, tuple):
                 must_pull = self._told(*message, now_ns) or must_pull
-            elif message.epoch == self.epoch:
-                gpu = self.gpus[message.slot]
+            elif message.worker.peer.epoch == self.epoch:
+                slot = message.worker.slot
+                gpu = self.gpus[slot]
                 was_idle = gpu.running is None
                 gpu.submit(message, now_ns)
                 if was_idle and gpu.running is not None:
-                    heappush(due, (gpu.running.ended_ns, message.slot))
+                    heappush(due, (gpu.running.ended_ns, slot))
         rows: list[DoneRow] = []
         while due and due[0][0] <= now_ns:
             gpu = self.gpus[heappop(due)[1]]
             while gpu.running is not None and gpu.running.ended_ns <= now_ns:
-                is_mine = gpu.running.dispatch.epoch == self.epoch
+                is_mine = gpu.running.batch.worker.peer.epoch == self.epoch
                 row = gpu.finish(now_ns)
                 if is_mine:
                     rows.append(row)

@@ -37,6 +37,7 @@ from router.core.events import (
 from router.policies.registry import make_policy
 from superserve.clock import MS
 from superserve.errors import ConfigError
+from superserve.wire import Done, Pull
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
     from loadgen.simulator.workloads import Workload
     from profiles.table import Profile
     from router.core.events import Action, Event
-    from router.core.state import CoreSettings
+    from router.core.settings import CoreSettings
+    from router.core.workers import Batch
     from router.policies import Policy
 
 HELLO_EVERY_NS = 200 * MS
@@ -292,22 +294,21 @@ class Simulation:
         such a pass is skipped, at half the cost of a run, and the next one admits its queries too; not
         under a policy that sees demand, to which it matters in what parts queries came.
         """
-        queue = self.core.queue
+        queue = self.core.model.queue
         if self._wake_ns <= now_ns or not queue or self._sees_demand or self.on_pass is not None:
             return False
         if self._mail and self._mail[0][0] <= now_ns:
             return False
         head = queue.head()
         assert head is not None, "a queue with a length has a head"
-        room = self._max_queries - len(queue) - self.core.in_flight
+        room = self._max_queries - len(queue) - self.core.ledger.in_flight
         for client in self.clients.values():
             if client.next_ns <= now_ns and not client.may_wait(now_ns, head[0], room):
                 return False
         return True
 
     def _is_over(self) -> bool:
-        core = self.core
-        is_idle = not core.in_flight and not core.queue
+        is_idle = not self.core.ledger.in_flight and not self.core.model.queue
         clients = self.clients.values()
         return is_idle and all(one.next_ns == FAR_NS and not one.has_unread for one in clients)
 
@@ -351,14 +352,15 @@ class Simulation:
                 for at_ns in instants:
                     self.clients[key].answered(action, at_ns)
             elif isinstance(action, Dispatch):
-                if not self._say(action.peer, action, now_ns):
-                    lost.append(action.peer)
+                peer = action.peer
+                if not self._say(peer, action.batch, now_ns):
+                    lost.append(peer)
             elif isinstance(action, Fence):
                 self._say(action.peer, (Word.SAY_HELLO, 0), now_ns)
             elif isinstance(action, Released):
                 self._release(action.peer, now_ns)
-        for peer in lost:
-            self._lose(peer, now_ns)
+        for key in lost:
+            self._lose(key, now_ns)
         for key in gone:
             self.core.handle(ClientLeft(key), now_ns)
 
@@ -383,7 +385,7 @@ class Simulation:
     def _lose(self, key: int, now_ns: int) -> None:
         self.core.handle(WorkerLeft(key, orderly=False), now_ns)
 
-    def _say(self, key: int, message: Dispatch | tuple[Word, int], now_ns: int) -> bool:
+    def _say(self, key: int, message: Batch | tuple[Word, int], now_ns: int) -> bool:
         """Send to a worker process; False if its connection is known to be broken."""
         process = self._speakers.get(key)
         if process is None:
@@ -423,7 +425,9 @@ class Simulation:
             rows, must_pull = process.step(now_ns)
             if rows:
                 assert process.epoch is not None, "rows are of this epoch"
-                self._tell(process, self.core.handle, Finished(process.key, process.epoch, rows), now_ns)
+                self._tell(
+                    process, self.core.handle, Finished(process.key, Done(process.epoch, rows)), now_ns
+                )
             if must_pull:
                 self._tell_state(process, now_ns)
             if process.epoch is None:
@@ -440,7 +444,7 @@ class Simulation:
 
     def _tell_state(self, process: SimProcess, now_ns: int) -> None:
         assert process.epoch is not None, "only who was welcomed pulls"
-        pulled = Pulled(process.key, process.epoch, process.pull_rows(now_ns))
+        pulled = Pulled(process.key, Pull(process.epoch, process.pull_rows(now_ns)))
         self._tell(process, self.core.handle, pulled, now_ns)
 
     def _greet(self, process: SimProcess, life: int, now_ns: int) -> None:

@@ -5,26 +5,33 @@ drained its sockets, calls `advance`, which expires, judges and dispatches, and 
 what to do. The live router, the simulator and the replay of a recorded log are such
 hosts. Given the same calls it returns the same actions.
 
-    QUEUED -> DISPATCHED -> OK | LATE | FAILED | ...      (a batch answered)
-       |           +------> QUEUED | WORKER_LOST          (its worker was lost or overran)
-       +-> EXPIRED | INFEASIBLE | CANCELLED | ...         (refused, expired, cancelled)
+Its parts, each of which imports only those above it:
 
-Each query gets exactly one terminal answer. Always: received = answered + queued + in flight.
+    events, settings          what goes in and out; the numbers
+    edf, lanes, estimates     the queue; quantiles of what was measured
+    workers                   processes and GPUs: states, credit, slowdown; a batch that is out
+    model                     what belongs to a model: queue, demand, profiles and policies
+    ledger                    every query from its arrival to its end: counts, batches, answers
+    slack                     the formulas: when a batch can begin, what it takes, the way back
+    admission     (ledger)    clients, and which of their queries may wait
+    fleet         (ledger)    workers come, report, fall silent and overrun
+    dispatch      (both)      what is refused at the head, and which batch goes to which worker
+
+Clients' events go to admission, workers' to the fleet; `advance` lets the fleet judge and then the
+dispatcher decide. All they have to say goes through the ledger, which ends each query exactly once.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
-from router.core.edf import DISPATCHED
+from router.core.admission import Admission
+from router.core.dispatch import Dispatcher
 from router.core.events import (
     Action,
     CancelAsked,
     ClientJoined,
     ClientLeft,
-    Dispatch,
     DrainRouter,
     DrainWorker,
     Event,
@@ -36,48 +43,63 @@ from router.core.events import (
     WorkerLeft,
 )
 from router.core.fleet import Fleet
-from router.core.lanes import LaneQueue
-from router.core.workers import Batch, PeerState, Worker, WorkerState
-from router.policies import Choice, Shed, usable_slack_ns
-from superserve.wire import Status
+from router.core.ledger import Ledger
+from router.core.model import Model
+from router.core.settings import CoreSettings
+from router.core.slack import Slack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from profiles.table import Profile
-    from router.core.edf import Cohort, Stretch
-    from router.core.state import CoreSettings
+    from router.core.edf import EdfQueue
+    from router.core.events import Key
+    from router.core.ledger import ClientState
+    from router.core.workers import Peer, Worker
     from router.policies import Policy
 
-MS = 1_000_000
-_MAX_RIVALS = 8
-"""Workers asked about one head, at most, after the first was too slow for it."""
 
-
-class RouterCore(Fleet):
-    """Decides: what expires, what is refused, and which batch goes where.
+class RouterCore:
+    """Hands events to its parts, has them decide, and returns what is to be done.
 
     Args:
         make_policy: Builds the policy for a worker's profile; called once per distinct profile.
         settings: The numbers.
+        ledger: Builds this part; tests put broken ones in its place.
+        admission: Builds this part.
+        fleet: Builds this part.
+        dispatcher: Builds this part.
     """
 
     def __init__(
-        self, make_policy: Callable[[Profile], Policy], settings: CoreSettings | None = None
+        self,
+        make_policy: Callable[[Profile], Policy],
+        settings: CoreSettings | None = None,
+        *,
+        ledger: type[Ledger] = Ledger,
+        admission: type[Admission] = Admission,
+        fleet: type[Fleet] = Fleet,
+        dispatcher: type[Dispatcher] = Dispatcher,
     ) -> None:
-        super().__init__(make_policy, settings)
+        self.settings = settings or CoreSettings()
+        self.model = Model(make_policy)
+        self.ledger = ledger(self.model)
+        self.slack = Slack(self.settings)
+        self.admission = admission(self.ledger, self.settings)
+        self.fleet = fleet(self.ledger, self.slack, self.settings)
+        self.dispatcher = dispatcher(self.ledger, self.fleet, self.slack)
         self._handlers: dict[type, Callable[[Any, int], None]] = {
-            ClientJoined: self._client_joined,
-            ClientLeft: self._client_left,
-            QueriesArrived: self._queries_arrived,
-            CancelAsked: self._cancel_asked,
+            ClientJoined: self.admission.client_joined,
+            ClientLeft: self.admission.client_left,
+            QueriesArrived: self.admission.queries_arrived,
+            CancelAsked: self.admission.cancel_asked,
+            DrainRouter: self.admission.drain,
             WorkerJoined: self._worker_joined,
-            WorkerHeard: self._worker_heard,
-            Pulled: self._pulled,
-            Finished: self._finished,
-            WorkerLeft: self._worker_left,
-            DrainWorker: self._drain_worker,
-            DrainRouter: self._drain_router,
+            WorkerHeard: self.fleet.heard,
+            Pulled: self.fleet.pulled,
+            Finished: self.fleet.finished,
+            WorkerLeft: self.fleet.left,
+            DrainWorker: self.fleet.drain,
         }
 
     def handle(self, event: Event, now_ns: int) -> None:
@@ -86,259 +108,124 @@ class RouterCore(Fleet):
 
     def advance(self, now_ns: int) -> list[Action]:
         """Expire, judge and dispatch as of `now_ns`; return everything that is to be done."""
-        self._judge_peers(now_ns)
-        self._judge_overruns(now_ns)
-        self._refuse_doomed(now_ns)
-        self._awaited = None
-        if self.queue:
-            self._dispatch(now_ns)
-        actions, self._actions = self._actions, []
-        return actions
+        self.fleet.judge(now_ns)
+        self.dispatcher.decide(now_ns)
+        return self.ledger.take_actions()
 
     def next_wake_ns(self) -> int | None:
         """Return the instant at which `advance` has something to do without any event."""
-        wakes = []
-        if self.peers and self._checked_ns is not None:
-            wakes.append(self._checked_ns + (0 if self._to_judge else self.settings.heartbeat_ns))
-        if self._overruns:
-            wakes.append(self._overruns[0][0])
-        head = self.queue.head()
-        if head is not None:
-            wakes.append(head[0] - self._min_service_ns + 1)
-            if self._awaited is not None:
-                wakes.append(self._awaited_until_ns)
-            worker = self._awaited or self._first_free()
-            if worker is not None and worker.may_take:
-                wakes.append(worker.free_at_ns - self._ahead_ns(worker))
-        return min(wakes, default=None)
+        judge_ns = self.fleet.next_wake_ns()
+        decide_ns = self.dispatcher.next_wake_ns()
+        if judge_ns is None or decide_ns is None:
+            return decide_ns if judge_ns is None else judge_ns
+        return min(judge_ns, decide_ns)
 
-    def _refuse_doomed(self, now_ns: int) -> None:
-        """End what no subnet can serve in time any more, even alone, even at once."""
-        head = self.queue.head()
-        if head is None or head[0] >= now_ns + self._min_service_ns:
-            return
-        for cohort, lo, hi in self.queue.take_before(now_ns + self._min_service_ns):
-            expired = bisect_left(cohort.deadlines_ns, now_ns, lo, hi)
-            if cohort.arrived_ns == now_ns:
-                expired = lo
-            if expired > lo:
-                waited = "" if self.peers else "; no worker is connected"
-                reason = f"the deadline passed in the queue{waited}"
-                self._refuse(cohort, lo, expired, Status.EXPIRED, reason, now_ns)
-            if hi > expired:
-                slack_ms = (cohort.deadlines_ns[expired] - now_ns) / MS
-                reason = (
-                    f"slack {slack_ms:.2f} ms; the quickest answer takes {self._min_service_ns / MS:.2f} ms"
-                )
-                self._refuse(cohort, expired, hi, Status.INFEASIBLE, reason, now_ns)
+    def check(self) -> None:
+        """Assert conservation and the bounds of every credit; cheap enough for every step of a test."""
+        self.ledger.check()
+        self.fleet.check()
 
-    # --- dispatch -----------------------------------------------------------------------
+    def _worker_joined(self, event: WorkerJoined, now_ns: int) -> None:
+        is_first = self.model.reference is None
+        self.fleet.joined(event, now_ns)
+        if is_first:
+            # Only now can floors become rows of a profile, and only then is it known which lane is whose.
+            self.admission.floor_waiting()
+            self.model.show_demand()
+            self.fleet.refresh()  # the demand is to know the capacity
 
-    def _first_free(self) -> Worker | None:
-        """Return the earliest-free worker that may be given work."""
-        free = self._free
-        while free:
-            _, _, version, worker = free[0]
-            if version == worker.version and worker.may_take:
-                return worker
-            heappop(free)
-        return None
+    # --- what hosts and reports read --------------------------------------------------------
 
-    def _ahead_ns(self, worker: Worker) -> int:
-        return self.settings.dispatch_ahead_ns + worker.transport.median_ns
+    @property
+    def queue(self) -> EdfQueue:
+        """The queries that wait."""
+        return self.ledger.queue
 
-    def _dispatch(self, now_ns: int) -> None:
-        """Give work to workers that are about to be free, earliest-free first."""
-        self._soonest_ns.clear()
-        while self.queue and self._awaited is None:
-            worker = self._first_free()
-            if worker is None or not self._is_due(worker, now_ns):
-                break
-            head = self.queue.head()
-            assert head is not None, "a queue with a length has a head"
-            self._serve(head, worker, now_ns)
+    @property
+    def received(self) -> int:
+        """Queries that arrived."""
+        return self.ledger.received
 
-    def _is_due(self, worker: Worker, now_ns: int) -> bool:
-        return worker.free_at_ns - self._ahead_ns(worker) <= now_ns
+    @property
+    def in_flight(self) -> int:
+        """Queries that are out in batches."""
+        return self.ledger.in_flight
 
-    def _serve(self, head: tuple[int, Cohort, int], first: Worker, now_ns: int) -> None:
-        """Give the head to the first free worker; if that is too slow for it, to another, or wait for one."""
-        worker, passed = first, []
-        while True:
-            choice = self._choose(worker, head, now_ns)
-            if isinstance(choice, Shed):
-                self._shed(choice, now_ns)
-                return
-            if choice is not None:
-                self._send(worker, choice, now_ns)
-                return
-            passed.append(worker)
-            rival = self._rival(head, passed, now_ns)
-            if rival is None:
-                self._refuse_head(first, head, now_ns)
-                return
-            if not (rival.may_take and self._is_due(rival, now_ns)):
-                self._awaited = rival
-                self._awaited_until_ns = self._limit_ns(head) - self._alone_ns(rival, _floor(head)) + 1
-                return
-            worker = rival
+    @property
+    def answered(self) -> list[int]:
+        """Queries that ended, by `Status`."""
+        return self.ledger.answered
 
-    def _shed(self, shed: Shed, now_ns: int) -> None:
-        """Refuse what the policy gives up for the others."""
-        assert isinstance(self.queue, LaneQueue), "only a policy that sees demand may shed"
-        stretches = self.queue.shed(shed.before_ns, shed.n)
-        assert stretches, "what a policy sheds is in the queue: its head, or of a class below"
-        for cohort, lo, hi in stretches:
-            slack_ms = (cohort.deadlines_ns[lo] - now_ns) / MS
-            reason = f"slack {slack_ms:.2f} ms: more queries wait than the smallest subnet serves in time"
-            self._refuse(cohort, lo, hi, Status.OVERLOADED, reason, now_ns)
+    @property
+    def n_answered(self) -> int:
+        """Queries that got their terminal answer."""
+        return self.ledger.n_answered
 
-    def _choose(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> Choice | Shed | None:
-        """Ask the policy, with this worker's own corrections applied to its answer."""
-        deadline_ns, cohort, _ = head
-        queue, view = self._queue_view, self._worker_view
-        queue.head_deadline_ns = deadline_ns
-        queue.head_floor = _floor(head)
-        queue.length = len(self.queue)
-        if self._demand is not None:
-            self._demand.settle(now_ns)
-            assert isinstance(self.queue, LaneQueue), "with demand comes a queue in lanes"
-            queue.outranks = self.queue.outranks()
-        view.free_at_ns = max(worker.free_at_ns, now_ns + worker.transport.median_ns // 2)
-        view.allowance_ns = self._return_ns(worker, cohort)
-        choice = self._corrected_choice(worker, now_ns)
-        if choice is None:
-            # Nothing leaves room for a bad day on the way: then the usual way must do.
-            transport = worker.transport
-            view.allowance_ns = transport.median_ns - transport.median_ns // 2 + cohort.client.return_ns
-            choice = self._corrected_choice(worker, now_ns)
-        return choice
+    @property
+    def n_batches(self) -> int:
+        """Batches dispatched so far."""
+        return self.ledger.n_batches
 
-    def _corrected_choice(self, worker: Worker, now_ns: int) -> Choice | Shed | None:
-        queue, view = self._queue_view, self._worker_view
-        view.slowdown = worker.slowdown if abs(worker.slowdown - 1.0) > 0.05 else 1.0
-        for _ in range(3):
-            choice = worker.policy.choose(queue, view, now_ns)
-            if (
-                not isinstance(choice, Choice)
-                or (corrected := worker.corrected(choice.subnet)) <= view.slowdown
-            ):
-                return choice
-            slack_ns = usable_slack_ns(queue, view, now_ns) * view.slowdown
-            if worker.profile.latency_p99_ns(choice.subnet, choice.batch_size) * corrected <= slack_ns:
-                return choice
-            view.slowdown = corrected
-        return choice
+    @property
+    def n_redispatched(self) -> int:
+        """Queries queued a second time."""
+        return self.ledger.n_redispatched
 
-    def _return_ns(self, worker: Worker, cohort: Cohort) -> int:
-        """What the way back may take: nearly the worst seen of this worker's transport, and the client's."""
-        transport = worker.transport
-        client_ns: int = cohort.client.return_bound_ns(self._transits)
-        return transport.bound_ns() - transport.median_ns // 2 + client_ns + self.settings.margin_ns
+    @property
+    def held_bytes(self) -> int:
+        """Payload bytes held."""
+        return self.ledger.held_bytes
 
-    def _rival(self, head: tuple[int, Cohort, int], passed: list[Worker], now_ns: int) -> Worker | None:
-        """Return the earliest-free worker not asked yet that could meet the head's deadline, busy or not."""
-        if not self._uneven or len(passed) > _MAX_RIVALS:
-            return None  # in an even cluster the rest is free later and no quicker
-        floor, limit_ns = _floor(head), self._limit_ns(head)
-        if self._soonest_ns.get(floor, limit_ns) > limit_ns:
-            return None
-        best, soonest_ns = None, limit_ns + 1
-        for worker in self.workers():
-            if worker.machine.state is WorkerState.READY and worker.peer.machine.state is PeerState.LIVE:
-                end_ns = max(now_ns, worker.free_at_ns) + self._alone_ns(worker, floor)
-                soonest_ns = min(soonest_ns, end_ns)
-                earlier = best is None or worker.free_at_ns < best.free_at_ns
-                if end_ns <= limit_ns and earlier and worker not in passed:
-                    best = worker
-        self._soonest_ns[floor] = soonest_ns
-        return best
+    @property
+    def payload_bytes_in(self) -> int:
+        """Payload bytes of all messages that arrived."""
+        return self.ledger.payload_bytes_in
 
-    def _limit_ns(self, head: tuple[int, Cohort, int]) -> int:
-        """When the head's answer must leave the router."""
-        deadline_ns, cohort, _ = head
-        return_ns: int = cohort.client.return_ns
-        return deadline_ns - return_ns
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all outputs that workers sent."""
+        return self.ledger.output_bytes
 
-    def _alone_ns(self, worker: Worker, floor: int) -> int:
-        """What a batch of one on row `floor` and the way back to the router may take."""
-        alone_ns = int(worker.profile.latency_p99_ns(floor, 1) * worker.corrected(floor))
-        transport = worker.transport
-        return alone_ns + transport.bound_ns() - transport.median_ns // 2 + self.settings.margin_ns
+    @property
+    def ok_accuracy(self) -> float:
+        """Percent, summed over the queries that ended OK."""
+        return self.ledger.ok_accuracy
 
-    def _refuse_head(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> None:
-        """Refuse the head, and with it all that not even the smallest subnet alone would answer in time.
+    @property
+    def busy_ns(self) -> int:
+        """Time that GPUs executed batches."""
+        return self.ledger.busy_ns
 
-        Many at once: under overload a refusal must cost less than an answer.
-        """
-        view = self._worker_view  # as the policy last saw it
-        client_ns: int = head[1].client.return_ns
-        alone_ns = worker.profile.latency_p99_ns(0, 1) * worker.corrected(0)
-        begin_ns = max(now_ns, view.free_at_ns)
-        limit_ns = begin_ns + view.allowance_ns - client_ns + int(alone_ns)
-        if head[0] >= limit_ns + client_ns:
-            taken, _ = self.queue.take(1, worker.profile.n_subnets)
-            self._refuse_infeasible(worker, *taken[0], now_ns)
-            return
-        for cohort, lo, hi in self.queue.take_before(limit_ns + client_ns):
-            cut = bisect_left(cohort.deadlines_ns, limit_ns + cohort.client.return_ns, lo, hi)
-            if cut > lo:
-                self._refuse_infeasible(worker, cohort, lo, cut, now_ns)
-            if cut < hi:  # nearer than the head's client: an answer may still reach it
-                self.queue.push(cohort, cut, hi)
+    @property
+    def n_executed(self) -> int:
+        """Queries in those batches."""
+        return self.ledger.n_executed
 
-    def _refuse_infeasible(self, worker: Worker, cohort: Cohort, lo: int, hi: int, now_ns: int) -> None:
-        slack_ms = (cohort.deadlines_ns[lo] - max(now_ns, worker.free_at_ns)) / MS
-        floor = 0 if cohort.floors is None else cohort.floors[lo]
-        alone_ms = worker.profile.latency_p99_ns(floor, 1) * worker.corrected(floor) / MS
-        way_ms = self._return_ns(worker, cohort) / MS
-        name = worker.profile.subnets[floor].name
-        reason = f"slack {slack_ms:.2f} ms once a worker is free; {name} alone takes {alone_ms:.2f} ms"
-        self._refuse(cohort, lo, hi, Status.INFEASIBLE, f"{reason} and the way {way_ms:.2f} ms", now_ns)
+    @property
+    def n_lost_peers(self) -> int:
+        """Worker processes that were lost."""
+        return self.fleet.n_lost_peers
 
-    def _send(self, worker: Worker, choice: Choice, now_ns: int) -> None:
-        stretches, n = self.queue.take(choice.batch_size, choice.subnet)
-        assert n > 0, f"policy {worker.policy.name} chose subnet {choice.subnet} below the head's floor"
-        self.n_batches += 1
-        batch_id = self.n_batches
-        if len(stretches) > 2 and any(s[0].client is not stretches[0][0].client for s in stretches):
-            # Side by side in the batch, a client's queries are answered as one group.
-            stretches.sort(key=_client_serial)
-        for cohort, lo, hi in stretches:
-            if hi - lo == 1:
-                cohort.states[lo] = DISPATCHED
-            else:
-                cohort.states[lo:hi] = b"\x01" * (hi - lo)
-            if cohort.holders is not None:
-                cohort.holders.update(dict.fromkeys(range(lo, hi), batch_id))
-        self.in_flight += n
-        profile, subnet = worker.profile, choice.subnet
-        begin_ns = max(worker.free_at_ns, now_ns + worker.transport.median_ns // 2)
-        corrected = worker.corrected(subnet)
-        expected_ns = int(profile.latency_ns(subnet, n) * corrected)
-        settings = self.settings
-        p99_ns = int(profile.latency_p99_ns(subnet, n) * max(1.0, corrected))
-        limit_ns = settings.overrun_factor * p99_ns + worker.transport.bound_ns() + settings.overrun_grace_ns
-        batch = Batch(batch_id, worker, subnet, n, stretches, now_ns, begin_ns, expected_ns, limit_ns)
-        self.ledger[batch_id] = worker.outstanding[batch_id] = batch
-        heappush(self._overruns, (begin_ns + limit_ns, batch_id))
-        worker.free_at_ns = begin_ns + expected_ns
-        worker.credit -= 1
-        worker.n_batches += 1
-        worker.n_queries += n
-        worker.last_subnet = subnet
-        self._offer(worker)
-        peer = worker.peer
-        self._actions.append(
-            Dispatch(peer.key, peer.epoch, batch_id, worker.slot, subnet, n, stretches, now_ns)
-        )
+    @property
+    def n_stale(self) -> int:
+        """Reports of workers that counted for nothing."""
+        return self.fleet.n_stale
 
+    @property
+    def peers(self) -> dict[Key, Peer]:
+        """The worker processes, by connection."""
+        return self.fleet.peers
 
-def _client_serial(stretch: Stretch) -> int:
-    serial: int = stretch[0].client.serial
-    return serial
+    @property
+    def clients(self) -> dict[Key, ClientState]:
+        """The clients, by connection."""
+        return self.admission.clients
 
+    @property
+    def draining(self) -> bool:
+        """Whether new queries are refused."""
+        return self.admission.draining
 
-def _floor(head: tuple[int, Cohort, int]) -> int:
-    _, cohort, i = head
-    return 0 if cohort.floors is None else cohort.floors[i]
+    def workers(self) -> Iterator[Worker]:
+        """Yield every GPU of every known worker process."""
+        return self.fleet.workers()

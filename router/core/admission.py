@@ -1,60 +1,107 @@
-"""Admission: what becomes of queries as they arrive, are cancelled, or lose their client."""
+"""Admission: who is connected, and which of the queries that arrive may wait."""
 
 from __future__ import annotations
 
-from math import isnan
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from router.core.edf import ANSWERED, QUEUED, Cohort, state_stretches
+from router.core.estimates import RecentQuantiles
 from router.core.events import CancelAsked, ClientJoined, ClientLeft, DrainRouter, QueriesArrived
-from router.core.state import MS, ClientState, CoreState
+from router.core.ledger import ClientState
+from superserve.clock import MS
 from superserve.wire import Status
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from profiles.table import Profile
+    from router.core.events import Key
+    from router.core.ledger import Ledger
+    from router.core.settings import CoreSettings
     from superserve.wire import Queries
 
-_F32_ERROR = 2.0**-18
-"""How far above what was meant a percentage sent as f32 may lie: half of its spacing from 64 to 128."""
+_SAMPLE_EVERY_NS = MS
+"""The way of all clients together is sampled at most this often."""
 
 
-class Admission(CoreState):
-    """Takes events of clients into account."""
+class Admission:
+    """Takes events of clients into account.
 
-    def _client_joined(self, event: ClientJoined, now_ns: int) -> None:
+    Args:
+        ledger: Where queries are entered.
+        settings: The bounds.
+
+    Attributes:
+        clients: Who is connected, by connection.
+        draining: Whether new queries are refused.
+    """
+
+    __slots__ = (
+        "_client_serial", "_ledger", "_model", "_sampled_ns", "_serial", "_sessions", "_settings",
+        "_transits", "clients", "draining",
+    )  # fmt: skip
+
+    def __init__(self, ledger: Ledger, settings: CoreSettings) -> None:
+        self.clients: dict[Key, ClientState] = {}
+        self.draining = False
+        self._ledger = ledger
+        self._model = ledger.model
+        self._settings = settings
+        self._sessions: dict[int, ClientState] = {}
+        self._transits = RecentQuantiles([0] * 8)
+        self._sampled_ns = 0
+        self._serial = 0
+        self._client_serial = 0
+
+    # --- clients ----------------------------------------------------------------------------
+
+    def client_joined(self, event: ClientJoined, now_ns: int) -> None:
+        """Register a client, or let one that is known go on over a new connection."""
         before = self.clients.get(event.client)
         if before is not None and before.session != event.session:
-            self._client_left(ClientLeft(event.client), now_ns)
+            # A connection's name came back with another application behind it: it must not get the answers.
+            self.client_left(ClientLeft(event.client), now_ns)
         client = self._sessions.get(event.session)
         if client is None:
             self._client_serial += 1
-            client = ClientState(event.client, event.session, self._client_serial)
+            client = ClientState(event.client, event.session, self._client_serial, self._transits)
             self._sessions[event.session] = client
         elif client.key is not None:
             self.clients.pop(client.key, None)
         client.key = event.client
         self.clients[event.client] = client
 
-    def _client_left(self, event: ClientLeft, _now_ns: int) -> None:
+    def client_left(self, event: ClientLeft, _now_ns: int) -> None:
+        """Forget a client and what it has in the queue."""
         client = self.clients.pop(event.client, None)
         if client is None:
             return
         client.key = None
         del self._sessions[client.session]
-        for cohort in tuple(client.cohorts.values()):
-            for lo, hi in tuple(state_stretches(cohort, 0, len(cohort.states), QUEUED)):
-                self.queue.forget(cohort, lo, hi)
-                self._close(cohort, lo, hi, Status.CANCELLED)
+        self._ledger.abandon(client)
 
-    def _queries_arrived(self, event: QueriesArrived, now_ns: int) -> None:
+    def cancel_asked(self, event: CancelAsked, now_ns: int) -> None:
+        """End the queries that a client has lost interest in; ids that are not known are ignored."""
+        client = self.clients.get(event.client)
+        if client is None:
+            return
+        wanted = np.frombuffer(event.message.ids, "<u8")
+        for cohort in tuple(client.cohorts.values()):
+            for i in np.flatnonzero(np.isin(_ids(cohort.message), wanted)).tolist():
+                self._ledger.cancel(cohort, i, now_ns)
+
+    def drain(self, _event: DrainRouter, _now_ns: int) -> None:
+        """Refuse new queries from now on."""
+        self.draining = True
+
+    # --- queries ----------------------------------------------------------------------------
+
+    def queries_arrived(self, event: QueriesArrived, now_ns: int) -> None:
+        """Queue a message's queries, or refuse them."""
         client, queries = self.clients[event.client], event.queries
-        n = queries.n
         base_ns = now_ns - event.transit_ns
-        if client.sample_transit(event.transit_ns, now_ns) and now_ns - self._sampled_ns >= MS:
+        if client.sample_transit(event.transit_ns, now_ns) and now_ns - self._sampled_ns >= _SAMPLE_EVERY_NS:
             self._sampled_ns = now_ns
             self._transits.add(max(0, event.transit_ns))
         self._serial += 1
@@ -63,121 +110,99 @@ class Admission(CoreState):
         cohort = Cohort(
             self._serial, client, deadlines_ns, base_ns, now_ns, classes=queries.priority, message=queries
         )
-        if self._demand is not None:
-            self._demand.arrived(slacks_ns)
+        demand = self._model.demand
+        if demand is not None:
+            demand.arrived(slacks_ns)
         if queries.resubmitted and client.cohorts:
-            self._admit_unknown(client, cohort)
-            return
-        self.received += n
-        self._admit(client, cohort, [(0, n)])
+            self._admit(client, cohort, self._unknown(client, cohort))
+        else:
+            self._admit(client, cohort, [(0, queries.n)])
 
-    def _admit_unknown(self, client: ClientState, cohort: Cohort) -> None:
-        """Admit what the client sends again, except what is still on its way to an answer."""
+    def _unknown(self, client: ClientState, cohort: Cohort) -> list[tuple[int, int]]:
+        """Return the stretches of what the client sends again that are not on their way to an answer."""
         ids = _ids(cohort.message)
         known = np.zeros(len(ids), dtype=bool)
         for other in client.cohorts.values():
             waiting = np.frombuffer(other.states, np.uint8) != ANSWERED
             known |= np.isin(ids, _ids(other.message)[waiting])
         cohort.live = int((~known).sum())
-        self.received += cohort.live
         for i in np.flatnonzero(known).tolist():
-            cohort.states[i] = ANSWERED
-        self._admit(client, cohort, list(state_stretches(cohort, 0, len(cohort.states), QUEUED)))
+            cohort.states[i] = ANSWERED  # of this copy: the first one's end is the query's
+        return list(state_stretches(cohort, 0, len(cohort.states), QUEUED))
 
     def _admit(self, client: ClientState, cohort: Cohort, stretches: list[tuple[int, int]]) -> None:
-        n_bytes = cohort.message.n_bytes()
-        self.payload_bytes_in += n_bytes
-        refusal = self._refusal(cohort.message, n_bytes)
+        ledger, queries = self._ledger, cohort.message
+        n_bytes = queries.n_bytes()
+        ledger.receive(cohort.live, n_bytes)
+        refusal = self._refusal(queries, n_bytes)
         if refusal is not None:
             for lo, hi in stretches:
-                self._refuse(cohort, lo, hi, *refusal)
+                ledger.refuse(cohort, lo, hi, *refusal)
             return
         if stretches:
-            # Before any of its queries can end: the last to end gives the bytes back.
-            client.cohorts[cohort.serial] = cohort
-            cohort.n_bytes = n_bytes
-            self.held_bytes += n_bytes
+            ledger.hold(client, cohort, n_bytes)
         for lo, hi in stretches:
             self._admit_stretch(cohort, lo, hi)
 
     def _admit_stretch(self, cohort: Cohort, lo: int, hi: int) -> None:
-        bound = self.settings.max_queries
-        end = min(hi, lo + max(0, bound - len(self.queue) - self.in_flight))
+        bound, queue, ledger = self._settings.max_queries, self._model.queue, self._ledger
+        end = min(hi, lo + max(0, bound - len(queue) - ledger.in_flight))
         if end > lo:
             if cohort.message.min_accuracy is None:
-                self.queue.push(cohort, lo, end)
+                queue.push(cohort, lo, end)
             else:
                 cohort.floors = self._floors(cohort, lo, end)
                 self._push_open(cohort, lo, end)
         if end < hi:
             reason = f"the router holds {bound} queries of at most {bound} (--max-queries): try again later"
-            self._refuse(cohort, end, hi, Status.OVERLOADED, reason)
+            ledger.refuse(cohort, end, hi, Status.OVERLOADED, reason)
 
     def _push_open(self, cohort: Cohort, lo: int, hi: int) -> None:
         """Queue what `_floors` left open; a floor that no subnet reaches was refused there."""
         for start, end in tuple(state_stretches(cohort, lo, hi, QUEUED)):
-            self.queue.push(cohort, start, end)
+            self._model.queue.push(cohort, start, end)
 
     def _refusal(self, queries: Queries, n_bytes: int) -> tuple[Status, str] | None:
-        settings = self.settings
+        settings, held_bytes = self._settings, self._ledger.held_bytes
         if self.draining:
             return Status.DRAINING, "the router is draining: send to another, or try again later"
-        expected, got = self.payload_bytes, queries.payload_bytes
+        expected, got = self._model.payload_bytes, queries.payload_bytes
         if expected is not None and expected != got:
             sizes = "payloads of differing lengths" if queries.lengths is not None else f"{got} bytes"
             return Status.INVALID, f"payload: the model takes {expected} bytes a query, got {sizes}"
-        if self.held_bytes + n_bytes > settings.max_bytes:
-            reason = f"the router holds {self.held_bytes} payload bytes of at most {settings.max_bytes}"
+        if held_bytes + n_bytes > settings.max_bytes:
+            reason = f"the router holds {held_bytes} payload bytes of at most {settings.max_bytes}"
             return Status.OVERLOADED, f"{reason} (--max-bytes): try again later"
         return None
+
+    # --- floors -----------------------------------------------------------------------------
 
     def _floors(self, cohort: Cohort, lo: int, hi: int) -> list[int] | None:
         """Turn accuracies asked for into profile rows; refuse those that no subnet reaches."""
         column = cohort.message.min_accuracy
-        profile = self._reference_profile()
+        profile = self._model.reference
         if column is None or profile is None:
             return cohort.floors
         floors = cohort.floors or [0] * len(cohort.deadlines_ns)
-        for i, accuracy in enumerate(np.frombuffer(column, "<f4")[lo:hi].tolist(), lo):
+        for i, row in enumerate(self._model.floor_rows(column, lo, hi), lo):
             if cohort.states[i] != QUEUED:
                 continue
-            row = None if isnan(accuracy) else profile.floor_row(accuracy - _F32_ERROR)
             if row is None:
+                asked = np.frombuffer(column, "<f4")[i]
                 best = profile.subnets[-1].accuracy
-                reason = f"min_accuracy: the most accurate subnet has {best} %, asked for {accuracy:.2f}"
-                self._refuse(cohort, i, i + 1, Status.INVALID, reason)
+                reason = f"min_accuracy: the most accurate subnet has {best} %, asked for {asked:.2f}"
+                self._ledger.refuse(cohort, i, i + 1, Status.INVALID, reason)
             else:
                 floors[i] = row
         return floors if any(floors) else cohort.floors
 
-    def _floor_waiting(self) -> None:
+    def floor_waiting(self) -> None:
         """Give queries that came before the first profile the floors that they asked for."""
         for client in self._sessions.values():
             for cohort in tuple(client.cohorts.values()):
                 live = cohort.live
                 cohort.floors = self._floors(cohort, 0, len(cohort.states))
-                self.queue.forget(cohort, 0, live - cohort.live)
-
-    def _reference_profile(self) -> Profile | None:
-        return next(iter(self._policies.values()))[0] if self._policies else None
-
-    def _cancel_asked(self, event: CancelAsked, now_ns: int) -> None:
-        client = self.clients.get(event.client)
-        if client is None:
-            return
-        wanted = np.frombuffer(event.ids, "<u8")
-        for cohort in tuple(client.cohorts.values()):
-            for i in np.flatnonzero(np.isin(_ids(cohort.message), wanted)).tolist():
-                self._cancel_one(cohort, i, now_ns)
-
-    def _cancel_one(self, cohort: Cohort, i: int, now_ns: int) -> None:
-        if cohort.states[i] == ANSWERED:
-            return
-        self._leave_state(cohort, i)
-        self._refuse(cohort, i, i + 1, Status.CANCELLED, "cancelled by the client", now_ns)
-
-    def _drain_router(self, _event: DrainRouter, _now_ns: int) -> None:
-        self.draining = True
+                self._model.queue.forget(cohort, 0, live - cohort.live)
 
 
 def _ids(queries: Queries) -> npt.NDArray[np.uint64]:

@@ -1,4 +1,7 @@
-"""What goes into the router core and what comes out of it: plain values, no sockets."""
+"""What goes into the router core and what comes out of it: plain values, no sockets.
+
+A message that a peer sent goes in as it was decoded, beside the connection it came by.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ if TYPE_CHECKING:
 
     from profiles.table import Profile
     from router.core.edf import Cohort, Stretch
-    from superserve.wire import Buffer, DoneRow, PullRow, Queries, Status
+    from router.core.workers import Batch
+    from superserve.wire import Cancel, Done, DoneRow, Pull, Queries, Status
 
 Key = Any
 """How the server names a connection: opaque and hashable."""
@@ -45,10 +49,10 @@ class QueriesArrived:
 
 @dataclass(slots=True)
 class CancelAsked:
-    """A client no longer wants these queries; ids as u64 bytes."""
+    """A client no longer wants some of its queries."""
 
     client: Key
-    ids: Buffer
+    message: Cancel
 
 
 @dataclass(slots=True)
@@ -77,8 +81,7 @@ class Pulled:
     """Queue states of some of a peer's GPUs."""
 
     peer: Key
-    epoch: int
-    rows: Sequence[PullRow]
+    message: Pull
 
 
 @dataclass(slots=True)
@@ -86,8 +89,7 @@ class Finished:
     """Batches that a peer finished."""
 
     peer: Key
-    epoch: int
-    rows: Sequence[DoneRow]
+    message: Done
 
 
 @dataclass(slots=True)
@@ -131,16 +133,14 @@ Event = (
 
 @dataclass(slots=True)
 class Dispatch:
-    """Send a DIRECTIVE."""
+    """Send a batch to its worker, as a DIRECTIVE."""
 
-    peer: Key
-    epoch: int
-    batch_id: int
-    slot: int
-    subnet: int
-    n: int
-    stretches: list[Stretch]
-    now_ns: int
+    batch: Batch
+
+    @property
+    def peer(self) -> Key:
+        """The worker process that hosts the batch's GPU."""
+        return self.batch.worker.peer.key
 
 
 @dataclass(slots=True)

@@ -2,84 +2,116 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
-from router.core.admission import Admission
-from router.core.edf import ANSWERED, DISPATCHED, Cohort
 from router.core.events import (
-    Answer,
     DrainWorker,
     Fence,
     Finished,
     Key,
     Pulled,
-    Ran,
     Released,
     WorkerHeard,
     WorkerJoined,
     WorkerLeft,
 )
-from router.core.lanes import LaneQueue
 from router.core.workers import Batch, Peer, PeerEvent, PeerState, Worker, WorkerEvent, WorkerState
-from router.policies.demand import Demand
-from superserve.errors import ConfigError, WireError
-from superserve.wire import Status
+from superserve.clock import MS
+from superserve.errors import WireError
 
 if TYPE_CHECKING:
-    from profiles.table import Profile
-    from router.policies import Policy
+    from collections.abc import Iterator
+
+    from router.core.ledger import Ledger
+    from router.core.settings import CoreSettings
+    from router.core.slack import Slack
     from superserve.wire import DoneRow
 
-MS = 1_000_000
 _JUDGED_AT_ONCE = 64
 """GPUs looked at in one pass, about: all of a large cluster at once would take milliseconds."""
 
 
-class Fleet(Admission):
-    """Takes events of workers into account, and judges those that are silent or slow."""
+class Fleet:
+    """Takes events of workers into account, and judges those that are silent or slow.
 
-    def _worker_joined(self, event: WorkerJoined, now_ns: int) -> None:
+    Args:
+        ledger: Where a batch's queries go on or end.
+        slack: The formulas.
+        settings: Heartbeats and bounds.
+
+    Attributes:
+        peers: The worker processes, by connection.
+        quickest_ns: The quickest answer that any GPU can give: less slack than that is none. 0 without any.
+        is_uneven: Whether its GPUs differ, so that a head too tight for one may suit another.
+        n_stale: Reports that counted for nothing: of an epoch that is over, or a batch given up.
+        n_lost_peers: Processes that were lost; those that said BYE are not.
+    """
+
+    __slots__ = (
+        "_checked_ns", "_free", "_free_at_most", "_ledger", "_model", "_offer_seq", "_overruns", "_settings",
+        "_slack", "_stall_ns", "_to_judge", "is_uneven", "n_lost_peers", "n_stale", "peers", "quickest_ns",
+    )  # fmt: skip
+
+    def __init__(self, ledger: Ledger, slack: Slack, settings: CoreSettings) -> None:
+        self.peers: dict[Key, Peer] = {}
+        self.quickest_ns = 0
+        self.is_uneven = False
+        self.n_stale = 0
+        self.n_lost_peers = 0
+        self._ledger = ledger
+        self._model = ledger.model
+        self._slack = slack
+        self._settings = settings
+        self._free: list[tuple[int, int, int, Worker]] = []
+        self._free_at_most = 0
+        self._offer_seq = 0
+        self._overruns: list[tuple[int, int]] = []
+        self._checked_ns: int | None = None
+        self._to_judge: list[Peer] = []
+        self._stall_ns = 0
+
+    def workers(self) -> Iterator[Worker]:
+        """Yield every GPU of every known worker process."""
+        for peer in self.peers.values():
+            yield from peer.workers
+
+    def check(self) -> None:
+        """Assert the bounds of every credit."""
+        assert all(worker.credit >= 0 for worker in self.workers())
+
+    def next_wake_ns(self) -> int | None:
+        """Return the instant at which `judge` has something to do."""
+        wake_ns = None
+        if self.peers and self._checked_ns is not None:
+            wake_ns = self._checked_ns + (0 if self._to_judge else self._settings.heartbeat_ns)
+        if self._overruns and (wake_ns is None or self._overruns[0][0] < wake_ns):
+            wake_ns = self._overruns[0][0]
+        return wake_ns
+
+    # --- what workers say -------------------------------------------------------------------
+
+    def joined(self, event: WorkerJoined, now_ns: int) -> None:
+        """Register a worker process; an older life of it on the same connection is lost.
+
+        Raises:
+            ConfigError: Its subnets are not those of the others.
+        """
         before = self.peers.get(event.peer)
         if before is not None:
             self._bury(before, PeerEvent.LOST, now_ns)
-        first = not self._policies
         peer = Peer(event.peer, event.name, event.epoch, now_ns)
         for slot, profile in enumerate(event.profiles):
-            peer.workers.append(Worker(peer, slot, profile, self._policy(profile), now_ns))
-        peer.summarise()
+            peer.workers.append(Worker(peer, slot, profile, self._model.policy_of(profile), now_ns))
+        self._summarise(peer)
         self.peers[event.peer] = peer
-        self.payload_bytes = event.payload_bytes
+        self._model.payload_bytes = event.payload_bytes
         if self._checked_ns is None:
             self._checked_ns = now_ns
-        if first:
-            self._floor_waiting()
-            self._show_demand(peer.workers[0].policy)
-        self._refresh_min_service()
+        self.refresh()
 
-    def _show_demand(self, policy: Policy) -> None:
-        """Keep track of demand, and the queue in lanes, from now on if the policy asks for it."""
-        if getattr(policy, "sees_demand", False):
-            self._demand = self._queue_view.demand = Demand()
-            self.queue = LaneQueue(self.queue)
-
-    def _policy(self, profile: Profile) -> Policy:
-        known = self._policies.get(id(profile))
-        if known is None:
-            reference = self._reference_profile()
-            if reference is not None and _names(reference) != _names(profile):
-                raise ConfigError(
-                    f"profile {profile.name}: expected the subnets of {reference.name}, "
-                    "which the cluster's other workers host"
-                )
-            for other, policy in self._policies.values():
-                if other == profile:
-                    return policy
-            known = self._policies[id(profile)] = (profile, self._make_policy(profile))
-        return known[1]
-
-    def _worker_heard(self, event: WorkerHeard, now_ns: int) -> None:
+    def heard(self, event: WorkerHeard, now_ns: int) -> None:
+        """Note a sign of life."""
         peer = self.peers.get(event.peer)
         if peer is not None:
             self._hear(peer, now_ns)
@@ -92,20 +124,22 @@ class Fleet(Admission):
                 self._offer(worker)
 
     def _speaker(self, key: Key, epoch: int, now_ns: int) -> Peer | None:
-        """Return the peer, or fence whoever speaks under an epoch that is over."""
+        """Return the peer; None, and fence it, if its epoch is over."""
         peer = self.peers.get(key)
         if peer is None or peer.epoch != epoch:
             self.n_stale += 1
-            self._actions.append(Fence(key, f"epoch {epoch} is over: say HELLO again"))
+            self._ledger.actions.append(Fence(key, f"epoch {epoch} is over: say HELLO again"))
             return None
         self._hear(peer, now_ns)
         return peer
 
-    def _pulled(self, event: Pulled, now_ns: int) -> None:
-        peer = self._speaker(event.peer, event.epoch, now_ns)
+    def pulled(self, event: Pulled, now_ns: int) -> None:
+        """Note what GPUs hold and can take."""
+        pull = event.message
+        peer = self._speaker(event.peer, pull.epoch, now_ns)
         if peer is None:
             return
-        for row in event.rows:
+        for row in pull.rows:
             worker = _gpu(peer, row.slot)
             worker.grant(row.credit, row.last_batch)
             worker.expect_free(now_ns, row.free_in_ns, row.last_batch)
@@ -116,11 +150,13 @@ class Fleet(Admission):
             }
             self._offer(worker)
 
-    def _finished(self, event: Finished, now_ns: int) -> None:
-        peer = self._speaker(event.peer, event.epoch, now_ns)
+    def finished(self, event: Finished, now_ns: int) -> None:
+        """Answer the batches that a process has run, learn from them, and note what its GPUs can take."""
+        done = event.message
+        peer = self._speaker(event.peer, done.epoch, now_ns)
         if peer is None:
             return
-        for row in event.rows:
+        for row in done.rows:
             worker = _gpu(peer, row.slot)
             batch = worker.outstanding.get(row.batch_id)
             if batch is not None and batch.n != row.n:
@@ -130,93 +166,27 @@ class Fleet(Admission):
             if batch is None:
                 self.n_stale += 1  # given up before it answered
             else:
-                del self.ledger[row.batch_id], worker.outstanding[row.batch_id]
-                self._finish(batch, row, now_ns)
+                del worker.outstanding[row.batch_id]
+                self._ledger.finish(batch, row, self._learn(batch, row, now_ns), now_ns)
             worker.grant(row.credit, row.last_batch)
             worker.expect_free(now_ns, row.free_in_ns, row.last_batch)
             self._offer(worker)
         self._release(peer)
 
-    def _finish(self, batch: Batch, row: DoneRow, now_ns: int) -> None:
-        """Answer a batch's queries, and learn from how long it took."""
+    def _learn(self, batch: Batch, row: DoneRow, now_ns: int) -> int:
+        """Learn from how long a batch took; return what it and its report were under way."""
         worker = batch.worker
         on_the_way_ns = now_ns - batch.dispatched_ns - row.waited_ns - row.executing_ns
         transport_ns = max(0, on_the_way_ns)
         worker.peer.sample_way(transport_ns, now_ns)
-        if row.statuses is None:
+        if row.statuses is None:  # else part of it was not run, and its time says nothing
             profiled_ns = worker.profile.latency_ns(batch.subnet, batch.n)
             worker.measure(batch.subnet, profiled_ns, row.executing_ns)
         worker.busy_ns += row.executing_ns
-        self.busy_ns += row.executing_ns
-        self.n_executed += batch.n
-        self.output_bytes += len(row.output)
-        outbound_ns = transport_ns // 2
-        ran = Ran(
-            row, batch.subnet, batch.n, worker.profile.subnets[batch.subnet].accuracy,
-            outbound_ns + row.waited_ns, row.executing_ns, transport_ns - outbound_ns,
-        )  # fmt: skip
-        at = 0
-        for cohort, lo, hi in batch.stretches:
-            if cohort.holders is None and cohort.states.count(DISPATCHED, lo, hi) == hi - lo:
-                self.in_flight -= hi - lo
-                self._answer(batch, ran, cohort, lo, hi, at, now_ns)
-            else:
-                self._answer_remaining(batch, ran, cohort, lo, hi, at, now_ns)
-            at += hi - lo
+        return transport_ns
 
-    def _answer_remaining(
-        self, batch: Batch, ran: Ran, cohort: Cohort, lo: int, hi: int, at: int, now_ns: int
-    ) -> None:
-        """Answer those of lo to hi that nobody has answered: the first answer wins."""
-        for i in range(lo, hi):
-            if cohort.states[i] != ANSWERED:
-                self._leave_state(cohort, i)
-                self._answer(batch, ran, cohort, i, i + 1, at + i - lo, now_ns)
-
-    def _answer(self, batch: Batch, ran: Ran, cohort: Cohort, lo: int, hi: int, at: int, now_ns: int) -> None:
-        """End queries lo to hi, which stand at `at` in the batch, as it reports."""
-        queued_ns = batch.dispatched_ns - cohort.arrived_ns
-        arrives_ns = now_ns + cohort.client.return_ns
-        statuses = ran.row.statuses
-        if statuses is None and cohort.deadlines_ns[lo] >= arrives_ns:
-            self._end(ran, cohort, lo, hi, Status.OK, at, queued_ns)
-            return
-        late = bisect_left(cohort.deadlines_ns, arrives_ns, lo, hi)
-        if statuses is None:
-            self._end(ran, cohort, lo, late, Status.LATE, at, queued_ns)
-            if late < hi:
-                self._end(ran, cohort, late, hi, Status.OK, at + late - lo, queued_ns)
-            return
-        for i, byte in enumerate(statuses[at : at + hi - lo], lo):
-            status = _worker_status(byte, late=i < late)
-            self._end(ran, cohort, i, i + 1, status, at + i - lo, queued_ns)
-
-    def _end(
-        self, ran: Ran, cohort: Cohort, lo: int, hi: int, status: Status, at: int, queued_ns: int
-    ) -> None:
-        self._close(cohort, lo, hi, status)
-        if status is Status.OK:
-            self.ok_accuracy += ran.accuracy * (hi - lo)
-        key = cohort.client.key
-        if key is None:
-            return
-        last = self._actions[-1] if self._actions else None
-        if (
-            isinstance(last, Answer)
-            and last.ran is ran
-            and last.client == key
-            and last.status is status
-            and last.at + last.n == at
-            and ran.row.statuses is None
-        ):  # the last answer ends where this begins, and in the same way
-            if last.more is None:
-                last.more = []
-            last.more.append((cohort, lo, hi))
-            last.n += hi - lo
-            return
-        self._actions.append(Answer(key, cohort, lo, hi, hi - lo, status, queued_ns, ran, at))
-
-    def _worker_left(self, event: WorkerLeft, now_ns: int) -> None:
+    def left(self, event: WorkerLeft, now_ns: int) -> None:
+        """Forget a worker process that said BYE or cannot be reached."""
         peer = self.peers.get(event.peer)
         if peer is not None:
             self._bury(peer, PeerEvent.LEFT if event.orderly else PeerEvent.LOST, now_ns)
@@ -226,36 +196,20 @@ class Fleet(Admission):
         peer.machine.on(event)
         self.n_lost_peers += event is PeerEvent.LOST
         del self.peers[peer.key]
-        self._refresh_min_service()
+        self.refresh()  # first: whether its queries have slack left is for those to say who remain
         for worker in peer.workers:
             worker.machine.on(WorkerEvent.LOST)
             worker.credit = 0
             worker.version += 1
-            for batch in worker.outstanding.values():
-                del self.ledger[batch.batch_id]
-                self._lose(batch, now_ns)
-            worker.outstanding.clear()
+            self._lose_all(worker, now_ns)
 
-    def _lose(self, batch: Batch, now_ns: int) -> None:
-        """Requeue a lost batch's queries once, if slack is left; else they end WORKER_LOST."""
-        name = f"{batch.worker.peer.name}:{batch.worker.slot}"
-        for cohort, lo, hi in batch.stretches:
-            for i in range(lo, hi):
-                if cohort.states[i] != DISPATCHED or _holder(cohort, i, batch) != batch.batch_id:
-                    continue
-                losses = cohort.losses = cohort.losses or {}
-                losses[i] = losses.get(i, 0) + 1
-                has_slack = cohort.deadlines_ns[i] >= now_ns + self._min_service_ns
-                if losses[i] == 1 and has_slack and cohort.client.key is not None:
-                    self._requeue(cohort, i)
-                    continue
-                self.in_flight -= 1
-                why = "no slack was left" if not has_slack else "so did the one before it"
-                self._refuse(
-                    cohort, i, i + 1, Status.WORKER_LOST, f"worker {name} was lost and {why}", now_ns
-                )
+    def _lose_all(self, worker: Worker, now_ns: int) -> None:
+        for batch in worker.outstanding.values():
+            self._ledger.lose(batch, self.quickest_ns, now_ns)
+        worker.outstanding.clear()
 
-    def _drain_worker(self, event: DrainWorker, _now_ns: int) -> None:
+    def drain(self, event: DrainWorker, _now_ns: int) -> None:
+        """Give GPUs of a process no more work."""
         peer = self.peers.get(event.peer)
         if peer is None:
             return
@@ -268,20 +222,30 @@ class Fleet(Admission):
     def _release(self, peer: Peer) -> None:
         """Let a peer go when all its GPUs drain and hold nothing of ours."""
         if all(w.machine.state is WorkerState.DRAINING and not w.outstanding for w in peer.workers):
-            self._actions.append(Released(peer.key))
+            self._ledger.actions.append(Released(peer.key))
 
-    # --- judgement ----------------------------------------------------------------------
+    # --- judgement --------------------------------------------------------------------------
+
+    def judge(self, now_ns: int) -> None:
+        """Suspect and bury the silent; take from those that overran what others can still serve."""
+        self._judge_peers(now_ns)
+        overruns = self._overruns
+        while overruns and overruns[0][0] <= now_ns:
+            _, batch_id = heappop(overruns)
+            batch = self._ledger.batches.get(batch_id)
+            if batch is not None:
+                self._judge_batch(batch, now_ns)
 
     def _judge_peers(self, now_ns: int) -> None:
-        """Suspect and bury the silent, a few at a time, each once a heartbeat.
+        """Judge a few processes at a time, each once a heartbeat.
 
-        If this router itself was stalled, nobody is to blame for it.
+        If this router itself was stalled, its peers are not to blame for it.
         """
-        settings, checked_ns = self.settings, self._checked_ns
+        settings, checked_ns = self._settings, self._checked_ns
         if checked_ns is None:
             return
         since_ns = now_ns - checked_ns
-        if not self._to_judge or since_ns > 2 * settings.heartbeat_ns:  # a stall begins the round anew
+        if not self._to_judge or since_ns > 2 * settings.heartbeat_ns:  # a stall begins the round again
             if since_ns < settings.heartbeat_ns:
                 return
             self._checked_ns = now_ns
@@ -294,10 +258,10 @@ class Fleet(Admission):
                 n_gpus += len(peer.workers)
                 self._judge_peer(peer, now_ns)
         if not self._to_judge:
-            self._refresh_min_service()
+            self.refresh()
 
     def _judge_peer(self, peer: Peer, now_ns: int) -> None:
-        settings = self.settings
+        settings = self._settings
         peer.heard_ns = min(now_ns, peer.heard_ns + self._stall_ns)
         quiet_ns = now_ns - peer.heard_ns
         if quiet_ns >= settings.dead_after * settings.heartbeat_ns:
@@ -306,70 +270,80 @@ class Fleet(Admission):
         if quiet_ns >= settings.suspect_after * settings.heartbeat_ns:
             peer.machine.on(PeerEvent.QUIET)
         peer.ease(now_ns, settings.heartbeat_ns)
+        self._summarise(peer)
+
+    def _summarise(self, peer: Peer) -> None:
+        peer.quickest_ns = self._slack.quickest_ns(peer)
         peer.summarise()
 
-    def _refresh_min_service(self) -> None:
-        """The quickest answer any live worker can give: its smallest subnet alone, and the way."""
+    def refresh(self) -> None:
+        """Bring what holds for all GPUs together up to date."""
         peers = self.peers.values()
-        if self._demand is not None:
+        demand = self._model.demand
+        if demand is not None:
             live = [peer for peer in peers if peer.machine.state is PeerState.LIVE]
-            self._demand.capacity = sum([peer.capacity for peer in live])
-        self._min_service_ns = min([peer.quickest_ns for peer in peers], default=0)
+            demand.capacity = sum([peer.capacity for peer in live])
+        self.quickest_ns = min([peer.quickest_ns for peer in peers], default=0)
+        # Stale entries stay in the heap until they come up. A few for each GPU may: clearing them out at
+        # every offer would cost a look at all GPUs.
+        self._free_at_most = 64 + 8 * len(peers) + 4 * sum([len(peer.workers) for peer in peers])
         if not peers:
-            self._uneven = False
+            self.is_uneven = False
             return
         slowest = max([peer.slowdowns[1] for peer in peers])
         ways_ns = [peer.way_ns for peer in peers]
-        self._uneven = (
-            len(self._policies) > 1
+        self.is_uneven = (
+            self._model.n_profiles > 1
             or slowest > 1.05 * min([peer.slowdowns[0] for peer in peers])
             or max(ways_ns) > min(ways_ns) + MS
         )
 
-    def _judge_overruns(self, now_ns: int) -> None:
-        overruns = self._overruns
-        while overruns and overruns[0][0] <= now_ns:
-            _, batch_id = heappop(overruns)
-            batch = self.ledger.get(batch_id)
-            if batch is None:
-                continue
-            worker = batch.worker
-            due_ns = max(batch.begin_ns, worker.answered_ns) + batch.limit_ns
-            first = next(iter(worker.outstanding))
-            if not batch.overran and (due_ns > now_ns or first != batch_id):
-                # Not started yet, or waiting behind another: judged again in its own time.
-                heappush(overruns, (due_ns if due_ns > now_ns else now_ns + batch.limit_ns, batch_id))
-                continue
-            worker.machine.on(WorkerEvent.OVERRAN)
-            worker.version += 1
-            if batch.overran:
-                self._give_up(worker, now_ns)
-                continue
-            batch.overran = True
-            heappush(overruns, (now_ns + max(self.settings.give_up_ns, batch.limit_ns), batch_id))
-            for held in worker.outstanding.values():
-                self._rescue(held, now_ns)
+    def _judge_batch(self, batch: Batch, now_ns: int) -> None:
+        """Judge a batch that may have run for too long."""
+        worker = batch.worker
+        due_ns = max(batch.begin_ns, worker.answered_ns) + batch.limit_ns
+        first = next(iter(worker.outstanding))
+        if not batch.overran and (due_ns > now_ns or first != batch.batch_id):
+            # Not started yet, or waiting behind another: judged again in its own time.
+            at_ns = due_ns if due_ns > now_ns else now_ns + batch.limit_ns
+            heappush(self._overruns, (at_ns, batch.batch_id))
+            return
+        worker.machine.on(WorkerEvent.OVERRAN)
+        worker.version += 1
+        if batch.overran:
+            # Its process lives, and its GPU hangs: the queries must end too.
+            self._lose_all(worker, now_ns)
+            self._release(worker.peer)
+            return
+        batch.overran = True
+        again_ns = now_ns + max(self._settings.give_up_ns, batch.limit_ns)
+        heappush(self._overruns, (again_ns, batch.batch_id))
+        for held in worker.outstanding.values():
+            self._ledger.rescue(held, self.quickest_ns, now_ns)
 
-    def _give_up(self, worker: Worker, now_ns: int) -> None:
-        """Stop waiting for a GPU that hangs while its process lives: its queries must end too."""
-        for batch in worker.outstanding.values():
-            del self.ledger[batch.batch_id]
-            self._lose(batch, now_ns)
-        worker.outstanding.clear()
-        self._release(worker.peer)
+    # --- who is free ------------------------------------------------------------------------
 
-    def _rescue(self, batch: Batch, now_ns: int) -> None:
-        """Queue an overrun batch's queries again where slack is left; whoever answers first wins."""
-        for cohort, lo, hi in batch.stretches:
-            if cohort.client.key is None:
-                continue
-            for i in range(lo, hi):
-                if (
-                    cohort.states[i] == DISPATCHED
-                    and _holder(cohort, i, batch) == batch.batch_id
-                    and cohort.deadlines_ns[i] >= now_ns + self._min_service_ns
-                ):
-                    self._requeue(cohort, i)
+    def first_free(self) -> Worker | None:
+        """Return the earliest-free worker that may be given work."""
+        free = self._free
+        while free:
+            _, _, version, worker = free[0]
+            if version == worker.version and worker.may_take:
+                return worker
+            heappop(free)
+        return None
+
+    def assign(self, batch: Batch) -> None:
+        """Note that a batch was sent to its worker."""
+        worker = batch.worker
+        worker.outstanding[batch.batch_id] = batch
+        heappush(self._overruns, (batch.begin_ns + batch.limit_ns, batch.batch_id))
+        worker.free_at_ns = batch.begin_ns + batch.expected_ns
+        worker.credit -= 1
+        worker.n_batches += 1
+        worker.n_queries += batch.n
+        worker.last_subnet = batch.subnet
+        self._offer(worker)
 
     def _offer(self, worker: Worker) -> None:
         """Put a worker among the free ones, by the instant it is free; older entries go stale."""
@@ -377,9 +351,7 @@ class Fleet(Admission):
         if worker.may_take:
             self._offer_seq += 1
             heappush(self._free, (worker.free_at_ns, self._offer_seq, worker.version, worker))
-            if len(self._free) > 64 + 8 * len(self.peers) + 4 * sum(
-                len(p.workers) for p in self.peers.values()
-            ):
+            if len(self._free) > self._free_at_most:
                 self._free = [entry for entry in self._free if entry[2] == entry[3].version]
                 heapify(self._free)
 
@@ -388,16 +360,3 @@ def _gpu(peer: Peer, slot: int) -> Worker:
     if slot >= len(peer.workers):
         raise WireError(f"slot: {peer.name} has {len(peer.workers)} GPUs, got slot {slot}")
     return peer.workers[slot]
-
-
-def _names(profile: Profile) -> tuple[str, ...]:
-    return tuple(subnet.name for subnet in profile.subnets)
-
-
-def _holder(cohort: Cohort, i: int, batch: Batch) -> int | None:
-    return batch.batch_id if cohort.holders is None else cohort.holders.get(i, batch.batch_id)
-
-
-def _worker_status(byte: int, *, late: bool) -> Status:
-    status = Status(byte)
-    return Status.LATE if late and status is Status.OK else status

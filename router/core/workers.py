@@ -135,9 +135,15 @@ class StateMachine(Generic[S, E]):
 
 @dataclass(slots=True)
 class Batch:
-    """A directive that is out: the ledger's entry.
+    """A directive that is out: the ledger's entry, and what is sent of it.
 
     Attributes:
+        batch_id: Its number on this router, ascending from 1.
+        worker: The GPU that it is for.
+        subnet: Row of the profile.
+        n: Queries in all its stretches.
+        stretches: Its queries, in order of deadline or client by client.
+        dispatched_ns: The instant of dispatch, from which the slack that is left counts.
         begin_ns: When the router expects it to start, as of dispatch.
         expected_ns: Its profiled median latency, corrected for this worker.
         limit_ns: How long it may run before its worker counts as overrun.
@@ -159,10 +165,10 @@ class Peer:
     """A worker process: its key at the server, its heartbeat, its GPUs.
 
     Attributes:
-        quickest_ns: The quickest answer any of its GPUs can give, as of the last `summarise`.
-        slowdowns: Least and greatest slowdown of its GPUs, likewise.
-        way_ns: 99th percentile of the way to it and back, likewise.
-        capacity: Queries a nanosecond that its GPUs serve at their unit costs, likewise.
+        quickest_ns: The quickest answer any of its GPUs can give, as the fleet last reckoned.
+        slowdowns: Least and greatest slowdown of its GPUs, as of the last `summarise`.
+        way_ns: 99th percentile of the way to it and back, as of then.
+        capacity: Queries a nanosecond that its GPUs serve at their unit costs, as of then.
     """
 
     __slots__ = (
@@ -196,9 +202,7 @@ class Peer:
     def summarise(self) -> None:
         """Note what its GPUs have in common; a thousand GPUs are not asked about one query."""
         workers = self.workers
-        alone_ns = min([int(w.profile.latency_p99_ns(0, 1) * w.corrected(0)) for w in workers])
         slowdowns = [w.slowdown for w in workers]
-        self.quickest_ns = alone_ns + self.transport.median_ns
         self.slowdowns = (min(slowdowns), max(slowdowns))
         self.way_ns = self.transport.bound_ns()
         takers = [w for w in workers if w.machine.state is WorkerState.READY]

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from router.core.events import Action
+    from router.core.workers import Batch
     from router.report.health import Health
     from router.serve.server import RouterServer
     from superserve.roles.exposition import HistogramBuckets
@@ -131,20 +132,20 @@ class RouterMetrics:
 
     # --- the loop's side ------------------------------------------------------------------
 
-    def _dispatched(self, action: Dispatch) -> None:
-        now_ns = action.now_ns
-        self._batch_size.add(action.n)
-        self._rows[action.subnet] += action.n
+    def _dispatched(self, batch: Batch) -> None:
+        now_ns = batch.dispatched_ns
+        self._batch_size.add(batch.n)
+        self._rows[batch.subnet] += batch.n
         wait = self._queue_wait
-        for cohort, lo, hi in action.stretches:
+        for cohort, lo, hi in batch.stretches:
             wait.add(now_ns - cohort.arrived_ns, hi - lo)
-        self._slack.add(min([cohort.deadlines_ns[lo] for cohort, lo, _ in action.stretches]) - now_ns)
+        self._slack.add(min([cohort.deadlines_ns[lo] for cohort, lo, _ in batch.stretches]) - now_ns)
 
     def passed(self, server: RouterServer, actions: list[Action], took_ns: int) -> None:
         """Count a pass of the loop and what it dispatched; hand over a snapshot if somebody waits for one."""
         for action in actions:
             if type(action) is Dispatch:
-                self._dispatched(action)
+                self._dispatched(action.batch)
         self._loop.add(took_ns)
         if self.is_wanted:
             self.is_wanted = False

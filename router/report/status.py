@@ -26,7 +26,7 @@ def status_of(core: RouterCore, now_ns: int) -> dict[str, Any]:
 
 def summary_of(core: RouterCore, now_ns: int) -> dict[str, Any]:
     """Return what costs the same however many workers there are."""
-    head = core.queue.head()
+    head, n_out = core.queue.head(), len(core.ledger.batches)
     return {
         "router": {"draining": core.draining},
         "queries": {
@@ -45,7 +45,7 @@ def summary_of(core: RouterCore, now_ns: int) -> dict[str, Any]:
             "head_slack_ms": None if head is None else (head[0] - now_ns) / MS,
             "held_bytes": core.held_bytes,
         },
-        "batches": {"dispatched": core.n_batches, "in_flight": len(core.ledger), "stale": core.n_stale},
+        "batches": {"dispatched": core.n_batches, "in_flight": n_out, "stale": core.n_stale},
         "lost_processes": core.n_lost_peers,
     }
 

@@ -23,19 +23,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from router.core.edf import Cohort, Stretch
-    from router.core.events import Answer, Dispatch
+    from router.core.events import Answer
+    from router.core.workers import Batch
     from superserve.wire import Buffer, DoneRow, Queries
 
 
-def directive_of(action: Dispatch) -> Directive:
-    """Return the DIRECTIVE of a dispatch; payloads, unless they are small, are what the clients sent."""
-    now_ns, stretches = action.now_ns, action.stretches
+def directive_of(batch: Batch) -> Directive:
+    """Return the DIRECTIVE of a batch; payloads, unless they are small, are what the clients sent."""
+    now_ns, stretches, worker = batch.dispatched_ns, batch.stretches, batch.worker
     each = stretches[0][0].message.payload_bytes
-    if len(stretches) > 1 and each * action.n < GATHER_BYTES and _are_alike(stretches, each):
-        segments = [_joined(stretches, action.n, each, now_ns)]
+    if len(stretches) > 1 and each * batch.n < GATHER_BYTES and _are_alike(stretches, each):
+        segments = [_joined(stretches, batch.n, each, now_ns)]
     else:
         segments = [_segment(cohort, lo, hi, now_ns) for cohort, lo, hi in stretches]
-    return Directive(action.epoch, action.batch_id, action.slot, action.subnet, action.n, segments)
+    return Directive(worker.peer.epoch, batch.batch_id, worker.slot, batch.subnet, batch.n, segments)
 
 
 def _are_alike(stretches: list[Stretch], each: int) -> bool:

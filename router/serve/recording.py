@@ -30,19 +30,21 @@ from router.core.events import (
     WorkerJoined,
     WorkerLeft,
 )
-from router.core.state import CoreSettings
+from router.core.settings import CoreSettings
 from router.core.workers import TransitionError
 from router.policies.registry import make_policy
 from superserve.errors import ConfigError, WireError
-from superserve.wire import DoneRow, PullRow, Queries
+from superserve.wire import Cancel, Done, DoneRow, Pull, PullRow, Queries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from router.core.events import Action, Event
+    from router.core.workers import Batch
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of the log. 2: a worker's and a client's messages stand in their events whole, as they were decoded."""
 _FLUSH_LINES = 1_000
 
 
@@ -71,10 +73,13 @@ class Recorder:
                 "queries": _queries(event.queries),
             }
         elif isinstance(event, Finished):
-            body = {"peer": event.peer, "epoch": event.epoch, "rows": [_done_row(r) for r in event.rows]}
+            done = event.message
+            message = {"epoch": done.epoch, "rows": [_done_row(row) for row in done.rows]}
+            body = {"peer": event.peer, "message": message}
+        elif isinstance(event, Pulled | CancelAsked):
+            body = _named(event) | {"message": _named(event.message)}
         else:
-            # Not asdict: it copies, and buffers of received frames cannot be.
-            body = {field.name: getattr(event, field.name) for field in fields(event)}
+            body = _named(event)
         self._write([now_ns, name, body])
 
     def advance(self, now_ns: int, actions: Sequence[Action]) -> None:
@@ -104,6 +109,11 @@ class Recorder:
         self._lines.clear()
 
 
+def _named(value: Event | Pull | Cancel) -> dict[str, Any]:
+    """Return the fields. Not asdict: it copies, and buffers of received frames cannot be."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, bytes | memoryview):
         return bytes(value).hex()
@@ -121,11 +131,13 @@ def _done_row(row: DoneRow) -> dict[str, Any]:
 
 
 def _dispatches(actions: Sequence[Action]) -> list[Any]:
-    return [
-        [a.batch_id, _name_of(a.peer), a.slot, a.subnet, [[c.serial, lo, hi] for c, lo, hi in a.stretches]]
-        for a in actions
-        if isinstance(a, Dispatch)
-    ]
+    return [_batch(action.batch) for action in actions if isinstance(action, Dispatch)]
+
+
+def _batch(batch: Batch) -> list[Any]:
+    worker = batch.worker
+    stretches = [[cohort.serial, lo, hi] for cohort, lo, hi in batch.stretches]
+    return [batch.batch_id, _name_of(worker.peer.key), worker.slot, batch.subnet, stretches]
 
 
 def _name_of(key: Any) -> str:
@@ -242,6 +254,18 @@ def _read_done_row(body: dict[str, Any]) -> DoneRow:
     return DoneRow(output=bytes(size), **fields)
 
 
+def _read_done(body: dict[str, Any]) -> Done:
+    return Done(body["epoch"], [_read_done_row(row) for row in body["rows"]])
+
+
+def _read_cancel(body: dict[str, Any]) -> Cancel:
+    return Cancel(**(body | {"ids": bytes.fromhex(body["ids"])}))
+
+
+def _read_pull(body: dict[str, Any]) -> Pull:
+    return Pull(body["epoch"], [_pull_row(row) for row in body["rows"]])
+
+
 def _pull_row(body: dict[str, Any]) -> PullRow:
     nan = float("nan")  # which JSON lacks
     fields: dict[str, Any] = {name: nan if value is None else value for name, value in body.items()}
@@ -252,11 +276,11 @@ _READERS: dict[str, Callable[[dict[str, Any], list[Profile]], Event]] = {
     "ClientJoined": lambda b, _: ClientJoined(**b),
     "ClientLeft": lambda b, _: ClientLeft(**b),
     "QueriesArrived": lambda b, _: QueriesArrived(b["client"], _read_queries(b["queries"]), b["transit_ns"]),
-    "CancelAsked": lambda b, _: CancelAsked(b["client"], bytes.fromhex(b["ids"])),
+    "CancelAsked": lambda b, _: CancelAsked(b["client"], _read_cancel(b["message"])),
     "WorkerJoined": lambda b, p: WorkerJoined(**(b | {"profiles": [p[number] for number in b["profiles"]]})),
     "WorkerHeard": lambda b, _: WorkerHeard(**b),
-    "Pulled": lambda b, _: Pulled(b["peer"], b["epoch"], [_pull_row(row) for row in b["rows"]]),
-    "Finished": lambda b, _: Finished(b["peer"], b["epoch"], [_read_done_row(row) for row in b["rows"]]),
+    "Pulled": lambda b, _: Pulled(b["peer"], _read_pull(b["message"])),
+    "Finished": lambda b, _: Finished(b["peer"], _read_done(b["message"])),
     "WorkerLeft": lambda b, _: WorkerLeft(**b),
     "DrainWorker": lambda b, _: DrainWorker(**b),
     "DrainRouter": lambda _b, _p: DrainRouter(),

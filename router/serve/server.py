@@ -39,7 +39,7 @@ from router.core.events import (
     WorkerJoined,
     WorkerLeft,
 )
-from router.core.state import CoreSettings
+from router.core.settings import CoreSettings
 from router.core.workers import TransitionError
 from router.policies.registry import make_policy
 from router.report.load import Load
@@ -291,7 +291,7 @@ class RouterServer:
         n = n_of_workers + n_of_clients
         now_ns = time.monotonic_ns()
         self._keep_alive(now_ns)
-        if n == 0 and not self.core.ledger and now_ns - self._collected_ns >= _COLLECT_NS:
+        if n == 0 and not self.core.ledger.batches and now_ns - self._collected_ns >= _COLLECT_NS:
             self._collected_ns = now_ns
             gc.collect(0)
         actions = self.core.advance(now_ns)
@@ -419,7 +419,7 @@ class RouterServer:
         self._handle(QueriesArrived(key, queries, min(transit_ns, _MAX_TRANSIT_NS)), now_ns)
 
     def _cancel(self, key: bytes, message: Cancel, now_ns: int) -> None:
-        self._handle(CancelAsked(key, message.ids), now_ns)
+        self._handle(CancelAsked(key, message), now_ns)
 
     def _client_pong(self, key: bytes, pong: Pong, now_ns: int) -> None:
         connection = self._clients[key]
@@ -517,10 +517,10 @@ class RouterServer:
                 self._forget_worker(key, now_ns, orderly=False)
 
     def _pull(self, key: bytes, pull: Pull, now_ns: int) -> None:
-        self._handle(Pulled(key, pull.epoch, pull.rows), now_ns)
+        self._handle(Pulled(key, pull), now_ns)
 
     def _done(self, key: bytes, done: Done, now_ns: int) -> None:
-        self._handle(Finished(key, done.epoch, done.rows), now_ns)
+        self._handle(Finished(key, done), now_ns)
 
     def _worker_pong(self, key: bytes, pong: Pong, now_ns: int) -> None:
         connection = self._workers[key]
@@ -648,7 +648,7 @@ class RouterServer:
                 else:
                     of_client.append(action)
             elif isinstance(action, Dispatch):
-                frames = wire.encode_directive(directive_of(action))
+                frames = wire.encode_directive(directive_of(action.batch))
                 if not send(self._worker_socket, [action.peer, *frames]):
                     lost.append(action.peer)
             elif isinstance(action, Fence):

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING
 
 from router.core import RouterCore
 from router.core.events import Answer, ClientJoined, Dispatch, Finished, Pulled, QueriesArrived, WorkerJoined
-from router.core.state import CoreSettings
+from router.core.settings import CoreSettings
 from router.policies.registry import make_policy
 from router.serve.directives import directive_of, results_of
 from superserve import wire
 from superserve.clock import MS
 from superserve.net.sockets import REST_NS
-from superserve.wire import Done, DoneRow, PullRow, Queries
+from superserve.wire import Done, DoneRow, Pull, PullRow, Queries
 
 if TYPE_CHECKING:
     from profiles.table import Profile
+    from router.core.workers import Batch
 
 STAGES = ("decode", "admit", "decide", "direct", "finish", "answer")
 """In the order of a query's life: QUERIES and DONE to messages, queries to the queue, the queue to
@@ -102,7 +103,8 @@ class _Path:
         for peer in range(0, shape.n_gpus, shape.gpus_per_process):
             n = min(shape.gpus_per_process, shape.n_gpus - peer)
             core.handle(WorkerJoined(peer, f"process {peer}", 1, [shape.profile] * n, len(_PAYLOAD)), now_ns)
-            core.handle(Pulled(peer, 1, [PullRow(slot, 2, 0, 0, 0, 0) for slot in range(n)]), now_ns)
+            rows = [PullRow(slot, 2, 0, 0, 0, 0) for slot in range(n)]
+            core.handle(Pulled(peer, Pull(1, rows)), now_ns)
         for i, key in enumerate(self._keys):
             core.handle(ClientJoined(key, i), now_ns)
         self._refill()
@@ -161,7 +163,7 @@ class _Path:
             message = wire.decode(frames)
             decoded = time.perf_counter_ns()
             assert isinstance(message, Done), "it was encoded as such"
-            self.core.handle(Finished(peer, 1, message.rows), self.now_ns)
+            self.core.handle(Finished(peer, message), self.now_ns)
             self.taken_ns["decode"] += decoded - began
             self.taken_ns["finish"] += time.perf_counter_ns() - decoded
 
@@ -183,7 +185,7 @@ class _Path:
                 wire.encode_results(results)
         answered = time.perf_counter_ns()
         for action in dispatches:
-            wire.encode_directive(directive_of(action))
+            wire.encode_directive(directive_of(action.batch))
         directed = time.perf_counter_ns()
         taken = self.taken_ns
         taken["decide"] += decided - began
@@ -191,23 +193,23 @@ class _Path:
         taken["direct"] += directed - answered
         self.worst_advance_ns = max(self.worst_advance_ns, decided - began)
         for action in dispatches:
-            self._start(action)
+            self._start(action.batch)
 
-    def _start(self, action: Dispatch) -> None:
+    def _start(self, batch: Batch) -> None:
         """Run a batch as a GPU of its profile would."""
-        gpu = action.peer + action.slot
+        gpu = batch.worker.peer.key + batch.worker.slot
         received_ns = self.now_ns + _TRANSIT_NS
         began_ns = max(received_ns, self._free_ns[gpu])
-        executing_ns = self.shape.profile.latency_ns(action.subnet, action.n)
+        executing_ns = self.shape.profile.latency_ns(batch.subnet, batch.n)
         self._free_ns[gpu] = began_ns + executing_ns
-        self._last[gpu] = action.batch_id
+        self._last[gpu] = batch.batch_id
         self._out[gpu] += 1
         self.n_batches += 1
         row = DoneRow(
-            action.batch_id, action.slot, 0, 0, action.n, began_ns - received_ns, executing_ns, 0, 0, 4,
-            bytes(4 * action.n),
+            batch.batch_id, batch.worker.slot, 0, 0, batch.n, began_ns - received_ns, executing_ns, 0, 0, 4,
+            bytes(4 * batch.n),
         )  # fmt: skip
-        heappush(self._ends, (self._free_ns[gpu], action.batch_id, gpu, row))
+        heappush(self._ends, (self._free_ns[gpu], batch.batch_id, gpu, row))
 
 
 def path_cost(shape: PathShape, n_queries: int) -> PathCost:

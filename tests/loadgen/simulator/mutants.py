@@ -1,4 +1,4 @@
-"""Router cores that are broken on purpose, each in one line that somebody might well have written.
+"""Parts of router cores that are broken on purpose, each in one line that might well have been written.
 
 The chaos checker must find each of them: a check that cannot fail proves nothing.
 """
@@ -6,13 +6,18 @@ The chaos checker must find each of them: a check that cannot fail proves nothin
 from __future__ import annotations
 
 import sys
+from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from loadgen.simulator.chaos import find_violation
 from router.core import RouterCore
+from router.core.admission import Admission
+from router.core.dispatch import Dispatcher
 from router.core.edf import ANSWERED, EdfQueue
 from router.core.events import Answer
+from router.core.fleet import Fleet
+from router.core.ledger import Ledger
 from router.policies import Choice, Shed
 from superserve.clock import MS
 from superserve.wire import Status
@@ -20,15 +25,14 @@ from superserve.wire import Status
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from profiles.table import Profile
+    from router.core.dispatch import Head
     from router.core.edf import Cohort, Stretch
-    from router.core.events import Action, Key, Ran
-    from router.core.state import CoreSettings
+    from router.core.events import Key, Ran
+    from router.core.model import Model
     from router.core.workers import Batch, Peer, Worker
-    from router.policies import Policy
 
 
-class DropsRedispatch(RouterCore):
+class DropsRedispatch(Ledger):
     """Forgets to queue again what a lost worker held: it stays in flight, in nobody's hands."""
 
     def _requeue(self, cohort: Cohort, i: int) -> None:
@@ -36,7 +40,7 @@ class DropsRedispatch(RouterCore):
         holders[i] = None
 
 
-class AnswersTwice(RouterCore):
+class AnswersTwice(Ledger):
     """Does not look whether a query that two workers ran has its answer already."""
 
     def _answer_remaining(
@@ -45,23 +49,21 @@ class AnswersTwice(RouterCore):
         for i in range(lo, hi):
             if cohort.states[i] == ANSWERED and cohort.client.key is not None:
                 answer = Answer(cohort.client.key, cohort, i, i + 1, 1, Status.OK, 0, ran, at + i - lo)
-                self._actions.append(answer)
+                self.actions.append(answer)
         super()._answer_remaining(batch, ran, cohort, lo, hi, at, now_ns)
 
 
-class DispatchesExpired(RouterCore):
+class DispatchesExpired(Dispatcher):
     """Gives out work before it ends what has expired, on the smallest subnet where nothing fits."""
 
-    def advance(self, now_ns: int) -> list[Action]:
+    def decide(self, now_ns: int) -> None:
         """Decide, in the wrong order."""
-        self._judge_peers(now_ns)
-        self._judge_overruns(now_ns)
         self._awaited = None
-        if self.queue:
+        if self._model.queue:
             self._dispatch(now_ns)
-        return super().advance(now_ns)
+        super().decide(now_ns)
 
-    def _choose(self, worker: Worker, head: tuple[int, Cohort, int], now_ns: int) -> Choice | Shed | None:
+    def _choose(self, worker: Worker, head: Head, now_ns: int) -> Choice | Shed | None:
         floor = 0 if head[1].floors is None else head[1].floors[head[2]]
         return super()._choose(worker, head, now_ns) or Choice(floor, 1)
 
@@ -81,27 +83,26 @@ class _Hasty(EdfQueue):
         return (taken, n) if n else super().take(k, subnet, until_ns)
 
 
-class LeavesTheHead(RouterCore):
+class LeavesTheHead(Ledger):
     """Gives a worker what came later, and leaves the earliest deadline in the queue."""
 
-    def __init__(
-        self, make_policy: Callable[[Profile], Policy], settings: CoreSettings | None = None
-    ) -> None:
-        super().__init__(make_policy, settings)
-        self.queue = _Hasty()
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        model.queue = _Hasty()
 
 
-class SendsOnNoCredit(RouterCore):
+class SendsOnNoCredit(Fleet):
     """Does not deduct what it sends from what a worker said that it can take."""
 
-    def _send(self, worker: Worker, choice: Choice, now_ns: int) -> None:
-        super()._send(worker, choice, now_ns)
-        worker.credit = max(1, worker.credit)
-        self._offer(worker)
+    def assign(self, batch: Batch) -> None:
+        """Note a batch, and offer its worker all the same."""
+        super().assign(batch)
+        batch.worker.credit = max(1, batch.worker.credit)
+        self._offer(batch.worker)
 
 
-class TrustsOldLives(RouterCore):
-    """Listens to whoever has a known name, under whatever epoch."""
+class TrustsOldLives(Fleet):
+    """Listens to whatever has a known name, under whatever epoch."""
 
     def _speaker(self, key: Key, _epoch: int, now_ns: int) -> Peer | None:
         peer = self.peers.get(key)
@@ -110,7 +111,7 @@ class TrustsOldLives(RouterCore):
         return peer
 
 
-class TellsLate(RouterCore):
+class TellsLate(Dispatcher):
     """Looks for what has expired ten times a second."""
 
     looked_ns = 0
@@ -126,27 +127,33 @@ class TellsLate(RouterCore):
         return None if wake_ns is None else max(wake_ns, self.looked_ns + 100 * MS)
 
 
-class TakesTooMany(RouterCore):
+class TakesTooMany(Admission):
     """Queues whatever comes."""
 
     def _admit_stretch(self, cohort: Cohort, lo: int, hi: int) -> None:
         if cohort.message.min_accuracy is None:
-            self.queue.push(cohort, lo, hi)
+            self._model.queue.push(cohort, lo, hi)
         else:
             super()._admit_stretch(cohort, lo, hi)
 
 
-MUTANTS: dict[str, tuple[type[RouterCore], str]] = {
-    "re-dispatch dropped": (DropsRedispatch, "in nobody's hands"),
-    "answered twice": (AnswersTwice, "was answered twice"),
-    "expired work dispatched": (DispatchesExpired, "was dispatched .* ms too late"),
-    "head left behind": (LeavesTheHead, "passed over the head|left behind a query"),
-    "credit ignored": (SendsOnNoCredit, "a GPU was sent 3 batches"),
-    "old lives trusted": (TrustsOldLives, "epoch .* is over"),
-    "expiry told late": (TellsLate, "expired in the queue and was told"),
-    "bound ignored": (TakesTooMany, "more queries than --max-queries"),
+MUTANTS: dict[str, tuple[Callable[..., RouterCore], str]] = {
+    "re-dispatch dropped": (partial(RouterCore, ledger=DropsRedispatch), "in nobody's hands"),
+    "answered twice": (partial(RouterCore, ledger=AnswersTwice), "was answered twice"),
+    "expired work dispatched": (
+        partial(RouterCore, dispatcher=DispatchesExpired),
+        "was dispatched .* ms too late",
+    ),
+    "head left behind": (
+        partial(RouterCore, ledger=LeavesTheHead),
+        "passed over the head|left behind a query",
+    ),
+    "credit ignored": (partial(RouterCore, fleet=SendsOnNoCredit), "a GPU was sent 3 batches"),
+    "old lives trusted": (partial(RouterCore, fleet=TrustsOldLives), "epoch .* is over"),
+    "expiry told late": (partial(RouterCore, dispatcher=TellsLate), "expired in the queue and was told"),
+    "bound ignored": (partial(RouterCore, admission=TakesTooMany), "more queries than --max-queries"),
 }
-"""What each does, and what the checker says of it."""
+"""How each core is built, and what the checker says of it."""
 
 
 def main() -> None:

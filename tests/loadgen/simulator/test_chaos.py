@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
 
 from loadgen.simulator import chaos
 from loadgen.simulator.chaos import find_violation, run_schedule, run_schedules
-from tests.loadgen.simulator.mutants import MUTANTS, DropsRedispatch
-
-if TYPE_CHECKING:
-    from router.core import RouterCore
+from tests.loadgen.simulator.mutants import MUTANTS
 
 
 @pytest.mark.parametrize("first", range(0, 300, 60))
@@ -45,7 +41,7 @@ def test_a_broken_core_is_found(name: str) -> None:
 
 def test_a_failing_seed_prints_the_command_that_replays_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is printed of a broken core is a command line, and that prints the faults of the seed."""
-    broken: type[RouterCore] = DropsRedispatch
+    broken, _ = MUTANTS["re-dispatch dropped"]
     found = find_violation(broken, at_most=100)
     assert found is not None
     monkeypatch.setattr(chaos, "run_schedule", lambda seed: run_schedule(seed, broken))

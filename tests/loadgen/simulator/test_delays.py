@@ -60,3 +60,12 @@ def test_a_folder_without_logs_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"router\.jsonl: expected a readable event log"):
         load_machine(tmp_path, trace)
+
+
+@pytest.mark.parametrize("log", [b"", b"[]\n", b'{"schema":1}\n[1,"advance",[]]\n'])
+def test_a_log_of_another_version_is_refused(tmp_path: Path, log: bytes) -> None:
+    """Older logs hold reports in another shape: the error says which version is expected."""
+    (tmp_path / "router.jsonl").write_bytes(log)
+
+    with pytest.raises(ConfigError, match=r"router\.jsonl: expected a router's event log of schema 2"):
+        load_machine(tmp_path, load_trace("poisson:rate=100", duration_s=1.0))

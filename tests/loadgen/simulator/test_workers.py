@@ -15,7 +15,8 @@ from loadgen.simulator import world as simulation
 from loadgen.simulator.workers import SimGpu
 from profiles.table import load_profile
 from router.core.edf import Cohort
-from router.core.events import Dispatch
+from router.core.workers import Batch, Peer, Worker
+from router.policies.slackfit import SlackFit
 from router.serve.directives import directive_of
 from superserve.clock import MS
 from superserve.wire import DoneRow, Queries
@@ -31,7 +32,7 @@ def test_what_is_played_has_the_numbers_of_what_it_plays() -> None:
     assert simulation.PULL_EVERY_NS == server.PULL_EVERY_NS
 
 
-def dispatch_of(rng: random.Random, batch_id: int, now_ns: int) -> Dispatch:
+def batch_of(rng: random.Random, batch_id: int, now_ns: int) -> Batch:
     """Return a batch of one or two messages, some of whose queries may expire on the way."""
     stretches = []
     for serial in range(rng.randint(1, 2)):
@@ -42,7 +43,11 @@ def dispatch_of(rng: random.Random, batch_id: int, now_ns: int) -> Dispatch:
         cohort = Cohort(serial, None, [now_ns + slack for slack in slacks], now_ns, now_ns, message=queries)
         stretches.append((cohort, 0, len(slacks)))
     n = sum(hi for _, _, hi in stretches)
-    return Dispatch(0, 1, batch_id, 0, rng.randrange(CNN.n_subnets), n, stretches, now_ns)
+    worker = Worker(Peer(0, "process", 1, now_ns), 0, CNN, SlackFit(CNN), now_ns)
+    return Batch(
+        batch_id=batch_id, worker=worker, subnet=rng.randrange(CNN.n_subnets), n=n, stretches=stretches,
+        dispatched_ns=now_ns, begin_ns=now_ns, expected_ns=0, limit_ns=0,
+    )  # fmt: skip
 
 
 @settings(max_examples=200, deadline=None)
@@ -60,9 +65,9 @@ def test_a_simulated_gpu_does_what_an_emulated_one_does(seed: int) -> None:
             rows.append(simulated.finish(now_ns))
         assert [told(report.row) for report in reports] == [told(row) for row in rows]
         if simulated.n_outstanding < sim_workers.CAPACITY:
-            dispatch = dispatch_of(rng, batch_id, now_ns - rng.randrange(2 * MS))
-            assert emulated.submit(directive_of(dispatch), now_ns)
-            simulated.submit(dispatch, now_ns)
+            batch = batch_of(rng, batch_id, now_ns - rng.randrange(2 * MS))
+            assert emulated.submit(directive_of(batch), now_ns)
+            simulated.submit(batch, now_ns)
         state = emulated.state(now_ns)
         assert simulated.state(now_ns) == (state.credit, state.held, state.free_in_ns)
         assert simulated.last_batch == state.last_batch
@@ -82,9 +87,9 @@ def test_actuation_is_paid_when_the_subnet_changes() -> None:
     rng = random.Random(1)
     took = []
     for batch_id, subnet in enumerate([2, 2, 3], 1):
-        dispatch = dispatch_of(rng, batch_id, 0)
-        dispatch.subnet = subnet
-        gpu.submit(dispatch, 0)
+        batch = batch_of(rng, batch_id, 0)
+        batch.subnet = subnet
+        gpu.submit(batch, 0)
         assert gpu.running is not None
         n_run = gpu.n_run
         row = gpu.finish(gpu.running.ended_ns)

@@ -30,15 +30,15 @@ from router.core.lanes import LaneQueue
 from router.core.workers import PeerState, WorkerState
 from router.policies.slackfit import SlackFit
 from superserve.clock import MS
-from superserve.wire import VARIED, DoneRow, PullRow, Queries, Status
+from superserve.wire import VARIED, Cancel, Done, DoneRow, Pull, PullRow, Queries, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from profiles.table import Profile
     from router.core.edf import Cohort
-    from router.core.state import CoreSettings
-    from router.core.workers import Worker
+    from router.core.settings import CoreSettings
+    from router.core.workers import Batch, Worker
     from router.policies import Policy
 
 CNN = load_profile("cnn-8gpu-modelled")
@@ -162,7 +162,7 @@ class World:
             PullRow(slot, DEPTH - len(g.held), len(g.held), 0, g.last_batch, 0)
             for slot, g in enumerate(process.gpus)
         ]
-        self.do(Pulled(process.key, process.epoch, rows))
+        self.do(Pulled(process.key, Pull(process.epoch, rows)))
 
     def client(self, key: str = "client", session: int = 1) -> None:
         """Let a client say HELLO."""
@@ -204,7 +204,7 @@ class World:
 
     def cancel(self, *ids: int, client: str = "client") -> None:
         """Cancel these queries."""
-        self.do(CancelAsked(client, pack_u64(ids)))
+        self.do(CancelAsked(client, Cancel(1, len(ids), pack_u64(ids))))
 
     def leave(self, client: str = "client") -> None:
         """Let a client go."""
@@ -284,10 +284,10 @@ class World:
                     self._record(action)
                 case Fence() | Released():
                     pass
-        self._check_order([action for action in actions if isinstance(action, Dispatch)])
+        self._check_order([action.batch for action in actions if isinstance(action, Dispatch)])
         return actions
 
-    def _check_order(self, batches: Sequence[Dispatch]) -> None:
+    def _check_order(self, batches: Sequence[Batch]) -> None:
         """Assert earliest deadline first; in lanes a batch may pass over floors above its subnet."""
         queue = self.core.queue
         if isinstance(queue, LaneQueue):
@@ -308,27 +308,27 @@ class World:
             self.answered_ns[answer.client, i] = self.now_ns
 
     def _check_dispatch(self, action: Dispatch) -> None:
-        terms = [_terms(cohort, i) for cohort, lo, hi in action.stretches for i in range(lo, hi)]
-        assert len(terms) == action.n
+        terms = [_terms(cohort, i) for cohort, lo, hi in action.batch.stretches for i in range(lo, hi)]
+        assert len(terms) == action.batch.n
         assert min(terms)[0] >= self.now_ns, "an expired query was dispatched"
-        assert all(floor <= action.subnet for _, floor in terms), "a floor was not honoured"
+        assert all(floor <= action.batch.subnet for _, floor in terms), "a floor was not honoured"
         peer = self.core.peers[action.peer]
         assert peer.machine.state is PeerState.LIVE
-        assert peer.workers[action.slot].machine.state is WorkerState.READY
+        assert peer.workers[action.batch.worker.slot].machine.state is WorkerState.READY
 
     def _receive(self, action: Dispatch) -> None:
         process = self.processes[action.peer]
-        gpu = process.gpus[action.slot]
-        if not process.alive or process.epoch != action.epoch:
+        gpu = process.gpus[action.batch.worker.slot]
+        if not process.alive or process.epoch != action.batch.worker.peer.epoch:
             return
         if self.on_dispatch is not None:
             self.on_dispatch(action, gpu)
-        gpu.held.append(action.batch_id)
+        gpu.held.append(action.batch.batch_id)
         assert len(gpu.held) <= DEPTH, "a batch was sent without credit"
-        gpu.last_batch = action.batch_id
+        gpu.last_batch = action.batch.batch_id
         arrived_ns = self.now_ns + self.way_ns
         started_ns = max(arrived_ns, gpu.free_at_ns)
-        executing_ns = int(gpu.profile.latency_ns(action.subnet, action.n) * gpu.speed)
+        executing_ns = int(gpu.profile.latency_ns(action.batch.subnet, action.batch.n) * gpu.speed)
         gpu.free_at_ns = started_ns + executing_ns
         if gpu.hung:
             return
@@ -339,9 +339,9 @@ class World:
     def _end(self, process: Process, action: Dispatch, waited_ns: int, executing_ns: int) -> None:
         if not process.alive:
             return
-        gpu = process.gpus[action.slot]
-        gpu.held.remove(action.batch_id)
-        gpu.n_run += action.n
+        gpu = process.gpus[action.batch.worker.slot]
+        gpu.held.remove(action.batch.batch_id)
+        gpu.n_run += action.batch.n
         row = self.done_row(
             action, gpu, waited_ns=waited_ns, executing_ns=executing_ns, statuses=gpu.statuses
         )
@@ -358,24 +358,24 @@ class World:
     ) -> DoneRow:
         """Return what a GPU says once it has run a directive."""
         return DoneRow(
-            batch_id=action.batch_id,
-            slot=action.slot,
+            batch_id=action.batch.batch_id,
+            slot=action.batch.worker.slot,
             credit=DEPTH - len(gpu.held),
             held=len(gpu.held),
-            n=action.n,
+            n=action.batch.n,
             waited_ns=waited_ns,
             executing_ns=executing_ns,
             last_batch=gpu.last_batch,
             free_in_ns=max(0, gpu.free_at_ns - self.now_ns),
             output_bytes=4 if statuses is None else VARIED,
-            output=b"\x00" * 4 * action.n if statuses is None else b"",
-            statuses=None if statuses is None else bytes([statuses]) * action.n,
-            lengths=None if statuses is None else bytes(4 * action.n),
+            output=b"\x00" * 4 * action.batch.n if statuses is None else b"",
+            statuses=None if statuses is None else bytes([statuses]) * action.batch.n,
+            lengths=None if statuses is None else bytes(4 * action.batch.n),
         )
 
     def _report(self, process: Process, row: DoneRow) -> None:
         if process.alive:
-            self.core.handle(Finished(process.key, process.epoch, [row]), self.now_ns)
+            self.core.handle(Finished(process.key, Done(process.epoch, [row])), self.now_ns)
 
 
 def _terms(cohort: Cohort, i: int) -> tuple[int, int]:

@@ -16,10 +16,9 @@ def test_only_policies_that_ask_are_shown_demand() -> None:
     plain, seeing = World(), World(make_policy=DemandFit)
     for world in (plain, seeing):
         world.join("p", CNN)
-    assert plain.core._demand is None
-    assert plain.core._queue_view.demand is None
+    assert plain.core.model.demand is None
     assert not isinstance(plain.core.queue, LaneQueue)
-    assert seeing.core._queue_view.demand is seeing.core._demand is not None
+    assert seeing.core.model.demand is not None
     assert isinstance(seeing.core.queue, LaneQueue)
 
 
@@ -28,7 +27,7 @@ def test_capacity_follows_the_workers() -> None:
     world = World(make_policy=DemandFit)
     world.join("quick", CNN, CNN)
     world.join("slow", CNN, speed=2.0)
-    demand = world.core._demand
+    demand = world.core.model.demand
     assert demand is not None
     assert demand.capacity == pytest.approx(3 / CNN.unit_cost_ns)
     for _ in range(300):
@@ -49,7 +48,7 @@ def test_a_batch_passes_over_a_floor_that_it_does_not_reach() -> None:
         world.run(10)
     world.run(100)
     assert world.statuses(ids).count(Status.OK) > 0.99 * len(ids)
-    small = [d.n for d in world.dispatches() if d.subnet < CNN.row("cnn-78.25")]
+    small = [d.batch.n for d in world.dispatches() if d.batch.subnet < CNN.row("cnn-78.25")]
     assert sum(small) / len(small) > 4  # where a batch ended before each third query it would be 2
 
 
@@ -63,7 +62,11 @@ def test_what_waits_for_the_first_worker_keeps_its_terms() -> None:
     world.join("p", CNN)
     world.run(190)
     assert world.statuses(ids) == [Status.OK] * 4 + [Status.INVALID] + [Status.OK]
-    assert all(d.subnet == 5 for d in world.dispatches() if any(lo <= 1 < hi for _, lo, hi in d.stretches))
+    assert all(
+        d.batch.subnet == 5
+        for d in world.dispatches()
+        if any(lo <= 1 < hi for _, lo, hi in d.batch.stretches)
+    )
 
 
 def test_what_is_shed_is_told_why_at_once() -> None:

@@ -192,7 +192,7 @@ def test_the_core_counts_what_its_answers_say() -> None:
     assert core.n_executed == sum(gpu.n_queries for gpu in gpus) == 50
     assert core.busy_ns == sum(gpu.busy_ns for gpu in gpus) > 0
     assert core.payload_bytes_in == 51 * 8
-    assert {gpu.last_subnet for gpu in gpus} <= {action.subnet for action in world.dispatches()}
+    assert {gpu.last_subnet for gpu in gpus} <= {action.batch.subnet for action in world.dispatches()}
 
 
 def test_a_worker_process_that_is_lost_is_counted_and_one_that_leaves_is_not() -> None:
@@ -216,7 +216,7 @@ def test_the_recent_past_is_a_difference_of_counters_over_its_window() -> None:
     """What came before the window is not in it; `seconds` says how long it really is."""
     core, load = RouterCore(partial(make_policy, "slackfit")), Load()
     for second in range(100):
-        core.received = 7 * second
+        core.ledger.received = 7 * second
         load.note(core, second * SECOND)
 
     short = load.recent(core, 99 * SECOND, SHORT_S)

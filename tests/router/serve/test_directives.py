@@ -6,13 +6,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from profiles.table import load_profile
 from router.core.edf import Cohort
-from router.core.events import Dispatch
+from router.core.workers import Batch, Peer, Worker
+from router.policies.slackfit import SlackFit
 from router.serve.directives import directive_of
 from superserve import wire
 from superserve.wire import VARIED, Directive, Queries
 
 NOW_NS = 10**12
+CNN = load_profile("cnn-8gpu-modelled")
 
 
 @st.composite
@@ -49,9 +52,13 @@ def test_a_directive_says_of_each_query_what_its_client_did(data: st.DataObject)
         for i in range(lo, hi):
             length = lengths[i] if lengths else cohort.message.payload_bytes
             expected.append((i, cohort.deadlines_ns[i] - NOW_NS, bytes([serial * 8 + i]) * length))
-    action = Dispatch(b"w", 1, 7, 0, 2, len(expected), stretches, NOW_NS)
+    batch = Batch(
+        batch_id=7, worker=Worker(Peer(b"w", "w", 1, NOW_NS), 0, CNN, SlackFit(CNN), NOW_NS), subnet=2,
+        n=len(expected), stretches=stretches, dispatched_ns=NOW_NS, begin_ns=NOW_NS, expected_ns=0,
+        limit_ns=0,
+    )  # fmt: skip
 
-    decoded = wire.decode(wire.encode_directive(directive_of(action)))
+    decoded = wire.decode(wire.encode_directive(directive_of(batch)))
 
     assert isinstance(decoded, Directive)
     ids = [i for segment in decoded.segments for i in wire.uint64s(segment.ids)]

@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from loadgen.cli import cli as loadgen
 from router.cli import cli as router
 from router.core.events import CancelAsked, ClientJoined, DrainRouter, WorkerLeft
-from router.core.state import CoreSettings
+from router.core.settings import CoreSettings
 from router.serve.recording import Recorder, replay
 from superserve.errors import ConfigError
+from superserve.wire import Cancel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,7 +121,7 @@ def test_a_log_cut_short_is_a_clear_error(tmp_path: Path, recorded: bytes) -> No
     assert len(output.splitlines()) == 1
 
 
-HEADER = b'{"schema":1,"policy":"slackfit","settings":{}}\n'
+HEADER = b'{"schema":2,"policy":"slackfit","settings":{}}\n'
 
 
 @pytest.mark.parametrize(
@@ -128,16 +129,22 @@ HEADER = b'{"schema":1,"policy":"slackfit","settings":{}}\n'
     [
         (b"", "expected an event log, got an empty file"),
         (b"no log\n", "log:1: expected a line of JSON"),
-        (b"[1]\n", "log:1: expected an event log of schema 1"),
-        (b'{"schema":2}\n', "log:1: expected an event log of schema 1"),
-        (b'{"schema":1}\n', "log:1: expected policy and settings of this version"),
-        (b'{"schema":1,"policy":"x","settings":{"y":1}}\n', "log:1: expected policy and settings"),
+        (b"[1]\n", "log:1: expected an event log of schema 2"),
+        (b'{"schema":1}\n', "log:1: expected an event log of schema 2"),
+        (b'{"schema":2}\n', "log:1: expected policy and settings of this version"),
+        (b'{"schema":2,"policy":"x","settings":{"y":1}}\n', "log:1: expected policy and settings"),
         (HEADER + b"7\n", r"log:2: expected \[now_ns, name, body\], got 7"),
         (HEADER + b'[1,"advance",null]\n', r"log:2: expected \[now_ns, name, body\]"),
         (HEADER + b'[1,"Unheard",{}]\n', "log:2: no event Unheard that this version knows"),
         (HEADER + b'[1,"ClientJoined",{"client":"a"}]\n', "log:2: no event ClientJoined that"),
-        (HEADER + b'[1,"Finished",{"peer":"a","epoch":1,"rows":[{}]}]\n', "log:2: no event Finished that"),
-        (HEADER + b'[1,"CancelAsked",{"client":"a","ids":"xyz"}]\n', "log:2: no event CancelAsked"),
+        (
+            HEADER + b'[1,"Finished",{"peer":"a","message":{"epoch":1,"rows":[{}]}}]\n',
+            "log:2: no event Finished that",
+        ),
+        (
+            HEADER + b'[1,"CancelAsked",{"client":"a","message":{"epoch":1,"n":1,"ids":"xyz"}}]\n',
+            "log:2: no event CancelAsked",
+        ),
         (HEADER + b'[0,"profile",{}]\n', "log:2"),
     ],
 )
@@ -155,7 +162,7 @@ def test_events_without_queries_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "log"
     recorder = Recorder(path, "slackfit", CoreSettings())
     recorder.event(1, ClientJoined(b"\x00a", 7))
-    recorder.event(2, CancelAsked(b"\x00a", memoryview(bytes(8))))
+    recorder.event(2, CancelAsked(b"\x00a", Cancel(1, 1, memoryview(bytes(8)))))
     recorder.event(3, WorkerLeft(b"nobody", orderly=True))
     recorder.event(4, DrainRouter())
     recorder.advance(5, [])
@@ -169,9 +176,9 @@ def test_an_event_that_broke_the_protocol_live_replays_too(tmp_path: Path, recor
     """The server refused that worker and went on; so does the replay."""
     lines = parsed(recorded)
     joined = next(line for line in lines[1:] if line[1] == "WorkerJoined")
-    bad = [joined[0], "Pulled", {"peer": joined[2]["peer"], "epoch": joined[2]["epoch"], "rows": []}]
-    row = next(line for line in lines[1:] if line[1] == "Pulled")[2]["rows"][0]
-    bad[2]["rows"] = [row | {"slot": 999}]
+    row = next(line for line in lines[1:] if line[1] == "Pulled")[2]["message"]["rows"][0]
+    pull = {"epoch": joined[2]["epoch"], "rows": [row | {"slot": 999}]}
+    bad = [joined[0], "Pulled", {"peer": joined[2]["peer"], "message": pull}]
     lines.insert(lines.index(joined) + 1, bad)
     exit_code, output = replayed(tmp_path / "log", b"\n".join(map(orjson.dumps, lines)) + b"\n")
 

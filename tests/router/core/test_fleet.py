@@ -1,13 +1,25 @@
-"""RouterCore and workers that die, hang, fall silent, come back or lie."""
+"""RouterCore and workers that come, drain, die, hang, fall silent, come back or lie."""
 
 from __future__ import annotations
 
-from router.core.events import Dispatch, Fence, Finished, Pulled, WorkerHeard, WorkerLeft
-from router.core.state import CoreSettings
+import pytest
+
+from router.core.events import (
+    Dispatch,
+    DrainWorker,
+    Fence,
+    Finished,
+    Pulled,
+    Released,
+    WorkerHeard,
+    WorkerLeft,
+)
+from router.core.settings import CoreSettings
 from router.core.workers import PeerState, WorkerState
 from superserve.clock import MS
-from superserve.wire import PullRow, Status
-from tests.router.core.harness import CNN, START_NS, Gpu, World
+from superserve.errors import ConfigError, WireError
+from superserve.wire import Done, Pull, PullRow, Status
+from tests.router.core.harness import CNN, START_NS, TRANSFORMER, Gpu, World
 from tests.router.core.test_core import make_world
 
 
@@ -102,7 +114,7 @@ def test_an_overrun_costs_credit_and_the_first_answer_wins() -> None:
     world.processes["w0"].gpus[0].speed = 20.0
     (query,) = world.submit(800)
     slow = world.dispatches()[0]
-    batch = world.core.ledger[slow.batch_id]
+    batch = slow.batch
     world.run((batch.begin_ns + batch.limit_ns - world.now_ns) / MS + 1)
 
     assert world.worker(slow.peer).machine.state is WorkerState.OVERRUN
@@ -132,7 +144,7 @@ def test_a_gpu_that_hangs_is_given_up() -> None:
     world.run(1_000)
 
     assert world.status(query) is Status.WORKER_LOST
-    assert not world.core.ledger
+    assert not world.core.ledger.batches
     assert "w0" in world.core.peers
     world.submit(100)
     assert len(world.dispatches()) == 1
@@ -147,7 +159,7 @@ def test_an_answer_of_a_batch_given_up_is_stale_and_brings_the_worker_back() -> 
     world.run(1_000)
     gpu = process.gpus[0]
     gpu.hung, gpu.held, gpu.free_at_ns = False, [], world.now_ns
-    world.do(Finished("w0", process.epoch, [world.done_row(world.dispatches()[0], gpu)]))
+    world.do(Finished("w0", Done(process.epoch, [world.done_row(world.dispatches()[0], gpu)])))
 
     assert world.core.n_stale == 1
     assert world.worker("w0").machine.state is WorkerState.READY
@@ -163,10 +175,10 @@ def test_an_epoch_that_is_over_is_fenced() -> None:
     process = world.processes["w0"]
     world.do(WorkerLeft("w0", orderly=False))
 
-    actions = world.do(Pulled("w0", process.epoch, [row]))
+    actions = world.do(Pulled("w0", Pull(process.epoch, [row])))
     assert [type(action) for action in actions] == [Fence]
     world.join("w0", CNN)
-    actions = world.do(Pulled("w0", process.epoch, [row]))
+    actions = world.do(Pulled("w0", Pull(process.epoch, [row])))
     assert [type(action) for action in actions] == [Fence]
     assert world.core.n_stale == 2
 
@@ -188,10 +200,10 @@ def test_a_worker_gets_no_more_than_its_credit() -> None:
     """A worker that offers nothing is sent nothing, however long the queue."""
     world = make_world()
     process = world.processes["w0"]
-    world.do(Pulled("w0", process.epoch, [PullRow(0, 0, 0, 0, 0, 0)]))
+    world.do(Pulled("w0", Pull(process.epoch, [PullRow(0, 0, 0, 0, 0, 0)])))
     world.submit(*[36.0] * 100)
     assert not world.dispatches()
-    world.do(Pulled("w0", process.epoch, [PullRow(0, 1, 0, 0, 0, 0)]))
+    world.do(Pulled("w0", Pull(process.epoch, [PullRow(0, 1, 0, 0, 0, 0)])))
     world.run(3)
 
     assert len(world.dispatches()) == 1
@@ -243,3 +255,51 @@ def test_every_directive_goes_to_a_live_epoch() -> None:
 
     assert len(epochs) >= 20
     assert all(epochs)
+
+
+def test_a_draining_worker_is_released_once_it_holds_nothing() -> None:
+    """It gets no new batch, answers the one it has, and is then told that it may go."""
+    world = make_world()
+    (query,) = world.submit(36)
+    assert not [a for a in world.do(DrainWorker("w0", None)) if isinstance(a, Released)]
+    world.submit(20)
+    world.run(50)
+
+    assert world.status(query) is Status.OK
+    assert len(world.dispatches()) == 1
+    assert [action for _, action in world.actions if isinstance(action, Released)]
+
+
+def test_a_report_of_another_length_is_a_wire_error() -> None:
+    """A worker that answers for three of two queries loses its connection, not ours its count."""
+    world = make_world()
+    world.submit(36, 36)
+    (dispatch,) = world.dispatches()
+    process = world.processes["w0"]
+    row = world.done_row(dispatch, process.gpus[0])
+    row.n = 3
+
+    with pytest.raises(WireError, match="expected 2 queries, got 3"):
+        world.do(Finished("w0", Done(process.epoch, [row])))
+    world.core.check()
+
+
+def test_a_slot_that_is_not_there_is_a_wire_error() -> None:
+    """A worker process speaks only of the GPUs that it said hello for."""
+    world = make_world()
+    world.submit(36)
+    process = world.processes["w0"]
+    row = world.done_row(world.dispatches()[0], process.gpus[0])
+    row.slot = 5
+
+    with pytest.raises(WireError, match="w0 has 1 GPUs, got slot 5"):
+        world.do(Finished("w0", Done(process.epoch, [row])))
+
+
+def test_workers_of_other_subnets_are_refused() -> None:
+    """A worker that hosts another supernet is a ConfigError, and changes nothing."""
+    world = make_world()
+
+    with pytest.raises(ConfigError, match="transformer-8gpu-modelled: expected the subnets of cnn"):
+        world.join("other", TRANSFORMER)
+    assert set(world.core.peers) == {"w0"}

@@ -1,0 +1,270 @@
+"""Dispatch: what is refused at the head of the queue, and which batch goes to which worker."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+from router.core.lanes import LaneQueue
+from router.core.workers import Batch, PeerState, Worker, WorkerState
+from router.policies import Choice, QueueView, Shed, WorkerView, usable_slack_ns
+from superserve.clock import MS
+from superserve.wire import Status
+
+if TYPE_CHECKING:
+    from router.core.edf import Cohort, Stretch
+    from router.core.fleet import Fleet
+    from router.core.ledger import Ledger
+    from router.core.slack import Slack
+
+Head = tuple[int, "Cohort", int]
+"""The earliest query: its deadline, its cohort and its place in that."""
+
+_MAX_RIVALS = 8
+"""Workers asked about one head, at most, after the first was too slow for it."""
+
+
+class Dispatcher:
+    """Decides: what expires, what is refused, and which batch goes where.
+
+    Args:
+        ledger: Where queries are dispatched and refused.
+        fleet: Who can take them.
+        slack: The formulas.
+    """
+
+    __slots__ = (
+        "_awaited", "_awaited_until_ns", "_fleet", "_ledger", "_model", "_queue_view", "_slack",
+        "_soonest_ns", "_worker_view",
+    )  # fmt: skip
+
+    def __init__(self, ledger: Ledger, fleet: Fleet, slack: Slack) -> None:
+        self._ledger = ledger
+        self._model = ledger.model
+        self._fleet = fleet
+        self._slack = slack
+        self._awaited: Worker | None = None
+        self._awaited_until_ns = 0
+        self._soonest_ns: dict[int, int] = {}
+        # Overwritten for each decision, so that none has to make objects.
+        self._queue_view = QueueView(0, 0, 0)
+        self._worker_view = WorkerView(0, 0, 1.0)
+
+    def decide(self, now_ns: int) -> None:
+        """Refuse what is doomed, and give work to the workers that are about to be free."""
+        self._refuse_doomed(now_ns)
+        self._awaited = None
+        if self._model.queue:
+            self._dispatch(now_ns)
+
+    def next_wake_ns(self) -> int | None:
+        """Return the instant at which `decide` has something to do without any event."""
+        head = self._model.queue.head()
+        if head is None:
+            return None
+        wake_ns = head[0] - self._fleet.quickest_ns + 1  # doomed from then on
+        worker = self._awaited
+        if worker is None:
+            worker = self._fleet.first_free()
+        elif self._awaited_until_ns < wake_ns:
+            wake_ns = self._awaited_until_ns
+        if worker is not None and worker.may_take:
+            wake_ns = min(wake_ns, self._slack.decide_ns(worker))
+        return wake_ns
+
+    def _refuse_doomed(self, now_ns: int) -> None:
+        """End what no subnet can serve in time any more, even alone, even at once."""
+        queue, ledger, quickest_ns = self._model.queue, self._ledger, self._fleet.quickest_ns
+        head = queue.head()
+        if head is None or head[0] >= now_ns + quickest_ns:
+            return
+        for cohort, lo, hi in queue.take_before(now_ns + quickest_ns):
+            expired = bisect_left(cohort.deadlines_ns, now_ns, lo, hi)
+            if cohort.arrived_ns == now_ns:
+                expired = lo  # it did not expire in the queue: it came too late
+            if expired > lo:
+                waited = "" if self._fleet.peers else "; no worker is connected"
+                reason = f"the deadline passed in the queue{waited}"
+                ledger.refuse(cohort, lo, expired, Status.EXPIRED, reason, now_ns)
+            if hi > expired:
+                slack_ms = (cohort.deadlines_ns[expired] - now_ns) / MS
+                reason = f"slack {slack_ms:.2f} ms; the quickest answer takes {quickest_ns / MS:.2f} ms"
+                ledger.refuse(cohort, expired, hi, Status.INFEASIBLE, reason, now_ns)
+
+    # --- who gets the head --------------------------------------------------------------------
+
+    def _dispatch(self, now_ns: int) -> None:
+        """Give work to workers that are about to be free, earliest-free first."""
+        model, fleet, slack = self._model, self._fleet, self._slack
+        self._soonest_ns.clear()
+        while model.queue and self._awaited is None:
+            worker = fleet.first_free()
+            if worker is None or slack.decide_ns(worker) > now_ns:
+                break
+            head = model.queue.head()
+            assert head is not None, "a queue with a length has a head"
+            self._serve(head, worker, now_ns)
+
+    def _serve(self, head: Head, first: Worker, now_ns: int) -> None:
+        """Give the head to the first free worker; if that is too slow for it, to another, or wait for one."""
+        slack = self._slack
+        worker, passed = first, []
+        while True:
+            choice = self._choose(worker, head, now_ns)
+            if isinstance(choice, Shed):
+                self._shed(choice, now_ns)
+                return
+            if choice is not None:
+                self._send(worker, choice, now_ns)
+                return
+            passed.append(worker)
+            rival = self._rival(head, passed, now_ns)
+            if rival is None:
+                self._refuse_head(first, head, now_ns)
+                return
+            if not rival.may_take or slack.decide_ns(rival) > now_ns:
+                self._awaited = rival
+                self._awaited_until_ns = (
+                    self._leave_ns(head) - slack.alone_and_back_ns(rival, _floor(head)) + 1
+                )
+                return
+            worker = rival
+
+    def _rival(self, head: Head, passed: list[Worker], now_ns: int) -> Worker | None:
+        """Return the earliest-free worker not asked yet that could meet the head's deadline, busy or not."""
+        fleet, slack = self._fleet, self._slack
+        if not fleet.is_uneven or len(passed) > _MAX_RIVALS:
+            return None  # in an even cluster the rest is free later and no quicker
+        floor, limit_ns = _floor(head), self._leave_ns(head)
+        if self._soonest_ns.get(floor, limit_ns) > limit_ns:
+            return None  # all were looked at in this pass, for a head with as much time
+        best, soonest_ns = None, limit_ns + 1
+        for worker in fleet.workers():
+            if worker.machine.state is WorkerState.READY and worker.peer.machine.state is PeerState.LIVE:
+                end_ns = slack.free_ns(worker, now_ns) + slack.alone_and_back_ns(worker, floor)
+                soonest_ns = min(soonest_ns, end_ns)
+                earlier = best is None or worker.free_at_ns < best.free_at_ns
+                if end_ns <= limit_ns and earlier and worker not in passed:
+                    best = worker
+        self._soonest_ns[floor] = soonest_ns
+        return best
+
+    def _leave_ns(self, head: Head) -> int:
+        """When the head's answer must leave the router."""
+        return self._slack.leave_ns(head[0], head[1].client)
+
+    # --- what the policy says -----------------------------------------------------------------
+
+    def _choose(self, worker: Worker, head: Head, now_ns: int) -> Choice | Shed | None:
+        """Ask the policy, with this worker's own corrections applied to its answer."""
+        deadline_ns, cohort, _ = head
+        model, slack = self._model, self._slack
+        queue, view = self._queue_view, self._worker_view
+        queue.head_deadline_ns = deadline_ns
+        queue.head_floor = _floor(head)
+        queue.length = len(model.queue)
+        if model.demand is not None:
+            model.demand.settle(now_ns)
+            queue.demand = model.demand
+            assert isinstance(model.queue, LaneQueue), "with demand comes a queue in lanes"
+            queue.outranks = model.queue.outranks()
+        view.free_at_ns = slack.begin_ns(worker, now_ns)
+        view.allowance_ns = slack.way_back_ns(worker, cohort.client)
+        choice = self._corrected_choice(worker, now_ns)
+        if choice is None:
+            # Nothing leaves room for a bad day on the way: then the usual way must do.
+            view.allowance_ns = slack.usual_way_back_ns(worker, cohort.client)
+            choice = self._corrected_choice(worker, now_ns)
+        return choice
+
+    def _corrected_choice(self, worker: Worker, now_ns: int) -> Choice | Shed | None:
+        queue, view = self._queue_view, self._worker_view
+        view.slowdown = worker.slowdown if abs(worker.slowdown - 1.0) > 0.05 else 1.0
+        for _ in range(3):
+            choice = worker.policy.choose(queue, view, now_ns)
+            if (
+                not isinstance(choice, Choice)
+                or (corrected := worker.corrected(choice.subnet)) <= view.slowdown
+            ):
+                return choice
+            slack_ns = usable_slack_ns(queue, view, now_ns) * view.slowdown
+            if worker.profile.latency_p99_ns(choice.subnet, choice.batch_size) * corrected <= slack_ns:
+                return choice
+            view.slowdown = corrected
+        return choice
+
+    def _shed(self, shed: Shed, now_ns: int) -> None:
+        """Refuse what the policy gives up for the others."""
+        queue = self._model.queue
+        assert isinstance(queue, LaneQueue), "only a policy that sees demand may shed"
+        stretches = queue.shed(shed.before_ns, shed.n)
+        assert stretches, "what a policy sheds is in the queue: its head, or of a class below"
+        for cohort, lo, hi in stretches:
+            slack_ms = (cohort.deadlines_ns[lo] - now_ns) / MS
+            reason = f"slack {slack_ms:.2f} ms: more queries wait than the smallest subnet serves in time"
+            self._ledger.refuse(cohort, lo, hi, Status.OVERLOADED, reason, now_ns)
+
+    # --- how the head ends --------------------------------------------------------------------
+
+    def _refuse_head(self, worker: Worker, head: Head, now_ns: int) -> None:
+        """Refuse the head, and with it all that not even the smallest subnet alone would answer in time.
+
+        Many at once: under overload a refusal must cost less than an answer.
+        """
+        queue = self._model.queue
+        view = self._worker_view  # as the policy last saw it
+        client_ns: int = head[1].client.return_ns
+        limit_ns = view.free_at_ns + view.allowance_ns - client_ns + self._slack.alone_ns(worker, 0)
+        if head[0] >= limit_ns + client_ns:
+            taken, _ = queue.take(1, worker.profile.n_subnets)
+            self._refuse_infeasible(worker, *taken[0], now_ns)
+            return
+        for cohort, lo, hi in queue.take_before(limit_ns + client_ns):
+            cut = bisect_left(cohort.deadlines_ns, limit_ns + cohort.client.return_ns, lo, hi)
+            if cut > lo:
+                self._refuse_infeasible(worker, cohort, lo, cut, now_ns)
+            if cut < hi:  # nearer than the head's client: an answer may still reach it
+                queue.push(cohort, cut, hi)
+
+    def _refuse_infeasible(self, worker: Worker, cohort: Cohort, lo: int, hi: int, now_ns: int) -> None:
+        slack = self._slack
+        floor = 0 if cohort.floors is None else cohort.floors[lo]
+        slack_ms = (cohort.deadlines_ns[lo] - slack.free_ns(worker, now_ns)) / MS
+        alone_ms = slack.alone_ns(worker, floor) / MS
+        way_ms = slack.way_back_ns(worker, cohort.client) / MS
+        name = worker.profile.subnets[floor].name
+        reason = f"slack {slack_ms:.2f} ms once a worker is free; {name} alone takes {alone_ms:.2f} ms"
+        self._ledger.refuse(
+            cohort, lo, hi, Status.INFEASIBLE, f"{reason} and the way {way_ms:.2f} ms", now_ns
+        )
+
+    def _send(self, worker: Worker, choice: Choice, now_ns: int) -> None:
+        subnet, ledger, slack = choice.subnet, self._ledger, self._slack
+        stretches, n = self._model.queue.take(choice.batch_size, subnet)
+        assert n > 0, f"policy {worker.policy.name} chose subnet {subnet} below the head's floor"
+        if len(stretches) > 2 and any(s[0].client is not stretches[0][0].client for s in stretches):
+            # Side by side in the batch, a client's queries are answered as one group.
+            stretches.sort(key=_client_serial)
+        batch = Batch(
+            batch_id=ledger.n_batches + 1,
+            worker=worker,
+            subnet=subnet,
+            n=n,
+            stretches=stretches,
+            dispatched_ns=now_ns,
+            begin_ns=slack.begin_ns(worker, now_ns),
+            expected_ns=int(worker.profile.latency_ns(subnet, n) * worker.corrected(subnet)),
+            limit_ns=slack.overrun_ns(worker, subnet, n),
+        )
+        ledger.dispatch(batch)
+        self._fleet.assign(batch)
+
+
+def _client_serial(stretch: Stretch) -> int:
+    serial: int = stretch[0].client.serial
+    return serial
+
+
+def _floor(head: Head) -> int:
+    _, cohort, i = head
+    return 0 if cohort.floors is None else cohort.floors[i]

@@ -1,0 +1,38 @@
+"""The core's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from superserve.clock import MS
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSettings:
+    """The core's numbers, all with a reason.
+
+    Attributes:
+        dispatch_ahead_ns: Decide a worker's next batch at most this long (plus the measured
+            transport) before it is free. Long enough to cover a late wake-up on a busy host,
+            short enough not to decide on stale queues: a whole batch ahead costs SlackFit a point.
+        margin_ns: Slack held back for what the transport estimate has not seen yet.
+        max_queries: Queries queued or in flight, at most; more are OVERLOADED.
+        max_bytes: Payload bytes held, at most; more are OVERLOADED.
+        heartbeat_ns: Workers are heard at least this often.
+        suspect_after: Heartbeats missed before a worker gets no more work.
+        dead_after: Heartbeats missed before its queries are dispatched again.
+        overrun_factor: A batch that takes this many times its profiled p99 overran.
+        overrun_grace_ns: Added to that, so that a scheduler hiccup does not condemn short batches.
+        give_up_ns: A batch that has still not answered so long after it overran is given up.
+    """
+
+    dispatch_ahead_ns: int = 2 * MS
+    margin_ns: int = MS
+    max_queries: int = 200_000
+    max_bytes: int = 2 << 30
+    heartbeat_ns: int = 100 * MS
+    suspect_after: int = 3
+    dead_after: int = 6
+    overrun_factor: int = 3
+    overrun_grace_ns: int = 10 * MS
+    give_up_ns: int = 1000 * MS
