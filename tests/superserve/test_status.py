@@ -113,8 +113,8 @@ def test_what_a_newer_router_says_is_ignored() -> None:
 REQUIRED = [
     "router", "router.pid", "router.draining", "router.cpu_s", "queries", "queries.received",
     "queries.answered", "queue.head_slack_ms", "batches.stale", "lost_processes", "model", "clients",
-    "counts", "recent", "recent.10s", "recent.60s", "recent.10s.seconds", "workers_ready", "workers_needed.at_least",
-    "workers", "workers[1].slot", "workers[1].state", "workers[1].gauges",
+    "counts", "recent", "recent.10s", "recent.60s", "recent.10s.seconds", "workers_ready",
+    "workers_needed.at_least", "workers", "workers[1].slot", "workers[1].state", "workers[1].gauges",
 ]  # fmt: skip
 
 
