@@ -186,7 +186,8 @@ def status(name: str, as_json: bool) -> None:
         raise click.ClickException(str(error)) from error
     wrong = problems(cluster, said)
     if as_json:
-        body = {"cluster": orjson.loads(cluster.to_json()), "status": said, "problems": wrong}
+        found = None if said is None else said.body()
+        body = {"cluster": orjson.loads(cluster.to_json()), "status": found, "problems": wrong}
         click.echo(orjson.dumps(body, option=orjson.OPT_INDENT_2).decode())
     else:
         _say(

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cluster.health import slots
-from cluster.operable import live
 from cluster.up import name_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from cluster.operable import HostFacts, RoleView
+    from superserve.status import RouterStatus
 
 SLOW = 1.25
 """Measured over profiled latency from which a profile no longer describes a device."""
@@ -86,8 +85,8 @@ class Seen:
     name: str
     is_local: bool
     roles: tuple[RoleView, ...]
-    status: dict[str, Any] | None
-    before: dict[str, Any] | None
+    status: RouterStatus | None
+    before: RouterStatus | None
     hosts: tuple[HostFacts, ...]
 
     def command(self, words: str) -> str:
@@ -125,7 +124,7 @@ def _router(seen: Seen) -> Iterator[Finding]:
             else "wait: it is started again"
         )
         yield Finding("router", Verdict.WRONG, f"router: {words}", fix)
-    elif seen.status["router"]["draining"]:
+    elif seen.status.router.draining:
         fix = f"wait until it has ended, then {seen.command('restart --router')}"
         yield Finding("router", Verdict.WRONG, "router: drains, and refuses queries", fix)
 
@@ -150,7 +149,7 @@ def _roles(seen: Seen) -> Iterator[Finding]:
 def _registered(seen: Seen) -> Iterator[Finding]:
     if seen.status is None:
         return
-    known, there = slots(seen.status), live(seen.status)
+    known, there = seen.status.processes(), seen.status.well()
     for role in seen.roles:
         if role.kind != "worker" or not role.is_up or role.name in there:
             continue
@@ -160,7 +159,7 @@ def _registered(seen: Seen) -> Iterator[Finding]:
                 "registered", Verdict.WRONG, f"{role.name}: runs, and the router does not know it", fix
             )
             continue
-        states = Counter(f"{slot['process']}, {slot['state']}" for slot in known[role.name])
+        states = Counter(f"{gpu.process}, {gpu.state}" for gpu in known[role.name])
         words = "; ".join(f"{n} {state}" for state, n in sorted(states.items()))
         yield Finding("registered", Verdict.WRONG, f"{role.name}: of its GPUs, the router has {words}", fix)
 
@@ -177,9 +176,9 @@ def _restarts(seen: Seen) -> Iterator[Finding]:
 def _versions(seen: Seen) -> Iterator[Finding]:
     if seen.status is None:
         return
-    ours = seen.status["router"].get("version", "")
-    for name, found in sorted(slots(seen.status).items()):
-        theirs = found[0].get("version", "")
+    ours = seen.status.router.version
+    for name, found in sorted(seen.status.processes().items()):
+        theirs = found[0].version
         if theirs != ours:
             words = f"{name}: runs {theirs or 'an unknown version'}, the router {ours or 'an unknown one'}"
             fix = f"{seen.command('restart --rolling --router')} runs what is installed now on all"
@@ -190,12 +189,12 @@ def _versions(seen: Seen) -> Iterator[Finding]:
 
 
 def _speed(seen: Seen) -> Iterator[Finding]:
-    for name, found in sorted(slots(seen.status).items()):
-        slowest = max(found, key=lambda slot: float(slot["slowdown"]))
-        if slowest["slowdown"] > SLOW:
-            words = (
-                f"{name}: {slowest['slowdown']:.2f} times as slow as the profile {slowest['profile']} says"
-            )
+    if seen.status is None:
+        return
+    for name, found in sorted(seen.status.processes().items()):
+        slowest = max(found, key=lambda gpu: gpu.slowdown)
+        if slowest.slowdown > SLOW:
+            words = f"{name}: {slowest.slowdown:.2f} times as slow as the profile {slowest.profile} says"
             fix = "see what else uses that device (nvidia-smi, top); if it stays so: `profiles measure` there"
             yield Finding("speed", Verdict.WRONG, words, fix)
 
@@ -203,22 +202,22 @@ def _speed(seen: Seen) -> Iterator[Finding]:
 def _load(seen: Seen) -> Iterator[Finding]:
     if seen.status is None:
         return
-    needed, ready = seen.status["workers_needed"], seen.status["workers_ready"]
+    needed, ready = seen.status.workers_needed, seen.status.workers_ready
     fix = "add GPUs to the cluster, or send less; `cluster top` shows how it goes"
-    waiting = f"{seen.status['queue']['length']:,} queries wait"
-    if needed["at_least"] > ready:
-        words = f"{needed['at_least']:.1f} GPUs needed at the lowest accuracy, {ready} take work; {waiting}"
+    waiting = f"{seen.status.queue.length:,} queries wait"
+    if needed.at_least > ready:
+        words = f"{needed.at_least:.1f} GPUs needed at the lowest accuracy, {ready} take work; {waiting}"
         yield Finding("load", Verdict.WRONG, words, fix)
-    elif needed["as_served"] > ready:
-        words = f"{needed['as_served']:.1f} GPUs needed as now served, {ready} take work; {waiting}"
+    elif needed.as_served > ready:
+        words = f"{needed.as_served:.1f} GPUs needed as now served, {ready} take work; {waiting}"
         yield Finding("load", Verdict.NOTE, words, fix)
 
 
 def _counted(seen: Seen) -> Iterator[Finding]:
     if seen.status is None:
         return
-    now = seen.status["counts"]
-    then = (seen.before or seen.status)["counts"]
+    now = seen.status.counts
+    then = (seen.before or seen.status).counts
     for key, words in COUNTED.items():
         n, more = now.get(key, 0), now.get(key, 0) - then.get(key, 0)
         if more > 0:
@@ -272,13 +271,13 @@ def _logs(seen: Seen) -> Iterator[Finding]:
 # --- what is said of a check that found nothing -------------------------------------------------
 
 
-def _unknown_without_status(words: Callable[[dict[str, Any]], str]) -> Callable[[Seen], str]:
+def _unknown_without_status(words: Callable[[RouterStatus], str]) -> Callable[[Seen], str]:
     return lambda seen: "not known: the router does not answer" if seen.status is None else words(seen.status)
 
 
-def _load_words(status: dict[str, Any]) -> str:
-    needed, ready = status["workers_needed"]["as_served"], status["workers_ready"]
-    return f"{status['queue']['length']:,} queries wait; {needed:.1f} GPUs needed, {ready} take work"
+def _load_words(status: RouterStatus) -> str:
+    needed, ready = status.workers_needed.as_served, status.workers_ready
+    return f"{status.queue.length:,} queries wait; {needed:.1f} GPUs needed, {ready} take work"
 
 
 def _least_free(seen: Seen) -> str:
@@ -292,19 +291,15 @@ def _log_words(seen: Seen) -> str:
 
 CHECKS: Sequence[tuple[str, Callable[[Seen], Iterator[Finding]], Callable[[Seen], str]]] = (
     ("hosts", _reachable, lambda seen: f"reached: {', '.join(host.host for host in seen.hosts)}"),
-    ("router", _router, _unknown_without_status(lambda s: f"answers at {s['router']['client_endpoint']}")),
+    ("router", _router, _unknown_without_status(lambda s: f"answers at {s.router.client_endpoint}")),
     ("processes", _roles, lambda seen: f"all {len(seen.roles)} are up"),
-    (
-        "registered",
-        _registered,
-        _unknown_without_status(lambda s: f"GPUs that take work: {s['workers_ready']}"),
-    ),
+    ("registered", _registered, _unknown_without_status(lambda s: f"GPUs that take work: {s.workers_ready}")),
     (
         "restarts",
         _restarts,
         lambda seen: "no crash was seen" if seen.is_local else "counted by nobody: see the logs",
     ),
-    ("versions", _versions, _unknown_without_status(lambda s: f"{s['router'].get('version')} on all")),
+    ("versions", _versions, _unknown_without_status(lambda s: f"{s.router.version} on all")),
     ("speed", _speed, _unknown_without_status(lambda _: f"no GPU is {SLOW} times as slow as its profile")),
     ("load", _load, _unknown_without_status(_load_words)),
     ("counters", _counted, _unknown_without_status(lambda _: "nothing malformed, dropped or refused")),

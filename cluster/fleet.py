@@ -21,6 +21,7 @@ import orjson
 from cluster import record as records
 from cluster.ssh import OpenSsh, RemoteError, parallel
 from superserve.errors import ConfigError
+from superserve.status import RouterStatus
 
 if TYPE_CHECKING:
     import subprocess
@@ -126,11 +127,11 @@ class RemoteFleet:
         )  # fmt: skip
         return HostSeen(host.name, "", said["supervisord"], roles)
 
-    def router_status(self) -> dict[str, Any] | None:
-        """Return the router's STATUS; None if it does not answer."""
+    def router_status(self) -> RouterStatus | None:
+        """Return the router's STATUS; None if it does not answer, WireError if it cannot be read."""
         said = self.ask(self.record.router_host, "status", endpoint=self.record.client_endpoint)
-        status: dict[str, Any] | None = said["status"]
-        return status
+        status = said["status"]
+        return None if status is None else RouterStatus.from_body(status)
 
     def log_tail(self, role: str, n_lines: int = _TAIL_LINES) -> list[str]:
         """Return the last lines of a role's log."""

@@ -1,22 +1,22 @@
-"""Whether a cluster is well: what its keeper sees, held against what its router sees."""
+"""Whether a cluster is well: what its keeper sees, compared with what its router sees."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from superserve.errors import ConfigError
 from superserve.net.connection import ask_status
 from superserve.roles.local import RoleState
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from superserve.roles.local import LocalCluster
-
-_WELL = "ready"  # a worker's state in STATUS
-_ALIVE = "live"  # its process's
+    from superserve.status import GpuStatus, RouterStatus
 
 
-def ask_router(cluster: LocalCluster) -> dict[str, Any] | None:
+def ask_router(cluster: LocalCluster) -> RouterStatus | None:
     """Return the router's STATUS; None if it does not answer within 2 s."""
     if not cluster.client_endpoint:
         return None
@@ -26,15 +26,7 @@ def ask_router(cluster: LocalCluster) -> dict[str, Any] | None:
         return None
 
 
-def slots(status: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
-    """Return the GPUs in a router's STATUS by the name of their worker process."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for slot in status["workers"] if status is not None else []:
-        found.setdefault(slot["name"], []).append(slot)
-    return found
-
-
-def problems(cluster: LocalCluster, status: dict[str, Any] | None) -> list[str]:
+def problems(cluster: LocalCluster, status: RouterStatus | None) -> list[str]:
     """Return what is not as it should be, a line each; nothing for a cluster that is well.
 
     Args:
@@ -48,22 +40,18 @@ def problems(cluster: LocalCluster, status: dict[str, Any] | None) -> list[str]:
     ]
     if status is None:
         return [*lines, f"router: does not answer at {cluster.client_endpoint or 'any port yet'}"]
-    registered = slots(status)
+    registered = status.processes()
     for role in cluster.roles:
         if role.kind == "worker" and role.state is RoleState.READY:
-            lines += _unwell(role.name, registered.get(role.name, []))
+            lines += _unwell(role.name, registered.get(role.name, ()))
     return lines
 
 
-def _unwell(name: str, found: list[dict[str, Any]]) -> list[str]:
+def _unwell(name: str, found: Sequence[GpuStatus]) -> list[str]:
     """Return what the router has against a worker process that its keeper thinks well of."""
     if not found:
         return [f"{name}: runs, and the router does not know it"]
-    states = Counter(
-        slot["process"] if slot["process"] != _ALIVE else slot["state"]
-        for slot in found
-        if (slot["process"], slot["state"]) != (_ALIVE, _WELL)
-    )
+    states = Counter(gpu.condition for gpu in found if not gpu.is_well)
     if not states:
         return []
     words = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))

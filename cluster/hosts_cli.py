@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import orjson
@@ -22,6 +22,7 @@ from superserve.roles import local
 if TYPE_CHECKING:
     from cluster.fleet import RemoteFleet
     from cluster.hosts_up import HostsUp
+    from superserve.status import RouterStatus
 
 
 def is_on_hosts(name: str) -> bool:
@@ -96,7 +97,8 @@ def status(name: str, *, as_json: bool) -> None:
         raise click.ClickException(str(error)) from error
     wrong = problems(fleet.record, seen, said)
     if as_json:
-        body = {"cluster": fleet.record, "hosts": seen, "status": said, "problems": wrong}
+        status = None if said is None else said.body()
+        body = {"cluster": fleet.record, "hosts": seen, "status": status, "problems": wrong}
         click.echo(orjson.dumps(body, option=orjson.OPT_INDENT_2).decode())
     else:
         say([f"cluster {name!r} on {len(fleet.hosts)} hosts, from {fleet.record.file}", ""])
@@ -106,7 +108,7 @@ def status(name: str, *, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _ask(fleet: RemoteFleet) -> dict[str, Any] | None:
+def _ask(fleet: RemoteFleet) -> RouterStatus | None:
     try:
         return fleet.router_status()
     except RemoteError:  # the hosts' states say why

@@ -1,20 +1,19 @@
-"""Whether a cluster on several hosts is well: what its supervisors see, held against its router."""
+"""Whether a cluster on several hosts is well: what its supervisors see, compared with its router."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from cluster.health import slots
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from cluster.fleet import HostSeen, RoleSeen
     from cluster.record import Record
+    from superserve.status import RouterStatus
 
 
-def problems(record: Record, seen: Sequence[HostSeen], status: Mapping[str, Any] | None) -> list[str]:
+def problems(record: Record, seen: Sequence[HostSeen], status: RouterStatus | None) -> list[str]:
     """Return what is not as it should be, a line or a few each; nothing for a cluster that is well."""
     left_out = [f"{name}: takes no part since the last `cluster up`: {why}" for name, why in record.left_out]
     return [*left_out, *(line.text for line in unready(seen, status, dict(record.slots)))]
@@ -29,7 +28,7 @@ class Unready:
 
 
 def unready(
-    seen: Sequence[HostSeen], status: Mapping[str, Any] | None, n_slots: Mapping[str, int]
+    seen: Sequence[HostSeen], status: RouterStatus | None, n_slots: Mapping[str, int]
 ) -> list[Unready]:
     """Return why roles are not ready, the router's first.
 
@@ -39,7 +38,7 @@ def unready(
         n_slots: How many GPUs each worker is to register.
     """
     lines = [Unready(host.error, is_final=True) for host in seen if host.error]
-    registered = slots(None if status is None else dict(status))
+    registered = {} if status is None else status.processes()
     for role in (role for host in seen for role in host.roles):
         # Others that have no process are about to be started: supervisor looks once a second.
         if role.state == "FATAL" or (role.state == "EXITED" and role.exit_code == 0):
@@ -47,9 +46,7 @@ def unready(
         elif role.kind == "router" and status is None:
             lines.append(Unready(f"{role.host}: {role.name} did not answer", is_final=False))
         elif role.kind == "worker":
-            ready = sum(
-                s["state"] == "ready" and s["process"] == "live" for s in registered.get(role.name, [])
-            )
+            ready = sum(gpu.is_well for gpu in registered.get(role.name, ()))
             if ready < n_slots.get(role.name, 1):
                 words = f"{role.host}: {role.name} ({role.state}) did not register with the router"
                 lines.append(Unready(words, is_final=False))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster import preflight, show
-from cluster.health import slots
 from cluster.up import name_option
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from cluster.hosts_up import HostsUp
     from cluster.preflight import HostFinding
     from cluster.record import Record
+    from superserve.status import RouterStatus
 
 
 def findings(found: Sequence[HostFinding]) -> list[str]:
@@ -54,15 +54,15 @@ def removals(done: HostsUp) -> list[str]:
     return lines
 
 
-def roles(seen: Sequence[HostSeen], status: dict[str, Any] | None) -> str:
+def roles(seen: Sequence[HostSeen], status: RouterStatus | None) -> str:
     """Return the table of `cluster status`: what the supervisors and the router say of each role."""
-    registered = slots(status)
+    registered = {} if status is None else status.processes()
     rows = []
     for host in seen:
         if host.error:
             rows.append((host.name, "-", "-", "UNREACHABLE", *("-",) * 6))
         for role in host.roles:
-            work = show.work(registered.get(role.name, []))
+            work = show.work(registered.get(role.name, ()))
             up = _duration(role.up_s) if role.pid is not None else "-"
             rows.append((host.name, role.name, _pid(role.pid), role.state, up, role.serves, *work))
     columns = (
@@ -86,7 +86,7 @@ def stopped(record: Record, done: HostsDown) -> list[str]:
     return lines
 
 
-def what_next(record: Record, status: dict[str, Any]) -> list[str]:
+def what_next(record: Record, status: RouterStatus) -> list[str]:
     """Return what to type next, and how a program connects."""
     return show.next_lines(
         record.name, record.client_endpoint, status, record.profile, has_keys=bool(record.keys)

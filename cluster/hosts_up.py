@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cluster.preflight import HostFinding, Wanted
     from cluster.ssh import Shell
     from cluster.wheel import Wheel
+    from superserve.status import RouterStatus
 
 _ASK_AGAIN_S = 0.5
 _APPLY_S = 120.0  # roles that are replaced may take STOP_S each to end
@@ -60,7 +61,7 @@ class HostsUp:
     removed: dict[str, list[str]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     seen: tuple[HostSeen, ...] = ()
-    status: dict[str, Any] | None = None
+    status: RouterStatus | None = None
     rolled_back: bool = False
 
 
@@ -224,7 +225,7 @@ def _await_ready(fleet: RemoteFleet, plan: HostsPlan, done: HostsUp, timeout_s: 
         time.sleep(_ASK_AGAIN_S)
 
 
-def _status(fleet: RemoteFleet) -> dict[str, Any] | None:
+def _status(fleet: RemoteFleet) -> RouterStatus | None:
     try:
         return fleet.router_status()
     except RemoteError:  # `states` says why

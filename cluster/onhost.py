@@ -31,6 +31,7 @@ import xmlrpc.client
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped]  # it ships no types
 
 from cluster.hostfiles import (
@@ -368,7 +369,8 @@ def status(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     key = folder / KEYS / OPERATOR_KEY
     try:
         shown = str(key) if key.exists() else ""
-        return {"status": ask_status(asked["endpoint"], asked.get("timeout_s", 2.0), keys=shown)}
+        found = ask_status(asked["endpoint"], asked.get("timeout_s", 2.0), keys=shown)
+        return {"status": orjson.loads(orjson.dumps(found.body()))}
     except ConfigError as error:
         return {"status": None, "why": str(error)}
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.facts import look
-from cluster.health import ask_router, slots
+from cluster.health import ask_router
 from cluster.orders import give_order
 from superserve.errors import ConfigError, ProcessError
 from superserve.roles import local
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from cluster.facts import Facts
+    from superserve.status import RouterStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Operable(Protocol):
     def roles(self) -> tuple[RoleView, ...]:
         """Return every role as it stands, the router first."""
 
-    def status(self) -> dict[str, Any] | None:
+    def status(self) -> RouterStatus | None:
         """Return the router's STATUS; None if it does not answer."""
 
     def stop(self, role: str) -> None:
@@ -138,7 +139,7 @@ class LocalOperable:
             for role in cluster.roles
         )  # fmt: skip
 
-    def status(self) -> dict[str, Any] | None:
+    def status(self) -> RouterStatus | None:
         """Return the router's STATUS; None if it does not answer."""
         return ask_router(self.cluster())
 
@@ -154,15 +155,6 @@ class LocalOperable:
         """Return what this machine is like; its clock is this machine's own."""
         pids = [role.pid for role in roles if role.pid is not None]
         return (HostFacts(self.cluster().host, "", look(self._folder, pids), 0.0, 0.0),)
-
-
-def live(status: dict[str, Any] | None) -> set[str]:
-    """Return the worker processes all of whose GPUs the router gives work to."""
-    return {
-        name
-        for name, found in slots(status).items()
-        if all((slot["process"], slot["state"]) == ("live", "ready") for slot in found)
-    }
 
 
 def chosen(roles: Sequence[RoleView], names: Iterable[str]) -> list[RoleView]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from cluster.fleet import RemoteFleet, RoleSeen
     from cluster.record import KnownHost
+    from superserve.status import RouterStatus
 
 UNREACHABLE = "UNREACHABLE"
 """The state of a role whose host cannot be asked."""
@@ -49,7 +50,7 @@ class HostsOperable:
                 found += [_view(role) for role in seen.roles]
         return tuple(sorted(found, key=lambda role: role.kind != "router"))
 
-    def status(self) -> dict[str, Any] | None:
+    def status(self) -> RouterStatus | None:
         """Return the router's STATUS; None if it or its host does not answer."""
         try:
             return self._fleet.router_status()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from cluster.operable import chosen, live
+from cluster.operable import chosen
 from superserve.clock import SECOND, MonotonicClock
 from superserve.errors import ConfigError, ProcessError
 
@@ -99,7 +99,7 @@ class RollingOperator:
             ProcessError: It does not come back, or a worker does not find it.
         """
         router = self._cluster.roles()[0]
-        before = live(self._cluster.status())
+        before = self._well()
         self._stop([] if router.has_ended else [router])
         self._start([router], timeout_s, before)
 
@@ -177,7 +177,7 @@ class RollingOperator:
             for role in (now[name] for name in names):
                 if role.has_ended:
                     raise ProcessError(f"{role.name}: did not come back ({role.state}): {role.why}")
-            there = live(self._cluster.status())
+            there = self._well()
             took_s = (self._clock.now_ns() - begin_ns) / SECOND
             if all(now[name].is_up for name in names) and there.issuperset(workers):
                 for name in sorted(names):
@@ -194,12 +194,17 @@ class RollingOperator:
             raise ProcessError(
                 "the router does not answer, and nothing can drain without it: see `cluster doctor`"
             )
-        return live(status)
+        return status.well()
+
+    def _well(self) -> set[str]:
+        """Return the workers that are well; none while the router does not answer."""
+        status = self._cluster.status()
+        return set() if status is None else status.well()
 
     def _known(self) -> set[str]:
         """Return the workers that the router has not forgotten."""
         status = self._cluster.status()
-        return set() if status is None else {slot["name"] for slot in status["workers"]}
+        return set() if status is None else set(status.processes())
 
 
 def _nobody_left(workers: Sequence[RoleView]) -> str:

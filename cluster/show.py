@@ -7,14 +7,13 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.health import slots
 from cluster.up import name_option
 from profiles.table import load_profile
 from superserve.roles.local import DEFAULT_NAME, RoleState
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from cluster.down import Down
     from superserve.roles.local import LocalCluster, Role
+    from superserve.status import GpuStatus, RouterStatus
 
 _MS = 1_000_000
 _MIB = 1 << 20
@@ -74,13 +74,13 @@ def reasons(cluster: LocalCluster) -> list[str]:
 # --- what to type next ------------------------------------------------------------------------
 
 
-def what_next(cluster: LocalCluster, status: dict[str, Any], profile: str) -> list[str]:
+def what_next(cluster: LocalCluster, status: RouterStatus, profile: str) -> list[str]:
     """Return what to type next, and how a program connects."""
     return next_lines(cluster.name, cluster.client_endpoint, status, profile)
 
 
 def next_lines(
-    name: str, client_endpoint: str, status: dict[str, Any], profile: str, *, has_keys: bool = False
+    name: str, client_endpoint: str, status: RouterStatus, profile: str, *, has_keys: bool = False
 ) -> list[str]:
     """Return what to type next, and how a program connects, for a cluster on any hosts."""
     given = "" if name == DEFAULT_NAME else f" --connect {client_endpoint.removeprefix('tcp://')}"
@@ -94,15 +94,15 @@ def next_lines(
     ]
 
 
-def _gentle(status: dict[str, Any], profile: str) -> str:
+def _gentle(status: RouterStatus, profile: str) -> str:
     """Return a trace and an SLO of about a tenth of what the workers could do."""
     table = load_profile(profile)
     smallest, largest, size = 0, table.n_subnets - 1, table.max_batch_size
     each_qps = size * 1e9 / table.latency_ns(smallest, size)
-    rate_qps = float(f"{max(1.0, len(status['workers']) * each_qps / 10):.1g}")
+    rate_qps = float(f"{max(1.0, len(status.workers) * each_qps / 10):.1g}")
     # Four times one query on the largest subnet, in tens of milliseconds, and no less than usual.
     slo_ms = max(36, 10 * math.ceil(4 * table.latency_ns(largest, 1) / _MS / 10))
-    is_real = (status.get("model") or {}).get("input") is not None
+    is_real = status.model is not None and status.model.input is not None
     if is_real:  # on cores that the load generator shares
         slo_ms = max(slo_ms, 100)
     return f"poisson:rate={rate_qps:g} --duration 10 --slo-ms {slo_ms}"
@@ -136,44 +136,44 @@ class Endpoints(Protocol):
         ...
 
 
-def router(cluster: Endpoints, status: dict[str, Any]) -> list[str]:
+def router(cluster: Endpoints, status: RouterStatus) -> list[str]:
     """Return lines about the router: where it is, its queue, and how queries ended."""
-    queries, queue, batches = status["queries"], status["queue"], status["batches"]
-    answered = ", ".join(f"{name} {n:,}" for name, n in queries["answered"].items() if n) or "none"
-    head = queue["head_slack_ms"]
+    queries, queue, batches = status.queries, status.queue, status.batches
+    answered = ", ".join(f"{name} {n:,}" for name, n in queries.answered.items() if n) or "none"
+    head = queue.head_slack_ms
     return [
-        f"clients    {cluster.client_endpoint}, {status['clients']} connected",
-        f"workers    {cluster.worker_endpoint}, {len(status['workers'])} GPUs registered",
-        f"policy     {status['router']['policy']}",
-        f"queries    {queries['received']:,} received, {queries['in_flight']:,} in flight",
+        f"clients    {cluster.client_endpoint}, {status.clients} connected",
+        f"workers    {cluster.worker_endpoint}, {len(status.workers)} GPUs registered",
+        f"policy     {status.router.policy}",
+        f"queries    {queries.received:,} received, {queries.in_flight:,} in flight",
         f"answered   {answered}",
-        f"queue      {queue['length']:,} queries, {queue['held_bytes'] / _MIB:.1f} MiB"
+        f"queue      {queue.length:,} queries, {queue.held_bytes / _MIB:.1f} MiB"
         + ("" if head is None else f", the first has {head:.1f} ms of slack"),
-        f"batches    {batches['dispatched']:,} dispatched, {batches['in_flight']:,} in flight",
+        f"batches    {batches.dispatched:,} dispatched, {batches.in_flight:,} in flight",
     ]
 
 
-def roles(cluster: LocalCluster, status: dict[str, Any] | None) -> str:
+def roles(cluster: LocalCluster, status: RouterStatus | None) -> str:
     """Return the table of `cluster status`: what the keeper and the router say of each process."""
-    registered = slots(status)
+    registered = {} if status is None else status.processes()
     rows = []
     for role in cluster.roles:
-        found = registered.get(role.name, [])
+        found = registered.get(role.name, ())
         rows.append((role.name, _pid(role), str(role.state), str(role.restarts), role.serves, *work(found)))
     columns = ("role", "pid", "state", "restarts", "serves", "registered", "batches", "queries", "slowdown")
     return table(columns, rows)
 
 
-def work(found: Sequence[dict[str, Any]]) -> tuple[str, str, str, str]:
+def work(found: Sequence[GpuStatus]) -> tuple[str, str, str, str]:
     """Return what the router says of a worker process: its GPUs, their work, how slow they are."""
     if not found:
         return "-", "-", "-", "-"
-    n_well = sum(slot["state"] == "ready" and slot["process"] == "live" for slot in found)
-    slowdown = sum(slot["slowdown"] for slot in found) / len(found)
+    n_well = sum(gpu.is_well for gpu in found)
+    slowdown = sum(gpu.slowdown for gpu in found) / len(found)
     return (
         f"{n_well} of {len(found)}",
-        f"{sum(slot['batches'] for slot in found):,}",
-        f"{sum(slot['queries'] for slot in found):,}",
+        f"{sum(gpu.batches for gpu in found):,}",
+        f"{sum(gpu.queries for gpu in found):,}",
         f"{slowdown:.2f}",
     )
 

@@ -1,24 +1,28 @@
 """`cluster top`: STATUS of a router as a page of 80 columns, and what changed since the one before.
 
-Everything here is a function of two STATUS bodies: rates are differences of their counters, over the
-time between them. With one body alone, the router's own last ten seconds stand in.
+Everything here is a function of two STATUSes: rates are differences of their counters, over the
+time between them. With one alone, the router's own last ten seconds stand in.
 """
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from superserve.status import READY, RecentWindow
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from rich.console import RenderableType
+
+    from superserve.status import GpuStatus, RouterStatus
 
 WIDTH = 80
 _MAX_NAME, _MAX_HOST = 12, 10
@@ -30,18 +34,18 @@ class Sample:
     """A STATUS, and when it came.
 
     Attributes:
-        body: As the router sent it.
+        status: As the router sent it.
         at_ns: On this process's clock.
     """
 
-    body: Mapping[str, Any]
+    status: RouterStatus
     at_ns: int
 
     def follows(self, other: Sample | None) -> bool:
         """Tell whether `other` is an earlier sample of the same router's life."""
         return (
             other is not None
-            and other.body["router"]["epoch"] == self.body["router"]["epoch"]
+            and other.status.router.epoch == self.status.router.epoch
             and other.at_ns < self.at_ns
         )
 
@@ -69,35 +73,33 @@ class Row:
 
 def rows_of(now: Sample, before: Sample | None) -> list[Row]:
     """Return the GPUs in order of name and slot."""
-    earlier: dict[tuple[str, int], Mapping[str, Any]] = {}
+    earlier: dict[tuple[str, int], GpuStatus] = {}
     seconds = 0.0
     if before is not None and now.follows(before):
-        earlier = {(gpu["name"], gpu["slot"]): gpu for gpu in before.body["workers"]}
+        earlier = {(gpu.name, gpu.slot): gpu for gpu in before.status.workers}
         seconds = (now.at_ns - before.at_ns) / 1e9
-    gpus = sorted(now.body["workers"], key=lambda gpu: (gpu["name"], gpu["slot"]))
-    has_many = {gpu["name"] for gpu in gpus if gpu["slot"] > 0}
+    gpus = sorted(now.status.workers, key=lambda gpu: (gpu.name, gpu.slot))
+    has_many = {gpu.name for gpu in gpus if gpu.slot > 0}
     return [
-        _row(gpu, earlier.get((gpu["name"], gpu["slot"])), seconds, is_one_of_many=gpu["name"] in has_many)
+        _row(gpu, earlier.get((gpu.name, gpu.slot)), seconds, is_one_of_many=gpu.name in has_many)
         for gpu in gpus
     ]
 
 
-def _row(
-    gpu: Mapping[str, Any], was: Mapping[str, Any] | None, seconds: float, *, is_one_of_many: bool
-) -> Row:
-    def rate(key: str) -> float | None:
-        # A worker that joined anew counts from 0 again.
-        return None if was is None or gpu[key] < was[key] else float(gpu[key] - was[key]) / seconds
+def _row(gpu: GpuStatus, was: GpuStatus | None, seconds: float, *, is_one_of_many: bool) -> Row:
+    def rate(now: float, then: float | None) -> float | None:
+        # A worker that joined again counts from 0.
+        return None if then is None or now < then else (now - then) / seconds
 
-    busy = rate("busy_s")
+    busy = rate(gpu.busy_s, None if was is None else was.busy_s)
     if busy is not None:
         busy = min(1.0, busy)  # a batch counts when it ends: one may have begun before
-    name = f"{gpu['name']}:{gpu['slot']}" if is_one_of_many else gpu["name"]
-    state = gpu["state"] if gpu["process"] == "live" else gpu["process"]
+    name = f"{gpu.name}:{gpu.slot}" if is_one_of_many else gpu.name
     return Row(
-        name, gpu["host"], state, gpu["last_subnet"] or _UNKNOWN,
-        rate("batches"), rate("queries"), busy,
-        gpu["slowdown"], gpu["credit"], gpu["transport_ms"],
+        name, gpu.host, gpu.condition, gpu.last_subnet or _UNKNOWN,
+        rate(gpu.batches, None if was is None else was.batches),
+        rate(gpu.queries, None if was is None else was.queries), busy,
+        gpu.slowdown, gpu.credit, gpu.transport_ms,
     )  # fmt: skip
 
 
@@ -106,58 +108,60 @@ def _row(
 
 def header(now: Sample, before: Sample | None) -> list[str]:
     """Return lines about the router: what comes, how it ends, what waits, how many GPUs that asks for."""
-    body = now.body
-    last = _since(now, before) if before is not None and now.follows(before) else body["recent"]["10s"]
-    minute, queue, router = body["recent"]["60s"], body["queue"], body["router"]
-    seconds = last["seconds"]
-    rate_qps = last["received"] / seconds if seconds > 0 else 0.0
-    ended = sum(last["answered"].values())
-    done_qps = ended / seconds if seconds > 0 else 0.0
-    head_ms = queue["head_slack_ms"]
-    needed, workers = body["workers_needed"], body["workers"]
-    draining = ", draining" if router["draining"] else ""
+    status = now.status
+    last, cpu_s = status.recent.short, None
+    if before is not None and now.follows(before):
+        last, cpu_s = _since(now, before), status.router.cpu_s - before.status.router.cpu_s
+    minute, queue, router = status.recent.long, status.queue, status.router
+    seconds = last.seconds
+    rate_qps = last.received / seconds if seconds > 0 else 0.0
+    done_qps = last.answered.total / seconds if seconds > 0 else 0.0
+    head_ms = queue.head_slack_ms
+    needed, workers = status.workers_needed, status.workers
+    draining = ", draining" if router.draining else ""
     head = _UNKNOWN if head_ms is None else f"{head_ms:.1f} ms"
-    of_last, of_minute = f"{seconds:.0f} s", f"{minute['seconds']:.0f} s"
-    cpu = _share(last.get("cpu_s"), seconds)
+    of_last, of_minute = f"{seconds:.0f} s", f"{minute.seconds:.0f} s"
+    cpu = _share(cpu_s, seconds)
     lines = [
-        ("policy", f"{router['policy']}{draining}", "  clients", str(body["clients"]), "  router CPU", cpu),
-        ("in", f"{rate_qps:,.0f} q/s", "  ended", f"{done_qps:,.0f} q/s", "  queue", f"{queue['length']:,}",
+        ("policy", f"{router.policy}{draining}", "  clients", str(status.clients), "  router CPU", cpu),
+        ("in", f"{rate_qps:,.0f} q/s", "  ended", f"{done_qps:,.0f} q/s", "  queue", f"{queue.length:,}",
          "  head slack", head),
         ("attainment", _attainment(last), "over", of_last + ",", _attainment(minute), "over", of_minute,
          "  accuracy", _accuracy(last)),
-        ("GPUs", str(body["workers_ready"]), "ready of", str(len(workers)),
-         "  needed", f"{needed['as_served']:.1f}", "as served,", f"{needed['at_least']:.1f}", "at least"),
+        ("GPUs", str(status.workers_ready), "ready of", str(len(workers)),
+         "  needed", f"{needed.as_served:.1f}", "as served,", f"{needed.at_least:.1f}", "at least"),
     ]  # fmt: skip
     return [*(" ".join(words) for words in lines), *_misses(last)]
 
 
-def _since(now: Sample, before: Sample) -> dict[str, Any]:
-    new, old = now.body["queries"], before.body["queries"]
-    return {
-        "seconds": (now.at_ns - before.at_ns) / 1e9,
-        "received": new["received"] - old["received"],
-        "answered": {status: n - old["answered"][status] for status, n in new["answered"].items()},
-        "ok_accuracy": new["ok_accuracy"] - old["ok_accuracy"],
-        "cpu_s": now.body["router"]["cpu_s"] - before.body["router"]["cpu_s"],
-    }
+def _since(now: Sample, before: Sample) -> RecentWindow:
+    """Return what happened between two samples."""
+    new, old = now.status.queries, before.status.queries
+    return RecentWindow(
+        seconds=(now.at_ns - before.at_ns) / 1e9,
+        received=new.received - old.received,
+        answered=new.answered.since(old.answered),
+        ok_accuracy=new.ok_accuracy - old.ok_accuracy,
+        busy_s=new.busy_s - old.busy_s,
+        executed=new.executed - old.executed,
+    )
 
 
-def _attainment(window: Mapping[str, Any]) -> str:
-    answered = window["answered"]
-    n = sum(answered.values()) - answered["cancelled"]
+def _attainment(window: RecentWindow) -> str:
+    n = window.answered.wanted
     if not n:
         return _UNKNOWN
     # Cut, not rounded: 1.0000 shall mean that none was missed.
-    return f"{answered['ok'] * 10_000 // n / 10_000:.4f}"
+    return f"{window.answered.ok * 10_000 // n / 10_000:.4f}"
 
 
-def _accuracy(window: Mapping[str, Any]) -> str:
-    n = window["answered"]["ok"]
-    return f"{window['ok_accuracy'] / n:.2f} %" if n else _UNKNOWN
+def _accuracy(window: RecentWindow) -> str:
+    n = window.answered.ok
+    return f"{window.ok_accuracy / n:.2f} %" if n else _UNKNOWN
 
 
-def _misses(window: Mapping[str, Any]) -> list[str]:
-    missed = [f"{status} {n:,}" for status, n in window["answered"].items() if n and status != "ok"]
+def _misses(window: RecentWindow) -> list[str]:
+    missed = [f"{status} {n:,}" for status, n in window.answered.items() if n and status != "ok"]
     return ["not ok: " + ", ".join(missed)] if missed else []
 
 
@@ -175,12 +179,12 @@ def page(now: Sample, before: Sample | None, *, max_rows: int | None = None) -> 
     rows = rows_of(now, before)
     shown, left_out = rows, 0
     if max_rows is not None and len(rows) > max_rows:
-        shown = sorted(rows, key=lambda row: row.state == "ready")[: max(1, max_rows - 1)]
+        shown = sorted(rows, key=lambda row: row.state == READY)[: max(1, max_rows - 1)]
         left_out = len(rows) - len(shown)
     parts: list[RenderableType] = [Text(line, no_wrap=True) for line in header(now, before)]
     parts += [Text(), _table(shown)]
     if left_out:
-        n_unwell = sum(row.state != "ready" for row in rows)
+        n_unwell = sum(row.state != READY for row in rows)
         parts.append(Text(f"... and {left_out} more; of {len(rows)} GPUs, {n_unwell} are not ready"))
     return Group(*parts)
 
@@ -204,7 +208,7 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _style(state: str) -> str:
-    return {"ready": "green", "draining": "yellow"}.get(state, "bold red")
+    return {READY: "green", "draining": "yellow"}.get(state, "bold red")
 
 
 def _rate(value: float | None) -> str:

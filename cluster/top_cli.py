@@ -70,8 +70,8 @@ def _endpoint(name: str, connect: str | None) -> str:
 def _look(endpoint: str) -> Sample:
     """Return a sample; ConfigError if the router does not answer."""
     keys = os.environ.get(ENVIRONMENT) or local.remembered_keys(endpoint)
-    body = ask_status(endpoint, _ANSWER_S, keys=keys)
-    return Sample(body, time.monotonic_ns())
+    status = ask_status(endpoint, _ANSWER_S, keys=keys)
+    return Sample(status, time.monotonic_ns())
 
 
 def _two_looks(endpoint: str, interval_s: float) -> RenderableType:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from cluster.plan import Plan
+    from superserve.status import RouterStatus
 
 _STOP_S = 30.0  # a keeper that stops needs half of it at most
 _REGISTERED_S = 10.0  # workers announce themselves when they are registered: a moment will do
@@ -64,7 +65,7 @@ class Up:
     """
 
     cluster: LocalCluster
-    status: dict[str, Any]
+    status: RouterStatus
     is_new: bool
     tidied: LocalCluster | None = None
     restarted: tuple[str, ...] = ()
@@ -246,7 +247,7 @@ def _spawn(name: str, fd: int, log_path: Path) -> tuple[subprocess.Popen[bytes],
 _NOT_THE_KEEPERS = (READY_FD_VARIABLE, PARENT_PID_VARIABLE)
 
 
-def _start(plan: Plan, folder: Path) -> tuple[LocalCluster, dict[str, Any]]:
+def _start(plan: Plan, folder: Path) -> tuple[LocalCluster, RouterStatus]:
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with _held(plan, folder) as hold:
@@ -270,7 +271,7 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _registered(cluster: LocalCluster) -> dict[str, Any]:
+def _registered(cluster: LocalCluster) -> RouterStatus:
     """Return the router's STATUS once it shows every worker ready.
 
     Raises:

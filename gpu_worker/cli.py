@@ -24,6 +24,7 @@ from gpu_worker.serve.server import Gauges, Waker, WorkerServer
 from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
+from superserve.hello import WorkerHello
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
 from superserve.roles.exposition import LOOPBACK, serve_pages
@@ -303,26 +304,21 @@ def serve(
         context.term()
 
 
-def hello(name: str, device: WorkerDevice) -> dict[str, Any]:
-    """Return the body of HELLO: who this worker is, and what its GPUs run and how fast."""
-    return {
-        "role": "worker",
-        "name": name,
-        "host": platform.node(),
-        "version": version(),
-        "pid": os.getpid(),
-        "device": device.profile.device,
-        "fingerprint": device.fingerprint,
-        "profiles": [device.profile.to_dict()],
-        "n_slots": device.gpus.n_slots,
-        "input": _spec(device.input_spec),
-        "output": _spec(device.output_spec),
-        "wire": VERSION,
-    }
-
-
-def _spec(spec: TensorSpec | None) -> dict[str, Any] | None:
-    return None if spec is None else {"dtype": spec.dtype, "shape": list(spec.shape)}
+def hello(name: str, device: WorkerDevice) -> WorkerHello:
+    """Return HELLO: who this worker is, and what its GPUs run and how fast."""
+    return WorkerHello(
+        name=name,
+        host=platform.node(),
+        version=version(),
+        pid=os.getpid(),
+        device=device.profile.device,
+        fingerprint=device.fingerprint,
+        profiles=(device.profile.to_dict(),),
+        n_slots=device.gpus.n_slots,
+        input=device.input_spec,
+        output=device.output_spec,
+        wire=(VERSION, VERSION),
+    )
 
 
 _PROCESS = psutil.Process()

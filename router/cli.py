@@ -14,8 +14,8 @@ from profiles.table import load_profile
 from router.core.settings import CoreSettings
 from router.policies.registry import make_policy
 from router.report.metrics import SWITCH_S, RouterMetrics, pages
+from router.serve.loop import RouterServer, ServerSettings
 from router.serve.recording import Recorder, replay
-from router.serve.server import RouterServer, ServerSettings
 from superserve.errors import ConfigError, SuperServeError
 from superserve.roles.exposition import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
@@ -95,7 +95,7 @@ def cli(
             where = ""
             if metrics is not None:
                 exporter = serve_pages(
-                    pages(server, metrics), address=metrics_address, port=metrics_port or 0
+                    pages(server.core, metrics), address=metrics_address, port=metrics_port or 0
                 )
                 where = stack.enter_context(exporter)
                 sys.setswitchinterval(SWITCH_S)

@@ -169,7 +169,7 @@ def test_the_core_and_the_policies_are_pure(name: str) -> None:
         ("router.core", "profiles.table", False),
         ("router.core", "profiles.measuring.measure", True),
         ("router.core", "profiles", True),
-        ("router.serve.server", "gpu_worker.serve.server", True),
+        ("router.serve.loop", "gpu_worker.serve.server", True),
         ("profiles.measuring.measure", "gpu_worker.supernet.supernet", False),
         ("profiles.table", "gpu_worker.supernet.supernet", True),
         ("loadgen.simulator.world", "router.core", False),

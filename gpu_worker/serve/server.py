@@ -30,6 +30,7 @@ import zmq
 from gpu_worker.serve.batches import EndedBatch, Gpus, QueueState, finished, refused
 from superserve.clock import MS, SECOND
 from superserve.errors import SuperServeError, WireError
+from superserve.hello import WorkerWelcome
 from superserve.net import sockets
 from superserve.wire import (
     Buffer,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from gpu_worker.serve.metrics import WorkerMetrics
     from profiles.table import Profile
     from superserve.clock import Clock
+    from superserve.hello import WorkerHello
     from superserve.net.handshake import Handshake
 
 _LOG = logging.getLogger(__name__)
@@ -168,7 +170,7 @@ class WorkerServer:
         socket: A DEALER, connected; closed by the caller.
         gpus: What runs the batches.
         profile: The profile that all of them share.
-        hello: The body of HELLO.
+        hello: What it says first.
         clock: The process's clock.
         waker: Woken by signals and by GPUs that report from another thread.
         gauges: Reads the device's gauges; quick.
@@ -186,7 +188,7 @@ class WorkerServer:
         socket: zmq.Socket[bytes],
         gpus: Gpus,
         profile: Profile,
-        hello: Mapping[str, Any],
+        hello: WorkerHello,
         *,
         clock: Clock,
         waker: Waker,
@@ -199,8 +201,8 @@ class WorkerServer:
         self._socket = socket
         self._gpus = gpus
         self._profile = profile
-        self._hello = dict(hello)
-        self._name = str(hello["name"])
+        self._hello = hello
+        self._name = hello.name
         self._clock = clock
         self._waker = waker
         self._read_gauges = gauges
@@ -319,15 +321,13 @@ class WorkerServer:
             _LOG.warning("router silent for %.1f s; saying HELLO", (now_ns - self._heard_ns) / SECOND)
         if self._handshake is not None and self._handshake.look(now_ns):
             _LOG.warning("%s", self._handshake.failure)
-        is_sent = self._send(encode_control(Control(Kind.HELLO, self._hello)))
+        is_sent = self._send(encode_control(Control(Kind.HELLO, self._hello.body())))
         if is_sent and not self._is_connected:
             _LOG.info("connected")
         self._is_connected = is_sent
 
-    def _welcomed(self, body: Mapping[str, Any], now_ns: int) -> None:
-        epoch = body.get("epoch")
-        if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < 2**64:
-            raise WireError(f"welcome: epoch: expected a whole number, got {epoch!r}")
+    def _welcomed(self, welcome: WorkerWelcome, now_ns: int) -> None:
+        epoch = welcome.epoch
         if epoch != self._epoch:
             n_dropped = self._gpus.forget_held()
             _LOG.info("welcomed under epoch %d; %d held batches dropped", epoch, n_dropped)
@@ -417,7 +417,7 @@ class WorkerServer:
         body = message.body
         match message.kind:
             case Kind.WELCOME:
-                self._welcomed(body, now_ns)
+                self._welcomed(WorkerWelcome.from_body(body), now_ns)
             case Kind.REFUSED if body.get("code") == "say-hello":
                 self._lose(f"refused: {body.get('reason', 'say-hello')}")
             case Kind.REFUSED:

@@ -92,7 +92,7 @@ class Head:
             ConfigError: An agent does not answer or cannot begin; it is named. Or no router answers.
             KeyboardInterrupt: It was stopped before any query was due.
         """
-        policy = str(ask_status(endpoint)["router"]["policy"])
+        policy = ask_status(endpoint).router.policy
         with zmq.Context() as context:
             try:
                 for i, name in enumerate(self._agents):

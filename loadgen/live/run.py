@@ -30,7 +30,7 @@ from loadgen.results.run import Run, in_time
 from loadgen.traces.arrivals import arrivals_cv2
 from superserve import wire
 from superserve.clock import SECOND
-from superserve.errors import ConfigError
+from superserve.errors import ConfigError, WireError
 from superserve.net.connection import ask_status
 from superserve.net.sockets import bind_router, receive, send
 from superserve.roles.processes import ProcessGroup
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from loadgen.live.progress import Watch
     from loadgen.traces.trace import Trace
     from superserve.roles.processes import RoleProcess
+    from superserve.status import RouterStatus
 
 MS = 1_000_000
 _START_AFTER_NS = 300 * MS
@@ -219,7 +220,7 @@ def run_trace(
     if is_partial:
         trace, columns = _until(trace, columns, coordinator.stop_ns or 0)
     noise = quantile_ns(noise_ns, 999)
-    policy = str(before["router"]["policy"])
+    policy = before.router.policy
     result = summarise(trace, settings.slo_ns, policy, columns, coordinator.subnets, noise)
     if is_partial:
         result = replace(result, partial=True)
@@ -255,16 +256,15 @@ def _seconds(
     )  # fmt: skip
 
 
-def _router_cpu_s(endpoint: str, keys: str, before: dict[str, Any]) -> float:
+def _router_cpu_s(endpoint: str, keys: str, before: RouterStatus) -> float:
     """Return the router's CPU time since `before`; NaN if it is gone, or another one."""
     try:
         after = ask_status(endpoint, keys=keys)
-    except ConfigError:
+    except (ConfigError, WireError):
         return math.nan  # what the senders saw still counts
-    if after["router"]["pid"] != before["router"]["pid"]:
+    if after.router.pid != before.router.pid:
         return math.nan
-    cpu_s: float = after["router"]["cpu_s"] - before["router"]["cpu_s"]
-    return cpu_s
+    return after.router.cpu_s - before.router.cpu_s
 
 
 def _plan(

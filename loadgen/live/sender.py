@@ -339,7 +339,7 @@ def run_sender(plan: SenderPlan) -> None:
         try:
             _await_welcome(connection)
             sender = Sender(plan, connection, np.load(plan.path("due")))
-            expected = connection.spec("input")
+            expected = None if connection.model is None else connection.model.input
             if expected is not None and expected.n_bytes != sender._payloads.each:
                 got = sender._payloads.each
                 raise ConfigError(

@@ -10,16 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import zmq
 
 from superserve import wire
 from superserve.errors import WireError
+from superserve.hello import ClientWelcome, ModelSpec
 from superserve.net.sockets import bind_router, receive, send, wait
 from superserve.roles.processes import ProcessGroup, announce_ready, die_with_parent
+from superserve.roles.version import version
+from superserve.status import (
+    BatchCounts,
+    EndCounts,
+    GpusNeeded,
+    QueryCounts,
+    QueueStatus,
+    Recent,
+    RecentWindow,
+    RouterInfo,
+    RouterStatus,
+)
 from superserve.wire import Control, Group, Kind, Ping, Pong, Queries, Results, Status
 
 if TYPE_CHECKING:
@@ -72,10 +86,31 @@ class Sink:
 
     def _control(self, kind: Kind) -> Control:
         if kind is Kind.HELLO:
-            body: dict[str, Any] = {"epoch": self._epoch, "subnets": [("none", 0.0)], "model": {}}
-            return Control(Kind.WELCOME, body)
-        router = {"policy": POLICY, "pid": os.getpid(), "cpu_s": time.process_time()}
-        return Control(Kind.STATUS, {"router": router, "model": {}})
+            welcome = ClientWelcome(self._epoch, ModelSpec(), (("none", 0.0),), POLICY)
+            return Control(Kind.WELCOME, welcome.body())
+        return Control(Kind.STATUS, _status(self._epoch).body())
+
+
+def _status(epoch: int) -> RouterStatus:
+    """Return STATUS: policy, process and CPU time as they are, and nothing counted."""
+    nothing = RecentWindow(0.0, 0, EndCounts(), 0.0, 0.0, 0)
+    return RouterStatus(
+        router=RouterInfo(
+            draining=False, pid=os.getpid(), host=platform.node(), version=version(), epoch=epoch,
+            policy=POLICY, client_endpoint="", worker_endpoint="", cpu_s=time.process_time(), loop_s=0.0,
+        ),
+        queries=QueryCounts(0, 0, EndCounts(), 0, 0.0, 0, 0.0, 0, 0),
+        queue=QueueStatus(0, None, 0),
+        batches=BatchCounts(0, 0, 0),
+        lost_processes=0,
+        model=ModelSpec(),
+        clients=0,
+        counts={},
+        recent=Recent(nothing, nothing),
+        workers_ready=0,
+        workers_needed=GpusNeeded(0.0, 0.0),
+        workers=(),
+    )  # fmt: skip
 
 
 def _answer(queries: Queries) -> Group:

@@ -11,7 +11,6 @@ from router.policies.registry import make_policy
 from superserve.errors import ConfigError
 from superserve.net.connection import ask_status
 from superserve.roles import local
-from superserve.subnet import TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,10 +67,8 @@ def payload_bytes_of(target: Emulation | str, keys: str) -> int:
     """Return the bytes of a payload that the cluster's model takes; 64 if it takes any."""
     if isinstance(target, Emulation):
         return _ANY_PAYLOAD_BYTES
-    expected = (ask_status(target, keys=keys)["model"] or {}).get("input")
-    if expected is None:
-        return _ANY_PAYLOAD_BYTES
-    return TensorSpec(str(expected["dtype"]), tuple(expected["shape"])).n_bytes
+    model = ask_status(target, keys=keys).model
+    return _ANY_PAYLOAD_BYTES if model is None or model.input is None else model.input.n_bytes
 
 
 def _emulation(emulate: str, policy: str, logs: Path | None) -> Emulation:

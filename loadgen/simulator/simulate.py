@@ -3,7 +3,7 @@
 It is a third host of the core, beside the live router and the replay of a recorded log: it hands
 events in and carries actions out, and decides nothing. Around it are played, from one seed:
 
-    router     the loop around the core, as `router.serve.server`            loadgen/simulator/world.py
+    router     the loop around the core, as `router.serve.loop`             loadgen/simulator/world.py
     clients    open loop, as `loadgen.live.sender`                          loadgen/simulator/clients.py
     network    a way for each message, in order for each peer          loadgen/simulator/links.py
     workers    profiles in place of GPUs, in processes that rest       loadgen/simulator/workers.py

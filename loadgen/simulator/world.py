@@ -1,6 +1,6 @@
 """A router core and its surroundings on a virtual clock: the loop of the simulator.
 
-It plays what `router.serve.server` does around the core: it wakes for the first message, reads what has
+It plays what `router.serve.loop` does around the core: it wakes for the first message, reads what has
 come, has the core decide once, carries out what it says, and rests if there was something to do.
 `loadgen.simulator` is the way in.
 """
@@ -364,7 +364,7 @@ class Simulation:
         for key in gone:
             self.core.handle(ClientLeft(key), now_ns)
 
-    # --- the router's side of the workers' protocol, as `router.serve.server` has it -------------
+    # --- the router's side of the workers' protocol, as `router.serve` has it -------------
 
     def _hello(self, process: SimProcess, now_ns: int) -> None:
         """Register a worker process, and forget an older life of it."""

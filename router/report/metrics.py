@@ -15,12 +15,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from router.core.events import Dispatch
 from router.core.workers import PeerState, WorkerState
 from router.report.health import attainment, live, ready, slo
-from router.report.status import summary_of_server, worker_status
+from router.report.status import gpu_status
 from superserve.roles.exposition import (
     SIZE_BOUNDS,
     Families,
@@ -32,13 +32,14 @@ from superserve.roles.exposition import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
+    from router.core import RouterCore
     from router.core.events import Action
     from router.core.workers import Batch
     from router.report.health import Health
-    from router.serve.server import RouterServer
     from superserve.roles.exposition import HistogramBuckets
+    from superserve.status import GpuStatus, RouterSummary
 
 _PREFIX = "superserve_router_"
 _MS = 1e3
@@ -105,9 +106,9 @@ METRICS = tuple(Metric(_PREFIX + metric.name, metric.kind, metric.help, metric.l
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What the loop handed over at the end of one pass; `summary` is of `summary_of_server`."""
+    """What the loop handed over at the end of one pass."""
 
-    summary: dict[str, Any]
+    summary: RouterSummary
     histograms: Mapping[str, HistogramBuckets]
     subnets: Mapping[str, int]
 
@@ -141,28 +142,29 @@ class RouterMetrics:
             wait.add(now_ns - cohort.arrived_ns, hi - lo)
         self._slack.add(min([cohort.deadlines_ns[lo] for cohort, lo, _ in batch.stretches]) - now_ns)
 
-    def passed(self, server: RouterServer, actions: list[Action], took_ns: int) -> None:
-        """Count a pass of the loop and what it dispatched; hand over a snapshot if somebody waits for one."""
+    def passed(self, actions: list[Action], took_ns: int) -> None:
+        """Count a pass of the loop and what it dispatched. Call `give` after it if `is_wanted`."""
         for action in actions:
             if type(action) is Dispatch:
                 self._dispatched(action.batch)
         self._loop.add(took_ns)
-        if self.is_wanted:
-            self.is_wanted = False
-            self._snapshot = self._take(server, time.monotonic_ns())
-            self._given.set()
 
-    def _take(self, server: RouterServer, now_ns: int) -> Snapshot:
-        names = [] if server.reference is None else [subnet.name for subnet in server.reference.subnets]
+    def give(self, summary: RouterSummary, subnets: Sequence[str]) -> None:
+        """Hand over a snapshot: `summary` as of this pass, and the names of the profile's rows."""
+        self.is_wanted = False
+        self._snapshot = self._take(summary, subnets)
+        self._given.set()
+
+    def _take(self, summary: RouterSummary, subnets: Sequence[str]) -> Snapshot:
         return Snapshot(
-            summary_of_server(server, now_ns),
+            summary,
             {
                 "queue_wait_seconds": self._queue_wait.copy(),
                 "dispatch_slack_seconds": self._slack.copy(),
                 "batch_size_queries": self._batch_size.copy(),
                 "loop_pass_seconds": self._loop.copy(),
             },
-            {names[row]: n for row, n in sorted(self._rows.items())},
+            {subnets[row]: n for row, n in sorted(self._rows.items())},
         )
 
     # --- the side of whoever asks ---------------------------------------------------------
@@ -183,22 +185,22 @@ class RouterMetrics:
             return self._snapshot
 
 
-def pages(server: RouterServer, metrics: RouterMetrics) -> dict[str, Callable[[], Page]]:
+def pages(core: RouterCore, metrics: RouterMetrics) -> dict[str, Callable[[], Page]]:
     """Return the router's pages, by path; asked for in other threads than the loop's."""
 
-    def health(judge: Callable[[Mapping[str, Any]], Health]) -> Page:
+    def health(judge: Callable[[RouterSummary], Health]) -> Page:
         said = judge(metrics.ask().summary)
         return Page(200 if said.is_well else 503, f"{said.why}\n".encode())
 
     return {
-        "/metrics": lambda: _metrics_page(server, metrics),
+        "/metrics": lambda: _metrics_page(core, metrics),
         "/live": lambda: health(live),
         "/ready": lambda: health(ready),
         "/slo": lambda: health(slo),
     }
 
 
-def _metrics_page(server: RouterServer, metrics: RouterMetrics) -> Page:
+def _metrics_page(core: RouterCore, metrics: RouterMetrics) -> Page:
     began_s = time.perf_counter()
     snapshot = metrics.ask()
     waited_s = time.perf_counter() - began_s
@@ -207,9 +209,7 @@ def _metrics_page(server: RouterServer, metrics: RouterMetrics) -> Page:
     now_ns = time.monotonic_ns()
     # Lists of what is there now: the loop may add and remove while they are read.
     workers = [
-        worker_status(worker, now_ns)
-        for peer in list(server.core.peers.values())
-        for worker in list(peer.workers)
+        gpu_status(worker, now_ns) for peer in list(core.peers.values()) for worker in list(peer.workers)
     ]
     fill_workers(families, workers)
     return exposition(families.all())
@@ -217,70 +217,69 @@ def _metrics_page(server: RouterServer, metrics: RouterMetrics) -> Page:
 
 def fill(families: Families, snapshot: Snapshot, waited_s: float) -> None:
     """Give every sample that is not of one worker."""
-    body = snapshot.summary
-    router, queries, queue, batches = (body[part] for part in ("router", "queries", "queue", "batches"))
-    counts, needed = body["counts"], body["workers_needed"]
+    now = snapshot.summary
+    router, queries, queue, batches = now.router, now.queries, now.queue, now.batches
     python = ".".join(map(str, sys.version_info[:3]))
-    families.add(_PREFIX + "build", {"version": _version(), "python": python, "policy": router["policy"]})
-    for status, n in queries["answered"].items():
+    families.add(_PREFIX + "build", {"version": _version(), "python": python, "policy": router.policy})
+    for status, n in queries.answered.items():
         families.add(_PREFIX + "queries_answered", n, status)
-    families.summary(_PREFIX + "accuracy_ratio", queries["answered"]["ok"], queries["ok_accuracy"] / 100)
+    families.summary(_PREFIX + "accuracy_ratio", queries.answered.ok, queries.ok_accuracy / 100)
     for subnet, n in snapshot.subnets.items():
         families.add(_PREFIX + "dispatched_queries", n, subnet)
     for name, held in snapshot.histograms.items():
         families.buckets(_PREFIX + name, held, 1.0 if name == "batch_size_queries" else 1e9)
-    head_ms = queue["head_slack_ms"]
+    head_ms = queue.head_slack_ms
     plain = {
-        "queries_received": queries["received"],
-        "queries_in_flight": queries["in_flight"],
-        "queries_redispatched": queries["redispatched"],
-        "attainment_ratio": attainment(body["recent"]["10s"]["answered"]),
-        "queue_length": queue["length"],
+        "queries_received": queries.received,
+        "queries_in_flight": queries.in_flight,
+        "queries_redispatched": queries.redispatched,
+        "attainment_ratio": attainment(now.recent.short.answered),
+        "queue_length": queue.length,
         "queue_head_slack_seconds": float("nan") if head_ms is None else head_ms / _MS,
-        "held_bytes": queue["held_bytes"],
-        "dispatched_batches": batches["dispatched"],
-        "batches_in_flight": batches["in_flight"],
-        "executed_queries": queries["executed"],
-        "execution_seconds": queries["busy_s"],
-        "payload_bytes": queries["payload_bytes"],
-        "output_bytes": queries["output_bytes"],
-        "malformed_messages": counts.get("malformed", 0),
-        "stale_messages": batches["stale"],
-        "dropped_results": counts.get("results_dropped", 0),
-        "lost_worker_processes": body["lost_processes"],
-        "clients": body["clients"],
-        "draining": int(router["draining"]),
-        "workers_ready": body["workers_ready"],
-        "workers_needed": needed["as_served"],
-        "workers_needed_at_least": needed["at_least"],
-        "loop_passes": counts.get("loops", 0),
-        "loop_seconds": router["loop_s"],
-        "cpu_seconds": router["cpu_s"],
+        "held_bytes": queue.held_bytes,
+        "dispatched_batches": batches.dispatched,
+        "batches_in_flight": batches.in_flight,
+        "executed_queries": queries.executed,
+        "execution_seconds": queries.busy_s,
+        "payload_bytes": queries.payload_bytes,
+        "output_bytes": queries.output_bytes,
+        "malformed_messages": now.counts.get("malformed", 0),
+        "stale_messages": batches.stale,
+        "dropped_results": now.counts.get("results_dropped", 0),
+        "lost_worker_processes": now.lost_processes,
+        "clients": now.clients,
+        "draining": int(router.draining),
+        "workers_ready": now.workers_ready,
+        "workers_needed": now.workers_needed.as_served,
+        "workers_needed_at_least": now.workers_needed.at_least,
+        "loop_passes": now.counts.get("loops", 0),
+        "loop_seconds": router.loop_s,
+        "cpu_seconds": router.cpu_s,
         "scrape_wait_seconds": waited_s,
     }
     for name, value in plain.items():
         families.add(_PREFIX + name, value)
 
 
-def fill_workers(families: Families, gpus: list[dict[str, Any]]) -> None:
+def fill_workers(families: Families, gpus: Sequence[GpuStatus]) -> None:
     """Give the samples of workers: a line a process, however many GPUs it has."""
-    processes: dict[str, list[dict[str, Any]]] = {}
+    processes: dict[str, list[GpuStatus]] = {}
     for gpu in gpus:
-        processes.setdefault(gpu["name"], []).append(gpu)
-    live = Counter(of[0]["process"] for of in processes.values())
-    states = Counter(gpu["state"] for gpu in gpus)
+        processes.setdefault(gpu.name, []).append(gpu)
+    live = Counter(of[0].process for of in processes.values())
+    states = Counter(gpu.state for gpu in gpus)
     for peer_state in (PeerState.LIVE, PeerState.SUSPECT):
         families.add(_PREFIX + "worker_processes", live[peer_state.value], peer_state.value)
     for state in (WorkerState.READY, WorkerState.OVERRUN, WorkerState.DRAINING):
         families.add(_PREFIX + "workers", states[state.value], state.value)
     for name, of in processes.items():
         for metric, value in {
-            "slowdown_ratio": sum(gpu["slowdown"] for gpu in of) / len(of),
-            "credit_batches": sum(gpu["credit"] for gpu in of),
-            "transport_seconds": of[0]["transport_ms"] / _MS,
-            "batches": sum(gpu["batches"] for gpu in of),
-            "queries": sum(gpu["queries"] for gpu in of),
-            "execution_seconds": sum(gpu["busy_s"] for gpu in of),
+            "slowdown_ratio": sum(gpu.slowdown for gpu in of) / len(of),
+            "credit_batches": sum(gpu.credit for gpu in of),
+            "transport_seconds": of[0].transport_ms / _MS,
+            "batches": sum(gpu.batches for gpu in of),
+            "queries": sum(gpu.queries for gpu in of),
+            "execution_seconds": sum(gpu.busy_s for gpu in of),
         }.items():
             families.add(f"{_PREFIX}worker_{metric}", value, name)
 

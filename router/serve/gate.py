@@ -13,7 +13,7 @@ import os
 import socket as os_socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import zmq
 from zmq.utils import z85
@@ -23,6 +23,7 @@ from superserve.errors import ConfigError
 from superserve.net.handshake import FAILED, monitor_of
 from superserve.net.keys import read_ring, router_keys, signature
 from superserve.net.sockets import is_local, is_readable
+from superserve.status import ListedKeys
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -172,14 +173,14 @@ class Gate:
             "handshake_failures": self.n_failed,
         }
 
-    def status(self) -> dict[str, Any]:
+    def listed(self) -> ListedKeys:
         """Return who is listed, for STATUS."""
         operators = sorted(self.operators.values())
-        return {
-            "clients": sorted(set(self.clients.listed.values()) - set(operators)),
-            "workers": sorted(self.workers.listed.values()),
-            "operators": operators,
-        }
+        return ListedKeys(
+            clients=tuple(sorted(set(self.clients.listed.values()) - set(operators))),
+            workers=tuple(sorted(self.workers.listed.values())),
+            operators=tuple(operators),
+        )
 
     # --- the thread -----------------------------------------------------------------------
 

@@ -87,7 +87,9 @@ class SessionLink(Generic[Q]):
             return
         if connection.model is not self._model:
             self._model = connection.model
-            session.learn(connection.spec("input"), connection.spec("output"), connection.subnets)
+            model = connection.model
+            takes, gives = (None, None) if model is None else (model.input, model.output)
+            session.learn(takes, gives, connection.subnets)
         if connection.n_welcomes != self._n_welcomes:
             self._n_welcomes = connection.n_welcomes
             if session.epoch is not None:

@@ -16,16 +16,18 @@ import zmq
 
 from superserve import wire
 from superserve.errors import ConfigError, WireError
+from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
 from superserve.net.sockets import receive, send
-from superserve.subnet import TensorSpec
+from superserve.status import RouterStatus
 from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries, Results
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
+    from superserve.hello import ModelSpec
     from superserve.net.keys import PeerKeys
 
 log = logging.getLogger("superserve")
@@ -59,6 +61,7 @@ class Connection:
         heard_ns: When the router last said anything.
         refusals: What the router objected to, latest last; at most 16.
         n_malformed: Messages that could not be decoded.
+        status: The latest answer to a STATUS, or why it could not be read; None before one came.
     """
 
     def __init__(
@@ -67,12 +70,12 @@ class Connection:
         self.endpoint = endpoint
         self.session = secrets.randbits(62)
         self.epoch: int | None = None
-        self.model: dict[str, Any] | None = None
+        self.model: ModelSpec | None = None
         self.subnets: list[tuple[str, float]] = []
         self.refusals: list[str] = []
         self.said_bye = False
         self.n_malformed = 0
-        self.status: dict[str, Any] | None = None
+        self.status: RouterStatus | WireError | None = None
         self.n_welcomes = 0
         self.heard_ns = 0
         self._hello_ns = 0
@@ -111,7 +114,7 @@ class Connection:
             self._has_sent = True  # what the socket can do has changed
 
     def _hello(self, now_ns: int) -> None:
-        hello = Control(Kind.HELLO, {"role": "client", "session": self.session})
+        hello = Control(Kind.HELLO, ClientHello(session=self.session).body())
         if self._send(wire.encode_control(hello)):
             self._hello_ns = now_ns
             self._hello_wait_ns = int(self._hello_every_ns * random.uniform(0.75, 1.25))
@@ -184,42 +187,22 @@ class Connection:
                 if frames is None:
                     return
                 message = wire.decode(frames)
+                self.heard_ns = time.monotonic_ns()
+                if isinstance(message, Ping):
+                    self._send(wire.encode_pong(Pong(message.stamp_ns, time.monotonic_ns())))
+                elif isinstance(message, Control):
+                    self._control(message)
             except WireError as error:
                 self.n_malformed += 1
                 log.warning("malformed message from %s: %s", self.endpoint, error)
                 continue
-            self.heard_ns = time.monotonic_ns()
             if isinstance(message, Results):
                 yield message
-            elif isinstance(message, Ping):
-                self._send(wire.encode_pong(Pong(message.stamp_ns, time.monotonic_ns())))
-            elif isinstance(message, Control):
-                self._control(message)
 
     def _control(self, message: Control) -> None:
         body = message.body
         if message.kind is Kind.WELCOME:
-            epoch = body.get("epoch")
-            if not isinstance(epoch, int):
-                self.n_malformed += 1
-                return
-            try:
-                self.subnets = [(str(name), float(accuracy)) for name, accuracy in body.get("subnets", ())]
-            except (TypeError, ValueError):
-                self.n_malformed += 1
-                return
-            self.n_welcomes += self.epoch != epoch
-            self._handshake.succeeded()
-            self.epoch = epoch
-            self._ping_ns = self.heard_ns
-            self._hello_every_ns = HELLO_EVERY_NS
-            self.said_bye = False
-            self.model = body.get("model")
-            try:
-                self.spec("input"), self.spec("output")
-            except ConfigError:
-                self.model = None
-                self.n_malformed += 1
+            self._welcomed(ClientWelcome.from_body(body))
         elif message.kind is Kind.REFUSED:
             self.refusals = [*self.refusals[-15:], str(body.get("reason"))]
             if body.get("code") == "say-hello":
@@ -233,22 +216,26 @@ class Connection:
         elif message.kind is Kind.BYE:
             self.epoch, self.said_bye = None, True
         elif message.kind is Kind.STATUS:
-            self.status = body
+            try:
+                self.status = RouterStatus.from_body(body)
+            except WireError as error:
+                self.status = error
+                raise
 
-    def spec(self, what: str) -> TensorSpec | None:
-        """Return the model's "input" or "output", or None while it is unknown or any bytes will do."""
-        body = None if self.model is None else self.model.get(what)
-        if not isinstance(body, dict):
-            return None
-        try:
-            return TensorSpec(str(body["dtype"]), tuple(body["shape"]))
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"welcome: model {what}: expected a dtype and a shape, got {body}") from error
+    def _welcomed(self, welcome: ClientWelcome) -> None:
+        self.n_welcomes += self.epoch != welcome.epoch
+        self._handshake.succeeded()
+        self.epoch = welcome.epoch
+        self._ping_ns = self.heard_ns
+        self._hello_every_ns = HELLO_EVERY_NS
+        self.said_bye = False
+        self.model = welcome.model
+        self.subnets = list(welcome.subnets)
 
 
 def ask_status(
     endpoint: str, timeout_s: float = 2.0, keys: str | os.PathLike[str] | None = None
-) -> dict[str, Any]:
+) -> RouterStatus:
     """Ask the router at `endpoint` for its STATUS.
 
     Args:
@@ -257,7 +244,8 @@ def ask_status(
         keys: As for `Client`.
 
     Raises:
-        ConfigError: Nobody answers within `timeout_s`, or the key file is not what it should be.
+        ConfigError: No router answers within `timeout_s`, or the key file is not what it should be.
+        WireError: What it answers lacks a field, or has another type there; names both.
     """
     own = peer_keys(keys)
     with zmq.Context() as context:
@@ -275,6 +263,8 @@ def ask_status(
             connection.close()
     if connection.status is None:
         raise ConfigError(connection.absence)
+    if isinstance(connection.status, WireError):
+        raise WireError(f"{endpoint}: {connection.status}; is it of another version?")
     return connection.status
 
 

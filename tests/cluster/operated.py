@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.operable import RoleView
 from superserve.clock import VirtualClock
 from superserve.errors import ProcessError
+from tests.superserve import statuses
+
+if TYPE_CHECKING:
+    from superserve.status import RouterStatus
 
 
 def role(name: str, host: str = "a", **other: Any) -> RoleView:
@@ -53,11 +57,11 @@ class FakeCluster:
         """Return every role."""
         return tuple(self._roles.values())
 
-    def status(self) -> dict[str, Any] | None:
-        """Return as much of a STATUS as these commands read."""
+    def status(self) -> RouterStatus | None:
+        """Return a STATUS of the workers that are there."""
         if self.is_silent or not self._roles["router"].is_up:
             return None
-        return {"workers": [{"name": name, "process": "live", "state": "ready"} for name in self._live()]}
+        return statuses.status(*map(statuses.gpu, self._live()))
 
     def stop(self, name: str) -> None:
         """Have a role end in 0.4 s."""

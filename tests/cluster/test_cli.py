@@ -15,20 +15,22 @@ from cluster.cli import cli
 from cluster.down import Down
 from cluster.health import problems
 from cluster.plan import Options, Plan, differences, make_plan
+from superserve.hello import ModelSpec
 from superserve.roles import local
 from superserve.roles.local import STATE_VARIABLE, LocalCluster, Phase, ProcessId, Role, RoleState
+from superserve.status import BatchCounts, EndCounts, QueueStatus
+from tests.superserve.statuses import gpu, queries, status
 
 KEEPER = ProcessId(4_000_000, 1)  # nobody's
-SLOT = {"process": "live", "state": "ready", "batches": 1_000, "queries": 2_500, "slowdown": 1.25}
-STATUS: dict[str, Any] = {
-    "router": {"policy": "slackfit"},
-    "queries": {"received": 5_010, "in_flight": 10, "answered": {"ok": 4_990, "late": 0, "expired": 10}},
-    "queue": {"length": 3, "head_slack_ms": 12.34, "held_bytes": 3 << 20},
-    "batches": {"dispatched": 2_000, "in_flight": 1},
-    "clients": 2,
-    "model": {"input": None},
-    "workers": [{"name": "worker-0", **SLOT}, {"name": "worker-0", **SLOT}, {"name": "worker-1", **SLOT}],
-}
+GPU = gpu(batches=1_000, queries=2_500, slowdown=1.25)
+STATUS = status(
+    *(replace(GPU, name=name) for name in ("worker-0", "worker-0", "worker-1")),
+    queries=queries(received=5_010, in_flight=10, answered=EndCounts(ok=4_990, expired=10)),
+    queue=QueueStatus(3, 12.34, 3 << 20),
+    batches=BatchCounts(2_000, 1, 0),
+    clients=2,
+    model=ModelSpec(),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +223,7 @@ def test_a_cluster_that_is_well_has_no_problems() -> None:
 
 
 @pytest.mark.parametrize(
-    ("worker", "slot", "message"),
+    ("worker", "change", "message"),
     [
         ({"state": RoleState.FATAL, "why": "no memory"}, {}, "worker-1: FATAL: no memory"),
         ({"state": RoleState.STARTING}, {}, "worker-1: starting"),
@@ -230,11 +232,11 @@ def test_a_cluster_that_is_well_has_no_problems() -> None:
         ({}, {"process": "suspect"}, "worker-1: of 1 GPUs, the router has 1 suspect"),
     ],
 )
-def test_what_is_not_well_is_named(worker: dict[str, Any], slot: dict[str, Any], message: str) -> None:
+def test_what_is_not_well_is_named(worker: dict[str, Any], change: dict[str, Any], message: str) -> None:
     """By the keeper, or by the router, or because one of them does not know."""
-    status = {**STATUS, "workers": [*STATUS["workers"][:2], {**STATUS["workers"][2], **slot}]}
+    changed = replace(STATUS, workers=(*STATUS.workers[:2], replace(STATUS.workers[2], **change)))
 
-    assert problems(example(**worker), status) == [message]
+    assert problems(example(**worker), changed) == [message]
 
 
 def test_a_router_that_does_not_answer_is_a_problem() -> None:

@@ -10,37 +10,27 @@ import pytest
 from cluster.doctor import Finding, Seen, Verdict, examine
 from cluster.facts import Facts, look
 from cluster.operable import HostFacts
+from superserve.status import GpusNeeded, QueueStatus
 from tests.cluster.operated import role
+from tests.superserve import statuses
+from tests.superserve.statuses import gpu, info
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from superserve.status import GpuStatus, RouterStatus
+
 FACTS = Facts(0.0, 80 << 30, 1_000, "/w0.log", {"100": (40, 1_048_576)})
 
 
-def slot(name: str, **other: Any) -> dict[str, Any]:
-    """Return a GPU of STATUS that is well."""
-    well = {
-        "name": name,
-        "process": "live",
-        "state": "ready",
-        "slowdown": 1.1,
-        "profile": "p",
-        "version": "1+a",
-    }
-    return well | other
-
-
-def status(*slots: dict[str, Any], **other: Any) -> dict[str, Any]:
+def status(*gpus: GpuStatus, **other: Any) -> RouterStatus:
     """Return a STATUS that is well."""
-    return {
-        "router": {"draining": False, "version": "1+a", "client_endpoint": "tcp://h:1"},
-        "workers": slots or (slot("w0"), slot("w1")),
-        "workers_needed": {"as_served": 1.0, "at_least": 0.5},
+    well: dict[str, Any] = {
         "workers_ready": 2,
-        "queue": {"length": 3},
+        "queue": QueueStatus(3, None, 0),
         "counts": {"malformed": 0, "loops": 1_000},
-    } | other
+    }
+    return statuses.status(*(gpus or (gpu("w0"), gpu("w1"))), **(well | other))
 
 
 WELL = Seen(
@@ -89,25 +79,25 @@ WAITING: dict[str, Any] = {"is_up": False, "state": "waiting"}
         ({"roles": roles(**WAITING)}, "processes", "wrong", "w0: waiting", "wait: it is started by itself"),
         ({"roles": (role("router", **STOPPED), *WELL.roles[1:]), "status": None}, "router", "wrong",
          "router: does not answer; its process is stopped", "`cluster restart --router`"),
-        ({"status": status(router={**status()["router"], "draining": True})}, "router", "wrong",
+        ({"status": status(router=info(draining=True))}, "router", "wrong",
          "router: drains, and refuses queries", "wait until it has ended"),
-        ({"status": status(slot("w0"))}, "registered", "wrong", "w1: runs, and the router does not know it",
+        ({"status": status(gpu("w0"))}, "registered", "wrong", "w1: runs, and the router does not know it",
          "`cluster logs w1`, then `cluster restart w1`"),
-        ({"status": status(slot("w0", process="suspect"), slot("w1"))}, "registered", "wrong",
+        ({"status": status(gpu("w0", process="suspect"), gpu("w1"))}, "registered", "wrong",
          "w0: of its GPUs, the router has 1 suspect, ready", "`cluster logs w0`"),
         ({"roles": roles(restarts=1, why="no memory")}, "restarts", "note",
          "w0: crashed and was started again once", "`cluster logs w0`"),
         ({"roles": roles(restarts=3)}, "restarts", "wrong", "w0: crashed and was started again 3 times",
          "`cluster logs w0`"),
-        ({"status": status(slot("w0"), slot("w1", version="1+b"))}, "versions", "wrong",
+        ({"status": status(gpu("w0"), gpu("w1", version="1+b"))}, "versions", "wrong",
          "w1: runs 1+b, the router 1+a", "`cluster restart --rolling --router`"),
-        ({"status": status(slot("w0"), slot("w1", version=""))}, "versions", "wrong",
+        ({"status": status(gpu("w0"), gpu("w1", version=""))}, "versions", "wrong",
          "w1: runs an unknown version, the router 1+a", "`cluster restart --rolling --router`"),
-        ({"status": status(slot("w0", slowdown=1.26), slot("w1"))}, "speed", "wrong",
+        ({"status": status(gpu("w0", slowdown=1.26), gpu("w1"))}, "speed", "wrong",
          "w0: 1.26 times as slow as the profile p says", "see what else uses that device"),
-        ({"status": status(workers_needed={"as_served": 3.0, "at_least": 2.5})}, "load", "wrong",
+        ({"status": status(workers_needed=GpusNeeded(3.0, 2.5))}, "load", "wrong",
          "2.5 GPUs needed at the lowest accuracy, 2 take work; 3 queries wait", "add GPUs"),
-        ({"status": status(workers_needed={"as_served": 3.0, "at_least": 0.5})}, "load", "note",
+        ({"status": status(workers_needed=GpusNeeded(3.0, 0.5))}, "load", "note",
          "3.0 GPUs needed as now served, 2 take work; 3 queries wait", "add GPUs"),
         ({"status": status(counts={"malformed": 7})}, "counters", "wrong",
          "7 messages that could not be decoded, 7 more within a second", "`cluster logs router`"),

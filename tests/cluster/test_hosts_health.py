@@ -1,15 +1,19 @@
-"""When a cluster on several hosts is ready, or well: what supervisors see, held against the router."""
+"""When a cluster on several hosts is ready, or well: what supervisors see, compared with the router."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster.fleet import HostSeen, RoleSeen
 from cluster.hosts_health import problems, unready
 from cluster.record import Record
+from tests.superserve import statuses
+
+if TYPE_CHECKING:
+    from superserve.status import RouterStatus
 
 ROUTER = RoleSeen("a", "router", "router", "", "RUNNING", 10, 60, 0, "/s/router.log", ())
 WORKER = RoleSeen("a", "worker-a-0", "worker", "", "RUNNING", 11, 60, 0, "/s/worker-a-0.log", ())
@@ -20,9 +24,9 @@ RECORD = Record(
 )  # fmt: skip
 
 
-def status(*, n: int = 2, state: str = "ready", process: str = "live") -> dict[str, Any]:
+def status(*, n: int = 2, **other: str) -> RouterStatus:
     """Return a STATUS in which the worker has registered GPUs."""
-    return {"workers": [{"name": "worker-a-0", "state": state, "process": process}] * n}
+    return statuses.status(*[statuses.gpu("worker-a-0", **other)] * n)
 
 
 def seen(*roles: RoleSeen, error: str = "") -> list[HostSeen]:
@@ -39,7 +43,7 @@ def test_all_registered_is_ready_even_if_young() -> None:
 @pytest.mark.parametrize(
     "said", [status(n=0), status(n=1), status(process="suspect"), status(state="draining"), None]
 )
-def test_a_worker_that_the_router_does_not_use_is_waited_for(said: dict[str, Any] | None) -> None:
+def test_a_worker_that_the_router_does_not_use_is_waited_for(said: RouterStatus | None) -> None:
     """Not registered, not with all its GPUs, not alive to the router: it may yet become so."""
     lines = unready(seen(ROUTER, WORKER), said, SLOTS)
     assert lines

@@ -11,32 +11,35 @@ import struct
 import subprocess
 import sys
 import termios
-from copy import deepcopy
+from dataclasses import replace
 from fcntl import ioctl
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster.top import Sample, header, page, plain, rows_of
 from superserve.clock import SECOND
+from superserve.status import RouterStatus
 from tests.cluster.machine import Machine, machine
 from tests.superserve.client.fakes import poll
+from tests.superserve.statuses import ended
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from superserve.status import GpuStatus
+
 ROOT = Path(__file__).parent.parent.parent
 BEFORE, NOW = (
-    Sample(each["body"], each["at_ns"])
+    Sample(RouterStatus.from_body(each["body"]), each["at_ns"])
     for each in json.loads((Path(__file__).parent / "recorded_status.json").read_text())
 )
 
 
-def first(sample: Sample) -> dict[str, Any]:
+def first(sample: Sample) -> GpuStatus:
     """Return the GPU that is shown first; the router lists processes in the order in which they joined."""
-    gpus: list[dict[str, Any]] = sample.body["workers"]
-    return min(gpus, key=lambda gpu: (gpu["name"], gpu["slot"]))
+    return min(sample.status.workers, key=lambda gpu: (gpu.name, gpu.slot))
 
 
 def test_a_recorded_status_is_the_page_that_the_handbook_shows() -> None:
@@ -54,8 +57,8 @@ def test_rates_are_differences_of_counters_over_the_time_between() -> None:
     new, old = first(NOW), first(BEFORE)
     seconds = (NOW.at_ns - BEFORE.at_ns) / SECOND
 
-    assert row.batches_s == pytest.approx((new["batches"] - old["batches"]) / seconds)
-    assert row.queries_s == pytest.approx((new["queries"] - old["queries"]) / seconds)
+    assert row.batches_s == pytest.approx((new.batches - old.batches) / seconds)
+    assert row.queries_s == pytest.approx((new.queries - old.queries) / seconds)
     assert row.busy is not None
     assert 0.9 < row.busy <= 1.0
 
@@ -63,9 +66,10 @@ def test_rates_are_differences_of_counters_over_the_time_between() -> None:
 def test_what_one_sample_cannot_tell_is_a_dash() -> None:
     """Alone, joined since, or of another life of the router: no rate is made up."""
     alone = rows_of(NOW, None)[0]
-    other_life = Sample({**BEFORE.body, "router": {**BEFORE.body["router"], "epoch": 1}}, BEFORE.at_ns)
-    joined_anew = Sample(deepcopy(dict(NOW.body)), NOW.at_ns)
-    first(joined_anew)["batches"] = 0
+    router = replace(BEFORE.status.router, epoch=1)
+    other_life = Sample(replace(BEFORE.status, router=router), BEFORE.at_ns)
+    gpu = replace(first(NOW), batches=0)
+    joined_anew = Sample(replace(NOW.status, workers=(gpu,)), NOW.at_ns)
     anew = rows_of(joined_anew, BEFORE)[0]
 
     assert (alone.batches_s, alone.queries_s, alone.busy) == (None, None, None)
@@ -76,17 +80,15 @@ def test_what_one_sample_cannot_tell_is_a_dash() -> None:
 
 def test_alone_a_sample_shows_the_routers_own_last_ten_seconds() -> None:
     """The first page has rates too."""
-    recent = NOW.body["recent"]["10s"]
+    recent = NOW.status.recent.short
 
-    assert f"in {recent['received'] / recent['seconds']:,.0f} q/s" in header(NOW, None)[1]
+    assert f"in {recent.received / recent.seconds:,.0f} q/s" in header(NOW, None)[1]
 
 
 def test_attainment_is_cut_and_what_was_missed_is_named() -> None:
     """One miss in 20,000 is not 1.0000."""
-    body = deepcopy(dict(NOW.body))
-    answered = body["recent"]["10s"]["answered"]
-    answered |= {**dict.fromkeys(answered, 0), "ok": 19_999, "expired": 1}
-    lines = header(Sample(body, NOW.at_ns), None)
+    status = replace(NOW.status, recent=ended(ok=19_999, expired=1))
+    lines = header(Sample(status, NOW.at_ns), None)
 
     assert "attainment 0.9999 over" in lines[2]
     assert lines[4] == "not ok: expired 1"
@@ -94,11 +96,11 @@ def test_attainment_is_cut_and_what_was_missed_is_named() -> None:
 
 def test_a_worker_that_is_not_well_comes_first_where_there_is_no_room_for_all() -> None:
     """A thousand GPUs on 24 lines: the one to look at is on them, and the rest is counted."""
-    body = deepcopy(dict(NOW.body))
-    gpu = body["workers"][0]
-    body["workers"] = [{**gpu, "name": f"worker-{i:04}-of-a-long-name", "slot": 0} for i in range(1_000)]
-    body["workers"][777] |= {"process": "suspect"}
-    lines = plain(page(Sample(body, NOW.at_ns), None, max_rows=5)).splitlines()
+    gpu = replace(NOW.status.workers[0], slot=0)
+    gpus = [replace(gpu, name=f"worker-{i:04}-of-a-long-name") for i in range(1_000)]
+    gpus[777] = replace(gpus[777], process="suspect")
+    sample = Sample(replace(NOW.status, workers=tuple(gpus)), NOW.at_ns)
+    lines = plain(page(sample, None, max_rows=5)).splitlines()
 
     assert max(map(len, lines)) <= 80
     rule = next(i for i, line in enumerate(lines) if line.startswith("───"))

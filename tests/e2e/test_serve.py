@@ -64,7 +64,7 @@ def test_a_reply_is_of_the_profile(client: Client) -> None:
 
 def test_thirty_two_threads_each_get_their_own_answers(client: Client, cluster: Cluster) -> None:
     """Mixed sizes from 32 threads at once, small and framed: every query is answered, once."""
-    before = ask_status(cluster.client_endpoint)["queries"]["answered"]["ok"]
+    before = ask_status(cluster.client_endpoint).queries.answered.ok
 
     def submit(thread: int) -> int:
         sizes = (0, 1, 64 * thread, 200_000 if thread % 8 == 0 else 9)
@@ -75,8 +75,8 @@ def test_thirty_two_threads_each_get_their_own_answers(client: Client, cluster: 
         assert sum(pool.map(submit, range(N_THREADS))) == 4 * N_THREADS
     assert client.outstanding == client.held_bytes == 0
     after = ask_status(cluster.client_endpoint)
-    assert after["queries"]["answered"]["ok"] - before == 4 * N_THREADS
-    assert after["queue"]["held_bytes"] == 0
+    assert after.queries.answered.ok - before == 4 * N_THREADS
+    assert after.queue.held_bytes == 0
 
 
 def test_tasks_of_one_loop_each_get_their_own_answers(cluster: Cluster) -> None:
@@ -98,7 +98,7 @@ def test_tasks_of_one_loop_each_get_their_own_answers(cluster: Cluster) -> None:
             assert client.outstanding == client.held_bytes == 0
 
     asyncio.run(main())
-    assert ask_status(cluster.client_endpoint)["queue"]["held_bytes"] == 0
+    assert ask_status(cluster.client_endpoint).queue.held_bytes == 0
 
 
 def test_a_killed_router_costs_its_queries_no_more_than_their_slo() -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from superserve.status import RouterStatus
     from tests.examples.cluster import DigitsCluster
 
 N = 1_000
@@ -195,9 +196,9 @@ def test_a_caller_that_hangs_up_cancels_its_query(tmp_path: Path) -> None:
         httpx.Client(base_url=url, timeout=HANGS_S) as client,
     ):
         with contextlib.closing(hold_a_query(url)):
-            until(cluster, lambda status: status["queue"]["length"] == 1)
+            until(cluster, lambda status: status.queue.length == 1)
             refused = ask(client, slo_ms=SLO_MS)
-        until(cluster, lambda status: status["queries"]["answered"]["cancelled"] == 1)
+        until(cluster, lambda status: status.queries.answered.cancelled == 1)
         sick = client.get("/health")
 
     assert refused.status_code == 503
@@ -221,7 +222,7 @@ def hold_a_query(url: str) -> socket.socket:
     return connection
 
 
-def until(cluster: DigitsCluster, holds: Callable[[dict[str, Any]], bool]) -> None:
+def until(cluster: DigitsCluster, holds: Callable[[RouterStatus], bool]) -> None:
     """Ask the router for its STATUS until something holds, for a bounded time."""
     give_up_s = time.monotonic() + HANGS_S
     while not holds(status := ask_status(cluster.client_endpoint)):

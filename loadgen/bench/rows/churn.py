@@ -53,7 +53,7 @@ def churn(endpoint: str, router_pid: int, *, n_clients: int, n_each: int, n_at_o
             n_queries += n_answered
             if i * 10 % n_clients < 10:
                 rss_mb.append(router.memory_info().rss / 1e6)
-    left = int(ask_status(endpoint)["clients"]) - 1  # without the one that asks
+    left = ask_status(endpoint).clients - 1  # without the one that asks
     return Churn(n_queries, n_clients * n_each - n_queries, rss_mb, left)
 
 

@@ -119,7 +119,7 @@ def test_an_emulated_worker_serves_from_hello_to_bye(router: FakeRouter, tmp_pat
         router, "--name", "w", "--emulate", PROFILE, "--gpus", "3", "--event-log", str(log)
     ) as process:
         hello = router.control(Kind.HELLO)
-        assert (hello["role"], hello["name"], hello["n_slots"], hello["wire"]) == ("worker", "w", 3, 1)
+        assert (hello["role"], hello["name"], hello["n_slots"], hello["wire"]) == ("worker", "w", 3, [1, 1])
         assert [Profile.from_dict(data) for data in hello["profiles"]] == [load_profile(PROFILE)]
         assert hello["input"] is None
         assert hello["output"] == {"dtype": "int32", "shape": []}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from router.report.health import attainment, ready, slo
+from superserve.status import EndCounts
+from tests.superserve.statuses import ended, info, status
+
+if TYPE_CHECKING:
+    from superserve.status import RouterSummary
 
 
-def summary(*, n_ready: int = 2, draining: bool = False, **answered: int) -> dict[str, Any]:
-    """Return as much of STATUS as health is judged by."""
-    ends = {"ok": 0, "late": 0, "expired": 0, "cancelled": 0} | answered
-    return {"router": {"draining": draining}, "workers_ready": n_ready, "recent": {"10s": {"answered": ends}}}
+def summary(*, n_ready: int = 2, draining: bool = False, **answered: int) -> RouterSummary:
+    """Return a summary by which health is judged."""
+    return status(router=info(draining=draining), workers_ready=n_ready, recent=ended(**answered))
 
 
 def test_ready_takes_a_gpu_that_takes_work_and_a_router_that_takes_queries() -> None:
@@ -36,6 +40,6 @@ def test_where_nothing_ended_the_slo_is_met_by_who_could_meet_it() -> None:
 
 def test_attainment_leaves_out_what_clients_cancelled() -> None:
     """A query that nobody wants any more was not missed; nothing ended is not 100 %."""
-    assert attainment({"ok": 3, "late": 1, "cancelled": 96}) == 0.75
-    nothing = attainment({"ok": 0, "cancelled": 5})
+    assert attainment(EndCounts(ok=3, late=1, cancelled=96)) == 0.75
+    nothing = attainment(EndCounts(cancelled=5))
     assert nothing != nothing  # NaN

@@ -7,6 +7,7 @@ import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -17,15 +18,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from router.core import RouterCore
 from router.core.events import Answer
 from router.policies.registry import make_policy
-from router.report.load import LONG_S, SHORT_S, FleetSize, Load, fleet, workers_needed
+from router.report.load import FleetSize, Load, fleet, workers_needed
 from router.report.metrics import METRICS, RouterMetrics, pages
-from router.serve.server import RouterServer, ServerSettings
+from router.serve.loop import RouterServer, ServerSettings
 from superserve.clock import SECOND
 from superserve.errors import ConfigError
 from superserve.roles import exposition
 from superserve.roles.exposition import Metric, MetricHistogram, Page, UnavailableError, serve_pages
+from superserve.status import LONG_S, SHORT_S, GpusNeeded
 from superserve.wire import Status
 from tests.router.core.harness import CNN, World
+from tests.superserve.statuses import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +64,7 @@ def get(where: str, path: str = "/metrics") -> tuple[int, str]:
 @pytest.mark.e2e
 def test_a_scrape_gives_every_metric_of_the_table_with_help_and_no_other() -> None:
     """What the table says is what is scraped, from a router that has seen nobody yet."""
-    with running() as (server, metrics), serve_pages(pages(server, metrics)) as where:
+    with running() as (server, metrics), serve_pages(pages(server.core, metrics)) as where:
         status, text = get(where)
     families = {family.name: family for family in text_string_to_metric_families(text)}
 
@@ -76,8 +79,8 @@ def test_a_scrape_gives_every_metric_of_the_table_with_help_and_no_other() -> No
 @pytest.mark.e2e
 def test_a_path_that_is_not_there_is_answered_with_those_that_are() -> None:
     """404 names the pages, and other methods are refused."""
-    with running() as (server, metrics), serve_pages(pages(server, metrics)) as where:
-        assert get(where, "/nothing") == (404, f"expected one of {', '.join(pages(server, metrics))}\n")
+    with running() as (server, metrics), serve_pages(pages(server.core, metrics)) as where:
+        assert get(where, "/nothing") == (404, f"expected one of {', '.join(pages(server.core, metrics))}\n")
         request = urllib.request.Request(f"http://{where}/metrics", method="DELETE")
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(request, timeout=10)
@@ -88,7 +91,7 @@ def test_a_path_that_is_not_there_is_answered_with_those_that_are() -> None:
 @pytest.mark.e2e
 def test_a_router_without_workers_lives_and_is_not_ready() -> None:
     """Three questions, each with an answer of its own and its reason."""
-    with running() as (server, metrics), serve_pages(pages(server, metrics)) as where:
+    with running() as (server, metrics), serve_pages(pages(server.core, metrics)) as where:
         assert get(where, "/live") == (200, "the loop passes\n")
         assert get(where, "/ready") == (503, "no GPU takes work\n")
         assert get(where, "/slo") == (503, "nothing ended in the last 10 s; no GPU takes work\n")
@@ -222,24 +225,23 @@ def test_the_recent_past_is_a_difference_of_counters_over_its_window() -> None:
     short = load.recent(core, 99 * SECOND, SHORT_S)
     long = load.recent(core, 99 * SECOND, LONG_S)
 
-    assert (short["seconds"], short["received"]) == (10.0, 70)
-    assert (long["seconds"], long["received"]) == (60.0, 420)
-    assert Load().recent(core, 5 * SECOND, SHORT_S)["seconds"] == 0.0
+    assert (short.seconds, short.received) == (10.0, 70)
+    assert (long.seconds, long.received) == (60.0, 420)
+    assert Load().recent(core, 5 * SECOND, SHORT_S).seconds == 0.0
 
 
 def test_workers_needed_is_arrivals_times_gpu_time_over_the_target() -> None:
     """1,000 q/s at 4 ms each fill 4 GPUs; at 80 % that is 5; the smallest subnets need a quarter."""
-    recent = {"seconds": 10.0, "received": 10_000, "executed": 5_000, "busy_s": 20.0}
+    recent = replace(WINDOW, received=10_000, executed=5_000, busy_s=20.0)
 
     needed = workers_needed(recent, FleetSize(ready=8, least_s=0.001))
 
-    assert needed == {"as_served": pytest.approx(5.0), "at_least": pytest.approx(1.25)}
+    assert (needed.as_served, needed.at_least) == pytest.approx((5.0, 1.25))
 
 
 def test_workers_needed_is_nothing_without_arrivals_and_the_least_where_nothing_ran() -> None:
     """No arrivals need no GPU; arrivals that nobody served are counted at the unit cost."""
-    idle = {"seconds": 10.0, "received": 0, "executed": 0, "busy_s": 0.0}
-    stuck = {"seconds": 10.0, "received": 8_000, "executed": 0, "busy_s": 0.0}
+    stuck = replace(WINDOW, received=8_000)
 
-    assert workers_needed(idle, FleetSize(0, 0.0)) == {"as_served": 0.0, "at_least": 0.0}
-    assert workers_needed(stuck, FleetSize(1, 0.001)) == {"as_served": 1.0, "at_least": 1.0}
+    assert workers_needed(WINDOW, FleetSize(0, 0.0)) == GpusNeeded(0.0, 0.0)
+    assert workers_needed(stuck, FleetSize(1, 0.001)) == GpusNeeded(1.0, 1.0)

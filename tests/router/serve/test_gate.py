@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
-from router.serve.server import RouterServer, ServerSettings
+from router.serve.loop import RouterServer, ServerSettings
 from superserve import Client, wire
 from superserve.errors import ConfigError, UnansweredError
+from superserve.hello import WorkerHello
 from superserve.net import keys, sockets
 from superserve.net.connection import ask_status
 from superserve.net.handshake import Handshake
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from superserve.roles.processes import RoleProcess
+    from superserve.status import RouterStatus
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.e2e]
 
@@ -69,15 +71,21 @@ class KeyedPeer(Peer):
         net.sockets.append(self.socket)
 
 
-def status(router: RoleProcess, folder: Path) -> dict[str, Any]:
+def status(router: RoleProcess, folder: Path) -> RouterStatus:
     """Return STATUS, as an operator asks for it."""
     return ask_status(router.ready["client"], timeout_s=WAIT_S, keys=folder / "operator.key")
 
 
+def listed_clients(router: RoleProcess, folder: Path) -> tuple[str, ...]:
+    """Return the names of the clients that the router admits."""
+    keys = status(router, folder).keys
+    assert keys is not None
+    return keys.clients
+
+
 def counts(router: RoleProcess, folder: Path) -> dict[str, int]:
     """Return what the router has counted."""
-    found: dict[str, int] = status(router, folder)["counts"]
-    return found
+    return status(router, folder).counts
 
 
 def strange_router_key(folder: Path, tmp_path: Path) -> Path:
@@ -122,10 +130,10 @@ def test_who_is_not_listed_gets_nothing(
     poll(lambda: counts(router, folder)["handshake_failures"] > 0)
     after = status(router, folder)
     if port == "worker":
-        assert after["counts"]["worker_messages"] == before == 0
-    assert after["workers"] == []
-    assert after["counts"].get("malformed", 0) == 0
-    assert after["clients"] == 1  # who asks
+        assert after.counts["worker_messages"] == before == 0
+    assert after.workers == ()
+    assert after.counts.get("malformed", 0) == 0
+    assert after.clients == 1  # who asks
 
 
 def test_a_frame_without_a_key_is_dropped_before_the_decoder(folder: Path) -> None:
@@ -137,8 +145,8 @@ def test_a_frame_without_a_key_is_dropped_before_the_decoder(folder: Path) -> No
         socket.send_multipart([b"not even a message", b"with frames"])
         socket.send(b"another")
         assert server._pass() == 0
-        assert server._gate is not None
-        assert server._gate.counts()["unauthenticated_frames"] == 2
+        assert server._serving.gate is not None
+        assert server._serving.gate.counts()["unauthenticated_frames"] == 2
         assert server.counts["malformed"] == server.counts["client_messages"] == 0
     server.stop()
     server.run()
@@ -190,7 +198,7 @@ def test_a_key_that_is_listed_later_gets_in(router: RoleProcess, folder: Path) -
     listed = folder / "clients" / "web.pub"
     aside = folder / "web.aside"
     listed.rename(aside)
-    poll(lambda: "web" not in status(router, folder)["keys"]["clients"])
+    poll(lambda: "web" not in listed_clients(router, folder))
     client = Client(router.ready["client"], connect_timeout_s=WAIT_S, keys=folder / "clients" / "web.key")
     future = client.submit(b"x", slo_ms=60_000)
     poll(lambda: counts(router, folder)["handshake_failures"] > 0)
@@ -239,7 +247,7 @@ def test_a_revoked_client_is_cut_off_mid_load_and_the_others_are_not(
         while len(ends) < n_sent:
             ends |= batch.results()
         assert set(ends.values()) == {Status.OK}
-        assert status(router, folder)["keys"]["clients"] == ["batch"]
+        assert listed_clients(router, folder) == ("batch",)
 
 
 def refused_as(peer: Peer) -> str | None:
@@ -257,7 +265,7 @@ def test_a_revoked_worker_is_lost_and_its_batches_go_to_others(
     )
     first.join(name="first")
     second.join(name="second")
-    assert len(status(router, folder)["workers"]) == 2
+    assert len(status(router, folder).workers) == 2
     keys.revoke(folder, "gpu-1")
     assert refusal(first)["code"] == "revoked"
     first.send(Control(Kind.HELLO, worker_hello(name="first")))
@@ -272,18 +280,19 @@ def test_a_routing_id_that_another_key_takes_over_starts_anew(folder: Path) -> N
     """What was of the one that had it before is forgotten: the new one has to say HELLO."""
     server = RouterServer(ServerSettings(keys=folder))
     server.open()
-    assert server._gate is not None
-    door = server._gate.clients
+    gate = server._serving.gate
+    assert gate is not None
+    door = gate.clients
     hello = wire.encode_control(Control(Kind.HELLO, {"role": "client", "session": 1}))
-    server._gate.workers.user = "worker"
-    server._admit_worker(b"w", worker_hello(), 1)
+    gate.workers.user = "worker"
+    server.workers.admit(b"w", WorkerHello.from_body(worker_hello(), "w"), 1)
     door.user = "one"
-    server._from_known_client(b"id", list(hello), 1)
-    server._from_known_client(b"id", list(wire.encode_queries(queries(1))), 2)
+    server.clients._take_known(b"id", list(hello), 1)
+    server.clients._take_known(b"id", list(wire.encode_queries(queries(1))), 2)
     assert server.core.held_bytes == 4
     door.user = "another"
-    server._from_known_client(b"id", list(wire.encode_queries(queries(2))), 3)
-    assert server._clients == {}
+    server.clients._take_known(b"id", list(wire.encode_queries(queries(2))), 3)
+    assert server.clients.connections == {}
     assert server.core.received == 1
     assert server.core.held_bytes == 0
     server.stop()
@@ -299,10 +308,10 @@ def test_only_an_operator_drains(router: RoleProcess, folder: Path, net: Net) ->
     web.hello()
     web.send(Control(Kind.DRAIN, {}))
     assert refusal(web)["code"] == "not-an-operator"
-    assert not status(router, folder)["router"]["draining"]
+    assert not status(router, folder).router.draining
     operator = KeyedPeer(net, router.ready["client"], folder / "operator.key")
     operator.send(Control(Kind.DRAIN, {}))
-    poll(lambda: status(router, folder)["router"]["draining"])
+    poll(lambda: status(router, folder).router.draining)
 
 
 def test_a_worker_process_with_a_listed_key_serves(router: RoleProcess, folder: Path) -> None:
@@ -335,9 +344,9 @@ def test_random_bytes_at_a_port_with_keys_leave_it_serving(
     web = KeyedPeer(net, router.ready["client"], folder / "clients" / "web.key")
     web.hello()
     after = status(router, folder)
-    assert after["counts"]["worker_messages"] == 0
-    assert after["counts"].get("malformed", 0) == 0
-    assert after["counts"]["unauthenticated_frames"] == after["counts"]["revoked_frames"] == 0
+    assert after.counts["worker_messages"] == 0
+    assert after.counts.get("malformed", 0) == 0
+    assert after.counts["unauthenticated_frames"] == after.counts["revoked_frames"] == 0
 
 
 @pytest.mark.parametrize(
@@ -379,6 +388,6 @@ def test_a_folder_that_lists_nonsense_is_refused_at_the_start_and_left_out_later
     """At the start whoever starts it can mend it; later the others must go on."""
     (folder / "clients" / "new.pub").write_text("nonsense")
     poll(lambda: "left out" in router.tail())
-    assert status(router, folder)["keys"]["clients"] == ["batch", "web"]
+    assert listed_clients(router, folder) == ("batch", "web")
     with pytest.raises(ConfigError, match=r"new.pub:1: expected"):
         RouterServer(ServerSettings(keys=folder)).open()

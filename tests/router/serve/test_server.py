@@ -14,7 +14,8 @@ import pytest
 import zmq
 
 from profiles.table import load_profile
-from router.serve.server import PeerConnection, RouterServer, ServerSettings
+from router.serve.loop import RouterServer, ServerSettings
+from router.serve.side import PeerConnection
 from superserve import wire
 from superserve.clock import MS, SECOND
 from superserve.net import sockets
@@ -191,14 +192,14 @@ def test_a_malformed_message_is_counted_and_its_sender_told_why(
     shared: RoleProcess, net: Net, port: str, frames: list[bytes], reason: str
 ) -> None:
     """The reason names the field; the process lives."""
-    before = ask_status(shared.ready["client"])["counts"].get("malformed", 0)
+    before = ask_status(shared.ready["client"]).counts.get("malformed", 0)
     peer = Peer(net, shared.ready[port])
     peer.send_frames(frames)
 
     refused = peer.control(Kind.REFUSED)
     assert refused["code"] == "malformed"
     assert reason in refused["reason"]
-    assert ask_status(shared.ready["client"])["counts"]["malformed"] == before + 1
+    assert ask_status(shared.ready["client"]).counts["malformed"] == before + 1
 
 
 @pytest.mark.parametrize("session", [None, "seven", 1.5])
@@ -235,7 +236,7 @@ def test_a_worker_whose_hello_lacks_something_is_refused_with_the_reason(
     refused = peer.control(Kind.REFUSED)
     assert refused["code"] == "refused"
     assert reason in refused["reason"]
-    assert ask_status(shared.ready["client"])["workers"] == []
+    assert ask_status(shared.ready["client"]).workers == ()
 
 
 def test_a_worker_with_other_subnets_or_another_model_is_refused(net: Net) -> None:
@@ -252,7 +253,7 @@ def test_a_worker_with_other_subnets_or_another_model_is_refused(net: Net) -> No
             second = Peer(net, router.ready["worker"])
             second.send(Control(Kind.HELLO, worker_hello(name="second", **changes)))
             assert reason in second.control(Kind.REFUSED)["reason"]
-        names = [worker["name"] for worker in ask_status(router.ready["client"])["workers"]]
+        names = [worker.name for worker in ask_status(router.ready["client"]).workers]
         assert names == ["first"]
 
 
@@ -333,20 +334,20 @@ def test_thousands_of_mangled_messages_on_both_ports_cost_nobody_an_answer(net: 
                 group.check()
                 assert router.poll() is None, f"seed {SEED}, message {i}: {router.tail()}"
                 assert served(client, 10**6 + i)
-        assert ask_status(router.ready["client"])["counts"]["malformed"] > 1_000
+        assert ask_status(router.ready["client"]).counts["malformed"] > 1_000
 
 
 def test_a_client_that_answers_its_first_ping_late_is_not_far_away() -> None:
     """Reading files when just connected costs no slack; a way that is long in three answers does."""
     server = RouterServer(ServerSettings())
     server._context.term()
-    connection = server._clients[b"c"] = PeerConnection(0)
+    connection = server.clients.connections[b"c"] = PeerConnection(0)
 
     def pong_after(rtt_ns: int) -> int:
         connection.pinged_ns += SECOND
         stamp_ns = connection.pinged_ns
-        server._client_pong(b"c", Pong(stamp_ns - 1, 0), stamp_ns + 1)  # of an older PING
-        server._client_pong(b"c", Pong(stamp_ns, 0), stamp_ns + rtt_ns)
+        server.clients.pong(b"c", Pong(stamp_ns - 1, 0), stamp_ns + 1)  # of an older PING
+        server.clients.pong(b"c", Pong(stamp_ns, 0), stamp_ns + rtt_ns)
         return connection.one_way_ns
 
     assert pong_after(2 * SECOND) == 0
@@ -391,7 +392,7 @@ def test_a_worker_that_breaks_the_protocol_loses_its_place_only(net: Net) -> Non
         worker.send(Pull(epoch, [PullRow(3, 1, 0, 0, 0, 0)]))
 
         assert "has 1 GPUs, got slot 3" in worker.control(Kind.REFUSED)["reason"]
-        assert ask_status(router.ready["client"])["workers"] == []
+        assert ask_status(router.ready["client"]).workers == ()
         assert worker.join()["epoch"] > epoch
 
 
@@ -415,7 +416,7 @@ def test_a_drained_worker_finishes_and_leaves(net: Net) -> None:
         assert leaving.poll() == 0
         assert staying.poll() is None
         assert served(client, 5)
-        names = [worker["name"] for worker in ask_status(router.ready["client"])["workers"]]
+        names = [worker.name for worker in ask_status(router.ready["client"]).workers]
         assert names == ["staying"]
 
 
@@ -442,7 +443,7 @@ def test_sigterm_finishes_what_is_queued_and_exits_0(net: Net) -> None:
         while not isinstance(directive, wire.Directive):
             directive = worker.next()
         os.kill(router.pid, signal.SIGTERM)
-        poll(lambda: ask_status(router.ready["client"])["router"]["draining"])
+        poll(lambda: ask_status(router.ready["client"]).router.draining)
         client.send(queries(2))
         assert client.results() == {2: Status.DRAINING}
         row = DoneRow(directive.batch_id, 0, 1, 0, 1, 0, 1_000, directive.batch_id, 0, 4, b"out!")
@@ -480,7 +481,7 @@ def test_the_same_query_sent_again_is_answered_once(net: Net) -> None:
             ends.extend(client.results())
         assert sorted(ends) == [1, 2]
         assert ids_of(again) == [1, 2]
-        assert ask_status(router.ready["client"])["queries"]["received"] == 2
+        assert ask_status(router.ready["client"]).queries.received == 2
 
 
 def test_preludes_are_what_the_wire_module_writes() -> None:

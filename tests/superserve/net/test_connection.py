@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 import zmq
 
+from superserve.errors import WireError
+from superserve.hello import ModelSpec
 from superserve.net.connection import (
     HELLO_EVERY_AT_MOST_NS,
     HELLO_EVERY_NS,
     PING_EVERY_NS,
     SILENT_NS,
     Connection,
+    ask_status,
 )
+from superserve.status import RouterStatus
+from superserve.subnet import TensorSpec
 from superserve.wire import Control, Kind, Ping, decode
 from tests.superserve.client.fakes import FakeRouter, next_message, poll
+from tests.superserve.statuses import status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,3 +134,50 @@ def test_a_silent_router_is_asked_and_then_taken_for_gone(connection: Connection
     connection.tick(heard_ns + SILENT_NS + 1)
 
     assert connection.epoch is None
+
+
+def test_a_status_that_cannot_be_read_is_kept_as_what_is_wrong_with_it(
+    connection: Connection, router: FakeRouter
+) -> None:
+    """It is counted, the connection goes on, and a sound one takes its place."""
+    welcome(connection, router, 10**9)
+    router.send(Control(Kind.STATUS, {"router": 7}))
+    poll(lambda: is_connected(connection) and connection.status is not None)
+    assert isinstance(connection.status, WireError)
+    assert str(connection.status) == "status: router: expected an object, got 7"
+    assert connection.n_malformed == 1
+    router.send(Control(Kind.STATUS, status(clients=9).body()))
+    poll(lambda: is_connected(connection) and isinstance(connection.status, RouterStatus))
+    assert connection.epoch == router.epoch
+
+
+def test_a_welcome_that_cannot_be_read_welcomes_nobody(connection: Connection, router: FakeRouter) -> None:
+    """HELLO is said on; a sound one comes in its time."""
+    connection.tick(10**9)
+    router.model = {"input": {"dtype": "no such", "shape": [1]}}
+    router._next(10**9)
+    poll(lambda: is_connected(connection) and connection.n_malformed == 1)
+    assert connection.epoch is None
+    router.model = {"input": {"dtype": "uint8", "shape": [1]}}
+    welcome(connection, router, 20 * 10**9)
+    assert connection.model == ModelSpec(TensorSpec("uint8", (1,)))
+
+
+def test_who_asks_for_a_status_that_cannot_be_read_learns_which_field_is_wrong(router: FakeRouter) -> None:
+    """And not that no router answers."""
+    asked = threading.Event()
+
+    def serve() -> None:
+        while not asked.is_set():
+            message = router._next(MS)
+            if isinstance(message, Control) and message.kind is Kind.STATUS:
+                router.send(Control(Kind.STATUS, {**status().body(), "clients": None}))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with pytest.raises(WireError, match=r"status: clients: expected an integer, got None; is it of"):
+            ask_status(router.endpoint, timeout_s=20.0)
+    finally:
+        asked.set()
+        thread.join()

@@ -1,0 +1,166 @@
+"""The router's client side: queries in, results out, and what an operator may ask."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from router.core.events import CancelAsked, ClientJoined, ClientLeft, DrainRouter, QueriesArrived
+from router.serve.directives import group_of, results_of
+from router.serve.gate import CLIENT_DOMAIN
+from router.serve.side import RouterSide
+from superserve import wire
+from superserve.errors import WireError
+from superserve.hello import ClientHello, ClientWelcome
+from superserve.net.sockets import send
+from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from router.core.events import Answer, Event
+    from router.serve.side import PeerConnection, Serving
+    from router.serve.worker_side import WorkerSide
+    from superserve.wire import Buffer
+
+log = logging.getLogger("router")
+
+MS = 1_000_000
+_PING_NS = 1_000 * MS
+_GONE_NS = 10_000 * MS
+_NEAR_NS = 20 * MS
+_ENOUGH_PONGS = 3
+"""A client that is busy when it has just connected answers late: until it has answered so often, a round
+trip longer than `_NEAR_NS` is taken for that, and not for a way that eats the slack of its queries."""
+_MAX_TRANSIT_NS = 60_000 * MS
+"""What a message may claim to have been under way: stamps are the peer's, and may be anything."""
+
+
+class ClientSide(RouterSide):
+    """The socket that clients connect to.
+
+    Args:
+        serving: What it shares with the other side.
+        workers: The other side, for operators that drain a worker.
+    """
+
+    peer = "client"
+    domain = CLIENT_DOMAIN
+    gone_ns = _GONE_NS
+
+    def __init__(self, serving: Serving, workers: WorkerSide) -> None:
+        super().__init__(serving, _PING_NS)
+        self._workers = workers
+        self._on: dict[Kind, Callable[[bytes, Any, int], None]] = {
+            Kind.CANCEL: self._cancel,
+            Kind.PONG: self.pong,
+        }
+
+    # --- in -------------------------------------------------------------------------------
+
+    def _take(self, key: bytes, frames: list[Buffer], now_ns: int) -> None:
+        message = self._decode(key, frames)
+        if message is None:
+            return
+        connection = self.connections.get(key)
+        if connection is not None:
+            connection.heard_ns = now_ns
+            if type(message) is Queries and key in self._core.clients:
+                self._queries(key, connection, message, now_ns)
+                return
+        if isinstance(message, Control):
+            self._control(key, message, now_ns)
+        elif isinstance(message, Ping):
+            send(self.socket, [key, *wire.encode_pong(Pong(message.stamp_ns, now_ns))])
+        elif connection is None or key not in self._core.clients:
+            # Unknown, or its session went on over another connection: this one's HELLO is void.
+            self.connections.pop(key, None)
+            self.refuse(key, "say-hello", "this router does not know you: say HELLO")
+        else:
+            handler = self._on.get(message.kind)
+            if handler is None:
+                self.refuse(key, "malformed", f"{message.kind.name} is not a client's")
+            else:
+                handler(key, message, now_ns)
+
+    def _queries(self, key: bytes, connection: PeerConnection, queries: Queries, now_ns: int) -> None:
+        transit_ns = connection.one_way_ns + connection.transit.excess_ns(queries.sent_ns, now_ns)
+        self._handle(QueriesArrived(key, queries, min(transit_ns, _MAX_TRANSIT_NS)), now_ns)
+
+    def _cancel(self, key: bytes, message: Cancel, now_ns: int) -> None:
+        self._handle(CancelAsked(key, message), now_ns)
+
+    def pong(self, key: bytes, pong: Pong, now_ns: int) -> None:
+        """Take a known client's answer to a PING: how far away it is."""
+        connection = self.connections[key]
+        if pong.stamp_ns != connection.pinged_ns:
+            return  # of an older PING: it lay unread, which says nothing of the way
+        connection.n_pongs += 1
+        rtt_ns = connection.rtts.add(max(0, now_ns - pong.stamp_ns), now_ns)
+        is_likely = rtt_ns <= _NEAR_NS or connection.n_pongs >= _ENOUGH_PONGS
+        connection.one_way_ns = rtt_ns // 2 if is_likely else 0
+
+    # --- control --------------------------------------------------------------------------
+
+    def _hello(self, key: bytes, message: Control, now_ns: int) -> None:
+        try:
+            hello = ClientHello.from_body(message.body)
+        except WireError as error:
+            self.refuse(key, "malformed", str(error))
+            return
+        connection = self._greet(key, now_ns)
+        self._handle(ClientJoined(key, hello.session), now_ns)
+        self._welcome(key)
+        connection.pinged_ns = time.monotonic_ns()
+        send(self.socket, [key, *wire.encode_ping(Ping(connection.pinged_ns))])
+
+    def _welcome(self, key: bytes) -> None:
+        serving = self._serving
+        rows = () if serving.reference is None else serving.reference.subnets
+        welcome = ClientWelcome(
+            serving.epoch, serving.model, tuple((row.name, row.accuracy) for row in rows), serving.policy
+        )
+        send(self.socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome.body()))])
+
+    def welcome_all(self) -> None:
+        """Say WELCOME to every client again: the model is another one."""
+        for key in self.connections:
+            self._welcome(key)
+
+    def _left(self, key: bytes, *, orderly: bool) -> Event:
+        del orderly  # its queries end either way
+        return ClientLeft(key)
+
+    def _drain_asked(self, key: bytes, message: Control, now_ns: int) -> None:
+        """Drain the worker process named in `worker`, or the whole router where there is none."""
+        gate = self._serving.gate
+        if gate is not None and gate.clients.user not in gate.operators:
+            self.refuse(key, "not-an-operator", "drain: expected an operator's key")
+            return
+        name = message.body.get("worker")
+        if name is None:
+            self._handle(DrainRouter(), now_ns)
+        elif not self._workers.order_drain(name, now_ns):
+            known = ", ".join(sorted(peer.name for peer in self._core.peers.values())) or "none"
+            self.refuse(key, "unknown-worker", f"worker {name!r}: known are: {known}")
+
+    # --- out ------------------------------------------------------------------------------
+
+    def send_results(self, client: bytes, answers: list[Answer]) -> None:
+        """Send a client its answers; one that does not take them is dropped, and they are counted."""
+        epoch = self._serving.epoch
+        if len(answers) == 1:
+            frames = wire.encode_group(epoch, group_of(answers[0]))
+            if not send(self.socket, [client, *frames]):
+                self._drop_results(client, answers[0].n)
+            return
+        for results in results_of(epoch, answers):
+            if not send(self.socket, [client, *wire.encode_results(results)]):
+                self._drop_results(client, sum(group.count for group in results.groups))
+                return
+
+    def _drop_results(self, client: bytes, n: int) -> None:
+        """Gone, or not reading: its queries shall cost no more GPU time."""
+        self._counts["results_dropped"] += n
+        self.lose(client, time.monotonic_ns())

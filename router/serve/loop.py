@@ -1,0 +1,293 @@
+"""The poll loop around RouterCore, between its two sides.
+
+One thread, one loop: wait, drain both sockets, let the core decide once, carry out what
+it says. Messages become events in the sides and actions become messages; nothing is decided here.
+No send ever blocks: what a peer cannot take at once is counted, and costs that peer its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import zmq
+
+from router.core import RouterCore
+from router.core.events import Answer, Dispatch, DrainRouter, Fence, Released
+from router.core.settings import CoreSettings
+from router.policies.registry import make_policy
+from router.report.load import Load
+from router.report.status import LoopFacts, status_of, summary_of
+from router.serve.client_side import ClientSide
+from router.serve.gate import Gate, check_reach
+from router.serve.side import Serving
+from router.serve.worker_side import WorkerSide
+from superserve.errors import ConfigError, WireError
+from superserve.net.sockets import Waiter, receive, rest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from router.core.events import Action
+    from router.report.metrics import RouterMetrics
+    from router.serve.recording import Recorder
+    from superserve.status import RouterStatus
+
+MS = 1_000_000
+_GOODBYE_MS = 1_000
+"""How long a stopping router waits for its last answers and BYEs to leave this machine, at most."""
+_COLLECT_NS = 100 * MS
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Where the router listens and which policy it runs.
+
+    Attributes:
+        client_endpoint: Where clients connect; tcp port 0 or * lets the system pick.
+        worker_endpoint: Where workers connect.
+        policy: As `router.policies.registry.make_policy` takes it.
+        drain_timeout_ns: How long a SIGTERM waits for queued queries.
+        keys: The folder of keys; see `superserve.net.keys`. Without, anybody who reaches a socket is served.
+        is_open: Without keys, other machines may reach the sockets all the same.
+    """
+
+    client_endpoint: str = "tcp://127.0.0.1:*"
+    worker_endpoint: str = "tcp://127.0.0.1:*"
+    policy: str = "demandfit"
+    core: CoreSettings = field(default_factory=CoreSettings)
+    drain_timeout_ns: int = 5_000 * MS
+    keys: Path | None = None
+    is_open: bool = False
+
+
+class RouterServer:
+    """The live router. `open()` binds, `run()` serves until `stop()`, then closes.
+
+    Args:
+        settings: Where to listen and what to run.
+        recorder: Writes every event and directive, for replay; None records nothing.
+        metrics: Receives what was done, for scrapes; None where nothing is exported.
+
+    Attributes:
+        core: Decides.
+        clients: The client side.
+        workers: The worker side.
+        counts: Messages, loops and faults, by name.
+        loop_ns: Time spent in passes.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, recorder: Recorder | None = None, metrics: RouterMetrics | None = None
+    ) -> None:
+        self.settings = settings
+        self.core = RouterCore(partial(make_policy, settings.policy), settings.core)
+        self.loop_ns = 0
+        self._serving = serving = Serving(self.core, settings.policy, recorder, self._status)
+        self.counts = serving.counts
+        self.workers = WorkerSide(serving, settings.core.heartbeat_ns, self._model_changed)
+        self.clients = ClientSide(serving, self.workers)
+        self._load = Load()
+        self._recorder = recorder
+        self._metrics = metrics
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._gate_version = 0
+        self._is_stopping = False
+        self._collected_ns = 0
+
+    @property
+    def client_endpoint(self) -> str:
+        """Where clients connect; "" before `open`."""
+        return self.clients.endpoint
+
+    @property
+    def worker_endpoint(self) -> str:
+        """Where workers connect; "" before `open`."""
+        return self.workers.endpoint
+
+    # --- opening and closing --------------------------------------------------------------
+
+    def open(self) -> None:
+        """Bind both sockets.
+
+        Raises:
+            ConfigError: An endpoint is malformed, taken, or open to other machines without keys; or the
+                folder of keys is not what it should be.
+        """
+        settings = self.settings
+        context, keys = self._context, None
+        gate: Gate | None = None
+        try:
+            if settings.keys is None and not settings.is_open:
+                check_reach("--client-endpoint", settings.client_endpoint)
+                check_reach("--worker-endpoint", settings.worker_endpoint)
+            if settings.keys is not None:
+                self._serving.gate = gate = Gate(context, settings.keys)
+                gate.open()
+                keys = gate.keys
+                self.clients.admit_only(gate.clients)
+                self.workers.admit_only(gate.workers)
+            self.clients.bind(context, settings.client_endpoint, keys)
+            self.workers.bind(context, settings.worker_endpoint, keys)
+        except ConfigError:
+            context.destroy(0)
+            raise
+        if gate is not None:
+            gate.start({"client": self.clients.socket, "worker": self.workers.socket})
+
+    def stop(self) -> None:
+        """Ask `run` to drain and return. Safe in a signal handler."""
+        self._is_stopping = True
+
+    def _close(self) -> None:
+        for side in (self.clients, self.workers):
+            side.say_bye("the router stops")
+        self._let_peers_read()
+        for side in (self.clients, self.workers):
+            side.socket.close(linger=_GOODBYE_MS)
+        if self._serving.gate is not None:
+            self._serving.gate.close()
+        if self._recorder is not None:
+            self._recorder.close()
+        self._context.term()
+
+    def _let_peers_read(self) -> None:
+        """Leave the connections open a moment: a DEALER drops what it has not read when one breaks."""
+        waiter = Waiter((self.clients.socket, self.workers.socket))
+        end_ns = time.monotonic_ns() + _GOODBYE_MS * MS // 2
+        has_peers = bool(self.clients.connections or self.workers.connections)
+        while has_peers and (left_ns := end_ns - time.monotonic_ns()) > 0:
+            for socket in waiter.wait(left_ns):
+                with contextlib.suppress(WireError):
+                    while receive(socket) is not None:
+                        pass  # nothing that comes now is served
+
+    # --- the loop -------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until `stop()` was called and the queue is empty, or the drain's time is up."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # nothing on the hot path makes cycles; idle passes collect what others made
+        waiter = Waiter((self.clients.socket, self.workers.socket))
+        try:
+            deadline_ns: int | None = None
+            while True:
+                began_ns = time.monotonic_ns()
+                if self._pass():
+                    rest(began_ns)
+                else:
+                    waiter.wait(self._timeout_ns())
+                if self._is_stopping:
+                    now_ns = time.monotonic_ns()
+                    if deadline_ns is None:
+                        self._serving.handle(DrainRouter(), now_ns)
+                        deadline_ns = now_ns + self.settings.drain_timeout_ns
+                    core = self.core
+                    if now_ns >= deadline_ns or not (core.queue or core.in_flight):
+                        break
+        finally:
+            self._close()
+
+    def _timeout_ns(self) -> int:
+        now_ns = time.monotonic_ns()
+        latest_ns = 50 * MS
+        for side in (self.workers, self.clients):
+            ping_ns = side.next_ping_ns()
+            if ping_ns is not None:
+                latest_ns = min(latest_ns, ping_ns - now_ns)
+        wake_ns = self.core.next_wake_ns()
+        return max(0, latest_ns if wake_ns is None else min(latest_ns, wake_ns - now_ns))
+
+    def _pass(self) -> int:
+        """Drain every socket, decide once, act; return how many messages there were."""
+        began_ns = time.monotonic_ns()
+        gate = self._serving.gate
+        if gate is not None and gate.version != self._gate_version:
+            self._gate_version = gate.version
+            self.clients.expel(began_ns)
+            self.workers.expel(began_ns)
+        n_of_workers = self.workers.drain()
+        n_of_clients = self.clients.drain()
+        counts = self.counts
+        counts["worker_messages"] += n_of_workers
+        counts["client_messages"] += n_of_clients
+        n = n_of_workers + n_of_clients
+        now_ns = time.monotonic_ns()
+        self.workers.ping_due(now_ns)
+        self.clients.ping_due(now_ns)
+        if n == 0 and not self.core.ledger.batches and now_ns - self._collected_ns >= _COLLECT_NS:
+            self._collected_ns = now_ns
+            gc.collect(0)
+        actions = self.core.advance(now_ns)
+        if self._recorder is not None:
+            self._recorder.advance(now_ns, actions)
+        if actions:
+            self._carry_out(actions)
+        counts["loops"] += 1
+        ended_ns = time.monotonic_ns()
+        self.loop_ns += ended_ns - began_ns
+        self._load.note(self.core, ended_ns)
+        if self._metrics is not None:
+            self._tell_metrics(self._metrics, actions, ended_ns - began_ns)
+        return n
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        workers = self.workers
+        answers: dict[bytes, list[Answer]] = {}
+        lost: list[bytes] = []
+        for action in actions:
+            if isinstance(action, Answer):
+                of_client = answers.get(action.client)
+                if of_client is None:
+                    answers[action.client] = [action]
+                else:
+                    of_client.append(action)
+            elif isinstance(action, Dispatch):
+                if not workers.dispatch(action):
+                    lost.append(action.peer)
+            elif isinstance(action, Fence):
+                workers.refuse(action.peer, "say-hello", action.reason)
+            elif isinstance(action, Released):
+                workers.release(action.peer)
+        send_results = self.clients.send_results
+        for client, of_client in answers.items():
+            send_results(client, of_client)
+        for key in lost:
+            workers.lose(key, time.monotonic_ns())
+
+    def _model_changed(self) -> None:
+        self.clients.welcome_all()
+
+    # --- what it reports ------------------------------------------------------------------
+
+    def _facts(self) -> LoopFacts:
+        serving = self._serving
+        gate = serving.gate
+        return LoopFacts(
+            epoch=serving.epoch,
+            policy=serving.policy,
+            client_endpoint=self.clients.endpoint,
+            worker_endpoint=self.workers.endpoint,
+            loop_ns=self.loop_ns,
+            model=serving.model,
+            n_clients=len(self.clients.connections),
+            counts=self.counts if gate is None else {**self.counts, **gate.counts()},
+            load=self._load,
+        )
+
+    def _status(self, now_ns: int) -> RouterStatus:
+        gate = self._serving.gate
+        keys = None if gate is None else gate.listed()
+        return status_of(self.core, self._facts(), now_ns, origins=self.workers.origins(), keys=keys)
+
+    def _tell_metrics(self, metrics: RouterMetrics, actions: list[Action], took_ns: int) -> None:
+        metrics.passed(actions, took_ns)
+        if metrics.is_wanted:
+            reference = self._serving.reference
+            names = [] if reference is None else [subnet.name for subnet in reference.subnets]
+            metrics.give(summary_of(self.core, self._facts(), time.monotonic_ns()), names)

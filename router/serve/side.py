@@ -1,0 +1,288 @@
+"""What the router's two sides, clients and workers, have in common: one socket, its peers, and their keys.
+
+A side drains its socket, decodes, keeps what the loop needs of each connection, and pings. What a message
+means is the side's own: `client_side`, `worker_side`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from typing import TYPE_CHECKING, ClassVar
+
+from router.core.estimates import TransitClock, WindowedMin
+from superserve import wire
+from superserve.errors import WireError
+from superserve.net.sockets import bind_router, is_readable, receive, send
+from superserve.wire import Control, Kind, Ping
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import zmq
+
+    from profiles.table import Profile
+    from router.core import RouterCore
+    from router.core.events import Event
+    from router.serve.gate import Door, Gate
+    from router.serve.recording import Recorder
+    from superserve.hello import ModelSpec
+    from superserve.net.keys import RouterKeys
+    from superserve.status import RouterStatus
+    from superserve.wire import Buffer, Message
+
+log = logging.getLogger("router")
+
+MS = 1_000_000
+_DRAIN_NS = 2 * MS
+"""Longest time spent on one socket before the core decides: a flood must not delay what is due."""
+_PINGS_AT_ONCE = 16
+"""PINGs in one pass: a thousand clients that came together shall not stop the router every second."""
+_RTT_WINDOW_NS = 10_000 * MS
+
+
+class PeerConnection:
+    """What a side keeps of one peer: how far away it is, and when it last spoke."""
+
+    __slots__ = (
+        "heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user", "version"
+    )  # fmt: skip
+
+    def __init__(self, now_ns: int, user: str = "") -> None:
+        self.heard_ns = now_ns
+        self.host = ""
+        self.version = ""
+        self.user = user  # the public key that it said HELLO with, if the router has keys
+        self.n_pongs = 0
+        self.one_way_ns = 0
+        self.pinged_ns = 0
+        self.transit = TransitClock()
+        self.rtts = WindowedMin(_RTT_WINDOW_NS)
+
+
+class Serving:
+    """What both sides and the loop share.
+
+    Args:
+        core: The router's.
+        policy: As `--policy` took it.
+        recorder: Writes every event, for replay; None records nothing.
+        status: Returns STATUS as of an instant.
+
+    Attributes:
+        epoch: This router's life, as clients know it.
+        counts: Messages, loops and faults, by name.
+        gate: Keeps both doors; None without keys.
+        model: What the workers serve; None before one has joined.
+        reference: The profile of the first worker of that model.
+    """
+
+    def __init__(
+        self, core: RouterCore, policy: str, recorder: Recorder | None, status: Callable[[int], RouterStatus]
+    ) -> None:
+        self.core = core
+        self.policy = policy
+        self.epoch = time.time_ns()
+        self.counts: Counter[str] = Counter()
+        self.gate: Gate | None = None
+        self.model: ModelSpec | None = None
+        self.reference: Profile | None = None
+        self.status = status
+        self._recorder = recorder
+
+    def handle(self, event: Event, now_ns: int) -> None:
+        """Hand an event to the core, and to the recorder."""
+        if self._recorder is not None:
+            self._recorder.event(now_ns, event)
+        self.core.handle(event, now_ns)
+
+
+class RouterSide(ABC):
+    """One socket and the peers on it.
+
+    Args:
+        serving: What it shares with the other side.
+        ping_every_ns: How often each peer is pinged.
+
+    Attributes:
+        endpoint: Where peers connect, once bound.
+        connections: The peers that said HELLO, by routing id.
+    """
+
+    peer: ClassVar[str]
+    """What a peer is called."""
+    domain: ClassVar[str]
+    """Which list of keys the gate compares with."""
+    gone_ns: ClassVar[int | None] = None
+    """Silence after which a peer is forgotten; None where the core judges that."""
+
+    def __init__(self, serving: Serving, ping_every_ns: int) -> None:
+        self.endpoint = ""
+        self.connections: dict[bytes, PeerConnection] = {}
+        self.socket: zmq.Socket[bytes]
+        self._serving = serving
+        self._handle = serving.handle
+        self._core = serving.core
+        self._counts = serving.counts
+        self._door: Door | None = None
+        self._admits: Callable[[zmq.Frame], bool] | None = None
+        self._entry = self._take
+        self._ping_every_ns = ping_every_ns
+        self._due: deque[tuple[int, bytes, PeerConnection]] = deque()  # whom to ping, and when
+
+    # --- opening and closing --------------------------------------------------------------
+
+    def bind(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: RouterKeys | None) -> None:
+        """Bind the socket.
+
+        Raises:
+            ConfigError: The endpoint is malformed or taken.
+        """
+        self.socket, self.endpoint = bind_router(context, endpoint, keys, self.domain)
+
+    def admit_only(self, door: Door) -> None:
+        """Take messages only of peers whose key the door lists."""
+        self._door, self._admits, self._entry = door, door.admits, self._take_known
+
+    def say_bye(self, reason: str) -> None:
+        """Tell every peer that the router leaves, and why."""
+        goodbye = wire.encode_control(Control(Kind.BYE, {"reason": reason}))
+        for key in self.connections:
+            send(self.socket, [key, *goodbye])
+
+    # --- receiving ------------------------------------------------------------------------
+
+    def drain(self) -> int:
+        """Take what has come, for at most `_DRAIN_NS`; return how many messages that was."""
+        now_ns = time.monotonic_ns()
+        end_ns = now_ns + _DRAIN_NS
+        n = 0
+        socket = self.socket
+        if not is_readable(socket):
+            return 0
+        take, admits = self._entry, self._admits
+        while now_ns < end_ns:
+            try:
+                frames = receive(socket, admits)
+                if frames is None:
+                    return n
+                if not frames:  # not admitted
+                    now_ns = time.monotonic_ns()
+                    continue
+                n += 1
+                key = bytes(frames[0])
+                del frames[0]
+                now_ns = time.monotonic_ns()
+                take(key, frames, now_ns)
+            except WireError as error:
+                self._counts["malformed"] += 1
+                log.warning("malformed message: %s", error)
+        return n
+
+    def _decode(self, key: bytes, frames: list[Buffer]) -> Message | None:
+        """Return the message; a malformed one is counted and its sender told, and None returned."""
+        try:
+            return wire.decode(frames)
+        except WireError as error:
+            self._counts["malformed"] += 1
+            log.warning("malformed message from %s: %s", key.hex(), error)
+            self.refuse(key, "malformed", str(error))
+            return None
+
+    @abstractmethod
+    def _take(self, key: bytes, frames: list[Buffer], now_ns: int) -> None:
+        """Take one message."""
+
+    def _take_known(self, key: bytes, frames: list[Buffer], now_ns: int) -> None:
+        """Take a message of a peer with a listed key; its routing id may have been another peer's."""
+        assert self._door is not None, "only a router with keys comes here"
+        connection = self.connections.get(key)
+        if connection is not None and connection.user != self._door.user:
+            self.lose(key, now_ns)
+        self._take(key, frames, now_ns)
+
+    def _control(self, key: bytes, message: Control, now_ns: int) -> None:
+        """Take a control message."""
+        match message.kind:
+            case Kind.HELLO:
+                self._hello(key, message, now_ns)
+            case Kind.BYE:
+                self.forget(key, now_ns, orderly=True)
+            case Kind.DRAIN:
+                self._drain_asked(key, message, now_ns)
+            case Kind.STATUS:
+                body = self._serving.status(now_ns).body()
+                send(self.socket, [key, *wire.encode_control(Control(Kind.STATUS, body))])
+            case _:
+                name = message.kind.name
+                self.refuse(key, "malformed", f"{name} is not a {self.peer}'s to send")
+
+    @abstractmethod
+    def _hello(self, key: bytes, message: Control, now_ns: int) -> None:
+        """Take a HELLO, and answer it."""
+
+    @abstractmethod
+    def _drain_asked(self, key: bytes, message: Control, now_ns: int) -> None:
+        """Take a DRAIN."""
+
+    # --- answering ------------------------------------------------------------------------
+
+    def refuse(self, key: bytes, code: str, reason: str) -> None:
+        """Tell a peer what is wrong with what it sent, or with itself."""
+        refusal = Control(Kind.REFUSED, {"code": code, "reason": reason})
+        send(self.socket, [key, *wire.encode_control(refusal)])
+
+    # --- peers ----------------------------------------------------------------------------
+
+    def _greet(self, key: bytes, now_ns: int) -> PeerConnection:
+        """Keep a peer that said HELLO, and ping it from now on."""
+        user = "" if self._door is None else self._door.user
+        self.connections[key] = connection = PeerConnection(now_ns, user)
+        self._due.append((now_ns + self._ping_every_ns, key, connection))
+        return connection
+
+    @abstractmethod
+    def _left(self, key: bytes, *, orderly: bool) -> Event:
+        """Return the event that a peer has left."""
+
+    def forget(self, key: bytes, now_ns: int, *, orderly: bool) -> None:
+        """Drop a peer, if it is known; `orderly` where it said BYE."""
+        if self.connections.pop(key, None) is not None:
+            self._handle(self._left(key, orderly=orderly), now_ns)
+
+    def lose(self, key: bytes, now_ns: int) -> None:
+        """Drop a peer that is silent, cannot be reached, or is another one by now."""
+        self.forget(key, now_ns, orderly=False)
+
+    def expel(self, now_ns: int) -> None:
+        """Forget every peer that said HELLO with a key that is not listed any more, and tell it."""
+        assert self._door is not None, "only a router with keys expels"
+        for key, connection in list(self.connections.items()):
+            if connection.user not in self._door.listed:
+                log.warning("%s %s: its key was revoked", self.peer, key.hex())
+                self.refuse(key, "revoked", "the router does not list this key any more")
+                self.lose(key, now_ns)
+
+    def next_ping_ns(self) -> int | None:
+        """Return when somebody is to be pinged next."""
+        return self._due[0][0] if self._due else None
+
+    def ping_due(self, now_ns: int) -> None:
+        """Ping those whose time has come, a few a pass; forget the unreachable."""
+        due = self._due
+        for _ in range(_PINGS_AT_ONCE):
+            if not due or due[0][0] > now_ns:
+                return
+            _, key, connection = due.popleft()
+            if self.connections.get(key) is connection:  # else it left
+                self._ping(key, connection, now_ns)
+
+    def _ping(self, key: bytes, connection: PeerConnection, now_ns: int) -> None:
+        connection.pinged_ns = now_ns
+        is_reached = send(self.socket, [key, *wire.encode_ping(Ping(now_ns))])
+        if not is_reached or (self.gone_ns is not None and now_ns - connection.heard_ns > self.gone_ns):
+            self.lose(key, now_ns)
+        else:
+            self._due.append((now_ns + self._ping_every_ns, key, connection))

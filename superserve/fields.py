@@ -1,0 +1,203 @@
+"""JSON objects read into dataclasses, once, where they come in: what is wrong is named by its field.
+
+A class is its own description: each field's name is the key, its type what is expected, and a field with
+a default may be missing. Unknown keys are ignored, so that a newer peer can say more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from superserve.errors import SuperServeError, WireError
+from superserve.subnet import TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
+    Reader: TypeAlias = Callable[[object, str], Any]
+
+T = TypeVar("T")
+
+_MAX_SHOWN = 200
+"""Characters of a wrong value that an error quotes."""
+
+KEY = "key"
+"""In a field's metadata: the key that it is read from, where that is not its name."""
+OMITTED = {"omitted": True}
+"""Metadata of a field that is None where unknown, and then has no key in the object."""
+
+
+def body_of(message: Any) -> dict[str, Any]:
+    """Return the JSON object of a dataclass; its parts are left to orjson, which writes dataclasses."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(message):
+        value = getattr(message, field.name)
+        if value is not None or field.metadata != OMITTED:
+            found[field.name] = value
+    return found
+
+
+def read(kind: type[T], body: object, where: str) -> T:
+    """Return the `kind`, a dataclass, that a JSON object describes.
+
+    Args:
+        kind: The class.
+        body: What JSON was parsed to.
+        where: What it is, for errors: they read `where: field: expected ..., got ...`.
+
+    Raises:
+        WireError: A field without a default is missing, or one has another type; names it.
+    """
+    if not isinstance(body, dict):
+        raise WireError(f"{where}: expected an object, got {shown(body)}")
+    values: dict[str, Any] = {}
+    plan = _PLANS.get(kind)
+    if plan is None:
+        plan = _PLANS[kind] = _readers(kind)
+    for name, key, reader, is_optional in plan:
+        if key in body:
+            values[name] = reader(body[key], f"{where}: {key}")
+        elif not is_optional:
+            raise WireError(f"{where}: {key}: expected {_words(reader)}, got nothing")
+    return kind(**values)
+
+
+def shown(value: object) -> str:
+    """Return a value for an error, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+_PLANS: dict[Any, tuple[tuple[str, str, Reader, bool], ...]] = {}
+"""What `_readers` found, by class: a STATUS of a thousand GPUs asks a thousand times."""
+
+
+def _readers(kind: type[Any]) -> tuple[tuple[str, str, Reader, bool], ...]:
+    """Return each field of a class: its name, its key, what reads it, and whether it may be missing."""
+    hints = typing.get_type_hints(kind)
+    return tuple(
+        (
+            field.name,
+            field.metadata.get(KEY, field.name),
+            _reader(hints[field.name]),
+            field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING,
+        )
+        for field in dataclasses.fields(kind)
+    )
+
+
+def _reader(hint: Any) -> Reader:
+    """Return what reads a value of a type: a scalar, a dataclass, or a tuple, dict or optional of those."""
+    if hint in _SCALARS:
+        return _SCALARS[hint]
+    if hint is Any:
+        return _anything
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type), "a class"
+        return functools.partial(_object, hint)
+    origin, of = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (one for one in of if one is not type(None))
+        return functools.partial(_optional, _reader(inner))
+    if origin is tuple and of[-1] is Ellipsis:
+        return functools.partial(_list, _reader(of[0]))
+    if origin is tuple:
+        return functools.partial(_row, tuple(map(_reader, of)))
+    assert origin is dict, f"no reader for {hint}"
+    assert of[0] is str, "keys of JSON objects are text"
+    return functools.partial(_mapping, _reader(of[1]))
+
+
+def _words(reader: Reader) -> str:
+    """Return what a reader expects, in words."""
+    if isinstance(reader, functools.partial):
+        return _words(reader.args[0]) if reader.func is _optional else _WORDS[reader.func]
+    return _WORDS[reader]
+
+
+def _wrong(reader: Reader, value: object, where: str) -> WireError:
+    return WireError(f"{where}: expected {_words(reader)}, got {shown(value)}")
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise _wrong(_text, value, where)
+    return value
+
+
+def _integer(value: object, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong(_integer, value, where)
+    return value
+
+
+def _number(value: object, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise _wrong(_number, value, where)
+    return value  # as it is: a whole number stays one, and is written as one again
+
+
+def _flag(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(_flag, value, where)
+    return value
+
+
+def _anything(value: object, where: str) -> object:
+    del where
+    return value
+
+
+def _spec(value: object, where: str) -> TensorSpec:
+    """Read a tensor's dtype and shape; a dtype that NumPy does not know is as wrong as none."""
+    try:
+        if isinstance(value, dict):
+            shape = _list(_integer, value.get("shape"), "shape")
+            return TensorSpec(_text(value.get("dtype"), "dtype"), shape)
+        why = "expected an object"
+    except SuperServeError as error:
+        why = str(error)
+    raise WireError(f"{where}: expected {_words(_spec)}, got {shown(value)}: {why}")
+
+
+def _optional(inner: Reader, value: object, where: str) -> Any:
+    return None if value is None else inner(value, where)
+
+
+def _list(inner: Reader, value: object, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _wrong(functools.partial(_list, inner), value, where)
+    return tuple([inner(one, f"{where}[{i}]") for i, one in enumerate(value)])
+
+
+def _row(inner: tuple[Reader, ...], value: object, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple) or len(value) != len(inner):
+        raise WireError(f"{where}: expected a list of {len(inner)}, got {shown(value)}")
+    return tuple(
+        [reader(one, f"{where}[{i}]") for i, (reader, one) in enumerate(zip(inner, value, strict=True))]
+    )
+
+
+def _mapping(inner: Reader, value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong(functools.partial(_mapping, inner), value, where)
+    return {str(key): inner(one, f"{where}: {key}") for key, one in value.items()}
+
+
+def _object(kind: type[Any], value: object, where: str) -> Any:
+    return read(kind, value, where)
+
+
+_SCALARS: dict[Any, Reader] = {
+    str: _text, int: _integer, float: _number, bool: _flag, TensorSpec: _spec
+}  # fmt: skip
+_WORDS: dict[Any, str] = {
+    _text: "text", _integer: "an integer", _number: "a number", _flag: "true or false",
+    _anything: "a value", _spec: "a dtype and a shape", _list: "a list", _row: "a list",
+    _mapping: "an object", _object: "an object",
+}  # fmt: skip

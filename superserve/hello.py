@@ -1,0 +1,185 @@
+"""HELLO and WELCOME: how client, worker and router introduce themselves, as dataclasses.
+
+They travel as the JSON objects of Control messages. Each is decoded once, where it comes in, and
+encoded from here; `superserve.fields` says how missing and wrong fields are named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from superserve.errors import WireError
+from superserve.fields import OMITTED, body_of, read, shown
+from superserve.subnet import TensorSpec  # noqa: TC001  read at run time: the fields' types are the format
+
+if TYPE_CHECKING:
+    from typing import Self
+
+MAX_SLOTS = 4096
+"""GPUs of one worker process, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a router's workers serve; None as `input` or `output` takes or gives any bytes.
+
+    Attributes:
+        supernet: Its name.
+    """
+
+    input: TensorSpec | None = None
+    output: TensorSpec | None = None
+    supernet: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientHello:
+    """What a client says first.
+
+    Attributes:
+        session: Names the client beyond its connection: under another one it goes on with what it sent.
+        wire: The lowest and highest version of the wire that it speaks; None where it does not say.
+    """
+
+    role: str = "client"
+    session: int
+    wire: tuple[int, int] | None = field(default=None, metadata=OMITTED)
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any]) -> Self:
+        """Read the body of a client's HELLO.
+
+        Raises:
+            WireError: The session is missing, or a field is not what it should be.
+        """
+        return read(cls, _with_range(body), "hello")
+
+    def body(self) -> dict[str, Any]:
+        """Return the body of the message."""
+        return body_of(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerHello:
+    """What a worker process says first: who it is, and what its GPUs run and how fast.
+
+    Attributes:
+        name: Unique in the cluster; "" has the router name it by its connection.
+        n_slots: How many GPUs it has, 1 to `MAX_SLOTS`.
+        profiles: One for all GPUs or one for each, as `Profile.to_dict` gives it.
+        input: What one query takes; None takes any bytes.
+        output: What one query gives; None gives any bytes.
+        host: The machine that it runs on; "" where it does not say.
+        version: The version of the code that it runs; "" where it does not say.
+        pid: Its process; 0 where it does not say.
+        device: What its GPUs are, in words.
+        fingerprint: Of the weights; "" where there are none.
+        wire: As for `ClientHello`; older workers say one number, which is both.
+    """
+
+    role: str = "worker"
+    name: str = ""
+    host: str = ""
+    version: str = ""
+    pid: int = 0
+    device: str = ""
+    fingerprint: str = ""
+    profiles: tuple[dict[str, Any], ...]
+    n_slots: int
+    input: TensorSpec | None = None
+    output: TensorSpec | None = None
+    wire: tuple[int, int] | None = field(default=None, metadata=OMITTED)
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any], name: str) -> Self:
+        """Read the body of a worker's HELLO; errors begin with its name.
+
+        Args:
+            body: As it came.
+            name: What to call a worker that gives no name.
+
+        Raises:
+            WireError: A field is missing or not what it should be.
+        """
+        given = body.get("name") or name
+        where = f"worker {given if isinstance(given, str) else name}"
+        n_slots, tables = body.get("n_slots"), body.get("profiles")
+        if not isinstance(n_slots, int) or isinstance(n_slots, bool) or not 1 <= n_slots <= MAX_SLOTS:
+            raise WireError(f"{where}: n_slots: expected 1 to {MAX_SLOTS}, got {shown(n_slots)}")
+        if not isinstance(tables, list | tuple) or len(tables) not in (1, n_slots):
+            raise WireError(f"{where}: profiles: expected one for all GPUs, or one for each")
+        return read(cls, _with_range({**body, "name": given}), where)
+
+    def body(self) -> dict[str, Any]:
+        """Return the body of the message."""
+        return body_of(self)
+
+
+def _with_range(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a body whose `wire` is a range: the one number of older workers stands for both ends."""
+    wire = body.get("wire")
+    return {**body, "wire": [wire, wire]} if isinstance(wire, int) else body
+
+
+@dataclass(frozen=True, slots=True)
+class ClientWelcome:
+    """The router's answer to a client's HELLO; said again when the model changes.
+
+    Attributes:
+        epoch: The router's life: another one has forgotten what was sent under this.
+        model: What the workers serve; None before one has joined.
+        subnets: Name and accuracy (percent) of each row of the profile.
+        policy: By which batches are chosen, as `--policy` takes it.
+        wire: The version of the wire to speak from now on; None where there is only one.
+    """
+
+    epoch: int
+    model: ModelSpec | None = None
+    subnets: tuple[tuple[str, float], ...] = ()
+    policy: str = ""
+    wire: int | None = field(default=None, metadata=OMITTED)
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any]) -> Self:
+        """Read the body of a WELCOME to a client.
+
+        Raises:
+            WireError: The epoch is missing, or a field is not what it should be.
+        """
+        return read(cls, body, "welcome")
+
+    def body(self) -> dict[str, Any]:
+        """Return the body of the message."""
+        return body_of(self)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerWelcome:
+    """The router's answer to a worker's HELLO.
+
+    Attributes:
+        epoch: This worker's: what it says under an older one is dropped. 0 to 2^64 - 1.
+        router: The router's own life; 0 where it does not say.
+        wire: As for `ClientWelcome`.
+    """
+
+    epoch: int
+    router: int = 0
+    wire: int | None = field(default=None, metadata=OMITTED)
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any]) -> Self:
+        """Read the body of a WELCOME to a worker.
+
+        Raises:
+            WireError: The epoch is missing, or a field is not what it should be.
+        """
+        found = read(cls, body, "welcome")
+        if not 0 <= found.epoch < 2**64:
+            raise WireError(f"welcome: epoch: expected 0 to 2^64 - 1, got {found.epoch}")
+        return found
+
+    def body(self) -> dict[str, Any]:
+        """Return the body of the message."""
+        return body_of(self)

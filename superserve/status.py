@@ -1,0 +1,299 @@
+"""STATUS: what a router says of itself, as dataclasses; and whether a worker is well, decided here alone.
+
+Fields stand in the order of the JSON object, named as its keys are, unless said. `ask_status` reads one, the
+router writes one, and all code in between reads attributes. What an older router does not say has
+a default; what a newer one adds is ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from superserve.fields import KEY, OMITTED, body_of, read
+from superserve.hello import ModelSpec  # noqa: TC001  read at run time: the fields' types are the format
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Self
+
+LIVE = "live"
+"""The state of a worker process that has been heard lately."""
+READY = "ready"
+"""The state of a GPU that answers in time and does not drain."""
+
+SHORT_S, LONG_S = 10, 60
+"""Windows over which the recent past is summed up, seconds."""
+_SHORT_KEY, _LONG_KEY = f"{SHORT_S}s", f"{LONG_S}s"
+
+
+def is_well(process: str, state: str) -> bool:
+    """Tell whether a GPU is given work: its process is heard, and it neither drains nor overruns."""
+    return process == LIVE and state == READY
+
+
+@dataclass(frozen=True, slots=True)
+class EndCounts:
+    """How many queries ended in which way; the fields are those of `superserve.wire.Status`, in its order."""
+
+    ok: int = 0
+    late: int = 0
+    expired: int = 0
+    infeasible: int = 0
+    overloaded: int = 0
+    failed: int = 0
+    worker_lost: int = 0
+    invalid: int = 0
+    cancelled: int = 0
+    draining: int = 0
+
+    def items(self) -> Iterator[tuple[str, int]]:
+        """Yield each way's name and count."""
+        for one in dataclasses.fields(self):
+            yield one.name, getattr(self, one.name)
+
+    @property
+    def total(self) -> int:
+        """All that ended."""
+        return sum(n for _, n in self.items())
+
+    @property
+    def wanted(self) -> int:
+        """Those that ended uncancelled: attainment is the share of these that ended OK."""
+        return self.total - self.cancelled
+
+    def since(self, before: EndCounts) -> EndCounts:
+        """Return what was added to `before`."""
+        return EndCounts(*(n - then for (_, n), (_, then) in zip(self.items(), before.items(), strict=True)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterInfo:
+    """The router's process.
+
+    Attributes:
+        draining: Whether it takes no new queries.
+        version: Of its code; "" from routers that do not say.
+        epoch: Its life: another one counts from 0.
+        policy: As `--policy` takes it.
+        cpu_s: CPU time, user and system.
+        loop_s: Time spent in the loop's passes.
+    """
+
+    draining: bool
+    pid: int
+    host: str
+    version: str = ""
+    epoch: int
+    policy: str
+    client_endpoint: str
+    worker_endpoint: str
+    cpu_s: float
+    loop_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueryCounts:
+    """The router's queries; received = answered + queued + in flight.
+
+    Attributes:
+        redispatched: Queued again after their worker was lost or overran.
+        ok_accuracy: Percent, summed over the queries that ended OK.
+        executed: Queries of the batches that workers reported as ended.
+        busy_s: GPU time of those batches.
+    """
+
+    received: int
+    in_flight: int
+    answered: EndCounts
+    redispatched: int
+    ok_accuracy: float
+    executed: int
+    busy_s: float
+    payload_bytes: int
+    output_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatus:
+    """The queries that wait.
+
+    Attributes:
+        head_slack_ms: Time left to the earliest deadline; None without one.
+        held_bytes: Payload bytes of all queries that have not ended.
+    """
+
+    length: int
+    head_slack_ms: float | None
+    held_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCounts:
+    """The router's batches; `stale` are reports of those given up, or of an older epoch."""
+
+    dispatched: int
+    in_flight: int
+    stale: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecentWindow:
+    """What happened in the last seconds: differences of counters, as in `QueryCounts`.
+
+    Attributes:
+        seconds: How long that was: less than asked for in a router that is younger.
+    """
+
+    seconds: float
+    received: int
+    answered: EndCounts
+    ok_accuracy: float
+    busy_s: float
+    executed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """The recent past; in JSON the keys are "10s" and "60s"."""
+
+    short: RecentWindow = field(metadata={KEY: _SHORT_KEY})
+    long: RecentWindow = field(metadata={KEY: _LONG_KEY})
+
+
+@dataclass(frozen=True, slots=True)
+class GpusNeeded:
+    """GPUs that the arrivals of the short window ask for: as now served, and all on the smallest subnet."""
+
+    as_served: float
+    at_least: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuStatus:
+    """One GPU of a worker process.
+
+    Attributes:
+        name: Of the process.
+        slot: Which of its GPUs.
+        state: May it be given work? `READY`, or why not.
+        process: Is the process there? `LIVE`, or why not.
+        history: The last changes of `state`, oldest first.
+        profile: Name of its profile.
+        device: What it is, in words.
+        credit: Batches that it can take now.
+        outstanding: Batches that it has not answered.
+        free_in_ms: Time until it has nothing left to run.
+        transport_ms: Median time to its process and back.
+        slowdown: Measured over profiled latency.
+        batches: Sent to it.
+        queries: Sent to it.
+        busy_s: Time that it executed batches, as it reports it.
+        last_subnet: Of its last batch; None before the first.
+        gauges: `memory_bytes`, `utilisation` and `temperature_c`, as far as it says them.
+        host: The machine that it runs on; "" where it did not say.
+        version: Of its code; "" where it did not say.
+    """
+
+    name: str
+    slot: int
+    state: str
+    process: str
+    history: tuple[str, ...] = ()
+    profile: str
+    device: str
+    credit: int
+    outstanding: int
+    free_in_ms: float
+    transport_ms: float
+    slowdown: float
+    batches: int
+    queries: int
+    busy_s: float
+    last_subnet: str | None
+    gauges: dict[str, float | None]
+    host: str = ""
+    version: str = ""
+
+    @property
+    def is_well(self) -> bool:
+        """Whether the router gives it work."""
+        return is_well(self.process, self.state)
+
+    @property
+    def condition(self) -> str:
+        """How it stands in one word: its own state, or its process's where that is what is not well."""
+        return self.state if self.process == LIVE else self.process
+
+
+@dataclass(frozen=True, slots=True)
+class ListedKeys:
+    """The names of the keys that a router with keys admits."""
+
+    clients: tuple[str, ...]
+    workers: tuple[str, ...]
+    operators: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSummary:
+    """What costs the same however many workers there are: STATUS but for them.
+
+    Attributes:
+        lost_processes: Worker processes that fell silent or could not be reached.
+        model: What the workers serve; None before one has joined.
+        clients: How many are connected.
+        counts: Messages, loops and faults, by name; what has never happened may be missing.
+        workers_ready: GPUs that are given work.
+    """
+
+    router: RouterInfo
+    queries: QueryCounts
+    queue: QueueStatus
+    batches: BatchCounts
+    lost_processes: int
+    model: ModelSpec | None
+    clients: int
+    counts: dict[str, int]
+    recent: Recent
+    workers_ready: int
+    workers_needed: GpusNeeded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterStatus(RouterSummary):
+    """All of STATUS.
+
+    Attributes:
+        workers: Each GPU, a process's side by side.
+        keys: Who is listed; None from a router without keys.
+    """
+
+    workers: tuple[GpuStatus, ...]
+    keys: ListedKeys | None = field(default=None, metadata=OMITTED)
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any]) -> Self:
+        """Read the body of a STATUS, from a router or from a file.
+
+        Raises:
+            WireError: A field is missing or not what it should be; names it.
+        """
+        return read(cls, body, "status")
+
+    def body(self) -> dict[str, Any]:
+        """Return the body of the message: JSON once orjson has written it."""
+        recent = {_SHORT_KEY: self.recent.short, _LONG_KEY: self.recent.long}
+        return {**body_of(self), "recent": recent}
+
+    def processes(self) -> dict[str, tuple[GpuStatus, ...]]:
+        """Return the GPUs by the name of their worker process."""
+        found: dict[str, list[GpuStatus]] = {}
+        for gpu in self.workers:
+            found.setdefault(gpu.name, []).append(gpu)
+        return {name: tuple(gpus) for name, gpus in found.items()}
+
+    def well(self) -> set[str]:
+        """Return the worker processes that are well: the router gives work to all of their GPUs."""
+        return {name for name, gpus in self.processes().items() if all(gpu.is_well for gpu in gpus)}
