@@ -30,7 +30,7 @@ from superserve.roles.exposition import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 from superserve.subnet import Subnet
-from superserve.wire import VERSION
+from superserve.wire import OURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -317,7 +317,7 @@ def hello(name: str, device: WorkerDevice) -> dict[str, Any]:
         "n_slots": device.gpus.n_slots,
         "input": _spec(device.input_spec),
         "output": _spec(device.output_spec),
-        "wire": VERSION,
+        "wire": list(OURS),
     }
 
 

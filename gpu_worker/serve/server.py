@@ -32,6 +32,7 @@ from superserve.clock import MS, SECOND
 from superserve.errors import SuperServeError, WireError
 from superserve.net import sockets
 from superserve.wire import (
+    LOWEST,
     Buffer,
     Control,
     Directive,
@@ -48,6 +49,7 @@ from superserve.wire import (
     encode_ping,
     encode_pong,
     encode_pull,
+    version_refused,
 )
 
 if TYPE_CHECKING:
@@ -319,7 +321,7 @@ class WorkerServer:
             _LOG.warning("router silent for %.1f s; saying HELLO", (now_ns - self._heard_ns) / SECOND)
         if self._handshake is not None and self._handshake.look(now_ns):
             _LOG.warning("%s", self._handshake.failure)
-        is_sent = self._send(encode_control(Control(Kind.HELLO, self._hello)))
+        is_sent = self._send(encode_control(Control(Kind.HELLO, self._hello, LOWEST)))
         if is_sent and not self._is_connected:
             _LOG.info("connected")
         self._is_connected = is_sent
@@ -415,6 +417,9 @@ class WorkerServer:
 
     def _control(self, message: Control, now_ns: int) -> None:
         body = message.body
+        error = version_refused(message)
+        if error is not None:
+            raise RefusedError(f"the router refused this worker: {error}")
         match message.kind:
             case Kind.WELCOME:
                 self._welcomed(body, now_ns)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from superserve import wire
-from superserve.errors import WireError
+from superserve.errors import VersionError, WireError
 from superserve.net.sockets import bind_router, receive, send, wait
 from superserve.roles.processes import ProcessGroup, announce_ready, die_with_parent
 from superserve.wire import Control, Group, Kind, Ping, Pong, Queries, Results, Status
@@ -57,6 +57,9 @@ class Sink:
                 continue
             try:
                 message = wire.decode(frames[1:])
+            except VersionError as error:
+                send(self._socket, [key, *wire.encode_control(wire.refusal(error))])
+                continue
             except WireError:
                 self.n_malformed += 1
                 continue
@@ -65,17 +68,18 @@ class Sink:
             elif isinstance(message, Ping):
                 answer = wire.encode_pong(Pong(message.stamp_ns, time.monotonic_ns()))
             elif isinstance(message, Control) and message.kind in (Kind.HELLO, Kind.STATUS):
-                answer = wire.encode_control(self._control(message.kind))
+                answer = wire.encode_control(self._control(message))
             else:
                 continue
             send(self._socket, [key, *answer])
 
-    def _control(self, kind: Kind) -> Control:
-        if kind is Kind.HELLO:
+    def _control(self, greeting: Control) -> Control:
+        version = wire.agreed(greeting)
+        if greeting.kind is Kind.HELLO:
             body: dict[str, Any] = {"epoch": self._epoch, "subnets": [("none", 0.0)], "model": {}}
-            return Control(Kind.WELCOME, body)
+            return Control(Kind.WELCOME, body | {"wire": version}, version)
         router = {"policy": POLICY, "pid": os.getpid(), "cpu_s": time.process_time()}
-        return Control(Kind.STATUS, {"router": router, "model": {}})
+        return Control(Kind.STATUS, {"router": router, "model": {}}, version)
 
 
 def _answer(queries: Queries) -> Group:

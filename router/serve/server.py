@@ -47,10 +47,10 @@ from router.report.status import status_of_server
 from router.serve.directives import directive_of, group_of, results_of
 from router.serve.gate import CLIENT_DOMAIN, WORKER_DOMAIN, Gate, check_reach
 from superserve import wire
-from superserve.errors import ConfigError, SuperServeError, WireError
+from superserve.errors import ConfigError, SuperServeError, VersionError, WireError
 from superserve.net.sockets import Waiter, bind_router, is_readable, receive, rest, send
 from superserve.subnet import TensorSpec
-from superserve.wire import Cancel, Control, Done, Kind, Ping, Pong, Pull, Queries
+from superserve.wire import Cancel, Control, Done, Kind, Ping, Pong, Pull, Queries, Results
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,13 +110,14 @@ class PeerConnection:
     """What the server keeps of one peer: how far away it is, and when it last spoke."""
 
     __slots__ = (
-        "heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user", "version"
+        "heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user", "version", "wire"
     )  # fmt: skip
 
     def __init__(self, now_ns: int, user: str = "") -> None:
         self.heard_ns = now_ns
         self.host = ""
         self.version = ""
+        self.wire = wire.HIGHEST  # the version agreed on in its HELLO
         self.user = user  # the public key that it said HELLO with, if the router has keys
         self.n_pongs = 0
         self.one_way_ns = 0
@@ -345,6 +346,11 @@ class RouterServer:
         """Return the message; a malformed one is counted and its sender told, and None returned."""
         try:
             return wire.decode(frames)
+        except VersionError as error:
+            self.counts["wrong_version"] += 1
+            log.warning("refused %s: %s", key.hex(), error)
+            send(socket, [key, *wire.encode_control(wire.refusal(error))])
+            return None
         except WireError as error:
             self.counts["malformed"] += 1
             log.warning("malformed message from %s: %s", key.hex(), error)
@@ -439,6 +445,7 @@ class RouterServer:
                 return
             user = "" if self._gate is None else self._gate.clients.user
             self._clients[key] = connection = PeerConnection(now_ns, user)
+            connection.wire = wire.agreed(message)
             self._clients_due.append((now_ns + _CLIENT_PING_NS, key, connection))
             self._handle(ClientJoined(key, session), now_ns)
             self._welcome_client(key)
@@ -447,7 +454,7 @@ class RouterServer:
         elif message.kind is Kind.BYE:
             self._forget_client(key, now_ns)
         elif message.kind is Kind.STATUS:
-            self._send_status(socket, key, now_ns)
+            self._send_status(socket, key, wire.agreed(message), now_ns)
         elif message.kind is Kind.DRAIN:
             self._operator_drain(key, message.body, now_ns)
         else:
@@ -456,8 +463,12 @@ class RouterServer:
     def _welcome_client(self, key: bytes) -> None:
         profile = self.reference
         subnets = [] if profile is None else [[s.name, s.accuracy] for s in profile.subnets]
-        body = {"epoch": self.epoch, "model": self.model, "subnets": subnets, "policy": self.settings.policy}
-        send(self._client_socket, [key, *wire.encode_control(Control(Kind.WELCOME, body))])
+        version = self._clients[key].wire
+        body = {
+            "epoch": self.epoch, "model": self.model, "subnets": subnets, "policy": self.settings.policy,
+            "wire": version,
+        }  # fmt: skip
+        send(self._client_socket, [key, *wire.encode_control(Control(Kind.WELCOME, body, version))])
 
     def _forget_client(self, key: bytes, now_ns: int) -> None:
         if self._clients.pop(key, None) is not None:
@@ -482,12 +493,12 @@ class RouterServer:
             self._handle(DrainWorker(peer, None), now_ns)
             send(self._worker_socket, [peer, *order])  # else it would take the BYE for a router's end
 
-    def _send_status(self, socket: zmq.Socket[bytes], key: bytes, now_ns: int) -> None:
+    def _send_status(self, socket: zmq.Socket[bytes], key: bytes, version: int, now_ns: int) -> None:
         body = status_of_server(self, now_ns)
         if self._gate is not None:
             body["keys"] = self._gate.status()
             body["counts"] |= self._gate.counts()
-        send(socket, [key, *wire.encode_control(Control(Kind.STATUS, body))])
+        send(socket, [key, *wire.encode_control(Control(Kind.STATUS, body, version))])
 
     # --- from workers -------------------------------------------------------------------
 
@@ -531,7 +542,7 @@ class RouterServer:
         socket = self._worker_socket
         if message.kind is Kind.HELLO:
             try:
-                self._admit_worker(key, message.body, now_ns)
+                self._admit_worker(key, message, now_ns)
             except SuperServeError as error:
                 log.warning("worker refused: %s", error)
                 self._refuse(socket, key, "refused", str(error))
@@ -540,16 +551,17 @@ class RouterServer:
         elif message.kind is Kind.DRAIN:
             self._handle(DrainWorker(key, None), now_ns)
         elif message.kind is Kind.STATUS:
-            self._send_status(socket, key, now_ns)
+            self._send_status(socket, key, wire.agreed(message), now_ns)
         else:
             self._refuse(socket, key, "malformed", f"{message.kind.name} is not a worker's to send")
 
-    def _admit_worker(self, key: bytes, body: dict[str, Any], now_ns: int) -> None:
+    def _admit_worker(self, key: bytes, hello: Control, now_ns: int) -> None:
         """Register a worker process.
 
         Raises:
             SuperServeError: Its HELLO lacks something, or does not fit the cluster.
         """
+        body = hello.body
         name = str(body.get("name") or key.hex())
         n_slots, tables = body.get("n_slots"), body.get("profiles")
         if not isinstance(n_slots, int) or not 1 <= n_slots <= 4096:
@@ -574,9 +586,14 @@ class RouterServer:
         self._workers[key] = connection = PeerConnection(now_ns, user)
         connection.host = str(body.get("host") or "")
         connection.version = str(body.get("version") or "")
+        connection.wire = wire.agreed(hello)
         self._workers_due.append((now_ns + self.settings.core.heartbeat_ns, key, connection))
-        welcome = {"epoch": self._next_epoch, "router": self.epoch}
-        send(self._worker_socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome))])
+        welcome = Control(
+            Kind.WELCOME,
+            {"epoch": self._next_epoch, "router": self.epoch, "wire": connection.wire},
+            connection.wire,
+        )
+        send(self._worker_socket, [key, *wire.encode_control(welcome)])
         log.info("worker %s joined with %d GPUs (%s)", name, n_slots, profiles[0].name)
         if model != self.model:
             self.model, self.reference = model, profiles[0]
@@ -667,7 +684,7 @@ class RouterServer:
 
     def _send_results(self, client: bytes, answers: list[Answer]) -> None:
         if len(answers) == 1:
-            frames = wire.encode_group(self.epoch, group_of(answers[0]))
+            frames = wire.encode_results(Results(self.epoch, [group_of(answers[0])]))
             if not send(self._client_socket, [client, *frames]):
                 self._drop_results(client, answers[0].n)
             return

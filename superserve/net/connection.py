@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from superserve import wire
-from superserve.errors import ConfigError, WireError
+from superserve.errors import ConfigError, VersionError, WireError
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
 from superserve.net.sockets import receive, send
@@ -59,6 +59,7 @@ class Connection:
         heard_ns: When the router last said anything.
         refusals: What the router objected to, latest last; at most 16.
         n_malformed: Messages that could not be decoded.
+        mismatch: The router speaks none of our wire versions; None again once one welcomes us.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Connection:
         self.refusals: list[str] = []
         self.said_bye = False
         self.n_malformed = 0
+        self.mismatch: VersionError | None = None
         self.status: dict[str, Any] | None = None
         self.n_welcomes = 0
         self.heard_ns = 0
@@ -88,6 +90,8 @@ class Connection:
     @property
     def absence(self) -> str:
         """Why no router answers, as far as is known, and what to do."""
+        if self.mismatch is not None:
+            return f"{self.endpoint}: {self.mismatch}"
         return self._handshake.failure or no_router(self.endpoint)
 
     def close(self) -> None:
@@ -111,7 +115,8 @@ class Connection:
             self._has_sent = True  # what the socket can do has changed
 
     def _hello(self, now_ns: int) -> None:
-        hello = Control(Kind.HELLO, {"role": "client", "session": self.session})
+        body = {"role": "client", "session": self.session, "wire": wire.OURS}
+        hello = Control(Kind.HELLO, body, wire.LOWEST)
         if self._send(wire.encode_control(hello)):
             self._hello_ns = now_ns
             self._hello_wait_ns = int(self._hello_every_ns * random.uniform(0.75, 1.25))
@@ -198,7 +203,10 @@ class Connection:
 
     def _control(self, message: Control) -> None:
         body = message.body
-        if message.kind is Kind.WELCOME:
+        refused = wire.version_refused(message)
+        if refused is not None:
+            self._mismatched(refused)
+        elif message.kind is Kind.WELCOME:
             epoch = body.get("epoch")
             if not isinstance(epoch, int):
                 self.n_malformed += 1
@@ -210,6 +218,7 @@ class Connection:
                 return
             self.n_welcomes += self.epoch != epoch
             self._handshake.succeeded()
+            self.mismatch = None
             self.epoch = epoch
             self._ping_ns = self.heard_ns
             self._hello_every_ns = HELLO_EVERY_NS
@@ -235,6 +244,14 @@ class Connection:
         elif message.kind is Kind.STATUS:
             self.status = body
 
+    def _mismatched(self, error: VersionError) -> None:
+        """Note that this router speaks none of our versions; HELLO goes on, since it may be replaced."""
+        is_new = self.mismatch is None
+        self.mismatch = error
+        self.lose()
+        if is_new:
+            log.warning("%s", self.absence)
+
     def spec(self, what: str) -> TensorSpec | None:
         """Return the model's "input" or "output", or None while it is unknown or any bytes will do."""
         body = None if self.model is None else self.model.get(what)
@@ -257,7 +274,8 @@ def ask_status(
         keys: As for `Client`.
 
     Raises:
-        ConfigError: Nobody answers within `timeout_s`, or the key file is not what it should be.
+        ConfigError: Nothing answers within `timeout_s`, or speaks none of our wire versions; or the key file
+            is not what it should be.
     """
     own = peer_keys(keys)
     with zmq.Context() as context:
@@ -267,10 +285,12 @@ def ask_status(
             while connection.status is None and (now_ns := time.monotonic_ns()) < deadline_ns:
                 connection.tick(now_ns)
                 if connection.epoch is not None:
-                    connection.send_control(Kind.STATUS)
+                    connection.send_control(Kind.STATUS, {"wire": wire.OURS})
                 connection.socket.poll(50)
                 for _ in connection.receive():
                     pass
+                if connection.mismatch is not None:
+                    break
         finally:
             connection.close()
     if connection.status is None:

@@ -276,7 +276,7 @@ def test_a_routing_id_that_another_key_takes_over_starts_anew(folder: Path) -> N
     door = server._gate.clients
     hello = wire.encode_control(Control(Kind.HELLO, {"role": "client", "session": 1}))
     server._gate.workers.user = "worker"
-    server._admit_worker(b"w", worker_hello(), 1)
+    server._admit_worker(b"w", Control(Kind.HELLO, worker_hello()), 1)
     door.user = "one"
     server._from_known_client(b"id", list(hello), 1)
     server._from_known_client(b"id", list(wire.encode_queries(queries(1))), 2)
