@@ -91,7 +91,7 @@ class ManyTarget:
         message = Queries(
             self._epoch, time.monotonic_ns(), 1, _U64(i), _I64(slack_ns), len(self._payload), (self._payload,)
         )
-        (frame,) = wire.encode_queries(message)
+        (frame,) = wire.encode_queries(message)  # one: a small payload shares it
         try:
             socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
