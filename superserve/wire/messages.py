@@ -1,6 +1,6 @@
 """The messages, as dataclasses whose columns are bytes: routers never look inside most of them.
 
-Not frozen, though messages are not changed once sent: a frozen dataclass takes four times as long to make.
+Not frozen, though messages are not changed once sent: a frozen dataclass takes three times as long to make.
 """
 
 from __future__ import annotations
