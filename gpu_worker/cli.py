@@ -31,7 +31,6 @@ from superserve.roles.exposition import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 from superserve.subnet import Subnet
-from superserve.wire import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -317,7 +316,7 @@ def hello(name: str, device: WorkerDevice) -> WorkerHello:
         n_slots=device.gpus.n_slots,
         input=device.input_spec,
         output=device.output_spec,
-        wire=(VERSION, VERSION),
+        wire=OURS,
     )
 
 

@@ -2,6 +2,7 @@
 
     SuperServeError
     ├── WireError              a message that does not follow superserve.wire
+    │   └── VersionError       its sender speaks no wire version that this release speaks
     ├── ConfigError            a file, option or field that is not what it should be
     │   ├── ProfileError       a profile that is malformed or not monotone
     │   └── TraceError         a trace that is missing, malformed or impossible
@@ -30,6 +31,30 @@ class SuperServeError(Exception):
 
 class WireError(SuperServeError):
     """A message that does not follow the wire protocol; it is counted and dropped."""
+
+
+class VersionError(WireError):
+    """The peer speaks no wire version that this release speaks.
+
+    Args:
+        ours: The lowest and the highest wire version that this release speaks.
+        theirs: Those of the peer, as far as is known.
+        version: The one that the peer wrote in: it reads a REFUSED in this one.
+    """
+
+    def __init__(self, ours: tuple[int, int], theirs: tuple[int, int], version: int) -> None:
+        super().__init__(
+            f"wire version: expected {_versions(ours)}, got {_versions(theirs)}: "
+            f"both sides need releases that share one"
+        )
+        self.ours = ours
+        self.theirs = theirs
+        self.version = version
+
+
+def _versions(span: tuple[int, int]) -> str:
+    lowest, highest = span
+    return str(lowest) if lowest == highest else f"{lowest} to {highest}"
 
 
 class ConfigError(SuperServeError):

@@ -33,6 +33,7 @@ from superserve.errors import SuperServeError, WireError
 from superserve.hello import WorkerWelcome
 from superserve.net import sockets
 from superserve.wire import (
+    LOWEST,
     Buffer,
     Control,
     Directive,
@@ -49,6 +50,7 @@ from superserve.wire import (
     encode_ping,
     encode_pong,
     encode_pull,
+    version_refused,
 )
 
 if TYPE_CHECKING:
@@ -321,7 +323,7 @@ class WorkerServer:
             _LOG.warning("router silent for %.1f s; saying HELLO", (now_ns - self._heard_ns) / SECOND)
         if self._handshake is not None and self._handshake.look(now_ns):
             _LOG.warning("%s", self._handshake.failure)
-        is_sent = self._send(encode_control(Control(Kind.HELLO, self._hello.body())))
+        is_sent = self._send(encode_control(Control(Kind.HELLO, self._hello.body(), LOWEST)))
         if is_sent and not self._is_connected:
             _LOG.info("connected")
         self._is_connected = is_sent
@@ -415,6 +417,9 @@ class WorkerServer:
 
     def _control(self, message: Control, now_ns: int) -> None:
         body = message.body
+        error = version_refused(message)
+        if error is not None:
+            raise RefusedError(f"the router refused this worker: {error}")
         match message.kind:
             case Kind.WELCOME:
                 self._welcomed(WorkerWelcome.from_body(body), now_ns)

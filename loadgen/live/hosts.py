@@ -16,14 +16,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zmq
 
-from loadgen.live.agent import SILENT_S, heard, packed, say, settings_dict, unpacked
+from loadgen.live.agent import SILENT_S
 from loadgen.live.run import summarise
 from loadgen.live.sender import COLUMNS, UNANSWERED
 from loadgen.results.run import Run
 from superserve.clock import MS, SECOND
 from superserve.errors import ConfigError, WireError
 from superserve.net.connection import ask_status
-from superserve.net.sockets import connect_dealer, receive
+from superserve.net.sockets import connect_dealer, receive, send
+from superserve.wire import (
+    RUN_COLUMNS,
+    Ping,
+    Pong,
+    RunFailed,
+    RunProgress,
+    RunReady,
+    RunReport,
+    RunShare,
+    RunStart,
+    RunStop,
+    decode_run,
+    encode_ping,
+    encode_run,
+)
 
 if TYPE_CHECKING:
     import threading
@@ -33,15 +48,12 @@ if TYPE_CHECKING:
 
     from loadgen.live.run import RunSettings
     from loadgen.traces.trace import Trace
+    from superserve.wire import RunMessage
 
 _PINGS = 8
 _GREET_S, _PREPARE_S = 5.0, 60.0
 _START_AFTER_NS = 500 * MS
 _PING_EVERY_S = 1.0
-_TYPES: dict[str, Any] = {
-    "sent_ns": np.int64, "answered_ns": np.int64, "status": np.uint8, "subnet": np.uint16,
-    "batch_size": np.uint16, "accuracy": np.float32, "queued_ns": np.int64, "executing_ns": np.int64,
-}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -53,11 +65,14 @@ class _Generator:
     due_ns: npt.NDArray[np.int64]
     round_trip_ns: int = 0
     heard_s: float = 0.0
-    progress: dict[str, int] = field(default_factory=dict)
+    progress: RunProgress = field(default_factory=lambda: RunProgress(0, 0, 0))
     is_ready: bool = False
     is_lost: bool = False
-    done: dict[str, Any] | None = None
-    columns: dict[str, npt.NDArray[Any]] | None = None
+    done: RunReport | None = None
+
+    def say(self, message: RunMessage) -> None:
+        """Send; a lost agent is noticed by its silence."""
+        send(self.socket, encode_run(message))
 
 
 class Head:
@@ -105,23 +120,26 @@ class Head:
                 self._follow(on_progress)
             finally:
                 for one in self._generators:
-                    say(one.socket, [], {"do": "stop"})
+                    one.say(RunStop())
                     one.socket.close(linger=500)
         return self._merged(trace, settings, policy)
 
     # --- until all have started -----------------------------------------------------------
 
     def _prepare(self, trace: Trace, settings: RunSettings, endpoint: str) -> None:
-        body = {
-            "do": "prepare", "trace": trace.name, "provenance": trace.provenance, "endpoint": endpoint,
-            "duration_ns": trace.duration_ns, "settings": settings_dict(settings),
-        }  # fmt: skip
         for one in self._generators:
             if not len(one.due_ns):
                 raise ConfigError(
                     f"trace {trace.name}: expected a query for each of {len(self._agents)} generators"
                 )
-            say(one.socket, [], body, packed({"due_ns": one.due_ns}))
+            one.say(
+                RunShare(
+                    trace=trace.name, provenance=trace.provenance, endpoint=endpoint,
+                    duration_ns=trace.duration_ns, slo_ns=settings.slo_ns, grace_ns=settings.grace_ns,
+                    n_senders=settings.n_senders, payload_bytes=settings.payload_bytes, seed=settings.seed,
+                    due_ns=one.due_ns.astype(RUN_COLUMNS["due_ns"]).tobytes(),
+                )
+            )  # fmt: skip
         give_up_s = time.monotonic() + _PREPARE_S
         while waiting := [one for one in self._generators if not one.is_ready]:
             if time.monotonic() > give_up_s:
@@ -135,7 +153,7 @@ class Head:
         start_ns = time.monotonic_ns() + _START_AFTER_NS
         for one in self._generators:
             left_ns = start_ns - time.monotonic_ns() - one.round_trip_ns // 2
-            say(one.socket, [], {"do": "start", "in_ns": left_ns})
+            one.say(RunStart(in_ns=left_ns))
 
     def _take(self) -> None:
         """Take in what has come, and keep the connections warm.
@@ -151,11 +169,9 @@ class Head:
             while (frames := receive(one.socket)) is not None:
                 one.heard_s = time.monotonic()
                 try:
-                    body, data = heard(frames)
-                    columns = None if data is None else unpacked(data)
+                    _note(one, decode_run(frames))
                 except WireError as error:
                     raise ConfigError(f"generator {one.name}: {error}") from error
-                _note(one, body, columns)
 
     # --- while it runs --------------------------------------------------------------------
 
@@ -166,14 +182,14 @@ class Head:
             one.heard_s = time.monotonic()
         while any(one.done is None and not one.is_lost for one in self._generators):
             now_s = time.monotonic()
-            if now_s >= next_ping_s:  # tells an agent that its head is there, and the head that the agent is
+            if now_s >= next_ping_s:  # by which each side knows that the other is there
                 next_ping_s = now_s + _PING_EVERY_S
                 for one in self._generators:
-                    say(one.socket, [], {"do": "ping", "stamp": time.monotonic_ns()})
+                    send(one.socket, encode_ping(Ping(time.monotonic_ns())))
             if self._stop.is_set() and not self._is_stopping:
                 self._is_stopping = True
                 for one in self._generators:
-                    say(one.socket, [], {"do": "stop"})
+                    one.say(RunStop())
             self._take()
             for one in self._generators:
                 one.is_lost |= one.done is None and time.monotonic() - one.heard_s > SILENT_S
@@ -182,7 +198,7 @@ class Head:
 
     def _total(self) -> dict[str, int]:
         parts = [one.progress for one in self._generators]
-        return {what: sum(part.get(what, 0) for part in parts) for what in ("due", "sent", "answered")}
+        return {what: sum(getattr(part, what) for part in parts) for what in ("due", "sent", "answered")}
 
     # --- at its end -----------------------------------------------------------------------
 
@@ -193,14 +209,14 @@ class Head:
                 f"generators: all of {', '.join(self._agents)} were lost; nothing is known of the run"
             )
         columns = self._columns(trace)
-        duration_s = max(float(body["duration_s"]) for body in done)
-        is_partial = duration_s < trace.duration_ns / SECOND
+        duration_ns = max(report.duration_ns for report in done)
+        is_partial = duration_ns < trace.duration_ns
         if is_partial:
-            n = int(np.searchsorted(trace.due_ns, duration_s * SECOND))
-            trace = trace.scaled(duration_s=duration_s)
+            n = int(np.searchsorted(trace.due_ns, duration_ns))
+            trace = trace.scaled(duration_s=duration_ns / SECOND)
             columns = {name: column[:n] for name, column in columns.items()}
-        subnets = [(str(name), float(accuracy)) for name, accuracy in done[0]["subnets"]]
-        noise = [body["noise_ns"] for body in done if body["noise_ns"] is not None]
+        subnets = done[0].subnets
+        noise = [report.noise_ns for report in done if report.noise_ns is not None]
         result = summarise(trace, settings.slo_ns, policy, columns, subnets, max(noise, default=None))
         lost = [one for one in self._generators if one.is_lost]
         gaps = tuple(_gap(one) for one in lost)
@@ -214,9 +230,9 @@ class Head:
         facts = tuple(_fact(one) for one in self._generators)
         result = replace(result, generators=facts, partial=True if is_partial else None)
         reasons: dict[str, str] = {}
-        for body in done:
-            reasons |= body["reasons"]
-        n_duplicates = sum(int(body["duplicates"]) for body in done)
+        for report in done:
+            reasons |= report.reasons
+        n_duplicates = sum(report.duplicates for report in done)
         return Run(
             result,
             columns,
@@ -232,10 +248,10 @@ class Head:
         n = len(self._generators)
         for name in COLUMNS:
             fill = {"sent_ns": -1, "answered_ns": -1, "status": UNANSWERED}.get(name, 0)
-            columns[name] = np.full(trace.n, fill, _TYPES[name])
+            columns[name] = np.full(trace.n, fill, RUN_COLUMNS[name])
             for i, one in enumerate(self._generators):
-                if one.columns is not None:
-                    part = one.columns[name]
+                if one.done is not None:
+                    part = np.frombuffer(one.done.columns[name], RUN_COLUMNS[name])
                     columns[name][i::n][: len(part)] = part
         return columns
 
@@ -251,13 +267,16 @@ def _round_trip_ns(one: _Generator) -> int:
     n = 0
     while n < _PINGS and time.monotonic() < give_up_s:
         stamp_ns = time.monotonic_ns()
-        if not say(one.socket, [], {"do": "ping", "stamp": stamp_ns}):
+        if not send(one.socket, encode_ping(Ping(stamp_ns))):
             one.socket.poll(20)  # not connected yet
             continue
         while one.socket.poll(500):
             frames = receive(one.socket)
-            body = {} if frames is None else heard(frames)[0]
-            if body.get("stamp") == stamp_ns:
+            try:
+                answer = None if frames is None else decode_run(frames)
+            except WireError as error:
+                raise ConfigError(f"generator {one.name}: {error}") from error
+            if isinstance(answer, Pong) and answer.stamp_ns == stamp_ns:
                 took_ns = time.monotonic_ns() - stamp_ns
                 best, n = took_ns if best is None else min(best, took_ns), n + 1
                 break
@@ -269,25 +288,31 @@ def _round_trip_ns(one: _Generator) -> int:
     return best
 
 
-def _note(one: _Generator, body: dict[str, Any], columns: dict[str, npt.NDArray[Any]] | None) -> None:
-    """Take in what an agent said."""
-    says = body.get("says")
-    if says == "failed":
-        raise ConfigError(f"generator {one.name}: {body.get('why')}")
-    if says == "ready":
-        one.is_ready = True
-    elif says == "progress":
-        one.progress = {what: int(body[what]) for what in ("due", "sent", "answered")}
-    elif says == "done":
-        if columns is None or any(name not in columns for name in COLUMNS):
-            raise ConfigError(f"generator {one.name}: expected the columns {', '.join(COLUMNS)} at its end")
-        one.done, one.columns = body, columns
+def _note(one: _Generator, message: RunMessage | Ping | Pong) -> None:
+    """Take in what an agent reports.
+
+    Raises:
+        ConfigError: It failed, or its report lacks a column.
+    """
+    match message:
+        case RunFailed():
+            raise ConfigError(f"generator {one.name}: {message.why}")
+        case RunReady():
+            one.is_ready = True
+        case RunProgress():
+            one.progress = message
+        case RunReport():
+            if any(name not in message.columns for name in COLUMNS):
+                raise ConfigError(
+                    f"generator {one.name}: expected the columns {', '.join(COLUMNS)} at its end"
+                )
+            one.done = message
 
 
 def _gap(one: _Generator) -> dict[str, Any]:
     return {
         "generator": one.name, "queries": len(one.due_ns),
-        "sent_when_last_heard": one.progress.get("sent", 0),
+        "sent_when_last_heard": one.progress.sent,
         "from_s": float(one.due_ns[0]) / SECOND, "to_s": float(one.due_ns[-1]) / SECOND,
     }  # fmt: skip
 

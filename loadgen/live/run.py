@@ -28,13 +28,22 @@ from loadgen.results.result import (
 )
 from loadgen.results.run import Run, in_time
 from loadgen.traces.arrivals import arrivals_cv2
-from superserve import wire
 from superserve.clock import SECOND
 from superserve.errors import ConfigError, WireError
 from superserve.net.connection import ask_status
 from superserve.net.sockets import bind_router, receive, send
 from superserve.roles.processes import ProcessGroup
-from superserve.wire import STATUSES, Control, Kind, Status
+from superserve.wire import (
+    STATUSES,
+    RunProgress,
+    RunReady,
+    RunReport,
+    RunStart,
+    RunStop,
+    Status,
+    decode_run,
+    encode_run,
+)
 
 if TYPE_CHECKING:
     import threading
@@ -47,6 +56,7 @@ if TYPE_CHECKING:
     from loadgen.traces.trace import Trace
     from superserve.roles.processes import RoleProcess
     from superserve.status import RouterStatus
+    from superserve.wire import Ping, Pong, RunMessage
 
 MS = 1_000_000
 _START_AFTER_NS = 300 * MS
@@ -309,7 +319,7 @@ class _Coordinator:
         self._control = control
         self._group = group
         self._n_senders = n_senders
-        self._progress: dict[bytes, dict[str, int]] = {}
+        self._progress: dict[bytes, RunProgress] = {}
         self._n_done = 0
         self._senders: set[bytes] = set()
         self._start_ns = 0
@@ -320,12 +330,12 @@ class _Coordinator:
     def start(self) -> int:
         """Wait for every sender, then tell all of them the instant to start at; return it."""
         while len(self._senders) < self._n_senders:
-            for key, body in self._messages():
-                if body.get("ready"):
+            for key, message in self._messages():
+                if isinstance(message, RunReady):
                     self._senders.add(key)
         hooks = self._hooks
         self._start_ns = time.monotonic_ns() + _START_AFTER_NS if hooks is None else hooks.start()
-        self._order(start_ns=self._start_ns)
+        self._order(RunStart(at_ns=self._start_ns))
         return self._start_ns
 
     def watch(self, watch: Watch, seconds: Seconds) -> None:
@@ -333,8 +343,8 @@ class _Coordinator:
         self._seconds = seconds
         self._stop_asked = watch.stop
 
-    def _order(self, **body: int) -> None:
-        order = wire.encode_control(Control(Kind.STATUS, body))
+    def _order(self, message: RunStart | RunStop) -> None:
+        order = encode_run(message)
         for key in self._senders:
             send(self._control, [key, *order])
 
@@ -343,42 +353,43 @@ class _Coordinator:
         self.stop_ns = max(0, time.monotonic_ns() - self._start_ns) + _STOP_AFTER_NS
         if self._seconds is not None:
             self._seconds.duration_ns = min(self._seconds.duration_ns, self.stop_ns)
-        self._order(stop_ns=self.stop_ns)
+        self._order(RunStop(self.stop_ns))
 
     def follow(self, on_progress: Callable[[dict[str, int]], None] | None) -> None:
         """Pass progress on until every sender is done."""
         while self._n_done < self._n_senders:
             if self._stop_asked is not None and self._stop_asked.is_set() and self.stop_ns is None:
                 self._stop()
-            for key, body in self._messages():
-                if self._seconds is not None and "rows" in body:
-                    until_ns = body.get("until_ns", self._seconds.duration_ns)
-                    self._seconds.read(body["name"], body["rows"], until_ns)
-                if body.get("done"):
-                    self._finish(body)
-                elif "due" in body:
-                    self._progress[key] = body
+            for key, message in self._messages():
+                if isinstance(message, RunReport):
+                    self._finish(message)
+                elif isinstance(message, RunProgress):
+                    self._note(key, message)
                     if on_progress is not None:
                         on_progress(self._total())
 
-    def _finish(self, body: dict[str, Any]) -> None:
+    def _finish(self, report: RunReport) -> None:
+        if self._seconds is not None and report.rows is not None:
+            self._seconds.read(report.name, report.rows, self._seconds.duration_ns)
         self._n_done += 1
-        self.n_duplicates += body["duplicates"]
-        self.reasons |= body["reasons"]
-        self.subnets = [(str(name), float(accuracy)) for name, accuracy in body["subnets"]]
+        self.n_duplicates += report.duplicates
+        self.reasons |= report.reasons
+        self.subnets = report.subnets
+
+    def _note(self, key: bytes, progress: RunProgress) -> None:
+        if self._seconds is not None and progress.rows is not None:
+            self._seconds.read(progress.name, progress.rows, progress.until_ns)
+        self._progress[key] = progress
 
     def _total(self) -> dict[str, int]:
-        return {
-            what: sum(body[what] for body in self._progress.values()) for what in ("due", "sent", "answered")
-        }
+        parts = self._progress.values()
+        return {what: sum(getattr(part, what) for part in parts) for what in ("due", "sent", "answered")}
 
-    def _messages(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    def _messages(self) -> Iterator[tuple[bytes, RunMessage | Ping | Pong]]:
         if not self._control.poll(200) and self._n_done < self._n_senders:
             self._check_senders()
         while (frames := receive(self._control)) is not None:
-            message = wire.decode(frames[1:])
-            assert isinstance(message, Control), "senders say nothing else"
-            yield bytes(frames[0]), message.body
+            yield bytes(frames[0]), decode_run(frames[1:])
 
     def _check_senders(self) -> None:
         """Raise ProcessError if a sender died; one that is done may have ended already."""

@@ -25,7 +25,19 @@ from superserve.net.connection import Connection
 from superserve.net.keys import peer_keys
 from superserve.net.sockets import ZERO_COPY_BYTES, Waiter, connect_dealer, receive, send, wait
 from superserve.roles.processes import announce_ready, die_with_parent
-from superserve.wire import HAS_OUTPUT, MAX_QUERIES, Control, Kind, Queries, queued_us_of
+from superserve.wire import (
+    HAS_OUTPUT,
+    MAX_QUERIES,
+    Queries,
+    RunProgress,
+    RunReady,
+    RunReport,
+    RunStart,
+    RunStop,
+    decode_run,
+    encode_run,
+    queued_us_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -317,7 +329,7 @@ def _await_welcome(connection: Connection) -> None:
     give_up_ns = time.monotonic_ns() + _WELCOME_NS
     while connection.epoch is None or connection.model is None:
         now_ns = time.monotonic_ns()
-        if now_ns > give_up_ns:
+        if now_ns > give_up_ns or connection.mismatch is not None:
             if connection.epoch is None:
                 raise ConfigError(connection.absence)
             raise ConfigError(f"{connection.endpoint}: no worker has joined this router")
@@ -353,50 +365,50 @@ def run_sender(plan: SenderPlan) -> None:
             sender.run(start_ns, lambda i: _report(control, plan, sender, i, start_ns))
             rows = sender.write_rows(None) if plan.is_watched else 0
             sender.records.save(plan)
-            _say(control, plan, done=True, rows=rows, reasons=sender.records.reasons,
-                 duplicates=sender.records.n_duplicates, subnets=connection.subnets)  # fmt: skip
+            report = RunReport(
+                connection.subnets, sender.records.reasons, sender.records.n_duplicates, plan.name, rows
+            )
+            send(control, encode_run(report))
         finally:
             connection.close()
             control.close(linger=2_000)
 
 
 def _await_start(connection: Connection, control: zmq.Socket[bytes], plan: SenderPlan) -> int:
-    """Tell the coordinator that we are ready, and return the instant it says to start at."""
+    """Report to the coordinator that we are ready, and return the instant at which it orders us to start."""
     announce_ready({"name": plan.name})
     is_announced = False
     while True:
         if not is_announced:
-            is_announced = _say(control, plan, ready=True)
+            is_announced = send(control, encode_run(RunReady(plan.name)))
         connection.tick(time.monotonic_ns())
         wait((control, connection.socket), 50 * MS if is_announced else 5 * MS)
         for _ in connection.receive():
             pass
         frames = receive(control)
         if frames is not None:
-            message = wire.decode(frames)
-            assert isinstance(message, Control), "the coordinator says only when to start"
-            return int(message.body["start_ns"])
-
-
-def _say(control: zmq.Socket[bytes], plan: SenderPlan, **body: Any) -> bool:
-    return send(control, wire.encode_control(Control(Kind.STATUS, {"name": plan.name, **body})))
+            message = decode_run(frames)
+            assert isinstance(message, RunStart), "the first order is to start"
+            assert message.at_ns is not None, "the coordinator of a sender shares its clock"
+            return message.at_ns
 
 
 def _report(
     control: zmq.Socket[bytes], plan: SenderPlan, sender: Sender, i: int, start_ns: int
 ) -> int | None:
-    """Say how far we are: what was due, sent and answered so far. Return when to stop, if so told."""
-    more = {}
+    """Report what was due, sent and answered so far. Return when to stop, if so ordered."""
+    rows, until_ns = None, 0
     if plan.is_watched:
         until_ns = max(0, time.monotonic_ns() - start_ns - plan.slo_ns - LATE_NS)
-        more = {"until_ns": until_ns, "rows": sender.write_rows(until_ns)}
-    _say(control, plan, due=i, sent=sender.n_sent, answered=sender.records.n_ended, **more)
+        rows = sender.write_rows(until_ns)
+    progress = RunProgress(i, sender.n_sent, sender.records.n_ended, plan.name, rows, until_ns)
+    send(control, encode_run(progress))
     frames = receive(control)
     if frames is None:
         return None
-    message = wire.decode(frames)
-    assert isinstance(message, Control), "the coordinator says only when to start and to stop"
-    return int(message.body["stop_ns"])
+    message = decode_run(frames)
+    assert isinstance(message, RunStop), "a sender that has started is only ordered to stop"
+    return message.after_ns
 
 
 def main(argv: list[str]) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from superserve import wire
-from superserve.errors import WireError
+from superserve.errors import VersionError, WireError
 from superserve.hello import ClientWelcome, ModelSpec
 from superserve.net.sockets import bind_router, receive, send, wait
 from superserve.roles.processes import ProcessGroup, announce_ready, die_with_parent
@@ -71,6 +71,9 @@ class Sink:
                 continue
             try:
                 message = wire.decode(frames[1:])
+            except VersionError as error:
+                send(self._socket, [key, *wire.encode_control(wire.refusal(error))])
+                continue
             except WireError:
                 self.n_malformed += 1
                 continue
@@ -79,16 +82,17 @@ class Sink:
             elif isinstance(message, Ping):
                 answer = wire.encode_pong(Pong(message.stamp_ns, time.monotonic_ns()))
             elif isinstance(message, Control) and message.kind in (Kind.HELLO, Kind.STATUS):
-                answer = wire.encode_control(self._control(message.kind))
+                answer = wire.encode_control(self._control(message))
             else:
                 continue
             send(self._socket, [key, *answer])
 
-    def _control(self, kind: Kind) -> Control:
-        if kind is Kind.HELLO:
-            welcome = ClientWelcome(self._epoch, ModelSpec(), (("none", 0.0),), POLICY)
-            return Control(Kind.WELCOME, welcome.body())
-        return Control(Kind.STATUS, _status(self._epoch).body())
+    def _control(self, greeting: Control) -> Control:
+        agreed = wire.agreed(greeting)
+        if greeting.kind is Kind.HELLO:
+            welcome = ClientWelcome(self._epoch, ModelSpec(), (("none", 0.0),), POLICY, agreed)
+            return Control(Kind.WELCOME, welcome.body(), agreed)
+        return Control(Kind.STATUS, _status(self._epoch).body(), agreed)
 
 
 def _status(epoch: int) -> RouterStatus:

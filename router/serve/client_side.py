@@ -14,7 +14,7 @@ from superserve import wire
 from superserve.errors import WireError
 from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.sockets import send
-from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries
+from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries, Results
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,7 +109,7 @@ class ClientSide(RouterSide):
         except WireError as error:
             self.refuse(key, "malformed", str(error))
             return
-        connection = self._greet(key, now_ns)
+        connection = self._greet(key, wire.agreed(message), now_ns)
         self._handle(ClientJoined(key, hello.session), now_ns)
         self._welcome(key)
         connection.pinged_ns = time.monotonic_ns()
@@ -118,10 +118,10 @@ class ClientSide(RouterSide):
     def _welcome(self, key: bytes) -> None:
         serving = self._serving
         rows = () if serving.reference is None else serving.reference.subnets
-        welcome = ClientWelcome(
-            serving.epoch, serving.model, tuple((row.name, row.accuracy) for row in rows), serving.policy
-        )
-        send(self.socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome.body()))])
+        version = self.connections[key].wire
+        subnets = tuple((row.name, row.accuracy) for row in rows)
+        welcome = ClientWelcome(serving.epoch, serving.model, subnets, serving.policy, version)
+        send(self.socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome.body(), version))])
 
     def welcome_all(self) -> None:
         """Say WELCOME to every client again: the model is another one."""
@@ -151,7 +151,7 @@ class ClientSide(RouterSide):
         """Send a client its answers; one that does not take them is dropped, and they are counted."""
         epoch = self._serving.epoch
         if len(answers) == 1:
-            frames = wire.encode_group(epoch, group_of(answers[0]))
+            frames = wire.encode_results(Results(epoch, [group_of(answers[0])]))
             if not send(self.socket, [client, *frames]):
                 self._drop_results(client, answers[0].n)
             return

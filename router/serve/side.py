@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from router.core.estimates import TransitClock, WindowedMin
 from superserve import wire
-from superserve.errors import WireError
+from superserve.errors import VersionError, WireError
 from superserve.net.sockets import bind_router, is_readable, receive, send
 from superserve.wire import Control, Kind, Ping
 
@@ -47,13 +47,14 @@ class PeerConnection:
     """What a side keeps of one peer: how far away it is, and when it last spoke."""
 
     __slots__ = (
-        "heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user", "version"
+        "heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user", "version", "wire"
     )  # fmt: skip
 
     def __init__(self, now_ns: int, user: str = "") -> None:
         self.heard_ns = now_ns
         self.host = ""
         self.version = ""
+        self.wire = wire.HIGHEST  # the version agreed on in its HELLO
         self.user = user  # the public key that it said HELLO with, if the router has keys
         self.n_pongs = 0
         self.one_way_ns = 0
@@ -185,6 +186,11 @@ class RouterSide(ABC):
         """Return the message; a malformed one is counted and its sender told, and None returned."""
         try:
             return wire.decode(frames)
+        except VersionError as error:
+            self._counts["wrong_version"] += 1
+            log.warning("refused %s: %s", key.hex(), error)
+            send(self.socket, [key, *wire.encode_control(wire.refusal(error))])
+            return None
         except WireError as error:
             self._counts["malformed"] += 1
             log.warning("malformed message from %s: %s", key.hex(), error)
@@ -213,8 +219,8 @@ class RouterSide(ABC):
             case Kind.DRAIN:
                 self._drain_asked(key, message, now_ns)
             case Kind.STATUS:
-                body = self._serving.status(now_ns).body()
-                send(self.socket, [key, *wire.encode_control(Control(Kind.STATUS, body))])
+                answer = Control(Kind.STATUS, self._serving.status(now_ns).body(), wire.agreed(message))
+                send(self.socket, [key, *wire.encode_control(answer)])
             case _:
                 name = message.kind.name
                 self.refuse(key, "malformed", f"{name} is not a {self.peer}'s to send")
@@ -236,10 +242,11 @@ class RouterSide(ABC):
 
     # --- peers ----------------------------------------------------------------------------
 
-    def _greet(self, key: bytes, now_ns: int) -> PeerConnection:
-        """Keep a peer that said HELLO, and ping it from now on."""
+    def _greet(self, key: bytes, version: int, now_ns: int) -> PeerConnection:
+        """Keep a peer that said HELLO, and speaks this version of the wire; ping it from now on."""
         user = "" if self._door is None else self._door.user
         self.connections[key] = connection = PeerConnection(now_ns, user)
+        connection.wire = version
         self._due.append((now_ns + self._ping_every_ns, key, connection))
         return connection
 

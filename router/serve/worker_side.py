@@ -104,13 +104,13 @@ class WorkerSide(RouterSide):
 
     def _hello(self, key: bytes, message: Control, now_ns: int) -> None:
         try:
-            self.admit(key, WorkerHello.from_body(message.body, key.hex()), now_ns)
+            self.admit(key, WorkerHello.from_body(message.body, key.hex()), wire.agreed(message), now_ns)
         except SuperServeError as error:
             log.warning("worker refused: %s", error)
             self.refuse(key, "refused", str(error))
 
-    def admit(self, key: bytes, hello: WorkerHello, now_ns: int) -> None:
-        """Register a worker process, and welcome it.
+    def admit(self, key: bytes, hello: WorkerHello, version: int, now_ns: int) -> None:
+        """Register a worker process that speaks this version of the wire, and welcome it.
 
         Raises:
             SuperServeError: A profile is not one, or it does not fit the cluster.
@@ -132,10 +132,10 @@ class WorkerSide(RouterSide):
         slots = profiles * hello.n_slots if len(profiles) == 1 else profiles
         n_bytes = None if hello.input is None else hello.input.n_bytes
         self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes), now_ns)
-        connection = self._greet(key, now_ns)
+        connection = self._greet(key, version, now_ns)
         connection.host, connection.version = hello.host, hello.version
-        welcome = WorkerWelcome(self._next_epoch, serving.epoch)
-        send(self.socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome.body()))])
+        welcome = WorkerWelcome(self._next_epoch, serving.epoch, version)
+        send(self.socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome.body(), version))])
         log.info("worker %s joined with %d GPUs (%s)", name, hello.n_slots, profiles[0].name)
         if model != serving.model:
             serving.model, serving.reference = model, profiles[0]

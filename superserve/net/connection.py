@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from superserve import wire
-from superserve.errors import ConfigError, WireError
+from superserve.errors import ConfigError, VersionError, WireError
 from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
@@ -61,6 +61,7 @@ class Connection:
         heard_ns: When the router last said anything.
         refusals: What the router objected to, latest last; at most 16.
         n_malformed: Messages that could not be decoded.
+        mismatch: The router speaks none of our wire versions; None again once one welcomes us.
         status: The latest answer to a STATUS, or why it could not be read; None before one came.
     """
 
@@ -75,6 +76,7 @@ class Connection:
         self.refusals: list[str] = []
         self.said_bye = False
         self.n_malformed = 0
+        self.mismatch: VersionError | None = None
         self.status: RouterStatus | WireError | None = None
         self.n_welcomes = 0
         self.heard_ns = 0
@@ -91,6 +93,8 @@ class Connection:
     @property
     def absence(self) -> str:
         """Why no router answers, as far as is known, and what to do."""
+        if self.mismatch is not None:
+            return f"{self.endpoint}: {self.mismatch}"
         return self._handshake.failure or no_router(self.endpoint)
 
     def close(self) -> None:
@@ -114,7 +118,7 @@ class Connection:
             self._has_sent = True  # what the socket can do has changed
 
     def _hello(self, now_ns: int) -> None:
-        hello = Control(Kind.HELLO, ClientHello(session=self.session).body())
+        hello = Control(Kind.HELLO, ClientHello(session=self.session, wire=wire.OURS).body(), wire.LOWEST)
         if self._send(wire.encode_control(hello)):
             self._hello_ns = now_ns
             self._hello_wait_ns = int(self._hello_every_ns * random.uniform(0.75, 1.25))
@@ -201,7 +205,10 @@ class Connection:
 
     def _control(self, message: Control) -> None:
         body = message.body
-        if message.kind is Kind.WELCOME:
+        refused = wire.version_refused(message)
+        if refused is not None:
+            self._mismatched(refused)
+        elif message.kind is Kind.WELCOME:
             self._welcomed(ClientWelcome.from_body(body))
         elif message.kind is Kind.REFUSED:
             self.refusals = [*self.refusals[-15:], str(body.get("reason"))]
@@ -225,12 +232,21 @@ class Connection:
     def _welcomed(self, welcome: ClientWelcome) -> None:
         self.n_welcomes += self.epoch != welcome.epoch
         self._handshake.succeeded()
+        self.mismatch = None
         self.epoch = welcome.epoch
         self._ping_ns = self.heard_ns
         self._hello_every_ns = HELLO_EVERY_NS
         self.said_bye = False
         self.model = welcome.model
         self.subnets = list(welcome.subnets)
+
+    def _mismatched(self, error: VersionError) -> None:
+        """Note that this router speaks none of our versions; HELLO goes on, since it may be replaced."""
+        is_new = self.mismatch is None
+        self.mismatch = error
+        self.lose()
+        if is_new:
+            log.warning("%s", self.absence)
 
 
 def ask_status(
@@ -244,7 +260,8 @@ def ask_status(
         keys: As for `Client`.
 
     Raises:
-        ConfigError: No router answers within `timeout_s`, or the key file is not what it should be.
+        ConfigError: Nothing answers within `timeout_s`, or speaks none of our wire versions; or the key file
+            is not what it should be.
         WireError: What it answers lacks a field, or has another type there; names both.
     """
     own = peer_keys(keys)
@@ -255,10 +272,12 @@ def ask_status(
             while connection.status is None and (now_ns := time.monotonic_ns()) < deadline_ns:
                 connection.tick(now_ns)
                 if connection.epoch is not None:
-                    connection.send_control(Kind.STATUS)
+                    connection.send_control(Kind.STATUS, {"wire": wire.OURS})
                 connection.socket.poll(50)
                 for _ in connection.receive():
                     pass
+                if connection.mismatch is not None:
+                    break
         finally:
             connection.close()
     if connection.status is None:

@@ -8,6 +8,7 @@ during it, neither of the two costs the generator more than the other.
 from __future__ import annotations
 
 import select
+import struct
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _WELCOME_NS = 20_000_000_000
 _POLLIN = int(zmq.POLLIN)
+_U64, _I64 = struct.Struct("<Q").pack, struct.Struct("<q").pack
 _AT_ONCE = 256
 """Sockets drained in a row before the senders' turn."""
 
@@ -86,7 +88,10 @@ class ManyTarget:
     def send(self, i: int, slack_ns: int) -> bool:
         """Send query `i` as one message."""
         socket = self._sockets[i % len(self._sockets)]
-        frame = wire.encode_query(self._epoch, time.monotonic_ns(), i, slack_ns, self._payload)
+        message = Queries(
+            self._epoch, time.monotonic_ns(), 1, _U64(i), _I64(slack_ns), len(self._payload), (self._payload,)
+        )
+        (frame,) = wire.encode_queries(message)  # one: a small payload shares it
         try:
             socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:

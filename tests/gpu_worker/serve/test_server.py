@@ -119,7 +119,7 @@ def test_an_emulated_worker_serves_from_hello_to_bye(router: FakeRouter, tmp_pat
         router, "--name", "w", "--emulate", PROFILE, "--gpus", "3", "--event-log", str(log)
     ) as process:
         hello = router.control(Kind.HELLO)
-        assert (hello["role"], hello["name"], hello["n_slots"], hello["wire"]) == ("worker", "w", 3, [1, 1])
+        assert (hello["role"], hello["name"], hello["n_slots"], hello["wire"]) == ("worker", "w", 3, [2, 2])
         assert [Profile.from_dict(data) for data in hello["profiles"]] == [load_profile(PROFILE)]
         assert hello["input"] is None
         assert hello["output"] == {"dtype": "int32", "shape": []}
@@ -200,6 +200,29 @@ def test_a_router_that_breaks_the_rules_is_told_and_the_worker_lives(router: Fak
         assert sorted(row.batch_id for row in rows) == list(range(3, 103))
         assert overloaded
         assert all(0 <= row.credit <= CAPACITY for row in rows)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("refused", "theirs"),
+    [
+        (Control(Kind.REFUSED, {"code": "malformed", "reason": "version: expected 1, got 2"}, 1), "1"),
+        (Control(Kind.REFUSED, {"code": "version", "reason": "no", "wire": [3, 4]}), "3 to 4"),
+    ],
+    ids=["older", "newer"],
+)
+def test_a_worker_whose_router_speaks_other_wire_versions_names_both(
+    router: FakeRouter, refused: Control, theirs: str
+) -> None:
+    """One line and exit code 1, also where the router is of the first release."""
+    with worker(router, "--emulate", PROFILE) as process:
+        router.control(Kind.HELLO)
+        router.send(refused)
+        assert process._popen.wait(WAIT_S) == 1
+        last_line = process.tail().splitlines()[-1]
+        assert last_line.startswith(
+            f"Error: the router refused this worker: wire version: expected 2, got {theirs}: "
+        )
 
 
 @pytest.mark.e2e

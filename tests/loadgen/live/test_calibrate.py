@@ -23,7 +23,7 @@ from superserve import wire
 from superserve.clock import MS, SECOND
 from superserve.errors import ConfigError
 from superserve.net.sockets import bind_router, connect_dealer, receive, send, wait
-from superserve.wire import Queries, Results, Status
+from superserve.wire import Control, Kind, Queries, Results, Status
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,6 +71,33 @@ def test_the_sink_answers_each_query_of_a_message_and_outlives_nonsense() -> Non
     (group,) = answer.groups
     assert (group.count, group.status, bytes(group.ids)) == (3, Status.OK, ids)
     assert sink.n_malformed == 1
+
+
+def test_the_sink_agrees_on_a_wire_version_or_refuses() -> None:
+    """Like a router: the highest that both speak, or none, by name."""
+    with zmq.Context() as context:
+        socket, endpoint = bind_router(context, "tcp://127.0.0.1:*")
+        sink, client = Sink(socket), connect_dealer(context, endpoint)
+        answers = []
+        try:
+            client.setsockopt(zmq.SNDTIMEO, 5_000)
+            for span in ([2, 3], [3, 4]):
+                client.send_multipart(wire.encode_control(Control(Kind.HELLO, {"wire": span})))
+                frames = None
+                while frames is None:
+                    wait((socket, client), 100 * MS)
+                    sink.drain()
+                    frames = receive(client)
+                answers.append(wire.decode(frames))
+        finally:
+            client.close(0)
+            socket.close(0)
+    welcome, refused = answers
+    assert isinstance(welcome, Control)
+    assert (welcome.kind, welcome.body["wire"]) == (Kind.WELCOME, 2)
+    assert isinstance(refused, Control)
+    assert (refused.kind, refused.body["code"]) == (Kind.REFUSED, "version")
+    assert sink.n_malformed == 0
 
 
 @pytest.mark.e2e

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import struct
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
+import orjson
 import pytest
+import zmq
 from click.testing import CliRunner
 
 from loadgen.cli import cli
-from loadgen.live.agent import heard, packed, unpacked
+from loadgen.live.agent import Agent
 from loadgen.live.hosts import Head
 from loadgen.live.run import RunSettings
 from loadgen.live.sink import sink_server
 from loadgen.results.result import OUTCOMES
 from loadgen.traces.trace import load_trace
 from superserve import wire
-from superserve.errors import ConfigError, WireError
-from superserve.wire import Ping
+from superserve.errors import ConfigError
+from superserve.net.sockets import bind_router, connect_dealer, send
+from superserve.wire import Control, Kind, Ping
+from tests.superserve.client.fakes import next_message, poll
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    from superserve.wire import Buffer
 
 MS = 1_000_000
 SLO_NS = 500 * MS
@@ -159,24 +167,90 @@ def test_an_agent_listens_on_loopback_unless_told_otherwise(listen: str, message
     assert message in result.output
 
 
-def test_columns_travel_as_a_file_that_cannot_run_code() -> None:
-    """They come back as they were; anything else is refused, pickles included."""
-    columns: dict[str, Any] = {"due_ns": np.array([1, 2], np.int64), "status": np.array([0, 255], np.uint8)}
+@contextlib.contextmanager
+def asking(endpoint: str) -> Iterator[Callable[[Sequence[Buffer]], list[Buffer]]]:
+    """Yield what sends frames to an agent and returns its answer."""
+    with zmq.Context() as context:
+        socket = connect_dealer(context, endpoint)
 
-    back = unpacked(packed(columns))
+        def ask(frames: Sequence[Buffer]) -> list[Buffer]:
+            poll(lambda: send(socket, frames))
+            return next_message(socket)
 
-    assert {name: column.tolist() for name, column in back.items()} == {"due_ns": [1, 2], "status": [0, 255]}
-    for data in (b"", b"PK\x03\x04", packed(columns)[:40]):
-        with pytest.raises(WireError, match="expected a NumPy archive"):
-            unpacked(data)
+        try:
+            yield ask
+        finally:
+            socket.close(0)
 
 
-def test_what_is_no_message_between_generators_is_refused() -> None:
-    """Another kind, too many frames, or no message at all."""
-    wrong: list[list[Any]] = [wire.encode_ping(Ping(1)), [b"x"], [b""]]
-    for frames in wrong:
-        with pytest.raises(WireError):
-            heard(frames)
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    """Yield an agent that serves in a thread."""
+    agent = Agent("tcp://127.0.0.1:*")
+    thread = threading.Thread(target=agent.run)
+    thread.start()
+    yield agent
+    agent.stop()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.mark.timeout(30)
+def test_an_agent_answers_its_own_messages_alone(agent: Agent) -> None:
+    """A PING comes back; what is no message between load generators is dropped, and the agent lives."""
+    wrong: list[list[Buffer]] = [[b"x"], [b""], wire.encode_control(Control(Kind.STATUS)), [b"SS\x02\x0f"]]
+    with asking(agent.endpoint) as ask:
+        assert wire.decode_run(ask(wire.encode_ping(Ping(1)))).kind is Kind.PONG
+        for frames in wrong:
+            with zmq.Context() as context:
+                stranger = connect_dealer(context, agent.endpoint)
+                poll(partial(send, stranger, frames))
+                stranger.close(100)
+        assert wire.decode_run(ask(wire.encode_ping(Ping(2)))).kind is Kind.PONG
+
+
+@pytest.mark.timeout(30)
+def test_an_agent_refuses_another_wire_version_by_name(agent: Agent) -> None:
+    """An older coordinator asked in STATUS, version 1: it is answered in that version."""
+    with asking(agent.endpoint) as ask:
+        first, body = ask([struct.pack("<2sBBI", b"SS", 1, Kind.STATUS, 0), b'{"do":"ping","stamp":1}'])
+
+    assert bytes(first) == struct.pack("<2sBBI", b"SS", 1, Kind.REFUSED, 0)
+    assert orjson.loads(body)["reason"].startswith("wire version: expected 2, got 1: ")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("frames", "says"),
+    [
+        ([struct.pack("<2sBBI", b"SS", 1, Kind.STATUS, 0), b'{"says":"pong"}'], "expected 2, got 1"),
+        (wire.encode_control(Control(Kind.REFUSED, {"code": "version", "wire": [3, 4]})), "got 3 to 4"),
+        ([b"noise"], "prelude"),
+    ],
+    ids=["older", "newer", "noise"],
+)
+def test_an_agent_of_another_wire_version_is_named_with_both_versions(
+    frames: list[Buffer], says: str
+) -> None:
+    """The run does not begin, and the error says which generator it is."""
+    with zmq.Context() as context:
+        socket, endpoint = bind_router(context, "tcp://127.0.0.1:*")
+        name = endpoint.removeprefix("tcp://")
+
+        def answer() -> None:
+            assert socket.poll(20_000)
+            key, *_ = socket.recv_multipart()
+            socket.send_multipart([key, *map(bytes, frames)])
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        trace = load_trace("poisson:rate=100", duration_s=1.0)
+        try:
+            with sink_server() as router, pytest.raises(ConfigError, match=f"generator {name}: .*{says}"):
+                Head([name], threading.Event()).run(trace, RunSettings(SLO_NS), router)
+        finally:
+            thread.join(20)
+            socket.close(0)
 
 
 def test_keys_are_refused_rather_than_left_out() -> None:

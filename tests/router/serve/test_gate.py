@@ -285,7 +285,7 @@ def test_a_routing_id_that_another_key_takes_over_starts_anew(folder: Path) -> N
     door = gate.clients
     hello = wire.encode_control(Control(Kind.HELLO, {"role": "client", "session": 1}))
     gate.workers.user = "worker"
-    server.workers.admit(b"w", WorkerHello.from_body(worker_hello(), "w"), 1)
+    server.workers.admit(b"w", WorkerHello.from_body(worker_hello(), "w"), wire.HIGHEST, 1)
     door.user = "one"
     server.clients._take_known(b"id", list(hello), 1)
     server.clients._take_known(b"id", list(wire.encode_queries(queries(1))), 2)

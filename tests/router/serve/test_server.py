@@ -10,6 +10,7 @@ from array import array
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 import zmq
 
@@ -21,7 +22,19 @@ from superserve.clock import MS, SECOND
 from superserve.net import sockets
 from superserve.net.connection import ask_status
 from superserve.roles import processes
-from superserve.wire import Control, Done, DoneRow, Kind, Pong, Pull, PullRow, Queries, Results, Status
+from superserve.wire import (
+    Control,
+    Done,
+    DoneRow,
+    Kind,
+    Pong,
+    Pull,
+    PullRow,
+    Queries,
+    Results,
+    RunStop,
+    Status,
+)
 from tests.superserve.client.fakes import WAIT_S, ids_of, next_message, poll
 
 if TYPE_CHECKING:
@@ -181,12 +194,13 @@ def test_anyone_may_ask_for_status(shared: RoleProcess, net: Net, port: str) -> 
     [
         ([b""], "prelude"),
         ([b"noise, no message"], "magic"),
-        ([b"SS\x02\x03" + bytes(4)], "version: expected 1, got 2"),
-        ([b"SS\x01\x63" + bytes(4)], "unknown kind 99"),
-        ([b"SS\x01\x01" + bytes(4), b"{"], "expected JSON"),
-        ([b"SS\x01\x03" + bytes(4), b""], "queries: header"),
+        ([b"SS\x02\x63" + bytes(4)], "unknown kind 99"),
+        ([b"SS\x02\x01" + bytes(4), b"{"], "expected JSON"),
+        ([b"SS\x02\x01" + bytes(4), b'{"wire": 2}'], "hello: wire: expected [lowest, highest], got 2"),
+        ([b"SS\x02\x03" + bytes(4), b""], "queries: header"),
+        (wire.encode_run(RunStop()), "RUN_STOP is between load generators"),
     ],
-    ids=["empty", "magic", "version", "kind", "json", "short"],
+    ids=["empty", "magic", "kind", "json", "range", "short", "run"],
 )
 def test_a_malformed_message_is_counted_and_its_sender_told_why(
     shared: RoleProcess, net: Net, port: str, frames: list[bytes], reason: str
@@ -200,6 +214,61 @@ def test_a_malformed_message_is_counted_and_its_sender_told_why(
     assert refused["code"] == "malformed"
     assert reason in refused["reason"]
     assert ask_status(shared.ready["client"]).counts["malformed"] == before + 1
+
+
+def frame(version: int, kind: Kind) -> bytes:
+    """Return frame 0 of a control message in any wire version."""
+    return struct.pack("<2sBBI", b"SS", version, kind, 0)
+
+
+@pytest.mark.parametrize("port", ["client", "worker"])
+@pytest.mark.parametrize(
+    ("frames", "theirs"),
+    [
+        ([frame(1, Kind.HELLO), b'{"role":"client","session":7}'], "1"),
+        ([frame(1, Kind.HELLO), b'{"role":"worker","name":"old","wire":1}'], "1"),
+        ([frame(1, Kind.STATUS), b"{}"], "1"),
+        ([frame(1, Kind.PING) + bytes(8)], "1"),
+        ([frame(3, Kind.HELLO), b'{"role":"client","session":7,"wire":[3,4]}'], "3 to 4"),
+        ([frame(2, Kind.HELLO), b'{"role":"client","session":7,"wire":[3,4]}'], "3 to 4"),
+        ([frame(3, Kind.STATUS), b'{"wire":[3,3]}'], "3"),
+        ([frame(9, Kind.QUERIES) + bytes(40)], "9"),
+    ],
+    ids=["hello 1", "worker 1", "status 1", "ping 1", "hello 3-4", "range alone", "status 3", "queries 9"],
+)
+def test_a_peer_without_a_wire_version_in_common_is_refused_by_name_and_counted(
+    shared: RoleProcess, net: Net, port: str, frames: list[bytes], theirs: str
+) -> None:
+    """In the version that it wrote in, which it can read; not counted as malformed."""
+    before = ask_status(shared.ready["client"]).counts
+    peer = Peer(net, shared.ready[port])
+    peer.send_frames(frames)
+
+    first, second = next_message(peer.socket)
+    assert bytes(first) == frame(frames[0][2], Kind.REFUSED)
+    body = orjson.loads(second)
+    assert (body["code"], body["wire"]) == ("version", [wire.LOWEST, wire.HIGHEST])
+    assert body["reason"].startswith(f"wire version: expected 2, got {theirs}: ")
+    after = ask_status(shared.ready["client"]).counts
+    assert after["wrong_version"] == before.get("wrong_version", 0) + 1
+    assert after.get("malformed", 0) == before.get("malformed", 0)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_peer_that_also_speaks_other_wire_versions_is_welcomed_in_the_highest_in_common(
+    shared: RoleProcess, net: Net, version: int
+) -> None:
+    """A HELLO is understood in the lowest version of its sender, even where that is not ours."""
+    client, worker = Peer(net, shared.ready["client"]), Peer(net, shared.ready["worker"])
+    for peer, body in ((client, {"session": 7}), (worker, worker_hello(name="next"))):
+        peer.send(Control(Kind.HELLO, body | {"wire": [version, 3]}, version))
+        first, second = next_message(peer.socket)
+        assert bytes(first) == frame(2, Kind.WELCOME)
+        assert orjson.loads(second)["wire"] == 2
+        peer.send(Control(Kind.BYE))
+    asker = Peer(net, shared.ready["client"])
+    asker.send(Control(Kind.STATUS, {"wire": [version, 3]}, version))
+    assert bytes(next_message(asker.socket)[0]) == frame(2, Kind.STATUS)
 
 
 @pytest.mark.parametrize("session", [None, "seven", 1.5])
@@ -334,7 +403,9 @@ def test_thousands_of_mangled_messages_on_both_ports_cost_nobody_an_answer(net: 
                 group.check()
                 assert router.poll() is None, f"seed {SEED}, message {i}: {router.tail()}"
                 assert served(client, 10**6 + i)
-        assert ask_status(router.ready["client"]).counts["malformed"] > 1_000
+        counts = ask_status(router.ready["client"]).counts
+        assert counts["malformed"] + counts["wrong_version"] > 1_000
+        assert counts["wrong_version"] > 0, "some have another version"
 
 
 def test_a_client_that_answers_its_first_ping_late_is_not_far_away() -> None:
@@ -487,4 +558,4 @@ def test_the_same_query_sent_again_is_answered_once(net: Net) -> None:
 def test_preludes_are_what_the_wire_module_writes() -> None:
     """The bytes written out above are the format's."""
     frame = wire.encode(Control(Kind.STATUS))[0]
-    assert bytes(frame) == struct.pack("<2sBBI", b"SS", wire.VERSION, Kind.STATUS, 0)
+    assert bytes(frame) == struct.pack("<2sBBI", b"SS", wire.HIGHEST, Kind.STATUS, 0)

@@ -217,7 +217,7 @@ def test_a_malformed_message_is_counted_and_the_client_lives(client: Client, rou
     """Noise from the router's side ends nothing."""
     future = client.submit(b"image", slo_ms=SLO_MS)
     queries = router.expect(Queries)
-    for noise in (b"", b"SS", b"noise" * 9, b"SS\x01\x04" + bytes(12)):
+    for noise in (b"", b"SS", b"noise" * 9, b"SS\x02\x04" + bytes(12)):
         router.socket.send_multipart([bytes(router.peer), noise])
     router.answer(queries)
 

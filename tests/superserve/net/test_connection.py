@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import zmq
 
-from superserve.errors import WireError
+from superserve.errors import ConfigError, WireError
 from superserve.hello import ModelSpec
 from superserve.net.connection import (
     HELLO_EVERY_AT_MOST_NS,
@@ -22,7 +23,7 @@ from superserve.net.connection import (
 from superserve.status import RouterStatus
 from superserve.subnet import TensorSpec
 from superserve.wire import Control, Kind, Ping, decode
-from tests.superserve.client.fakes import FakeRouter, next_message, poll
+from tests.superserve.client.fakes import WAIT_S, FakeRouter, next_message, poll
 from tests.superserve.statuses import status
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def test_nobody_who_answers_is_greeted_ever_less_often(connection: Connection, r
     for _ in said:
         message = decode(next_message(router.socket)[1:])
         assert isinstance(message, Control)
-        assert message.kind is Kind.HELLO
+        assert (message.kind, message.version, message.body["wire"]) == (Kind.HELLO, 2, [2, 2])
 
 
 def test_without_a_connection_nothing_is_said_and_nothing_queued() -> None:
@@ -181,3 +182,38 @@ def test_who_asks_for_a_status_that_cannot_be_read_learns_which_field_is_wrong(r
     finally:
         asked.set()
         thread.join()
+
+
+REFUSALS = (
+    (Control(Kind.REFUSED, {"code": "malformed", "reason": "version: expected 1, got 2"}, 1), "1"),
+    (Control(Kind.REFUSED, {"code": "version", "reason": "no", "wire": [3, 4]}), "3 to 4"),
+)
+
+
+@pytest.mark.parametrize(("refused", "theirs"), REFUSALS, ids=["older", "newer"])
+def test_a_router_that_speaks_other_wire_versions_is_named_with_both(
+    connection: Connection, router: FakeRouter, refused: Control, theirs: str
+) -> None:
+    """HELLO goes on, and a router of our version that takes its place is welcome."""
+    connection.tick(10**9)
+    router.peer = next_message(router.socket)[0]
+    router.send(refused)
+    poll(lambda: is_connected(connection) and connection.mismatch is not None)
+
+    assert connection.absence.startswith(f"{router.endpoint}: wire version: expected 2, got {theirs}: ")
+    assert connection.epoch is None
+    welcome(connection, router, 10 * 10**9)
+    assert connection.mismatch is None
+
+
+@pytest.mark.parametrize(("refused", "theirs"), REFUSALS, ids=["older", "newer"])
+def test_asking_such_a_router_for_status_fails_at_once(
+    router: FakeRouter, refused: Control, theirs: str
+) -> None:
+    """The error names both versions; the time-out is not waited for."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask_status, router.endpoint, 600.0)
+        router.peer = next_message(router.socket)[0]
+        router.send(refused)
+        with pytest.raises(ConfigError, match=f"wire version: expected 2, got {theirs}: "):
+            asked.result(WAIT_S)

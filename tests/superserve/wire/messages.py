@@ -1,4 +1,4 @@
-"""Strategies that draw a sound message of every kind, with all of its options."""
+"""Strategies that draw a sound message of every kind, and what a later release would make of it."""
 
 from __future__ import annotations
 
@@ -166,3 +166,116 @@ DATA_MESSAGES: st.SearchStrategy[wire.Message] = st.one_of(
     st.builds(wire.Pong, I64, I64),
 )
 MESSAGES = DATA_MESSAGES | st.builds(wire.Control, st.sampled_from(CONTROL_KINDS), BODIES)
+
+
+def frames_of(message: wire.Message) -> list[bytes]:
+    """Return the message's frames, as bytes."""
+    return [bytes(frame) for frame in wire.encode(message)]
+
+
+# --- between load generators ----------------------------------------------------------------
+
+RUN_TEXT = st.text(max_size=5)
+RUN_INTEGER = st.integers(0, 2**63 - 1)
+FRACTION = st.floats(0, 100)
+
+
+@st.composite
+def run_columns(draw: st.DrawFn) -> dict[str, bytes]:
+    """Draw some of a run's columns, all of one length."""
+    n = draw(st.integers(0, 3))
+    names = draw(st.lists(st.sampled_from(sorted(wire.RUN_COLUMNS)), unique=True, max_size=4))
+    return {name: bytes(n * int(wire.RUN_COLUMNS[name][-1])) for name in names}
+
+
+RUN_MESSAGES: st.SearchStrategy[wire.RunMessage] = st.one_of(
+    st.builds(
+        wire.RunShare,
+        *(RUN_TEXT, RUN_TEXT, RUN_TEXT, *[RUN_INTEGER] * 6),
+        st.integers(0, 4).flatmap(lambda n: columns("q", I64, n)),
+    ),
+    st.builds(wire.RunReady, RUN_TEXT),
+    st.builds(wire.RunStart, RUN_INTEGER, st.none()),
+    st.builds(wire.RunStart, st.none(), st.integers(-(2**63) + 1, 2**63 - 1)),
+    st.builds(wire.RunStop, st.none() | RUN_INTEGER),
+    st.builds(
+        wire.RunProgress,
+        *[RUN_INTEGER] * 3,
+        name=RUN_TEXT,
+        rows=st.none() | RUN_INTEGER,
+        until_ns=RUN_INTEGER,
+    ),
+    st.builds(
+        wire.RunReport,
+        subnets=st.lists(st.tuples(RUN_TEXT, FRACTION), max_size=2),
+        reasons=st.dictionaries(RUN_TEXT, RUN_TEXT, max_size=2),
+        duplicates=RUN_INTEGER,
+        name=RUN_TEXT,
+        rows=st.none() | RUN_INTEGER,
+        duration_ns=RUN_INTEGER,
+        noise_ns=st.none() | RUN_INTEGER,
+        columns=run_columns(),
+    ),
+    st.builds(wire.RunFailed, RUN_TEXT),
+)
+
+# --- a later release's form -----------------------------------------------------------------
+
+PRELUDE = struct.Struct("<2sBBHH")
+GATHERED, EXTENDED = 32, 128
+ROWS: dict[Kind, tuple[struct.Struct, int, int]] = {
+    Kind.RESULTS: (struct.Struct("<QIIH2x"), 2, 3),
+    Kind.PULL: (struct.Struct("<QIH2x"), 1, 2),
+    Kind.DIRECTIVE: (struct.Struct("<QQHHIIH2x"), 5, 6),
+    Kind.DONE: (struct.Struct("<QIH2x"), 1, 2),
+}
+"""Headers of the kinds with rows, as the specification has them, and where the count and the stride stand."""
+
+
+def n_buffer_bytes(message: wire.Message) -> int:
+    """Return the bytes of a message's payloads or outputs."""
+    match message:
+        case wire.Queries():
+            return message.n_bytes()
+        case wire.Results():
+            return sum(len(group.output) for group in message.groups)
+        case wire.Directive():
+            return sum(len(payload) for s in message.segments for payload in s.payloads)
+        case wire.Done():
+            return sum(len(row.output) for row in message.rows)
+    return 0
+
+
+def extended(
+    message: wire.Message, *, header: bytes = b"", row: bytes = b"", tagged: Sequence[bytes] | None = None
+) -> list[bytes]:
+    """Return the frames that a later release would send: longer header and rows, and more columns."""
+    first, *rest = frames_of(message)
+    magic, version, kind, flags, header_bytes = PRELUDE.unpack_from(first)
+    known, body = first[8 : 8 + header_bytes], first[8 + header_bytes :]
+    if kind in ROWS:
+        fixed, count_at, stride_at = ROWS[kind]
+        fields = list(fixed.unpack(known))
+        n, stride = fields[count_at], fields[stride_at]
+        rows = [body[i * stride : (i + 1) * stride] + row for i in range(n)]
+        body = b"".join(rows) + body[n * stride :]
+        fields[stride_at] += len(row)
+        known = fixed.pack(*fields)
+    if tagged is not None:
+        columns = b"".join(struct.pack("<H2xI", tag, len(data)) + data for tag, data in enumerate(tagged))
+        at = len(body) - (n_buffer_bytes(message) if flags & GATHERED else 0)
+        body = body[:at] + struct.pack("<I", len(columns)) + columns + body[at:]
+        flags |= EXTENDED
+    prelude = PRELUDE.pack(magic, version, kind, flags, header_bytes + len(header))
+    return [prelude + known + header + body, *rest]
+
+
+@st.composite
+def extended_frames(draw: st.DrawFn, message: wire.Message) -> list[bytes]:
+    """Draw a later release's form of a message."""
+    return extended(
+        message,
+        header=draw(st.binary(max_size=9)),
+        row=draw(st.binary(max_size=9)),
+        tagged=draw(st.none() | st.lists(st.binary(max_size=9), max_size=3)),
+    )

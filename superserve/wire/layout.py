@@ -1,0 +1,137 @@
+"""The layout: numbers, flags and fixed parts that the encoder and the decoder share.
+
+Known fields of a header or a row never move. A later release adds fields at the end.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+
+LOWEST = 2
+"""The lowest wire version that this release speaks: its predecessor's."""
+HIGHEST = 2
+"""The highest wire version that this release speaks. A wire version is spoken by two releases."""
+OURS = (LOWEST, HIGHEST)
+
+MAGIC = b"SS"
+VARIED = 0xFFFFFFFF
+"""In a *_bytes field: lengths differ and stand in the column `lengths`."""
+
+MAX_QUERIES = 65_536
+"""Queries in one message, at most: a bound on what one decode may allocate."""
+MAX_FRAMES = MAX_QUERIES + 1
+MAX_SLACK_NS = 86_400 * 10**9
+"""No slack is longer than a day; a longer one is a unit mistaken."""
+MAX_JSON_BYTES = 16 << 20
+MAX_EXTENSIONS = 64
+"""Extension columns in one message, at most: a bound on the steps that skip them."""
+
+GATHER_BYTES = 16_384
+"""Buffers that together stay below this share a frame: joining them costs less than their frames."""
+
+Buffer = bytes | memoryview
+
+
+class Kind(enum.IntEnum):
+    """What a message is; a retired kind's number is never reused."""
+
+    HELLO = 1
+    WELCOME = 2
+    QUERIES = 3
+    RESULTS = 4
+    CANCEL = 5
+    PULL = 6
+    DIRECTIVE = 7
+    DONE = 8
+    PING = 9
+    PONG = 10
+    DRAIN = 11
+    BYE = 12
+    STATUS = 13
+    REFUSED = 14
+    RUN_SHARE = 15
+    RUN_READY = 16
+    RUN_START = 17
+    RUN_STOP = 18
+    RUN_PROGRESS = 19
+    RUN_REPORT = 20
+    RUN_FAILED = 21
+
+
+CONTROL_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.DRAIN, Kind.BYE, Kind.STATUS, Kind.REFUSED})
+GREETINGS = frozenset({Kind.HELLO, Kind.STATUS})
+"""What may open a conversation: decoded in any wire version, since it states which ones its sender speaks."""
+RUN_KINDS = frozenset(kind for kind in Kind if kind.name.startswith("RUN_"))
+"""Between load generators."""
+
+
+class Status(enum.IntEnum):
+    """How a query ended. OK and LATE carry the output, the others a reason."""
+
+    OK = 0
+    LATE = 1
+    EXPIRED = 2
+    INFEASIBLE = 3
+    OVERLOADED = 4
+    FAILED = 5
+    WORKER_LOST = 6
+    INVALID = 7
+    CANCELLED = 8
+    DRAINING = 9
+
+
+STATUSES = tuple(Status)
+HAS_OUTPUT = (Status.OK, Status.LATE)
+
+# --- flags ----------------------------------------------------------------------------------
+
+MIN_ACCURACY = 1
+PRIORITY = 2
+LENGTHS = 4
+FRAMES = 8
+RESUBMITTED = 16
+GATHERED = 32
+QUEUED = 64
+EXTENDED = 128
+ROW_MIXED = 1
+
+# --- fixed parts ----------------------------------------------------------------------------
+
+PRELUDE = struct.Struct("<2sBBHH")  # magic, version, kind, flags, header_bytes
+PRELUDE_KEYED = struct.Struct("<IHH")  # the same, with magic, version and kind as one number to look up
+
+QUERIES = struct.Struct("<QqII")  # epoch, sent_ns, n, payload_bytes
+RESULTS = struct.Struct("<QIIH2x")  # epoch, n, n_groups, row_bytes
+GROUP = struct.Struct("<IB3xHHfqqqqI")  # as Group has them, without ids; output_bytes last
+CANCEL = struct.Struct("<QI")  # epoch, n
+PULL = struct.Struct("<QIH2x")  # epoch, n_rows, row_bytes
+PULL_ROW = struct.Struct("<HHHHQqQff")  # as PullRow has them
+DIRECTIVE = struct.Struct("<QQHHIIH2x")  # epoch, batch_id, slot, subnet, n, n_segments, row_bytes
+SEGMENT = struct.Struct("<III4xq")  # count, payload_bytes, packed, elapsed_ns
+DONE = struct.Struct("<QIH2x")  # epoch, n_rows, row_bytes
+DONE_ROW = struct.Struct("<QHHHIqqQqIH")  # as DoneRow has them up to output_bytes; then flags
+PING = struct.Struct("<q")  # stamp_ns
+PONG = struct.Struct("<qq")  # stamp_ns, own_ns
+EXTENSION = struct.Struct("<H2xI")  # tag, n_bytes
+
+U32 = struct.Struct("<I")
+I64 = struct.Struct("<q")
+
+HEADERS: dict[Kind, struct.Struct] = {
+    Kind.QUERIES: QUERIES,
+    Kind.RESULTS: RESULTS,
+    Kind.CANCEL: CANCEL,
+    Kind.PULL: PULL,
+    Kind.DIRECTIVE: DIRECTIVE,
+    Kind.DONE: DONE,
+    Kind.PING: PING,
+    Kind.PONG: PONG,
+}
+"""Each header's known fields; a kind that is not here has none."""
+
+
+def key_of(kind: int, version: int) -> int:
+    """Return the first four bytes of a message of `kind` as the number to look up."""
+    key: int = PRELUDE_KEYED.unpack(PRELUDE.pack(MAGIC, version, kind, 0, 0))[0]
+    return key

@@ -1,0 +1,289 @@
+"""The messages, as dataclasses whose columns are bytes: routers never look inside most of them.
+
+Not frozen, though messages are not changed once sent: a frozen dataclass takes three times as long to make.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from superserve.wire.layout import HIGHEST, I64, U32, VARIED, Buffer, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+
+def int64s(column: Buffer) -> list[int]:
+    """Return a column of i64. The protocol is little-endian, and so is every machine with CUDA."""
+    values: list[int] = memoryview(column).cast("q").tolist()
+    return values
+
+
+def uint64s(column: Buffer) -> list[int]:
+    """Return a column of u64, such as `ids`."""
+    values: list[int] = memoryview(column).cast("Q").tolist()
+    return values
+
+
+def lengths_of(count: int, uniform: int, column: Buffer | None) -> list[int]:
+    """Return the length of each of `count` buffers: all `uniform`, or as the column says."""
+    if uniform != VARIED:
+        return [uniform] * count
+    assert column is not None, "VARIED without a column of lengths"
+    lengths: list[int] = np.frombuffer(column, "<u4").tolist()
+    return lengths
+
+
+@dataclass(slots=True)
+class Queries:
+    """Client to router: queries, as columns of equal length n.
+
+    Attributes:
+        epoch: The epoch of the WELCOME this connection was given.
+        sent_ns: The sender's own clock at the moment of sending.
+        ids: n u64, little-endian, as bytes: the router never looks inside.
+        slacks: n i64 ns as bytes.
+        payload_bytes: Bytes of each payload, or VARIED.
+        payloads: One buffer holding all payloads, or n buffers if `framed`.
+        lengths: n u32 as bytes when VARIED, else None.
+        min_accuracy: n f32 percent as bytes, or None.
+        priority: n u8 as bytes, or None.
+    """
+
+    kind: ClassVar[Kind] = Kind.QUERIES
+
+    epoch: int
+    sent_ns: int
+    n: int
+    ids: Buffer
+    slacks: Buffer
+    payload_bytes: int
+    payloads: Sequence[Buffer]
+    framed: bool = False
+    lengths: Buffer | None = None
+    min_accuracy: Buffer | None = None
+    priority: Buffer | None = None
+    resubmitted: bool = False
+
+    def slack_ns(self) -> list[int]:
+        """Return the slacks, ns. A list: most messages are too short for an array to pay."""
+        return list(I64.unpack(self.slacks)) if self.n == 1 else int64s(self.slacks)
+
+    def n_bytes(self) -> int:
+        """Return the bytes of all payloads together."""
+        return len(self.payloads[0]) if len(self.payloads) == 1 else sum(map(len, self.payloads))
+
+
+@dataclass(slots=True)
+class Group:
+    """A stretch of RESULTS that share an end. Durations in ns; accuracy in percent.
+
+    Attributes:
+        ids: count u64 as bytes.
+        output_bytes: Bytes of each output, or VARIED.
+        output: Outputs end to end (OK, LATE), or one UTF-8 reason.
+        lengths: count u32 as bytes when VARIED, else None.
+        queued_us: count u32 us as bytes where the queries did not wait equally long, else
+            None; `queued_ns` is then the first one's.
+    """
+
+    count: int
+    status: int
+    subnet: int
+    batch_size: int
+    accuracy: float
+    queued_ns: int
+    to_start_ns: int
+    executing_ns: int
+    returning_ns: int
+    ids: Buffer
+    output_bytes: int
+    output: Buffer
+    lengths: Buffer | None = None
+    queued_us: Buffer | None = None
+
+
+@dataclass(slots=True)
+class Results:
+    """Router to client: terminal answers, in groups."""
+
+    kind: ClassVar[Kind] = Kind.RESULTS
+
+    epoch: int
+    groups: list[Group]
+
+
+@dataclass(slots=True)
+class Cancel:
+    """Client to router: forget these queries; `ids` is n u64 as bytes."""
+
+    kind: ClassVar[Kind] = Kind.CANCEL
+
+    epoch: int
+    n: int
+    ids: Buffer
+
+
+@dataclass(slots=True)
+class PullRow:
+    """One GPU's queue state. See the module's docstring; `credit` is deducted by the router."""
+
+    slot: int
+    credit: int
+    held: int
+    running: int
+    last_batch: int
+    free_in_ns: int
+    memory_bytes: int = 0
+    utilisation: float = float("nan")
+    temperature_c: float = float("nan")
+
+
+@dataclass(slots=True)
+class Pull:
+    """Worker to router: what its GPUs hold and can take."""
+
+    kind: ClassVar[Kind] = Kind.PULL
+
+    epoch: int
+    rows: list[PullRow]
+
+
+@dataclass(slots=True)
+class Segment:
+    """A stretch of one client's message inside a directive.
+
+    Attributes:
+        payload_bytes: Bytes of each payload, or VARIED.
+        payloads: One buffer if `packed`, else `count` buffers.
+        elapsed_ns: Slack used up since the client sent it.
+        ids: count u64 as bytes.
+        slacks: count i64 ns as bytes, as the client sent them.
+        lengths: count u32 as bytes when VARIED, else None.
+    """
+
+    count: int
+    payload_bytes: int
+    packed: bool
+    elapsed_ns: int
+    ids: Buffer
+    slacks: Buffer
+    payloads: Sequence[Buffer]
+    lengths: Buffer | None = None
+
+
+@dataclass(slots=True)
+class Directive:
+    """Router to worker: actuate `subnet`, then run these queries as one batch."""
+
+    kind: ClassVar[Kind] = Kind.DIRECTIVE
+
+    epoch: int
+    batch_id: int
+    slot: int
+    subnet: int
+    n: int
+    segments: list[Segment]
+
+    def slack_left_ns(self) -> npt.NDArray[np.int64]:
+        """Return what was left of each query's slack at sending, shape (n,), ns."""
+        parts = [np.frombuffer(s.slacks, "<i8") - s.elapsed_ns for s in self.segments]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def least_slack_left_ns(self) -> int:
+        """Return the least of `slack_left_ns`, without making an array of a handful of numbers."""
+        return min([min(memoryview(s.slacks).cast("q")) - s.elapsed_ns for s in self.segments])
+
+    def payload_list(self) -> list[Buffer]:
+        """Return the n payloads, each a buffer of its own; nothing is copied."""
+        payloads: list[Buffer] = []
+        for segment in self.segments:
+            if not segment.packed:
+                payloads.extend(segment.payloads)
+                continue
+            view, at = memoryview(segment.payloads[0]), 0
+            for length in lengths_of(segment.count, segment.payload_bytes, segment.lengths):
+                payloads.append(view[at : at + length])
+                at += length
+        return payloads
+
+
+@dataclass(slots=True)
+class DoneRow:
+    """One finished batch. `statuses` is n u8 when they are not all OK."""
+
+    batch_id: int
+    slot: int
+    credit: int
+    held: int
+    n: int
+    waited_ns: int
+    executing_ns: int
+    last_batch: int
+    free_in_ns: int
+    output_bytes: int
+    output: Buffer
+    statuses: Buffer | None = None
+    lengths: Buffer | None = None
+
+
+@dataclass(slots=True)
+class Done:
+    """Worker to router: finished batches, and the queue state they leave behind."""
+
+    kind: ClassVar[Kind] = Kind.DONE
+
+    epoch: int
+    rows: list[DoneRow]
+
+
+@dataclass(slots=True)
+class Ping:
+    """Are you there? `stamp_ns` is the sender's own clock and comes back in the PONG."""
+
+    kind: ClassVar[Kind] = Kind.PING
+
+    stamp_ns: int
+
+
+@dataclass(slots=True)
+class Pong:
+    """The PING's stamp, and the clock of whoever answers it."""
+
+    kind: ClassVar[Kind] = Kind.PONG
+
+    stamp_ns: int
+    own_ns: int
+
+
+@dataclass(slots=True)
+class Control:
+    """HELLO, WELCOME, DRAIN, BYE, STATUS and REFUSED: a JSON object.
+
+    Attributes:
+        version: The wire version that it is written in.
+    """
+
+    kind: Kind
+    body: dict[str, Any] = field(default_factory=dict)
+    version: int = HIGHEST
+
+
+Message = Queries | Results | Cancel | Pull | Directive | Done | Ping | Pong | Control
+
+
+def queued_us_of(group: Group) -> Buffer:
+    """Return the column `queued` of a group: its own, or the one wait that its queries share."""
+    if group.queued_us is not None:
+        return group.queued_us
+    return pack_queued_us(group.queued_ns) * group.count
+
+
+def pack_queued_us(queued_ns: int) -> bytes:
+    """Return one entry of the column `queued`: microseconds, at most what a u32 holds."""
+    return U32.pack(min(max(0, queued_ns) // 1000, 0xFFFFFFFF))
