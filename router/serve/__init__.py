@@ -2,5 +2,6 @@
 
 Imports `router.core` and `router.report`. `loop` waits and lets the core decide; `client_side` and
 `worker_side` each own a socket and its peers, and `side` is what they share. Data: frames -> `wire.decode` ->
-a side -> events -> `RouterCore` -> actions -> `directives` -> `wire.encode` -> frames. Nothing is decided here.
+a side -> events -> `RouterCore` -> actions -> `directives` -> `wire.encode` -> frames. Nothing is decided
+here.
 """
