@@ -31,6 +31,7 @@ from superserve.roles.exposition import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 from superserve.subnet import Subnet
+from superserve.wire import OURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
