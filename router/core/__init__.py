@@ -315,14 +315,13 @@ class RouterCore(Fleet):
         profile, subnet = worker.profile, choice.subnet
         begin_ns = max(worker.free_at_ns, now_ns + worker.transport.median_ns // 2)
         corrected = worker.corrected(subnet)
-        expected_ns = int(profile.latency_ns(subnet, n) * corrected)
         settings = self.settings
         p99_ns = int(profile.latency_p99_ns(subnet, n) * max(1.0, corrected))
         limit_ns = settings.overrun_factor * p99_ns + worker.transport.bound_ns() + settings.overrun_grace_ns
-        batch = Batch(batch_id, worker, subnet, n, stretches, now_ns, begin_ns, expected_ns, limit_ns)
+        batch = Batch(batch_id, worker, subnet, n, stretches, now_ns, begin_ns, limit_ns)
         self.ledger[batch_id] = worker.outstanding[batch_id] = batch
         heappush(self._overruns, (begin_ns + limit_ns, batch_id))
-        worker.free_at_ns = begin_ns + expected_ns
+        worker.free_at_ns = begin_ns + worker.expected_ns(subnet, n)
         worker.credit -= 1
         worker.n_batches += 1
         worker.n_queries += n

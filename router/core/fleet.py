@@ -108,7 +108,7 @@ class Fleet(Admission):
         for row in event.rows:
             worker = _gpu(peer, row.slot)
             worker.grant(row.credit, row.last_batch)
-            worker.expect_free(now_ns, row.free_in_ns, row.last_batch)
+            worker.expect_free(now_ns, row)
             worker.gauges = {
                 "memory_bytes": row.memory_bytes,
                 "utilisation": row.utilisation,
@@ -133,7 +133,7 @@ class Fleet(Admission):
                 del self.ledger[row.batch_id], worker.outstanding[row.batch_id]
                 self._finish(batch, row, now_ns)
             worker.grant(row.credit, row.last_batch)
-            worker.expect_free(now_ns, row.free_in_ns, row.last_batch)
+            worker.expect_free(now_ns, row)
             self._offer(worker)
         self._release(peer)
 

@@ -47,8 +47,9 @@ says why, shared by the group, output_bytes long.
 
 PULL: `epoch` u64, `n_rows` u32. A row: slot u16, credit u16 (batches it can take),
 held u16, running u16, last_batch u64 (the last directive it had seen: the router
-deducts what it sent after that), free_in_ns i64, memory_bytes u64, utilisation f32,
-temperature_c f32 (NaN where unknown).
+deducts what it sent after that), running_batch u64 (0: none of this epoch runs),
+running_for_ns i64 (how long it has been running; when it ends is for the router to reckon),
+memory_bytes u64, utilisation f32, temperature_c f32 (NaN where unknown).
 
 DIRECTIVE: `epoch` u64, `batch_id` u64 (ascending), slot u16, subnet u16, `n` u32,
 `n_segments` u32. A segment is a stretch of one QUERIES message: count u32,
@@ -58,9 +59,10 @@ lengths u32 (LENGTHS, where any segment is VARIED).
 
 DONE: `epoch` u64, `n_rows` u32. A row: batch_id u64, slot u16, credit u16, held u16,
 flags u16 (1: mixed statuses), n u32, output_bytes u32 (VARIED as above), waited_ns
-i64 (received to started), executing_ns i64, last_batch u64, free_in_ns i64. Columns:
-for each row with mixed statuses, status u8 of n; for each VARIED row, lengths u32
-of n. A buffer a row: outputs, or UTF-8 reasons, end to end.
+i64 (received to started), executing_ns i64, last_batch u64, running_batch u64,
+running_for_ns i64 (both as in PULL). Columns: for each row with mixed statuses,
+status u8 of n; for each VARIED row, lengths u32 of n. A buffer a row: outputs, or
+UTF-8 reasons, end to end.
 
 The buffers of QUERIES, RESULTS, DIRECTIVE and DONE are frames of their own, or, where
 together they are small (GATHER_BYTES), follow the columns in frame 0, end to end, with
@@ -109,10 +111,10 @@ _RESULTS = struct.Struct("<QII")
 _RESULT = struct.Struct("<2sBBIQIIIB3xHHfqqqqI")  # prelude, header, and the row of a single group
 _GROUP = struct.Struct("<IB3xHHfqqqqI")
 _COUNTED = struct.Struct("<QI")
-_PULL_ROW = struct.Struct("<HHHHQqQff")
+_PULL_ROW = struct.Struct("<HHHHQQqQff")
 _DIRECTIVE = struct.Struct("<QQHHII")
 _SEGMENT = struct.Struct("<III4xq")
-_DONE_ROW = struct.Struct("<QHHHHIIqqQq")
+_DONE_ROW = struct.Struct("<QHHHHIIqqQQq")
 _U32 = struct.Struct("<I")
 _I64 = struct.Struct("<q")
 _STAMP = _I64
@@ -265,7 +267,8 @@ class PullRow:
     held: int
     running: int
     last_batch: int
-    free_in_ns: int
+    running_batch: int
+    running_for_ns: int
     memory_bytes: int = 0
     utilisation: float = float("nan")
     temperature_c: float = float("nan")
@@ -352,7 +355,8 @@ class DoneRow:
     waited_ns: int
     executing_ns: int
     last_batch: int
-    free_in_ns: int
+    running_batch: int
+    running_for_ns: int
     output_bytes: int
     output: Buffer
     statuses: Buffer | None = None
@@ -550,7 +554,8 @@ def encode_pull(message: Pull) -> list[Buffer]:
             r.held,
             r.running,
             r.last_batch,
-            r.free_in_ns,
+            r.running_batch,
+            r.running_for_ns,
             r.memory_bytes,
             r.utilisation,
             r.temperature_c,
@@ -598,7 +603,8 @@ def encode_done(message: Done) -> list[Buffer]:
                 r.waited_ns,
                 r.executing_ns,
                 r.last_batch,
-                r.free_in_ns,
+                r.running_batch,
+                r.running_for_ns,
             )
             for r in rows
         ]
@@ -909,7 +915,7 @@ def _decode_done(frames: Sequence[Buffer], flags: int) -> Done:
     fixed = reader.rows(_DONE_ROW, n_rows, "rows")
     rows, sizes = [], []
     for row in fixed:
-        batch_id, slot, credit, held, row_flags, n, each, waited, executing, last_batch, free_in = row
+        batch_id, slot, credit, held, row_flags, n, each, waited, executing, last_batch, *running = row
         _count(kind, "row: n", n)
         if waited < 0 or executing < 0:
             raise WireError(f"done: batch {batch_id}: a duration below 0: {waited} or {executing} ns")
@@ -920,8 +926,8 @@ def _decode_done(frames: Sequence[Buffer], flags: int) -> Done:
         sizes.append(_size(n, each, lengths))
         rows.append(
             DoneRow(
-                batch_id, slot, credit, held, n, waited, executing, last_batch, free_in, each, b"", statuses,
-                lengths,
+                batch_id, slot, credit, held, n, waited, executing, last_batch, running[0], running[1], each,
+                b"", statuses, lengths,
             )
         )  # fmt: skip
     for done_row, output in zip(rows, _split(kind, frames, flags, sizes, reader), strict=True):

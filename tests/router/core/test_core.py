@@ -82,7 +82,7 @@ def test_what_cannot_be_met_is_infeasible_on_arrival() -> None:
 def test_what_becomes_hopeless_in_the_queue_is_infeasible_then() -> None:
     """Behind a worker that hangs a query is refused once no subnet can meet it, before its deadline."""
     world = make_world()
-    world.processes["w0"].gpus[0].hung = True
+    world.processes["w0"].gpus[0].hang()
     world.submit(*[36.0] * 64)
     (query,) = world.submit(20)
     world.run(20)
@@ -267,7 +267,7 @@ def test_a_draining_worker_is_released_once_it_holds_nothing() -> None:
 def test_an_answer_after_the_deadline_is_late_and_carries_its_output() -> None:
     """A GPU slower than its profile answers LATE, with the row of outputs."""
     world = make_world()
-    world.processes["w0"].gpus[0].speed = 2.0
+    world.processes["w0"].gpus[0].factor = 2.0
     (query,) = world.submit(36)
     world.run(200)
 
@@ -298,7 +298,7 @@ def test_nothing_is_sent_long_before_a_worker_is_free() -> None:
     def measure(dispatch: Dispatch, gpu: Gpu) -> None:
         worker: Worker = world.worker(dispatch.peer, dispatch.slot)
         ahead_ns = world.core.settings.dispatch_ahead_ns + worker.transport.median_ns
-        early.append(gpu.free_at_ns - world.now_ns - ahead_ns)
+        early.append(gpu.free_at_ns(world.now_ns, world.way_ns) - world.now_ns - ahead_ns)
 
     world.on_dispatch = measure
     for _ in range(40):
@@ -316,7 +316,7 @@ def test_a_report_of_another_length_is_a_wire_error() -> None:
     world.submit(36, 36)
     (dispatch,) = world.dispatches()
     process = world.processes["w0"]
-    row = world.done_row(dispatch, process.gpus[0])
+    row = world.done_row(dispatch)
     row.n = 3
 
     with pytest.raises(WireError, match="expected 2 queries, got 3"):
@@ -329,7 +329,7 @@ def test_a_slot_that_is_not_there_is_a_wire_error() -> None:
     world = make_world()
     world.submit(36)
     process = world.processes["w0"]
-    row = world.done_row(world.dispatches()[0], process.gpus[0])
+    row = world.done_row(world.dispatches()[0])
     row.slot = 5
 
     with pytest.raises(WireError, match="w0 has 1 GPUs, got slot 5"):

@@ -181,7 +181,7 @@ def test_a_slack_beyond_a_day_is_a_wire_error(slack_ns: int) -> None:
 @pytest.mark.parametrize("field", ["waited_ns", "executing_ns"])
 def test_a_negative_duration_is_a_wire_error(field: str) -> None:
     """A worker cannot push the router's estimates up with durations below 0."""
-    row = wire.DoneRow(1, 0, 1, 0, 1, 0, 0, 1, 0, 0, b"")
+    row = wire.DoneRow(1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, b"")
     setattr(row, field, -1)
 
     with pytest.raises(WireError, match="duration"):
