@@ -31,7 +31,7 @@ from gpu_worker.core.link import (
     LinkEvent,
     LinkState,
 )
-from gpu_worker.core.queue import B, Gpus
+from gpu_worker.core.queue import B, Gpus, TakenBatch
 from superserve.clock import SECOND
 from superserve.errors import SuperServeError, WireError
 from superserve.wire import Control, Done, Kind, Message, Ping, Pong, Pull, PullRow, Status
@@ -88,6 +88,7 @@ class WorkerCore(Generic[B]):
         self._jitter = jitter
         self._note = note
         self._warn = warn
+        self._router: object = None  # which router gave the epoch, as it calls itself
         self._refused: list[EndedBatch] = []
         self._is_drain_told = False
         self._heard_ns = now_ns
@@ -115,6 +116,8 @@ class WorkerCore(Generic[B]):
             on_ended: Called with every batch that has ended, of whatever epoch.
         """
         said: list[Message] = []
+        if self.link is LinkState.STOPPED:
+            return said
         self._report(said, now_ns, on_ended)
         if self.link is LinkState.JOINING or now_ns - self._heard_ns > SILENCE_NS:
             self._greet(said, now_ns)
@@ -141,7 +144,7 @@ class WorkerCore(Generic[B]):
         self.busy_ns = now_ns
         if on_ended is not None:
             on_ended(found)
-        rows = [batch.row for batch in found if batch.epoch == self.epoch]
+        rows = [batch.row for batch in found if batch.epoch is not None and batch.epoch == self.epoch]
         if len(rows) < len(found):
             self.counts["ended under another epoch"] += len(found) - len(rows)
             self._pull_due_ns = now_ns  # their GPUs are free, and no DONE will say so
@@ -186,6 +189,8 @@ class WorkerCore(Generic[B]):
             RefusedError: The router will not have this worker.
         """
         self._heard_ns = now_ns
+        if self.link is LinkState.STOPPED:
+            return None
         if isinstance(message, Control):
             self._control(message, now_ns)
         elif isinstance(message, Ping):
@@ -218,9 +223,7 @@ class WorkerCore(Generic[B]):
         self.drop(f"refused as {status.name}", reason)
         report = self._gpus.report(order.slot, now_ns)
         outcome = refused(order, status, reason)
-        self._refused.append(
-            end_of(order, outcome, report, received_ns=now_ns, started_ns=now_ns, ended_ns=now_ns)
-        )
+        self._refused.append(end_of(TakenBatch(order, now_ns), outcome, report, now_ns, now_ns))
 
     def _control(self, message: Control, now_ns: int) -> None:
         body = message.body
@@ -246,12 +249,13 @@ class WorkerCore(Generic[B]):
         epoch = body.get("epoch")
         if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < 2**64:
             raise WireError(f"welcome: epoch: expected a whole number, got {epoch!r}")
-        if self.link is LinkState.STOPPED:
-            return
-        if epoch != self.epoch:
+        router = body.get("router")
+        if (epoch, router) != (self.epoch, self._router):
+            # Routers count epochs from 1: a restarted one may give the very number of the one before.
             n_dropped = self._gpus.forget_held()
+            self._refused = []
             self._note(f"welcomed under epoch {epoch}; {n_dropped} held batches dropped")
-            self.epoch = epoch
+            self.epoch, self._router = epoch, router
             self._is_drain_told = False
         self._move(LinkEvent.WELCOMED)
         self._ping_due_ns = self._pull_due_ns = now_ns
@@ -261,6 +265,7 @@ class WorkerCore(Generic[B]):
         if self.link in (LinkState.JOINING, LinkState.STOPPED):
             return
         n_dropped = self._gpus.forget_held()
+        self._refused = []
         self._warn(f"{why}; {n_dropped} held batches dropped")
         self.epoch = None
         self._move(LinkEvent.LOST)

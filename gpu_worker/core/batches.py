@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from gpu_worker.core.queue import QueueReport
+    from gpu_worker.core.queue import QueueReport, TakenBatch
     from profiles.table import Profile
 
 
@@ -71,13 +71,13 @@ class EndedBatch:
     """A batch that has ended; instants are of this process's clock.
 
     Attributes:
-        epoch: The epoch it was sent under: no other router may be told.
+        epoch: The epoch it was sent under; None if that is over, for then no router may hear of it.
         row: What DONE says of it.
         subnet: Row of the profile.
         n_run: Queries that took time of the GPU; 0 if all were refused.
     """
 
-    epoch: int
+    epoch: int | None
     row: DoneRow
     subnet: int
     n_run: int
@@ -118,18 +118,14 @@ def refused(order: BatchOrder, status: Status, reason: str) -> Outcome:
 
 
 def end_of(
-    order: BatchOrder,
-    outcome: Outcome,
-    report: QueueReport,
-    *,
-    received_ns: int,
-    started_ns: int,
-    ended_ns: int,
+    batch: TakenBatch[Any], outcome: Outcome, report: QueueReport, started_ns: int, ended_ns: int
 ) -> EndedBatch:
     """Return a batch's end; `report` is what its GPU says once it is over."""
+    order = batch.order
     row = DoneRow(
-        order.batch_id, order.slot, report.credit, report.held, order.n, started_ns - received_ns,
+        order.batch_id, order.slot, report.credit, report.held, order.n, started_ns - batch.received_ns,
         ended_ns - started_ns, report.last_batch, report.running_batch, report.running_for_ns,
         outcome.output_bytes, outcome.output, outcome.statuses, outcome.lengths,
     )  # fmt: skip
-    return EndedBatch(order.epoch, row, order.subnet, outcome.n_run, started_ns, ended_ns)
+    epoch = None if batch.is_given_up else order.epoch
+    return EndedBatch(epoch, row, order.subnet, outcome.n_run, started_ns, ended_ns)

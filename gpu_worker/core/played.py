@@ -128,12 +128,7 @@ class PlayedGpu(Generic[B]):
             assert outcome is not None, "a batch that runs has an outcome"
             if queue.end(ends_ns) is not None:
                 self._begin()
-            found.append(
-                end_of(
-                    batch.order, outcome, queue.report(now_ns), received_ns=batch.received_ns,
-                    started_ns=batch.started_ns, ended_ns=ends_ns,
-                )
-            )  # fmt: skip
+            found.append(end_of(batch, outcome, queue.report(now_ns), batch.started_ns, ends_ns))
         return found
 
     def report(self, now_ns: int) -> QueueReport:

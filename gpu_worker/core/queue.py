@@ -49,14 +49,16 @@ class TakenBatch(Generic[B]):
     Attributes:
         received_ns: When it came.
         started_ns: When it began; meaningless while it waits.
+        is_given_up: Whether its epoch is over; another router may use the same numbers.
     """
 
-    __slots__ = ("order", "received_ns", "started_ns")
+    __slots__ = ("is_given_up", "order", "received_ns", "started_ns")
 
     def __init__(self, order: B, received_ns: int) -> None:
         self.order = order
         self.received_ns = received_ns
         self.started_ns = received_ns
+        self.is_given_up = False
 
 
 class GpuQueue(Generic[B]):
@@ -70,14 +72,12 @@ class GpuQueue(Generic[B]):
         last_batch: Highest batch id received in this epoch.
     """
 
-    __slots__ = ("_before_epoch", "_waiting", "last_batch", "running")
+    __slots__ = ("_waiting", "last_batch", "running")
 
     def __init__(self) -> None:
         self.running: TakenBatch[B] | None = None
         self.last_batch = 0
         self._waiting: deque[TakenBatch[B]] = deque()
-        # The running batch if it is of an older epoch, in which this router may have the same number.
-        self._before_epoch: TakenBatch[B] | None = None
 
     @property
     def n_outstanding(self) -> int:
@@ -105,7 +105,6 @@ class GpuQueue(Generic[B]):
     def end(self, ended_ns: int) -> TakenBatch[B] | None:
         """End the running batch at `ended_ns`; return the one that runs now."""
         assert self.running is not None, "a batch that ends was running"
-        self._before_epoch = None
         if not self._waiting:
             self.running = None
             return None
@@ -121,18 +120,19 @@ class GpuQueue(Generic[B]):
             return QueueReport(CAPACITY, 0, 0, last_batch, 0, 0)
         n_held = len(self._waiting)
         credit = max(0, CAPACITY - 1 - n_held)
-        if running is self._before_epoch:
+        if running.is_given_up:
             return QueueReport(credit, n_held, 1, last_batch, 0, 0)
         # A clock that two threads read may be behind by a little.
         running_for_ns = max(0, now_ns - running.started_ns)
         return QueueReport(credit, n_held, 1, last_batch, running.order.batch_id, running_for_ns)
 
     def forget_held(self) -> list[TakenBatch[B]]:
-        """Drop what has not started and count batches from the start again; return what was dropped."""
+        """Drop what has not started, give up what runs, and count from the start; return what was dropped."""
         dropped = list(self._waiting)
         self._waiting.clear()
         self.last_batch = 0
-        self._before_epoch = self.running
+        if self.running is not None:
+            self.running.is_given_up = True
         return dropped
 
 

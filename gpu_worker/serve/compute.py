@@ -344,14 +344,7 @@ class ComputeGpu:
     def _ended(self, report: _ThreadReport, now_ns: int) -> EndedBatch:
         batch = report.job.batch
         self._queue.end(report.ended_ns)
-        return end_of(
-            batch.order,
-            report.outcome,
-            self._queue.report(now_ns),
-            received_ns=batch.received_ns,
-            started_ns=report.started_ns,
-            ended_ns=report.ended_ns,
-        )
+        return end_of(batch, report.outcome, self._queue.report(now_ns), report.started_ns, report.ended_ns)
 
     def _compute(self) -> None:
         """Prepare, then run batches until told to end. The thread's outermost loop."""

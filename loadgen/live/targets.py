@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from gpu_worker.core.played import AS_PROFILED, Pace
 from loadgen.live.run import Emulation
 from loadgen.results.tables import make_folder
 from profiles.table import load_profile
