@@ -262,6 +262,8 @@ def test_every_pair_of_link_and_event_is_known_or_cannot_happen() -> None:
         ([], "expected one of --emulate and --supernet"),
         (["--emulate", PROFILE, "--supernet", "digits"], "expected one of --emulate and --supernet"),
         (["--supernet", "digits", "--gpus", "2"], "--gpus goes with --emulate"),
+        (["--supernet", "digits", "--speed", "2"], "--speed goes with --emulate"),
+        (["--supernet", "digits", "--drift", "0"], "--drift goes with --emulate"),
         (["--emulate", PROFILE, "--threads", "2"], "--threads goes with --supernet"),
         (["--emulate", "cnn-8gpu-modeled"], "did you mean 'cnn-8gpu-modelled'?"),
         (["--supernet", "digit"], "expected one of digits, ofa-resnet50, dynabert"),

@@ -1,4 +1,4 @@
-"""GPUs slower than their profile: the router waits for them, once it knows, and promises no more than they keep."""
+"""GPUs slower than their profile: once the router knows, it waits for them and promises what they can keep."""
 
 from __future__ import annotations
 
