@@ -1,4 +1,4 @@
-"""GPUs slower than their profile: once the router knows, it waits for them and promises what they can keep."""
+"""GPUs slower than their profile: once the router knows, it waits for them and promises what they keep."""
 
 from __future__ import annotations
 
