@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Generic
 
-from gpu_worker.core.batches import EndedBatch, end_of, refused
+from gpu_worker.core.batches import EndedBatch, Refusal, end_of, refused
 from gpu_worker.core.link import (
     DRAIN_TIMEOUT_NS,
     HEARTBEAT_NS,
@@ -34,10 +34,14 @@ from gpu_worker.core.link import (
 from gpu_worker.core.queue import B, Gpus, TakenBatch
 from superserve.clock import SECOND
 from superserve.errors import SuperServeError, WireError
-from superserve.wire import Control, Done, Kind, Message, Ping, Pong, Pull, PullRow, Status
+from superserve.wire import Control, Done, Kind, Message, Ping, Pong, Pull, PullRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+
+_OTHERS = (Control, Ping, Pong)
+"""What a router says beside directives."""
 
 
 class RefusedError(SuperServeError):
@@ -104,7 +108,9 @@ class WorkerCore(Generic[B]):
         if self.link is LinkState.JOINING:
             due_ns = self._hello_due_ns
         else:
-            due_ns = min(self._ping_due_ns, self._pull_due_ns)
+            due_ns = self._ping_due_ns
+            if self._pull_due_ns < due_ns:
+                due_ns = self._pull_due_ns
         ends_ns = self._gpus.next_event_ns()
         return due_ns if ends_ns is None or due_ns < ends_ns else ends_ns
 
@@ -191,12 +197,12 @@ class WorkerCore(Generic[B]):
         self._heard_ns = now_ns
         if self.link is LinkState.STOPPED:
             return None
-        if isinstance(message, Control):
+        if not isinstance(message, _OTHERS):
+            self._directive(message, now_ns)
+        elif isinstance(message, Control):
             self._control(message, now_ns)
         elif isinstance(message, Ping):
             return Pong(message.stamp_ns, now_ns)
-        elif not isinstance(message, Pong):
-            self._directive(message, now_ns)
         return None
 
     def drop(self, reason: str, detail: str) -> None:
@@ -213,16 +219,14 @@ class WorkerCore(Generic[B]):
         if order.slot >= gpus.n_slots:
             raise WireError(f"directive: slot: expected 0 to {gpus.n_slots - 1}, got {order.slot}")
         self.busy_ns = now_ns
-        fault = gpus.fault(order)
-        if fault is not None:
-            self._refuse(order, Status.FAILED, fault, now_ns)
-        elif not gpus.submit(order, now_ns):
-            self._refuse(order, Status.OVERLOADED, "the worker's queue is full", now_ns)
+        refusal = gpus.submit(order, now_ns)
+        if refusal is not None:
+            self._refuse(order, refusal, now_ns)
 
-    def _refuse(self, order: B, status: Status, reason: str, now_ns: int) -> None:
-        self.drop(f"refused as {status.name}", reason)
+    def _refuse(self, order: B, refusal: Refusal, now_ns: int) -> None:
+        self.drop(f"refused as {refusal.status.name}", refusal.reason)
         report = self._gpus.report(order.slot, now_ns)
-        outcome = refused(order, status, reason)
+        outcome = refused(order, *refusal)
         self._refused.append(end_of(TakenBatch(order, now_ns), outcome, report, now_ns, now_ns))
 
     def _control(self, message: Control, now_ns: int) -> None:

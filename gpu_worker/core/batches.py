@@ -85,13 +85,25 @@ class EndedBatch:
     ended_ns: int
 
 
-def fault_of(profile: Profile, order: BatchOrder) -> str | None:
+class Refusal(NamedTuple):
+    """How all queries of a batch end that a GPU does not take."""
+
+    status: Status
+    reason: str
+
+
+FULL = Refusal(Status.OVERLOADED, "the worker's queue is full")
+
+
+def fault_of(profile: Profile, order: BatchOrder) -> Refusal | None:
     """Return why a GPU of this profile cannot run a batch, or None."""
     if order.subnet >= profile.n_subnets:
-        return f"subnet: expected 0 to {profile.n_subnets - 1}, got {order.subnet}"
-    if order.n > profile.max_batch_size:
-        return f"batch: expected at most {profile.max_batch_size} queries, got {order.n}"
-    return None
+        reason = f"subnet: expected 0 to {profile.n_subnets - 1}, got {order.subnet}"
+    elif order.n > profile.max_batch_size:
+        reason = f"batch: expected at most {profile.max_batch_size} queries, got {order.n}"
+    else:
+        return None
+    return Refusal(Status.FAILED, reason)
 
 
 def unexpired(directive: Directive, waited_ns: int) -> npt.NDArray[np.bool_] | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Generic
 
-from gpu_worker.core.batches import EndedBatch, Outcome, end_of, fault_of
+from gpu_worker.core.batches import FULL, EndedBatch, Outcome, Refusal, end_of, fault_of
 from gpu_worker.core.queue import B, GpuQueue
 from superserve.errors import ConfigError
 
@@ -82,8 +82,8 @@ class PlayedGpu(Generic[B]):
     """
 
     __slots__ = (
-        "_ending", "_outcome", "_subnet", "actuation_ns", "busy_ns", "ends_ns", "factor", "n_run", "pace",
-        "profile", "queue",
+        "_ending", "_outcome", "_sizes", "_slowness", "_subnet", "actuation_ns", "busy_ns", "ends_ns",
+        "factor", "n_run", "pace", "profile", "queue",
     )  # fmt: skip
 
     def __init__(
@@ -102,6 +102,9 @@ class PlayedGpu(Generic[B]):
         self.ends_ns = 0
         self.busy_ns = 0
         self.n_run = 0
+        # Asked about each batch: a steady pace, and what the profile has.
+        self._slowness = pace.slowness(0) if pace.drift == 0.0 else None
+        self._sizes = (profile.n_subnets, profile.max_batch_size)
         self._outcome = outcome
         self._ending: Outcome | None = None
         self._subnet: int | None = None
@@ -111,13 +114,18 @@ class PlayedGpu(Generic[B]):
         """The instant at which the running batch ends; None if idle."""
         return None if self.queue.running is None else self.ends_ns
 
-    def submit(self, order: B, received_ns: int) -> bool:
-        """Take a batch that its profile has, at the instant when it came; False if the GPU has too many."""
-        was_idle = self.queue.running is None
-        is_taken = self.queue.take(order, received_ns) is not None
-        if was_idle:
+    def submit(self, order: B, received_ns: int) -> Refusal | None:
+        """Take a batch at the instant when it came and return None, or why it is not taken."""
+        n_subnets, most = self._sizes
+        if order.subnet >= n_subnets or order.n > most:
+            return fault_of(self.profile, order)
+        queue = self.queue
+        if queue.running is None:
+            queue.take(order, received_ns)
             self._begin()
-        return is_taken
+        elif queue.take(order, received_ns) is None:
+            return FULL
+        return None
 
     def finish_due(self, now_ns: int) -> list[EndedBatch]:
         """Return the batches that have ended by `now_ns`, in order, and start those that follow."""
@@ -147,7 +155,10 @@ class PlayedGpu(Generic[B]):
         self._ending = outcome = self._outcome(order, started_ns - batch.received_ns)
         executing_ns = 0
         if outcome.n_run:
-            slowness = self.pace.slowness(started_ns) * self.factor
+            slowness = self._slowness
+            if slowness is None:
+                slowness = self.pace.slowness(started_ns)
+            slowness *= self.factor
             executing_ns = int(self.profile.latency_ns(order.subnet, outcome.n_run) * slowness)
             if order.subnet != self._subnet:
                 self._subnet = order.subnet
@@ -163,33 +174,28 @@ class PlayedGpus(Generic[B]):
     Args:
         gpus: By slot.
         on_ended: Called with what has ended, each time there is something.
+
+    Attributes:
+        n_slots: Number of GPUs.
     """
 
     def __init__(
         self, gpus: Sequence[PlayedGpu[B]], on_ended: Callable[[list[EndedBatch]], None] | None = None
     ) -> None:
         self.gpus = tuple(gpus)
+        self.n_slots = len(self.gpus)
         self._on_ended = on_ended
         # One entry, (end of the running batch, slot), for each GPU that is not idle.
         self._due: list[tuple[int, int]] = []
 
-    @property
-    def n_slots(self) -> int:
-        """Number of GPUs."""
-        return len(self.gpus)
-
-    def fault(self, order: B) -> str | None:
-        """Return why its GPU's profile does not have a batch, or None."""
-        return fault_of(self.gpus[order.slot].profile, order)
-
-    def submit(self, order: B, received_ns: int) -> bool:
-        """Take a batch; False if its GPU has too many already."""
+    def submit(self, order: B, received_ns: int) -> Refusal | None:
+        """Take a batch and return None, or why its GPU does not."""
         gpu = self.gpus[order.slot]
         was_idle = gpu.queue.running is None
-        is_taken = gpu.submit(order, received_ns)
-        if was_idle:
+        refusal = gpu.submit(order, received_ns)
+        if was_idle and refusal is None:
             heappush(self._due, (gpu.ends_ns, order.slot))
-        return is_taken
+        return refusal
 
     def next_event_ns(self) -> int | None:
         """Return the instant at which the next batch ends; None if all are idle."""

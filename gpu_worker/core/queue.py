@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 from gpu_worker.core.batches import BatchOrder
 
 if TYPE_CHECKING:
-    from gpu_worker.core.batches import EndedBatch
+    from gpu_worker.core.batches import EndedBatch, Refusal
 
 B = TypeVar("B", bound=BatchOrder)
 B_contra = TypeVar("B_contra", bound=BatchOrder, contravariant=True)
@@ -144,12 +144,8 @@ class Gpus(Protocol[B_contra]):
         """Number of GPUs."""
         ...
 
-    def fault(self, order: B_contra) -> str | None:
-        """Return why its GPU cannot run a batch, or None."""
-        ...
-
-    def submit(self, order: B_contra, received_ns: int) -> bool:
-        """Take a batch; False if its GPU has `MAX_OUTSTANDING` already."""
+    def submit(self, order: B_contra, received_ns: int) -> Refusal | None:
+        """Take a batch and return None, or why its GPU does not: it cannot run it, or has too many."""
         ...
 
     def next_event_ns(self) -> int | None:

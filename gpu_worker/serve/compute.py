@@ -19,8 +19,10 @@ import numpy as np
 import torch
 
 from gpu_worker.core.batches import (
+    FULL,
     EndedBatch,
     Outcome,
+    Refusal,
     end_of,
     expired_reason,
     fault_of,
@@ -291,19 +293,18 @@ class ComputeGpu:
         for thread in self._threads:
             thread.join(timeout_s)
 
-    def fault(self, order: Directive) -> str | None:
-        """Return why the profile does not have a batch, or None."""
-        return fault_of(self._profile, order)
-
-    def submit(self, order: Directive, received_ns: int) -> bool:
-        """Hand a batch to the compute thread; False if it has too many already."""
+    def submit(self, order: Directive, received_ns: int) -> Refusal | None:
+        """Hand a batch to the compute thread and return None, or why not: see `Gpus.submit`."""
+        fault = fault_of(self._profile, order)
+        if fault is not None:
+            return fault
         batch = self._queue.take(order, received_ns)
         if batch is None:
-            return False
+            return FULL
         job = _Job(batch)
         self._outstanding.append(job)
         self._entrance.put(job)
-        return True
+        return None
 
     def next_event_ns(self) -> int | None:
         """Return None: the compute thread wakes the server."""

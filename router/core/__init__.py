@@ -318,10 +318,11 @@ class RouterCore(Fleet):
         settings = self.settings
         p99_ns = int(profile.latency_p99_ns(subnet, n) * max(1.0, corrected))
         limit_ns = settings.overrun_factor * p99_ns + worker.transport.bound_ns() + settings.overrun_grace_ns
-        batch = Batch(batch_id, worker, subnet, n, stretches, now_ns, begin_ns, limit_ns)
+        profiled_ns = profile.latency_ns(subnet, n)
+        batch = Batch(batch_id, worker, subnet, n, stretches, now_ns, begin_ns, profiled_ns, limit_ns)
         self.ledger[batch_id] = worker.outstanding[batch_id] = batch
         heappush(self._overruns, (begin_ns + limit_ns, batch_id))
-        worker.free_at_ns = begin_ns + worker.expected_ns(subnet, n)
+        worker.free_at_ns = begin_ns + worker.expected_ns(batch)
         worker.credit -= 1
         worker.n_batches += 1
         worker.n_queries += n

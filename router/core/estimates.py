@@ -139,13 +139,19 @@ class Correction:
 
     def of_subnet(self, subnet: int) -> float:
         """Return measured over profiled latency of `subnet`."""
-        return min(_MOST, max(_LEAST, self.overall * self._differs[subnet]))
+        ratio = self.overall * self._differs[subnet]
+        return ratio if _LEAST <= ratio <= _MOST else _bounded(ratio)
 
     def measure(self, subnet: int, ratio: float) -> None:
         """Take the ratio of one batch into account."""
         self._n += 1
-        self._is_slow = self._is_slow or ratio > _AS_PROFILED
-        step = max(_LEAST, min(ratio, _MOST)) / self.of_subnet(subnet)
+        if ratio > _AS_PROFILED:
+            self._is_slow = True
+        if not _LEAST <= ratio <= _MOST:
+            ratio = _bounded(ratio)
+        step = ratio / self.of_subnet(subnet)
+        if step == 1.0:
+            return
         if step > _FAR:
             step = _FAR
         differs = self._differs[subnet] * step**_GAIN_OF_SUBNET
@@ -153,7 +159,7 @@ class Correction:
         self._differs[subnet] = differs / shared
         # The first measurements weigh more: at the start nothing is known of this device.
         overall = self.overall * shared * step ** max(_GAIN, 0.5 / self._n)
-        self.overall = min(_MOST, max(_LEAST, overall))
+        self.overall = _bounded(overall)
 
     def ease(self) -> None:
         """Move what is slow an eighth of the way back to 1."""
@@ -162,6 +168,12 @@ class Correction:
         self.overall -= max(0.0, self.overall - 1.0) / 8
         self._differs = [ratio - max(0.0, ratio - 1.0) / 8 for ratio in self._differs]
         self._is_slow = max(self.overall, *self._differs) > _AS_PROFILED
+
+
+def _bounded(ratio: float) -> float:
+    if ratio > _MOST:
+        return _MOST
+    return max(_LEAST, ratio)
 
 
 class TransitClock:

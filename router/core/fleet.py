@@ -144,8 +144,7 @@ class Fleet(Admission):
         transport_ns = max(0, on_the_way_ns)
         worker.peer.sample_way(transport_ns, now_ns)
         if row.statuses is None:
-            profiled_ns = worker.profile.latency_ns(batch.subnet, batch.n)
-            worker.measure(batch.subnet, profiled_ns, row.executing_ns)
+            worker.measure(batch.subnet, batch.profiled_ns, row.executing_ns)
         worker.busy_ns += row.executing_ns
         self.busy_ns += row.executing_ns
         self.n_executed += batch.n

@@ -140,6 +140,7 @@ class Batch:
 
     Attributes:
         begin_ns: When the router expects it to start; when it did, once its worker has said so.
+        profiled_ns: Its profiled median latency.
         limit_ns: How long it may run before its worker counts as overrun.
     """
 
@@ -150,6 +151,7 @@ class Batch:
     stretches: list[Stretch]
     dispatched_ns: int
     begin_ns: int
+    profiled_ns: int
     limit_ns: int
     overran: bool = False
 
@@ -278,22 +280,23 @@ class Worker:
             self.free_at_ns = now_ns
             return
         way_ns = self.transport.median_ns // 2
-        at_ns = now_ns - way_ns
+        running, at_ns = row.running_batch, now_ns - way_ns
         for batch_id, batch in self.outstanding.items():
-            if batch_id < row.running_batch:
-                continue  # it has ended, and its own report is on the way or lost
-            if batch_id == row.running_batch:
+            if batch_id > running:
+                if batch_id > row.last_batch and at_ns < batch.dispatched_ns + way_ns:
+                    at_ns = batch.dispatched_ns + way_ns
+                at_ns += self.expected_ns(batch)
+            elif batch_id == running:
                 batch.begin_ns = at_ns - max(0, row.running_for_ns)
-                at_ns = max(now_ns, batch.begin_ns + self.expected_ns(batch.subnet, batch.n))
-            else:
-                if batch_id > row.last_batch:
-                    at_ns = max(at_ns, batch.dispatched_ns + way_ns)
-                at_ns += self.expected_ns(batch.subnet, batch.n)
+                at_ns = batch.begin_ns + self.expected_ns(batch)
+                if at_ns < now_ns:
+                    at_ns = now_ns
+            # Else it has ended, and its own report is on the way or lost.
         self.free_at_ns = max(now_ns, at_ns)
 
-    def expected_ns(self, subnet: int, n: int) -> int:
+    def expected_ns(self, batch: Batch) -> int:
         """Return how long a batch takes here, as far as is known now: the profiled median, corrected."""
-        return int(self.profile.latency_ns(subnet, n) * self.correction.of_subnet(subnet))
+        return int(batch.profiled_ns * self.correction.of_subnet(batch.subnet))
 
     def measure(self, subnet: int, profiled_ns: int, measured_ns: int) -> None:
         """Fold one batch's measured latency into this worker's correction."""

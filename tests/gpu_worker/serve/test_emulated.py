@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpu_worker.core.batches import FULL
 from gpu_worker.core.played import PlayedGpu
 from gpu_worker.core.queue import CAPACITY, MAX_OUTSTANDING
 from gpu_worker.serve.compute import ComputeGpu, run_batch
@@ -93,7 +94,7 @@ def play(steps: list[Step]) -> Played:
         if gpus.report(step.slot, now_ns).credit > 0:
             batch = directive(batch_id, step.subnet, step.slacks_ns, slot=step.slot)
             sent[batch_id] = (now_ns, batch)
-            assert gpus.submit(batch, now_ns)
+            assert gpus.submit(batch, now_ns) is None
         if step.looks:
             reports += [(now_ns, report) for report in gpus.finish_due(now_ns)]
     while (due_ns := gpus.next_event_ns()) is not None:
@@ -160,7 +161,7 @@ def test_a_held_batch_follows_at_once_however_late_the_loop_is() -> None:
     gpu = PlayedGpu(PROFILE, outcome_of)
     one_ns = PROFILE.latency_ns(0, 1)
     for batch_id in (1, 2):
-        assert gpu.submit(directive(batch_id, 0, (SECOND,)), 0)
+        assert gpu.submit(directive(batch_id, 0, (SECOND,)), 0) is None
 
     assert gpu.report(one_ns // 2)[1:] == (1, 1, 2, 1, one_ns // 2)
     first, second = gpu.finish_due(SECOND)
@@ -184,7 +185,7 @@ def test_a_gpu_refuses_what_no_credit_ever_allowed() -> None:
     gpu = PlayedGpu(PROFILE, outcome_of)
 
     taken = [gpu.submit(directive(batch_id, 0, (SECOND,)), 0) for batch_id in range(1, 40)]
-    assert taken == [True] * MAX_OUTSTANDING + [False] * (39 - MAX_OUTSTANDING)
+    assert taken == [None] * MAX_OUTSTANDING + [FULL] * (39 - MAX_OUTSTANDING)
 
 
 class Doubler:
@@ -302,7 +303,7 @@ def test_the_compute_thread_reports_in_order_while_its_owner_goes_on() -> None:
     gpu.start()
     try:
         for batch_id in (1, 2):
-            assert gpu.submit(directive(batch_id, 0, (SECOND,), [payload(1)]), clock.now_ns())
+            assert gpu.submit(directive(batch_id, 0, (SECOND,), [payload(1)]), clock.now_ns()) is None
         assert gate.entered.wait(WAIT_S)
         clock.advance(MS)
         assert gpu.report(0, clock.now_ns()) == (0, 1, 1, 2, 1, MS)

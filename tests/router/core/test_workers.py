@@ -44,7 +44,9 @@ def make_worker() -> Worker:
 
 def hold(worker: Worker, batch_id: int, subnet: int = 0) -> None:
     """Let the worker have a batch of one outstanding, sent just now."""
-    worker.outstanding[batch_id] = Batch(batch_id, worker, subnet, 1, [], NOW_NS, NOW_NS, 50 * MS)
+    profiled_ns = CNN.latency_ns(subnet, 1)
+    batch = Batch(batch_id, worker, subnet, 1, [], NOW_NS, NOW_NS, profiled_ns, 50 * MS)
+    worker.outstanding[batch_id] = batch
 
 
 def report(running_batch: int, running_for_ns: int, last_batch: int) -> PullRow:
