@@ -16,11 +16,13 @@ import click
 import psutil  # type: ignore[import-untyped]  # it ships no types
 import zmq
 
+from gpu_worker.core.link import Gauges
+from gpu_worker.core.played import SPEEDS, Pace
 from gpu_worker.models.names import SHIPPED_SUPERNETS
-from gpu_worker.serve.emulated import OUTPUT, EmulatedGpus
+from gpu_worker.serve.emulated import OUTPUT, emulated_gpus
 from gpu_worker.serve.eventlog import EventLogHeader, EventLogWriter
 from gpu_worker.serve.metrics import WorkerMetrics, pages
-from gpu_worker.serve.server import Gauges, Waker, WorkerServer
+from gpu_worker.serve.server import Waker, WorkerServer
 from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
@@ -31,13 +33,13 @@ from superserve.roles.exposition import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 from superserve.subnet import Subnet
-from superserve.wire import OURS
+from superserve.wire import OURS, Directive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from gpu_worker.core.queue import Gpus
     from gpu_worker.engines.torch_executor import TorchExecutor
-    from gpu_worker.serve.batches import Gpus
     from superserve.net.keys import PeerKeys
     from superserve.subnet import TensorSpec
 
@@ -52,7 +54,7 @@ MAX_GPUS = 1_024
 class WorkerDevice(NamedTuple):
     """What a worker process serves, and what it says of it."""
 
-    gpus: Gpus
+    gpus: Gpus[Directive]
     profile: Profile
     fingerprint: str
     input_spec: TensorSpec | None
@@ -75,6 +77,14 @@ class WorkerDevice(NamedTuple):
     help="Serve /metrics to Prometheus here; 0 is any free port.  [default: off]",
 )  # fmt: skip
 @click.option("--metrics-address", default=LOOPBACK, show_default=True, help="Where that listens.")
+@click.option(
+    "--speed", type=click.FloatRange(*SPEEDS),
+    help="Times as fast as their profile; 0.67 is 1.5 x slower.  [default: 1]",
+)  # fmt: skip
+@click.option(
+    "--drift", type=click.FloatRange(-1, 1),
+    help="Share of that speed added a minute; negative is throttling.  [default: 0]",
+)  # fmt: skip
 @click.option("--event-log", type=click.Path(dir_okay=False, path_type=Path), help="What they ran and when.")
 @click.option(
     "--supernet",
@@ -104,6 +114,8 @@ def cli(
     keys: Path | None,
     emulate: str | None,
     gpus: int | None,
+    speed: float | None,
+    drift: float | None,
     event_log: Path | None,
     supernet: str | None,
     metrics_port: int | None,
@@ -115,7 +127,7 @@ def cli(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     name = name or f"{platform.node()}-{os.getpid()}"
     try:
-        _only_with("--emulate", emulate, {"--gpus": gpus, "--event-log": event_log})
+        _only_with("--emulate", emulate, _given(gpus, speed, drift, event_log))
         _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
         if (emulate is None) == (supernet is None):
             raise ConfigError("expected one of --emulate and --supernet")
@@ -123,7 +135,8 @@ def cli(
         with ExitStack() as stack:
             waker = stack.enter_context(Waker())
             if emulate is not None:
-                served = stack.enter_context(emulated(emulate, gpus or 1, name, event_log))
+                pace = Pace(1.0 if speed is None else speed, drift or 0.0, MonotonicClock().now_ns())
+                served = stack.enter_context(emulated(emulate, gpus or 1, name, event_log, pace))
             else:
                 assert supernet is not None, "one of the two was given"
                 served = stack.enter_context(resident(Asked(supernet, **of_supernet), waker))
@@ -131,6 +144,13 @@ def cli(
             serve(endpoint, name, served, waker, exports, own)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _given(
+    gpus: int | None, speed: float | None, drift: float | None, event_log: Path | None
+) -> dict[str, object]:
+    """Return what goes with --emulate alone."""
+    return {"--gpus": gpus, "--speed": speed, "--drift": drift, "--event-log": event_log}
 
 
 def _only_with(option: str, value: str | None, others: dict[str, object]) -> None:
@@ -142,7 +162,9 @@ def _only_with(option: str, value: str | None, others: dict[str, object]) -> Non
 
 
 @contextmanager
-def emulated(profile_name: str, n_gpus: int, name: str, event_log: Path | None) -> Iterator[WorkerDevice]:
+def emulated(
+    profile_name: str, n_gpus: int, name: str, event_log: Path | None, pace: Pace
+) -> Iterator[WorkerDevice]:
     """Give emulated GPUs; their event log, if any, is complete when the block ends.
 
     Raises:
@@ -154,9 +176,9 @@ def emulated(profile_name: str, n_gpus: int, name: str, event_log: Path | None) 
         log = None
         if event_log is not None:
             latencies = tuple(subnet.latency_ns for subnet in profile.subnets)
-            header = EventLogHeader(name, profile.name, profile.batch_sizes, latencies)
+            header = EventLogHeader(name, profile.name, profile.batch_sizes, latencies, pace)
             log = stack.enter_context(EventLogWriter(event_log, header))
-        gpus = EmulatedGpus(profile, n_gpus, log)
+        gpus = emulated_gpus(profile, n_gpus, log, pace)
         yield WorkerDevice(gpus, profile, fingerprint, None, OUTPUT, _memory_of_process)
 
 
@@ -285,7 +307,6 @@ def serve(
             server = WorkerServer(
                 socket,
                 device.gpus,
-                device.profile,
                 hello(name, device),
                 clock=MonotonicClock(),
                 waker=waker,

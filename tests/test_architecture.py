@@ -26,12 +26,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "profiles.measuring": ("gpu_worker",),
     # The load generator starts routers and workers as processes, through superserve.roles.processes.
     "loadgen": ("superserve", "profiles.table"),
-    # The event logs of emulated GPUs prove that none of them cheated; a policy's name is checked before
-    # anything is started.
-    "loadgen.live": ("gpu_worker.serve", "router.policies"),
-    "loadgen.cli": ("gpu_worker.serve", "router.policies"),
+    # The event logs of emulated GPUs prove that none of them cheated; `core` is how fast those GPUs are; a
+    # policy's name is checked before anything is started.
+    "loadgen.live": ("gpu_worker.serve", "gpu_worker.core", "router.policies"),
+    "loadgen.cli": ("gpu_worker.serve", "gpu_worker.core", "router.policies"),
     "loadgen.paper": ("gpu_worker.serve",),
-    "loadgen.study": ("gpu_worker.serve",),
+    "loadgen.study": ("gpu_worker.serve", "gpu_worker.core"),
     # The simulator runs the core that serves, under a policy built by name; no sockets. Its chaos clients are
     # the session that applications embed, given the messages that the router would send.
     "loadgen.simulator": ("router.core", "router.policies", "router.serve", "gpu_worker"),
@@ -45,8 +45,14 @@ ARROWS: dict[str, tuple[str, ...]] = {
 # What applications embed stays small: these and the standard library.
 EMBEDDED_DEPENDENCIES = ("zmq", "numpy", "orjson")
 
-# Pure cores: events and `now_ns` in, actions out. The router's, and the client's.
-PURE = ("superserve.client.session", "superserve.client.reply", "router.core", "router.policies")
+# Pure cores: events and `now_ns` in, actions out. The router's, the client's and the worker's.
+PURE = (
+    "superserve.client.session",
+    "superserve.client.reply",
+    "router.core",
+    "router.policies",
+    "gpu_worker.core",
+)
 ENTRY_POINTS = ("cli", "__main__")
 """Modules at the top of a role that lead into all of it, and that nothing imports."""
 IMPURE = ("zmq", "socket", "time", "threading", "logging", "random", "numpy.random", "asyncio", "secrets")

@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from gpu_worker.serve.batches import (
-    CAPACITY,
-    MAX_OUTSTANDING,
+from gpu_worker.core.batches import (
+    FULL,
     EndedBatch,
     Outcome,
-    QueueState,
+    Refusal,
+    end_of,
     expired_reason,
-    finished,
-    free_in_ns,
+    fault_of,
     mixed,
     refused,
     unexpired,
 )
+from gpu_worker.core.queue import GpuQueue, QueueReport, TakenBatch
 from superserve.wire import Status
 
 if TYPE_CHECKING:
@@ -214,13 +214,12 @@ def _as_outcome(ended: Sequence[_Ended], n_run: int) -> Outcome:
 
 @dataclass(slots=True)
 class _Job:
-    directive: Directive
-    received_ns: int
+    batch: TakenBatch[Directive]
     staged: Any = None  # set by the staging thread before the compute thread sees the job
     is_dropped: bool = False  # set by the server's thread, read once by the compute thread
 
 
-class _Report(NamedTuple):
+class _ThreadReport(NamedTuple):
     job: _Job
     outcome: Outcome
     started_ns: int
@@ -255,12 +254,11 @@ class ComputeGpu:
         self._profile = profile
         self._clock = clock
         self._wake = wake
-        self._last_batch = 0
-        self._free_since_ns = 0
-        # Handed to the thread and not reported; the first one runs. Bounded by MAX_OUTSTANDING.
+        self._queue: GpuQueue[Directive] = GpuQueue()
+        # Handed to the thread and not reported: those of the queue, and what was dropped from it.
         self._outstanding: deque[_Job] = deque()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._reports: SimpleQueue[_Report | BaseException] = SimpleQueue()
+        self._reports: SimpleQueue[_ThreadReport | BaseException] = SimpleQueue()
         self._prepared: SimpleQueue[BaseException | None] = SimpleQueue()
         # A daemon: a batch that never ends must not keep the process from ending.
         self._threads = [threading.Thread(target=self._compute, name="compute", daemon=True)]
@@ -295,22 +293,25 @@ class ComputeGpu:
         for thread in self._threads:
             thread.join(timeout_s)
 
-    def submit(self, directive: Directive, received_ns: int) -> bool:
-        """Hand a batch to the compute thread; False if it has too many already."""
-        self._last_batch = max(self._last_batch, directive.batch_id)
-        if len(self._outstanding) >= MAX_OUTSTANDING:
-            return False
-        job = _Job(directive, received_ns)
+    def submit(self, order: Directive, received_ns: int) -> Refusal | None:
+        """Hand a batch to the compute thread and return None, or why not: see `Gpus.submit`."""
+        fault = fault_of(self._profile, order)
+        if fault is not None:
+            return fault
+        batch = self._queue.take(order, received_ns)
+        if batch is None:
+            return FULL
+        job = _Job(batch)
         self._outstanding.append(job)
         self._entrance.put(job)
-        return True
+        return None
 
     def next_event_ns(self) -> int | None:
         """Return None: the compute thread wakes the server."""
         return None
 
     def finish_due(self, now_ns: int) -> list[EndedBatch]:
-        """Return what the compute thread has reported.
+        """Return what the compute thread has reported; nothing of batches that were dropped before they ran.
 
         Raises:
             RuntimeError: The compute thread ended by an error of our own.
@@ -320,46 +321,31 @@ class ComputeGpu:
             report = self._reports.get()
             if isinstance(report, BaseException):
                 raise RuntimeError("the compute thread ended") from report
-            found.append(self._finished(report, now_ns))
+            job = self._outstanding.popleft()
+            assert job is report.job, "one thread reports in the order of submission"
+            if job.batch is self._queue.running:
+                found.append(self._ended(report, now_ns))
         return found
 
-    def state(self, slot: int, now_ns: int) -> QueueState:
+    def report(self, slot: int, now_ns: int) -> QueueReport:
         """Return what it tells the router as of `now_ns`."""
         assert slot == 0, "a compute process has one GPU"
-        outstanding = self._outstanding
-        if not outstanding:
-            return QueueState(CAPACITY, 0, 0, self._last_batch, 0)
-        first, *held = outstanding
-        started_ns = max(first.received_ns, self._free_since_ns)
-        ends_ns = started_ns + self._profile.latency_ns(first.directive.subnet, first.directive.n)
-        free_ns = free_in_ns(self._profile, ends_ns, (job.directive for job in held), now_ns)
-        credit = max(0, CAPACITY - len(outstanding))
-        return QueueState(credit, len(held), 1, self._last_batch, free_ns)
+        return self._queue.report(now_ns)
 
     def forget_held(self) -> int:
         """Have the thread skip what it has not started; return how many batches that was at least."""
-        self._last_batch = 0
-        held = list(self._outstanding)[1:]
         for job in self._outstanding:
             job.is_dropped = True
-        return len(held)
+        return len(self._queue.forget_held())
 
     def is_idle(self) -> bool:
         """Tell whether nothing is outstanding."""
         return not self._outstanding
 
-    def _finished(self, report: _Report, now_ns: int) -> EndedBatch:
-        job = self._outstanding.popleft()
-        assert job is report.job, "one thread reports in the order of submission"
-        self._free_since_ns = report.ended_ns
-        return finished(
-            job.directive,
-            report.outcome,
-            self.state(0, now_ns),
-            received_ns=job.received_ns,
-            started_ns=report.started_ns,
-            ended_ns=report.ended_ns,
-        )
+    def _ended(self, report: _ThreadReport, now_ns: int) -> EndedBatch:
+        batch = report.job.batch
+        self._queue.end(report.ended_ns)
+        return end_of(batch, report.outcome, self._queue.report(now_ns), report.started_ns, report.ended_ns)
 
     def _compute(self) -> None:
         """Prepare, then run batches until told to end. The thread's outermost loop."""
@@ -377,7 +363,7 @@ class ComputeGpu:
             self._reports.put(error)
             self._wake()
 
-    def _run_job(self, job: _Job) -> _Report:
+    def _run_job(self, job: _Job) -> _ThreadReport:
         started_ns = self._clock.now_ns()
         staged, job.staged = job.staged, None
         ran = False
@@ -386,20 +372,20 @@ class ComputeGpu:
             nonlocal ran
             ran = True
             assert self._stager is not None, "it staged this"
-            return self._stager.run(job.directive.subnet, staged)
+            return self._stager.run(job.batch.order.subnet, staged)
 
         try:
             if job.is_dropped:
-                return _Report(
-                    job, refused(job.directive, Status.CANCELLED, "dropped"), started_ns, started_ns
+                return _ThreadReport(
+                    job, refused(job.batch.order, Status.CANCELLED, "dropped"), started_ns, started_ns
                 )
             outcome = run_batch(
                 self._executor,
-                job.directive,
-                started_ns - job.received_ns,
+                job.batch.order,
+                started_ns - job.batch.received_ns,
                 None if staged is None else run_staged,
             )
-            return _Report(job, outcome, started_ns, self._clock.now_ns())
+            return _ThreadReport(job, outcome, started_ns, self._clock.now_ns())
         finally:
             if staged is not None and not ran:
                 assert self._stager is not None, "it staged this"
@@ -410,7 +396,7 @@ class ComputeGpu:
         try:
             while (job := self._entrance.get()) is not None:
                 if not job.is_dropped:
-                    job.staged = self._staged(job.directive)
+                    job.staged = self._staged(job.batch.order)
                 self._jobs.put(job)
         except BaseException as error:  # noqa: BLE001  raised again by the server's thread
             self._reports.put(error)

@@ -3,7 +3,7 @@
 One file a worker process:
 
     magic, schema, blob length    12 bytes, little endian
-    JSON                          worker, profile, batch_sizes, latency_ns
+    JSON                          worker, profile, batch_sizes, latency_ns, pace
     records                       32 bytes a batch, in the order the batches ended
 
 Instants are the writing process's own monotonic clock: they are compared within a file,
@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from gpu_worker.core.played import AS_PROFILED, Pace
 from superserve.clock import MS
 from superserve.errors import ConfigError
 
@@ -66,12 +67,14 @@ class EventLogHeader:
         profile: The profile's name.
         batch_sizes: Profiled batch sizes, ascending, shape (n_sizes,).
         latency_ns: Median latency, shape (n_subnets, n_sizes).
+        pace: How fast its GPUs are beside that, by the file's clock.
     """
 
     worker: str
     profile: str
     batch_sizes: tuple[int, ...]
     latency_ns: tuple[tuple[int, ...], ...]
+    pace: Pace = AS_PROFILED
 
     def __post_init__(self) -> None:
         _check_header(self)
@@ -213,7 +216,7 @@ def _decode_blob(blob: bytes) -> EventLogHeader:
     except orjson.JSONDecodeError as error:
         raise ConfigError(f"header: expected JSON: {error}") from error
     expected = {"worker", "profile", "batch_sizes", "latency_ns"}
-    if not isinstance(fields, dict) or set(fields) != expected:
+    if not isinstance(fields, dict) or set(fields) - {"pace"} != expected:
         raise ConfigError(f"header: expected an object with {sorted(expected)}, got {str(fields)[:80]}")
     table = fields["latency_ns"]
     if not isinstance(fields["batch_sizes"], list):
@@ -225,7 +228,18 @@ def _decode_blob(blob: bytes) -> EventLogHeader:
         profile=fields["profile"],
         batch_sizes=tuple(fields["batch_sizes"]),
         latency_ns=tuple(tuple(row) for row in table),
+        pace=_decode_pace(fields.get("pace", {})),
     )
+
+
+def _decode_pace(fields: Any) -> Pace:
+    """Return the pace of a header; a log without one is of GPUs as fast as their profile."""
+    kinds = {"speed": int | float, "drift": int | float, "began_ns": int}
+    if not isinstance(fields, dict) or not all(
+        name in kinds and isinstance(value, kinds[name]) for name, value in fields.items()
+    ):
+        raise ConfigError(f"pace: expected an object with {sorted(kinds)}, got {str(fields)[:80]}")
+    return Pace(**fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +295,9 @@ def check_logs(paths: Sequence[Path]) -> EventLogReport:
 
     The rules: every batch ends after it starts; no GPU begins a batch before the last
     one ended; no batch is quicker than the profiled median of its subnet at the next
-    profiled batch size; no batch was run twice, by whichever GPU. Check the logs of one
-    router's life together: another router numbers its batches anew.
+    profiled batch size, at the pace that the log's header states; no batch was run twice,
+    by whichever GPU. Check the logs of one router's life together: another router numbers
+    its batches from 1 again.
 
     Raises:
         ConfigError: A file is not an event log; names file and what was expected.
@@ -386,14 +401,26 @@ class _Log:
         return known
 
     def _profiled_ns(self) -> npt.NDArray[np.int64]:
-        """Return each batch's profiled latency at the next profiled size; 0 if it has none."""
+        """Return each batch's latency at the next profiled size and the GPU's pace; 0 if it has none."""
         known = self._is_profiled()
         least_ns = np.zeros(len(self.records), dtype=np.int64)
         if known.any():
             table = np.array(self.header.latency_ns, dtype=np.int64)  # (n_subnets, n_sizes)
             columns = np.searchsorted(self.header.batch_sizes, self.records["batch_size"][known], side="left")
-            least_ns[known] = table[self.records["subnet"][known], columns]
+            profiled_ns = table[self.records["subnet"][known], columns]
+            least_ns[known] = self._at_pace(profiled_ns, self.records["started_ns"][known])
         return least_ns
+
+    def _at_pace(
+        self, profiled_ns: npt.NDArray[np.int64], started_ns: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Return what batches of these profiled latencies take that start at these instants."""
+        pace = self.header.pace
+        if pace.drift == 0.0 and pace.speed == 1.0:
+            return profiled_ns
+        # In Python's own numbers, as the GPU reckoned it: not a nanosecond may differ.
+        pairs = zip(profiled_ns.tolist(), started_ns.tolist(), strict=True)
+        return np.array([int(one_ns * pace.slowness(at_ns)) for one_ns, at_ns in pairs], np.int64)
 
 
 def _gaps_ns(records: npt.NDArray[np.void]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gpu_worker.serve.server import Gauges
+from gpu_worker.core.link import Gauges
 
 _LOG = logging.getLogger(__name__)
 _NAN = float("nan")

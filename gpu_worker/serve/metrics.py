@@ -14,7 +14,7 @@ from superserve.roles.exposition import SIZE_BOUNDS, Families, Metric, MetricHis
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from gpu_worker.serve.batches import EndedBatch
+    from gpu_worker.core.batches import EndedBatch
     from gpu_worker.serve.server import WorkerServer
     from profiles.table import Profile
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
+from loadgen.cli.options import pace_options
 from loadgen.live.environment import environment_of
 from loadgen.results.tables import check_writable, write
 from loadgen.simulator.simulate import SimSettings
@@ -23,6 +24,8 @@ from superserve.errors import ConfigError, SuperServeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from gpu_worker.core.played import Pace
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -40,6 +43,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--maf", type=click.Path(exists=True, dir_okay=False), help="A Functions 2019 file.")
 @click.option("--cell", "chosen", multiple=True, metavar="TEXT", help="Only cells whose name holds this.")
 @click.option("--emulate", default="cnn-8gpu-modelled:8", show_default=True, metavar="PROFILE:N[,...]")
+@pace_options
 @click.option("--rate", type=float, help="Mean rate of the traces given.")
 @click.option("--duration", type=float, default=30.0, show_default=True, help="Seconds of each cell.")
 @click.option("--slo-ms", default="36", show_default=True, metavar="MS[:WEIGHT],...")
@@ -61,6 +65,7 @@ def compare_command(
     maf: str | None,
     chosen: tuple[str, ...],
     emulate: str,
+    pace: Pace,
     rate: float | None,
     duration: float,
     slo_ms: str,
@@ -98,7 +103,7 @@ def compare_command(
             cells = [cell for cell in cells if any(text in cell.name for text in chosen)]
         if not cells:
             raise ConfigError(f"--cell: no cell's name holds {' or '.join(chosen)}")
-        comparison = Comparison(policies, tuple(range(seeds)), duration, with_bound, SimSettings())
+        comparison = Comparison(policies, tuple(range(seeds)), duration, with_bound, SimSettings(pace=pace))
         say = _progress()
         live: list[LiveRun] = []
         if is_simulated:

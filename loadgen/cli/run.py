@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpu_worker.core.played import AS_PROFILED
+from loadgen.cli.options import pace_options
 from loadgen.live.calibrate import SECONDS, calibrate
 from loadgen.live.environment import environment_of
 from loadgen.live.hosts import Head
@@ -28,6 +30,7 @@ from superserve.net.keys import ENVIRONMENT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gpu_worker.core.played import Pace
     from gpu_worker.serve.eventlog import EventLogReport
     from loadgen.live.progress import Second
     from loadgen.results.result import RunResult
@@ -50,6 +53,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 )
 @click.option("--keys", envvar=ENVIRONMENT, help="A client's key file, for a router with keys.")
 @click.option("--emulate", metavar="PROFILE:N", help="Start a private router and N emulated GPUs instead.")
+@pace_options
 @click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
 @click.option("--duration", type=float, help="Squeeze or cut the trace to so many seconds.")
 @click.option("--slo-ms", type=float, default=36.0, show_default=True, help="From due to deadline.")
@@ -76,6 +80,7 @@ def run_command(
     connect: str | None,
     keys: str | None,
     emulate: str | None,
+    pace: Pace,
     rate: float | None,
     duration: float | None,
     slo_ms: float,
@@ -105,14 +110,13 @@ def run_command(
         _check_files(json_path, page_path)
         if generators is not None and (connect is None or is_json):
             raise ConfigError("--generators: expected --connect, as they reach it, and no --json-lines")
-        target = target_of(connect, emulate, policy, logs)
+        target = target_of(connect, emulate, policy, logs, pace=pace)
         shown = keys_of(target, keys)
         if generators is not None and shown:
             raise ConfigError("--generators: agents are sent no keys: expected a router without")
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
-        if payload_bytes is None:
-            payload_bytes = payload_bytes_of(target, shown)
-        settings = RunSettings(int(slo_ms * MS), senders, payload_bytes, seed=seed, keys=shown)
+        n_bytes = payload_bytes_of(target, shown) if payload_bytes is None else payload_bytes
+        settings = RunSettings(int(slo_ms * MS), senders, n_bytes, seed=seed, keys=shown)
         say(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
         say(f"  {trace.provenance}")
         calibration = None
@@ -212,6 +216,8 @@ def _environment(
     cluster = str(target)
     if isinstance(target, Emulation):
         cluster = f"private: {target.n_gpus} emulated GPUs of {target.profile}"
+        if target.pace != AS_PROFILED:
+            cluster += f", {target.pace.speed:g} times as fast, {target.pace.drift:+.0%} a minute"
     cpu_us = 1e6 * measured.router_cpu_s / measured.result.queries["total"]
     return environment_of(
         trace=trace.provenance,

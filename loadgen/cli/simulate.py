@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loadgen.cli.options import pace_options
 from loadgen.live.environment import environment_of
 from loadgen.results.plots import check_installed
 from loadgen.results.tables import check_writable, table, write, write_page
@@ -25,6 +26,7 @@ from superserve.errors import ConfigError, SuperServeError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gpu_worker.core.played import Pace
     from loadgen.results.result import RunResult
     from loadgen.simulator.faults import Fault
     from loadgen.simulator.simulate import Simulated, Workload
@@ -38,6 +40,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--emulate", required=True, metavar="PROFILE:N[,PROFILE:N...]",
     help="The GPUs; PROFILE*2.5 is a device that takes 2.5 times as long.",
 )  # fmt: skip
+@pace_options
 @click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
 @click.option("--duration", type=float, help="Squeeze or cut the trace to so many seconds.")
 @click.option(
@@ -67,6 +70,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 def simulate_command(
     spec: str,
     emulate: str,
+    pace: Pace,
     rate: float | None,
     duration: float | None,
     slo_ms: str,
@@ -97,8 +101,9 @@ def simulate_command(
         for profile in {id(profile): profile for profile in cluster}.values():
             make_policy(policy, profile)
         settings = SimSettings(
-            actuation_ns=int(actuation_ms * MS), n_clients=clients, gpus_per_process=gpus_per_process
-        )
+            actuation_ns=int(actuation_ms * MS), n_clients=clients, gpus_per_process=gpus_per_process,
+            pace=pace,
+        )  # fmt: skip
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
         if like_folder is not None:
             settings = settings.like(load_machine(like_folder, trace))

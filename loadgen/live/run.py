@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 import zmq
 
+from gpu_worker.core.played import AS_PROFILED, Pace
 from gpu_worker.serve.eventlog import check_logs
 from loadgen.live.progress import Seconds
 from loadgen.live.sender import COLUMNS, UNANSWERED, SenderPlan
@@ -101,6 +102,7 @@ class Emulation:
         n_processes: Worker processes that hold them.
         folder: Where logs are written.
         record: Whether the router records its event log there.
+        pace: Of the GPUs beside their profile; drift counts from their start.
     """
 
     profile: str
@@ -109,6 +111,7 @@ class Emulation:
     n_processes: int = 1
     folder: Path | None = None
     record: bool = False
+    pace: Pace = AS_PROFILED
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,8 @@ def emulated(emulation: Emulation) -> Iterator[Cluster]:
             group.start(
                 f"worker-{i}",
                 ["-m", "gpu_worker", "--connect", router.ready["worker"], "--name", f"emulated-{i}",
-                 "--emulate", emulation.profile, "--gpus", str(n_gpus), "--event-log", str(logs[-1])],
+                 "--emulate", emulation.profile, "--gpus", str(n_gpus), "--event-log", str(logs[-1]),
+                 "--speed", str(emulation.pace.speed), "--drift", str(emulation.pace.drift)],
             )  # fmt: skip
         group.wait_ready(60.0)
         yield Cluster(router.ready["client"], tuple(logs), record, router, group.processes[1:])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from gpu_worker.core.played import AS_PROFILED, Pace
 from loadgen.live.run import Emulation
 from loadgen.results.tables import make_folder
 from profiles.table import load_profile
@@ -14,12 +16,16 @@ from superserve.roles import local
 
 if TYPE_CHECKING:
     from pathlib import Path
-
 _ANY_PAYLOAD_BYTES = 64
 
 
 def target_of(
-    connect: str | None, emulate: str | None, policy: str | None, logs: Path | None
+    connect: str | None,
+    emulate: str | None,
+    policy: str | None,
+    logs: Path | None,
+    *,
+    pace: Pace = AS_PROFILED,
 ) -> Emulation | str:
     """Return the private cluster to start, or the endpoint to use.
 
@@ -28,6 +34,7 @@ def target_of(
         emulate: `PROFILE:N`; with neither, the cluster that runs on this machine.
         policy: Of the private cluster.
         logs: Where it keeps its event logs.
+        pace: Of its GPUs beside their profile; as profiled with a cluster that runs.
 
     Raises:
         ConfigError: They do not go together, or name what is not there.
@@ -37,7 +44,10 @@ def target_of(
     if emulate is not None:
         if logs is not None:
             make_folder(logs, "--logs")
-        return _emulation(emulate, policy or "demandfit", logs)
+        found = _emulation(emulate, policy or "demandfit", logs)
+        return replace(found, pace=pace)
+    if pace != AS_PROFILED:
+        raise ConfigError("--speed and --drift: a running cluster has its own; expected with --emulate only")
     if policy is not None:
         raise ConfigError("--policy: a running router has its own; expected with --emulate only")
     if connect is None:

@@ -35,11 +35,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gpu_worker.core.queue import CAPACITY
 from loadgen.simulator.chaos_clients import SessionClient, SimQuery
 from loadgen.simulator.faults import draw_faults, faults_json
 from loadgen.simulator.links import Way
 from loadgen.simulator.simulate import START_NS, SimSettings, Simulation, slowed
-from loadgen.simulator.workers import CAPACITY
 from profiles.table import load_profile
 from router.core import RouterCore
 from router.core.edf import DISPATCHED, QUEUED
@@ -321,7 +321,8 @@ class Checker:
             return  # what is said twice is run twice
         for process in self._simulation.processes:
             for gpu in process.gpus:
-                _hold(gpu.n_outstanding <= CAPACITY, f"a GPU was sent {gpu.n_outstanding} batches at a time")
+                n_held = gpu.queue.n_outstanding
+                _hold(n_held <= CAPACITY, f"a GPU was sent {n_held} batches at a time")
 
     def check_end(self) -> None:
         """Check that nothing is left when all has come to rest."""

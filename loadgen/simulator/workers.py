@@ -1,161 +1,62 @@
-"""Simulated worker processes: profiles in place of GPUs, and a worker's side of the protocol.
+"""Simulated worker processes: hosts of `gpu_worker.core` on a virtual clock, with profiles in place of GPUs.
 
-The GPUs reckon as `gpu_worker.serve.emulated` does, in ideal instants, and a test holds the two against
-each other; a process joins, pulls, reports and begins anew as `gpu_worker.serve.server` does. What is
-left out is bytes: a DIRECTIVE is the core's own `Batch`, and reports carry no outputs.
+What a worker says and when is the core's, which also serves; here are only the loop around it, which rests
+and freezes, and lives that end. What is left out is bytes: a DIRECTIVE is the router core's own `Batch`,
+and reports carry no outputs.
 """
 
 from __future__ import annotations
 
-import enum
 from collections import deque
-from heapq import heappop, heappush
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from gpu_worker.core import WorkerCore
+from gpu_worker.core.batches import Outcome
+from gpu_worker.core.played import PlayedGpu, PlayedGpus
 from loadgen.simulator.links import FAR_NS
-from superserve.wire import DoneRow, PullRow, Status
+from superserve.wire import Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from loadgen.simulator.links import SimLink
-    from profiles.table import Profile
     from router.core.workers import Batch
+    from superserve.wire import Control, Message, Pong
 
-CAPACITY = 2
-"""Batches that a GPU takes at a time, as `gpu_worker.serve.batches.CAPACITY`; a test keeps them equal."""
-
-
-class _Running(NamedTuple):
-    batch: Batch
-    waited_ns: int
-    ended_ns: int
-    executing_ns: int
-    statuses: bytes | None
+    SimGpu = PlayedGpu[Batch]
+    Inbound = Batch | Control | Pong
 
 
-class SimGpu:
-    """One GPU that is a profile; `factor` times slower than it says.
+def outcome_of(batch: Batch, waited_ns: int) -> Outcome:
+    """Return how a batch ends that starts after `waited_ns` at the worker, without outputs.
 
-    Args:
-        profile: How long each subnet takes at each batch size.
-        actuation_ns: What going over to another subnet takes, before a batch begins.
-
-    Attributes:
-        factor: Measured over profiled latency of the batches that start from now on.
-        running: The batch that runs, None if idle.
-        last_batch: Highest batch id received in this epoch.
-        busy_ns: Time that its batches took so far, those that run included.
-        n_run: Queries that it ran so far.
+    A query runs if its slack, counted from dispatch, is left.
     """
-
-    __slots__ = (
-        "_held", "_subnet", "actuation_ns", "busy_ns", "factor", "last_batch", "n_run", "profile", "running",
-    )  # fmt: skip
-
-    def __init__(self, profile: Profile, actuation_ns: int = 0) -> None:
-        self.profile = profile
-        self.actuation_ns = actuation_ns
-        self.factor = 1.0
-        self.running: _Running | None = None
-        self.last_batch = 0
-        self.busy_ns = 0
-        self.n_run = 0
-        self._held: deque[tuple[Batch, int]] = deque()
-        self._subnet: int | None = None
-
-    @property
-    def n_outstanding(self) -> int:
-        """Batches that run or wait."""
-        return len(self._held) + (self.running is not None)
-
-    def submit(self, batch: Batch, received_ns: int) -> None:
-        """Take a batch that was received now; start it if idle."""
-        if batch.batch_id > self.last_batch:
-            self.last_batch = batch.batch_id
-        self._held.append((batch, received_ns))
-        if self.running is None:
-            self._start_next(received_ns)
-
-    def finish(self, now_ns: int) -> DoneRow:
-        """End the running batch, which is over by now, start the next, and return the report."""
-        ran = self.running
-        assert ran is not None, "a batch that ends was running"
-        assert ran.ended_ns <= now_ns, "a GPU never answers early"
-        self.running = None
-        if self._held:
-            self._start_next(ran.ended_ns)
-        credit, held, free_in_ns = self.state(now_ns)
-        batch = ran.batch
-        return DoneRow(
-            batch.batch_id, batch.worker.slot, credit, held, batch.n, ran.waited_ns, ran.executing_ns,
-            self.last_batch, free_in_ns, 0, b"", ran.statuses,
-        )  # fmt: skip
-
-    def state(self, now_ns: int) -> tuple[int, int, int]:
-        """Return credit, batches held, and the time until nothing is left to run, by the profile."""
-        running = self.running
-        if running is None:
-            return CAPACITY, 0, 0
-        free_in_ns = max(0, running.ended_ns - now_ns)
-        for batch, _ in self._held:
-            free_in_ns += self.profile.latency_ns(batch.subnet, batch.n)
-        n_held = len(self._held)
-        return max(0, CAPACITY - 1 - n_held), n_held, free_in_ns
-
-    def forget_held(self) -> None:
-        """Drop what has not started, and count batches anew."""
-        self._held.clear()
-        self.last_batch = 0
-
-    def _start_next(self, free_ns: int) -> None:
-        batch, received_ns = self._held.popleft()
-        started_ns = max(received_ns, free_ns)
-        waited_ns = started_ns - received_ns
-        statuses, n_run = None, batch.n
-        slacks_end_ns = batch.dispatched_ns + waited_ns
-        if min([cohort.deadlines_ns[lo] for cohort, lo, _ in batch.stretches]) <= slacks_end_ns:
-            statuses = _statuses(batch, slacks_end_ns)
-            n_run = statuses.count(Status.OK)
-        executing_ns = 0
-        if n_run:
-            executing_ns = int(self.profile.latency_ns(batch.subnet, n_run) * self.factor)
-            if batch.subnet != self._subnet:
-                self._subnet = batch.subnet
-                executing_ns += self.actuation_ns
-        self.busy_ns += executing_ns
-        self.n_run += n_run
-        self.running = _Running(batch, waited_ns, started_ns + executing_ns, executing_ns, statuses)
-
-
-def _statuses(batch: Batch, slacks_end_ns: int) -> bytes:
-    """Return OK or EXPIRED for each query: whether its slack, counted from dispatch, is left."""
-    return bytes(
+    slacks_end_ns = batch.dispatched_ns + waited_ns
+    if min([cohort.deadlines_ns[lo] for cohort, lo, _ in batch.stretches]) > slacks_end_ns:
+        return Outcome(batch.n, 0, b"")
+    statuses = bytes(
         Status.OK if deadline_ns > slacks_end_ns else Status.EXPIRED
         for cohort, lo, hi in batch.stretches
         for deadline_ns in cohort.deadlines_ns[lo:hi]
     )
-
-
-class Word(enum.Enum):
-    """What a router says to a worker process, beside directives."""
-
-    WELCOME = "welcome"
-    SAY_HELLO = "say hello"
+    return Outcome(statuses.count(Status.OK), 0, b"", statuses)
 
 
 class SimProcess:
-    """One worker process: GPUs, a mailbox, and how it stands with the router.
+    """One worker process: a core, GPUs, a mailbox, and the loop around them.
 
     It is given instants and what has arrived, and returns what it says; its host carries that to
-    the router. `epoch` is None while it joins.
+    the router.
 
     Args:
         name: What the router calls it.
         gpus: Its GPUs, by slot.
         rest_ns: Time between two passes of its loop, if it has more than one GPU.
+        jitter: As the core takes it.
 
     Attributes:
+        core: What it says and does in this life.
         key: This life's connection; given by the host, with the next three.
         way_in: From the router.
         way_out: To the router.
@@ -164,111 +65,61 @@ class SimProcess:
     """
 
     __slots__ = (
-        "_due", "act", "at_ns", "epoch", "frozen_until_ns", "gpus", "hello_due_ns", "inbox", "is_alive",
-        "key", "name", "rest_ns", "rest_until_ns", "way_in", "way_out",
+        "_jitter", "act", "at_ns", "core", "frozen_until_ns", "gpus", "inbox", "is_alive", "key", "name",
+        "rest_ns", "rest_until_ns", "way_in", "way_out",
     )  # fmt: skip
 
+    core: WorkerCore[Batch]
     key: int
     way_in: SimLink
     way_out: SimLink
     act: Callable[[int], None]
 
-    def __init__(self, name: str, gpus: Sequence[SimGpu], rest_ns: int) -> None:
+    def __init__(
+        self, name: str, gpus: Sequence[SimGpu], rest_ns: int, jitter: Callable[[], float] = lambda: 1.0
+    ) -> None:
         self.name = name
         self.gpus = gpus
-        self.epoch: int | None = None
-        self.is_alive = True
+        self.is_alive = False
         self.at_ns = FAR_NS
-        self.hello_due_ns = 0
         self.frozen_until_ns = 0
         self.rest_ns = rest_ns if len(gpus) > 1 else 0
         self.rest_until_ns = 0
-        self.inbox: deque[tuple[int, Batch | tuple[Word, int]]] = deque()
-        self._due: list[tuple[int, int]] = []
+        self.inbox: deque[tuple[int, Inbound]] = deque()
+        self._jitter = jitter
+
+    def begin(self, now_ns: int) -> None:
+        """Begin a life; after an earlier one with idle GPUs of the same profiles, as fast as they were."""
+        self.is_alive = True
+        self.frozen_until_ns = self.rest_until_ns = 0
+        self.gpus = [_successor(gpu) for gpu in self.gpus]
+        self.core = WorkerCore(PlayedGpus(self.gpus), {"name": self.name}, now_ns, jitter=self._jitter)
 
     def next_pass_ns(self) -> int:
-        """Return when it next looks: something has arrived or ended, and it neither rests nor is frozen."""
-        at_ns = self.inbox[0][0] if self.inbox else FAR_NS
-        if self._due and self._due[0][0] < at_ns:
-            at_ns = self._due[0][0]
+        """Return when it next looks: something is due or has arrived, and it neither rests nor is frozen."""
+        if not self.is_alive:
+            return FAR_NS
+        at_ns = self.core.next_due_ns()
+        if self.inbox and self.inbox[0][0] < at_ns:
+            at_ns = self.inbox[0][0]
         return max(at_ns, self.rest_until_ns, self.frozen_until_ns)
 
-    def step(self, now_ns: int) -> tuple[list[DoneRow], bool]:
-        """Read what has arrived, and report what has ended.
-
-        Returns:
-            Reports for the router of this epoch, and whether it is to be told the queue state too.
-        """
+    def step(self, now_ns: int) -> list[Message]:
+        """Read what has arrived, and return what is to be said."""
         self.rest_until_ns = now_ns + self.rest_ns
-        must_pull = False
-        inbox, due = self.inbox, self._due
+        inbox, core = self.inbox, self.core
         while inbox and inbox[0][0] <= now_ns:
-            message = inbox.popleft()[1]
-            if isinstance(message, tuple):
-                must_pull = self._told(*message, now_ns) or must_pull
-            elif message.worker.peer.epoch == self.epoch:
-                slot = message.worker.slot
-                gpu = self.gpus[slot]
-                was_idle = gpu.running is None
-                gpu.submit(message, now_ns)
-                if was_idle and gpu.running is not None:
-                    heappush(due, (gpu.running.ended_ns, slot))
-        rows: list[DoneRow] = []
-        while due and due[0][0] <= now_ns:
-            gpu = self.gpus[heappop(due)[1]]
-            while gpu.running is not None and gpu.running.ended_ns <= now_ns:
-                is_mine = gpu.running.batch.worker.peer.epoch == self.epoch
-                row = gpu.finish(now_ns)
-                if is_mine:
-                    rows.append(row)
-                else:
-                    must_pull = True  # it is free, and no report will say so
-            if gpu.running is not None:
-                heappush(due, (gpu.running.ended_ns, row.slot))
-        return rows, must_pull and self.epoch is not None
-
-    def _told(self, word: Word, epoch: int, now_ns: int) -> bool:
-        """Take a WELCOME or a refusal; True if the router is to be told the queue state."""
-        if word is Word.WELCOME:
-            if epoch != self.epoch:
-                self._forget_held()
-                self.epoch = epoch
-            return True
-        if self.epoch is not None:
-            self._forget_held()
-            self.epoch = None
-            self.hello_due_ns = now_ns
-        return False
-
-    def _forget_held(self) -> None:
-        for gpu in self.gpus:
-            gpu.forget_held()
-
-    def pull_rows(self, now_ns: int) -> list[PullRow]:
-        """Return every GPU's queue state."""
-        rows = []
-        for slot, gpu in enumerate(self.gpus):
-            credit, held, free_in_ns = gpu.state(now_ns)
-            running = int(gpu.running is not None)
-            rows.append(PullRow(slot, credit, held, running, gpu.last_batch, free_in_ns))
-        return rows
+            core.receive(inbox.popleft()[1], now_ns)
+        return core.poll(now_ns)
 
     def die(self) -> None:
         """End at once: what it held and had not read is gone."""
         self.is_alive = False
-        self.epoch = None
         self.inbox.clear()
-        self._due.clear()
         self.at_ns = FAR_NS
 
-    def revive(self, now_ns: int) -> None:
-        """Begin a new life, with idle GPUs of the same profiles; it is as fast as it was."""
-        self.is_alive = True
-        self.frozen_until_ns = self.rest_until_ns = 0
-        self.hello_due_ns = now_ns
-        gpus = []
-        for gpu in self.gpus:
-            fresh = SimGpu(gpu.profile, gpu.actuation_ns)
-            fresh.factor, fresh.busy_ns, fresh.n_run = gpu.factor, gpu.busy_ns, gpu.n_run
-            gpus.append(fresh)
-        self.gpus = gpus
+
+def _successor(gpu: SimGpu) -> SimGpu:
+    fresh: SimGpu = PlayedGpu(gpu.profile, outcome_of, pace=gpu.pace, actuation_ns=gpu.actuation_ns)
+    fresh.factor, fresh.busy_ns, fresh.n_run = gpu.factor, gpu.busy_ns, gpu.n_run
+    return fresh

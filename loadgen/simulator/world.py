@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpu_worker.core.link import HEARTBEAT_NS
+from gpu_worker.core.played import AS_PROFILED, Pace, PlayedGpu
 from loadgen.simulator.clients import OpenLoopClient
 from loadgen.simulator.links import FAR_NS, SimLink, Trouble, Way
-from loadgen.simulator.workers import SimGpu, SimProcess, Word
+from loadgen.simulator.workers import SimProcess, outcome_of
 from router.core import RouterCore
 from router.core.events import (
     Answer,
@@ -37,7 +39,7 @@ from router.core.events import (
 from router.policies.registry import make_policy
 from superserve.clock import MS
 from superserve.errors import ConfigError
-from superserve.wire import Done, Pull
+from superserve.wire import Control, Done, Kind, Ping, Pong, Pull
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -47,21 +49,19 @@ if TYPE_CHECKING:
     from loadgen.simulator.clients import Connecting, SimClient
     from loadgen.simulator.delays import MachineDelays
     from loadgen.simulator.faults import Fault
+    from loadgen.simulator.workers import Inbound
     from loadgen.simulator.workloads import Workload
     from profiles.table import Profile
     from router.core.events import Action, Event
     from router.core.settings import CoreSettings
-    from router.core.workers import Batch
     from router.policies import Policy
-
-HELLO_EVERY_NS = 200 * MS
-HEARTBEAT_NS = 100 * MS
-PULL_EVERY_NS = 500 * MS
-"""A worker process says HELLO, PING and PULL so often, as a real worker's server; a test keeps them equal."""
+    from superserve.wire import Message
 
 START_NS = 1_000 * MS
 """The router's clock when the trace begins; workers have joined by then."""
 
+_SAY_HELLO = Control(Kind.REFUSED, {"code": "say-hello"})
+_PONG = Pong(0, 0)
 _JOIN_NS = START_NS - 100 * MS
 _GRACE_NS = 3_000 * MS
 
@@ -80,6 +80,7 @@ class SimSettings:
         n_clients: Clients that the queries are dealt out to, in turn.
         gpus_per_process: GPUs of one worker process.
         actuation_ns: What going over to another subnet takes on a GPU.
+        pace: Of the GPUs beside their profiles; drift counts from the start of the trace.
         machine: What a live run of the same trace met; takes the place of ways and rests. None is calm.
     """
 
@@ -90,6 +91,7 @@ class SimSettings:
     n_clients: int = 1
     gpus_per_process: int = 8
     actuation_ns: int = 0
+    pace: Pace = AS_PROFILED
     machine: MachineDelays | None = None
 
     def like(self, machine: MachineDelays) -> SimSettings:
@@ -159,17 +161,22 @@ class Simulation:
         self._speakers: dict[int, SimProcess] = {}  # by connection; a new life has a new one
         each = self.settings.gpus_per_process
         self.processes = [
-            SimProcess(
-                f"worker:{i // each}",
-                [SimGpu(profile, self.settings.actuation_ns) for profile in cluster[i : i + each]],
-                self.settings.worker_rest_ns,
-            )
-            for i in range(0, len(cluster), each)
+            self._process(i // each, cluster[i : i + each]) for i in range(0, len(cluster), each)
         ]
         for fault in faults:
             self._plan(fault)
         for process in self.processes:
             self._begin(process, _JOIN_NS)
+
+    def _process(self, number: int, profiles: Sequence[Profile]) -> SimProcess:
+        settings = self.settings
+        pace = replace(settings.pace, began_ns=START_NS)
+        gpus = [
+            PlayedGpu(profile, outcome_of, pace=pace, actuation_ns=settings.actuation_ns)
+            for profile in profiles
+        ]
+        jitter = partial(self._rng.uniform, 0.75, 1.25)
+        return SimProcess(f"worker:{number}", gpus, settings.worker_rest_ns, jitter)
 
     def _built(self, profile: Profile) -> Policy:
         """Build the policy for a profile, and note whether it looks at more than the queue's head."""
@@ -356,7 +363,7 @@ class Simulation:
                 if not self._say(peer, action.batch, now_ns):
                     lost.append(peer)
             elif isinstance(action, Fence):
-                self._say(action.peer, (Word.SAY_HELLO, 0), now_ns)
+                self._say(action.peer, _SAY_HELLO, now_ns)
             elif isinstance(action, Released):
                 self._release(action.peer, now_ns)
         for key in lost:
@@ -373,19 +380,20 @@ class Simulation:
         self._next_epoch += 1
         profiles = [gpu.profile for gpu in process.gpus]
         self.core.handle(WorkerJoined(process.key, process.name, self._next_epoch, profiles), now_ns)
-        self._say(process.key, (Word.WELCOME, self._next_epoch), now_ns)
+        self._say(process.key, Control(Kind.WELCOME, {"epoch": self._next_epoch}), now_ns)
 
     def _heard(self, event: WorkerHeard, now_ns: int) -> None:
-        """Take a PING; one that is not known, or no longer, must say HELLO."""
+        """Take and answer a PING; a process that is not known, or no longer, must say HELLO."""
         if event.peer in self.core.peers:
             self.core.handle(event, now_ns)
+            self._say(event.peer, _PONG, now_ns)
         else:
-            self._say(event.peer, (Word.SAY_HELLO, 0), now_ns)
+            self._say(event.peer, _SAY_HELLO, now_ns)
 
     def _lose(self, key: int, now_ns: int) -> None:
         self.core.handle(WorkerLeft(key, orderly=False), now_ns)
 
-    def _say(self, key: int, message: Batch | tuple[Word, int], now_ns: int) -> bool:
+    def _say(self, key: int, message: Inbound, now_ns: int) -> bool:
         """Send to a worker process; False if its connection is known to be broken."""
         process = self._speakers.get(key)
         if process is None:
@@ -399,16 +407,15 @@ class Simulation:
     # --- the worker processes -------------------------------------------------------------
 
     def _begin(self, process: SimProcess, now_ns: int) -> None:
-        """Start a life of a worker process: it says HELLO, then PING and PULL for as long as it lives."""
+        """Start a life of a worker process, on a connection of its own."""
         self._n_lives += 1
         process.key = key = self._n_lives
         process.way_in = self._link(process.name, f"{key}/in")
         process.way_out = self._link(process.name, f"{key}/out")
         process.act = partial(self._step, process)
+        process.begin(now_ns)
         self._speakers[key] = process
-        self._greet(process, key, now_ns)
-        self.later(now_ns + HEARTBEAT_NS, partial(self._beat, process, key))
-        self.later(now_ns + PULL_EVERY_NS, partial(self._pull, process, key))
+        self._schedule(process)
 
     def _schedule(self, process: SimProcess) -> None:
         at_ns = process.next_pass_ns()
@@ -422,17 +429,23 @@ class Simulation:
             return  # it was moved
         process.at_ns = FAR_NS
         if now_ns >= process.frozen_until_ns:
-            rows, must_pull = process.step(now_ns)
-            if rows:
-                assert process.epoch is not None, "rows are of this epoch"
-                self._tell(
-                    process, self.core.handle, Finished(process.key, Done(process.epoch, rows)), now_ns
-                )
-            if must_pull:
-                self._tell_state(process, now_ns)
-            if process.epoch is None:
-                self._greet(process, process.key, now_ns)
+            for message in process.step(now_ns):
+                self._carry(process, message, now_ns)
         self._schedule(process)
+
+    def _carry(self, process: SimProcess, message: Message, now_ns: int) -> None:
+        """Send what a worker process says to the router, which reads it as its server would."""
+        key = process.key
+        if isinstance(message, Done):
+            self._tell(process, self.core.handle, Finished(key, message), now_ns)
+        elif isinstance(message, Ping):
+            self._tell(process, self._heard, WorkerHeard(key), now_ns)
+        elif isinstance(message, Pull):
+            self._tell(process, self.core.handle, Pulled(key, message), now_ns)
+        else:
+            assert isinstance(message, Control), "a worker says nothing else"
+            assert message.kind is Kind.HELLO, "a simulated worker is drained by the router"
+            self._tell(process, self._hello, process, now_ns)
 
     def _tell(
         self, process: SimProcess, take: Callable[[Any, int], None], message: Event | SimProcess, now_ns: int
@@ -441,36 +454,6 @@ class Simulation:
         for at_ns in process.way_out.arrivals(now_ns):
             self._serial += 1
             heappush(self._mail, (at_ns, self._serial, take, message))
-
-    def _tell_state(self, process: SimProcess, now_ns: int) -> None:
-        assert process.epoch is not None, "only who was welcomed pulls"
-        pulled = Pulled(process.key, Pull(process.epoch, process.pull_rows(now_ns)))
-        self._tell(process, self.core.handle, pulled, now_ns)
-
-    def _greet(self, process: SimProcess, life: int, now_ns: int) -> None:
-        """Say HELLO, and again while no WELCOME comes."""
-        if process.key == life and process.is_alive and process.epoch is None:
-            if now_ns >= max(process.hello_due_ns, process.frozen_until_ns):
-                process.hello_due_ns = now_ns + HELLO_EVERY_NS
-                self._tell(process, self._hello, process, now_ns)
-            at_ns = max(process.hello_due_ns, process.frozen_until_ns)
-            self.later(at_ns, partial(self._greet, process, life))
-
-    def _beat(self, process: SimProcess, life: int, now_ns: int) -> None:
-        if process.key != life or not process.is_alive:
-            return
-        if process.epoch is not None and now_ns >= process.frozen_until_ns:
-            self._tell(process, self._heard, WorkerHeard(life), now_ns)
-        at_ns = max(now_ns + HEARTBEAT_NS, process.frozen_until_ns)
-        self.later(at_ns, partial(self._beat, process, life))
-
-    def _pull(self, process: SimProcess, life: int, now_ns: int) -> None:
-        if process.key != life or not process.is_alive:
-            return
-        if process.epoch is not None and now_ns >= process.frozen_until_ns:
-            self._tell_state(process, now_ns)
-        at_ns = max(now_ns + PULL_EVERY_NS, process.frozen_until_ns)
-        self.later(at_ns, partial(self._pull, process, life))
 
     # --- what faults do -------------------------------------------------------------------
 
@@ -514,7 +497,6 @@ class Simulation:
         """Start a killed worker process again, under its old name."""
         process = self.processes[i]
         if not process.is_alive:
-            process.revive(now_ns)
             self._begin(process, now_ns)
 
     def freeze(self, i: int, now_ns: int, for_ns: int) -> None:

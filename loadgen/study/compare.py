@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpu_worker.core.played import AS_PROFILED
 from loadgen.bound import fluid as bound
 from loadgen.simulator.simulate import SimSettings, simulate
-from loadgen.simulator.workloads import mixed_workload, parse_cluster, parse_floor, parse_slos
+from loadgen.simulator.workloads import mixed_workload, parse_cluster, parse_floor, parse_slos, slowed
 from loadgen.traces.trace import load_trace
 from superserve.errors import ConfigError
 
@@ -202,7 +203,17 @@ class Comparison:
             figures[policy] = Figures(
                 result.slo_attainment or 0.0, result.mean_accuracy, found.accuracy_per_query
             )
-        return figures, bound_of(workload, cluster) if self.with_bound else None
+        return figures, bound_of(workload, self.paced(cluster)) if self.with_bound else None
+
+    def paced(self, cluster: Sequence[Profile]) -> list[Profile]:
+        """Return the profiles of GPUs that keep the pace, or the fastest that it comes to, for a bound."""
+        pace = self.settings.pace
+        if pace == AS_PROFILED:
+            return list(cluster)
+        ends_ns = (0, int(self.duration_s * 1e9))
+        factor = min(pace.slowness(pace.began_ns + at_ns) for at_ns in ends_ns)
+        known = {id(profile): slowed(profile, factor) for profile in cluster}
+        return [known[id(profile)] for profile in cluster]
 
 
 def _all(

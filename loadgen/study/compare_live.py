@@ -89,7 +89,7 @@ def compare_live(
 def _bounds(comparison: Comparison, cell: Cell) -> tuple[Figures, ...] | None:
     if not comparison.with_bound:
         return None
-    cluster = parse_cluster(cell.cluster)
+    cluster = comparison.paced(parse_cluster(cell.cluster))
     return tuple(bound_of(cell.workload(comparison.duration_s, seed), cluster) for seed in comparison.seeds)
 
 
@@ -98,9 +98,8 @@ def _one(comparison: Comparison, cell: Cell, policy: str, seed: int) -> tuple[Fi
     workload = cell.workload(comparison.duration_s, seed)
     assert isinstance(workload.slo_ns, int), "one SLO, as was checked"
     await_calm(_CALM_NS)
-    run, report = run_emulated(
-        workload.trace, RunSettings(workload.slo_ns, seed=seed), Emulation(profile, int(n_gpus), policy)
-    )
+    emulation = Emulation(profile, int(n_gpus), policy, pace=comparison.settings.pace)
+    run, report = run_emulated(workload.trace, RunSettings(workload.slo_ns, seed=seed), emulation)
     result = run.result
     share = result.slo_attainment or 0.0
     note = LiveRun(

@@ -253,7 +253,7 @@ class Dispatcher:
             stretches=stretches,
             dispatched_ns=now_ns,
             begin_ns=slack.begin_ns(worker, now_ns),
-            expected_ns=int(worker.profile.latency_ns(subnet, n) * worker.corrected(subnet)),
+            profiled_ns=worker.profile.latency_ns(subnet, n),
             limit_ns=slack.overrun_ns(worker, subnet, n),
         )
         ledger.dispatch(batch)

@@ -142,7 +142,7 @@ class Fleet:
         for row in pull.rows:
             worker = _gpu(peer, row.slot)
             worker.grant(row.credit, row.last_batch)
-            worker.expect_free(now_ns, row.free_in_ns, row.last_batch)
+            worker.expect_free(now_ns, row)
             worker.gauges = {
                 "memory_bytes": row.memory_bytes,
                 "utilisation": row.utilisation,
@@ -169,7 +169,7 @@ class Fleet:
                 del worker.outstanding[row.batch_id]
                 self._ledger.finish(batch, row, self._learn(batch, row, now_ns), now_ns)
             worker.grant(row.credit, row.last_batch)
-            worker.expect_free(now_ns, row.free_in_ns, row.last_batch)
+            worker.expect_free(now_ns, row)
             self._offer(worker)
         self._release(peer)
 
@@ -180,8 +180,7 @@ class Fleet:
         transport_ns = max(0, on_the_way_ns)
         worker.peer.sample_way(transport_ns, now_ns)
         if row.statuses is None:  # else part of it was not run, and its time says nothing
-            profiled_ns = worker.profile.latency_ns(batch.subnet, batch.n)
-            worker.measure(batch.subnet, profiled_ns, row.executing_ns)
+            worker.measure(batch.subnet, batch.profiled_ns, row.executing_ns)
         worker.busy_ns += row.executing_ns
         return transport_ns
 
@@ -338,7 +337,7 @@ class Fleet:
         worker = batch.worker
         worker.outstanding[batch.batch_id] = batch
         heappush(self._overruns, (batch.begin_ns + batch.limit_ns, batch.batch_id))
-        worker.free_at_ns = batch.begin_ns + batch.expected_ns
+        worker.free_at_ns = batch.begin_ns + worker.expected_ns(batch)
         worker.credit -= 1
         worker.n_batches += 1
         worker.n_queries += batch.n

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from router.core.estimates import RecentQuantiles
+from router.core.estimates import Correction, RecentQuantiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from profiles.table import Profile
     from router.core.edf import Stretch
     from router.policies import Policy
+    from superserve.wire import DoneRow, PullRow
 
 S = TypeVar("S", bound=enum.Enum)
 E = TypeVar("E", bound=enum.Enum)
@@ -92,8 +93,8 @@ _FIRST_TRANSPORT_NS = [400_000] * 15 + [1_000_000]
 
 _SAMPLE_EVERY_NS = 1_000_000
 """The way to a process is sampled at most this often."""
-_AS_PROFILED = 1.001
-"""A slowdown below this is none: easing goes on for ever otherwise."""
+NOISE = 0.05
+"""A ratio this near to 1 counts as 1 where a choice hangs on it: that is the timer's noise, not the GPU."""
 
 
 class TransitionError(Exception):
@@ -144,8 +145,8 @@ class Batch:
         n: Queries in all its stretches.
         stretches: Its queries, in order of deadline or client by client.
         dispatched_ns: The instant of dispatch, from which the slack that is left counts.
-        begin_ns: When the router expects it to start, as of dispatch.
-        expected_ns: Its profiled median latency, corrected for this worker.
+        begin_ns: When the router expects it to start; when it did, once its worker has said so.
+        profiled_ns: Its profiled median latency.
         limit_ns: How long it may run before its worker counts as overrun.
     """
 
@@ -156,9 +157,19 @@ class Batch:
     stretches: list[Stretch]
     dispatched_ns: int
     begin_ns: int
-    expected_ns: int
+    profiled_ns: int
     limit_ns: int
     overran: bool = False
+
+    @property
+    def epoch(self) -> int:
+        """The life of the worker process that it is for."""
+        return self.worker.peer.epoch
+
+    @property
+    def slot(self) -> int:
+        """Which GPU of that process."""
+        return self.worker.slot
 
 
 class Peer:
@@ -226,16 +237,15 @@ class Worker:
         credit: Batches it may be sent now; never negative.
         outstanding: Batches sent and not answered, by ascending batch id.
         free_at_ns: When it is expected to have nothing left to run.
-        slowdowns: Measured over profiled latency, smoothed, by subnet.
+        correction: Measured over profiled latency, smoothed: of each subnet, and of the GPU as a whole.
         busy_ns: How long it has executed batches, as it reports.
         last_subnet: Row of the profile that its latest batch runs; None before the first.
         version: Changes whenever an older entry in the heap of free workers is stale.
     """
 
     __slots__ = (
-        "_is_slow", "answered_ns", "busy_ns", "credit", "free_at_ns", "gauges", "last_subnet", "machine",
-        "n_batches", "n_queries", "outstanding", "peer", "policy", "profile", "slot", "slowdown", "slowdowns",
-        "transport", "version",
+        "answered_ns", "busy_ns", "correction", "credit", "free_at_ns", "gauges", "last_subnet", "machine",
+        "n_batches", "n_queries", "outstanding", "peer", "policy", "profile", "slot", "transport", "version",
     )  # fmt: skip
 
     def __init__(self, peer: Peer, slot: int, profile: Profile, policy: Policy, now_ns: int) -> None:
@@ -252,9 +262,7 @@ class Worker:
         self.answered_ns = now_ns
         self.version = 0
         self.transport = peer.transport
-        self.slowdowns = [1.0] * profile.n_subnets
-        self.slowdown = 1.0
-        self._is_slow = False
+        self.correction = Correction(profile.n_subnets)
         self.n_batches = 0
         self.n_queries = 0
         self.busy_ns = 0
@@ -275,26 +283,38 @@ class Worker:
         unseen = sum(1 for batch_id in self.outstanding if batch_id > last_batch)
         self.credit = max(0, credit - unseen)
 
-    def expect_free(self, now_ns: int, free_in_ns: int, last_batch: int) -> None:
-        """Update `free_at_ns` from its own report, sent half a round trip ago."""
-        at = max(now_ns, now_ns - self.transport.median_ns // 2 + free_in_ns)
+    def expect_free(self, now_ns: int, row: PullRow | DoneRow) -> None:
+        """Reckon `free_at_ns` from a report, made half a round trip ago, of which batch runs since when.
+
+        When that batch ends is the router's to say, for only it knows by how much this GPU differs from its
+        profile. Behind it come the batches that the worker held, and those that are still on the way to it. A
+        batch that is overdue ends now at the earliest.
+        """
+        if not self.outstanding:
+            self.free_at_ns = now_ns
+            return
+        way_ns = self.transport.median_ns // 2
+        running, at_ns = row.running_batch, now_ns - way_ns
         for batch_id, batch in self.outstanding.items():
-            if batch_id > last_batch:
-                at += batch.expected_ns
-        self.free_at_ns = at if self.outstanding else now_ns
+            if batch_id > running:
+                if batch_id > row.last_batch and at_ns < batch.dispatched_ns + way_ns:
+                    at_ns = batch.dispatched_ns + way_ns
+                at_ns += self.expected_ns(batch)
+            elif batch_id == running:
+                batch.begin_ns = at_ns - max(0, row.running_for_ns)
+                at_ns = batch.begin_ns + self.expected_ns(batch)
+                if at_ns < now_ns:
+                    at_ns = now_ns
+            # Else it has ended, and its own report is on the way or lost.
+        self.free_at_ns = max(now_ns, at_ns)
+
+    def expected_ns(self, batch: Batch) -> int:
+        """Return how long a batch takes here, as far as is known now: the profiled median, corrected."""
+        return int(batch.profiled_ns * self.correction.of_subnet(batch.subnet))
 
     def measure(self, subnet: int, profiled_ns: int, measured_ns: int) -> None:
-        """Fold one batch's measured latency into this worker's correction.
-
-        A gain of 1/8 follows a throttling GPU within some ten batches. A ratio within
-        5 % of 1 counts as 1: that is the timer's noise, not the GPU. Bounded to [1/4, 16].
-        """
-        ratio = min(16.0, max(0.25, measured_ns / profiled_ns))
-        smoothed = self.slowdowns[subnet] + (ratio - self.slowdowns[subnet]) / 8
-        self.slowdowns[subnet] = smoothed
-        self._is_slow = self._is_slow or ratio > 1.0
-        overall = self.slowdown + (ratio - self.slowdown) / 32
-        self.slowdown = overall
+        """Fold one batch's measured latency into this worker's correction."""
+        self.correction.measure(subnet, measured_ns / profiled_ns)
 
     def ease(self) -> None:
         """Move what slows it down an eighth of the way back towards where it began.
@@ -302,13 +322,14 @@ class Worker:
         For a worker that has been idle: one whose estimates refuse every query would never
         be measured again.
         """
-        if not self._is_slow:
-            return
-        self.slowdown -= max(0.0, self.slowdown - 1.0) / 8
-        self.slowdowns = [ratio - max(0.0, ratio - 1.0) / 8 for ratio in self.slowdowns]
-        self._is_slow = max(self.slowdown, *self.slowdowns) > _AS_PROFILED
+        self.correction.ease()
+
+    @property
+    def slowdown(self) -> float:
+        """Measured over profiled latency of the GPU as a whole, smoothed."""
+        return self.correction.overall
 
     def corrected(self, subnet: int) -> float:
         """Return the smoothed slowdown of `subnet`, 1.0 within the noise."""
-        ratio = self.slowdowns[subnet]
-        return ratio if abs(ratio - 1.0) > 0.05 else 1.0
+        ratio = self.correction.of_subnet(subnet)
+        return ratio if abs(ratio - 1.0) > NOISE else 1.0

@@ -85,8 +85,9 @@ CANCEL: `epoch` u64, `n` u32. Column: ids u64.
 
 PULL: `epoch` u64, `n_rows` u32, `row_bytes` u16, (2 pad). A row: slot u16, credit u16
 (batches it can take), held u16, running u16, last_batch u64 (the last directive it had
-seen: the router deducts what it sent after that), free_in_ns i64, memory_bytes u64,
-utilisation f32, temperature_c f32 (NaN where unknown).
+seen: the router deducts what it sent after that), running_batch u64 (0: none of this
+epoch runs), running_for_ns i64 (how long it has been running; when it ends is for the
+router to reckon), memory_bytes u64, utilisation f32, temperature_c f32 (NaN where unknown).
 
 DIRECTIVE: `epoch` u64, `batch_id` u64 (ascending), slot u16, subnet u16, `n` u32,
 `n_segments` u32, `row_bytes` u16, (2 pad). A segment is a stretch of one QUERIES
@@ -96,9 +97,9 @@ elapsed is left; lengths u32 (LENGTHS, where any segment is VARIED).
 
 DONE: `epoch` u64, `n_rows` u32, `row_bytes` u16, (2 pad). A row: batch_id u64, slot u16,
 credit u16, held u16, n u32, waited_ns i64 (received to started), executing_ns i64,
-last_batch u64, free_in_ns i64, output_bytes u32 (VARIED as above), flags u16 (1: mixed
-statuses). Columns: for each row with mixed statuses, status u8 of n; for each VARIED row,
-lengths u32 of n. A buffer a row: outputs, or UTF-8 reasons, end to end.
+last_batch u64, running_batch u64, running_for_ns i64 (as in PULL), output_bytes u32 (VARIED
+as above), flags u16 (1: mixed statuses). Columns: for each row with mixed statuses, status
+u8 of n; for each VARIED row, lengths u32 of n. A buffer a row: outputs, or UTF-8 reasons, end to end.
 
 PING: `stamp_ns` i64. PONG: `stamp_ns` i64 of the PING, `own_ns` i64.
 

@@ -138,7 +138,8 @@ class PullRow:
     held: int
     running: int
     last_batch: int
-    free_in_ns: int
+    running_batch: int
+    running_for_ns: int
     memory_bytes: int = 0
     utilisation: float = float("nan")
     temperature_c: float = float("nan")
@@ -225,7 +226,8 @@ class DoneRow:
     waited_ns: int
     executing_ns: int
     last_batch: int
-    free_in_ns: int
+    running_batch: int
+    running_for_ns: int
     output_bytes: int
     output: Buffer
     statuses: Buffer | None = None

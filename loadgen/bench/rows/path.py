@@ -10,11 +10,14 @@ from __future__ import annotations
 import gc
 import time
 from array import array
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
-from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
+from gpu_worker.core import WorkerCore
+from gpu_worker.core.batches import Outcome
+from gpu_worker.core.played import PlayedGpu, PlayedGpus
 from router.core import RouterCore
 from router.core.events import Answer, ClientJoined, Dispatch, Finished, Pulled, QueriesArrived, WorkerJoined
 from router.core.settings import CoreSettings
@@ -23,7 +26,7 @@ from router.serve.directives import directive_of, results_of
 from superserve import wire
 from superserve.clock import MS
 from superserve.net.sockets import REST_NS
-from superserve.wire import Done, DoneRow, Pull, PullRow, Queries
+from superserve.wire import Done, Pull, Queries
 
 if TYPE_CHECKING:
     from profiles.table import Profile
@@ -91,20 +94,24 @@ class _Path:
         self.worst_advance_ns = 0
         self.n_answered = self.n_batches = self.n_ok = 0
         self._query_id = self._n_messages = 0
-        self._free_ns = [0] * shape.n_gpus
-        self._last = [0] * shape.n_gpus
-        self._out = [0] * shape.n_gpus
-        self._ends: list[tuple[int, int, int, DoneRow]] = []
+        each = shape.gpus_per_process
+        self._processes = {
+            first: WorkerCore(_gpus(shape.profile, min(each, shape.n_gpus - first)), {"name": str(first)}, 0)
+            for first in range(0, shape.n_gpus, each)
+        }
+        self._under_way: deque[tuple[int, Batch]] = deque()
         self._keys = [b"client %d" % i for i in range(shape.n_clients)]
         self._join()
 
     def _join(self) -> None:
         shape, core, now_ns = self.shape, self.core, self.now_ns
-        for peer in range(0, shape.n_gpus, shape.gpus_per_process):
+        for peer, process in self._processes.items():
             n = min(shape.gpus_per_process, shape.n_gpus - peer)
             core.handle(WorkerJoined(peer, f"process {peer}", 1, [shape.profile] * n, len(_PAYLOAD)), now_ns)
-            rows = [PullRow(slot, 2, 0, 0, 0, 0) for slot in range(n)]
-            core.handle(Pulled(peer, Pull(1, rows)), now_ns)
+            process.receive(wire.Control(wire.Kind.WELCOME, {"epoch": 1}), now_ns)
+            for message in process.poll(now_ns):
+                if isinstance(message, Pull):
+                    core.handle(Pulled(peer, message), now_ns)
         for i, key in enumerate(self._keys):
             core.handle(ClientJoined(key, i), now_ns)
         self._refill()
@@ -150,22 +157,23 @@ class _Path:
 
     def _finish(self) -> None:
         """Let every batch that is due end; a process tells of all of its own in one message."""
-        rows: dict[int, list[DoneRow]] = {}
-        while self._ends and self._ends[0][0] <= self.now_ns:
-            _, _, gpu, row = heappop(self._ends)
-            self._out[gpu] -= 1
-            row.credit, row.last_batch = 2 - self._out[gpu], self._last[gpu]
-            row.free_in_ns = max(0, self._free_ns[gpu] - self.now_ns)
-            rows.setdefault(gpu - row.slot, []).append(row)
-        for peer, done in rows.items():
-            frames = wire.encode_done(Done(1, done))
-            began = time.perf_counter_ns()
-            message = wire.decode(frames)
-            decoded = time.perf_counter_ns()
-            assert isinstance(message, Done), "it was encoded as such"
-            self.core.handle(Finished(peer, message), self.now_ns)
-            self.taken_ns["decode"] += decoded - began
-            self.taken_ns["finish"] += time.perf_counter_ns() - decoded
+        while self._under_way and self._under_way[0][0] <= self.now_ns:
+            at_ns, batch = self._under_way.popleft()
+            self._processes[batch.worker.peer.key].receive(batch, at_ns)
+        for peer, process in self._processes.items():
+            for told in process.poll(self.now_ns):
+                if isinstance(told, Done):
+                    self._take(peer, told)
+
+    def _take(self, peer: int, told: Done) -> None:
+        frames = wire.encode_done(told)
+        began = time.perf_counter_ns()
+        message = wire.decode(frames)
+        decoded = time.perf_counter_ns()
+        assert isinstance(message, Done), "it was encoded as such"
+        self.core.handle(Finished(peer, message), self.now_ns)
+        self.taken_ns["decode"] += decoded - began
+        self.taken_ns["finish"] += time.perf_counter_ns() - decoded
 
     def _decide(self) -> None:
         began = time.perf_counter_ns()
@@ -192,24 +200,17 @@ class _Path:
         taken["answer"] += answered - decided
         taken["direct"] += directed - answered
         self.worst_advance_ns = max(self.worst_advance_ns, decided - began)
-        for action in dispatches:
-            self._start(action.batch)
+        self.n_batches += len(dispatches)
+        self._under_way += [(self.now_ns + _TRANSIT_NS, action.batch) for action in dispatches]
 
-    def _start(self, batch: Batch) -> None:
-        """Run a batch as a GPU of its profile would."""
-        gpu = batch.worker.peer.key + batch.worker.slot
-        received_ns = self.now_ns + _TRANSIT_NS
-        began_ns = max(received_ns, self._free_ns[gpu])
-        executing_ns = self.shape.profile.latency_ns(batch.subnet, batch.n)
-        self._free_ns[gpu] = began_ns + executing_ns
-        self._last[gpu] = batch.batch_id
-        self._out[gpu] += 1
-        self.n_batches += 1
-        row = DoneRow(
-            batch.batch_id, batch.worker.slot, 0, 0, batch.n, began_ns - received_ns, executing_ns, 0, 0, 4,
-            bytes(4 * batch.n),
-        )  # fmt: skip
-        heappush(self._ends, (self._free_ns[gpu], batch.batch_id, gpu, row))
+
+def _gpus(profile: Profile, n: int) -> PlayedGpus[Batch]:
+    """Return a process's GPUs; the outputs of a query are four bytes."""
+
+    def outcome(batch: Batch, _waited_ns: int) -> Outcome:
+        return Outcome(batch.n, 4, bytes(4 * batch.n))
+
+    return PlayedGpus([PlayedGpu(profile, outcome) for _ in range(n)])
 
 
 def path_cost(shape: PathShape, n_queries: int) -> PathCost:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_worker.serve.batches import CAPACITY, MAX_OUTSTANDING, EndedBatch
+from gpu_worker.core.batches import FULL
+from gpu_worker.core.played import PlayedGpu
+from gpu_worker.core.queue import CAPACITY, MAX_OUTSTANDING
 from gpu_worker.serve.compute import ComputeGpu, run_batch
-from gpu_worker.serve.emulated import EmulatedGpu, EmulatedGpus
+from gpu_worker.serve.emulated import emulated_gpus, outcome_of
 from profiles.table import load_profile
 from superserve.clock import MS, SECOND, VirtualClock
 from superserve.subnet import TensorSpec
 from superserve.wire import VARIED, Directive, Done, Segment, Status, decode, encode_done
+
+if TYPE_CHECKING:
+    from gpu_worker.core.batches import EndedBatch
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -80,16 +85,16 @@ class Played(NamedTuple):
 
 def play(steps: list[Step]) -> Played:
     """Play `steps` against three GPUs as a router that keeps to its credit, then let all end."""
-    gpus = EmulatedGpus(PROFILE, 3)
+    gpus = emulated_gpus(PROFILE, 3)
     reports: list[tuple[int, EndedBatch]] = []
     sent: dict[int, tuple[int, Directive]] = {}
     now_ns = 1_000
     for batch_id, step in enumerate(steps, start=1):
         now_ns += step.gap_ns
-        if gpus.state(step.slot, now_ns).credit > 0:
+        if gpus.report(step.slot, now_ns).credit > 0:
             batch = directive(batch_id, step.subnet, step.slacks_ns, slot=step.slot)
             sent[batch_id] = (now_ns, batch)
-            assert gpus.submit(batch, now_ns)
+            assert gpus.submit(batch, now_ns) is None
         if step.looks:
             reports += [(now_ns, report) for report in gpus.finish_due(now_ns)]
     while (due_ns := gpus.next_event_ns()) is not None:
@@ -144,7 +149,8 @@ def test_reports_stay_within_their_bounds_and_pass_the_wire(steps: list[Step]) -
     for row in rows:
         assert 0 <= row.credit <= CAPACITY
         assert row.credit + row.held <= CAPACITY
-        assert row.free_in_ns >= 0
+        assert row.running_for_ns >= 0
+        assert (row.running_batch > 0) or not row.held
         assert row.last_batch >= row.batch_id
     if rows:
         assert decode(encode_done(Done(1, rows))) == Done(1, rows)
@@ -152,34 +158,34 @@ def test_reports_stay_within_their_bounds_and_pass_the_wire(steps: list[Step]) -
 
 def test_a_held_batch_follows_at_once_however_late_the_loop_is() -> None:
     """Two batches received together end back to back, though nobody looked in between."""
-    gpu = EmulatedGpu(PROFILE)
+    gpu = PlayedGpu(PROFILE, outcome_of)
     one_ns = PROFILE.latency_ns(0, 1)
     for batch_id in (1, 2):
-        assert gpu.submit(directive(batch_id, 0, (SECOND,)), 0)
+        assert gpu.submit(directive(batch_id, 0, (SECOND,)), 0) is None
 
-    assert gpu.state(0).free_in_ns == 2 * one_ns
+    assert gpu.report(one_ns // 2)[1:] == (1, 1, 2, 1, one_ns // 2)
     first, second = gpu.finish_due(SECOND)
     assert (first.ended_ns, second.started_ns, second.ended_ns) == (one_ns, one_ns, 2 * one_ns)
 
 
 def test_forgotten_batches_never_start_and_the_running_one_ends() -> None:
     """A new epoch finds the GPU busy with what it had begun, and nothing else."""
-    gpu = EmulatedGpu(PROFILE)
+    gpu = PlayedGpu(PROFILE, outcome_of)
     for batch_id in (1, 2):
         gpu.submit(directive(batch_id, 0, (SECOND,)), 0)
 
     assert gpu.forget_held() == 1
-    assert gpu.state(0).last_batch == 0
+    assert gpu.report(0) == (CAPACITY - 1, 0, 1, 0, 0, 0)
     assert [report.row.batch_id for report in gpu.finish_due(SECOND)] == [1]
     assert gpu.next_event_ns is None
 
 
 def test_a_gpu_refuses_what_no_credit_ever_allowed() -> None:
     """The queue is bounded, whatever the router sends."""
-    gpu = EmulatedGpu(PROFILE)
+    gpu = PlayedGpu(PROFILE, outcome_of)
 
     taken = [gpu.submit(directive(batch_id, 0, (SECOND,)), 0) for batch_id in range(1, 40)]
-    assert taken == [True] * MAX_OUTSTANDING + [False] * (39 - MAX_OUTSTANDING)
+    assert taken == [None] * MAX_OUTSTANDING + [FULL] * (39 - MAX_OUTSTANDING)
 
 
 class Doubler:
@@ -297,22 +303,20 @@ def test_the_compute_thread_reports_in_order_while_its_owner_goes_on() -> None:
     gpu.start()
     try:
         for batch_id in (1, 2):
-            assert gpu.submit(directive(batch_id, 0, (SECOND,), [payload(1)]), clock.now_ns())
+            assert gpu.submit(directive(batch_id, 0, (SECOND,), [payload(1)]), clock.now_ns()) is None
         assert gate.entered.wait(WAIT_S)
-        state = gpu.state(0, clock.now_ns())
-        assert (state.credit, state.held, state.running, state.last_batch) == (0, 1, 1, 2)
-        assert state.free_in_ns == 2 * PROFILE.latency_ns(0, 1)
+        clock.advance(MS)
+        assert gpu.report(0, clock.now_ns()) == (0, 1, 1, 2, 1, MS)
         assert gpu.finish_due(clock.now_ns()) == []
         assert gpu.forget_held() == 1
         gate.open.set()
         assert woken.acquire(timeout=WAIT_S)
         assert woken.acquire(timeout=WAIT_S)
-        first, second = gpu.finish_due(clock.now_ns())
+        (first,) = gpu.finish_due(clock.now_ns())
     finally:
         gate.open.set()
         gpu.close()
 
-    assert (first.row.statuses, first.n_run, first.row.credit) == (None, 1, CAPACITY - 1)
-    assert (second.n_run, second.row.credit) == (0, CAPACITY)
+    assert (first.row.statuses, first.n_run, first.row.credit) == (None, 1, CAPACITY)
     assert gate.sizes == [1]
     assert gpu.is_idle()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,12 +15,18 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpu_worker.core.batches import Outcome
+from gpu_worker.core.played import Pace, PlayedGpu, PlayedGpus
 from gpu_worker.serve.eventlog import RECORD, EventLogHeader, EventLogWriter, check_logs, cli, read_log
+from profiles.table import load_profile
+from superserve.clock import SECOND
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from gpu_worker.core.batches import EndedBatch
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -104,6 +112,55 @@ def test_a_possible_log_has_no_violations(tmp_path: Path) -> None:
     assert report.idle_ns == 10
     assert (report.idle_p50_ns, report.idle_p99_ns) == (0, 10)
     assert report.busy_share == pytest.approx(215 / 225)
+
+
+@pytest.mark.parametrize("pace", [Pace(0.5), Pace(2.0), Pace(0.8, -0.9, 7), Pace(1.0, 1.0)])
+def test_gpus_are_honest_at_the_pace_that_they_state(pace: Pace, tmp_path: Path) -> None:
+    """What played GPUs of any pace run is possible, and a nanosecond less is not."""
+    profile = load_profile("cnn-8gpu-modelled")
+    table = tuple(subnet.latency_ns for subnet in profile.subnets)
+    header = EventLogHeader("w", profile.name, profile.batch_sizes, table, pace)
+    ended: list[EndedBatch] = []
+    gpus = PlayedGpus([PlayedGpu(profile, _all_run, pace=pace)], ended.extend)
+    now_ns = 0
+    for batch_id in range(1, 60):
+        gpus.submit(Played(batch_id, batch_id % profile.n_subnets), now_ns)
+        now_ns = (gpus.next_event_ns() or 0) + 10 * SECOND
+        gpus.finish_due(now_ns)
+    for less_ns in (0, 1):
+        with EventLogWriter(tmp_path / "w.log", header) as log:
+            for one in ended:
+                log.add(0, one.row.batch_id, one.subnet, one.n_run, one.started_ns, one.ended_ns - less_ns)
+        report = check_logs([tmp_path / "w.log"])
+        assert report.n_violations == (len(ended) if less_ns else 0), report.violations
+    assert read_log(tmp_path / "w.log")[0] == header
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A batch of four for a played GPU."""
+
+    batch_id: int
+    subnet: int
+    epoch: int = 1
+    slot: int = 0
+    n: int = 4
+
+
+def _all_run(order: Played, _waited_ns: int) -> Outcome:
+    return Outcome(order.n, 0, b"")
+
+
+@pytest.mark.parametrize("pace", ["[]", '{"speed":"2"}', '{"speed":0}', '{"haste":1}'])
+def test_a_pace_that_is_none_is_refused(pace: str, tmp_path: Path) -> None:
+    """A header cannot excuse quick batches by nonsense."""
+    path = write(tmp_path / "w.log", POSSIBLE)
+    data = path.read_bytes()
+    blob = re.sub(rb'"pace":\{[^}]*\}', b'"pace":' + pace.encode(), data[12:-128])
+    path.write_bytes(data[:8] + struct.pack("<I", len(blob)) + blob)
+
+    with pytest.raises(ConfigError, match=r"pace|speed"):
+        read_log(path)
 
 
 def test_an_empty_log_is_possible(tmp_path: Path) -> None:

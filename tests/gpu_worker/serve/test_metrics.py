@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, cast
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from gpu_worker.serve.batches import EndedBatch
+from gpu_worker.core.batches import EndedBatch
+from gpu_worker.core.link import Gauges, LinkState
 from gpu_worker.serve.metrics import METRICS, WorkerMetrics, pages
-from gpu_worker.serve.server import Gauges, LinkState
 from profiles.table import load_profile
 from superserve.clock import MS
 from superserve.wire import DoneRow
@@ -29,7 +29,7 @@ class Server:
 
 def report(slot: int, subnet: int, n: int, *, n_run: int, took_ms: int) -> EndedBatch:
     """Return a batch that has ended."""
-    row = DoneRow(1, slot, 1, 0, n, 0, took_ms * MS, 1, 0, 4, b"")
+    row = DoneRow(1, slot, 1, 0, n, 0, took_ms * MS, 1, 0, 0, 4, b"")
     return EndedBatch(1, row, subnet, n_run, 0, took_ms * MS)
 
 

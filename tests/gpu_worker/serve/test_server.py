@@ -12,9 +12,9 @@ import zmq
 from click.testing import CliRunner
 
 from gpu_worker.cli import cli
-from gpu_worker.serve.batches import CAPACITY
+from gpu_worker.core.link import TRANSITIONS, LinkEvent, LinkState
+from gpu_worker.core.queue import CAPACITY
 from gpu_worker.serve.eventlog import check_logs
-from gpu_worker.serve.server import TRANSITIONS, LinkEvent, LinkState
 from profiles.table import Profile, load_profile
 from superserve.clock import SECOND
 from superserve.net import sockets
@@ -124,7 +124,7 @@ def test_an_emulated_worker_serves_from_hello_to_bye(router: FakeRouter, tmp_pat
         assert hello["input"] is None
         assert hello["output"] == {"dtype": "int32", "shape": []}
         pull = router.welcome()
-        assert [(row.slot, row.credit, row.free_in_ns) for row in pull.rows] == [
+        assert [(row.slot, row.credit, row.running_batch) for row in pull.rows] == [
             (slot, CAPACITY, 0) for slot in range(3)
         ]
         assert processes.wait_ready(process, WAIT_S) == {"name": "w", "n_slots": 3}
@@ -135,7 +135,7 @@ def test_an_emulated_worker_serves_from_hello_to_bye(router: FakeRouter, tmp_pat
         assert (first.batch_id, first.slot, first.n, first.statuses) == (1, 2, 3, None)
         assert np.frombuffer(first.output, "<i4").tolist() == [4, 4, 4]
         assert first.executing_ns == load_profile(PROFILE).latency_ns(4, 3)
-        assert (second.batch_id, second.credit, second.free_in_ns) == (2, CAPACITY, 0)
+        assert (second.batch_id, second.credit, second.running_batch) == (2, CAPACITY, 0)
         assert second.statuses == bytes([Status.EXPIRED])
         assert second.executing_ns == 0
 
@@ -285,6 +285,8 @@ def test_every_pair_of_link_and_event_is_known_or_cannot_happen() -> None:
         ([], "expected one of --emulate and --supernet"),
         (["--emulate", PROFILE, "--supernet", "digits"], "expected one of --emulate and --supernet"),
         (["--supernet", "digits", "--gpus", "2"], "--gpus goes with --emulate"),
+        (["--supernet", "digits", "--speed", "2"], "--speed goes with --emulate"),
+        (["--supernet", "digits", "--drift", "0"], "--drift goes with --emulate"),
         (["--emulate", PROFILE, "--threads", "2"], "--threads goes with --supernet"),
         (["--emulate", "cnn-8gpu-modeled"], "did you mean 'cnn-8gpu-modelled'?"),
         (["--supernet", "digit"], "expected one of digits, ofa-resnet50, dynabert"),

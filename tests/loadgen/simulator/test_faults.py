@@ -130,7 +130,7 @@ def test_online_correction_converges_when_a_gpu_throttles() -> None:
         """Return slowdowns: of the subnet that the first GPU runs most, of it as a whole, of the other."""
         simulation.run(START_NS + at_ms * MS)
         first, second = next(iter(simulation.core.peers.values())).workers
-        return first.slowdowns[CNN.row("cnn-78.25")], first.slowdown, second.slowdown
+        return first.correction.of_subnet(CNN.row("cnn-78.25")), first.slowdown, second.slowdown
 
     assert after(990) == pytest.approx((1.0, 1.0, 1.0), abs=0.01)
     assert after(1_990)[0] == pytest.approx(1.3, abs=0.03)  # some 50 batches, of which half ran on it

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
+from gpu_worker.core import WorkerCore
+from gpu_worker.core.batches import Outcome
+from gpu_worker.core.played import PlayedGpu, PlayedGpus
+from gpu_worker.core.queue import CAPACITY
 from profiles.table import load_profile
 from router.core import RouterCore
 from router.core.events import (
@@ -27,10 +31,10 @@ from router.core.events import (
     WorkerLeft,
 )
 from router.core.lanes import LaneQueue
-from router.core.workers import PeerState, WorkerState
+from router.core.workers import Batch, PeerState, WorkerState
 from router.policies.slackfit import SlackFit
 from superserve.clock import MS
-from superserve.wire import VARIED, Cancel, Done, DoneRow, Pull, PullRow, Queries, Status
+from superserve.wire import VARIED, Cancel, Control, Done, DoneRow, Kind, Ping, Pong, Pull, Queries, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,15 +42,16 @@ if TYPE_CHECKING:
     from profiles.table import Profile
     from router.core.edf import Cohort
     from router.core.settings import CoreSettings
-    from router.core.workers import Batch, Worker
+    from router.core.workers import Worker
     from router.policies import Policy
+    from superserve.wire import Message
 
 CNN = load_profile("cnn-8gpu-modelled")
 TRANSFORMER = load_profile("transformer-8gpu-modelled")
 
 START_NS = 1_000 * MS
-DEPTH = 2
-"""Batches that a fake GPU holds, running or waiting."""
+HANGS = 1e9
+"""So many times its profiled time a batch takes on a GPU that hangs: weeks."""
 
 
 def pack_u64(ids: Sequence[int]) -> bytes:
@@ -85,34 +90,53 @@ def ids_of(action: Answer) -> list[int]:
     return list(struct.unpack(f"<{len(ids) // 8}Q", ids))
 
 
-@dataclass
-class Gpu:
-    """A fake GPU: runs its directives one after the other, each for the profiled time times `speed`.
+class Gpu(PlayedGpu[Batch]):
+    """A fake GPU: the one that is emulated and simulated, which a test may spoil.
 
     Attributes:
-        speed: Actual over profiled latency.
-        hung: Takes directives and never ends one.
         statuses: What its reports say of every query; None is OK.
+        coming: Directives on their way to it.
     """
 
-    profile: Profile
-    speed: float = 1.0
-    hung: bool = False
-    statuses: Status | None = None
-    free_at_ns: int = 0
-    last_batch: int = 0
-    held: list[int] = field(default_factory=list)
-    n_run: int = 0
+    __slots__ = ("coming", "statuses")
+
+    def __init__(self, profile: Profile, speed: float = 1.0) -> None:
+        super().__init__(profile, self._ends)
+        self.factor = speed
+        self.statuses: Status | None = None
+        self.coming: list[Batch] = []
+
+    def hang(self) -> None:
+        """Never end what starts from now on."""
+        self.factor = HANGS
+
+    def free_at_ns(self, now_ns: int, way_ns: int) -> int:
+        """Return when it will have run all that was sent to it."""
+        at_ns = self.ends_ns if self.queue.running is not None else now_ns
+        for batch in self.queue.waiting:
+            at_ns += self._takes_ns(batch.order)
+        for order in self.coming:
+            at_ns = max(at_ns, order.dispatched_ns + way_ns) + self._takes_ns(order)
+        return at_ns
+
+    def _takes_ns(self, order: Batch) -> int:
+        return int(self.profile.latency_ns(order.subnet, order.n) * self.factor)
+
+    def _ends(self, order: Batch, _waited_ns: int) -> Outcome:
+        if self.statuses is None:
+            return Outcome(order.n, 4, b"\x00" * 4 * order.n)
+        return Outcome(order.n, VARIED, b"", bytes([self.statuses]) * order.n, bytes(4 * order.n))
 
 
-@dataclass
 class Process:
-    """A fake worker process; a dead one neither hears nor speaks."""
+    """A fake worker process: the core that a real one has; a dead one neither hears nor speaks."""
 
-    key: str
-    epoch: int
-    gpus: list[Gpu]
-    alive: bool = True
+    def __init__(self, key: str, epoch: int, gpus: list[Gpu], now_ns: int) -> None:
+        self.key = key
+        self.epoch = epoch
+        self.gpus = gpus
+        self.alive = True
+        self.core: WorkerCore[Batch] = WorkerCore(PlayedGpus(gpus), {"name": key}, now_ns)
 
 
 class World:
@@ -133,6 +157,7 @@ class World:
         self.core = RouterCore(make_policy, settings)
         self.now_ns = START_NS
         self.way_ns = way_ns
+        self.stall_ns = 0  # what a DONE takes beside that
         self.actions: list[tuple[int, Action]] = []
         self.answers: dict[tuple[Any, int], Answer] = {}
         self.answered_ns: dict[tuple[Any, int], int] = {}
@@ -149,20 +174,23 @@ class World:
     def join(self, key: str, *profiles: Profile, speed: float = 1.0) -> Process:
         """Let a worker process say HELLO and pull for each of its GPUs, at once."""
         self._epoch += 1
-        process = Process(key, self._epoch, [Gpu(p, speed, free_at_ns=self.now_ns) for p in profiles])
+        process = Process(key, self._epoch, [Gpu(profile, speed) for profile in profiles], self.now_ns)
         self.processes[key] = process
         self.do(WorkerJoined(key, key, process.epoch, profiles))
-        self.pull(process)
-        self._later(50 * MS, lambda: self._beat(process))
+        process.core.receive(Control(Kind.WELCOME, {"epoch": process.epoch}), self.now_ns)
+        self._poll(process, at_once=True)
+        self._advance()
         return process
 
-    def pull(self, process: Process) -> None:
-        """Let every GPU of a process say how much it can take."""
-        rows = [
-            PullRow(slot, DEPTH - len(g.held), len(g.held), 0, g.last_batch, 0)
-            for slot, g in enumerate(process.gpus)
-        ]
-        self.do(Pulled(process.key, Pull(process.epoch, rows)))
+    def revive(self, process: Process, slot: int = 0) -> None:
+        """End what a GPU hangs on, now; it runs as profiled from now on."""
+        gpu = process.gpus[slot]
+        gpu.factor = 1.0
+        while gpu.queue.running is not None:
+            ended = gpu.finish_due(gpu.ends_ns)
+            for batch in ended:
+                batch.row.executing_ns = self.now_ns - batch.started_ns
+                self._later(self.way_ns, partial(self._said, process, Done(process.epoch, [batch.row])))
 
     def client(self, key: str = "client", session: int = 1) -> None:
         """Let a client say HELLO."""
@@ -266,10 +294,42 @@ class World:
         self._seq += 1
         heappush(self._events, (self.now_ns + delay_ns, self._seq, call))
 
-    def _beat(self, process: Process) -> None:
+    def _poll(self, process: Process, *, at_once: bool = False) -> None:
+        """Let a process say what is due, and again when it next has something to say."""
+        if not process.alive or self.processes.get(process.key) is not process:
+            return
+        if process.core.next_due_ns() <= self.now_ns:
+            for message in process.core.poll(self.now_ns):
+                if at_once:
+                    self._said(process, message)
+                else:
+                    stall_ns = self.stall_ns if isinstance(message, Done) else 0
+                    self._later(self.way_ns + stall_ns, partial(self._said, process, message))
+        self._later(process.core.next_due_ns() - self.now_ns, partial(self._poll, process))
+
+    def _said(self, process: Process, message: Message) -> None:
+        """Let the router read what a process has said."""
+        if not process.alive:
+            return
+        key = process.key
+        if isinstance(message, Ping):
+            self.core.handle(WorkerHeard(key), self.now_ns)
+            self._later(self.way_ns, partial(self._hear, process, Pong(0, 0)))
+        elif isinstance(message, Pull):
+            self.core.handle(Pulled(key, message), self.now_ns)
+        elif isinstance(message, Done):
+            self.core.handle(Finished(key, message), self.now_ns)
+
+    def _hear(self, process: Process, message: Batch | Pong) -> None:
+        """Let a process read what the router has said."""
+        if isinstance(message, Batch):
+            gpu = process.gpus[message.slot]
+            gpu.coming.remove(message)
         if process.alive:
-            self.core.handle(WorkerHeard(process.key), self.now_ns)
-            self._later(100 * MS, lambda: self._beat(process))
+            process.core.receive(message, self.now_ns)
+            if isinstance(message, Batch):
+                assert gpu.queue.n_outstanding <= CAPACITY, "a batch was sent without credit"
+                self._later(process.core.next_due_ns() - self.now_ns, partial(self._poll, process))
 
     def _advance(self) -> list[Action]:
         actions = self.core.advance(self.now_ns)
@@ -308,74 +368,33 @@ class World:
             self.answered_ns[answer.client, i] = self.now_ns
 
     def _check_dispatch(self, action: Dispatch) -> None:
-        terms = [_terms(cohort, i) for cohort, lo, hi in action.batch.stretches for i in range(lo, hi)]
-        assert len(terms) == action.batch.n
+        batch = action.batch
+        terms = [_terms(cohort, i) for cohort, lo, hi in batch.stretches for i in range(lo, hi)]
+        assert len(terms) == batch.n
         assert min(terms)[0] >= self.now_ns, "an expired query was dispatched"
-        assert all(floor <= action.batch.subnet for _, floor in terms), "a floor was not honoured"
+        assert all(floor <= batch.subnet for _, floor in terms), "a floor was not honoured"
         peer = self.core.peers[action.peer]
         assert peer.machine.state is PeerState.LIVE
-        assert peer.workers[action.batch.worker.slot].machine.state is WorkerState.READY
+        assert peer.workers[batch.slot].machine.state is WorkerState.READY
 
     def _receive(self, action: Dispatch) -> None:
         process = self.processes[action.peer]
-        gpu = process.gpus[action.batch.worker.slot]
-        if not process.alive or process.epoch != action.batch.worker.peer.epoch:
+        batch = action.batch
+        gpu = process.gpus[batch.slot]
+        if not process.alive or process.epoch != batch.epoch:
             return
         if self.on_dispatch is not None:
             self.on_dispatch(action, gpu)
-        gpu.held.append(action.batch.batch_id)
-        assert len(gpu.held) <= DEPTH, "a batch was sent without credit"
-        gpu.last_batch = action.batch.batch_id
-        arrived_ns = self.now_ns + self.way_ns
-        started_ns = max(arrived_ns, gpu.free_at_ns)
-        executing_ns = int(gpu.profile.latency_ns(action.batch.subnet, action.batch.n) * gpu.speed)
-        gpu.free_at_ns = started_ns + executing_ns
-        if gpu.hung:
-            return
-        waited_ns = started_ns - arrived_ns
-        delay_ns = gpu.free_at_ns - self.now_ns
-        self._later(delay_ns, lambda: self._end(process, action, waited_ns, executing_ns))
+        gpu.coming.append(batch)
+        self._later(self.way_ns, partial(self._hear, process, batch))
 
-    def _end(self, process: Process, action: Dispatch, waited_ns: int, executing_ns: int) -> None:
-        if not process.alive:
-            return
-        gpu = process.gpus[action.batch.worker.slot]
-        gpu.held.remove(action.batch.batch_id)
-        gpu.n_run += action.batch.n
-        row = self.done_row(
-            action, gpu, waited_ns=waited_ns, executing_ns=executing_ns, statuses=gpu.statuses
-        )
-        self._later(self.way_ns, lambda: self._report(process, row))
-
-    def done_row(
-        self,
-        action: Dispatch,
-        gpu: Gpu,
-        *,
-        waited_ns: int = 0,
-        executing_ns: int = MS,
-        statuses: Status | None = None,
-    ) -> DoneRow:
-        """Return what a GPU says once it has run a directive."""
+    def done_row(self, action: Dispatch) -> DoneRow:
+        """Return what a GPU says that has run a directive in a millisecond, and holds nothing else."""
+        batch = action.batch
         return DoneRow(
-            batch_id=action.batch.batch_id,
-            slot=action.batch.worker.slot,
-            credit=DEPTH - len(gpu.held),
-            held=len(gpu.held),
-            n=action.batch.n,
-            waited_ns=waited_ns,
-            executing_ns=executing_ns,
-            last_batch=gpu.last_batch,
-            free_in_ns=max(0, gpu.free_at_ns - self.now_ns),
-            output_bytes=4 if statuses is None else VARIED,
-            output=b"\x00" * 4 * action.batch.n if statuses is None else b"",
-            statuses=None if statuses is None else bytes([statuses]) * action.batch.n,
-            lengths=None if statuses is None else bytes(4 * action.batch.n),
-        )
-
-    def _report(self, process: Process, row: DoneRow) -> None:
-        if process.alive:
-            self.core.handle(Finished(process.key, Done(process.epoch, [row])), self.now_ns)
+            batch.batch_id, batch.slot, CAPACITY, 0, batch.n, 0, MS, batch.batch_id, 0, 0, 4,
+            b"\x00" * 4 * batch.n,
+        )  # fmt: skip
 
 
 def _terms(cohort: Cohort, i: int) -> tuple[int, int]:

@@ -42,7 +42,7 @@ def test_a_query_is_answered_ok_with_its_timeline() -> None:
 def test_an_answer_after_the_deadline_is_late_and_carries_its_output() -> None:
     """A GPU slower than its profile answers LATE, with the row of outputs."""
     world = make_world()
-    world.processes["w0"].gpus[0].speed = 2.0
+    world.processes["w0"].gpus[0].factor = 2.0
     (query,) = world.submit(36)
     world.run(200)
 

@@ -55,7 +55,7 @@ def test_what_cannot_be_met_is_infeasible_on_arrival() -> None:
 def test_what_becomes_hopeless_in_the_queue_is_infeasible_then() -> None:
     """Behind a worker that hangs a query is refused once no subnet can meet it, before its deadline."""
     world = make_world()
-    world.processes["w0"].gpus[0].hung = True
+    world.processes["w0"].gpus[0].hang()
     world.submit(*[36.0] * 64)
     (query,) = world.submit(20)
     world.run(20)
@@ -83,7 +83,7 @@ def test_nothing_is_sent_long_before_a_worker_is_free() -> None:
     def measure(dispatch: Dispatch, gpu: Gpu) -> None:
         worker: Worker = dispatch.batch.worker
         ahead_ns = world.core.settings.dispatch_ahead_ns + worker.transport.median_ns
-        early.append(gpu.free_at_ns - world.now_ns - ahead_ns)
+        early.append(gpu.free_at_ns(world.now_ns, world.way_ns) - world.now_ns - ahead_ns)
 
     world.on_dispatch = measure
     for _ in range(40):

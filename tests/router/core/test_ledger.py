@@ -48,7 +48,7 @@ class Desk:
         stretches, n = self.model.queue.take(n, 0)
         batch = Batch(
             batch_id=self.ledger.n_batches + 1, worker=self.worker, subnet=0, n=n, stretches=stretches,
-            dispatched_ns=now_ns, begin_ns=now_ns, expected_ns=MS, limit_ns=10 * MS,
+            dispatched_ns=now_ns, begin_ns=now_ns, profiled_ns=MS, limit_ns=10 * MS,
         )  # fmt: skip
         self.ledger.dispatch(batch)
         return batch
@@ -57,7 +57,7 @@ class Desk:
         """Have a batch's report come in, of 2 ms of GPU time and 1 ms of transport."""
         row = DoneRow(
             batch.batch_id, 0, 2, 0, batch.n, waited_ns=0, executing_ns=2 * MS, last_batch=batch.batch_id,
-            free_in_ns=0, output_bytes=4, output=bytes(4 * batch.n), statuses=statuses,
+            running_batch=0, running_for_ns=0, output_bytes=4, output=bytes(4 * batch.n), statuses=statuses,
         )  # fmt: skip
         self.ledger.finish(batch, row, MS, START_NS + round(after_ms * MS))
 

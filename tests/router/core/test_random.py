@@ -62,9 +62,9 @@ def _one_thing(world: World, rng: random.Random, ids: list[int]) -> None:
         world.join(key, *[g.profile for g in process.gpus])
     elif what < 0.9:
         gpu = rng.choice(process.gpus)
-        gpu.speed = rng.choice([1.0, 6.0, 60.0])
+        gpu.factor = rng.choice([1.0, 6.0, 60.0])
     elif what < 0.93:
-        rng.choice(process.gpus).hung = True
+        rng.choice(process.gpus).hang()
     elif what < 0.95 and process.alive:
         rng.choice(process.gpus).statuses = rng.choice([None, Status.FAILED])
     elif what < 0.97 and key in world.core.peers:

@@ -31,7 +31,7 @@ def make_worker(*ratios: float, free_in_ns: int = 0) -> Worker:
     peer = Peer("key", "host", 1, NOW_NS)
     peer.transport = RecentQuantiles([MEDIAN_NS] * 15 + [BOUND_NS])
     worker = Worker(peer, 0, CNN, SlackFit(CNN), NOW_NS)
-    worker.slowdowns[: len(ratios)] = ratios
+    worker.correction._differs[: len(ratios)] = ratios
     worker.free_at_ns = NOW_NS + free_in_ns
     peer.workers.append(worker)
     return worker

@@ -25,6 +25,7 @@ from router.core.workers import (
 )
 from router.policies.slackfit import SlackFit
 from superserve.clock import MS
+from superserve.wire import PullRow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,10 +42,16 @@ def make_worker() -> Worker:
     return Worker(Peer("key", "host", 1, NOW_NS), 0, CNN, SlackFit(CNN), NOW_NS)
 
 
-def hold(worker: Worker, batch_id: int, expected_ns: int = 5 * MS) -> None:
-    """Let the worker have a batch outstanding."""
-    batch = Batch(batch_id, worker, 0, 1, [], NOW_NS, NOW_NS, expected_ns, 10 * expected_ns)
+def hold(worker: Worker, batch_id: int, subnet: int = 0) -> None:
+    """Let the worker have a batch of one outstanding, sent just now."""
+    profiled_ns = CNN.latency_ns(subnet, 1)
+    batch = Batch(batch_id, worker, subnet, 1, [], NOW_NS, NOW_NS, profiled_ns, 50 * MS)
     worker.outstanding[batch_id] = batch
+
+
+def report(running_batch: int, running_for_ns: int, last_batch: int) -> PullRow:
+    """Return what a GPU says that may take nothing more."""
+    return PullRow(0, 0, 0, 1, last_batch, running_batch, running_for_ns)
 
 
 @pytest.mark.parametrize("event", PeerEvent)
@@ -123,19 +130,71 @@ def test_work_is_taken_only_with_credit_ready_and_live() -> None:
 def test_a_worker_with_nothing_outstanding_is_free_now() -> None:
     """Whatever it says of its queue, we know that it has nothing of ours."""
     worker = make_worker()
-    worker.expect_free(NOW_NS, 50 * MS, last_batch=0)
+    worker.expect_free(NOW_NS, report(9, 50 * MS, last_batch=9))
 
     assert worker.free_at_ns == NOW_NS
 
 
-def test_the_time_until_free_counts_what_the_worker_had_not_seen() -> None:
-    """Its own report, less half a round trip, plus the batches still on the way to it."""
+WAY_NS = 200_000  # half the transport that is assumed at first
+
+
+def test_the_end_is_reckoned_from_when_the_batch_began() -> None:
+    """A batch that had run for a while as its worker spoke ends the expected time after it began.
+
+    Behind it come one that is held and one that is still on the way.
+    """
+    worker = make_worker()
+    for batch_id in (1, 2, 3):
+        hold(worker, batch_id, subnet=batch_id)
+    worker.expect_free(NOW_NS, report(1, 400_000, last_batch=2))
+
+    took_ns = [CNN.latency_ns(subnet, 1) for subnet in (1, 2, 3)]
+    assert worker.free_at_ns == NOW_NS - WAY_NS - 400_000 + sum(took_ns)
+    assert worker.outstanding[1].begin_ns == NOW_NS - WAY_NS - 400_000
+
+
+def test_all_that_is_held_is_corrected_by_what_is_known_now() -> None:
+    """On a GPU seen to be 1.5 times slower each batch takes that much longer, whenever it was sent."""
     worker = make_worker()
     hold(worker, 1)
-    hold(worker, 2, expected_ns=7 * MS)
-    worker.expect_free(NOW_NS, 3 * MS, last_batch=1)
+    hold(worker, 2)
+    for _ in range(80):
+        worker.measure(0, 1_000, 1_500)
+    worker.expect_free(NOW_NS, report(1, 0, last_batch=2))
 
-    assert worker.free_at_ns == NOW_NS - 200_000 + 3 * MS + 7 * MS
+    assert worker.free_at_ns == pytest.approx(NOW_NS - WAY_NS + 3 * CNN.latency_ns(0, 1), abs=10_000)
+
+
+@pytest.mark.parametrize("running_for_ns", [2 * CNN.latency_ns(0, 1), 2**63 - 1])
+def test_an_overdue_batch_ends_now_at_the_earliest(running_for_ns: int) -> None:
+    """However long it says that it has been running, the next one begins no sooner than now."""
+    worker = make_worker()
+    hold(worker, 1)
+    worker.expect_free(NOW_NS, report(1, running_for_ns, last_batch=1))
+    alone_ns = worker.free_at_ns
+    hold(worker, 2)
+    worker.expect_free(NOW_NS, report(1, running_for_ns, last_batch=2))
+
+    assert alone_ns == NOW_NS
+    assert worker.free_at_ns == NOW_NS + CNN.latency_ns(0, 1)
+
+
+def test_what_a_worker_invents_keeps_it_busy_no_longer() -> None:
+    """A batch of which it says that it will begin some day has begun when it spoke."""
+    worker = make_worker()
+    hold(worker, 1)
+    worker.expect_free(NOW_NS, report(1, -(2**63), last_batch=1))
+
+    assert worker.free_at_ns == NOW_NS - WAY_NS + CNN.latency_ns(0, 1)
+
+
+def test_a_batch_under_way_begins_when_it_arrives() -> None:
+    """An idle worker that has not seen a directive yet is busy with it from its arrival on."""
+    worker = make_worker()
+    hold(worker, 1)
+    worker.expect_free(NOW_NS, report(0, 0, last_batch=0))
+
+    assert worker.free_at_ns == NOW_NS + WAY_NS + CNN.latency_ns(0, 1)
 
 
 @given(ratios=st.lists(st.floats(0.0, 1e6), min_size=1, max_size=50))
@@ -145,19 +204,65 @@ def test_slowdowns_stay_within_their_bounds(ratios: list[float]) -> None:
     for ratio in ratios:
         worker.measure(2, MS, int(ratio * MS))
 
-    assert 0.25 <= worker.slowdowns[2] <= 16
+    assert all(0.25 <= worker.corrected(subnet) <= 16 for subnet in range(CNN.n_subnets))
     assert 0.25 <= worker.slowdown <= 16
-    assert worker.slowdowns[1] == 1.0
+
+
+def test_a_subnet_not_measured_yet_follows_the_gpu() -> None:
+    """A device that is 1.5 times slower on one subnet is expected to be so on all that are not measured."""
+    worker = make_worker()
+    for _ in range(40):
+        worker.measure(0, MS, int(1.5 * MS))
+    followed = worker.corrected(4)
+    for _ in range(40):
+        worker.measure(4, MS, 2 * MS)
+        worker.measure(0, MS, int(1.5 * MS))
+
+    assert followed == pytest.approx(1.5, abs=0.1)
+    assert worker.corrected(4) == pytest.approx(2.0, abs=0.1)
+    assert worker.corrected(0) == pytest.approx(1.5, abs=0.1)
+
+
+def test_a_stall_does_not_refuse_what_fits() -> None:
+    """One batch that a stall made sixty times longer, first or later, moves the estimate by half at most."""
+    fresh, known = make_worker(), make_worker()
+    for _ in range(20):
+        known.measure(0, MS, MS)
+    fresh.measure(0, MS, 60 * MS)
+    known.measure(0, MS, 60 * MS)
+
+    assert fresh.corrected(0) < 2.0
+    assert known.corrected(0) < 1.2
 
 
 def test_a_throttled_gpu_is_known_after_ten_batches() -> None:
-    """A worker three times as slow is corrected to at least 2.4 within ten batches; noise of 4 % is not."""
+    """A worker that becomes three times as slow is corrected to at least 2.4 within ten batches."""
+    worker = make_worker()
+    for _ in range(50):
+        worker.measure(0, MS, MS)
+    for _ in range(10):
+        worker.measure(0, MS, 3 * MS)
+
+    assert worker.corrected(0) > 2.4
+
+
+def test_one_slow_subnet_is_told_from_a_slow_gpu() -> None:
+    """Of two subnets in turn, one 3 times slower, each is near its own ratio after ten batches of both."""
     worker = make_worker()
     for _ in range(10):
         worker.measure(0, MS, 3 * MS)
-        worker.measure(1, MS, int(1.04 * MS))
+        worker.measure(1, MS, MS)
 
     assert worker.corrected(0) > 2.4
+    assert worker.corrected(1) < 1.25
+
+
+def test_noise_is_not_corrected() -> None:
+    """Batches that differ by 4 % from the profile leave choices as they are."""
+    worker = make_worker()
+    for _ in range(20):
+        worker.measure(1, MS, int(1.04 * MS))
+
     assert worker.corrected(1) == 1.0
 
 
@@ -171,7 +276,7 @@ def test_an_idle_worker_gets_another_chance() -> None:
     for _ in range(256):
         worker.peer.ease(worker.answered_ns, idle_ns=0)
 
-    assert worker.slowdowns[0] < 1.2
+    assert worker.corrected(0) < 1.2
     assert worker.slowdown < 1.2
     assert worker.transport.bound_ns() < 2 * MS
 

@@ -54,7 +54,7 @@ def test_a_directive_says_of_each_query_what_its_client_did(data: st.DataObject)
             expected.append((i, cohort.deadlines_ns[i] - NOW_NS, bytes([serial * 8 + i]) * length))
     batch = Batch(
         batch_id=7, worker=Worker(Peer(b"w", "w", 1, NOW_NS), 0, CNN, SlackFit(CNN), NOW_NS), subnet=2,
-        n=len(expected), stretches=stretches, dispatched_ns=NOW_NS, begin_ns=NOW_NS, expected_ns=0,
+        n=len(expected), stretches=stretches, dispatched_ns=NOW_NS, begin_ns=NOW_NS, profiled_ns=0,
         limit_ns=0,
     )  # fmt: skip
 

@@ -170,7 +170,7 @@ def served(client: Peer, query_id: int) -> bool:
 def test_whoever_has_not_said_hello_is_told_to(shared: RoleProcess, net: Net, port: str) -> None:
     """No message of a stranger but HELLO, STATUS and control has an effect."""
     peer = Peer(net, shared.ready[port])
-    message: Message = queries(1) if port == "client" else Pull(1, [PullRow(0, 1, 0, 0, 0, 0)])
+    message: Message = queries(1) if port == "client" else Pull(1, [PullRow(0, 1, 0, 0, 0, 0, 0)])
     peer.send(message)
 
     refused = peer.control(Kind.REFUSED)
@@ -360,7 +360,7 @@ def is_order(frame: bytes) -> bool:
 def sound_messages() -> list[list[Buffer]]:
     """Return messages of both sides with extreme numbers in them."""
     huge = 2**63 - 1
-    row = DoneRow(1, 0, 1, 0, 1, huge, huge, huge, huge, 4, b"out!")
+    row = DoneRow(1, 0, 1, 0, 1, huge, huge, huge, huge, huge, 4, b"out!")
     made: list[Message] = [
         queries(1, 2, 3),
         queries(4, sent_ns=-huge),
@@ -370,8 +370,8 @@ def sound_messages() -> list[list[Buffer]]:
         Pong(-huge, huge),
         Pong(huge, -huge),
         wire.Ping(huge),
-        Pull(1, [PullRow(0, 65_535, 9, 9, huge, huge), PullRow(0, 1, 0, 0, 0, -huge)]),
-        Pull(1, [PullRow(9, 1, 0, 0, 0, 0)]),
+        Pull(1, [PullRow(0, 65_535, 9, 9, huge, huge, huge), PullRow(0, 1, 0, 0, 0, 0, -huge)]),
+        Pull(1, [PullRow(9, 1, 0, 0, 0, 0, 0)]),
         Done(1, [row]),
         Control(Kind.HELLO, {"session": 9}),
         Control(Kind.HELLO, worker_hello(name="noisy")),
@@ -460,7 +460,7 @@ def test_a_worker_that_breaks_the_protocol_loses_its_place_only(net: Net) -> Non
     with role() as router:
         worker = Peer(net, router.ready["worker"])
         epoch = worker.join()["epoch"]
-        worker.send(Pull(epoch, [PullRow(3, 1, 0, 0, 0, 0)]))
+        worker.send(Pull(epoch, [PullRow(3, 1, 0, 0, 0, 0, 0)]))
 
         assert "has 1 GPUs, got slot 3" in worker.control(Kind.REFUSED)["reason"]
         assert ask_status(router.ready["client"]).workers == ()
@@ -509,7 +509,7 @@ def test_sigterm_finishes_what_is_queued_and_exits_0(net: Net) -> None:
         client = Peer(net, router.ready["client"])
         client.hello()
         client.send(queries(1))
-        worker.send(Pull(epoch, [PullRow(0, 1, 0, 0, 0, 0)]))
+        worker.send(Pull(epoch, [PullRow(0, 1, 0, 0, 0, 0, 0)]))
         directive = worker.next()
         while not isinstance(directive, wire.Directive):
             directive = worker.next()
@@ -517,7 +517,7 @@ def test_sigterm_finishes_what_is_queued_and_exits_0(net: Net) -> None:
         poll(lambda: ask_status(router.ready["client"]).router.draining)
         client.send(queries(2))
         assert client.results() == {2: Status.DRAINING}
-        row = DoneRow(directive.batch_id, 0, 1, 0, 1, 0, 1_000, directive.batch_id, 0, 4, b"out!")
+        row = DoneRow(directive.batch_id, 0, 1, 0, 1, 0, 1_000, directive.batch_id, 0, 0, 4, b"out!")
         worker.send(Done(epoch, [row]))
 
         assert client.results() == {1: Status.OK}

@@ -138,7 +138,8 @@ def done_rows(draw: st.DrawFn) -> wire.DoneRow:
         waited_ns=draw(DURATION_NS),
         executing_ns=draw(DURATION_NS),
         last_batch=draw(U64),
-        free_in_ns=draw(I64),
+        running_batch=draw(U64),
+        running_for_ns=draw(I64),
         output_bytes=each,
         output=b"".join(parts),
         statuses=draw(st.none() | columns("B", st.sampled_from(Status), n)),
@@ -153,7 +154,7 @@ def cancels(draw: st.DrawFn) -> wire.Cancel:
     return wire.Cancel(draw(U64), n, draw(columns("Q", U64, n)))
 
 
-PULL_ROWS = st.builds(wire.PullRow, U16, U16, U16, U16, U64, I64, U64, F32, F32)
+PULL_ROWS = st.builds(wire.PullRow, U16, U16, U16, U16, U64, U64, I64, U64, F32, F32)
 BODIES = st.dictionaries(st.text(max_size=5), st.none() | st.integers(-(2**53), 2**53) | st.text(max_size=5))
 DATA_MESSAGES: st.SearchStrategy[wire.Message] = st.one_of(
     queries(),

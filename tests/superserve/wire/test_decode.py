@@ -179,7 +179,7 @@ def test_a_slack_beyond_a_day_is_a_wire_error(slack_ns: int) -> None:
 @pytest.mark.parametrize("field", ["waited_ns", "executing_ns"])
 def test_a_negative_duration_is_a_wire_error(field: str) -> None:
     """A worker cannot push the router's estimates up with durations below 0."""
-    row = wire.DoneRow(1, 0, 1, 0, 1, 0, 0, 1, 0, 0, b"")
+    row = wire.DoneRow(1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, b"")
     setattr(row, field, -1)
 
     with pytest.raises(WireError, match="duration"):
@@ -199,7 +199,7 @@ def test_what_a_later_release_adds_is_skipped(message: wire.Message, data: st.Da
     assert decode([memoryview(frame) for frame in frames]) == message
 
 
-PULL = wire.Pull(1, [wire.PullRow(slot, 1, 0, 0, 2, 3, 4, 0.5, 40.0) for slot in range(3)])
+PULL = wire.Pull(1, [wire.PullRow(slot, 1, 0, 0, 2, 3, 4, 5, 0.5, 40.0) for slot in range(3)])
 
 
 def test_rows_may_have_gaps_and_columns_any_tag() -> None:
@@ -215,7 +215,7 @@ def test_rows_shorter_than_their_known_fields_are_refused(kind: Kind) -> None:
     """A stride that is too small would read one row's fields from the next."""
     fixed, count_at, stride_at = ROWS[kind]
     fields = [1] * (stride_at + 1)
-    fields[stride_at] = {Kind.RESULTS: 51, Kind.PULL: 39, Kind.DIRECTIVE: 23, Kind.DONE: 55}[kind]
+    fields[stride_at] = {Kind.RESULTS: 51, Kind.PULL: 47, Kind.DIRECTIVE: 23, Kind.DONE: 63}[kind]
     first = prelude(kind, header_bytes=fixed.size) + fixed.pack(*fields) + bytes(200)
     expected = fields[stride_at] + 1
 

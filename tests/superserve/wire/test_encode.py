@@ -41,10 +41,10 @@ def test_small_queries_are_one_frame_of_these_bytes() -> None:
 
 def test_a_report_of_a_batch_is_one_frame_of_these_bytes() -> None:
     """Header, row, and the output behind it."""
-    row = wire.DoneRow(1, 2, 3, 4, 1, 6, 7, 8, 9, 2, b"ok", bytes([0]))
+    row = wire.DoneRow(1, 2, 3, 4, 1, 6, 7, 8, 9, 10, 2, b"ok", bytes([0]))
 
-    header = struct.pack("<2sBBHH", b"SS", 2, 8, 32, 16) + struct.pack("<QIH2x", 5, 1, 56)
-    known = struct.pack("<QHHHIqqQqIH", 1, 2, 3, 4, 1, 6, 7, 8, 9, 2, 1)
+    header = struct.pack("<2sBBHH", b"SS", 2, 8, 32, 16) + struct.pack("<QIH2x", 5, 1, 64)
+    known = struct.pack("<QHHHIqqQQqIH", 1, 2, 3, 4, 1, 6, 7, 8, 9, 10, 2, 1)
     assert frames_of(wire.Done(5, [row])) == [header + known + bytes([0]) + b"ok"]
 
 

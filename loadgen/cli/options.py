@@ -1,0 +1,34 @@
+"""Options that several commands of the load generator share."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gpu_worker.core.played import SPEEDS, Pace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_SPEED = click.option(
+    "--speed", type=click.FloatRange(*SPEEDS),
+    default=1.0, show_default=True,
+    help="Of the emulated GPUs: times as fast as their profile; 0.67 is 1.5 x slower.",
+)  # fmt: skip
+_DRIFT = click.option(
+    "--drift", type=click.FloatRange(-1, 1),
+    default=0.0, show_default=True,
+    help="Share of that speed added a minute; negative is throttling.",
+)  # fmt: skip
+
+
+def pace_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command --speed and --drift, and hand it both as `pace`."""
+
+    @functools.wraps(command)
+    def with_pace(*, speed: float, drift: float, **options: Any) -> None:
+        command(pace=Pace(speed, drift), **options)
+
+    return _SPEED(_DRIFT(with_pace))
