@@ -404,7 +404,7 @@ def test_thousands_of_mangled_messages_on_both_ports_cost_nobody_an_answer(net: 
                 assert router.poll() is None, f"seed {SEED}, message {i}: {router.tail()}"
                 assert served(client, 10**6 + i)
         counts = ask_status(router.ready["client"]).counts
-        assert counts["malformed"] + counts["wrong_version"] > 1_000
+        assert counts["malformed"] + counts["wrong_version"] > 500
         assert counts["wrong_version"] > 0, "some have another version"
 
 
