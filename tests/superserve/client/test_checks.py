@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_bytes_are_taken_as_they_are(session: Session[FakeQuery]) -> None:
     buffer, n_bytes = session.checked(writable)
     assert (bytes(buffer), n_bytes) == (b"123456", 6)
     assert np.shares_memory(np.frombuffer(buffer, np.uint8), np.frombuffer(writable, np.uint8))
-    _, n_bytes = session.checked(memoryview(np.zeros(3, np.float32)))
+    _, n_bytes = session.checked(memoryview(array("f", [0.0, 1.0, 2.0])))
     assert n_bytes == 12
 
 

@@ -1,0 +1,471 @@
+"""Mutants of the router's core."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+_DECIDE = "router/core/__init__.py"
+_FLEET = "router/core/fleet.py"
+_ADMISSION = "router/core/admission.py"
+_STATE = "router/core/state.py"
+_WORKERS = "router/core/workers.py"
+_ESTIMATES = "router/core/estimates.py"
+_EDF = "router/core/edf.py"
+_LANES = "router/core/lanes.py"
+
+_ANSWERS = ("tests/router/core/test_answers.py",)
+_BOUNDS = ("tests/router/core/test_bounds.py",)
+_CLIENTS = ("tests/router/core/test_clients.py",)
+_CORE = ("tests/router/core/test_core.py",)
+_FAULTS = ("tests/router/core/test_faults.py",)
+_AGAIN = ("tests/router/core/test_sent_again.py",)
+_SILENCE = ("tests/router/core/test_silence.py",)
+_SLOW = ("tests/router/core/test_slow_gpus.py",)
+_WHICH = ("tests/router/core/test_which_worker.py",)
+_UNITS = ("tests/router/core/test_workers.py",)
+_QUANTILES = ("tests/router/core/test_estimates.py",)
+_QUEUES = (
+    "tests/router/core/test_holes.py",
+    "tests/router/core/test_edf.py",
+    "tests/router/core/test_lanes.py",
+)
+
+CORE = (
+    # --- how queries end ---------------------------------------------------------------------
+    Mutant(
+        "a late answer is called OK",
+        _FLEET,
+        "if statuses is None and cohort.deadlines_ns[lo] >= arrives_ns:",
+        "if statuses is None:",
+        _ANSWERS,
+    ),
+    Mutant(
+        "an answer at the deadline is late",
+        _FLEET,
+        "late = bisect_left(cohort.deadlines_ns, arrives_ns, lo, hi)",
+        "late = bisect_left(cohort.deadlines_ns, arrives_ns + 1, lo, hi)",
+        _ANSWERS,
+    ),
+    Mutant(
+        "the way back to the client does not count",
+        _FLEET,
+        "arrives_ns = now_ns + cohort.client.return_ns",
+        "arrives_ns = now_ns",
+        _ANSWERS,
+    ),
+    Mutant(
+        "one late query makes its batch late",
+        _FLEET,
+        "late = bisect_left(cohort.deadlines_ns, arrives_ns, lo, hi)",
+        "late = hi",
+        _ANSWERS,
+    ),
+    Mutant(
+        "a late query with a status of its own is OK",
+        _FLEET,
+        "return Status.LATE if late and status is Status.OK else status",
+        "return status",
+        _ANSWERS,
+    ),
+    Mutant(
+        "a late failure is called LATE",
+        _FLEET,
+        "Status.LATE if late and status is Status.OK else",
+        "Status.LATE if late else",
+        _ANSWERS,
+    ),
+    Mutant(
+        "late queries count as accuracy served",
+        _FLEET,
+        "if status is Status.OK:",
+        "if status in (Status.OK, Status.LATE):",
+        _ANSWERS,
+    ),
+    Mutant(
+        "outputs of a batch are shifted by one",
+        _FLEET,
+        "self._end(ran, cohort, late, hi, Status.OK, at + late - lo, queued_ns)",
+        "self._end(ran, cohort, late, hi, Status.OK, at, queued_ns)",
+        _ANSWERS,
+    ),
+    Mutant(
+        "the second answer wins as well",
+        _FLEET,
+        "            if cohort.states[i] != ANSWERED:\n",
+        "            if True:\n",
+        _FAULTS,
+    ),
+    Mutant(
+        "bytes of answered queries stay held",
+        _STATE,
+        "self.held_bytes -= cohort.n_bytes",
+        "self.held_bytes -= 0",
+        _AGAIN,
+    ),
+    Mutant(
+        "a client that left is answered", _STATE, "if cohort.client.key is not None:", "if True:", _ANSWERS
+    ),
+    Mutant(
+        "the worker's way is not measured",
+        _FLEET,
+        "worker.peer.sample_way(transport_ns, now_ns)",
+        "worker.peer.sample_way(0, now_ns)",
+        _SLOW,
+    ),
+    # --- what is taken in --------------------------------------------------------------------
+    Mutant(
+        "what was answered is not taken again",
+        _ADMISSION,
+        "np.frombuffer(other.states, np.uint8) != ANSWERED",
+        "np.frombuffer(other.states, np.uint8) < 99",
+        _AGAIN,
+    ),
+    Mutant(
+        "what is in flight is taken again",
+        _ADMISSION,
+        "np.frombuffer(other.states, np.uint8) != ANSWERED",
+        "np.frombuffer(other.states, np.uint8) == QUEUED",
+        _AGAIN,
+    ),
+    Mutant(
+        "only the last message's queries are known", _ADMISSION, "known |= np.isin", "known = np.isin", _AGAIN
+    ),
+    Mutant(
+        "known queries are taken again",
+        _ADMISSION,
+        "for i in np.flatnonzero(known).tolist():",
+        "for i in []:",
+        _AGAIN,
+    ),
+    Mutant(
+        "in flight does not count against the bound",
+        _ADMISSION,
+        "bound - len(self.queue) - self.in_flight",
+        "bound - len(self.queue)",
+        _BOUNDS,
+    ),
+    Mutant(
+        "the byte bound is looked at too late",
+        _ADMISSION,
+        "if self.held_bytes + n_bytes > settings.max_bytes:",
+        "if self.held_bytes > settings.max_bytes:",
+        _CORE,
+    ),
+    Mutant(
+        "a floor is rounded above what was asked",
+        _ADMISSION,
+        "profile.floor_row(accuracy - _F32_ERROR)",
+        "profile.floor_row(accuracy)",
+        _CORE,
+    ),
+    Mutant(
+        "payloads of any size are taken",
+        _ADMISSION,
+        "if expected is not None and expected != got:",
+        "if expected is not None and expected < 0:",
+        _CORE,
+    ),
+    Mutant(
+        "a draining router takes queries", _ADMISSION, "self.draining = True", "self.draining = False", _CORE
+    ),
+    Mutant(
+        "a client's way is sampled with every message",
+        _STATE,
+        "if now_ns - self.sampled_ns < _SAMPLE_EVERY_NS:",
+        "if now_ns < self.sampled_ns:",
+        _CLIENTS,
+    ),
+    Mutant(
+        "a thousand small clients are given the worst of few samples",
+        _STATE,
+        "if len(transits) >= _ENOUGH_SAMPLES:",
+        "if len(transits) >= 0:",
+        _CLIENTS,
+    ),
+    # --- which worker, what batch, when ------------------------------------------------------
+    Mutant(
+        "no second try with the usual way",
+        _DECIDE,
+        (
+            "transport.median_ns - transport.median_ns // 2 + cohort.client.return_ns\n"
+            "            choice = self._corrected_choice(worker, now_ns)"
+        ),
+        "transport.median_ns - transport.median_ns // 2 + cohort.client.return_ns",
+        _SLOW,
+    ),
+    Mutant(
+        "the expected end is not corrected",
+        _DECIDE,
+        "int(profile.latency_ns(subnet, n) * corrected)",
+        "profile.latency_ns(subnet, n)",
+        _SLOW,
+    ),
+    Mutant(
+        "a choice that a slow subnet cannot keep is kept",
+        _DECIDE,
+        "for _ in range(3):",
+        "for _ in range(1):",
+        _SLOW,
+    ),
+    Mutant("a slow GPU overruns as soon as a sound one", _DECIDE, "* max(1.0, corrected))", "* 1.0)", _SLOW),
+    Mutant(
+        "decisions are taken ten times as early",
+        _DECIDE,
+        "return self.settings.dispatch_ahead_ns + worker.transport.median_ns",
+        "return 10 * self.settings.dispatch_ahead_ns",
+        _CORE,
+    ),
+    Mutant("credit is not deducted", _DECIDE, "worker.credit -= 1", "worker.credit -= 0", _BOUNDS),
+    Mutant(
+        "no head is given to another worker",
+        _DECIDE,
+        "if not self._uneven or len(passed) > _MAX_RIVALS:",
+        "if len(passed) > 0:",
+        _CORE,
+    ),
+    Mutant(
+        "a head does not wait for the worker that can serve it",
+        _DECIDE,
+        "if not (rival.may_take and self._is_due(rival, now_ns)):",
+        "if not rival.may_take:",
+        _WHICH,
+    ),
+    Mutant(
+        "what is doomed is refused one by one",
+        _DECIDE,
+        "if head[0] >= limit_ns + client_ns:",
+        "if True:",
+        _CORE,
+    ),
+    Mutant(
+        "a deadline that passed in the queue is infeasible",
+        _DECIDE,
+        "expired = bisect_left(cohort.deadlines_ns, now_ns, lo, hi)",
+        "expired = lo",
+        _CORE,
+    ),
+    Mutant(
+        "nobody wakes for a deadline",
+        _DECIDE,
+        "wakes.append(head[0] - self._min_service_ns + 1)",
+        "wakes.append(head[0] + 50 * MS)",
+        _CORE,
+    ),
+    Mutant(
+        "work goes to the worker that is free last",
+        _DECIDE,
+        "_, _, version, worker = free[0]",
+        "_, _, version, worker = free[-1]",
+        _WHICH,
+    ),
+    Mutant(
+        "a refusal blames the wrong subnet",
+        _DECIDE,
+        "floor = 0 if cohort.floors is None else cohort.floors[lo]",
+        "floor = 0",
+        _SLOW,
+    ),
+    Mutant(
+        "the batch is larger than what was chosen",
+        _DECIDE,
+        "self.queue.take(choice.batch_size, choice.subnet)",
+        "self.queue.take(choice.batch_size + 1, choice.subnet)",
+        _CORE,
+    ),
+    # --- workers that fall silent, overrun or die --------------------------------------------
+    Mutant(
+        "a stall of the router is not forgiven",
+        _FLEET,
+        "min(now_ns, peer.heard_ns + self._stall_ns)",
+        "min(now_ns, peer.heard_ns)",
+        _SILENCE,
+    ),
+    Mutant(
+        "a stall excuses silence for ever",
+        _FLEET,
+        "self._stall_ns = max(0, since_ns - 2 * settings.heartbeat_ns)",
+        "self._stall_ns = since_ns",
+        _SILENCE,
+    ),
+    Mutant(
+        "a suspect is never dead",
+        _FLEET,
+        "if quiet_ns >= settings.dead_after * settings.heartbeat_ns:",
+        "if quiet_ns >= 99 * settings.dead_after * settings.heartbeat_ns:",
+        _SILENCE,
+    ),
+    Mutant(
+        "only one pass of peers is judged",
+        _FLEET,
+        "self._to_judge = list(reversed(self.peers.values()))",
+        "self._to_judge = list(reversed(self.peers.values()))[:_JUDGED_AT_ONCE]",
+        _SILENCE,
+    ),
+    Mutant(
+        "a suspect is given work",
+        _WORKERS,
+        "and self.peer.machine.state is PeerState.LIVE",
+        "and self.peer.machine.state is not PeerState.DEAD",
+        _FAULTS,
+    ),
+    Mutant(
+        "an epoch that is over is listened to",
+        _FLEET,
+        "if peer is None or peer.epoch != epoch:",
+        "if peer is None:",
+        _FAULTS,
+    ),
+    Mutant(
+        "a lost batch is queued again for ever",
+        _FLEET,
+        "if losses[i] == 1 and has_slack",
+        "if has_slack",
+        _FAULTS,
+    ),
+    Mutant(
+        "a lost batch without slack is queued again",
+        _FLEET,
+        "if losses[i] == 1 and has_slack and",
+        "if losses[i] == 1 and",
+        _FAULTS,
+    ),
+    Mutant(
+        "queries of a client that left run again",
+        _FLEET,
+        "has_slack and cohort.client.key is not None:",
+        "has_slack:",
+        _FAULTS,
+    ),
+    Mutant("an overrun batch is not rescued", _FLEET, "self._rescue(held, now_ns)", "pass", _FAULTS),
+    Mutant(
+        "a batch that waits behind another overruns",
+        _FLEET,
+        "(due_ns > now_ns or first != batch_id)",
+        "due_ns > now_ns",
+        _SLOW,
+    ),
+    Mutant(
+        "a GPU that hangs is never given up",
+        _FLEET,
+        "self._give_up(worker, now_ns)\n                continue",
+        "continue",
+        _FAULTS,
+    ),
+    Mutant(
+        "a draining worker is never released",
+        _FLEET,
+        "WorkerState.DRAINING and not w.outstanding for w",
+        "WorkerState.DRAINING and w.outstanding for w",
+        _CORE,
+    ),
+    Mutant(
+        "every report is a measurement of a sound batch",
+        _FLEET,
+        "if row.statuses is None:",
+        "if True:",
+        _SLOW,
+    ),
+    # --- what is learnt ----------------------------------------------------------------------
+    Mutant(
+        "batches under way do not count against the credit",
+        _WORKERS,
+        "self.credit = max(0, credit - unseen)",
+        "self.credit = max(0, credit)",
+        _UNITS,
+    ),
+    Mutant(
+        "one measurement is believed at once",
+        _WORKERS,
+        "(ratio - self.slowdowns[subnet]) / 8",
+        "(ratio - self.slowdowns[subnet]) / 1",
+        _SLOW,
+    ),
+    Mutant(
+        "noise is a slowdown",
+        _WORKERS,
+        "return ratio if abs(ratio - 1.0) > 0.05 else 1.0",
+        "return ratio",
+        _UNITS,
+    ),
+    Mutant(
+        "an idle worker keeps its bad name",
+        _WORKERS,
+        "                worker.ease()\n",
+        "                pass\n",
+        _UNITS,
+    ),
+    Mutant(
+        "a busy worker forgets what it learnt",
+        _WORKERS,
+        "if not worker.outstanding and now_ns - worker.answered_ns >= idle_ns:",
+        "if now_ns - worker.answered_ns >= 0:",
+        _SLOW,
+    ),
+    Mutant(
+        "one stall fills the window",
+        _WORKERS,
+        "if now_ns - self.sampled_ns >= _SAMPLE_EVERY_NS:",
+        "if now_ns >= self.sampled_ns:",
+        _UNITS,
+    ),
+    Mutant(
+        "a far value counts in full",
+        _ESTIMATES,
+        "recent.append(most_ns if is_far else value_ns)",
+        "recent.append(value_ns)",
+        _QUANTILES,
+    ),
+    Mutant(
+        "the worst that was seen is the median",
+        _ESTIMATES,
+        "self._bound_ns = self._sorted[n * 99 // 100]",
+        "self._bound_ns = self._sorted[n >> 1]",
+        _QUANTILES,
+    ),
+    Mutant(
+        "an old base is kept for ever",
+        _ESTIMATES,
+        "while minima[0][0] < now_ns - self._window_ns:",
+        "while minima[0][0] < now_ns - 99 * self._window_ns:",
+        _QUANTILES,
+    ),
+    # --- the queue ---------------------------------------------------------------------------
+    Mutant(
+        "of equal deadlines the later comes first",
+        _EDF,
+        "cut = bisect_right if seq < rival_seq else bisect_left",
+        "cut = bisect_left if seq < rival_seq else bisect_right",
+        _QUEUES,
+    ),
+    Mutant(
+        "a batch passes over a floor", _EDF, "if floors[i] > subnet:", "if floors[i] > subnet + 1:", _QUEUES
+    ),
+    Mutant(
+        "answered queries are taken",
+        _EDF,
+        "end = cohort.states.find(ANSWERED, lo, end) if ANSWERED in cohort.states[lo:end] else end",
+        "pass",
+        _QUEUES,
+    ),
+    Mutant(
+        "what is due at the limit is taken before it",
+        _EDF,
+        "end = bisect_left(cohort.deadlines_ns, limit_ns, lo, hi)",
+        "end = bisect_right(cohort.deadlines_ns, limit_ns, lo, hi)",
+        _QUEUES,
+    ),
+    Mutant(
+        "the highest class gives way",
+        _LANES,
+        "return lane[0], min(one[0] for _, one in heads)",
+        "return lane[0], max(one[0] for _, one in heads)",
+        _QUEUES,
+    ),
+    Mutant(
+        "a lane is served on a subnet below its floor",
+        _LANES,
+        "if lane[1] <= subnet]",
+        "if lane[1] <= subnet + 1]",
+        _QUEUES,
+    ),
+)

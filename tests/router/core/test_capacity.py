@@ -1,0 +1,58 @@
+"""What a policy that sees demand is told of the cluster, by what it does with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from router.core.events import DrainWorker
+from router.policies.demandfit import DemandFit
+from superserve.wire import Status
+from tests.router.core.harness import CNN, World
+
+if TYPE_CHECKING:
+    from router.core.events import Dispatch
+
+
+def served(world: World, n_messages: int) -> list[int]:
+    """Return the ids of nine queries every four milliseconds."""
+    ids = []
+    for _ in range(n_messages):
+        ids += world.submit(*[36.0] * 9)
+        world.run(4)
+    return ids
+
+
+def test_gpus_that_drain_are_not_counted_on() -> None:
+    """With half of four GPUs draining the others serve all in time, on smaller subnets than four would."""
+    world = World(make_policy=DemandFit)
+    world.join("p", CNN, CNN, CNN, CNN)
+    served(world, 50)
+    before = world.dispatches()[-10:]
+    for slot in (0, 1):
+        world.do(DrainWorker("p", slot))
+    world.run(150)
+    ids = served(world, 200)
+    world.run(50)
+
+    assert world.statuses(ids).count(Status.OK) > 0.99 * len(ids)
+    assert {dispatch.slot for dispatch in world.dispatches()[-50:]} == {2, 3}
+    assert mean_row(world.dispatches()[-50:]) < mean_row(before) - 1
+
+
+def test_gpus_that_fall_silent_are_not_counted_on() -> None:
+    """A suspect is no capacity from the moment that it gets no more work."""
+    world = World(make_policy=DemandFit)
+    for key in ("a", "b"):
+        world.join(key, CNN, CNN)
+    served(world, 50)
+    world.kill("a", seen=False)
+    served(world, 110)  # until the silence was noticed
+    ids = served(world, 100)
+    world.run(50)
+
+    assert world.statuses(ids).count(Status.OK) > 0.99 * len(ids)
+
+
+def mean_row(dispatches: list[Dispatch]) -> float:
+    """Return the mean row of the profile over batches."""
+    return sum(dispatch.subnet for dispatch in dispatches) / len(dispatches)

@@ -1,0 +1,161 @@
+"""Corners of the client's core: a second silence, outputs of the wrong size, callbacks that come back."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from superserve.client.futures import QueryFuture, settle
+from superserve.client.reply import Answers, Reply
+from superserve.client.session import GRACE_NS, PROBE_NS, QUIET_NS
+from superserve.errors import QueryError, UnansweredError
+from superserve.subnet import TensorSpec
+from superserve.wire import Status
+from tests.superserve.client.fakes import group
+from tests.superserve.client.test_session import MS, SLO_NS, World
+
+if TYPE_CHECKING:
+    import contextlib
+
+
+@pytest.fixture
+def world() -> World:
+    """Return a world with a router."""
+    world = World()
+    world.session.welcomed(1)
+    return world
+
+
+# --- silence ---------------------------------------------------------------------------------
+
+
+def test_a_new_router_is_asked_for_itself(world: World) -> None:
+    """The old one's silence is not held against it: it has the whole time for its own PONG."""
+    world.submit()
+    world.turn()
+    world.now_ns = SLO_NS + QUIET_NS
+    world.turn()
+    assert world.session.wants_ping
+    world.session.wants_ping = False
+    world.session.welcomed(2)
+    world.now_ns += PROBE_NS // 2
+    late = world.submit(MS)
+    world.turn()
+    world.now_ns += QUIET_NS + 6 * MS
+    world.turn()
+    assert world.session.wants_ping, "the new one has been asked"
+    world.now_ns += PROBE_NS - 10 * MS
+    world.turn()
+    assert late.ends == []
+    world.now_ns += 20 * MS
+    world.turn()
+
+    assert isinstance(late.ends[0], UnansweredError)
+
+
+def test_a_router_that_falls_silent_twice_is_asked_twice(world: World) -> None:
+    """Between the two it answered: the first PING says nothing of the second silence."""
+    first = world.submit(GRACE_NS)
+    second = world.submit(GRACE_NS + 400 * MS)
+    world.turn()
+    for query in (first, second):
+        world.session.wants_ping = False
+        world.now_ns = query.deadline_ns + QUIET_NS + 4 * MS
+        world.turn()
+        assert world.session.wants_ping
+        world.now_ns += 5 * MS
+        world.heard_ns = world.now_ns
+        world.turn()
+
+    assert (first.ends, second.ends) == ([], [])
+
+
+# --- replies ---------------------------------------------------------------------------------
+
+
+def replies(n: int, status: Status, output: bytes, spec: TensorSpec | None) -> list[Reply | QueryError]:
+    """Return what each of n queries of one group gets."""
+    whole = group(bytes(8 * n), status, b"")
+    whole.output, whole.output_bytes = output, len(output) // n
+    answers = Answers(whole, "small", spec, 7 * MS)
+    return [answers.outcome(i, MS) for i in range(n)]
+
+
+@pytest.mark.parametrize("spec", [None, TensorSpec("float32", (5,))])
+def test_outputs_that_are_not_the_models_are_given_as_bytes(spec: TensorSpec | None) -> None:
+    """Each query its own, where the router said nothing of the model or other sizes come."""
+    got = replies(3, Status.OK, b"aaaabbbbcccc", spec)
+
+    assert [reply.output for reply in got if isinstance(reply, Reply)] == [b"aaaa", b"bbbb", b"cccc"]
+
+
+@pytest.mark.parametrize(("status", "is_late"), [(Status.OK, False), (Status.LATE, True)])
+def test_only_late_replies_are_late(status: Status, is_late: bool) -> None:
+    """And both carry the output, the figures of the batch and the time that it took here."""
+    for reply in replies(2, status, np.array([1, 2], "<f4").tobytes(), TensorSpec("float32", ())):
+        assert isinstance(reply, Reply)
+        assert reply.is_late is is_late
+        assert (reply.subnet, reply.accuracy, reply.batch_size, reply.latency_ms) == ("small", 80.0, 4, 6.0)
+        timeline = reply.timeline
+        assert (timeline.queued_ms, timeline.to_start_ms) == (1.0, 2.0)
+        assert (timeline.executing_ms, timeline.returning_ms) == (3.0, 4.0)
+
+
+# --- futures ---------------------------------------------------------------------------------
+
+
+class Owner:
+    """A client of one thread whose queries end when a test says so."""
+
+    def __init__(self) -> None:
+        self.guard: contextlib.AbstractContextManager[Any] = threading.RLock()
+        self.pid = os.getpid()
+        self.thread: threading.Thread | None = None
+
+    def future(self) -> QueryFuture:
+        """Return the future of a new query."""
+        return QueryFuture(self, b"", 0, 0, SLO_NS, 0.0, 0)
+
+    def cancel_query(self, future: QueryFuture) -> bool:
+        """End nothing: every query of this client has its answer."""
+        raise AssertionError(future)
+
+
+def test_futures_of_one_group_get_each_its_own_output() -> None:
+    """By their places in the group, those that had ended left out."""
+    owner = Owner()
+    futures = [owner.future() for _ in range(4)]
+    whole = group(bytes(32), Status.OK, b"")
+    whole.output, whole.output_bytes = b"abcd", 1
+    settle(owner.guard, [futures[0], None, futures[2], futures[3]], Answers(whole, "s", None, 0))
+
+    assert [futures[i].result().output for i in (0, 2, 3)] == [b"a", b"c", b"d"]
+    assert not futures[1].done()
+
+
+def test_a_future_settled_again_calls_nobody_again() -> None:
+    """Callbacks are gone once they were called."""
+    owner = Owner()
+    called: list[QueryFuture] = []
+    future = owner.future()
+    future.add_done_callback(called.append)
+    answers = Answers(group(bytes(8), Status.OK, b"out!"), "s", None, 0)
+    settle(owner.guard, [future], answers)
+    settle(owner.guard, [future], answers)
+
+    assert called == [future]
+
+
+def test_a_finished_query_is_not_cancelled() -> None:
+    """The router is not asked to, and the reply stays."""
+    owner = Owner()
+    future = owner.future()
+    settle(owner.guard, [future], Answers(group(bytes(8), Status.OK, b"out!"), "s", None, 0))
+
+    assert not future.cancel()
+    assert not future.cancelled()
+    assert future.result().output == b"out!"
