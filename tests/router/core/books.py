@@ -1,14 +1,26 @@
-"""What tests read of the core's books and set of its numbers, so that its parts may move."""
+"""What tests read of the core's books and actions, in one place: its parts may move, and facts stay."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
+from router.core.events import Finished
 from router.core.state import CoreSettings
+from superserve.clock import MS
 from superserve.wire import Status
 
 if TYPE_CHECKING:
-    from tests.router.core.harness import World
+    from collections.abc import Sequence
+
+    from router.core.edf import Stretch
+    from router.core.events import Dispatch
+    from tests.router.core.harness import Gpu, World
+
+
+def numbers(**changed: int) -> CoreSettings:
+    """Return the core's numbers with some of them changed."""
+    return CoreSettings(**changed)
 
 
 class Books(NamedTuple):
@@ -52,6 +64,67 @@ def books_of(world: World) -> Books:
     )
 
 
-def numbers(**changed: int) -> CoreSettings:
-    """Return the core's numbers with some of them changed."""
-    return CoreSettings(**changed)
+class Sent(NamedTuple):
+    """One directive."""
+
+    peer: str
+    slot: int
+    batch_id: int
+    subnet: int
+    n: int
+    stretches: list[Stretch]
+
+
+def sent(world: World) -> list[Sent]:
+    """Return every directive so far, in order."""
+    return [_sent(dispatch) for dispatch in world.dispatches()]
+
+
+def _sent(dispatch: Dispatch) -> Sent:
+    return Sent(
+        dispatch.peer, dispatch.slot, dispatch.batch_id, dispatch.subnet, dispatch.n, dispatch.stretches
+    )
+
+
+def report(
+    world: World,
+    k: int,
+    at_ns: int,
+    *,
+    statuses: Sequence[Status] | None = None,
+    waited_ns: int = 0,
+    executing_ns: int = MS,
+) -> None:
+    """Let the worker of directive `k` answer it at an instant: all OK, or with a status for each query."""
+    world.now_ns = at_ns
+    dispatch = world.dispatches()[k]
+    batch = _sent(dispatch)
+    process = world.processes[batch.peer]
+    gpu = process.gpus[batch.slot]
+    gpu.held.remove(batch.batch_id)
+    row = world.done_row(
+        dispatch,
+        gpu,
+        waited_ns=waited_ns,
+        executing_ns=executing_ns,
+        statuses=None if statuses is None else Status.OK,
+    )
+    if statuses is not None:
+        row = dataclasses.replace(row, statuses=bytes(statuses))
+    world.do(Finished(process.key, process.epoch, [row]))
+
+
+def earliness(world: World) -> list[int]:
+    """Return a list to which every directive from now on adds how much too early it was sent, ns.
+
+    That is the time until its GPU is really free, beyond the lead that the core allows itself.
+    """
+    early: list[int] = []
+
+    def measure(dispatch: Dispatch, gpu: Gpu) -> None:
+        batch = _sent(dispatch)
+        way_ns = world.worker(batch.peer, batch.slot).transport.median_ns
+        early.append(gpu.free_at_ns - world.now_ns - numbers().dispatch_ahead_ns - way_ns)
+
+    world.on_dispatch = measure
+    return early

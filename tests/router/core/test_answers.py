@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING
-
 import pytest
 
-from router.core.events import Answer, Finished, QueriesArrived
+from router.core.events import Answer, QueriesArrived
 from superserve.clock import MS
 from superserve.wire import Status
-from tests.router.core.books import books_of, numbers
+from tests.router.core.books import books_of, numbers, report, sent
 from tests.router.core.harness import CNN, World, ids_of, make_queries
 from tests.router.core.test_core import make_world
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from router.core.events import Dispatch
 
 OK, LATE, FAILED = Status.OK, Status.LATE, Status.FAILED
 
@@ -31,18 +23,6 @@ def hung_world(n_workers: int = 1) -> World:
     for process in world.processes.values():
         process.gpus[0].hung = True
     return world
-
-
-def answer(world: World, dispatch: Dispatch, at_ns: int, statuses: Sequence[Status] | None = None) -> None:
-    """Let the worker of a directive report it at an instant, with a status for each query or all OK."""
-    world.now_ns = at_ns
-    process = world.processes[dispatch.peer]
-    gpu = process.gpus[dispatch.slot]
-    gpu.held.remove(dispatch.batch_id)
-    row = world.done_row(dispatch, gpu, statuses=None if statuses is None else OK)
-    if statuses is not None:
-        row = dataclasses.replace(row, statuses=bytes(statuses))
-    world.do(Finished(process.key, process.epoch, [row]))
 
 
 def test_a_batch_on_a_gpu_slower_than_its_profile_is_late() -> None:
@@ -67,11 +47,11 @@ def test_an_answer_is_late_from_the_first_nanosecond_past_its_deadline(after_ns:
     """At the deadline itself it is in time."""
     world = hung_world()
     (query,) = world.submit(50)
-    answer(world, world.dispatches()[0], world.sent["client", query] + after_ns)
+    report(world, 0, world.sent["client", query] + after_ns)
 
     assert world.status(query) is status
     assert books_of(world).answered == {status: 1}
-    accuracy = CNN.subnets[world.dispatches()[0].subnet].accuracy
+    accuracy = CNN.subnets[sent(world)[0].subnet].accuracy
     assert books_of(world).ok_accuracy == (accuracy if status is OK else 0)
 
 
@@ -84,7 +64,7 @@ def test_the_way_back_to_the_client_counts(before_ns: int, status: Status) -> No
         world.do(QueriesArrived("client", make_queries([2_000 + i], [-1]), transit_ns=3 * MS))
         world.now_ns += 2 * MS
     (query,) = world.submit(80)
-    answer(world, world.dispatches()[0], world.sent["client", query] - before_ns)
+    report(world, 0, world.sent["client", query] - before_ns)
 
     assert world.status(query) is status
 
@@ -93,23 +73,22 @@ def test_queries_of_one_batch_end_each_by_its_own_deadline() -> None:
     """The earlier are LATE and the later OK, and each finds its place in the batch's output."""
     world = hung_world()
     early, late, last = world.submit(40, 50, 60)
-    (dispatch,) = world.dispatches()
-    assert dispatch.n == 3
-    answer(world, dispatch, world.sent["client", late])
+    (batch,) = sent(world)
+    assert batch.n == 3
+    report(world, 0, world.sent["client", late])
 
     assert world.statuses([early, late, last]) == [LATE, OK, OK]
     answers = [action for _, action in world.actions if isinstance(action, Answer)]
     assert [(ids_of(a), a.at, a.n) for a in answers] == [([early], 0, 1), ([late, last], 1, 2)]
     assert books_of(world).answered == {LATE: 1, OK: 2}
-    assert books_of(world).ok_accuracy == pytest.approx(2 * CNN.subnets[dispatch.subnet].accuracy)
+    assert books_of(world).ok_accuracy == pytest.approx(2 * CNN.subnets[batch.subnet].accuracy)
 
 
 def test_a_late_failure_is_a_failure() -> None:
     """Of a batch with a status for each query only what is OK becomes LATE."""
     world = hung_world()
     ids = world.submit(40, 40, 70)
-    (dispatch,) = world.dispatches()
-    answer(world, dispatch, world.sent["client", ids[0]] + 1, [OK, FAILED, OK])
+    report(world, 0, world.sent["client", ids[0]] + 1, statuses=[OK, FAILED, OK])
 
     assert world.statuses(ids) == [LATE, FAILED, OK]
     assert [world.answers["client", i].at for i in ids] == [0, 1, 2]
@@ -122,15 +101,15 @@ def test_batches_of_many_messages_answer_each_client_once() -> None:
     world.submit(60, 62, client="a", ids=[1, 2])
     world.submit(61, client="b", ids=[3])
     world.submit(63, client="a", ids=[4])
-    answer(world, world.dispatches()[0], world.now_ns + 20 * MS)
+    report(world, 0, world.now_ns + 20 * MS)
     assert world.status(blocker[0]) is OK
-    dispatch = world.dispatches()[1]
-    assert dispatch.n == 4
-    answer(world, dispatch, world.now_ns + 10 * MS)
+    batch = sent(world)[1]
+    assert batch.n == 4
+    report(world, 1, world.now_ns + 10 * MS)
 
     answers = [action for _, action in world.actions if isinstance(action, Answer)][1:]
     assert sorted((a.client, sorted(ids_of(a)), a.n) for a in answers) == [("a", [1, 2, 4], 3), ("b", [3], 1)]
-    order = [c.message.ids[8 * i] for c, lo, hi in dispatch.stretches for i in range(lo, hi)]
+    order = [c.message.ids[8 * i] for c, lo, hi in batch.stretches for i in range(lo, hi)]
     for one in answers:
         assert [order[one.at + k] for k in range(one.n)] == ids_of(one)
 
@@ -139,17 +118,12 @@ def test_the_timeline_is_split_between_the_ways() -> None:
     """Of what a batch was neither waiting nor running, half is the way there and half the way back."""
     world = hung_world()
     (query,) = world.submit(100)
-    dispatch = world.dispatches()[0]
-    process = world.processes["w0"]
-    world.now_ns += 20 * MS
-    process.gpus[0].held.clear()
-    row = world.done_row(dispatch, process.gpus[0], waited_ns=5 * MS, executing_ns=8 * MS)
-    world.do(Finished("w0", process.epoch, [row]))
+    report(world, 0, world.now_ns + 20 * MS, waited_ns=5 * MS, executing_ns=8 * MS)
 
     ran = world.answers["client", query].ran
     assert ran is not None
     assert (ran.to_start_ns, ran.executing_ns, ran.returning_ns) == (3_500_000 + 5 * MS, 8 * MS, 3_500_000)
-    assert (ran.subnet, ran.batch_size) == (dispatch.subnet, 1)
+    assert (ran.subnet, ran.batch_size) == (sent(world)[0].subnet, 1)
     books = books_of(world)
     assert (books.busy_ns, world.worker("w0").busy_ns) == (8 * MS, 8 * MS)
     assert (books.executed, books.output_bytes) == (1, 4)
@@ -160,10 +134,10 @@ def test_a_client_that_left_is_told_nothing() -> None:
     world = hung_world(2)
     world.submit(100)
     world.submit(100)
-    first, second = world.dispatches()
+    first, second = sent(world)
     assert first.peer != second.peer
     world.leave()
-    answer(world, first, world.now_ns + 10 * MS)
+    report(world, 0, world.now_ns + 10 * MS)
     world.kill(second.peer, seen=True)
 
     assert [action for _, action in world.actions if isinstance(action, Answer)] == []

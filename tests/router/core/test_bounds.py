@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from router.policies import Choice, QueueView, WorkerView
 from superserve.wire import Status
-from tests.router.core.books import books_of, numbers
+from tests.router.core.books import books_of, numbers, sent
 from tests.router.core.harness import CNN, World
 
 
@@ -72,7 +72,7 @@ def test_a_worker_is_sent_no_more_than_it_asked_for() -> None:
     world.join("w0", CNN)
     ids = world.submit(*[60.0] * 12)
     world.run(1.4)  # both are short, and the first report is not here yet
-    assert [dispatch.n for dispatch in world.dispatches()] == [1, 1]
+    assert [batch.n for batch in sent(world)] == [1, 1]
     world.run(60)
 
     assert world.statuses(ids) == [OK] * 12

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from router.core.events import DrainWorker
 from router.policies.demandfit import DemandFit
 from superserve.wire import Status
+from tests.router.core.books import sent
 from tests.router.core.harness import CNN, World
 
 if TYPE_CHECKING:
-    from router.core.events import Dispatch
+    from tests.router.core.books import Sent
 
 
 def served(world: World, n_messages: int) -> list[int]:
@@ -27,7 +28,7 @@ def test_gpus_that_drain_are_not_counted_on() -> None:
     world = World(make_policy=DemandFit)
     world.join("p", CNN, CNN, CNN, CNN)
     served(world, 50)
-    before = world.dispatches()[-10:]
+    before = sent(world)[-10:]
     for slot in (0, 1):
         world.do(DrainWorker("p", slot))
     world.run(150)
@@ -35,8 +36,8 @@ def test_gpus_that_drain_are_not_counted_on() -> None:
     world.run(50)
 
     assert world.statuses(ids).count(Status.OK) > 0.99 * len(ids)
-    assert {dispatch.slot for dispatch in world.dispatches()[-50:]} == {2, 3}
-    assert mean_row(world.dispatches()[-50:]) < mean_row(before) - 1
+    assert {batch.slot for batch in sent(world)[-50:]} == {2, 3}
+    assert mean_row(sent(world)[-50:]) < mean_row(before) - 1
 
 
 def test_gpus_that_fall_silent_are_not_counted_on() -> None:
@@ -53,6 +54,6 @@ def test_gpus_that_fall_silent_are_not_counted_on() -> None:
     assert world.statuses(ids).count(Status.OK) > 0.99 * len(ids)
 
 
-def mean_row(dispatches: list[Dispatch]) -> float:
+def mean_row(batches: list[Sent]) -> float:
     """Return the mean row of the profile over batches."""
-    return sum(dispatch.subnet for dispatch in dispatches) / len(dispatches)
+    return sum(batch.subnet for batch in batches) / len(batches)

@@ -9,6 +9,7 @@ import pytest
 from router.core.events import ClientJoined, QueriesArrived
 from superserve.clock import MS
 from superserve.wire import Status
+from tests.router.core.books import sent
 from tests.router.core.harness import CNN, World, make_queries
 
 OK = Status.OK
@@ -37,7 +38,7 @@ def hear(world: World, transit_ms: float, *, client: str = "near", n: int = 1, g
 def chosen(world: World, client: str = "near") -> int:
     """Return the subnet that one query of tight slack is given."""
     world.submit(TIGHT_MS, client=client)
-    return world.dispatches()[-1].subnet
+    return sent(world)[-1].subnet
 
 
 def test_a_near_client_is_given_the_best() -> None:
@@ -55,7 +56,7 @@ def test_the_way_back_to_a_far_client_costs_slack(n: int) -> None:
     hear(world, 3, n=n)
     query = world.submit(TIGHT_MS, client="near")
 
-    assert world.dispatches()[-1].subnet < BEST
+    assert sent(world)[-1].subnet < BEST
     world.run(TIGHT_MS)
     assert world.status(query[0], "near") is OK
     assert world.answered_ns["near", query[0]] <= world.sent["near", query[0]] - 3 * MS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from superserve.wire import Status
-from tests.router.core.books import books_of
+from tests.router.core.books import books_of, sent
 from tests.router.core.harness import CNN, World
 from tests.router.core.test_core import make_world
 
@@ -23,7 +23,7 @@ def test_what_was_answered_is_taken_again() -> None:
     world.join("w0", CNN)
     world.run(100)
     assert world.statuses([short, long]) == [OK, OK]
-    assert sum(dispatch.n for dispatch in world.dispatches()) == 2
+    assert sum(batch.n for batch in sent(world)) == 2
     assert books_of(world).held_bytes == 0
 
 

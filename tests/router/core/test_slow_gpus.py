@@ -10,7 +10,7 @@ from router.core.workers import WorkerState
 from router.policies.demandfit import DemandFit
 from superserve.clock import MS
 from superserve.wire import Status
-from tests.router.core.books import books_of, numbers
+from tests.router.core.books import books_of, earliness, sent
 from tests.router.core.harness import CNN, Gpu, World
 from tests.router.core.test_core import make_world, slower
 
@@ -34,14 +34,7 @@ def taught(speed: float, *, n_gpus: int = 1) -> World:
 def test_a_slow_gpu_is_given_its_next_batch_no_earlier_than_a_sound_one(speed: float) -> None:
     """When it really is about to be free, not when its profile says so."""
     world = taught(speed)
-    early: list[int] = []
-
-    def measure(dispatch: Dispatch, gpu: Gpu) -> None:
-        worker = world.worker(dispatch.peer, dispatch.slot)
-        ahead_ns = numbers().dispatch_ahead_ns + worker.transport.median_ns
-        early.append(gpu.free_at_ns - world.now_ns - ahead_ns)
-
-    world.on_dispatch = measure
+    early = earliness(world)
     for _ in range(30):
         world.submit(*[100.0] * 16)
         world.run(20)
@@ -68,8 +61,8 @@ def test_one_slow_subnet_is_corrected_before_the_whole_gpu_is() -> None:
     world = World()
     world.join("w0", CNN)
 
-    def slow_at_the_top(dispatch: Dispatch, gpu: Gpu) -> None:
-        gpu.speed = 2.5 if dispatch.subnet == CNN.n_subnets - 1 else 1.0
+    def slow_at_the_top(_dispatch: Dispatch, gpu: Gpu) -> None:
+        gpu.speed = 2.5 if sent(world)[-1].subnet == CNN.n_subnets - 1 else 1.0
 
     world.on_dispatch = slow_at_the_top
     first = world.submit_spaced(36, n=10, gap_ms=40)
@@ -108,7 +101,7 @@ def test_a_head_that_not_even_the_usual_way_lets_in_is_refused() -> None:
     assert answer.reason == (
         "slack 5.10 ms once a worker is free; cnn-80.16 alone takes 4.78 ms and the way 1.80 ms"
     )
-    assert [dispatch.n for dispatch in world.dispatches()] == [1]
+    assert [batch.n for batch in sent(world)] == [1]
     world.run(10)
     assert world.status(served) is OK
 
@@ -118,8 +111,8 @@ def test_a_batch_just_within_its_limit_is_no_overrun() -> None:
     world = make_world()
     world.processes["w0"].gpus[0].hung = True
     world.submit(400)
-    (dispatch,) = world.dispatches()
-    p99_ns = CNN.latency_p99_ns(dispatch.subnet, 1)
+    (batch,) = sent(world)
+    p99_ns = CNN.latency_p99_ns(batch.subnet, 1)
     # Expected to begin half a median round trip from now; the bound of the first way is 1 ms.
     limit_ns = 200_000 + 3 * p99_ns + MS + 10 * MS
     world.run((limit_ns - 1) / MS)
@@ -196,9 +189,9 @@ def test_one_slow_batch_is_a_hiccup() -> None:
     world = make_world()
     world.processes["w0"].gpus[0].speed = 3.0
     world.submit(60)
-    best = world.dispatches()[0].subnet
+    best = sent(world)[0].subnet
     world.run(30)
     world.processes["w0"].gpus[0].speed = 1.0
     world.submit(60)
 
-    assert world.dispatches()[1].subnet == best == CNN.n_subnets - 1
+    assert sent(world)[1].subnet == best == CNN.n_subnets - 1

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from router.core.events import DrainWorker
 from superserve.clock import MS
 from superserve.wire import Status
-from tests.router.core.books import numbers
-from tests.router.core.harness import CNN, Gpu, World
+from tests.router.core.books import earliness, sent
+from tests.router.core.harness import CNN, World
 from tests.router.core.test_core import make_world, slower
-
-if TYPE_CHECKING:
-    from router.core.events import Dispatch
 
 OK = Status.OK
 
@@ -22,13 +17,13 @@ def test_the_worker_that_is_free_first_is_given_the_head() -> None:
     world = make_world(3)
     for n in (16, 2, 8):
         world.submit(*[36.0] * n)
-    held = {dispatch.n: dispatch.peer for dispatch in world.dispatches()}
+    held = {batch.n: batch.peer for batch in sent(world)}
     assert len(set(held.values())) == 3
     world.run(5)
     world.submit(100)
     world.run(60)
 
-    fourth = world.dispatches()[3]
+    fourth = sent(world)[3]
     assert fourth.peer == held[2]
 
 
@@ -37,28 +32,21 @@ def test_an_idle_worker_is_given_work_at_once() -> None:
     world = make_world(4)
     for _ in range(3):
         world.submit(*[36.0] * 16)
-    busy = {dispatch.peer for dispatch in world.dispatches()}
+    busy = {batch.peer for batch in sent(world)}
     assert len(busy) == 3
     world.run(1)
-    before = len(world.dispatches())
+    before = len(sent(world))
     world.submit(36)
 
-    assert len(world.dispatches()) == before + 1
-    assert world.dispatches()[-1].peer not in busy
+    assert len(sent(world)) == before + 1
+    assert sent(world)[-1].peer not in busy
 
 
 def test_a_head_that_waits_for_the_fast_worker_is_sent_when_that_is_about_to_be_free() -> None:
     """The slow one is idle and too slow; the fast one is not decided for a whole batch ahead."""
     world = World()
     world.join("fast", CNN)
-    early: list[int] = []
-
-    def measure(dispatch: Dispatch, gpu: Gpu) -> None:
-        worker = world.worker(dispatch.peer, dispatch.slot)
-        ahead_ns = numbers().dispatch_ahead_ns + worker.transport.median_ns
-        early.append(gpu.free_at_ns - world.now_ns - ahead_ns)
-
-    world.on_dispatch = measure
+    early = earliness(world)
     world.submit(*[36.0] * 16)
     world.join("slow", slower(CNN, 20))
     tight = world.submit(45)  # the fast one begins in 31 ms; alone the slow one takes 29
