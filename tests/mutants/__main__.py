@@ -15,14 +15,14 @@ from tests.paths import ROOT
 
 
 @click.command()
-@click.option("--only", multiple=True, metavar="NAME", help="Only mutants with this in their name or file.")
+@click.option("--only", multiple=True, metavar="NAME", help="Only mutants with this in their name or place.")
 @click.option("--list", "is_list", is_flag=True, help="List them, and which are stale; run nothing.")
 @click.option("--jobs", type=click.IntRange(1), help="Mutants at a time.  [default: one a core]")
 def main(only: tuple[str, ...], is_list: bool, jobs: int | None) -> None:
     """Break one line, run the unit tests of its folder, and print which test noticed; for each mutant."""
-    mutants = [one for one in MUTANTS if not only or any(part in f"{one.name} {one.file}" for part in only)]
+    mutants = [one for one in MUTANTS if not only or any(part in f"{one.name} {one.where}" for part in only)]
     if not mutants:
-        raise click.ClickException(f"no mutant has {' or '.join(only)} in its name or file")
+        raise click.ClickException(f"no mutant has {' or '.join(only)} in its name or place")
     if is_list:
         lines = [_listed(mutant) for mutant in mutants]
         click.echo("\n".join(lines))
@@ -39,16 +39,16 @@ def main(only: tuple[str, ...], is_list: bool, jobs: int | None) -> None:
 
 
 def _line(fate: Fate) -> str:
-    where = f"{fate.mutant.name} ({fate.mutant.file})"
-    return f"{fate.verdict.value:9} {where}: {fate.detail} ({fate.took_s:.1f} s)"
+    mutant = fate.mutant
+    return f"{fate.verdict.value:9} {mutant.name} ({mutant.where}): {fate.detail} ({fate.took_s:.1f} s)"
 
 
 def _listed(mutant: Mutant) -> str:
     try:
-        mutant.applied(ROOT)
+        path, _ = mutant.applied(ROOT)
     except StaleError as error:
         return f"{Verdict.STALE.value:9} {mutant.name}: {error}"
-    return f"{'':9} {mutant.name} ({mutant.file})"
+    return f"{'':9} {mutant.name} ({path.relative_to(ROOT)})"
 
 
 if __name__ == "__main__":

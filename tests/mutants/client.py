@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 
-_SESSION = "superserve/client/session.py"
-_REPLY = "superserve/client/reply.py"
-_FUTURES = "superserve/client/futures.py"
+_CLIENT = "superserve/client"
 
 _BOOKS = ("tests/superserve/client/test_session.py",)
 _EDGES = ("tests/superserve/client/test_edges.py",)
@@ -17,127 +15,125 @@ CLIENT = (
     # --- taking in and sending ---------------------------------------------------------------
     Mutant(
         "the byte bound is refused itself",
-        _SESSION,
+        _CLIENT,
         "or self.held_bytes + n_bytes > self.max_bytes\n",
         "or self.held_bytes + n_bytes >= self.max_bytes\n",
         _BOOKS,
     ),
     Mutant(
         "one query more than the bound is taken",
-        _SESSION,
+        _CLIENT,
         "or len(pending) >= self.max_outstanding\n",
         "or len(pending) > self.max_outstanding\n",
         _BOOKS,
     ),
     Mutant(
         "in a pause no submit wakes the sender",
-        _SESSION,
+        _CLIENT,
         "must_tell = self._is_resting or (self._is_pausing and len(pending) == 1)",
         "must_tell = self._is_resting",
         _BOOKS,
     ),
     Mutant(
         "the sender rests on what has gathered",
-        _SESSION,
+        _CLIENT,
         "self._is_resting = not self.has_outbound",
         "self._is_resting = True",
         _BOOKS,
     ),
-    Mutant(
-        "a cancelled query is sent all the same", _SESSION, "if self._has_holes:\n", "if False:\n", _BOOKS
-    ),
+    Mutant("a cancelled query is sent all the same", _CLIENT, "if self._has_holes:\n", "if False:\n", _BOOKS),
     Mutant(
         "a query cancelled before it was sent is cancelled at the router",
-        _SESSION,
+        _CLIENT,
         "for query in cancelled if query.query_id <= self._sent_through]",
         "for query in cancelled]",
         _BOOKS,
     ),
     Mutant(
         "a cancelled query's payload is kept",
-        _SESSION,
+        _CLIENT,
         '            query.payload = b""  # here, and not in `cancel`: a message may just be built of it\n',
         "            pass\n",
         _BOOKS,
     ),
     Mutant(
         "a cancelled query's bytes stay held",
-        _SESSION,
+        _CLIENT,
         ("            self.held_bytes -= query.n_bytes\n            self._cancelled.append(query)"),
         "            self._cancelled.append(query)",
         _BOOKS,
     ),
     Mutant(
         "the slack is the deadline",
-        _SESSION,
+        _CLIENT,
         "query.deadline_ns - now_ns for query in batch",
         "query.deadline_ns for query in batch",
         _BOOKS,
     ),
     Mutant(
         "options stay on for later messages",
-        _SESSION,
+        _CLIENT,
         "has_options, self._has_options = self._has_options, False",
         "has_options = self._has_options",
         _BOOKS,
     ),
     Mutant(
         "floors are not sent",
-        _SESSION,
+        _CLIENT,
         "if query.min_accuracy or query.priority:",
         "if query.priority > 255:",
         _BOOKS,
     ),
     Mutant(
         "large payloads are packed",
-        _SESSION,
+        _CLIENT,
         "if max(sizes) >= FRAMED_BYTES:",
         "if max(sizes) > FRAMED_BYTES:",
         _BOOKS,
     ),
-    Mutant("a frame grows without bound", _SESSION, " and sum(sizes) <= PACKED_BYTES", "", _BOOKS),
+    Mutant("a frame grows without bound", _CLIENT, " and sum(sizes) <= PACKED_BYTES", "", _BOOKS),
     # --- routers that come and go ------------------------------------------------------------
     Mutant(
         "what the old router had is sent unmarked",
-        _SESSION,
+        _CLIENT,
         "has_options=True, resubmitted=True)",
         "has_options=True, resubmitted=False)",
         _BOOKS,
     ),
     Mutant(
         "queries without slack are sent again",
-        _SESSION,
+        _CLIENT,
         "query.deadline_ns - now_ns > HOPELESS_NS]",
         "query.deadline_ns - now_ns > 0]",
         _BOOKS,
     ),
     Mutant(
-        "a query is sent round for ever", _SESSION, "if query.n_sends < MAX_SENDS - 1]", "if True]", _BOOKS
+        "a query is sent round for ever", _CLIENT, "if query.n_sends < MAX_SENDS - 1]", "if True]", _BOOKS
     ),
     Mutant(
         "a new router is given nothing",
-        _SESSION,
+        _CLIENT,
         "everything = list(self._pending.values()) if self._is_greeted else []",
         "everything = []",
         _BOOKS,
     ),
     Mutant(
         "without a router queries wait past their deadline",
-        _SESSION,
+        _CLIENT,
         "return deadline_ns if deadline_ns - HOPELESS_NS > now_ns else None",
         "return deadline_ns if deadline_ns > now_ns else None",
         _BOOKS,
     ),
     Mutant(
         "nothing is looked at when a router is lost",
-        _SESSION,
+        _CLIENT,
         "            self._time(ids, 0)",
         "            self._time(ids, 1 << 62)",
         _BOOKS,
     ),
     Mutant(
         "the new router is blamed for the old one's silence",
-        _SESSION,
+        _CLIENT,
         ("        self._is_greeted = True\n        self._asked_ns = None"),
         "        self._is_greeted = True",
         _EDGES,
@@ -145,38 +141,38 @@ CLIENT = (
     # --- waiting too long --------------------------------------------------------------------
     Mutant(
         "a LATE answer is not waited for",
-        _SESSION,
+        _CLIENT,
         "if now_ns >= deadline_ns + GRACE_NS:\n            return None",
         "if now_ns >= deadline_ns:\n            return None",
         _BOOKS,
     ),
     Mutant(
-        "a silent router is not asked", _SESSION, "self.wants_ping = True", "self.wants_ping = False", _BOOKS
+        "a silent router is not asked", _CLIENT, "self.wants_ping = True", "self.wants_ping = False", _BOOKS
     ),
     Mutant(
         "a router that answers when asked is given up",
-        _SESSION,
+        _CLIENT,
         "if self._asked_ns is not None and heard_ns >= self._asked_ns:",
         "if self._asked_ns is not None and heard_ns > self._asked_ns + PROBE_NS:",
         _BOOKS,
     ),
     Mutant(
         "a router is asked before it may answer",
-        _SESSION,
+        _CLIENT,
         "if now_ns < deadline_ns + QUIET_NS:",
         "if now_ns < deadline_ns:",
         _BOOKS,
     ),
     Mutant(
         "an answered query waits for its deadline",
-        _SESSION,
+        _CLIENT,
         "            self._drop_answered()\n",
         "            pass\n",
         _BOOKS,
     ),
     Mutant(
         "what expires keeps its bytes",
-        _SESSION,
+        _CLIENT,
         (
             "return False  # cancelled a moment ago: that was its end\n"
             "            self.held_bytes -= query.n_bytes"
@@ -184,10 +180,10 @@ CLIENT = (
         "return False",
         _BOOKS,
     ),
-    Mutant("answers keep their bytes", _SESSION, "self.held_bytes -= freed", "self.held_bytes -= 0", _BOOKS),
+    Mutant("answers keep their bytes", _CLIENT, "self.held_bytes -= freed", "self.held_bytes -= 0", _BOOKS),
     Mutant(
         "a closed session takes queries",
-        _SESSION,
+        _CLIENT,
         "            self._is_closed = True",
         "            self._is_closed = False",
         _BOOKS,
@@ -195,66 +191,66 @@ CLIENT = (
     # --- checks ------------------------------------------------------------------------------
     Mutant(
         "an SLO of nothing is taken",
-        _SESSION,
+        _CLIENT,
         "if 0 < slo_ms <= MAX_SLACK_NS / MS:",
         "if 0 <= slo_ms <= MAX_SLACK_NS / MS:",
         _CHECKS,
     ),
     Mutant(
         "floors stop at 99 %",
-        _SESSION,
+        _CLIENT,
         "or not 0 <= min_accuracy <= 100:",
         "or not 0 <= min_accuracy < 100:",
         _CHECKS,
     ),
     Mutant(
         "a transposed array is sent as it lies",
-        _SESSION,
+        _CLIENT,
         "if dtype.kind in _PLAIN_KINDS and payload.flags.c_contiguous:",
         "if dtype.kind in _PLAIN_KINDS:",
         _CHECKS,
     ),
     Mutant(
         "an array of another dtype is taken",
-        _SESSION,
+        _CLIENT,
         "(dtype != expected.dtype or payload.shape != expected.spec.shape)",
         "payload.shape != expected.spec.shape",
         _CHECKS,
     ),
     # --- replies -----------------------------------------------------------------------------
-    Mutant("a late reply is not late", _REPLY, "is_late = group.status == _LATE", "is_late = False", _BOOKS),
+    Mutant("a late reply is not late", _CLIENT, "is_late = group.status == _LATE", "is_late = False", _BOOKS),
     Mutant(
         "every query gets the first one's bytes",
-        _REPLY,
+        _CLIENT,
         "view[i * each : (i + 1) * each]",
         "view[:each]",
         _EDGES,
     ),
-    Mutant("outputs of varied length are shifted", _REPLY, "[0, *accumulate(", "[1, *accumulate(", _BOOKS),
+    Mutant("outputs of varied length are shifted", _CLIENT, "[0, *accumulate(", "[1, *accumulate(", _BOOKS),
     Mutant(
         "waits are a thousand times as long",
-        _REPLY,
+        _CLIENT,
         "return self._waits_us[i] / 1000",
         "return self._waits_us[i] / 1",
         _BOOKS,
     ),
     Mutant(
         "those that waited differently share a timeline",
-        _REPLY,
+        _CLIENT,
         "if last is None or last.queued_ms != queued_ms:",
         "if last is None:",
         _BOOKS,
     ),
     Mutant(
         "an output of another size is the model's",
-        _REPLY,
+        _CLIENT,
         "if spec is None or group.output_bytes != spec.n_bytes:",
         "if spec is None:",
         _EDGES,
     ),
     Mutant(
         "a reply may be written to",
-        _REPLY,
+        _CLIENT,
         "rows.flags.writeable = False",
         "rows.flags.writeable = group.count == 0",
         _BOOKS,
@@ -262,44 +258,44 @@ CLIENT = (
     # --- futures -----------------------------------------------------------------------------
     Mutant(
         "a cancelled future is not cancelled",
-        _FUTURES,
+        _CLIENT,
         "return self._is_cancelled\n",
         "return False\n",
         _WAITING,
     ),
     Mutant(
         "a callback added at the end is lost",
-        _FUTURES,
+        _CLIENT,
         "        _call(fn, self)\n\n    def __repr__",
         "        return\n\n    def __repr__",
         _WAITING,
     ),
     Mutant(
         "callbacks run twice",
-        _FUTURES,
+        _CLIENT,
         "callbacks, future._callbacks = future._callbacks, None",
         "callbacks = future._callbacks",
         _EDGES,
     ),
-    Mutant("who waits is not woken", _FUTURES, "self._condition.notify_all()", "pass", _WAITING),
-    Mutant("each future gets the first answer", _FUTURES, "future._index = i", "future._index = 0", _EDGES),
+    Mutant("who waits is not woken", _CLIENT, "self._condition.notify_all()", "pass", _WAITING),
+    Mutant("each future gets the first answer", _CLIENT, "future._index = i", "future._index = 0", _EDGES),
     Mutant(
         "a reply is made anew each time",
-        _FUTURES,
+        _CLIENT,
         ("            self._answers = None\n        return self._outcome"),
         "        return answers.outcome(self._index, self.submitted_ns) if answers else self._outcome",
         _WAITING,
     ),
     Mutant(
         "a failing callback harms those behind it",
-        _FUTURES,
+        _CLIENT,
         "    except Exception:  # the",
         "    except ValueError:  # the",
         _WAITING,
     ),
     Mutant(
         "a wait of no time blocks on a loop",
-        _FUTURES,
+        _CLIENT,
         "if timeout is None or timeout > 0:",
         "if True:",
         _WAITING,

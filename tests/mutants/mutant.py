@@ -1,4 +1,4 @@
-"""What a mutant is: a snippet of one file, what stands there instead, and the tests that must notice."""
+"""What a mutant is: a snippet of the code, what stands there instead, and the tests that must notice."""
 
 from __future__ import annotations
 
@@ -15,39 +15,41 @@ class Mutant:
 
     Attributes:
         name: What the broken code does, in words; unique.
-        file: The file that it breaks, from the root of the tree.
-        old: What stands there now: whole lines or a part of one, found exactly once in the file.
+        where: The folder or file that it breaks, from the root of the tree. A folder where it will do:
+            then a line may move between the folder's files.
+        old: What stands there now: whole lines or a part of one, found exactly once.
         new: What stands there instead.
         tests: Files or folders of tests, at least one of which must fail. They run in this order.
     """
 
     name: str
-    file: str
+    where: str
     old: str
     new: str
     tests: tuple[str, ...]
 
-    def applied(self, root: Path) -> str:
-        """Return the text of the broken file.
+    def applied(self, root: Path) -> tuple[Path, str]:
+        """Return the file that it breaks, and the text of the broken file.
 
         Raises:
             StaleError: The snippet is not there exactly once, or the result is not Python.
         """
-        path = root / self.file
-        if not path.is_file():
-            raise StaleError(f"{self.file}: no such file")
-        text = path.read_text(encoding="utf-8")
-        n_found = text.count(self.old)
-        if n_found != 1:
-            raise StaleError(f"{self.file}: expected once, found {n_found} times: {self.old!r}")
-        broken = text.replace(self.old, self.new)
-        if broken == text:
-            raise StaleError(f"{self.file}: it changes nothing")
+        place = root / self.where
+        paths = sorted(place.rglob("*.py")) if place.is_dir() else [place] if place.is_file() else []
+        texts = {path: path.read_text(encoding="utf-8") for path in paths}
+        counts = {path: n for path, text in texts.items() if (n := text.count(self.old))}
+        if sum(counts.values()) != 1:
+            n_found = sum(counts.values())
+            raise StaleError(f"{self.where}: expected once, found {n_found} times: {self.old!r}")
+        [path] = counts
+        broken = texts[path].replace(self.old, self.new)
+        if broken == texts[path]:
+            raise StaleError(f"{self.where}: it changes nothing")
         try:
-            compile(broken, self.file, "exec")
+            compile(broken, str(path), "exec")
         except SyntaxError as error:
-            raise StaleError(f"{self.file}: not Python any more: {error}") from error
-        return broken
+            raise StaleError(f"{self.where}: not Python any more: {error}") from error
+        return path, broken
 
 
 class StaleError(Exception):

@@ -5,12 +5,8 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 _POLICIES = "router/policies/__init__.py"
-_FLEET = "router/core/fleet.py"
-_WORKERS = "router/core/workers.py"
-_SLACKFIT = "router/policies/slackfit.py"
-_DEMANDFIT = "router/policies/demandfit.py"
-_DEMAND = "router/policies/demand.py"
-_BASELINES = "router/policies/baselines.py"
+_ROUTER = "router/core"
+_POLICY = "router/policies"
 
 _PRICES = ("tests/router/policies/test_demandfit.py",)
 _WORTH = ("tests/router/policies/test_worth.py",)
@@ -23,21 +19,21 @@ POLICIES = (
     # --- SlackFit ----------------------------------------------------------------------------
     Mutant(
         "an edge as long as the slack does not fit",
-        _SLACKFIT,
+        _POLICY,
         "if ahead_ns < 0:",
         "if ahead_ns <= 0:",
         _BUCKETS,
     ),
     Mutant(
         "SlackFit's largest batch comes last",
-        _SLACKFIT,
+        _POLICY,
         "profile.most_accurate(batch_size, budget_ns)",
         "floor",
         _BUCKETS,
     ),
     Mutant(
         "floors have no buckets of their own",
-        _SLACKFIT,
+        _POLICY,
         "self.buckets[queue.head_floor].at",
         "self.buckets[0].at",
         _BUCKETS,
@@ -52,7 +48,7 @@ POLICIES = (
     ),
     Mutant(
         "a slow worker has all of the slack",
-        _POLICIES,
+        _POLICY,
         "else int(slack_ns / worker.slowdown)",
         "else slack_ns",
         _BUCKETS,
@@ -60,77 +56,77 @@ POLICIES = (
     # --- DemandFit ---------------------------------------------------------------------------
     Mutant(
         "the queue has no part in the price",
-        _DEMANDFIT,
+        _POLICY,
         "+ queue.length / patience_ns",
         "+ 0 / patience_ns",
         _PRICES,
     ),
     Mutant(
         "time is cheap at its least budget",
-        _DEMANDFIT,
+        _POLICY,
         "[_STEEPEST * prices[0], *prices, 0.0]",
         "[prices[0], *prices, 0.0]",
         _WORTH,
     ),
     Mutant(
         "a batch is paid for by its size, not by what waits",
-        _DEMANDFIT,
+        _POLICY,
         "each = price / min(size.size, length)",
         "each = price / size.size",
         _WORTH,
     ),
     Mutant(
         "late heads are shed without overload",
-        _DEMANDFIT,
+        _POLICY,
         "if not is_late or budget_ns >= full.latency_ns[0] / full.size or",
         "if not is_late or",
         _PRICES,
     ),
     Mutant(
         "late heads are never shed",
-        _DEMANDFIT,
+        _POLICY,
         "return Shed(max(before_ns, queue.head_deadline_ns + 1), n)",
         "return None",
         _PRICES,
     ),
     Mutant(
         "lower classes do not give way",
-        _DEMANDFIT,
+        _POLICY,
         "_LATE * patience_ns if queue.outranks else full.p99_ns[0]",
         "full.p99_ns[0]",
         _PRICES,
     ),
     Mutant(
         "patience counts the way twice",
-        _DEMANDFIT,
+        _POLICY,
         "max(1.0, demand.slack_ns - worker.allowance_ns)",
         "max(1.0, demand.slack_ns - 9 * worker.allowance_ns)",
         _PRICES,
     ),
     Mutant(
         "a slow worker sheds by its profile",
-        _DEMANDFIT,
+        _POLICY,
         "int(full.p99_ns[0] * worker.slowdown)",
         "int(full.p99_ns[0])",
         _WORTH,
     ),
     Mutant(
         "a slow worker has all of the patience",
-        _DEMANDFIT,
+        _POLICY,
         "return patience_ns / worker.slowdown, demand",
         "return patience_ns, demand",
         _WORTH,
     ),
     Mutant(
         "of equal batches the smaller is run",
-        _DEMANDFIT,
+        _POLICY,
         "if worth >= best_worth:",
         "if worth > best_worth:",
         _WORTH,
     ),
     Mutant(
         "the slack alone limits what sets the price",
-        _DEMANDFIT,
+        _POLICY,
         "min((1.0 - _SET_POINT) * patience_ns, _GRACE * slack_ns)",
         "_GRACE * slack_ns",
         _WORTH,
@@ -138,28 +134,28 @@ POLICIES = (
     # --- demand ------------------------------------------------------------------------------
     Mutant(
         "the rate does not fade",
-        _DEMAND,
+        _POLICY,
         "self.rate = self.rate * keep + gain * self._n",
         "self.rate = self.rate + gain * self._n",
         _RATES,
     ),
     Mutant(
         "patience is a mean over messages",
-        _DEMAND,
+        _POLICY,
         "self._hastes += len(slacks_ns) / max(MS, first_ns)",
         "self._hastes += 1 / max(MS, first_ns)",
         _RATES,
     ),
     Mutant(
         "a worker that drains counts as capacity",
-        _WORKERS,
+        _ROUTER,
         "if w.machine.state is WorkerState.READY]",
         "]",
         _CAPACITY,
     ),
     Mutant(
         "a suspect counts as capacity",
-        _FLEET,
+        _ROUTER,
         "if peer.machine.state is PeerState.LIVE]",
         "if peer.machine.state is not PeerState.DEAD]",
         _CAPACITY,
@@ -167,21 +163,21 @@ POLICIES = (
     # --- baselines ---------------------------------------------------------------------------
     Mutant(
         "MaxAcc serves below the floor",
-        _BASELINES,
+        _POLICY,
         "if subnet is None or subnet < queue.head_floor:",
         "if subnet is None:",
         _OTHERS,
     ),
     Mutant(
         "Clipper+ does not raise its subnet to the floor",
-        _BASELINES,
+        _POLICY,
         "subnet = max(self.subnet, queue.head_floor)",
         "subnet = self.subnet",
         _OTHERS,
     ),
     Mutant(
         "MaxBatch takes the smallest subnet",
-        _BASELINES,
+        _POLICY,
         "subnet = self._profile.most_accurate(batch_size, slack_ns)",
         "subnet = queue.head_floor",
         _OTHERS,

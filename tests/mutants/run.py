@@ -96,10 +96,9 @@ def copy_tree(root: Path, to: Path) -> Path:
 
 def _fate(mutant: Mutant, tree: Path) -> Fate:
     try:
-        broken = mutant.applied(tree)
+        path, broken = mutant.applied(tree)
     except StaleError as error:
         return Fate(mutant, Verdict.STALE, str(error))
-    path = tree / mutant.file
     text = path.read_text(encoding="utf-8")
     path.write_text(broken, encoding="utf-8")
     started_s = time.monotonic()

@@ -26,10 +26,10 @@ TEST = "from little import half\n\n\ndef test_half() -> None:\n    assert half(5
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_every_mutant_fits_the_code(mutant: Mutant) -> None:
     """Its snippet is there exactly once, what it makes of the file is Python, and its tests exist."""
-    broken = mutant.applied(ROOT)
+    path, broken = mutant.applied(ROOT)
 
-    assert broken != (ROOT / mutant.file).read_text(encoding="utf-8")
-    assert not mutant.file.startswith("tests/"), "a mutant breaks what is tested, not the tests"
+    assert broken != path.read_text(encoding="utf-8")
+    assert not mutant.where.startswith("tests"), "a mutant breaks what is tested, not the tests"
     assert mutant.tests
     for test in mutant.tests:
         assert (ROOT / test).exists(), test
@@ -39,13 +39,13 @@ def test_every_mutant_fits_the_code(mutant: Mutant) -> None:
 def test_names_are_unique_and_there_are_enough() -> None:
     """Each can be run by its name; no two are the same fault; every role has some."""
     names = Counter(mutant.name for mutant in MUTANTS)
-    faults = Counter((mutant.file, mutant.old, mutant.new) for mutant in MUTANTS)
+    faults = Counter((mutant.where, mutant.old, mutant.new) for mutant in MUTANTS)
 
     assert [name for name, n in names.items() if n > 1] == []
     assert [fault for fault, n in faults.items() if n > 1] == []
     assert len(MUTANTS) >= FEWEST
     for role in ("router/core", "router/policies", "superserve/client", "gpu_worker"):
-        assert sum(mutant.file.startswith(role) for mutant in MUTANTS) >= 10, role
+        assert sum(mutant.where.startswith(role) for mutant in MUTANTS) >= 10, role
 
 
 @pytest.fixture
@@ -111,11 +111,11 @@ def test_a_stale_mutant_says_why(tree: Path, old: str, new: str, says: str) -> N
 
 
 def test_the_command_lists_and_selects() -> None:
-    """All of them, or those whose name or file has the words; none is an error."""
+    """All of them, or those whose name or place has the words; none is an error."""
     listed = CliRunner().invoke(main, ["--list"])
     some = CliRunner().invoke(main, ["--list", "--only", "a late answer is called OK"])
     none = CliRunner().invoke(main, ["--only", "no such thing"])
 
     assert (listed.exit_code, listed.output.count("\n")) == (0, len(MUTANTS))
     assert some.output.count("\n") == 1
-    assert (none.exit_code, none.output) == (1, "Error: no mutant has no such thing in its name or file\n")
+    assert (none.exit_code, none.output) == (1, "Error: no mutant has no such thing in its name or place\n")
