@@ -41,7 +41,7 @@ CLIENT = (
         "self._is_resting = True",
         _BOOKS,
     ),
-    Mutant("a cancelled query is sent all the same", _CLIENT, "if self._has_holes:\n", "if False:\n", _BOOKS),
+    Mutant("a cancelled query is sent all the same", _CLIENT, "if self._has_holes:\n", "if False:\n", _EDGES),
     Mutant(
         "a query cancelled before it was sent is cancelled at the router",
         _CLIENT,
@@ -75,14 +75,14 @@ CLIENT = (
         _CLIENT,
         "has_options, self._has_options = self._has_options, False",
         "has_options = self._has_options",
-        _BOOKS,
+        _EDGES,
     ),
     Mutant(
         "floors are not sent",
         _CLIENT,
         "if query.min_accuracy or query.priority:",
         "if query.priority > 255:",
-        _BOOKS,
+        _EDGES,
     ),
     Mutant(
         "large payloads are packed",
@@ -154,7 +154,7 @@ CLIENT = (
         _CLIENT,
         "if self._asked_ns is not None and heard_ns >= self._asked_ns:",
         "if self._asked_ns is not None and heard_ns > self._asked_ns + PROBE_NS:",
-        _BOOKS,
+        _EDGES,
     ),
     Mutant(
         "a router is asked before it may answer",

@@ -11,12 +11,12 @@ import pytest
 
 from superserve.client.futures import QueryFuture, settle
 from superserve.client.reply import Answers, Reply
-from superserve.client.session import GRACE_NS, PROBE_NS, QUIET_NS
+from superserve.client.session import GRACE_NS, PROBE_NS, QUIET_NS, Session
 from superserve.errors import QueryError, UnansweredError
 from superserve.subnet import TensorSpec
-from superserve.wire import Status
-from tests.superserve.client.fakes import group
-from tests.superserve.client.test_session import MS, SLO_NS, World
+from superserve.wire import MAX_QUERIES, Cancel, Queries, Status
+from tests.superserve.client.fakes import group, ids_of
+from tests.superserve.client.test_session import MS, SLO_NS, FakeQuery, World
 
 if TYPE_CHECKING:
     import contextlib
@@ -28,6 +28,78 @@ def world() -> World:
     world = World()
     world.session.welcomed(1)
     return world
+
+
+@pytest.fixture
+def settled(world: World) -> World:
+    """Return a world whose router has been given what there was: from now on only what is new is sent."""
+    world.submit()
+    world.turn()
+    world.answer([1])
+    return world
+
+
+# --- sending ---------------------------------------------------------------------------------
+
+
+def test_what_is_cancelled_before_its_turn_is_never_sent(settled: World) -> None:
+    """Neither the query nor a CANCEL for it; those around it are."""
+    first, gone, last = settled.submit(), settled.submit(), settled.submit()
+    settled.cancel(gone)
+    (message,) = settled.turn()
+
+    assert isinstance(message, Queries)
+    assert ids_of(message) == [first.query_id, last.query_id]
+    assert gone.payload == b""
+    settled.cancel(last)
+    (cancel,) = settled.turn()
+    assert isinstance(cancel, Cancel)
+    assert np.frombuffer(cancel.ids, "<u8").tolist() == [last.query_id]
+
+
+@pytest.mark.parametrize(("floor", "priority"), [(75.0, 0), (0.0, 3), (75.0, 3)])
+def test_options_are_sent_with_the_message_that_has_them(settled: World, floor: float, priority: int) -> None:
+    """Each as a column for all of its queries where one has it; the next message is plain again."""
+    plain = settled.submit()
+    query = FakeQuery(b"1234", SLO_NS, min_accuracy=floor, priority=priority)
+    settled.queries.append(query)
+    settled.session.submit(query)
+    (message,) = settled.turn()
+    settled.submit()
+    (after,) = settled.turn()
+
+    assert isinstance(message, Queries)
+    assert ids_of(message) == [plain.query_id, query.query_id]
+    floors = None if message.min_accuracy is None else np.frombuffer(message.min_accuracy, "<f4").tolist()
+    assert floors == ([0.0, floor] if floor else None)
+    assert message.priority == (bytes([0, priority]) if priority else None)
+    assert isinstance(after, Queries)
+    assert after.min_accuracy is after.priority is None
+
+
+def test_only_what_is_new_is_sent(settled: World) -> None:
+    """What the router has is not sent again while it is there, answered or not."""
+    settled.submit()
+    settled.turn()
+    fresh = settled.submit()
+    (message,) = settled.turn()
+
+    assert isinstance(message, Queries)
+    assert (ids_of(message), message.resubmitted) == ([fresh.query_id], False)
+    assert settled.turn() == []
+
+
+def test_many_small_queries_are_split_by_number() -> None:
+    """No message holds more than the wire allows, and none is lost between two."""
+    limits = {"max_outstanding": MAX_QUERIES + 3, "max_bytes": 0}
+    session: Session[FakeQuery] = Session(threading.RLock(), "nobody", **limits)
+    session.welcomed(1)
+    for _ in range(MAX_QUERIES + 3):
+        session.submit(FakeQuery(b"", SLO_NS))
+    messages = [message for message in session.outbound(0) if isinstance(message, Queries)]
+
+    assert [message.n for message in messages] == [MAX_QUERIES, 3]
+    assert [*ids_of(messages[0]), *ids_of(messages[1])] == list(range(1, MAX_QUERIES + 4))
 
 
 # --- silence ---------------------------------------------------------------------------------
