@@ -180,7 +180,7 @@ CLIENT = (
         "return False",
         _BOOKS,
     ),
-    Mutant("answers keep their bytes", _CLIENT, "self.held_bytes -= freed", "self.held_bytes -= 0", _BOOKS),
+    Mutant("answers keep their bytes", _CLIENT, "self.held_bytes -= freed", "self.held_bytes -= 0", _EDGES),
     Mutant(
         "a closed session takes queries",
         _CLIENT,
@@ -253,7 +253,7 @@ CLIENT = (
         _CLIENT,
         "rows.flags.writeable = False",
         "rows.flags.writeable = group.count == 0",
-        _BOOKS,
+        _EDGES,
     ),
     # --- futures -----------------------------------------------------------------------------
     Mutant(
@@ -277,7 +277,7 @@ CLIENT = (
         "callbacks = future._callbacks",
         _EDGES,
     ),
-    Mutant("who waits is not woken", _CLIENT, "self._condition.notify_all()", "pass", _WAITING),
+    Mutant("who waits is not woken", _CLIENT, "self._condition.notify_all()", "pass", _EDGES),
     Mutant("each future gets the first answer", _CLIENT, "future._index = i", "future._index = 0", _EDGES),
     Mutant(
         "a reply is made anew each time",

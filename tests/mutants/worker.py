@@ -30,7 +30,7 @@ WORKER = (
         _WORKER,
         "(batch := self._running) is not None and batch.ended_ns <= now_ns:",
         "(batch := self._running) is not None and batch.ended_ns <= now_ns + 1:",
-        _GPUS,
+        _ENDS,
     ),
     Mutant(
         "a batch takes the time of its full size",

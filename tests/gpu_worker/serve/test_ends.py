@@ -46,6 +46,16 @@ def test_the_output_is_the_row_that_ran() -> None:
     assert (report.subnet, report.row.n, report.n_run) == (4, 3, 3)
 
 
+def test_nothing_is_reported_a_nanosecond_early() -> None:
+    """Neither the first batch nor the one behind it."""
+    gpu = EmulatedGpu(PROFILE)
+    one_ns = PROFILE.latency_ns(0, 1)
+    for batch_id in (1, 2):
+        gpu.submit(directive(batch_id, 0, (SECOND,)), 0)
+
+    assert [len(gpu.finish_due(k * one_ns + late_ns)) for k in (1, 2) for late_ns in (-1, 0)] == [0, 1, 0, 1]
+
+
 def test_a_report_is_of_the_epoch_that_sent_the_batch() -> None:
     """No other router may be told."""
     gpu = EmulatedGpu(PROFILE)

@@ -124,6 +124,7 @@ def test_an_array_in_another_order_is_sent_in_c_order(session: Session[FakeQuery
             bytes(np.ascontiguousarray(buffer).view(np.uint8).data) == np.ascontiguousarray(given).tobytes()
         )
         assert n_bytes == given.nbytes
+        assert memoryview(buffer).c_contiguous
     stamps = np.array(["2026-01-02"], "datetime64[D]")
     buffer, n_bytes = session.checked(stamps)
     assert (bytes(buffer.data), n_bytes) == (stamps.tobytes(), 8)

@@ -11,11 +11,11 @@ import pytest
 
 from superserve.client.futures import QueryFuture, settle
 from superserve.client.reply import Answers, Reply
-from superserve.client.session import GRACE_NS, PROBE_NS, QUIET_NS, Session
+from superserve.client.session import FRAMED_BYTES, GRACE_NS, PROBE_NS, QUIET_NS, Session
 from superserve.errors import QueryError, UnansweredError
 from superserve.subnet import TensorSpec
 from superserve.wire import MAX_QUERIES, Cancel, Queries, Status
-from tests.superserve.client.fakes import group, ids_of
+from tests.superserve.client.fakes import WAIT_S, group, ids_of
 from tests.superserve.client.test_session import MS, SLO_NS, FakeQuery, World
 
 if TYPE_CHECKING:
@@ -102,6 +102,22 @@ def test_many_small_queries_are_split_by_number() -> None:
     assert [*ids_of(messages[0]), *ids_of(messages[1])] == list(range(1, MAX_QUERIES + 4))
 
 
+@pytest.mark.parametrize("status", [Status.OK, Status.LATE, Status.EXPIRED])
+def test_an_answer_gives_a_querys_bytes_back(settled: World, status: Status) -> None:
+    """Whatever the answer; its payload is let go as well, and an answer to nobody gives nothing back."""
+    small, large = settled.submit(n_bytes=10), settled.submit(n_bytes=FRAMED_BYTES)
+    settled.turn()
+    assert settled.session.held_bytes == 10 + FRAMED_BYTES
+    settled.answer([large.query_id], status)
+    assert settled.session.held_bytes == 10
+    assert (small.payload, large.payload) == (bytes([1]) * 10, b"")
+    settled.answer([large.query_id, 999], status)
+    assert settled.session.held_bytes == 10
+    settled.answer([small.query_id], status)
+
+    assert (settled.session.held_bytes, settled.session.outstanding) == (0, 0)
+
+
 # --- silence ---------------------------------------------------------------------------------
 
 
@@ -163,6 +179,18 @@ def test_outputs_that_are_not_the_models_are_given_as_bytes(spec: TensorSpec | N
     got = replies(3, Status.OK, b"aaaabbbbcccc", spec)
 
     assert [reply.output for reply in got if isinstance(reply, Reply)] == [b"aaaa", b"bbbb", b"cccc"]
+
+
+def test_an_output_cannot_be_written_to() -> None:
+    """Not even where the message it came in could be: all queries of a group share it."""
+    whole = group(bytes(16), Status.OK, b"")
+    whole.output, whole.output_bytes = bytearray(8), 4
+    answers = Answers(whole, "small", TensorSpec("float32", ()), 0)
+    reply = answers.outcome(1, 0)
+
+    assert isinstance(reply, Reply)
+    with pytest.raises(ValueError, match="read-only"):
+        reply.output[...] = 1.0
 
 
 @pytest.mark.parametrize(("status", "is_late"), [(Status.OK, False), (Status.LATE, True)])
@@ -231,3 +259,26 @@ def test_a_finished_query_is_not_cancelled() -> None:
     assert not future.cancel()
     assert not future.cancelled()
     assert future.result().output == b"out!"
+
+
+@pytest.mark.parametrize("what", ["result", "exception"])
+def test_who_waits_is_woken_by_the_end(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """A thread that blocks without a time limit goes on when the answer comes."""
+    is_waiting = threading.Event()
+
+    class Telling(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            is_waiting.set()  # its lock is let go only once it would hear of a notification
+            return super().wait(timeout)
+
+    owner = Owner()
+    future = owner.future()
+    thread = threading.Thread(target=getattr(future, what), daemon=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading, "Condition", Telling)
+        thread.start()
+        assert is_waiting.wait(WAIT_S)
+    settle(owner.guard, [future], Answers(group(bytes(8), Status.OK, b"out!"), "s", None, 0))
+    thread.join(5)
+
+    assert not thread.is_alive()
