@@ -44,7 +44,7 @@ WORKER = (
         _WORKER,
         "directive, received_ns = self._held.popleft()",
         "directive, received_ns = self._held.pop()",
-        _GPUS,
+        _ENDS,
     ),
     Mutant(
         "an idle GPU does not start",

@@ -56,6 +56,15 @@ def test_nothing_is_reported_a_nanosecond_early() -> None:
     assert [len(gpu.finish_due(k * one_ns + late_ns)) for k in (1, 2) for late_ns in (-1, 0)] == [0, 1, 0, 1]
 
 
+def test_batches_run_in_the_order_they_came() -> None:
+    """Of more than a router that keeps to its credit would send, too."""
+    gpu = EmulatedGpu(PROFILE)
+    for batch_id in (3, 9, 4, 7):
+        gpu.submit(directive(batch_id, 0, (SECOND,)), 0)
+
+    assert [report.row.batch_id for report in gpu.finish_due(SECOND)] == [3, 9, 4, 7]
+
+
 def test_a_report_is_of_the_epoch_that_sent_the_batch() -> None:
     """No other router may be told."""
     gpu = EmulatedGpu(PROFILE)
