@@ -96,7 +96,11 @@ CORE = (
         _AGAIN,
     ),
     Mutant(
-        "a client that left is answered", _ROUTER, "if cohort.client.key is not None:", "if True:", _ANSWERS
+        "a client that left is answered",
+        _ROUTER,
+        "        if key is None:\n            return\n",
+        "        if key is None and lo < 0:\n            return\n",
+        _ANSWERS,
     ),
     Mutant(
         "the worker's way is not measured",
@@ -131,26 +135,16 @@ CORE = (
         _AGAIN,
     ),
     Mutant(
-        "in flight does not count against the bound",
-        _ROUTER,
-        "bound - len(self.queue) - self.in_flight",
-        "bound - len(self.queue)",
-        _BOUNDS,
+        "in flight does not count against the bound", _ROUTER, ".in_flight))", ".in_flight * 0))", _BOUNDS
     ),
     Mutant(
         "the byte bound is looked at too late",
         _ROUTER,
-        "if self.held_bytes + n_bytes > settings.max_bytes:",
-        "if self.held_bytes > settings.max_bytes:",
+        "held_bytes + n_bytes > settings.max_bytes:",
+        "held_bytes > settings.max_bytes:",
         _CORE,
     ),
-    Mutant(
-        "a floor is rounded above what was asked",
-        _ROUTER,
-        "profile.floor_row(accuracy - _F32_ERROR)",
-        "profile.floor_row(accuracy)",
-        _CORE,
-    ),
+    Mutant("a floor is rounded above what was asked", _ROUTER, " - _F32_ERROR)", ")", _CORE),
     Mutant(
         "payloads of any size are taken",
         _ROUTER,
@@ -179,18 +173,15 @@ CORE = (
     Mutant(
         "no second try with the usual way",
         _ROUTER,
-        (
-            "transport.median_ns - transport.median_ns // 2 + cohort.client.return_ns\n"
-            "            choice = self._corrected_choice(worker, now_ns)"
-        ),
-        "transport.median_ns - transport.median_ns // 2 + cohort.client.return_ns",
+        "if choice is None:\n            # Nothing leaves room",
+        ("if choice is None and now_ns < 0:\n            # Nothing leaves room"),
         _SLOW,
     ),
     Mutant(
         "the expected end is not corrected",
         _ROUTER,
-        "int(profile.latency_ns(subnet, n) * corrected)",
-        "profile.latency_ns(subnet, n)",
+        "profile.latency_ns(subnet, n) * ",
+        "profile.latency_ns(subnet, n) + 0 * ",
         _SLOW,
     ),
     Mutant(
@@ -200,20 +191,20 @@ CORE = (
         "for _ in range(1):",
         _SLOW,
     ),
-    Mutant("a slow GPU overruns as soon as a sound one", _ROUTER, "* max(1.0, corrected))", "* 1.0)", _SLOW),
+    Mutant("a slow GPU overruns as soon as a sound one", _ROUTER, "* max(1.0, ", "* min(1.0, ", _SLOW),
     Mutant(
         "decisions are taken ten times as early",
         _ROUTER,
-        "return self.settings.dispatch_ahead_ns + worker.transport.median_ns",
-        "return 10 * self.settings.dispatch_ahead_ns",
+        "_ahead_ns + worker.transport.median_ns",
+        "_ahead_ns * 10 + worker.transport.median_ns",
         _CORE,
     ),
     Mutant("credit is not deducted", _ROUTER, "worker.credit -= 1", "worker.credit -= 0", _BOUNDS),
     Mutant(
         "no head is given to another worker",
         _ROUTER,
-        "if not self._uneven or len(passed) > _MAX_RIVALS:",
-        "if len(passed) > 0:",
+        "or len(passed) > _MAX_RIVALS:",
+        "or len(passed) > 0:",
         _CORE,
     ),
     Mutant(
@@ -261,8 +252,8 @@ CORE = (
     Mutant(
         "the batch is larger than what was chosen",
         _ROUTER,
-        "self.queue.take(choice.batch_size, choice.subnet)",
-        "self.queue.take(choice.batch_size + 1, choice.subnet)",
+        "queue.take(choice.batch_size, ",
+        "queue.take(choice.batch_size + 1, ",
         _CORE,
     ),
     # --- workers that fall silent, overrun or die --------------------------------------------
@@ -329,19 +320,19 @@ CORE = (
         "has_slack:",
         _FAULTS,
     ),
-    Mutant("an overrun batch is not rescued", _ROUTER, "self._rescue(held, now_ns)", "pass", _FAULTS),
     Mutant(
-        "a batch that waits behind another overruns",
+        "an overrun batch is not rescued",
         _ROUTER,
-        "(due_ns > now_ns or first != batch_id)",
-        "due_ns > now_ns",
-        _SLOW,
+        "for held in worker.outstanding.values():",
+        "for held in ():",
+        _FAULTS,
     ),
+    Mutant("a batch that waits behind another overruns", _ROUTER, "or first != batch", "or 0 > batch", _SLOW),
     Mutant(
         "a GPU that hangs is never given up",
         _ROUTER,
-        "self._give_up(worker, now_ns)\n                continue",
-        "continue",
+        "if batch.overran:\n",
+        "if batch.overran and now_ns < 0:\n",
         _FAULTS,
     ),
     Mutant(

@@ -13,6 +13,7 @@ from superserve.wire import Status
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from profiles.table import Profile
     from router.core.edf import Stretch
     from router.core.events import Dispatch
     from tests.router.core.harness import Gpu, World
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
 def numbers(**changed: int) -> CoreSettings:
     """Return the core's numbers with some of them changed."""
     return CoreSettings(**changed)
+
+
+def slower(profile: Profile, factor: int) -> Profile:
+    """Return the same subnets on a device that takes `factor` times as long."""
+    subnets = tuple(
+        dataclasses.replace(
+            subnet,
+            latency_ns=tuple(factor * ns for ns in subnet.latency_ns),
+            latency_p99_ns=tuple(factor * ns for ns in subnet.latency_p99_ns),
+        )
+        for subnet in profile.subnets
+    )
+    return dataclasses.replace(profile, name="slow", subnets=subnets)
 
 
 class Books(NamedTuple):

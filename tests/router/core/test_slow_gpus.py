@@ -10,9 +10,9 @@ from router.core.workers import WorkerState
 from router.policies.demandfit import DemandFit
 from superserve.clock import MS
 from superserve.wire import Status
-from tests.router.core.books import books_of, earliness, sent
+from tests.router.core.books import books_of, earliness, sent, slower
 from tests.router.core.harness import CNN, Gpu, World
-from tests.router.core.test_core import make_world, slower
+from tests.router.core.test_core import make_world
 
 if TYPE_CHECKING:
     from router.core.events import Dispatch

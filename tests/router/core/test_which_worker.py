@@ -5,9 +5,9 @@ from __future__ import annotations
 from router.core.events import DrainWorker
 from superserve.clock import MS
 from superserve.wire import Status
-from tests.router.core.books import earliness, sent
+from tests.router.core.books import earliness, sent, slower
 from tests.router.core.harness import CNN, World
-from tests.router.core.test_core import make_world, slower
+from tests.router.core.test_core import make_world
 
 OK = Status.OK
 
