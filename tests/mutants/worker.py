@@ -86,7 +86,7 @@ WORKER = (
         _WORKER,
         "QueueState(max(0, CAPACITY - 1 - n_held), n_held, 1,",
         "QueueState(max(0, CAPACITY - n_held), n_held, 1,",
-        _GPUS,
+        _ENDS,
     ),
     Mutant(
         "a batch that was refused is forgotten",

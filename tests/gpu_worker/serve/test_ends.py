@@ -116,6 +116,22 @@ def test_gpus_of_one_process_end_each_in_its_own_time() -> None:
     assert gpus.is_idle()
 
 
+def test_credit_is_what_two_batches_leave() -> None:
+    """One that runs and one that waits are all that it asks for; each that ends makes room for one."""
+    gpu = EmulatedGpu(PROFILE)
+    one_ns = PROFILE.latency_ns(0, 1)
+    seen = [gpu.state(0)[:3]]
+    for batch_id in (1, 2, 3):
+        gpu.submit(directive(batch_id, 0, (SECOND,)), 0)
+        seen.append(gpu.state(0)[:3])
+    for k in (1, 2, 3):
+        gpu.finish_due(k * one_ns)
+        seen.append(gpu.state(k * one_ns)[:3])
+
+    # credit, held, running
+    assert seen == [(2, 0, 0), (1, 0, 1), (0, 1, 1), (0, 2, 1), (0, 1, 1), (1, 0, 1), (2, 0, 0)]
+
+
 def test_what_is_left_to_run_is_counted_from_now() -> None:
     """The rest of the running batch and all of those that wait; nothing once it is idle."""
     gpu = EmulatedGpu(PROFILE)
