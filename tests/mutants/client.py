@@ -71,13 +71,6 @@ CLIENT = (
         _BOOKS,
     ),
     Mutant(
-        "options stay on for later messages",
-        _CLIENT,
-        "has_options, self._has_options = self._has_options, False",
-        "has_options = self._has_options",
-        _EDGES,
-    ),
-    Mutant(
         "floors are not sent",
         _CLIENT,
         "if query.min_accuracy or query.priority:",
@@ -109,6 +102,13 @@ CLIENT = (
     ),
     Mutant(
         "a query is sent round for ever", _CLIENT, "if query.n_sends < MAX_SENDS - 1]", "if True]", _BOOKS
+    ),
+    Mutant(
+        "a new router wakes no sender",
+        _CLIENT,
+        "(self._is_greeted and self.epoch is not None))",
+        "False)",
+        _EDGES,
     ),
     Mutant(
         "a new router is given nothing",

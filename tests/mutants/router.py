@@ -135,6 +135,13 @@ CORE = (
         _AGAIN,
     ),
     Mutant(
+        "an old connection still stands for its session",
+        _ROUTER,
+        "self.clients.pop(client.key, None)\n",
+        "pass\n",
+        _AGAIN,
+    ),
+    Mutant(
         "in flight does not count against the bound", _ROUTER, ".in_flight))", ".in_flight * 0))", _BOUNDS
     ),
     Mutant(

@@ -81,3 +81,19 @@ def test_another_clients_ids_are_its_own() -> None:
         ("b", 1): OK,
         ("b", 2): OK,
     }
+
+
+def test_the_end_of_an_old_connection_harms_no_session_that_moved() -> None:
+    """The client speaks on a new one by then: its queries are served, and answered there."""
+    world = World()
+    world.client("old", session=7)
+    (query,) = world.submit(100, client="old")
+    world.client("new", session=7)
+    world.leave("old")
+    world.join("w0", CNN)
+    world.run(100)
+
+    assert {key: answer.status for key, answer in world.answers.items()} == {("new", query): OK}
+    again = world.submit(50, client="new")
+    world.run(50)
+    assert world.status(again[0], "new") is OK

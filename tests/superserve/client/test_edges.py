@@ -102,6 +102,21 @@ def test_many_small_queries_are_split_by_number() -> None:
     assert [*ids_of(messages[0]), *ids_of(messages[1])] == list(range(1, MAX_QUERIES + 4))
 
 
+def test_a_new_router_is_work_for_the_sender(settled: World) -> None:
+    """Nothing was submitted since, but what the old router had is to be sent: no rest before that."""
+    settled.submit()
+    settled.turn()
+    assert settled.session.rest()
+    settled.session.lost()
+    assert not settled.session.has_outbound
+    settled.session.welcomed(2)
+    assert settled.session.has_outbound
+    assert not settled.session.rest()
+    settled.turn()
+
+    assert settled.session.rest()
+
+
 @pytest.mark.parametrize("status", [Status.OK, Status.LATE, Status.EXPIRED])
 def test_an_answer_gives_a_querys_bytes_back(settled: World, status: Status) -> None:
     """Whatever the answer; its payload is let go as well, and an answer to nobody gives nothing back."""
