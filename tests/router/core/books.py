@@ -128,6 +128,16 @@ def report(
     world.do(Finished(process.key, process.epoch, [row]))
 
 
+def hang(world: World, key: str) -> None:
+    """Let the first GPU of a process never end what it is sent from now on."""
+    world.processes[key].gpus[0].hung = True
+
+
+def run_at(world: World, key: str, factor: float) -> None:
+    """Let the first GPU of a process take `factor` times its profile for what it is sent from now on."""
+    world.processes[key].gpus[0].speed = factor
+
+
 def earliness(world: World) -> list[int]:
     """Return a list to which every directive from now on adds how much too early it was sent, ns.
 

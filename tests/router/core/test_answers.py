@@ -7,7 +7,7 @@ import pytest
 from router.core.events import Answer, QueriesArrived
 from superserve.clock import MS
 from superserve.wire import Status
-from tests.router.core.books import books_of, numbers, report, sent
+from tests.router.core.books import books_of, hang, numbers, report, sent
 from tests.router.core.harness import CNN, World, ids_of, make_queries
 from tests.router.core.test_core import make_world
 
@@ -20,8 +20,8 @@ PATIENT = numbers(overrun_factor=100)
 def hung_world(n_workers: int = 1) -> World:
     """Return a world whose GPUs answer when the test says so."""
     world = make_world(n_workers, PATIENT)
-    for process in world.processes.values():
-        process.gpus[0].hung = True
+    for key in world.processes:
+        hang(world, key)
     return world
 
 

@@ -10,7 +10,7 @@ from router.core.workers import WorkerState
 from router.policies.demandfit import DemandFit
 from superserve.clock import MS
 from superserve.wire import Status
-from tests.router.core.books import books_of, earliness, sent, slower
+from tests.router.core.books import books_of, earliness, hang, run_at, sent, slower
 from tests.router.core.harness import CNN, Gpu, World
 from tests.router.core.test_core import make_world
 
@@ -61,8 +61,8 @@ def test_one_slow_subnet_is_corrected_before_the_whole_gpu_is() -> None:
     world = World()
     world.join("w0", CNN)
 
-    def slow_at_the_top(_dispatch: Dispatch, gpu: Gpu) -> None:
-        gpu.speed = 2.5 if sent(world)[-1].subnet == CNN.n_subnets - 1 else 1.0
+    def slow_at_the_top(_dispatch: Dispatch, _gpu: Gpu) -> None:
+        run_at(world, "w0", 2.5 if sent(world)[-1].subnet == CNN.n_subnets - 1 else 1.0)
 
     world.on_dispatch = slow_at_the_top
     first = world.submit_spaced(36, n=10, gap_ms=40)
@@ -109,7 +109,7 @@ def test_a_head_that_not_even_the_usual_way_lets_in_is_refused() -> None:
 def test_a_batch_just_within_its_limit_is_no_overrun() -> None:
     """Three times the p99, the way and the grace: until then the worker keeps its credit."""
     world = make_world()
-    world.processes["w0"].gpus[0].hung = True
+    hang(world, "w0")
     world.submit(400)
     (batch,) = sent(world)
     p99_ns = CNN.latency_p99_ns(batch.subnet, 1)
@@ -136,11 +136,10 @@ def test_a_gpu_known_to_be_slow_is_given_as_many_times_longer() -> None:
 def test_a_waiting_batch_does_not_overrun_while_another_runs() -> None:
     """Its time begins when the one before it has ended, though that takes almost three times its profile."""
     world = make_world()
-    gpu = world.processes["w0"].gpus[0]
-    gpu.speed = 2.8
+    run_at(world, "w0", 2.8)
     first = world.submit(*[900.0] * 16)  # 88 ms, 31 by its profile
     world.run(25)
-    gpu.speed = 1.0
+    run_at(world, "w0", 1.0)
     second = world.submit(900)  # expected to begin at 31 ms; its limit is 26 ms
     world.run(200)
 
@@ -153,11 +152,13 @@ def test_failures_teach_nothing_of_a_gpus_speed() -> None:
     """A model that raises at once is not a quick GPU: what comes after is still given its profiled time."""
     world = make_world()
     gpu = world.processes["w0"].gpus[0]
-    gpu.speed, gpu.statuses = 0.3, Status.FAILED
+    run_at(world, "w0", 0.3)
+    gpu.statuses = Status.FAILED
     for _ in range(30):
         world.submit(*[36.0] * 16)
         world.run(40)
-    gpu.speed, gpu.statuses = 1.0, None
+    run_at(world, "w0", 1.0)
+    gpu.statuses = None
     ids = world.submit(*[25.0] * 16)
     world.run(40)
 
@@ -187,11 +188,11 @@ def test_all_slow_workers_doom_a_head_at_once() -> None:
 def test_one_slow_batch_is_a_hiccup() -> None:
     """A batch that took three times its profile does not cost the next query its accuracy."""
     world = make_world()
-    world.processes["w0"].gpus[0].speed = 3.0
+    run_at(world, "w0", 3.0)
     world.submit(60)
     best = sent(world)[0].subnet
     world.run(30)
-    world.processes["w0"].gpus[0].speed = 1.0
+    run_at(world, "w0", 1.0)
     world.submit(60)
 
     assert sent(world)[1].subnet == best == CNN.n_subnets - 1
