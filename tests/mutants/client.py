@@ -252,7 +252,7 @@ CLIENT = (
         "a reply may be written to",
         _CLIENT,
         "rows.flags.writeable = False",
-        "rows.flags.writeable = group.count == 0",
+        "rows.flags.writeable = rows.flags.writeable",
         _EDGES,
     ),
     # --- futures -----------------------------------------------------------------------------

@@ -153,13 +153,6 @@ POLICIES = (
         "]",
         _CAPACITY,
     ),
-    Mutant(
-        "a suspect counts as capacity",
-        _ROUTER,
-        "if peer.machine.state is PeerState.LIVE]",
-        "if peer.machine.state is not PeerState.DEAD]",
-        _CAPACITY,
-    ),
     # --- baselines ---------------------------------------------------------------------------
     Mutant(
         "MaxAcc serves below the floor",

@@ -82,6 +82,13 @@ CORE = (
         _ANSWERS,
     ),
     Mutant(
+        "places count from the message's start",
+        _ROUTER,
+        "self._end(ran, cohort, i, i + 1, status, at + i - lo, queued_ns)",
+        "self._end(ran, cohort, i, i + 1, status, at + i, queued_ns)",
+        _ANSWERS,
+    ),
+    Mutant(
         "the second answer wins as well",
         _ROUTER,
         "            if cohort.states[i] != ANSWERED:\n",

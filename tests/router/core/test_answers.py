@@ -94,6 +94,18 @@ def test_a_late_failure_is_a_failure() -> None:
     assert [world.answers["client", i].at for i in ids] == [0, 1, 2]
 
 
+def test_a_batch_from_the_middle_of_a_message_finds_its_outputs() -> None:
+    """Places count from the batch's first query, not from the message's."""
+    world = hung_world()
+    ids = world.submit(*[100.0] * 20)
+    report(world, 0, world.now_ns + 20 * MS)
+    assert [batch.n for batch in sent(world)] == [16, 4]
+    report(world, 1, world.now_ns + 10 * MS, statuses=[OK, FAILED, OK, FAILED])
+
+    assert world.statuses(ids[16:]) == [OK, FAILED, OK, FAILED]
+    assert [world.answers["client", i].at for i in ids[16:]] == [0, 1, 2, 3]
+
+
 def test_batches_of_many_messages_answer_each_client_once() -> None:
     """Queries of two clients that share a batch are answered in one group a client, in the batch's order."""
     world = hung_world()

@@ -40,20 +40,6 @@ def test_gpus_that_drain_are_not_counted_on() -> None:
     assert mean_row(sent(world)[-50:]) < mean_row(before) - 1
 
 
-def test_gpus_that_fall_silent_are_not_counted_on() -> None:
-    """A suspect is no capacity from the moment that it gets no more work."""
-    world = World(make_policy=DemandFit)
-    for key in ("a", "b"):
-        world.join(key, CNN, CNN)
-    served(world, 50)
-    world.kill("a", seen=False)
-    served(world, 110)  # until the silence was noticed
-    ids = served(world, 100)
-    world.run(50)
-
-    assert world.statuses(ids).count(Status.OK) > 0.99 * len(ids)
-
-
 def mean_row(batches: list[Sent]) -> float:
     """Return the mean row of the profile over batches."""
     return sum(batch.subnet for batch in batches) / len(batches)

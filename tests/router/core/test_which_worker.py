@@ -58,6 +58,19 @@ def test_a_head_that_waits_for_the_fast_worker_is_sent_when_that_is_about_to_be_
     assert max(early) <= MS
 
 
+def test_a_head_that_another_worker_can_just_serve_alone_goes_there() -> None:
+    """What that one needs is a batch of one, nearly the worst way back and the margin: 3.25 ms."""
+    world = World()
+    world.join("slow", slower(CNN, 20))
+    world.run(1)
+    world.join("fast", CNN)
+    (query,) = world.submit(3.4)
+    world.run(5)
+
+    assert world.status(query) is OK
+    assert [batch.peer for batch in sent(world)] == ["fast"]
+
+
 def test_the_queue_behind_a_waiting_head_is_served_later_not_never() -> None:
     """While the head waits for the fast worker, what comes behind it waits too, and all are answered."""
     world = World()
