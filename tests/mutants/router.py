@@ -381,8 +381,8 @@ CORE = (
     Mutant(
         "noise is a slowdown",
         _ROUTER,
-        "return ratio if abs(ratio - 1.0) > 0.05 else 1.0",
-        "return ratio",
+        "return ratio if abs(ratio - 1.0) > ",
+        "return ratio if abs(ratio + 1.0) > ",
         _UNITS,
     ),
     Mutant(
