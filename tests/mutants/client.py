@@ -277,10 +277,10 @@ CLIENT = (
         "callbacks = future._callbacks",
         _EDGES,
     ),
-    Mutant("who waits is not woken", _CLIENT, "self._condition.notify_all()", "pass", _EDGES),
+    Mutant("waiting threads are not woken", _CLIENT, "self._condition.notify_all()", "pass", _EDGES),
     Mutant("each future gets the first answer", _CLIENT, "future._index = i", "future._index = 0", _EDGES),
     Mutant(
-        "a reply is made anew each time",
+        "a reply is made again each time it is asked for",
         _CLIENT,
         ("            self._answers = None\n        return self._outcome"),
         "        return answers.outcome(self._index, self.submitted_ns) if answers else self._outcome",

@@ -32,7 +32,7 @@ POLICIES = (
         _BUCKETS,
     ),
     Mutant(
-        "floors have no buckets of their own",
+        "every floor has the buckets of the lowest",
         _POLICY,
         "self.buckets[queue.head_floor].at",
         "self.buckets[0].at",

@@ -54,7 +54,7 @@ CORE = (
         _ANSWERS,
     ),
     Mutant(
-        "a late query with a status of its own is OK",
+        "a late query with its own status is OK",
         _ROUTER,
         "return Status.LATE if late and status is Status.OK else status",
         "return status",
@@ -243,7 +243,7 @@ CORE = (
         _CORE,
     ),
     Mutant(
-        "nobody wakes for a deadline",
+        "the router does not wake for a deadline",
         _ROUTER,
         "wakes.append(head[0] - self._min_service_ns + 1)",
         "wakes.append(head[0] + 50 * MS)",

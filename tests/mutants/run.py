@@ -33,7 +33,7 @@ _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+::\S+)", re.MULTILINE)
 
 
 class Verdict(enum.Enum):
-    """How it went with a mutant; only the first is good."""
+    """The outcome of a mutant; only the first is good."""
 
     KILLED = "killed"
     SURVIVED = "SURVIVED"
@@ -43,7 +43,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What became of one mutant.
+    """The outcome of one mutant.
 
     Attributes:
         detail: The test that failed, or why there is none.
@@ -65,7 +65,7 @@ def baseline(tests: Sequence[str], root: Path) -> str | None:
 
 
 def fates(mutants: Sequence[Mutant], root: Path, *, n_jobs: int) -> Iterator[Fate]:
-    """Yield how it went with each mutant, in order; `n_jobs` at a time, each in a copy of its own."""
+    """Yield the outcome of each mutant, in order; `n_jobs` at a time, each in its own copy."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(n_jobs) as pool:
         trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for i in range(n_jobs):

@@ -89,7 +89,7 @@ def test_the_runner_reports_how_each_mutant_fared(tree: Path) -> None:
 
 
 def test_the_runner_wants_tests_that_pass(tree: Path) -> None:
-    """Of tests that fail by themselves no mutant's death can be told."""
+    """Tests that fail anyway cannot show that a mutant was noticed."""
     assert baseline(["tests/test_half.py"], tree) is None
     (tree / "tests" / "test_half.py").write_text(TEST.replace("== 2", "== 3"))
 

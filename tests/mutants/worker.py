@@ -19,7 +19,7 @@ WORKER = (
         _GPUS,
     ),
     Mutant(
-        "a batch starts when somebody looks",
+        "a batch starts when the loop looks",
         _WORKER,
         "self._start_next(batch.ended_ns)",
         "self._start_next(now_ns)",

@@ -66,7 +66,7 @@ def test_batches_run_in_the_order_they_came() -> None:
 
 
 def test_a_report_is_of_the_epoch_that_sent_the_batch() -> None:
-    """No other router may be told."""
+    """No other router may receive it."""
     gpu = EmulatedGpu(PROFILE)
     gpu.submit(dataclasses.replace(directive(1, 0, (SECOND,)), epoch=41), 0)
     gpu.submit(dataclasses.replace(directive(2, 0, (SECOND,)), epoch=42), 0)

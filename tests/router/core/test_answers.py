@@ -18,7 +18,7 @@ PATIENT = numbers(overrun_factor=100)
 
 
 def hung_world(n_workers: int = 1) -> World:
-    """Return a world whose GPUs answer when the test says so."""
+    """Return a world whose GPUs answer when the test reports for them."""
     world = make_world(n_workers, PATIENT)
     for key in world.processes:
         hang(world, key)

@@ -1,4 +1,4 @@
-"""What a policy that sees demand is told of the cluster, by what it does with it."""
+"""The capacity that a policy of demand counts on, seen in what it chooses."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def taught(speed: float, *, n_gpus: int = 1) -> World:
 
 @pytest.mark.parametrize("speed", [1.5, 2.0])
 def test_a_slow_gpu_is_given_its_next_batch_no_earlier_than_a_sound_one(speed: float) -> None:
-    """When it really is about to be free, not when its profile says so."""
+    """When it really is about to be free, not when its profile predicts it."""
     world = taught(speed)
     early = earliness(world)
     for _ in range(30):

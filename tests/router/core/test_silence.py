@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def stall(world: World, duration_ms: int) -> None:
-    """Let the router do nothing for so long: the clock goes on, and nothing is handled."""
+    """Let the router do nothing for a while: the clock goes on, and nothing is handled."""
     world.now_ns += duration_ms * MS
     world.core.advance(world.now_ns)
 
 
 def test_workers_outlive_a_stall_of_the_router() -> None:
-    """All of them are still there after two seconds in which the router heard nobody, and are given work."""
+    """All of them are still there after two seconds in which the router heard none of them, and get work."""
     world = make_world(3)
     world.run(500)
     stall(world, 2_000)

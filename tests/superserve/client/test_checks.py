@@ -30,7 +30,7 @@ TAKES = TensorSpec("float32", (2, 3))
 @pytest.fixture
 def session() -> Session[FakeQuery]:
     """Return a session that has not met a router."""
-    return Session(threading.RLock(), "nobody", max_outstanding=10, max_bytes=1 << 40)
+    return Session(threading.RLock(), "no router", max_outstanding=10, max_bytes=1 << 40)
 
 
 @pytest.mark.parametrize(

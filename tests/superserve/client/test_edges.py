@@ -92,7 +92,7 @@ def test_only_what_is_new_is_sent(settled: World) -> None:
 def test_many_small_queries_are_split_by_number() -> None:
     """No message holds more than the wire allows, and none is lost between two."""
     limits = {"max_outstanding": MAX_QUERIES + 3, "max_bytes": 0}
-    session: Session[FakeQuery] = Session(threading.RLock(), "nobody", **limits)
+    session: Session[FakeQuery] = Session(threading.RLock(), "no router", **limits)
     session.welcomed(1)
     for _ in range(MAX_QUERIES + 3):
         session.submit(FakeQuery(b"", SLO_NS))
@@ -119,7 +119,7 @@ def test_a_new_router_is_work_for_the_sender(settled: World) -> None:
 
 @pytest.mark.parametrize("status", [Status.OK, Status.LATE, Status.EXPIRED])
 def test_an_answer_gives_a_querys_bytes_back(settled: World, status: Status) -> None:
-    """Whatever the answer; its payload is let go as well, and an answer to nobody gives nothing back."""
+    """Whatever the answer; its payload is let go as well, and an unknown id gives nothing back."""
     small, large = settled.submit(n_bytes=10), settled.submit(n_bytes=FRAMED_BYTES)
     settled.turn()
     assert settled.session.held_bytes == 10 + FRAMED_BYTES
@@ -137,7 +137,7 @@ def test_an_answer_gives_a_querys_bytes_back(settled: World, status: Status) -> 
 
 
 def test_a_new_router_is_asked_for_itself(world: World) -> None:
-    """The old one's silence is not held against it: it has the whole time for its own PONG."""
+    """The old one's silence does not count: the new one has the whole time for its own PONG."""
     world.submit()
     world.turn()
     world.now_ns = SLO_NS + QUIET_NS
@@ -224,7 +224,7 @@ def test_only_late_replies_are_late(status: Status, is_late: bool) -> None:
 
 
 class Owner:
-    """A client of one thread whose queries end when a test says so."""
+    """A client of one thread whose queries end when a test settles them."""
 
     def __init__(self) -> None:
         self.guard: contextlib.AbstractContextManager[Any] = threading.RLock()
@@ -277,7 +277,7 @@ def test_a_finished_query_is_not_cancelled() -> None:
 
 
 @pytest.mark.parametrize("what", ["result", "exception"])
-def test_who_waits_is_woken_by_the_end(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_waiting_threads_are_woken_by_the_end(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """A thread that blocks without a time limit goes on when the answer comes."""
     is_waiting = threading.Event()
 
