@@ -58,7 +58,7 @@ WORKER = (
         _WORKER,
         "while self._due and self._due[0][0] <= now_ns:",
         "if self._due and self._due[0][0] <= now_ns:",
-        _GPUS,
+        _ENDS,
     ),
     Mutant(
         "a GPU that goes on is not looked at again",

@@ -116,6 +116,16 @@ def test_gpus_of_one_process_end_each_in_its_own_time() -> None:
     assert gpus.is_idle()
 
 
+def test_one_late_look_reports_all_that_has_ended() -> None:
+    """Of every GPU, and of each both batches."""
+    gpus = EmulatedGpus(PROFILE, 3)
+    for batch_id in range(1, 7):
+        gpus.submit(directive(batch_id, 0, (SECOND,), slot=batch_id % 3), 0)
+
+    assert sorted(report.row.batch_id for report in gpus.finish_due(SECOND)) == [1, 2, 3, 4, 5, 6]
+    assert gpus.is_idle()
+
+
 def test_credit_is_what_two_batches_leave() -> None:
     """One that runs and one that waits are all that it asks for; each that ends makes room for one."""
     gpu = EmulatedGpu(PROFILE)
