@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test check bench chaos reproduce demo train wheel clean
+.PHONY: help install lint test check bench chaos mutants reproduce demo train wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -50,6 +50,9 @@ bench: $(INSTALLED) ## run the benchmarks; out/bench/*.json and a table
 chaos: $(INSTALLED) ## 10,000 fault schedules through the real core on a virtual clock
 	$(BIN)/python -m loadgen.simulator.chaos
 	$(BIN)/python -m tests.loadgen.simulator.mutants
+
+mutants: $(INSTALLED) ## break one line after the other; the unit tests must notice each; some minutes
+	$(BIN)/python -m tests.mutants
 
 # MAF is a day of Azure Functions 2019, which docs/traces.md says where to find: make reproduce MAF=FILE.
 reproduce: $(INSTALLED) ## the paper's results made again, in twenty minutes; out/reproduce/results.md
