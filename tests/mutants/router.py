@@ -10,7 +10,7 @@ _ANSWERS = ("tests/router/core/test_answers.py",)
 _BOUNDS = ("tests/router/core/test_bounds.py",)
 _CLIENTS = ("tests/router/core/test_clients.py",)
 _CORE = ("tests/router/core/test_core.py",)
-_FAULTS = ("tests/router/core/test_faults.py",)
+_FAULTS = ("tests/router/core/test_fleet.py",)
 _AGAIN = ("tests/router/core/test_sent_again.py",)
 _SILENCE = ("tests/router/core/test_silence.py",)
 _SLOW = ("tests/router/core/test_corrections.py",)
@@ -194,8 +194,8 @@ CORE = (
     Mutant(
         "the expected end is not corrected",
         _ROUTER,
-        "profile.latency_ns(subnet, n) * ",
-        "profile.latency_ns(subnet, n) + 0 * ",
+        "return int(batch.profiled_ns * self.correction.of_subnet(batch.subnet))",
+        "return batch.profiled_ns",
         _SLOW,
     ),
     Mutant(
@@ -224,7 +224,7 @@ CORE = (
     Mutant(
         "a head does not wait for the worker that can serve it",
         _ROUTER,
-        "if not (rival.may_take and self._is_due(rival, now_ns)):",
+        "if not rival.may_take or slack.decide_ns(rival) > now_ns:",
         "if not rival.may_take:",
         _WHICH,
     ),
@@ -245,8 +245,8 @@ CORE = (
     Mutant(
         "the router does not wake for a deadline",
         _ROUTER,
-        "wakes.append(head[0] - self._min_service_ns + 1)",
-        "wakes.append(head[0] + 50 * MS)",
+        "wake_ns = head[0] - self._fleet.quickest_ns + 1",
+        "wake_ns = head[0] + 50 * MS",
         _CORE,
     ),
     Mutant(
@@ -372,11 +372,7 @@ CORE = (
         _UNITS,
     ),
     Mutant(
-        "one measurement is believed at once",
-        _ROUTER,
-        "(ratio - self.slowdowns[subnet]) / 8",
-        "(ratio - self.slowdowns[subnet]) / 1",
-        _SLOW,
+        "one measurement is believed at once", _ROUTER, "step ** max(_GAIN, 0.5 / self._n)", "step", _SLOW
     ),
     Mutant(
         "noise is a slowdown",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from gpu_worker.serve.batches import MAX_OUTSTANDING, EndedBatch
-from gpu_worker.serve.emulated import EmulatedGpu, EmulatedGpus
+from gpu_worker.core.played import PlayedGpu
+from gpu_worker.core.queue import MAX_OUTSTANDING
+from gpu_worker.serve.emulated import emulated_gpus, outcome_of
 from superserve.clock import MS, SECOND
 from superserve.wire import Status
 from tests.gpu_worker.serve.test_emulated import PROFILE, directive
+
+if TYPE_CHECKING:
+    from gpu_worker.core.batches import EndedBatch
 
 OK, EXPIRED = Status.OK, Status.EXPIRED
 
@@ -24,7 +29,7 @@ def statuses(report: EndedBatch) -> list[int]:
 @pytest.mark.parametrize(("left_ns", "status"), [(-1, EXPIRED), (0, EXPIRED), (1, OK)])
 def test_a_query_runs_if_any_slack_is_left_as_its_batch_starts(left_ns: int, status: Status) -> None:
     """One whose slack ends at that very instant is refused: it could only be late."""
-    gpu = EmulatedGpu(PROFILE)
+    gpu = PlayedGpu(PROFILE, outcome_of)
     first_ns = PROFILE.latency_ns(0, 1)
     gpu.submit(directive(1, 0, (SECOND,)), 0)
     gpu.submit(directive(2, 3, (first_ns + left_ns, SECOND)), 0)
@@ -38,7 +43,7 @@ def test_a_query_runs_if_any_slack_is_left_as_its_batch_starts(left_ns: int, sta
 
 def test_the_output_is_the_row_that_ran() -> None:
     """For each query, so that a client sees what served it."""
-    gpu = EmulatedGpu(PROFILE)
+    gpu = PlayedGpu(PROFILE, outcome_of)
     gpu.submit(directive(1, 4, (SECOND,) * 3), 0)
     (report,) = gpu.finish_due(SECOND)
 
@@ -48,7 +53,7 @@ def test_the_output_is_the_row_that_ran() -> None:
 
 def test_nothing_is_reported_a_nanosecond_early() -> None:
     """Neither the first batch nor the one behind it."""
-    gpu = EmulatedGpu(PROFILE)
+    gpu = PlayedGpu(PROFILE, outcome_of)
     one_ns = PROFILE.latency_ns(0, 1)
     for batch_id in (1, 2):
         gpu.submit(directive(batch_id, 0, (SECOND,)), 0)
@@ -58,7 +63,7 @@ def test_nothing_is_reported_a_nanosecond_early() -> None:
 
 def test_batches_run_in_the_order_they_came() -> None:
     """Of more than a router that keeps to its credit would send, too."""
-    gpu = EmulatedGpu(PROFILE)
+    gpu = PlayedGpu(PROFILE, outcome_of)
     for batch_id in (3, 9, 4, 7):
         gpu.submit(directive(batch_id, 0, (SECOND,)), 0)
 
@@ -67,7 +72,7 @@ def test_batches_run_in_the_order_they_came() -> None:
 
 def test_a_report_is_of_the_epoch_that_sent_the_batch() -> None:
     """No other router may receive it."""
-    gpu = EmulatedGpu(PROFILE)
+    gpu = PlayedGpu(PROFILE, outcome_of)
     gpu.submit(dataclasses.replace(directive(1, 0, (SECOND,)), epoch=41), 0)
     gpu.submit(dataclasses.replace(directive(2, 0, (SECOND,)), epoch=42), 0)
 
@@ -76,17 +81,17 @@ def test_a_report_is_of_the_epoch_that_sent_the_batch() -> None:
 
 def test_a_batch_that_is_refused_was_received() -> None:
     """The router learns that it arrived: the credit that it used is not counted as on its way."""
-    gpu = EmulatedGpu(PROFILE)
+    gpu = PlayedGpu(PROFILE, outcome_of)
     for batch_id in range(1, MAX_OUTSTANDING + 1):
         assert gpu.submit(directive(batch_id, 0, (SECOND,)), 0)
     assert not gpu.submit(directive(77, 0, (SECOND,)), 0)
 
-    assert gpu.state(0).last_batch == 77
+    assert gpu.report(0).last_batch == 77
 
 
 def test_a_batch_of_expired_queries_takes_no_time() -> None:
     """The next starts at the same instant."""
-    gpu = EmulatedGpu(PROFILE)
+    gpu = PlayedGpu(PROFILE, outcome_of)
     gpu.submit(directive(1, 5, (0, -1)), 10)
     gpu.submit(directive(2, 0, (SECOND,)), 10)
     first, second = gpu.finish_due(SECOND)
@@ -98,7 +103,7 @@ def test_a_batch_of_expired_queries_takes_no_time() -> None:
 
 def test_gpus_of_one_process_end_each_in_its_own_time() -> None:
     """Each look reports all that have ended by then, of whichever GPU, and nothing else."""
-    gpus = EmulatedGpus(PROFILE, 3)
+    gpus = emulated_gpus(PROFILE, 3)
     for slot, subnet in enumerate((5, 0, 2)):
         gpus.submit(directive(slot + 1, subnet, (SECOND,), slot=slot), 0)
         gpus.submit(directive(slot + 11, subnet, (SECOND,), slot=slot), 0)
@@ -118,7 +123,7 @@ def test_gpus_of_one_process_end_each_in_its_own_time() -> None:
 
 def test_one_late_look_reports_all_that_has_ended() -> None:
     """Of every GPU, and of each both batches."""
-    gpus = EmulatedGpus(PROFILE, 3)
+    gpus = emulated_gpus(PROFILE, 3)
     for batch_id in range(1, 7):
         gpus.submit(directive(batch_id, 0, (SECOND,), slot=batch_id % 3), 0)
 
@@ -126,33 +131,44 @@ def test_one_late_look_reports_all_that_has_ended() -> None:
     assert gpus.is_idle()
 
 
+def test_what_an_older_epoch_began_is_reported_to_no_router() -> None:
+    """It goes on, and its GPU is free only after it; but its queries have been given to others."""
+    gpu = PlayedGpu(PROFILE, outcome_of)
+    gpu.submit(directive(1, 0, (SECOND,)), 0)
+    gpu.forget_held()
+    (report,) = gpu.finish_due(SECOND)
+
+    assert (report.epoch, report.row.batch_id, report.n_run) == (None, 1, 1)
+
+
 def test_credit_is_what_two_batches_leave() -> None:
     """One that runs and one that waits are all that it asks for; each that ends makes room for one."""
-    gpu = EmulatedGpu(PROFILE)
+    gpu = PlayedGpu(PROFILE, outcome_of)
     one_ns = PROFILE.latency_ns(0, 1)
-    seen = [gpu.state(0)[:3]]
+    seen = [gpu.report(0)[:3]]
     for batch_id in (1, 2, 3):
         gpu.submit(directive(batch_id, 0, (SECOND,)), 0)
-        seen.append(gpu.state(0)[:3])
+        seen.append(gpu.report(0)[:3])
     for k in (1, 2, 3):
         gpu.finish_due(k * one_ns)
-        seen.append(gpu.state(k * one_ns)[:3])
+        seen.append(gpu.report(k * one_ns)[:3])
 
     # credit, held, running
     assert seen == [(2, 0, 0), (1, 0, 1), (0, 1, 1), (0, 2, 1), (0, 1, 1), (1, 0, 1), (2, 0, 0)]
 
 
-def test_what_is_left_to_run_is_counted_from_now() -> None:
-    """The rest of the running batch and all of those that wait; nothing once it is idle."""
-    gpu = EmulatedGpu(PROFILE)
-    assert gpu.state(5 * MS).free_in_ns == 0
+def test_the_router_hears_which_batch_runs_and_since_when() -> None:
+    """The batch and for how long it has run; none once it is idle, and none of an epoch that is over."""
+    gpu = PlayedGpu(PROFILE, outcome_of)
+    assert gpu.report(5 * MS)[3:] == (0, 0, 0)
     gpu.submit(directive(1, 5, (SECOND,) * 16), 0)
     gpu.submit(directive(2, 3, (SECOND,) * 4), 0)
-    long_ns, short_ns = PROFILE.latency_ns(5, 16), PROFILE.latency_ns(3, 4)
+    long_ns = PROFILE.latency_ns(5, 16)
 
-    assert gpu.state(10 * MS).free_in_ns == long_ns + short_ns - 10 * MS
+    assert gpu.report(10 * MS)[3:] == (2, 1, 10 * MS)
     gpu.finish_due(long_ns)
-    assert gpu.state(long_ns + MS).free_in_ns == short_ns - MS
+    assert gpu.report(long_ns + MS)[3:] == (2, 2, MS)
+    gpu.forget_held()
+    assert gpu.report(long_ns + MS)[3:] == (0, 0, 0)
     gpu.finish_due(SECOND)
-    assert gpu.state(SECOND)[:3] == (2, 0, 0)
-    assert gpu.state(SECOND).free_in_ns == 0
+    assert gpu.report(SECOND) == (2, 0, 0, 0, 0, 0)

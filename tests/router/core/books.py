@@ -6,9 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 from router.core.events import Finished
-from router.core.state import CoreSettings
+from router.core.settings import CoreSettings
 from superserve.clock import MS
-from superserve.wire import Status
+from superserve.wire import VARIED, Done, Status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,9 +95,9 @@ def sent(world: World) -> list[Sent]:
 
 
 def _sent(dispatch: Dispatch) -> Sent:
-    return Sent(
-        dispatch.peer, dispatch.slot, dispatch.batch_id, dispatch.subnet, dispatch.n, dispatch.stretches
-    )
+    batch = dispatch.batch
+    worker = batch.worker
+    return Sent(worker.peer.key, worker.slot, batch.batch_id, batch.subnet, batch.n, batch.stretches)
 
 
 def report(
@@ -114,28 +114,22 @@ def report(
     dispatch = world.dispatches()[k]
     batch = _sent(dispatch)
     process = world.processes[batch.peer]
-    gpu = process.gpus[batch.slot]
-    gpu.held.remove(batch.batch_id)
-    row = world.done_row(
-        dispatch,
-        gpu,
-        waited_ns=waited_ns,
-        executing_ns=executing_ns,
-        statuses=None if statuses is None else Status.OK,
-    )
+    row = dataclasses.replace(world.done_row(dispatch), waited_ns=waited_ns, executing_ns=executing_ns)
     if statuses is not None:
-        row = dataclasses.replace(row, statuses=bytes(statuses))
-    world.do(Finished(process.key, process.epoch, [row]))
+        row = dataclasses.replace(
+            row, output_bytes=VARIED, output=b"", statuses=bytes(statuses), lengths=bytes(4 * batch.n)
+        )
+    world.do(Finished(process.key, Done(process.epoch, [row])))
 
 
 def hang(world: World, key: str) -> None:
     """Let the first GPU of a process never end what it is sent from now on."""
-    world.processes[key].gpus[0].hung = True
+    world.processes[key].gpus[0].hang()
 
 
 def run_at(world: World, key: str, factor: float) -> None:
     """Let the first GPU of a process take `factor` times its profile for what it is sent from now on."""
-    world.processes[key].gpus[0].speed = factor
+    world.processes[key].gpus[0].factor = factor
 
 
 def earliness(world: World) -> list[int]:
@@ -148,7 +142,8 @@ def earliness(world: World) -> list[int]:
     def measure(dispatch: Dispatch, gpu: Gpu) -> None:
         batch = _sent(dispatch)
         way_ns = world.worker(batch.peer, batch.slot).transport.median_ns
-        early.append(gpu.free_at_ns - world.now_ns - numbers().dispatch_ahead_ns - way_ns)
+        free_at_ns = gpu.free_at_ns(world.now_ns, world.way_ns)
+        early.append(free_at_ns - world.now_ns - numbers().dispatch_ahead_ns - way_ns)
 
     world.on_dispatch = measure
     return early
