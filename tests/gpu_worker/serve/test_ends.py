@@ -83,8 +83,8 @@ def test_a_batch_that_is_refused_was_received() -> None:
     """The router learns that it arrived: the credit that it used is not counted as on its way."""
     gpu = PlayedGpu(PROFILE, outcome_of)
     for batch_id in range(1, MAX_OUTSTANDING + 1):
-        assert gpu.submit(directive(batch_id, 0, (SECOND,)), 0)
-    assert not gpu.submit(directive(77, 0, (SECOND,)), 0)
+        assert gpu.submit(directive(batch_id, 0, (SECOND,)), 0) is None
+    assert gpu.submit(directive(77, 0, (SECOND,)), 0) is not None
 
     assert gpu.report(0).last_batch == 77
 
