@@ -9,7 +9,11 @@ _ROUTER = "router/core"
 _ANSWERS = ("tests/router/core/test_answers.py",)
 _BOUNDS = ("tests/router/core/test_bounds.py",)
 _CLIENTS = ("tests/router/core/test_clients.py",)
-_CORE = ("tests/router/core/test_core.py",)
+_CORE = (
+    "tests/router/core/test_core.py",
+    "tests/router/core/test_admission.py",
+    "tests/router/core/test_dispatch.py",
+)
 _FAULTS = ("tests/router/core/test_fleet.py",)
 _AGAIN = ("tests/router/core/test_sent_again.py",)
 _SILENCE = ("tests/router/core/test_silence.py",)
@@ -354,7 +358,7 @@ CORE = (
         _ROUTER,
         "WorkerState.DRAINING and not w.outstanding for w",
         "WorkerState.DRAINING and w.outstanding for w",
-        _CORE,
+        _FAULTS,
     ),
     Mutant(
         "every report is a measurement of a sound batch",
@@ -372,7 +376,7 @@ CORE = (
         _UNITS,
     ),
     Mutant(
-        "one measurement is believed at once", _ROUTER, "step ** max(_GAIN, 0.5 / self._n)", "step", _SLOW
+        "one measurement is believed at once", _ROUTER, "step ** max(_GAIN, 0.5 / self._n)", "step", _UNITS
     ),
     Mutant(
         "noise is a slowdown",
