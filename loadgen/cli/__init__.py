@@ -13,8 +13,8 @@ from loadgen.cli.run import run_command
 from loadgen.cli.search import search_command
 from loadgen.cli.simulate import simulate_command
 from loadgen.cli.trace import trace_group
-from loadgen.results.plots import check_installed
 from loadgen.results.report import load_runs
+from loadgen.results.style import check_installed
 from loadgen.results.tables import check_writable, write_page
 from superserve.errors import SuperServeError
 

@@ -18,7 +18,7 @@ from loadgen.live.hosts import Head
 from loadgen.live.progress import HEADER, Watch
 from loadgen.live.run import Emulation, RunSettings, run_emulated, run_trace
 from loadgen.live.targets import keys_of, payload_bytes_of, target_of
-from loadgen.results.plots import check_installed
+from loadgen.results.style import check_installed
 from loadgen.results.tables import check_writable, json_line, table, write, write_page
 from loadgen.results.timeline import recorded
 from loadgen.traces.trace import load_trace

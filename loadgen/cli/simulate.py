@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loadgen.live.environment import environment_of
-from loadgen.results.plots import check_installed
+from loadgen.results.style import check_installed
 from loadgen.results.tables import check_writable, table, write, write_page
 from loadgen.results.timeline import recorded
 from loadgen.simulator.delays import load_machine

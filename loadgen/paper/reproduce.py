@@ -25,7 +25,7 @@ from loadgen.paper.experiments import POLICIES, ExperimentEffort
 from loadgen.paper.figures import svg_of
 from loadgen.paper.page import page
 from loadgen.paper.pictures import pictures
-from loadgen.results.plots import check_installed
+from loadgen.results.style import check_installed
 from loadgen.results.tables import check_writable, write
 from superserve.errors import SuperServeError
 

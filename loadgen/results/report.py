@@ -10,14 +10,16 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadgen.results.plots import MAX_RUNS, Panel, Shown, check_installed, draw, figure, percent
+from loadgen.results.plots import MAX_RUNS, Shown, draw
 from loadgen.results.result import LATENCY_QUANTILES, OUTCOMES, load_run
+from loadgen.results.style import check_installed, figure, percent
 from loadgen.results.timeline import timeline_from
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from loadgen.results.canvas import Panel
     from loadgen.results.result import RunResult
 
 MEANINGS = {
