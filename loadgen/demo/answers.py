@@ -29,6 +29,9 @@ SAMPLE = 50
 """Answers of each subnet that are computed again here."""
 
 SIGMAS = 3.0
+ALL = "all of them"
+"""The name of the score of all subnets together."""
+
 _CLOSE = 1e-4  # relative and absolute: a batch's size moves logits by some 1e-6
 
 
@@ -60,8 +63,11 @@ class Score:
 
     @property
     def is_off(self) -> bool:
-        """Whether it is judged, and lies outside the tolerance."""
-        return self.is_judged and abs((self.measured or 0.0) - self.profiled) > TOLERANCE_POINTS
+        """Whether it lies outside the tolerance; too few answers of all, outside their interval."""
+        if not self.is_judged:
+            low, high = self.interval()
+            return self.name == ALL and not low <= self.profiled <= high
+        return abs((self.measured or 0.0) - self.profiled) > TOLERANCE_POINTS
 
     def interval(self) -> tuple[float, float]:
         """Return the accuracies, in percent, that these answers leave plausible at 3 sigma.
@@ -116,7 +122,7 @@ def together(scores: Sequence[Score]) -> Score:
     """Return the score of all subnets' answers, beside the accuracy that their profile gives them."""
     n = sum(one.n for one in scores)
     profiled = sum(one.n * one.profiled for one in scores) / n if n else 0.0
-    return Score("all of them", n, sum(one.n_right for one in scores), profiled)
+    return Score(ALL, n, sum(one.n_right for one in scores), profiled)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +35,14 @@ from loadgen.demo.answers import (
 )
 from loadgen.demo.load import sized_load
 from loadgen.demo.serve import Served, Serving, until_calm
-from loadgen.demo.verdict import MISSED, DemoVerdict, judge_serving, wrong_answers, wrong_coverage
+from loadgen.demo.verdict import (
+    MISSED,
+    DemoVerdict,
+    judge_serving,
+    thin_answers,
+    wrong_answers,
+    wrong_coverage,
+)
 from loadgen.live.environment import environment_of
 from loadgen.results.report import write_report
 from loadgen.results.timeline import recorded
@@ -105,7 +111,7 @@ def as_payloads(pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(pixels).reshape(len(pixels), -1).view(np.uint8)
 
 
-def judge_answers(runs: Sequence[Served], images: Images, profile: Path) -> list[str]:
+def judge_answers(runs: Sequence[Served], images: Images, profile: Path) -> DemoVerdict:
     """Print how the answers compare with labels and local forwards; return what is wrong."""
     answers = joined([answers_of(served.run) for served in runs])
     predicted = answers.logits.argmax(axis=1)
@@ -124,7 +130,8 @@ def judge_answers(runs: Sequence[Served], images: Images, profile: Path) -> list
         f"\nUp to {SAMPLE} outputs of each subnet, computed again here on that subnet and its neighbours:"
     )
     _say(tables.comparison_lines(comparisons))
-    return wrong_coverage(answers) + wrong_answers(scores, comparisons)
+    wrong = wrong_coverage(answers) + wrong_answers(scores, comparisons)
+    return DemoVerdict(tuple(wrong), tuple(thin_answers(scores)))
 
 
 def _say(lines: Sequence[str]) -> None:
@@ -179,8 +186,7 @@ def demo(out: Path, seconds: float, slo_ms: float | None, seed: int) -> DemoVerd
     ]
     write_results(out, runs, load, seed)
     verdict = judge_serving(runs)
-    wrong = judge_answers(runs[:-1], images, out / "profile.json")
-    return replace(verdict, failures=(*verdict.failures, *wrong))
+    return verdict + judge_answers(runs[:-1], images, out / "profile.json")
 
 
 @click.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loadgen.demo.answers import TOLERANCE_POINTS
+from loadgen.demo.answers import ALL, TOLERANCE_POINTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +30,10 @@ class DemoVerdict:
 
     failures: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def __add__(self, other: DemoVerdict) -> DemoVerdict:
+        """Return both."""
+        return DemoVerdict(self.failures + other.failures, self.warnings + other.warnings)
 
     @property
     def exit_code(self) -> int:
@@ -107,16 +111,28 @@ def wrong_coverage(answers: ServedAnswers) -> list[str]:
     return [f"outputs: expected one with every answer, got none with {n_out:,} of {n:,}"]
 
 
+def thin_answers(scores: Sequence[Score]) -> list[str]:
+    """Return a line if too few queries were answered for the tolerance to mean anything."""
+    if any(one.is_judged for one in scores):
+        return []
+    return ["labels: too few queries were answered to judge any subnet's accuracy; try more --seconds"]
+
+
 def wrong_answers(scores: Sequence[Score], comparisons: Iterable[DemoComparison]) -> list[str]:
-    """Return what is wrong with the labels and outputs that came back, a line each."""
+    """Return what is wrong with the labels and outputs that came back, a line each.
+
+    Args:
+        scores: By subnet, and of all of them together.
+        comparisons: Of answers computed again.
+    """
     wrong = [
         f"labels of {one.name}: expected {one.profiled:.2f} % right within {TOLERANCE_POINTS} points, "
         f"got {one.measured:.2f} % of {one.n:,}"
         for one in scores
         if one.is_off
     ]
-    if not any(one.is_judged for one in scores):
-        wrong.append("labels: too few queries were answered to be judged; try more --seconds")
+    if any(one.name == ALL and not one.n for one in scores):
+        wrong.append("labels: no query was answered")
     for one in comparisons:
         if one.n_same < one.n:
             wrong.append(f"outputs of {one.name}: {one.n - one.n_same} of {one.n} are not that subnet's")

@@ -71,7 +71,8 @@ def test_too_few_answers_are_not_judged_and_it_is_said() -> None:
 
     assert verdict.wrong_answers([few, many], []) == []
     assert "too few to judge (needs 6,400)" in "\n".join(tables.score_lines([few, many]))
-    assert "too few queries" in verdict.wrong_answers([few], [])[0]
+    assert "too few queries" in verdict.thin_answers([few])[0]
+    assert verdict.thin_answers([few, many]) == []
 
 
 def test_honest_answers_pass() -> None:
@@ -90,7 +91,7 @@ def test_a_worker_that_ignores_directives_is_caught(ran: int) -> None:
     comparisons = recompute(answers_by(np.full(300, ran), rows), PIXELS, NAMES, forward)
 
     assert [one.n_same for one in comparisons] == [50 if row == ran else 0 for row in range(3)]
-    assert len(verdict.wrong_answers([], comparisons)) == 3  # the two subnets, and that none is judged
+    assert len(verdict.wrong_answers([], comparisons)) == 2  # the other two subnets
 
 
 def test_a_single_wrong_answer_is_caught() -> None:
@@ -134,6 +135,15 @@ def test_answers_of_all_subnets_are_judged_together() -> None:
     assert (both.n, both.n_right, both.profiled) == (4_000, 3_630, 92.0)
     assert both.is_judged
     assert together([]).n == 0
+
+
+def test_too_few_answers_of_all_still_show_labels_that_are_wrong() -> None:
+    """Short of the tolerance, the interval that they leave must hold the accuracy expected of the mix."""
+    fine, wrong = (together([Score("x", 200, n_right, 90.0)]) for n_right in (178, 20))
+
+    assert verdict.wrong_answers([fine], []) == []
+    assert "labels of all of them" in verdict.wrong_answers([wrong], [])[0]
+    assert verdict.wrong_answers([together([])], []) == ["labels: no query was answered"]
 
 
 def test_answers_of_several_runs_are_joined() -> None:
