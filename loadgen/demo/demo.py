@@ -44,6 +44,7 @@ from loadgen.demo.verdict import (
     wrong_coverage,
 )
 from loadgen.live.environment import environment_of
+from loadgen.options import DEFAULT_POLICY
 from loadgen.results.report import write_report
 from loadgen.results.timeline import recorded
 from profiles.measuring.measure import Device, Measurement, Setting, measure_supernet, save_measurement
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     from loadgen.demo.load import DemoLoad
     from profiles.measuring.find import Found
 
-FILES = {"demandfit": "adaptive.json", "slackfit": "slackfit.json", "fixed:largest": "largest.json"}
+FILES = {DEFAULT_POLICY: "adaptive.json", "slackfit": "slackfit.json", "fixed:largest": "largest.json"}
 """Where the result of each policy's run is written."""
 
 BATCH_SIZES = (8, 16, 32)

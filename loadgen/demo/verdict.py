@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loadgen.demo.answers import ALL, TOLERANCE_POINTS
+from loadgen.options import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -77,7 +78,7 @@ def _ended(served: Served, outcomes: Sequence[str]) -> list[str]:
 
 
 MISSED: dict[str, Callable[[Served], list[str]]] = {
-    "demandfit": missed_by_adapting,
+    DEFAULT_POLICY: missed_by_adapting,
     "slackfit": missed,
     "fixed:largest": missed_by_largest,
 }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
+from loadgen import options
 from loadgen.results.style import MUTED, RC, RUNS, check_installed
 from loadgen.results.tables import check_writable, write
 from loadgen.simulator.simulate import SimSettings, simulate
@@ -146,7 +147,7 @@ def _json(points: list[Point], **more: Any) -> str:
 
 
 @click.command()
-@click.option("--maf", type=click.Path(exists=True, dir_okay=False), help="A Functions 2019 file.")
+@options.maf
 @click.option("--profile", "name", default="cnn-8gpu-modelled", show_default=True)
 @click.option("--policy", default="slackfit", show_default=True)
 @click.option("--duration", type=float, default=60.0, show_default=True, help="Seconds of the MAF runs.")
