@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from loadgen import options
 from loadgen.cli.agent import agent_command
 from loadgen.cli.calibrate import calibrate_command
 from loadgen.cli.compare import compare_command
@@ -13,12 +14,10 @@ from loadgen.cli.run import run_command
 from loadgen.cli.search import search_command
 from loadgen.cli.simulate import simulate_command
 from loadgen.cli.trace import trace_group
-from loadgen.results.plots import check_installed
 from loadgen.results.report import load_runs
+from loadgen.results.style import check_installed
 from loadgen.results.tables import check_writable, write_page
 from superserve.errors import SuperServeError
-
-_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group()
@@ -28,7 +27,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--output", type=_FILE, required=True, help="The page, as HTML.")
+@click.option("--output", type=options.FILE, required=True, help="The page, as HTML.")
 def report(runs: tuple[Path, ...], output: Path) -> None:
     """Make the page of one saved run, or one that compares several."""
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from loadgen import options
 from loadgen.live.calibrate import calibrate
 from loadgen.live.run import RunSettings
 from loadgen.results.tables import json_line
@@ -17,12 +18,12 @@ from superserve.errors import SuperServeError
 
 @click.command("calibrate")
 @click.option("--trace", "spec", default="poisson:rate=10000", show_default=True, help="A file or a spec.")
-@click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
+@options.rate
 @click.option(
     "--seconds", type=click.FloatRange(0.1, 60), default=2.0, show_default=True, help="How much of it."
 )
 @click.option("--slo-ms", type=click.FloatRange(0.1, 86_400_000), default=36.0, show_default=True)
-@click.option("--senders", type=click.IntRange(1, 64), default=1, show_default=True, help="Sender processes.")
+@options.senders
 @click.option("--payload-bytes", type=click.IntRange(0, 64 << 20), default=64, show_default=True)
 @click.option("--json-lines", "is_json", is_flag=True, help="Print one JSON object.")
 def calibrate_command(

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
-from loadgen.cli.options import pace_options
+from loadgen import options
+from loadgen.cli.pace import pace_options
 from loadgen.live.environment import environment_of
-from loadgen.results.tables import check_writable, write
+from loadgen.results.tables import check_outputs, write
 from loadgen.simulator.simulate import SimSettings
 from loadgen.simulator.workloads import parse_cluster
 from loadgen.study.compare import Cell, Comparison, baselines, headline_lines, lines, paper_cells, to_dict
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
     from gpu_worker.core.played import Pace
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
 
 @click.command("compare")
 @click.option(
@@ -40,7 +39,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--trace", "traces", multiple=True,
     help="A file or spec; several give a cell each.  [default: the paper's cells]",
 )  # fmt: skip
-@click.option("--maf", type=click.Path(exists=True, dir_okay=False), help="A Functions 2019 file.")
+@options.maf
 @click.option("--cell", "chosen", multiple=True, metavar="TEXT", help="Only cells whose name holds this.")
 @click.option("--emulate", default="cnn-8gpu-modelled:8", show_default=True, metavar="PROFILE:N[,...]")
 @pace_options
@@ -50,9 +49,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--floor", metavar="ACCURACY[:SHARE]", help="Of the traces given.")
 @click.option("--seeds", type=click.IntRange(1, 1_000), default=5, show_default=True, help="Of each cell.")
 @click.option("--bound/--no-bound", "with_bound", default=True, show_default=True, help="Compute the bound.")
-@click.option("--processes", type=click.IntRange(1), help="[default: one for each processor]")
-@click.option("--json", "json_path", type=_FILE, help="Write the figures.")
-@click.option("--markdown", "page_path", type=_FILE, help="Write the table, for a page.")
+@options.processes
+@click.option("--json", "json_path", type=options.FILE, help="Write the figures.")
+@click.option("--markdown", "page_path", type=options.FILE, help="Write the table, for a page.")
 @click.option(
     "--judge", "is_judged", is_flag=True,
     help="Exit 1 unless every other policy may take the first one's place: see loadgen/study/verdict.py.",
@@ -87,9 +86,7 @@ def compare_command(
     try:
         if not is_simulated and not (traces or chosen):
             raise ConfigError("compare: live runs take their time: expected --trace or --cell, or --simulate")
-        for path, option in ((json_path, "--json"), (page_path, "--markdown")):
-            if path is not None:
-                check_writable(path, option)
+        check_outputs({"--json": json_path, "--markdown": page_path})
         cluster = parse_cluster(emulate)
         if with_baselines:
             policies = (*policies, *(one for one in baselines(cluster[0]) if one not in policies))

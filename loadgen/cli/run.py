@@ -7,28 +7,28 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gpu_worker.core.played import AS_PROFILED
-from loadgen.cli.options import pace_options
+from loadgen import options
+from loadgen.cli.pace import pace_options
 from loadgen.live.calibrate import SECONDS, calibrate
 from loadgen.live.environment import environment_of
 from loadgen.live.hosts import Head
 from loadgen.live.progress import HEADER, Watch
 from loadgen.live.run import Emulation, RunSettings, run_emulated, run_trace
 from loadgen.live.targets import keys_of, payload_bytes_of, target_of
-from loadgen.results.plots import check_installed
-from loadgen.results.tables import check_writable, json_line, table, write, write_page
+from loadgen.results.tables import check_outputs, json_line, table, write, write_page
 from loadgen.results.timeline import recorded
 from loadgen.traces.trace import load_trace
+from superserve.clock import MS
 from superserve.errors import ConfigError, SuperServeError
-from superserve.net.keys import ENVIRONMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from gpu_worker.core.played import Pace
     from gpu_worker.serve.eventlog import EventLogReport
@@ -37,39 +37,32 @@ if TYPE_CHECKING:
     from loadgen.results.run import Run
     from loadgen.traces.trace import Trace
 
-MS = 1_000_000
 _INTERRUPTED = 130
 """The exit code of a run that SIGINT ended: 128 and its number."""
 _CALIBRATED_FROM_NS = 10_000 * MS
 """A run of this length or more is calibrated first, unless told otherwise: it takes some two seconds."""
-_FILE = click.Path(dir_okay=False, path_type=Path)
-_FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.command("run")
-@click.option("--trace", "spec", required=True, help="A trace file, or a spec such as poisson:rate=2000.")
-@click.option(
-    "--connect", metavar="HOST:PORT", help="Of a router.  [default: the cluster running on this machine]"
-)
-@click.option("--keys", envvar=ENVIRONMENT, help="A client's key file, for a router with keys.")
+@options.trace
+@options.connect
+@options.keys
 @click.option("--emulate", metavar="PROFILE:N", help="Start a private router and N emulated GPUs instead.")
 @pace_options
-@click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
-@click.option("--duration", type=float, help="Squeeze or cut the trace to so many seconds.")
-@click.option("--slo-ms", type=float, default=36.0, show_default=True, help="From due to deadline.")
-@click.option("--policy", help="Policy of the private router.  [default: demandfit]")
-@click.option("--senders", type=click.IntRange(1, 64), default=1, show_default=True, help="Sender processes.")
-@click.option(
-    "--payload-bytes", type=click.IntRange(0, 64 << 20), help="[default: what the model takes, or 64]"
-)
+@options.rate
+@options.duration
+@options.slo_ms
+@click.option("--policy", help=f"Policy of the private router.  [default: {options.DEFAULT_POLICY}]")
+@options.senders
+@options.payload_bytes
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals that are drawn.")
-@click.option("--json", "json_path", type=_FILE, help="Write the result.")
+@options.json_file
 @click.option(
     "--json-lines", "is_json", is_flag=True,
     help="Print a JSON object for each second and one for the result, and all else to stderr.",
 )  # fmt: skip
-@click.option("--report", "page_path", type=_FILE, help="Write a page about it, as HTML.")
-@click.option("--logs", type=_FOLDER, help="Keep event logs here.")
+@options.report_file
+@click.option("--logs", type=options.FOLDER, help="Keep event logs here.")
 @click.option("--generators", metavar="HOST:PORT,...", help="Send from the `loadgen agent` of these hosts.")
 @click.option(
     "--calibrate/--no-calibrate", "is_calibrated", default=None,
@@ -105,9 +98,8 @@ def run_command(
     """
     say = partial(click.echo, err=is_json)
     try:
-        if not 0 < slo_ms <= 86_400_000:
-            raise ConfigError(f"--slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
-        _check_files(json_path, page_path)
+        slo_ns = options.slo_ns_of(slo_ms)
+        check_outputs({"--json": json_path, "--report": page_path})
         if generators is not None and (connect is None or is_json):
             raise ConfigError("--generators: expected --connect, as they reach it, and no --json-lines")
         target = target_of(connect, emulate, policy, logs, pace=pace)
@@ -116,7 +108,7 @@ def run_command(
             raise ConfigError("--generators: agents are sent no keys: expected a router without")
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
         n_bytes = payload_bytes_of(target, shown) if payload_bytes is None else payload_bytes
-        settings = RunSettings(int(slo_ms * MS), senders, n_bytes, seed=seed, keys=shown)
+        settings = RunSettings(slo_ns, senders, n_bytes, seed=seed, keys=shown)
         say(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
         say(f"  {trace.provenance}")
         calibration = None
@@ -145,15 +137,6 @@ def run_command(
         sys.exit(_INTERRUPTED)
     if not measured.result.valid or (report is not None and report.n_violations):
         sys.exit(1)
-
-
-def _check_files(json_path: Path | None, page_path: Path | None) -> None:
-    """Refuse files that could not be written, before the run rather than after it."""
-    if json_path is not None:
-        check_writable(json_path, "--json")
-    if page_path is not None:
-        check_installed()
-        check_writable(page_path, "--report")
 
 
 def _write(

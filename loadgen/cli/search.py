@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import orjson
 
+from loadgen import options
 from loadgen.live.environment import environment_of
 from loadgen.live.run import Emulation, RunSettings
 from loadgen.live.targets import keys_of, payload_bytes_of, target_of
-from loadgen.results.tables import check_writable, write
+from loadgen.results.tables import check_outputs, write
 from loadgen.simulator.workloads import parse_cluster
 from loadgen.study.rate_search import Bounds
 from loadgen.study.search import Search, find_rate, live_offer, private_cluster, simulated_offer, warm_up
@@ -21,11 +21,11 @@ from loadgen.traces.arrivals import MAX_RATE_QPS, check_positive
 from loadgen.traces.azure import Invocations
 from loadgen.traces.trace import Trace, open_source
 from router.policies.registry import make_policy
-from superserve.clock import MS
 from superserve.errors import ConfigError, SuperServeError
-from superserve.net.keys import ENVIRONMENT
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gpu_worker.serve.eventlog import EventLogReport
     from loadgen.study.search import RateAnswer
 
@@ -37,16 +37,14 @@ _DRAWN_S = 5.0
 @click.option(
     "--trace", "spec", default="poisson", show_default=True, help="A file or spec; its rate varies."
 )
-@click.option(
-    "--connect", metavar="HOST:PORT", help="Of a router.  [default: the cluster running on this machine]"
-)
-@click.option("--keys", envvar=ENVIRONMENT, help="A client's key file, for a router with keys.")
+@options.connect
+@options.keys
 @click.option("--emulate", metavar="PROFILE:N", help="A private router and N emulated GPUs instead.")
 @click.option(
     "--simulate", "is_simulated", is_flag=True, help="On a virtual clock; PROFILE:N[,PROFILE:N...]."
 )
-@click.option("--policy", help="Of the private or simulated router.  [default: demandfit]")
-@click.option("--slo-ms", type=float, default=36.0, show_default=True, help="From due to deadline.")
+@click.option("--policy", help=f"Of the private or simulated router.  [default: {options.DEFAULT_POLICY}]")
+@options.slo_ms
 @click.option(
     "--duration", type=float,
     help="Seconds of each probe.  [default: 5; a trace with instants of its own is played as a whole]",
@@ -59,14 +57,10 @@ _DRAWN_S = 5.0
     help="How far the least rate that fails may lie above the answer, as a share of it.",
 )  # fmt: skip
 @click.option("--max-probes", type=click.IntRange(1, 100), default=20, show_default=True, help="Rates tried.")
-@click.option("--senders", type=click.IntRange(1, 64), default=1, show_default=True, help="Sender processes.")
-@click.option(
-    "--payload-bytes", type=click.IntRange(0, 64 << 20), help="[default: what the model takes, or 64]"
-)
+@options.senders
+@options.payload_bytes
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals.")
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result."
-)
+@options.json_file
 def search_command(
     attainment: float,
     spec: str,
@@ -94,12 +88,11 @@ def search_command(
     """
     reports: list[EventLogReport] = []
     try:
-        if json_path is not None:
-            check_writable(json_path, "--json")
+        check_outputs({"--json": json_path})
         bounds = _bounds(start, lowest, highest, tolerance, max_probes)
         search = _search(spec, attainment, slo_ms, duration, seed, bounds)
         if is_simulated:
-            answer = _simulated(search, connect, emulate, policy or "demandfit")
+            answer = _simulated(search, connect, emulate, policy or options.DEFAULT_POLICY)
         else:
             target = target_of(connect, emulate, policy, None)
             shown = keys_of(target, keys)
@@ -130,12 +123,11 @@ def _bounds(start: float, lowest: float, highest: float, tolerance: float, max_p
 def _search(
     spec: str, attainment: float, slo_ms: float, duration: float | None, seed: int, bounds: Bounds
 ) -> Search:
-    if not 0 < slo_ms <= 86_400_000:
-        raise ConfigError(f"--slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
+    slo_ns = options.slo_ns_of(slo_ms)
     source = open_source(spec, rate_qps=bounds.start_qps)
     if duration is None and not isinstance(source, Trace | Invocations):
         duration = _DRAWN_S
-    return Search(source, spec, attainment, int(slo_ms * MS), bounds, duration, seed)
+    return Search(source, spec, attainment, slo_ns, bounds, duration, seed)
 
 
 def _simulated(search: Search, connect: str | None, emulate: str | None, policy: str) -> RateAnswer:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loadgen.cli.options import pace_options
+from loadgen import options
+from loadgen.cli.pace import pace_options
 from loadgen.live.environment import environment_of
-from loadgen.results.plots import check_installed
-from loadgen.results.tables import check_writable, table, write, write_page
+from loadgen.results.tables import check_outputs, table, write, write_page
 from loadgen.results.timeline import recorded
 from loadgen.simulator.delays import load_machine
 from loadgen.simulator.faults import draw_faults, faults_json, load_faults
@@ -31,27 +31,25 @@ if TYPE_CHECKING:
     from loadgen.simulator.faults import Fault
     from loadgen.simulator.simulate import Simulated, Workload
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
 
 @click.command("simulate")
-@click.option("--trace", "spec", required=True, help="A trace file, or a spec such as poisson:rate=2000.")
+@options.trace
 @click.option(
     "--emulate", required=True, metavar="PROFILE:N[,PROFILE:N...]",
     help="The GPUs; PROFILE*2.5 is a device that takes 2.5 times as long.",
 )  # fmt: skip
 @pace_options
-@click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
-@click.option("--duration", type=float, help="Squeeze or cut the trace to so many seconds.")
+@options.rate
+@options.duration
 @click.option(
     "--slo-ms", default="36", show_default=True, metavar="MS[:WEIGHT],...", help="One SLO, or a mix of them."
 )
 @click.option("--floor", metavar="ACCURACY[:SHARE]", help="An accuracy floor for a share of the queries.")
-@click.option("--policy", default="demandfit", show_default=True, help="What the router runs.")
+@click.option("--policy", default=options.DEFAULT_POLICY, show_default=True, help="What the router runs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals, mix and network.")
-@click.option("--faults", "faults_path", type=_FILE, help="A fault file: see docs/simulator.md.")
+@click.option("--faults", "faults_path", type=options.FILE, help="A fault file: see docs/simulator.md.")
 @click.option("--fault-seed", type=click.IntRange(0), help="Draw faults from this seed instead.")
-@click.option("--save-faults", type=_FILE, help="Write the faults as a file that --faults reads.")
+@click.option("--save-faults", type=options.FILE, help="Write the faults as a file that --faults reads.")
 @click.option(
     "--actuation-ms", type=click.FloatRange(0, 60_000), default=0.0, show_default=True,
     help="What going over to another subnet takes.",
@@ -65,8 +63,8 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--gpus-per-process", type=click.IntRange(1, 4096), default=8, show_default=True,
     help="A fault befalls a process.",
 )  # fmt: skip
-@click.option("--json", "json_path", type=_FILE, help="Write the result.")
-@click.option("--report", "page_path", type=_FILE, help="Write a page about it, as HTML.")
+@options.json_file
+@options.report_file
 def simulate_command(
     spec: str,
     emulate: str,
@@ -92,11 +90,7 @@ def simulate_command(
     Equal options give equal results, byte for byte: the digest says so.
     """
     try:
-        for path, option in ((json_path, "--json"), (page_path, "--report"), (save_faults, "--save-faults")):
-            if path is not None:
-                check_writable(path, option)
-        if page_path is not None:
-            check_installed()
+        check_outputs({"--json": json_path, "--report": page_path, "--save-faults": save_faults})
         cluster = parse_cluster(emulate)
         for profile in {id(profile): profile for profile in cluster}.values():
             make_policy(policy, profile)

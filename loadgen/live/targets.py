@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from gpu_worker.core.played import AS_PROFILED, Pace
 from loadgen.live.run import Emulation
+from loadgen.options import DEFAULT_POLICY, profile_and_n
 from loadgen.results.tables import make_folder
 from profiles.table import load_profile
 from router.policies.registry import make_policy
@@ -17,6 +18,7 @@ from superserve.roles import local
 if TYPE_CHECKING:
     from pathlib import Path
 _ANY_PAYLOAD_BYTES = 64
+_MAX_GPUS = 4096
 
 
 def target_of(
@@ -44,7 +46,7 @@ def target_of(
     if emulate is not None:
         if logs is not None:
             make_folder(logs, "--logs")
-        found = _emulation(emulate, policy or "demandfit", logs)
+        found = _emulation(emulate, policy or DEFAULT_POLICY, logs)
         return replace(found, pace=pace)
     if pace != AS_PROFILED:
         raise ConfigError("--speed and --drift: a running cluster has its own; expected with --emulate only")
@@ -82,8 +84,6 @@ def payload_bytes_of(target: Emulation | str, keys: str) -> int:
 
 
 def _emulation(emulate: str, policy: str, logs: Path | None) -> Emulation:
-    name, colon, count = emulate.rpartition(":")
-    if not colon or not count.isdecimal() or not 1 <= int(count) <= 4096:
-        raise ConfigError(f"--emulate: expected PROFILE:N with N from 1 to 4096, got {emulate!r}")
+    name, n_gpus = profile_and_n(emulate, most=_MAX_GPUS)
     make_policy(policy, load_profile(name))
-    return Emulation(name, int(count), policy, folder=logs, record=logs is not None)
+    return Emulation(name, n_gpus, policy, folder=logs, record=logs is not None)

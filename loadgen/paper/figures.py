@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from loadgen.results.plots import GRID, INK, MUTED, RUNS, check_installed
+from loadgen import options
+from loadgen.results.style import MUTED, RC, RUNS, check_installed
 from loadgen.results.tables import check_writable, write
 from loadgen.simulator.simulate import SimSettings, simulate
 from loadgen.study.compare import MAF_QPS
@@ -43,11 +44,7 @@ ENOUGH = 0.999
 
 N_GPUS = 8
 _SIZE_IN = (5.6, 3.0)
-_RC: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "superserve", "font.size": 9.0, "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "text.color": INK,
-    "axes.linewidth": 0.8, "grid.color": GRID, "grid.linewidth": 0.8,
-}  # fmt: skip
+_FONT_SIZE = 9.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +132,7 @@ def svg_of(draw: Callable[[Axes], None]) -> str:
     import matplotlib as mpl  # noqa: PLC0415  `loadgen` runs without it
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(RC | {"font.size": _FONT_SIZE}):
         figure = Figure(figsize=_SIZE_IN, layout="constrained")
         draw(figure.add_subplot())
         text = io.StringIO()
@@ -150,7 +147,7 @@ def _json(points: list[Point], **more: Any) -> str:
 
 
 @click.command()
-@click.option("--maf", type=click.Path(exists=True, dir_okay=False), help="A Functions 2019 file.")
+@options.maf
 @click.option("--profile", "name", default="cnn-8gpu-modelled", show_default=True)
 @click.option("--policy", default="slackfit", show_default=True)
 @click.option("--duration", type=float, default=60.0, show_default=True, help="Seconds of the MAF runs.")

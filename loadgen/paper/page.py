@@ -1,10 +1,12 @@
 """docs/results.md, written from the figures of `loadgen.paper.reproduce`: ours beside the paper's and the bound.
 
-The words live here, so that writing the page anew loses none; every number comes from the figures.
+Its words are here and in results.md, the template beside this file; every number comes from the figures.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 from loadgen.paper.experiments import SCALING_S
@@ -16,33 +18,14 @@ if TYPE_CHECKING:
 
     Found = Mapping[str, Any]
 
-_HEAD = """\
-# The paper's results, made again
-
-Every figure of the SuperServe paper (NSDI '25, arXiv 2312.16733) that its text or pictures state, on the
-modelled profiles that come with this project, beside what the paper reports and beside a bound that no
-schedule can exceed. `make reproduce` made this page. `slackfit` is the paper's policy; `demandfit` is ours,
-the default. What the paper measured on eight RTX 2080 Ti is here eight emulated GPUs that take the time that
-a profile says: so these are results about scheduling, not about kernels.
-"""
-
-_READING = """\
-How the comparisons are computed: accuracy is the mean profiled accuracy of the queries answered in time.
-*Accuracy gain at equal attainment* has two comparators: the most accurate baseline (a fixed subnet, or
-`mincost`) whose attainment is at most 0.001 below ours, and `mincost`, always the least accurate subnet.
-*Attainment gain at equal accuracy* is ours over that of the baseline with the nearest mean accuracy not below
-ours. *Bound* is the most that any schedule could reach in attainment and in summed accuracy per query, each
-alone (docs/demandfit.md).
-"""
+_PAGE = Template((Path(__file__).parent / "results.md").read_text(encoding="utf-8"))
 
 
 def page(found: Found) -> str:
     """Return the page as Markdown; sections whose figures are not there are left out."""
-    parts: list[str] = [_HEAD, "\n".join(_made(found)), _READING]
-    for wanted, write in _SECTIONS:
-        if all(name in found for name in wanted):
-            parts.append("\n".join(write(found)))
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    parts = ["\n".join(write(found)) for wanted, write in _SECTIONS if all(name in found for name in wanted)]
+    sections = "\n\n".join(part.strip("\n") for part in parts)
+    return _PAGE.substitute(made="\n".join(_made(found)), sections=sections).rstrip("\n") + "\n"
 
 
 def _made(found: Found) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loadgen.results.plots import MUTED, RUNS
+from loadgen.results.style import MUTED, RUNS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

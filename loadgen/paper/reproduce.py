@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
+from loadgen import options
 from loadgen.live.environment import environment_of
 from loadgen.paper import experiments, live_experiments
 from loadgen.paper.experiments import POLICIES, ExperimentEffort
 from loadgen.paper.figures import svg_of
 from loadgen.paper.page import page
 from loadgen.paper.pictures import pictures
-from loadgen.results.plots import check_installed
+from loadgen.results.style import check_installed
 from loadgen.results.tables import check_writable, write
 from superserve.errors import SuperServeError
 
@@ -93,7 +94,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--maf", type=click.Path(exists=True, dir_okay=False), help="A Functions 2019 file.")
+@options.maf
 @click.option("--only", "only", multiple=True, type=click.Choice(NAMES), help="These alone; repeatable.")
 @click.option("--quick", is_flag=True, help="A tenth of each duration, and one seed: to see that it works.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out/reproduce"))

@@ -1,23 +1,21 @@
-"""The panels of a run's page: matplotlib figures as SVG, which takes its colours and fonts from the page.
+"""The panels of a run's page.
 
-matplotlib is imported where a figure is drawn, so that `loadgen` runs without it. All panels over
-time have equal margins and one time axis: what stands below each other happened together.
+All but one are over time, on one time axis. matplotlib is imported where a figure is drawn, so that `loadgen`
+runs without it.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import math
-import re
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loadgen.results.canvas import HEIGHT, Canvas, Panel
 from loadgen.results.result import LATENCY_QUANTILES, OUTCOMES
-from superserve.errors import ConfigError
+from loadgen.results.style import AREA, ENDS, GRID, INK, MUTED, RC, RUNS, figure, percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -32,46 +30,6 @@ MAX_RUNS = 6
 
 FEW = 2
 """Of more runs than that only the main lines are drawn, without bands and medians."""
-
-WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 640, 48, 150, 8, 24, 26
-"""Of a panel, in its own units: about a pixel each. Labels stand in the right margin."""
-
-# In SVG each of these becomes var(--name), so that one drawing serves light and dark pages.
-INK, MUTED, GRID, AREA = "#1b1f24", "#5f6873", "#e3e6ea", "#cdd5de"
-RUNS = ("#0067b1", "#d1570c", "#00805c", "#9b4f96", "#a87801", "#40606e")
-COLOURS = {INK: "ink", MUTED: "muted", GRID: "grid", AREA: "area"} | {
-    colour: f"run{i}" for i, colour in enumerate(RUNS)
-}
-ENDS = {
-    "late": "#e69f00", "expired": "#d55e00", "infeasible": "#9467bd", "overloaded": "#0072b2",
-    "failed": "#c2185b", "worker_lost": "#8c564b", "invalid": "#bcbd22", "cancelled": "#17becf",
-    "draining": "#5c7f5a", "unanswered": "#7f7f7f", "unsent": "#a8324a",
-}  # fmt: skip
-"""Colours of the outcomes that are not OK, alike on light and dark pages."""
-
-_HEIGHT, _ROW_HEIGHT = 138, 100  # of the part within the axes, alone and where several share a panel
-_LINE, _LEAST_LINE = 15.0, 12.5  # between two labels, and where a key would not fit else
-_MAX_LABEL = 22  # characters that fit the right margin
-_RC: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "superserve",
-    "text.parse_math": False,  # a dollar sign in a name is one
-    "font.size": 12.0,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "text.color": INK,
-    "axes.linewidth": 0.8,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-}
-
-
-def check_installed() -> None:
-    """Raise ConfigError if matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("the report page needs matplotlib: pip install 'superserve[report]'")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,31 +59,9 @@ class Shown:
         return rates
 
 
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """A panel of the page: `svg`, or in its place the reason why there is none.
-
-    Attributes:
-        key: Names it in the page; a letter, then letters and hyphens.
-        title: What it shows, with the unit.
-        note: How to read it: one or two sentences.
-        svg: The drawing; empty if there is nothing to draw.
-        empty: Why not.
-    """
-
-    key: str
-    title: str
-    note: str = ""
-    svg: str = ""
-    empty: str = ""
-
-
-# --- the panels -------------------------------------------------------------------------------
-
-
 def rate(runs: Sequence[Shown]) -> Panel:
     """Draw offered and answered-in-time rates."""
-    canvas = _Canvas("rate", _end_s(runs))
+    canvas = Canvas("rate", _end_s(runs))
     axes = canvas.time_axes()
     for i, run in enumerate(runs):
         offered = run.rate(run.timeline.due)
@@ -145,7 +81,7 @@ def rate(runs: Sequence[Shown]) -> Panel:
 
 def attainment(runs: Sequence[Shown]) -> Panel:
     """Draw the share of queries answered in time, and each run's total."""
-    canvas = _Canvas("attainment", _end_s(runs))
+    canvas = Canvas("attainment", _end_s(runs))
     axes = canvas.time_axes()
     shares = [100 * run.timeline.of("ok") / _nan_for_0(run.timeline.due) for run in runs]
     for i, run in reversed(list(enumerate(runs))):
@@ -170,7 +106,7 @@ def accuracy(runs: Sequence[Shown]) -> Panel:
         return Panel(
             "accuracy", title, empty="No query was answered in time, so there is no accuracy to show."
         )
-    canvas = _Canvas("accuracy", _end_s(runs))
+    canvas = Canvas("accuracy", _end_s(runs))
     axes = canvas.time_axes()
     for run in reversed(answered):
         _steps(axes, run, run.timeline.mean_accuracy, f"accuracy-{run.place}")
@@ -193,7 +129,7 @@ def batch_size(runs: Sequence[Shown]) -> Panel:
     answered = [run for run in runs if run.result.batch_size_mean is not None]
     if not answered:
         return Panel("batch", title, empty="No query came back with an output, so no batch is known.")
-    canvas = _Canvas("batch", _end_s(runs))
+    canvas = Canvas("batch", _end_s(runs))
     axes = canvas.time_axes()
     for run in reversed(answered):
         sizes = run.timeline.batch_size
@@ -215,7 +151,7 @@ def subnets(runs: Sequence[Shown]) -> Panel:
     if not any(run.timeline.subnets and run.timeline.tail_n.size for run in runs):
         return Panel("subnets", title, empty="No query came back with an output, so no subnet is known.")
     colours = subnet_colours(runs)
-    canvas = _Canvas("subnets", _end_s(runs), len(runs))
+    canvas = Canvas("subnets", _end_s(runs), len(runs))
     for row, run in enumerate(runs):
         axes = canvas.time_axes(row)
         due = _nan_for_0(run.timeline.due)
@@ -253,7 +189,7 @@ def latency(runs: Sequence[Shown]) -> Panel:
         return Panel(
             "latency", title, empty="No query came back with an output, so there is no latency to show."
         )
-    canvas = _Canvas("latency", _end_s(runs))
+    canvas = Canvas("latency", _end_s(runs))
     axes = canvas.time_axes()
     _p50_and_p99(canvas, axes, runs, lambda run: run.timeline.latency_ms, "latency")
     _slo_lines(canvas, axes, runs)
@@ -269,7 +205,7 @@ def queue_wait(runs: Sequence[Shown]) -> Panel:
         return Panel(
             "queue", title, empty="No query came back with an output; what the others waited is not kept."
         )
-    canvas = _Canvas("queue", _end_s(runs))
+    canvas = Canvas("queue", _end_s(runs))
     axes = canvas.time_axes()
     _p50_and_p99(canvas, axes, runs, lambda run: run.timeline.queue_wait_ms, "queue")
     axes.set_ylim(bottom=0)
@@ -284,7 +220,7 @@ def distribution(runs: Sequence[Shown]) -> Panel:
         return Panel(
             "distribution", title, empty="No query came back with an output, so there is no latency to show."
         )
-    canvas = _Canvas("distribution", None, height=_HEIGHT + 40)
+    canvas = Canvas("distribution", None, height=HEIGHT + 40)
     axes = canvas.axes()
     for run in reversed(answered):
         ms, at_least = run.timeline.tail_ms, run.timeline.tail_n
@@ -316,7 +252,7 @@ def send_lag(runs: Sequence[Shown]) -> Panel:
     title = "Lateness of the load generator itself, ms"
     if not any(np.isfinite(run.timeline.send_lag_ms["p99"]).any() for run in runs):
         return Panel("lag", title, empty="No query was sent, so there is no lag to show.")
-    canvas = _Canvas("lag", _end_s(runs))
+    canvas = Canvas("lag", _end_s(runs))
     axes = canvas.time_axes()
     for run in reversed(runs):
         noise = _positive(run.timeline.noise_ms["p99"])
@@ -344,7 +280,7 @@ def ends(runs: Sequence[Shown]) -> Panel:
     wrong = [run for run in runs if run.result.queries["ok"] < run.result.queries["total"]]
     if not wrong:
         return Panel("ends", title, empty="None: every query was answered in time.")
-    canvas = _Canvas("ends", _end_s(runs), len(wrong))
+    canvas = Canvas("ends", _end_s(runs), len(wrong))
     for row, run in enumerate(wrong):
         axes = canvas.time_axes(row)
         below = np.zeros(run.timeline.n_bins)
@@ -377,146 +313,10 @@ def draw(runs: Sequence[Shown]) -> list[Panel]:
     """Return every panel of the page."""
     import matplotlib as mpl  # noqa: PLC0415  an optional extra, and slow to import
 
-    with mpl.rc_context(_RC), warnings.catch_warnings():
+    with mpl.rc_context(RC), warnings.catch_warnings():
         # A name in letters that matplotlib's font lacks: the page's own fonts have them.
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
         return [make(runs) for make in PANELS]
-
-
-# --- what they share --------------------------------------------------------------------------
-
-
-class _Canvas:
-    """One figure: rows of axes with the page's margins, labels to their right; then SVG.
-
-    Args:
-        key: The panel's.
-        end_s: Where the time axis ends; None for another axis.
-        n_rows: Axes, one below the other.
-        height: Of each of them.
-    """
-
-    def __init__(self, key: str, end_s: float | None, n_rows: int = 1, height: int = _HEIGHT) -> None:
-        from matplotlib.figure import Figure  # noqa: PLC0415  an optional extra
-
-        self._key = key
-        self._end_s = end_s
-        self._n_rows = n_rows
-        self._height = height if n_rows == 1 else _ROW_HEIGHT
-        self._total = TOP + n_rows * self._height + (n_rows - 1) * GAP + BOTTOM
-        self._figure = Figure(figsize=(WIDTH / 72, self._total / 72), dpi=72)  # one unit is one point
-        self._labels: list[tuple[float, str, str]] = []
-
-    def axes(self, row: int = 0) -> Axes:
-        """Return the axes of a row, without a time axis."""
-        bottom = BOTTOM + (self._n_rows - 1 - row) * (self._height + GAP)
-        axes = self._figure.add_axes(
-            (LEFT / WIDTH, bottom / self._total, (WIDTH - LEFT - RIGHT) / WIDTH, self._height / self._total)
-        )
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.set_axisbelow(True)
-        axes.grid(visible=True, axis="y")
-        axes.tick_params(axis="y", length=0)
-        axes.tick_params(axis="x", length=3)
-        axes.locator_params(axis="y", nbins=4)
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
-        return axes
-
-    def time_axes(self, row: int = 0) -> Axes:
-        """Return the axes of a row; the lowest row names the ticks of its time axis."""
-        assert self._end_s is not None, "this canvas has no time axis"
-        axes = self.axes(row)
-        axes.set_xlim(0, self._end_s)
-        ticks = time_ticks(self._end_s)
-        axes.set_xticks([x for x, _ in ticks], [text if row == self._n_rows - 1 else "" for _, text in ticks])
-        return axes
-
-    def label(self, y: float, text: str, colour: str) -> None:
-        """Have `text` stand to the right of the first row, as near to `y` as other labels allow."""
-        if math.isfinite(y):
-            self._labels.append((y, text, colour))
-
-    def key(self, entries: Sequence[tuple[str, str]], row: int, heading: str) -> None:
-        """Put a key of colours to the right of a row, top down, as the stack is."""
-        top = TOP + row * (self._height + GAP)
-        if heading:
-            self._text(top + _LINE / 2, heading, INK, weight="bold")
-            top += round(_LINE)
-        room = self._height + GAP - (_LINE if heading else 0)
-        kept = thinned(entries, int(room // _LEAST_LINE))
-        line = min(_LINE, room / max(1, len(kept)))
-        for i, (text, colour) in enumerate(kept):
-            y = top + (i + 0.5) * line
-            self._swatch(y, colour)
-            self._text(y, text, MUTED, indent=16)
-
-    def panel(self, title: str, note: str) -> Panel:
-        """Write the labels and return the panel."""
-        self._write_labels()
-        buffer = io.StringIO()
-        self._figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        return Panel(self._key, title, note, page_svg(buffer.getvalue(), self._key, title))
-
-    def _write_labels(self) -> None:
-        if not self._labels:
-            return
-        axes = self._figure.axes[0]
-        low, high = TOP + _LINE / 2, TOP + self._height - 4
-        heights = axes.transData.transform([(0, y) for y, _, _ in self._labels])[:, 1]
-        wanted = [float(min(max(self._total - y, low), high)) for y in heights]
-        for (_, text, colour), y in zip(self._labels, spread(wanted, _LINE, low, high), strict=True):
-            self._text(y, text, colour)
-
-    def _text(self, y: float, text: str, colour: str, *, indent: int = 0, weight: str = "normal") -> None:
-        room = _MAX_LABEL - indent // 8
-        text = text if len(text) <= room else text[: room - 1] + "…"
-        x = (WIDTH - RIGHT + 8 + indent) / WIDTH
-        self._figure.text(x, 1 - y / self._total, text, color=colour, va="center", weight=weight)
-
-    def _swatch(self, y: float, colour: str) -> None:
-        from matplotlib.patches import Rectangle  # noqa: PLC0415  an optional extra
-
-        corner = ((WIDTH - RIGHT + 8) / WIDTH, 1 - (y + 5) / self._total)
-        self._figure.add_artist(Rectangle(corner, 10 / WIDTH, 10 / self._total, color=colour, linewidth=0))
-
-
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Return heights near those wanted, `gap` apart where `low` to `high` has the room, in their order."""
-    order = np.argsort(wanted, kind="stable")
-    gap = min(gap, (high - low) / max(1, len(order) - 1))
-    placed = np.array(wanted, dtype=np.float64)[order]
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + gap)
-    placed[-1:] = np.minimum(placed[-1:], high)
-    for i in range(len(placed) - 2, -1, -1):
-        placed[i] = min(placed[i], placed[i + 1] - gap)
-    result = np.empty(len(placed))
-    result[order] = placed
-    return [float(y) for y in result]
-
-
-def thinned(entries: Sequence[tuple[str, str]], n: int) -> list[tuple[str, str]]:
-    """Return at most n entries, evenly picked, the first and the last among them."""
-    if len(entries) <= n:
-        return list(entries)
-    return [entries[i] for i in np.linspace(0, len(entries) - 1, max(2, n)).round().astype(int)]
-
-
-def time_ticks(end_s: float) -> list[tuple[float, str]]:
-    """Return some six instants from 0 to `end_s`, and their names with a unit."""
-    unit_s, unit = (3600.0, "h") if end_s > 4 * 3600 else (60.0, "min") if end_s > 600 else (1.0, "s")
-    span = end_s / unit_s
-    power = 10.0 ** math.floor(math.log10(span / 8))
-    step = next(nice * power for nice in (1, 2, 5, 10) if span / (nice * power) <= 8)
-    return [(i * step * unit_s, f"{i * step:,.10g} {unit}") for i in range(int(span / step + 1e-9) + 1)]
-
-
-def percent(share: float) -> str:
-    """Return a percentage with as many digits as tell it from 100: 99.9987 %."""
-    missing = 100 - share
-    if missing <= 0:
-        return "100 %"
-    return f"{share:.{min(8, max(2, 1 - math.floor(math.log10(missing))))}f} %"
 
 
 def subnet_colours(runs: Sequence[Shown]) -> dict[str, str]:
@@ -530,38 +330,6 @@ def subnet_colours(runs: Sequence[Shown]) -> dict[str, str]:
     return {name: to_hex(colours[ranks[one]]) for name, one in accuracies.items()}
 
 
-_HEAD = re.compile(r"^.*?<svg[^>]*>", re.DOTALL)
-_LEFT_OUT = re.compile(r"\s*<(metadata|style)\b.*?</\1>", re.DOTALL)
-_TAG = re.compile(r"<[^>]*>")
-_NUMBER = re.compile(r"-?\d+\.\d{3,}")
-_ID = re.compile(r'(\bid="|url\(#|href="#)')
-_FONT = re.compile(r"font: ([^;\"]*?)([\d.]+)px [^;\"]*")
-
-
-def page_svg(svg: str, key: str, title: str) -> str:
-    """Fit a figure into an HTML page; its text stays as it is.
-
-    Ids begin with `key`, so that figures do not refer to each other; colours and fonts are the
-    page's; numbers have two decimals; metadata and its addresses are left out.
-    """
-    box = re.search(r'viewBox="([^"]*)"', svg)
-    assert box is not None, "matplotlib writes a viewBox"
-
-    def fit(found: re.Match[str]) -> str:
-        tag = _NUMBER.sub(_two_decimals, found[0])
-        tag = _FONT.sub(r"font: \1\2px var(--font)", _ID.sub(rf"\g<1>{key}-", tag))
-        for colour, name in COLOURS.items():
-            tag = tag.replace(colour, f"var(--{name})")
-        return tag
-
-    body = _TAG.sub(fit, _LEFT_OUT.sub("", _HEAD.sub("", svg, count=1)))
-    return f'<svg viewBox="{_NUMBER.sub(_two_decimals, box[1])}" role="img" aria-label="{title}">{body}'
-
-
-def _two_decimals(number: re.Match[str]) -> str:
-    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
-
-
 def _end_s(runs: Iterable[Shown]) -> float:
     return max(run.result.duration_s for run in runs)
 
@@ -572,7 +340,7 @@ def _steps(axes: Axes, run: Shown, values: Floats, gid: str) -> None:
 
 
 def _p50_and_p99(
-    canvas: _Canvas, axes: Axes, runs: Sequence[Shown], series: Callable[[Shown], Any], name: str
+    canvas: Canvas, axes: Axes, runs: Sequence[Shown], series: Callable[[Shown], Any], name: str
 ) -> None:
     for run in reversed(runs):
         p50, p99 = series(run)["p50"], series(run)["p99"]
@@ -589,7 +357,7 @@ def _which(runs: Sequence[Shown]) -> str:
     return "Thick: p99. Thin: p50." if len(runs) <= FEW else "p99."
 
 
-def _slo_lines(canvas: _Canvas, axes: Axes, runs: Sequence[Shown]) -> None:
+def _slo_lines(canvas: Canvas, axes: Axes, runs: Sequence[Shown]) -> None:
     for slo_ms in sorted({run.result.slo_ms for run in runs}):
         axes.axhline(slo_ms, color=INK, linewidth=1, dashes=(5, 3))
         canvas.label(slo_ms, f"SLO {slo_ms:g} ms", INK)
@@ -616,7 +384,7 @@ def _plain_log_ticks(axes: Axes) -> None:
     axes.tick_params(axis="y", which="minor", length=0)
 
 
-def _mark_quantiles(canvas: _Canvas, axes: Axes, run: Shown, n: int, *, named: bool) -> None:
+def _mark_quantiles(canvas: Canvas, axes: Axes, run: Shown, n: int, *, named: bool) -> None:
     """Mark the result's own quantiles on the curve; those at one point share a label."""
     texts: dict[float, str] = {}
     for name in LATENCY_QUANTILES:
@@ -640,13 +408,6 @@ def _mark_quantiles(canvas: _Canvas, axes: Axes, run: Shown, n: int, *, named: b
     if named:
         for ms, name in texts.items():
             canvas.label(ms, f"{name} {figure(ms)} ms", run.colour)
-
-
-def figure(value: float) -> str:
-    """Return a number with three significant digits, or all before the point."""
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def _last(values: Floats) -> float:

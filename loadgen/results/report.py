@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
-from loadgen.results.plots import MAX_RUNS, Panel, Shown, check_installed, draw, figure, percent
+from loadgen.results.plots import MAX_RUNS, Shown, draw
 from loadgen.results.result import LATENCY_QUANTILES, OUTCOMES, load_run
+from loadgen.results.style import check_installed, figure, percent
 from loadgen.results.timeline import timeline_from
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from loadgen.results.canvas import Panel
     from loadgen.results.result import RunResult
 
 MEANINGS = {
@@ -39,6 +42,7 @@ FEW_RUNS = 3
 
 _NOTHING = "-"
 _STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+_PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
 
 
 def write_report(path: Path, results: Sequence[RunResult], labels: Sequence[str] | None = None) -> None:
@@ -93,13 +97,7 @@ def page(results: Sequence[RunResult], labels: Sequence[str] | None = None) -> s
         *(_environment(label, result, only=len(named) == 1) for label, result in named),
     ]
     title = escape(f"SuperServe: {', '.join(labels)}")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return _PAGE.substitute(title=title, style=_STYLE, body="\n".join(part for part in parts if part))
 
 
 def _check_sums(shown: Iterable[Shown]) -> None:

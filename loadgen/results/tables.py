@@ -9,10 +9,11 @@ import orjson
 
 from loadgen.results.report import write_report
 from loadgen.results.result import OUTCOMES
+from loadgen.results.style import check_installed
 from superserve.errors import ConfigError, SuperServeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from loadgen.results.result import RunResult
@@ -73,6 +74,15 @@ def check_writable(path: Path, option: str) -> None:
         raise ConfigError(
             f"{option}: {path}: expected a path that can be written: {error.strerror}"
         ) from error
+
+
+def check_outputs(paths: Mapping[str, Path | None]) -> None:
+    """Refuse the files, by the option that names them, that could not be written; a page needs matplotlib."""
+    if paths.get("--report") is not None:
+        check_installed()
+    for option, path in paths.items():
+        if path is not None:
+            check_writable(path, option)
 
 
 def write(path: Path, text: str, say: Callable[[str], None] = click.echo) -> None:

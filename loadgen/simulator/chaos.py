@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gpu_worker.core.queue import CAPACITY
+from loadgen import options
 from loadgen.simulator.chaos_clients import SessionClient, SimQuery
 from loadgen.simulator.faults import draw_faults, faults_json
 from loadgen.simulator.links import Way
@@ -472,7 +473,7 @@ def find_violation(make_core: Callable[..., RouterCore], *, at_most: int) -> Sch
 )
 @click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="The first of them.")
 @click.option("--seed", type=click.IntRange(0), help="Run this one alone, and print its faults.")
-@click.option("--processes", type=click.IntRange(1), help="[default: one for each processor]")
+@options.processes
 def main(schedules: int, first: int, seed: int | None, processes: int | None) -> None:
     """Run fault schedules and check what must hold. Exits 1 if anything does not."""
     began_s = time.monotonic()

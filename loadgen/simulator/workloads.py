@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loadgen.options import profile_and_n
 from profiles.table import load_profile
 from superserve.clock import MS
 from superserve.errors import ConfigError
@@ -75,14 +76,12 @@ def parse_cluster(text: str, option: str = "--emulate") -> list[Profile]:
     """
     gpus: list[Profile] = []
     for part in text.split(","):
-        spec, colon, count = part.rpartition(":")
-        if not colon or not count.isdecimal() or not 1 <= int(count) <= MAX_GPUS:
-            raise ConfigError(f"{option}: expected PROFILE:N with N from 1 to {MAX_GPUS}, got {part!r}")
+        spec, n_gpus = profile_and_n(part, option, most=MAX_GPUS)
         name, star, factor = spec.partition("*")
         profile = load_profile(name)
         if star:
             profile = slowed(profile, _number(factor, option, part, most=1_000.0))
-        gpus += [profile] * int(count)
+        gpus += [profile] * n_gpus
     if len(gpus) > MAX_GPUS:
         raise ConfigError(f"{option}: expected at most {MAX_GPUS} GPUs, got {len(gpus)}")
     return gpus

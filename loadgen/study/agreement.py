@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loadgen import options
 from loadgen.live.run import Emulation, RunSettings, run_emulated
 from loadgen.simulator.delays import load_machine
 from loadgen.simulator.simulate import SimSettings, simulate
@@ -97,7 +98,7 @@ def agreement(trace: Trace, emulation: Emulation, slo_ns: int) -> Agreement:
 
 
 @click.command()
-@click.option("--maf", type=click.Path(exists=True, dir_okay=False), help="A Functions 2019 file.")
+@options.maf
 @click.option("--duration", type=float, default=20.0, show_default=True, help="Seconds of each run.")
 @click.option("--profile", default="cnn-8gpu-modelled", show_default=True)
 @click.option("--gpus", type=click.IntRange(1), default=8, show_default=True)

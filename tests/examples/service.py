@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 
 from gpu_worker.models.digits import held_out
-from loadgen.demo.demo import local_forward
+from loadgen.demo.answers import local_forward
 from profiles.table import load_profile
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadgen.bound.exact import exact_bound
 from loadgen.bound.fluid import BoundWorkload, fluid_bound, options, uniform
 from loadgen.bound.highs import Program
 from loadgen.traces.trace import load_trace
 from profiles.table import Profile, SubnetProfile, load_profile
 from superserve.clock import MS
 from superserve.errors import ConfigError
+from tests.loadgen.bound.exact import exact_bound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from loadgen.cli import cli
 from loadgen.live.environment import environment_of
 from loadgen.live.sender import UNANSWERED
-from loadgen.results.plots import percent, spread, thinned, time_ticks
+from loadgen.results.canvas import spread, thinned, time_ticks
 from loadgen.results.report import load_runs, page, write_report
 from loadgen.results.result import load_run
+from loadgen.results.style import percent
 from loadgen.results.timeline import recorded
 from superserve.errors import ConfigError
 from superserve.wire import Status

@@ -1,4 +1,4 @@
-"""Options that several commands of the load generator share."""
+"""How fast emulated GPUs are beside their profile: `--speed` and `--drift`, declared once."""
 
 from __future__ import annotations
 

@@ -1,0 +1,154 @@
+"""DemoServing the demo's load: a cluster for each policy, and once more where other work disturbed it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from gpu_worker.models.names import DIGITS
+from loadgen.demo.machine import MachineUse, MachineWatch
+from loadgen.live.calm import await_calm
+from loadgen.live.run import RunSettings, run_trace
+from superserve.clock import MS
+from superserve.errors import ProcessError
+from superserve.roles import local
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from loadgen.demo.load import DemoLoad
+    from loadgen.results.result import RunResult
+    from loadgen.results.run import Run
+    from loadgen.traces.trace import Trace
+
+OPTIONS = ("--device", "cpu", "--supernet", DIGITS, "--ready-timeout-s", "120")
+"""Of every cluster of the demo."""
+
+_PROGRESS_S = 5.0
+_QUIET_NS = 2 * MS
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The load under one policy.
+
+    Attributes:
+        policy: Its name.
+        run: What was measured.
+        noise: What disturbed it, in words; "" on a calm machine.
+    """
+
+    policy: str
+    run: Run
+    noise: str = ""
+
+    @property
+    def result(self) -> RunResult:
+        """The figures of the result file."""
+        return self.run.result
+
+
+@dataclass(frozen=True, slots=True)
+class DemoServing:
+    """Serves one load under any policy.
+
+    Attributes:
+        load: What is offered.
+        payloads: Bytes of each image, (n, n_bytes).
+        profile: The router decides by it; its folder holds the cluster's state.
+    """
+
+    load: DemoLoad
+    payloads: npt.NDArray[np.uint8]
+    profile: Path
+
+    def serve(self, policy: str) -> Served:
+        """Serve the load, reporting now and then how far it is."""
+        click.echo(f"DemoServing it under {policy}: starting a router and a worker ...")
+        settings = RunSettings(self.load.slo_ns, payloads=self.payloads, keep_outputs=True)
+        with serving(policy, self.profile, margin_ms=self.load.margin_ms) as cluster:
+            processes = (cluster.keeper, *(role.process for role in cluster.roles))
+            with MachineWatch(one.pid for one in processes if one is not None) as watch:
+                trace = self.load.trace
+                run = run_trace(trace, settings, cluster.client_endpoint, _progress(trace))
+                use: MachineUse = watch.use()
+        return Served(policy, run, use.noise(run.noise_p99_9_ns, self.load.slo_ns))
+
+
+def until_calm(
+    serve: Callable[[], Served], missed: Callable[[Served], list[str]], may_repeat: Callable[[], bool]
+) -> Served:
+    """Serve; once more if that was disturbed and missed what is expected.
+
+    A calm run counts whatever it shows, and so does the second one.
+    """
+    served = serve()
+    if not (served.noise and missed(served) and may_repeat()):
+        return served
+    click.echo(f"  disturbed: {served.noise}; serving it again")
+    await_calm(_QUIET_NS)
+    return serve()
+
+
+@contextlib.contextmanager
+def serving(policy: str, profile: Path, *, margin_ms: float) -> Iterator[local.LocalCluster]:
+    """Have a cluster on this machine serve by `profile`; stop it at the end.
+
+    Its state lies beside the profile, so that it is only the demo's, and the next demo finds one that
+    this demo could not stop because it was killed.
+
+    Raises:
+        ProcessError: It did not start or stop; quotes what `cluster` printed.
+    """
+    state = profile.parent / "cluster"
+    if local.names(state):
+        run_cluster(state, "down")
+    try:
+        run_cluster(
+            state, "up", "--policy", policy, "--margin-ms", f"{margin_ms:g}", "--profile", str(profile),
+            *OPTIONS,
+        )  # fmt: skip
+        yield local.running(state)
+    finally:
+        run_cluster(state, "down")
+    shutil.rmtree(state)  # the logs of a cluster that did what it should
+
+
+def run_cluster(state: Path, verb: str, *options: str) -> None:
+    """Run `cluster` for the demo's own cluster; ProcessError, with what it printed, if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", verb, "--name", "demo", *options],
+        env={**os.environ, local.STATE_VARIABLE: str(state)}, text=True, check=False,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if done.returncode:
+        raise ProcessError(f"cluster {verb}: exit code {done.returncode}:\n{done.stdout.rstrip()}")
+
+
+def _progress(trace: Trace) -> Callable[[dict[str, int]], None]:
+    """Return what prints a line every 5 seconds."""
+    began_s = time.monotonic()
+    next_s = began_s + _PROGRESS_S
+
+    def show(total: dict[str, int]) -> None:
+        nonlocal next_s
+        now_s = time.monotonic()
+        if now_s < next_s:
+            return
+        next_s = now_s + _PROGRESS_S
+        waiting = total["sent"] - total["answered"]
+        click.echo(f"  {now_s - began_s:4.0f} s  {total['sent']:,} of {trace.n:,} sent, {waiting:,} waiting")
+
+    return show
