@@ -23,15 +23,15 @@ import zmq
 
 from superserve.client.futures import FORKED
 from superserve.client.link import SessionLink
-from superserve.client.reply import Reply
-from superserve.client.session import (
-    CLOSED,
-    CLOSED_EARLY,
-    Session,
+from superserve.client.options import (
     checked_accuracy,
+    checked_bound,
     checked_priority,
     checked_slo,
+    checked_wait,
 )
+from superserve.client.reply import Reply
+from superserve.client.session import CLOSED, CLOSED_EARLY, Session
 from superserve.errors import CancelledQueryError, DrainingError, QueryError, UnansweredError, UsageError
 from superserve.net.connection import Connection, no_router
 from superserve.net.keys import peer_keys
@@ -100,6 +100,7 @@ class AsyncClient:
 
     Raises:
         ConfigError: The key file is missing, malformed, or others may read it.
+        UsageError: A bound or the timeout is no number.
     """
 
     def __init__(
@@ -112,11 +113,14 @@ class AsyncClient:
         keys: str | os.PathLike[str] | None = None,
     ) -> None:
         self.endpoint = endpoint
-        self.connect_timeout_s = connect_timeout_s
+        self.connect_timeout_s = checked_wait("connect_timeout_s", connect_timeout_s)
         self._keys = peer_keys(keys)
         self._pid = os.getpid()
         self._session: Session[AsyncQueryFuture] = Session(
-            threading.RLock(), no_router(endpoint), max_outstanding=max_outstanding, max_bytes=max_bytes
+            threading.RLock(),
+            no_router(endpoint),
+            max_outstanding=checked_bound("max_outstanding", max_outstanding),
+            max_bytes=checked_bound("max_bytes", max_bytes),
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._link: SessionLink[AsyncQueryFuture] | None = None
@@ -196,7 +200,7 @@ class AsyncClient:
         buffer, n_bytes = session.checked(payload)
         slo_ns = checked_slo(slo_ms)
         floor = 0.0 if min_accuracy is None else checked_accuracy(min_accuracy)
-        if priority != 0:
+        if type(priority) is not int or priority:
             priority = checked_priority(priority)
         future = AsyncQueryFuture(self, loop, buffer, n_bytes, slo_ns, floor, priority)
         if session.submit(future) and self._link is not None:

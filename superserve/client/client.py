@@ -27,14 +27,14 @@ import zmq
 
 from superserve.client.futures import BLOCKING, FORKED, QueryFuture, is_on_a_loop, settle
 from superserve.client.link import SessionLink
-from superserve.client.session import (
-    CLOSED,
-    CLOSED_EARLY,
-    Session,
+from superserve.client.options import (
     checked_accuracy,
+    checked_bound,
     checked_priority,
     checked_slo,
+    checked_wait,
 )
+from superserve.client.session import CLOSED, CLOSED_EARLY, Session
 from superserve.errors import (
     CancelledQueryError,
     DrainingError,
@@ -67,6 +67,7 @@ class Client:
 
     Raises:
         ConfigError: The key file is missing, malformed, or others may read it.
+        UsageError: A bound or the timeout is no number.
     """
 
     def __init__(
@@ -79,12 +80,15 @@ class Client:
         keys: str | os.PathLike[str] | None = None,
     ) -> None:
         self.endpoint = endpoint
-        self.connect_timeout_s = connect_timeout_s
+        self.connect_timeout_s = checked_wait("connect_timeout_s", connect_timeout_s)
         self._keys = peer_keys(keys)
         self.guard: contextlib.AbstractContextManager[Any] = threading.RLock()
         self.pid = os.getpid()
         self._session: Session[QueryFuture] = Session(
-            self.guard, no_router(endpoint), max_outstanding=max_outstanding, max_bytes=max_bytes
+            self.guard,
+            no_router(endpoint),
+            max_outstanding=checked_bound("max_outstanding", max_outstanding),
+            max_bytes=checked_bound("max_bytes", max_bytes),
         )
         self._starting = threading.RLock()
         self._cancelling = threading.RLock()
@@ -167,7 +171,7 @@ class Client:
         buffer, n_bytes = self._session.checked(payload)
         slo_ns = checked_slo(slo_ms)
         floor = 0.0 if min_accuracy is None else checked_accuracy(min_accuracy)
-        if priority != 0:
+        if type(priority) is not int or priority:
             priority = checked_priority(priority)
         if self.thread is None or os.getpid() != self.pid:
             self._start()

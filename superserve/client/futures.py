@@ -22,6 +22,7 @@ import threading
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from typing import TYPE_CHECKING, Any, Protocol
 
+from superserve.client.options import checked_wait
 from superserve.client.reply import Reply
 from superserve.errors import QueryError, UsageError
 
@@ -204,7 +205,7 @@ class QueryFuture(concurrent.futures.Future[Reply]):
 
     def _wait(self, what: str, timeout: float | None) -> Reply | QueryError:
         if self._state == PENDING:
-            self._block(what, timeout)
+            self._block(what, None if timeout is None else checked_wait("timeout", timeout))
         if self._state == CANCELLED_AND_NOTIFIED:
             raise concurrent.futures.CancelledError
         outcome = self._opened()
