@@ -539,7 +539,7 @@ def test_each_query_gets_its_own_share() -> None:
 
 @pytest.mark.parametrize("lengths", [[8, 0, 8], [8, 3, 8], [8, 8, 8]])
 def test_a_whole_output_is_an_array_whatever_stands_beside_it(lengths: list[int]) -> None:
-    """In a batch of which some failed the outputs have lengths of their own, and good ones are arrays still."""
+    """In a batch of which some failed the outputs have lengths of their own; good ones are arrays still."""
     outputs = [bytes([i]) * length for i, length in enumerate(lengths)]
     whole = group(bytes(24), Status.OK, b"")
     whole.output, whole.output_bytes = b"".join(outputs), VARIED
