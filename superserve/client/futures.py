@@ -53,7 +53,11 @@ class Owner(Protocol):
 
     guard: AbstractContextManager[Any]
     pid: int
-    thread: threading.Thread | None
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        """The thread that settles futures, if there is one."""
+        ...
 
     def cancel_query(self, future: QueryFuture) -> bool:
         """End a query; False if it has ended already."""

@@ -163,6 +163,11 @@ class Session(Generic[Q]):
         return len(self._pending)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether nothing more is taken in."""
+        return self._is_closed
+
+    @property
     def is_idle(self) -> bool:
         """Whether no query that was sent is without an answer."""
         return len(self._pending) <= len(self._gathered)
