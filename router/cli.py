@@ -14,6 +14,7 @@ from profiles.table import load_profile
 from router.core.state import CoreSettings
 from router.policies.registry import make_policy
 from router.report.metrics import SWITCH_S, RouterMetrics, pages
+from router.serve.doors import raise_limit
 from router.serve.recording import Recorder, replay
 from router.serve.server import RouterServer, ServerSettings
 from superserve.errors import ConfigError, SuperServeError
@@ -77,6 +78,7 @@ def cli(
     if context.invoked_subcommand is not None:
         return
     die_with_parent()
+    raise_limit()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
     if not 0 <= margin_ms <= _MAX_MARGIN_MS:  # NaN passes a FloatRange
         raise click.ClickException(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {margin_ms}")

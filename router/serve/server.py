@@ -45,6 +45,7 @@ from router.policies.registry import make_policy
 from router.report.load import Load
 from router.report.status import status_of_server
 from router.serve.directives import directive_of, group_of, results_of
+from router.serve.doors import Doors
 from router.serve.gate import CLIENT_DOMAIN, WORKER_DOMAIN, Gate, check_reach
 from superserve import wire
 from superserve.errors import ConfigError, SuperServeError, WireError
@@ -196,6 +197,7 @@ class RouterServer:
         except ConfigError:
             context.destroy(0)
             raise
+        self._doors = Doors((self.client_endpoint, self.worker_endpoint))
         if self._gate is not None:
             self._gate.start({"client": self._client_socket, "worker": self._worker_socket})
 
@@ -247,6 +249,7 @@ class RouterServer:
             for key in keys:
                 send(socket, [key, *goodbye])
         self._let_peers_read()
+        self._doors.close()
         for socket in (self._client_socket, self._worker_socket):
             socket.close(linger=_GOODBYE_MS)
         if self._gate is not None:
@@ -291,6 +294,7 @@ class RouterServer:
         n = n_of_workers + n_of_clients
         now_ns = time.monotonic_ns()
         self._keep_alive(now_ns)
+        self._doors.look(now_ns)
         if n == 0 and not self.core.ledger and now_ns - self._collected_ns >= _COLLECT_NS:
             self._collected_ns = now_ns
             gc.collect(0)
