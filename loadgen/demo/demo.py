@@ -35,6 +35,7 @@ from profiles.measuring.measure import Device, Measurement, Setting, measure_sup
 from profiles.table import load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, ProcessError, SuperServeError
+from superserve.files import write_whole
 from superserve.roles import local
 from superserve.subnet import Subnet
 from superserve.wire import Status
@@ -558,7 +559,7 @@ def demo(out: Path, seconds: float, slo_ms: float, seed: int) -> list[str]:
     environment = environment_of(trace=trace.provenance, seed=seed, cluster="one worker, the digits supernet")
     adaptive, largest = (recorded(run, trace, settings.slo_ns, environment) for run in runs)
     for result, name in ((adaptive, "adaptive"), (largest, "largest")):
-        (out / f"{name}.json").write_text(result.to_json())
+        write_whole(out / f"{name}.json", result.to_json())
     write_report(out / "report.html", [adaptive, largest])
     click.echo("\nThe same queries, served twice:")
     _say(side_by_side((adaptive, largest)))
