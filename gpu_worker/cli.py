@@ -26,7 +26,7 @@ from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
-from superserve.roles.exposition import LOOPBACK, serve_pages
+from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 from superserve.subnet import Subnet

@@ -18,7 +18,7 @@ from router.serve.doors import raise_limit
 from router.serve.recording import Recorder, replay
 from router.serve.server import RouterServer, ServerSettings
 from superserve.errors import ConfigError, SuperServeError
-from superserve.roles.exposition import LOOPBACK, serve_pages
+from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 

@@ -99,14 +99,10 @@ def run_command(
     at once. What is late there is this machine's doing, not the server's.
     """
     say = partial(echo, err=is_json)
-    endings = Endings()
+    endings = _begun()
     watch = Watch(partial(_show_second, is_json=is_json, endings=endings), endings.stop, endings.signals)
-    click.get_current_context().call_on_close(endings.end)
     try:
-        endings.begin()
-        if not 0 < slo_ms <= 86_400_000:
-            raise ConfigError(f"--slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
-        _check_files(json_path, page_path)
+        _check_options(slo_ms, json_path, page_path)
         if generators is not None and (connect is None or is_json):
             raise ConfigError("--generators: expected --connect, as they reach it, and no --json-lines")
         target = target_of(connect, emulate, policy, logs)
@@ -148,8 +144,18 @@ def run_command(
         sys.exit(1)
 
 
-def _check_files(json_path: Path | None, page_path: Path | None) -> None:
+def _begun() -> Endings:
+    """Return what ends the command early; it handles signals until the command ends."""
+    endings = Endings()
+    click.get_current_context().call_on_close(endings.end)
+    endings.begin()
+    return endings
+
+
+def _check_options(slo_ms: float, json_path: Path | None, page_path: Path | None) -> None:
     """Refuse files that could not be written, before the run rather than after it."""
+    if not 0 < slo_ms <= 86_400_000:
+        raise ConfigError(f"--slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
     if json_path is not None:
         check_writable(json_path, "--json")
     if page_path is not None:
