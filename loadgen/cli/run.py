@@ -128,20 +128,26 @@ def run_command(
         say("Interrupted before there was anything to report")
         sys.exit(endings.exit_code)
     _show(measured, report, say)
-    is_partial = bool(measured.result.partial)
-    if is_partial:
-        trace = trace.scaled(duration_s=measured.result.duration_s)
-    environment = _environment(trace, settings, target, measured, report)
-    result = recorded(measured, trace, settings.slo_ns, environment)
+    result = _recorded(measured, trace, settings, target, report)
     if calibration is not None:
         result = replace(result, calibration=calibration.to_dict())
     if is_json:
         echo(json_line({"kind": "result", **result.to_dict(), "timeline": None}))
     _write(result, json_path, page_path, say)
-    if is_partial:
+    if result.partial:
         sys.exit(endings.exit_code)
     if not measured.result.valid or (report is not None and report.n_violations):
         sys.exit(1)
+
+
+def _recorded(
+    measured: Run, trace: Trace, settings: RunSettings, target: Emulation | str, report: EventLogReport | None
+) -> RunResult:
+    """Return the result with its timeline, and what it takes to make the run again."""
+    if measured.result.partial:
+        trace = trace.scaled(duration_s=measured.result.duration_s)
+    environment = _environment(trace, settings, target, measured, report)
+    return recorded(measured, trace, settings.slo_ns, environment)
 
 
 def _begun() -> Endings:
