@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import secrets
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,9 @@ class WorkerDevice(NamedTuple):
 
 @click.command()
 @click.option("--connect", "endpoint", required=True, metavar="tcp://HOST:PORT", help="The router.")
-@click.option("--name", help="What the cluster calls this worker; host and process number if not given.")
+@click.option(
+    "--name", help="What the cluster calls this worker; host, process number and a random end if not given."
+)
 @click.option(
     "--keys",
     type=click.Path(path_type=Path),
@@ -112,7 +115,8 @@ def cli(
     """Serve a supernet, or emulated GPUs, to a router until SIGTERM."""
     die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    name = name or f"{platform.node()}-{os.getpid()}"
+    # Containers share host names, and each has a process 1.
+    name = name or f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"
     try:
         _only_with("--emulate", emulate, {"--gpus": gpus, "--event-log": event_log})
         _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
@@ -311,6 +315,7 @@ def hello(name: str, device: WorkerDevice) -> dict[str, Any]:
         "host": platform.node(),
         "version": version(),
         "pid": os.getpid(),
+        "life": secrets.token_hex(8),
         "device": device.profile.device,
         "fingerprint": device.fingerprint,
         "profiles": [device.profile.to_dict()],

@@ -47,6 +47,7 @@ from router.report.status import status_of_server
 from router.serve.directives import directive_of, group_of, results_of
 from router.serve.doors import Doors
 from router.serve.gate import CLIENT_DOMAIN, WORKER_DOMAIN, Gate, check_reach
+from router.serve.lives import check_name, life_of
 from superserve import wire
 from superserve.errors import ConfigError, SuperServeError, WireError
 from superserve.net.sockets import Waiter, bind_router, is_readable, receive, rest, send
@@ -111,12 +112,13 @@ class PeerConnection:
     """What the server keeps of one peer: how far away it is, and when it last spoke."""
 
     __slots__ = (
-        "heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user", "version"
+        "heard_ns", "host", "life", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user", "version"
     )  # fmt: skip
 
     def __init__(self, now_ns: int, user: str = "") -> None:
         self.heard_ns = now_ns
         self.host = ""
+        self.life = ""
         self.version = ""
         self.user = user  # the public key that it said HELLO with, if the router has keys
         self.n_pongs = 0
@@ -568,14 +570,19 @@ class RouterServer:
             raise ConfigError(
                 f"worker {name}: expected the model {self.model}, which others host; got {model}"
             )
-        for peer in [p.key for p in self.core.peers.values() if p.name == name]:
-            self._forget_worker(peer, now_ns, orderly=False)  # an older life of the same worker
+        life = life_of(key, body)
+        for peer in [p for p in self.core.peers.values() if p.name == name]:
+            first = self._workers.get(peer.key)
+            if first is not None and first.life != life:
+                check_name(name, now_ns - peer.heard_ns, self.settings.core.heartbeat_ns, first.host)
+            self._forget_worker(peer.key, now_ns, orderly=False)  # an older life of the same worker
         self._forget_worker(key, now_ns, orderly=False)
         self._next_epoch += 1
         slots = profiles * n_slots if len(profiles) == 1 else profiles
         self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes), now_ns)
         user = "" if self._gate is None else self._gate.workers.user
         self._workers[key] = connection = PeerConnection(now_ns, user)
+        connection.life = life
         connection.host = str(body.get("host") or "")
         connection.version = str(body.get("version") or "")
         self._workers_due.append((now_ns + self.settings.core.heartbeat_ns, key, connection))
