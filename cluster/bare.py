@@ -203,17 +203,17 @@ def complete(folder: Path, requirements: list[list[str]]) -> str:
     """Make an environment beside the host's Python, and have its pip add what is lacking."""
     venv = folder / "venv"
     python = str(venv / "bin" / "python")
-    call([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(venv)])
+    call([sys.executable, "-P", "-m", "venv", "--system-site-packages", "--without-pip", str(venv)])
     if sys.prefix != sys.base_prefix:  # an environment itself: venv links the one below it instead
         import sysconfig  # noqa: PLC0415  rarely needed
 
         paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
         site = next(venv.glob("lib/python*/site-packages"))
         (site / "beneath.pth").write_text("".join(f"{path}\n" for path in sorted(paths)))
-    if subprocess.run([python, "-c", "import pip"], capture_output=True, check=False).returncode:
-        call([python, "-m", "ensurepip", "--default-pip"])
+    if subprocess.run([python, "-P", "-c", "import pip"], capture_output=True, check=False).returncode:
+        call([python, "-P", "-m", "ensurepip", "--default-pip"])
     wanted = [f"{name}>={least}" for name, least in requirements]
-    call([python, "-m", "pip", "install", "--no-input", "--quiet", *wanted])
+    call([python, "-P", "-m", "pip", "install", "--no-input", "--quiet", *wanted])
     return python
 
 

@@ -19,6 +19,7 @@ from cluster.top_cli import top
 from cluster.up import StartError, name_option
 from cluster.up import up as bring_up
 from superserve.errors import ConfigError, SuperServeError
+from superserve.files import check_text
 from superserve.roles import local
 from superserve.roles.local import DEFAULT_NAME, Liveness
 
@@ -33,6 +34,10 @@ _name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Wh
 @click.group()
 def cli() -> None:
     """Run a cluster: a router and its workers, on this machine or on several hosts."""
+    try:
+        check_text(sys.argv[1:])
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
 
 
 cli.add_command(top)

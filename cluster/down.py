@@ -12,7 +12,7 @@ from superserve.roles import local
 from superserve.roles.local import Liveness
 
 if TYPE_CHECKING:
-    from superserve.roles.local import LocalCluster
+    from superserve.roles.local import LocalCluster, ProcessId
 
 _KILLED_S = 5.0  # roles end with their keeper; this is for a machine that is very busy
 
@@ -40,7 +40,7 @@ def down(name: str, timeout_s: float) -> Down | None:
         timeout_s: How long it may drain before it is killed.
 
     Raises:
-        ConfigError: Its file is malformed, or was written on another host.
+        ConfigError: Its file is malformed, or was written on another host; or a process runs on.
     """
     if not 0 < timeout_s <= 86_400:
         raise ConfigError(f"--timeout-s: expected seconds above 0 and up to a day, got {timeout_s}")
@@ -58,6 +58,13 @@ def down(name: str, timeout_s: float) -> Down | None:
     killed = folders.end([cluster.keeper], wait_s=timeout_s)
     # The file may be older than a restart: what it says now, if the keeper could not remove it.
     last = local.load(folder) or cluster
-    folders.end([role.process for role in last.roles if role.process is not None], wait_s=_KILLED_S)
+    folders.end(_processes(last), wait_s=_KILLED_S)
+    alive = [one.pid for one in (cluster.keeper, *_processes(last)) if one.is_alive()]
+    if alive:
+        raise ConfigError(f"the cluster {name!r}: processes {alive} run on: they could not be killed")
     folders.tidy(folder)
     return Down(last, was_alive=True, was_killed=bool(killed))
+
+
+def _processes(cluster: LocalCluster) -> list[ProcessId]:
+    return [role.process for role in cluster.roles if role.process is not None]

@@ -182,7 +182,7 @@ def ask(
     shell: Shell, host: KnownHost, verb: str, *, timeout_s: float = _ASK_S, **asked: Any
 ) -> dict[str, Any]:
     """Have a host do a verb of `cluster.onhost`; see `RemoteFleet.ask`."""
-    argv = ["env", f"PYTHONPATH={host.code}", host.interpreter, "-m", "cluster.onhost", verb]
+    argv = ["env", f"PYTHONPATH={host.code}", host.interpreter, "-P", "-m", "cluster.onhost", verb]
     stdin = orjson.dumps({"folder": host.folder, **asked})
     try:
         done = shell.run(host.target, argv, stdin=stdin, timeout_s=timeout_s)

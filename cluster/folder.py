@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -127,12 +126,4 @@ def end(processes: Iterable[ProcessId], *, wait_s: float) -> list[ProcessId]:
 
 def await_end(process: ProcessId, timeout_s: float) -> bool:
     """Wait until a process has ended; return whether it has, within `timeout_s` seconds."""
-    descriptor = process.open()
-    if descriptor is None:
-        return True
-    try:
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        return bool(poller.poll(max(0, round(timeout_s * 1_000))))
-    finally:
-        os.close(descriptor)
+    return process.await_end(timeout_s)

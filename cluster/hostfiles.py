@@ -117,7 +117,7 @@ def script(role: HostRole, plan: HostPlan) -> str:
     env = {**dict(role.env), "PYTHONPATH": plan.code, OURS_VARIABLE: plan.folder}
     words = [
         "exec", "env", *(f"{name}={value}" for name, value in sorted(env.items())),
-        plan.interpreter, *role.argv,
+        plan.interpreter, "-P", *role.argv,
     ]  # fmt: skip
     return f"#!/bin/sh\n# Written by `cluster up`, which overwrites it.\n{shlex.join(words)}\n"
 

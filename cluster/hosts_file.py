@@ -442,4 +442,7 @@ def _filled_host(host: Host, *, is_emulated: bool) -> Host:
 
 
 def _absolute(path: str | None, folder: Path) -> str | None:
-    return None if path is None else str((folder / Path(path).expanduser()).absolute())
+    try:
+        return None if path is None else str((folder / Path(path).expanduser()).absolute())
+    except RuntimeError as error:  # no HOME, and no such user
+        raise ConfigError(f"{path}: expected a path without ~: {error}") from error

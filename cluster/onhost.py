@@ -91,7 +91,7 @@ class Supervisord:
         out = self.folder / "supervisord.out"
         with out.open("wb") as file:
             process = subprocess.Popen(
-                [plan.interpreter, "-m", "cluster.watch", str(self.folder / CONFIG)],
+                [plan.interpreter, "-P", "-m", "cluster.watch", str(self.folder / CONFIG)],
                 env={**os.environ, "PYTHONPATH": plan.code}, cwd="/", start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             )  # fmt: skip

@@ -77,7 +77,7 @@ class HostsOperable:
 
     def _facts(self, host: KnownHost, pids: Sequence[int]) -> HostFacts:
         argv = [
-            "env", f"PYTHONPATH={host.code}", host.interpreter, "-m", "cluster.facts", host.folder,
+            "env", f"PYTHONPATH={host.code}", host.interpreter, "-P", "-m", "cluster.facts", host.folder,
             *map(str, pids),
         ]  # fmt: skip
         before_s = time.time()

@@ -37,7 +37,11 @@ _MUCH_DISK_BYTES = 8 << 30  # where torch is to be fetched
 _CLOCK_S = 1.0  # deadlines never cross hosts, but who compares logs wants less
 _GB = 1_000_000_000
 # The script's length comes first: the rest of stdin is the script's own.
-_START = "import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv.pop(1))), 'bare.py', 'exec'))"
+# Nothing is imported from HOME, where commands on a host run; `-P` is unknown to a Python before 3.11.
+_START = (
+    "import sys; sys.path[:] = filter(None, sys.path);"
+    " exec(compile(sys.stdin.buffer.read(int(sys.argv.pop(1))), 'bare.py', 'exec'))"
+)
 
 
 @dataclass(frozen=True, slots=True)

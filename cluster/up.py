@@ -235,7 +235,7 @@ def _spawn(name: str, fd: int, log_path: Path) -> tuple[subprocess.Popen[bytes],
         with log_path.open("ab") as log:
             log_start = log.tell()
             keeper = subprocess.Popen(
-                [sys.executable, "-m", "cluster.keeper", name, str(fd)],
+                [sys.executable, "-P", "-m", "cluster.keeper", name, str(fd)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=(fd,),
                 env={**environment, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
             )  # fmt: skip

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import secrets
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from superserve.errors import ConfigError, SuperServeError
 from superserve.hello import WorkerHello
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
-from superserve.roles.exposition import LOOPBACK, serve_pages
+from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 from superserve.subnet import Subnet
@@ -64,7 +65,9 @@ class WorkerDevice(NamedTuple):
 
 @click.command()
 @click.option("--connect", "endpoint", required=True, metavar="tcp://HOST:PORT", help="The router.")
-@click.option("--name", help="What the cluster calls this worker; host and process number if not given.")
+@click.option(
+    "--name", help="What the cluster calls this worker; host, process number and a random end if not given."
+)
 @click.option(
     "--keys",
     type=click.Path(path_type=Path),
@@ -125,7 +128,8 @@ def cli(
     """Serve a supernet, or emulated GPUs, to a router until SIGTERM."""
     die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    name = name or f"{platform.node()}-{os.getpid()}"
+    # Containers share host names, and each has a process 1.
+    name = name or f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"
     try:
         _only_with("--emulate", emulate, _given(gpus, speed, drift, event_log))
         _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
@@ -332,6 +336,7 @@ def hello(name: str, device: WorkerDevice) -> WorkerHello:
         host=platform.node(),
         version=version(),
         pid=os.getpid(),
+        life=secrets.token_hex(8),
         device=device.profile.device,
         fingerprint=device.fingerprint,
         profiles=(device.profile.to_dict(),),

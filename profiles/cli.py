@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from profiles.measuring.measure import (
 from profiles.table import load_profile
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
+from superserve.files import check_text
 
 _QUICK_ROUNDS = 40
 _QUICK_BUDGET_NS = 6_000_000_000  # with torch's import and the warm-up, under 15 s in all
@@ -33,6 +35,10 @@ _QUICK_BUDGET_NS = 6_000_000_000  # with torch's import and the warm-up, under 1
 @click.group()
 def cli() -> None:
     """Make and show profiles: how long each subnet takes at each batch size."""
+    try:
+        check_text(sys.argv[1:])
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
 
 
 for _command in (search_command, show_command, calibrate_command, accuracy_command):

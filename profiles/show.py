@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from superserve.errors import ConfigError
+from superserve.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,7 +172,9 @@ def draw_heat_map(profile: Profile, path: Path) -> None:
         axes.spines[:].set_visible(False)
         dateless = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata=dateless, dpi=150)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, metadata=dateless, dpi=150, format=path.suffix.removeprefix(".") or "png")
+        write_whole(path, drawn.getvalue())
 
 
 def _write_cell(axes: Any, profile: Profile, subnet: SubnetProfile, row: int, column: int) -> None:

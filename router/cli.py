@@ -14,10 +14,11 @@ from profiles.table import load_profile
 from router.core.settings import CoreSettings
 from router.policies.registry import make_policy
 from router.report.metrics import SWITCH_S, RouterMetrics, pages
+from router.serve.doors import raise_limit
 from router.serve.loop import RouterServer, ServerSettings
 from router.serve.recording import Recorder, replay
 from superserve.errors import ConfigError, SuperServeError
-from superserve.roles.exposition import LOOPBACK, serve_pages
+from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 
@@ -77,6 +78,7 @@ def cli(
     if context.invoked_subcommand is not None:
         return
     die_with_parent()
+    raise_limit()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
     if not 0 <= margin_ms <= _MAX_MARGIN_MS:  # NaN passes a FloatRange
         raise click.ClickException(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {margin_ms}")

@@ -73,6 +73,7 @@ class WorkerHello:
         host: The machine that it runs on; "" where it does not say.
         version: The version of the code that it runs; "" where it does not say.
         pid: Its process; 0 where it does not say.
+        life: Tells this process from every other, also of the same name; "" where it does not say.
         device: What its GPUs are, in words.
         fingerprint: Of the weights; "" where there are none.
         wire: As for `ClientHello`; older workers say one number, which is both.
@@ -83,6 +84,7 @@ class WorkerHello:
     host: str = ""
     version: str = ""
     pid: int = 0
+    life: str = ""
     device: str = ""
     fingerprint: str = ""
     profiles: tuple[dict[str, Any], ...]

@@ -1,8 +1,16 @@
-"""What every test shares: hypothesis without deadlines, since a busy machine is not a bug."""
+"""What every test shares: hypothesis without deadlines, since a busy machine is not a bug; and this checkout.
+
+Processes that tests start find the packages of this checkout, wherever the environment's install points:
+they do not look for them in the working folder (see `superserve.plugins`).
+"""
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import HealthCheck, Phase, settings
+
+from tests.paths import ROOT
 
 settings.register_profile("superserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # For `make mutants`: the same examples each time, and none made smaller, since only whether one fails counts.
@@ -14,3 +22,6 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile("superserve")
+
+_PATHS = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(_PATHS))

@@ -62,7 +62,7 @@ def read_examples(path: Path, spec: TensorSpec) -> Data:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path}: expected a file that np.savez wrote: {error}") from error
     try:
         return _data(arrays, spec)

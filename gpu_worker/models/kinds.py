@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from gpu_worker.models.names import DYNABERT, OFA_RESNET50
 from gpu_worker.models.ofa_resnet50 import N_CLASSES, ofa_resnet50, published_name
 from gpu_worker.supernet.checkpoints import load_checkpoint
 from superserve.errors import ConfigError
+from superserve.plugins import load_attribute
 from superserve.subnet import TensorSpec
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def supernet_kind(name: str) -> SupernetKind:
             f"supernet: expected one of {', '.join(KINDS)}, or package.module:attribute, got {name!r}{hint}"
         )
     try:
-        kind = getattr(importlib.import_module(module), attribute)
+        kind = load_attribute(module, attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"supernet {name}: {error}") from error
     if not isinstance(kind, SupernetKind):

@@ -28,6 +28,7 @@ from gpu_worker.models import digits
 from gpu_worker.models.kinds import KINDS, digits_data
 from gpu_worker.models.names import DIGITS
 from gpu_worker.supernet.calibration import accuracy_percent, calibrate
+from superserve.files import write_whole
 from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def save_weights(supernet: Supernet, path: Path, notes: dict[str, str]) -> None:
     }
     metadata = {**notes, "supernet": DIGITS, "torch": str(torch.__version__)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(save(tensors, metadata=metadata))
+    write_whole(path, save(tensors, metadata=metadata))
 
 
 def ends(supernet: Supernet) -> dict[str, float]:

@@ -16,11 +16,12 @@ that is read up to its last whole record.
 
 from __future__ import annotations
 
+import logging
 import struct
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -30,11 +31,14 @@ import orjson
 from gpu_worker.core.played import AS_PROFILED, Pace
 from superserve.clock import MS
 from superserve.errors import ConfigError
+from superserve.files import write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
     from typing import Self
+
+log = logging.getLogger("gpu_worker")
 
 SCHEMA = 1
 """Version of the file format."""
@@ -115,7 +119,7 @@ class EventLogWriter:
         self._path = path
         self._header = header
         self._buffer = bytearray()
-        self._file: BinaryIO | None = None
+        self._file: IO[bytes] | None = None
 
     def open(self) -> None:
         """Create the file and write its header.
@@ -124,7 +128,7 @@ class EventLogWriter:
             ConfigError: The file cannot be created.
         """
         try:
-            self._file = self._path.open("wb")
+            self._file = self._path.open("wb", buffering=0)
         except OSError as error:
             raise ConfigError(f"{self._path}: expected a path that can be written: {error}") from error
         blob = orjson.dumps(self._header)
@@ -146,24 +150,34 @@ class EventLogWriter:
         """
         # Packed at once: turning thousands of tuples into an array would stall the
         # worker for milliseconds every time the buffer is full.
+        if self._file is None:
+            return
         self._buffer += _PACK(batch_id, started_ns, ended_ns, gpu, subnet, batch_size)
         if len(self._buffer) >= _FLUSH_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Hand every record so far to the operating system."""
-        assert self._file is not None, "open() comes first"
-        self._file.write(self._buffer)
-        self._file.flush()
+        """Hand every record so far to the operating system.
+
+        Where it takes no more, as on a full disk, the log ends there, and the worker goes on.
+        """
+        file = self._file
+        if file is None:
+            return
+        try:
+            write_all(file, self._buffer)
+        except OSError as error:
+            log.error("%s: the event log ends here: %s", self._path, error.strerror)
+            self._file = None
+            file.close()
         self._buffer.clear()
 
     def close(self) -> None:
         """Write what is left and close the file; do nothing if it is closed."""
         if self._file is None:
             return
-        try:
-            self.flush()
-        finally:
+        self.flush()
+        if self._file is not None:
             self._file.close()
             self._file = None
 

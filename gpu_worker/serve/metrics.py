@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from superserve.roles.exposition import SIZE_BOUNDS, Families, Metric, MetricHistogram, Page, exposition
+from superserve.roles.exposition import SIZE_BOUNDS, Families, Metric, MetricHistogram, exposition
+from superserve.roles.pages import Page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

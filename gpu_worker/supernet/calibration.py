@@ -24,6 +24,7 @@ from safetensors.torch import save
 from gpu_worker.supernet.operators import NormCalibration
 from gpu_worker.supernet.supernet import SubnetStatistics
 from superserve.errors import ConfigError
+from superserve.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -88,7 +89,7 @@ def save_statistics(path: Path, supernet: Supernet, name: str, subnets: Sequence
         "norms": json.dumps([norm.path for norm in supernet.norms]),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(save(tensors, metadata=metadata))
+    write_whole(path, save(tensors, metadata=metadata))
 
 
 def load_statistics(

@@ -1,12 +1,15 @@
 """Load published checkpoints: safetensors, or .pt without arbitrary code.
 
-Nothing is renamed, cut or left out silently: a tensor that is missing, unknown or of another
-shape is an error that names it as the checkpoint does.
+Nothing is cut or left out silently: a tensor that is missing, unknown or of another shape is an error that
+names it as the checkpoint does. The one thing that is taken off names is a beginning that all of them share
+and the model's do not, such as the `module.` of DistributedDataParallel or the `_orig_mod.` of torch.compile.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,9 +43,9 @@ def load_checkpoint(
         ConfigError: Naming the file, and each tensor that is missing, unknown or misshapen; the model
             is as it was then.
     """
-    tensors = read_tensors(path)
-    names = {published_name(name): name for name in model.state_dict()}
     own = model.state_dict()
+    names = {published_name(name): name for name in own}
+    tensors = _unprefixed(read_tensors(path), names.keys() | set(ignored))
     faults = [
         fault
         for published, name in names.items()
@@ -52,11 +55,31 @@ def load_checkpoint(
     faults += [f"tensor {name}: not one of this supernet's" for name in unknown]
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise ConfigError(f"{path}: {'; '.join(faults[:_SHOWN])}{more}")
+        raise ConfigError(f"{path}: {'; '.join(faults[:_SHOWN])}{more}; its tensors are {_listed(tensors)}")
     model.load_state_dict({name: tensors[published] for published, name in names.items()})
 
 
 _SHOWN = 5  # faults told in one error; a file of another model has hundreds
+
+
+def _unprefixed(tensors: Mapping[str, torch.Tensor], known: Collection[str]) -> Mapping[str, torch.Tensor]:
+    """Return tensors without the beginnings, up to a dot, that all names share and no known one has."""
+    if not any(name in known for name in tensors):
+        bare = tensors
+        while len(beginnings := {name.partition(".")[0] for name in bare}) == 1 and all(
+            "." in n for n in bare
+        ):
+            prefix = f"{beginnings.pop()}."
+            bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
+            if any(name in known for name in bare):
+                return bare
+    return tensors
+
+
+def _listed(names: Collection[object]) -> str:
+    """Return the first names of a file, and how many more there are."""
+    shown = ", ".join(f"{name!s:.80}" for name in list(names)[:_SHOWN])
+    return f"{shown}, and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown or "none"
 
 
 def _fault(name: str, own: torch.Tensor, given: torch.Tensor | None) -> str | None:
@@ -79,13 +102,43 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{path}: expected a .pt file of tensors alone: {_refused(path, error)}") from error
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        reason = _plain(error)
         raise ConfigError(f"{path}: expected a safetensors or .pt file of tensors: {reason}") from error
     if isinstance(content, dict) and isinstance(content.get(_WRAPPED), dict):
         content = content[_WRAPPED]
     if not isinstance(content, dict) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
     ):
-        raise ConfigError(f"{path}: expected a dictionary of tensors, perhaps under {_WRAPPED!r}")
+        raise ConfigError(
+            f"{path}: expected a dictionary of tensors, perhaps under {_WRAPPED!r}, got {_kind(content)}"
+        )
     return {str(name): tensor for name, tensor in content.items()}
+
+
+def _refused(path: Path, error: pickle.UnpicklingError) -> str:
+    """Say which classes a file wants to have made, which torch refuses: making one may run any code."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
+        return _plain(error)  # no file of torch at all, or one of before its zip format
+    if not found:
+        return _plain(error)
+    return (
+        f"it holds objects of {', '.join(sorted(found)[:_SHOWN])}, which are not loaded: "
+        f"save the model's state_dict() alone"
+    )
+
+
+def _plain(error: Exception) -> str:
+    """Return an error's first line, without the codes that colour a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().partition("\n")[0]
+
+
+def _kind(content: Any) -> str:
+    """Say what a file holds instead of tensors."""
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    return f"a dictionary with {_listed(content.keys())}"

@@ -38,6 +38,7 @@ from loadgen.traces.trace import load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
 from superserve.errors import SuperServeError
+from superserve.files import write_whole
 from superserve.roles.processes import ProcessGroup
 from superserve.wire import Status
 
@@ -515,7 +516,7 @@ def write(row: BenchRow, folder: Path) -> None:
     option = (
         orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
     )
-    (folder / f"{row.name}.json").write_bytes(orjson.dumps(row.to_dict(), option=option))
+    write_whole(folder / f"{row.name}.json", orjson.dumps(row.to_dict(), option=option))
 
 
 def table(rows: list[BenchRow]) -> list[str]:

@@ -16,13 +16,14 @@ from loadgen.cli.simulate import simulate_command
 from loadgen.cli.trace import trace_group
 from loadgen.results.report import load_runs
 from loadgen.results.style import check_installed
-from loadgen.results.tables import check_writable, write_page
+from loadgen.results.tables import check_writable, refuse_bytes, write_page
 from superserve.errors import SuperServeError
 
 
 @click.group()
 def cli() -> None:
     """Open-loop load for SuperServe: latency counts from the instant a query was due."""
+    refuse_bytes()
 
 
 @cli.command()

@@ -14,7 +14,7 @@ import orjson
 from loadgen import options
 from loadgen.cli.pace import pace_options
 from loadgen.live.environment import environment_of
-from loadgen.results.tables import check_outputs, write
+from loadgen.results.tables import check_outputs, echo, write
 from loadgen.simulator.simulate import SimSettings
 from loadgen.simulator.workloads import parse_cluster
 from loadgen.study.compare import Cell, Comparison, baselines, headline_lines, lines, paper_cells, to_dict
@@ -111,7 +111,7 @@ def compare_command(
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     for line in (*lines(results), "", *headline_lines(results), *verdict_lines(results)):
-        click.echo(line)
+        echo(line)
     if json_path is not None:
         body = to_dict(comparison, results) | {"environment": environment_of()}
         if live:
@@ -121,7 +121,7 @@ def compare_command(
         write(page_path, "\n".join(markdown(results)) + "\n")
     spoiled = [run for run in live if not run.valid or run.violations]
     for run in spoiled:
-        click.echo(f"  INVALID          {run.cell}, seed {run.seed}, {run.policy}: {_why(run)}")
+        echo(f"  INVALID          {run.cell}, seed {run.seed}, {run.policy}: {_why(run)}")
     if spoiled or (is_judged and any(verdicts(results).values())):
         sys.exit(1)
 
@@ -133,9 +133,9 @@ def _paper_cells(emulate: str, maf: str | None, slo_ms: str) -> list[Cell]:
     return paper_cells(profile, int(n), maf, slo_ms)
 
 
-def _progress() -> Callable[[str], None]:
+def _progress() -> Callable[[str], object]:
     began_s = time.monotonic()
-    return lambda what: click.echo(f"  {time.monotonic() - began_s:6.1f} s  {what}", err=True)
+    return lambda what: echo(f"  {time.monotonic() - began_s:6.1f} s  {what}", err=True)
 
 
 def _why(run: LiveRun) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -17,10 +18,10 @@ from loadgen.cli.pace import pace_options
 from loadgen.live.calibrate import SECONDS, calibrate
 from loadgen.live.environment import environment_of
 from loadgen.live.hosts import Head
-from loadgen.live.progress import HEADER, Watch
+from loadgen.live.progress import HEADER, Endings, Watch
 from loadgen.live.run import Emulation, RunSettings, run_emulated, run_trace
 from loadgen.live.targets import keys_of, payload_bytes_of, target_of
-from loadgen.results.tables import check_outputs, json_line, table, write, write_page
+from loadgen.results.tables import check_outputs, echo, json_line, table, write, write_page
 from loadgen.results.timeline import recorded
 from loadgen.traces.trace import load_trace
 from superserve.clock import MS
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from loadgen.results.run import Run
     from loadgen.traces.trace import Trace
 
-_INTERRUPTED = 130
-"""The exit code of a run that SIGINT ended: 128 and its number."""
 _CALIBRATED_FROM_NS = 10_000 * MS
 """A run of this length or more is calibrated first, unless told otherwise: it takes some two seconds."""
 
@@ -91,12 +90,15 @@ def run_command(
     """Offer a trace, print a line each second, and at the end a table.
 
     Ctrl-C ends it early, with the table of the trace up to there, marked as partial, and exit code 130; a
-    second one gives up. Exits 1 if the run is invalid or an event log shows a violation.
+    second one gives up. SIGTERM, SIGHUP and a reader that closes the pipe do the same, with 143, 129 and
+    141. Exits 1 if the run is invalid or an event log shows a violation.
 
     Longer runs are calibrated first: the same senders offer the trace's first second to a sink that answers
     at once. What is late there is this machine's doing, not the server's.
     """
-    say = partial(click.echo, err=is_json)
+    say = partial(echo, err=is_json)
+    endings = _begun()
+    watch = Watch(partial(_show_second, is_json=is_json, endings=endings), endings.stop, endings.signals)
     try:
         slo_ns = options.slo_ns_of(slo_ms)
         check_outputs({"--json": json_path, "--report": page_path})
@@ -116,47 +118,70 @@ def run_command(
             calibration = calibrate(trace, settings)
             say(f"  {calibration.to_line()}")
         agents = () if generators is None else tuple(generators.split(","))
-        measured, report = _offer(trace, settings, target, agents, is_json=is_json)
+        measured, report = _offer(trace, settings, target, agents, watch, is_json=is_json)
+        endings.finish()
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         say("Interrupted before there was anything to report")
-        sys.exit(_INTERRUPTED)
+        sys.exit(endings.exit_code)
     _show(measured, report, say)
-    is_partial = bool(measured.result.partial)
-    if is_partial:
-        trace = trace.scaled(duration_s=measured.result.duration_s)
-    environment = _environment(trace, settings, target, measured, report)
-    result = recorded(measured, trace, settings.slo_ns, environment)
+    result = _recorded(measured, trace, settings, target, report)
     if calibration is not None:
         result = replace(result, calibration=calibration.to_dict())
     if is_json:
-        click.echo(json_line({"kind": "result", **result.to_dict(), "timeline": None}))
+        echo(json_line({"kind": "result", **result.to_dict(), "timeline": None}))
     _write(result, json_path, page_path, say)
-    if is_partial:
-        sys.exit(_INTERRUPTED)
+    if result.partial:
+        sys.exit(endings.exit_code)
     if not measured.result.valid or (report is not None and report.n_violations):
         sys.exit(1)
 
 
+def _recorded(
+    measured: Run, trace: Trace, settings: RunSettings, target: Emulation | str, report: EventLogReport | None
+) -> RunResult:
+    """Return the result with its timeline, and what it takes to make the run again."""
+    if measured.result.partial:
+        trace = trace.scaled(duration_s=measured.result.duration_s)
+    environment = _environment(trace, settings, target, measured, report)
+    return recorded(measured, trace, settings.slo_ns, environment)
+
+
+def _begun() -> Endings:
+    """Return what ends the command early; it handles signals until the command ends."""
+    endings = Endings()
+    click.get_current_context().call_on_close(endings.end)
+    endings.begin()
+    return endings
+
+
 def _write(
-    result: RunResult, json_path: Path | None, page_path: Path | None, say: Callable[[str], None]
+    result: RunResult, json_path: Path | None, page_path: Path | None, say: Callable[[str], object]
 ) -> None:
-    if json_path is not None:
-        write(json_path, result.to_json(), say)
-    if page_path is not None:
-        write_page(page_path, [result], say=say)
+    """Write what was asked for; where one cannot be written, the other is all the same."""
+    try:
+        if json_path is not None:
+            write(json_path, result.to_json(), say)
+    finally:
+        if page_path is not None:
+            write_page(page_path, [result], say=say)
 
 
 def _offer(
-    trace: Trace, settings: RunSettings, target: Emulation | str, agents: tuple[str, ...], *, is_json: bool
+    trace: Trace,
+    settings: RunSettings,
+    target: Emulation | str,
+    agents: tuple[str, ...],
+    watch: Watch,
+    *,
+    is_json: bool,
 ) -> tuple[Run, EventLogReport | None]:
     """Offer a trace from here, or from `agents` if there are some."""
     if agents:
-        return _offer_across(trace, settings, str(target), agents), None
+        return _offer_across(trace, settings, str(target), agents, watch), None
     if not is_json:
-        click.echo(HEADER)
-    watch = Watch(_on_second(is_json=is_json))
+        echo(HEADER)
     if isinstance(target, Emulation):
         return run_emulated(trace, settings, target, watch=watch)
     return run_trace(trace, settings, target, watch=watch), None
@@ -167,29 +192,28 @@ def _is_calibrated(trace: Trace) -> bool:
     return trace.duration_ns >= _CALIBRATED_FROM_NS and int(trace.due_ns[0]) < SECONDS * 1e9
 
 
-def _offer_across(trace: Trace, settings: RunSettings, endpoint: str, agents: tuple[str, ...]) -> Run:
+def _offer_across(
+    trace: Trace, settings: RunSettings, endpoint: str, agents: tuple[str, ...], watch: Watch
+) -> Run:
     """Offer a trace from several hosts, and print how far they are each second."""
-    watch = Watch(lambda _second: None)
     said_s = 0.0
 
     def on_progress(total: dict[str, int]) -> None:
         nonlocal said_s
         if (now_s := time.monotonic()) >= said_s + 1.0:
             said_s = now_s
-            click.echo("".join(f"  {what} {n:>10,}" for what, n in total.items()))
+            if not echo("".join(f"  {what} {n:>10,}" for what, n in total.items())):
+                watch.stop.set()
 
     with watch.interrupts():
         return Head(agents, watch.stop).run(trace, settings, endpoint, on_progress)
 
 
-def _on_second(*, is_json: bool) -> Callable[[Second], None]:
-    """Return what prints a second: at once, since whoever reads a pipe wants to know now."""
-
-    def show(second: Second) -> None:
-        click.echo(json_line(second.to_dict()) if is_json else second.to_line())
-        sys.stdout.flush()
-
-    return show
+def _show_second(second: Second, *, is_json: bool, endings: Endings) -> None:
+    """Print a second at once, since whoever reads a pipe wants to know now; end the run if nobody reads."""
+    if not echo(json_line(second.to_dict()) if is_json else second.to_line()):
+        endings.signals.append(signal.SIGPIPE)
+        endings.stop.set()
 
 
 def _environment(
@@ -215,7 +239,7 @@ def _environment(
     )
 
 
-def _show(measured: Run, report: EventLogReport | None, say: Callable[[str], None]) -> None:
+def _show(measured: Run, report: EventLogReport | None, say: Callable[[str], object]) -> None:
     for line in table(measured.result):
         say(line)
     if not math.isnan(measured.router_cpu_s):

@@ -13,7 +13,7 @@ from loadgen import options
 from loadgen.live.environment import environment_of
 from loadgen.live.run import Emulation, RunSettings
 from loadgen.live.targets import keys_of, payload_bytes_of, target_of
-from loadgen.results.tables import check_outputs, write
+from loadgen.results.tables import check_outputs, echo, write
 from loadgen.simulator.workloads import parse_cluster
 from loadgen.study.rate_search import Bounds
 from loadgen.study.search import Search, find_rate, live_offer, private_cluster, simulated_offer, warm_up
@@ -103,7 +103,7 @@ def search_command(
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     for line in (*answer.to_lines(search), *(report.to_text() for report in reports)):
-        click.echo(line)
+        echo(line)
     if json_path is not None:
         cluster = f"{'simulated: ' if is_simulated else ''}{emulate or connect or 'of this machine'}"
         body = answer.to_dict(search) | {"environment": environment_of(cluster=cluster, seed=seed)}
@@ -136,7 +136,7 @@ def _simulated(search: Search, connect: str | None, emulate: str | None, policy:
     cluster = parse_cluster(emulate)
     for profile in {id(profile): profile for profile in cluster}.values():
         make_policy(policy, profile)
-    return find_rate(search, simulated_offer(cluster, policy, search.slo_ns), click.echo)
+    return find_rate(search, simulated_offer(cluster, policy, search.slo_ns), echo)
 
 
 def _live(
@@ -147,4 +147,4 @@ def _live(
             target = stack.enter_context(private_cluster(target, reports))
         offer = live_offer(target, settings, search.noisy_ns)
         warm_up(search, offer)
-        return find_rate(search, offer, click.echo)
+        return find_rate(search, offer, echo)

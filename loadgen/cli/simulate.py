@@ -12,7 +12,7 @@ import click
 from loadgen import options
 from loadgen.cli.pace import pace_options
 from loadgen.live.environment import environment_of
-from loadgen.results.tables import check_outputs, table, write, write_page
+from loadgen.results.tables import check_outputs, echo, table, write, write_page
 from loadgen.results.timeline import recorded
 from loadgen.simulator.delays import load_machine
 from loadgen.simulator.faults import draw_faults, faults_json, load_faults
@@ -108,8 +108,8 @@ def simulate_command(
         faults = _faults(
             faults_path, fault_seed, n_processes=n_processes, n_clients=clients, duration_ns=trace.duration_ns
         )
-        click.echo(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, {emulate}")
-        click.echo(f"  {trace.provenance}")
+        echo(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, {emulate}")
+        echo(f"  {trace.provenance}")
         began_s = time.monotonic()
         found = simulate(workload, cluster, policy=policy, seed=seed, faults=faults, settings=settings)
         took_s = time.monotonic() - began_s
@@ -140,22 +140,20 @@ def _faults(
 
 def _show(found: Simulated, duration_s: float, took_s: float, faults: Sequence[Fault]) -> None:
     for line in table(found.result):
-        click.echo(line)
-    click.echo(f"  accuracy/query   {found.accuracy_per_query:.4f} %, summed over those in time, of all")
+        echo(line)
+    echo(f"  accuracy/query   {found.accuracy_per_query:.4f} %, summed over those in time, of all")
     for fault in faults[:20]:
         fields = fault.to_dict()
         kind, at_ms, peer = fields.pop("kind"), fields.pop("at_ms"), fields.pop("peer")
         more = ", ".join(f"{name} {value:g}" for name, value in fields.items())
-        click.echo(f"  fault            {at_ms:.1f} ms: {kind} {peer}{': ' if more else ''}{more}")
+        echo(f"  fault            {at_ms:.1f} ms: {kind} {peer}{': ' if more else ''}{more}")
     if len(faults) > 20:
-        click.echo(f"  faults           {len(faults) - 20} more")
+        echo(f"  faults           {len(faults) - 20} more")
     for status, reason in found.run.reasons.items():
-        click.echo(f"  {status.lower():<16} e.g. {reason}")
-    click.echo(f"  directives       {found.n_batches:,} in {found.n_passes:,} passes of the router")
-    click.echo(f"  digest           {found.digest}")
-    click.echo(
-        f"  simulated        {duration_s:.1f} s in {took_s:.1f} s: {duration_s / took_s:.1f} x real time"
-    )
+        echo(f"  {status.lower():<16} e.g. {reason}")
+    echo(f"  directives       {found.n_batches:,} in {found.n_passes:,} passes of the router")
+    echo(f"  digest           {found.digest}")
+    echo(f"  simulated        {duration_s:.1f} s in {took_s:.1f} s: {duration_s / took_s:.1f} x real time")
 
 
 def _recorded(

@@ -34,7 +34,7 @@ from loadgen.demo.answers import (
     together,
 )
 from loadgen.demo.load import sized_load
-from loadgen.demo.serve import Served, DemoServing, until_calm
+from loadgen.demo.serve import DemoServing, Served, until_calm
 from loadgen.demo.verdict import (
     MISSED,
     DemoVerdict,
@@ -51,6 +51,7 @@ from profiles.measuring.measure import Device, Measurement, Setting, measure_sup
 from profiles.table import load_profile
 from superserve.clock import SECOND, MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
+from superserve.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -160,7 +161,7 @@ def write_results(out: Path, runs: Sequence[Served], load: DemoLoad, seed: int) 
     )
     results = [recorded(served.run, load.trace, load.slo_ns, environment) for served in runs]
     for served, result in zip(runs, results, strict=True):
-        (out / FILES[served.policy]).write_text(result.to_json())
+        write_whole(out / FILES[served.policy], result.to_json())
     write_report(out / "report.html", results)
     click.echo("\nThe same queries, served under each policy:")
     _say(tables.side_by_side(results))

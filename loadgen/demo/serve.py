@@ -129,7 +129,7 @@ def serving(policy: str, profile: Path, *, margin_ms: float) -> Iterator[local.L
 def run_cluster(state: Path, verb: str, *options: str) -> None:
     """Run `cluster` for the demo's own cluster; ProcessError, with what it printed, if it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "cluster", verb, "--name", "demo", *options],
+        [sys.executable, "-P", "-m", "cluster", verb, "--name", "demo", *options],
         env={**os.environ, local.STATE_VARIABLE: str(state)}, text=True, check=False,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

@@ -25,7 +25,7 @@ def environment_of(**more: Any) -> dict[str, Any]:
     """
     found = {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": command_line(sys.argv),
+        "command": os.fsencode(command_line(sys.argv)).decode(errors="backslashreplace"),
         "machine": machine(),
         "versions": versions(),
     }

@@ -120,6 +120,51 @@ class Second:
         return f"  {self.end_s:8.1f} {self.this.to_text()}  | {self.so_far.to_text()}"
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Endings:
+    """What may end a command early: SIGTERM and SIGHUP interrupt it as Ctrl-C does.
+
+    Attributes:
+        stop: Once set, nothing more is sent; see `Watch`.
+        signals: The numbers of those that came.
+    """
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.signals: list[int] = []
+        self._is_finishing = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the number of the signal that came first, as shells have it; of SIGINT if none did."""
+        return 128 + (self.signals[0] if self.signals else signal.SIGINT)
+
+    def begin(self) -> None:
+        """Handle the signals from now on; in the main thread only."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _ENDING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
+
+    def end(self) -> None:
+        """Handle them as before `begin`."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def finish(self) -> None:
+        """Let nothing interrupt any more: there is a result, to be shown and written."""
+        self._is_finishing = True
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.signals.append(number)
+        if not self._is_finishing:
+            raise KeyboardInterrupt
+
+
 @dataclass(frozen=True, slots=True)
 class Watch:
     """Follows a run.
@@ -127,28 +172,38 @@ class Watch:
     Attributes:
         on_second: Told of each second.
         stop: Once set, nothing more is sent; the run is reported up to there.
+        signals: The numbers of those that came.
     """
 
     on_second: Callable[[Second], None]
     stop: threading.Event = field(default_factory=threading.Event)
+    signals: list[int] = field(default_factory=list)
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
-        """Have the first SIGINT set `stop`, and the next one interrupt; in the main thread only."""
+        """Have the first SIGINT, SIGTERM or SIGHUP set `stop`, and the next one interrupt.
+
+        In the main thread only.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        before = {number: signal.getsignal(number) for number in _ENDING}
 
-        def handle(_number: int, _frame: FrameType | None) -> None:
+        def handle(number: int, _frame: FrameType | None) -> None:
+            self.signals.append(number)
             if self.stop.is_set():
                 raise KeyboardInterrupt
             self.stop.set()
 
-        before = signal.signal(signal.SIGINT, handle)
         try:
+            for number, handler in before.items():
+                if handler is not signal.SIG_IGN:  # as `nohup` has it
+                    signal.signal(number, handle)
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class _Feed:

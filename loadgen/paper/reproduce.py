@@ -29,6 +29,7 @@ from loadgen.paper.pictures import pictures
 from loadgen.results.style import check_installed
 from loadgen.results.tables import check_writable, write
 from superserve.errors import SuperServeError
+from superserve.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,7 +123,7 @@ def main(maf: str | None, only: tuple[str, ...], quick: bool, out: Path, folder:
             found[name] = figures
             found["made"][name] = how | {"took_s": now_s - last_s}
             last_s = now_s
-            path.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+            write_whole(path, orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
         reproduce(effort, only or NAMES, keep)
     except SuperServeError as error:

@@ -16,6 +16,7 @@ from loadgen.results.result import LATENCY_QUANTILES, OUTCOMES, load_run
 from loadgen.results.style import check_installed, figure, percent
 from loadgen.results.timeline import timeline_from
 from superserve.errors import ConfigError
+from superserve.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -60,7 +61,7 @@ def write_report(path: Path, results: Sequence[RunResult], labels: Sequence[str]
     check_installed()
     text = page(results, labels)
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise ConfigError(f"{path}: expected a path that can be written: {error.strerror}") from error
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,10 +14,10 @@ from loadgen.results.report import write_report
 from loadgen.results.result import OUTCOMES
 from loadgen.results.style import check_installed
 from superserve.errors import ConfigError, SuperServeError
+from superserve.files import check_text, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from loadgen.results.result import RunResult
 
@@ -68,8 +71,11 @@ def make_folder(path: Path, option: str) -> None:
 def check_writable(path: Path, option: str) -> None:
     """Refuse a file that could not be written, before the run rather than after it."""
     make_folder(path.parent, option)
+    was_there = os.path.lexists(path)
     try:
         path.open("ab").close()
+        if not was_there:
+            path.unlink()  # an empty file is no result, should the run not come to its end
     except OSError as error:
         raise ConfigError(
             f"{option}: {path}: expected a path that can be written: {error.strerror}"
@@ -85,10 +91,40 @@ def check_outputs(paths: Mapping[str, Path | None]) -> None:
             check_writable(path, option)
 
 
-def write(path: Path, text: str, say: Callable[[str], None] = click.echo) -> None:
+def refuse_bytes() -> None:
+    """Refuse a command line that no result file could hold, before anything is run."""
+    try:
+        check_text(sys.argv[1:])
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+
+
+_unread: set[bool] = set()
+"""Streams whose reader has left: False is stdout, True stderr."""
+
+
+def echo(text: str, *, err: bool = False) -> bool:
+    """Print a line; return False once nobody reads any more, as `loadgen ... | head` leaves it.
+
+    What a run has measured is worth more than its last lines: it goes on, to write its files.
+    """
+    if err in _unread:
+        return False
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        _unread.add(err)
+        stream = sys.stderr if err else sys.stdout
+        with Path(os.devnull).open("w") as nothing:
+            os.dup2(nothing.fileno(), stream.fileno())  # for what Python flushes at its end
+        return False
+    return True
+
+
+def write(path: Path, text: str, say: Callable[[str], object] = echo) -> None:
     """Write a file that was found writable, and say so."""
     try:
-        path.write_text(text)
+        write_whole(path, text)
     except OSError as error:
         raise click.ClickException(
             f"{path}: expected a path that can be written: {error.strerror}"
@@ -100,7 +136,7 @@ def write_page(
     path: Path,
     results: Sequence[RunResult],
     labels: Sequence[str] | None = None,
-    say: Callable[[str], None] = click.echo,
+    say: Callable[[str], object] = echo,
 ) -> None:
     """Write the page of runs, and say so."""
     try:

@@ -174,7 +174,7 @@ class Comparison:
     settings: SimSettings
 
     def run(
-        self, cells: Sequence[Cell], *, n_processes: int = 1, say: Callable[[str], None] = lambda _: None
+        self, cells: Sequence[Cell], *, n_processes: int = 1, say: Callable[[str], object] = lambda _: None
     ) -> list[CellResult]:
         """Simulate every policy on every cell and seed; the result does not depend on `n_processes`."""
         tasks = [(self, cell, seed) for cell in cells for seed in self.seeds]

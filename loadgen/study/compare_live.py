@@ -62,7 +62,7 @@ def check_live(cells: Sequence[Cell]) -> None:
 
 
 def compare_live(
-    comparison: Comparison, cells: Sequence[Cell], say: Callable[[str], None]
+    comparison: Comparison, cells: Sequence[Cell], say: Callable[[str], object]
 ) -> tuple[list[CellResult], list[LiveRun]]:
     """Run every policy on every cell and seed; return the figures, and what each run has to say.
 

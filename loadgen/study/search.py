@@ -178,7 +178,7 @@ class _Prober:
 
     search: Search
     offer: Offer
-    say: Callable[[str], None]
+    say: Callable[[str], object]
     tried: list[Tried] = field(default_factory=list)
 
     def probe(self, rate_qps: float, seed: int) -> Probe:
@@ -208,7 +208,7 @@ class _Prober:
         ).held_qps  # fmt: skip
 
 
-def find_rate(search: Search, offer: Offer, say: Callable[[str], None]) -> RateAnswer:
+def find_rate(search: Search, offer: Offer, say: Callable[[str], object]) -> RateAnswer:
     """Return the highest rate that holds; `say` is given a line for each probe."""
     prober = _Prober(search, offer, say)
     found = highest_rate(prober.holds, search.bounds)

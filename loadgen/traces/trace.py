@@ -37,6 +37,7 @@ from loadgen.traces.arrivals import (
 from loadgen.traces.specs import KEYS, Spec, is_spec, nearest, parse_spec
 from superserve.clock import SECOND
 from superserve.errors import TraceError
+from superserve.files import write_whole
 
 MAX_FILE_BYTES = 1 << 31
 """The longest file read, uncompressed: 2 GiB. The longest published one, of 2021, has 0.3."""
@@ -170,7 +171,7 @@ class Trace:
         lines = _MAGIC + _VERSION + b"\n" + orjson.dumps(header) + b"\n"
         data = lines + gaps_ns.astype(f"<u{gap_bytes}").tobytes()
         try:
-            path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+            write_whole(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
         except OSError as error:
             raise TraceError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -19,6 +19,7 @@ from profiles.measuring.measure import Measurement, fit, torch_place
 from profiles.measuring.search import Candidate, Space, search
 from profiles.table import Profile, SubnetProfile, statistics_path
 from superserve.errors import ConfigError
+from superserve.files import write_whole
 from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Found:
         """Write the profile, and SubnetNorm's statistics beside it; return the path of those, if any."""
         path.parent.mkdir(parents=True, exist_ok=True)
         document = {**self.profile.to_dict(), "raw": self.raw}
-        path.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        write_whole(path, orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
         if self.supernet is None or not self.supernet.norms:
             return None
         beside = statistics_path(path)

@@ -20,6 +20,7 @@ import orjson
 
 from profiles.table import Profile, SubnetProfile, evenly, statistics_path
 from superserve.errors import ConfigError
+from superserve.files import write_whole
 from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
@@ -185,10 +186,10 @@ def save_measurement(measurement: Measurement, path: Path, subnets: str | Path) 
         subnets: The profile that was measured: a shipped one's name, or a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(measurement.to_json())
+    write_whole(path, measurement.to_json())
     statistics, own = statistics_path(subnets), statistics_path(path)
     if statistics.exists() and statistics != own:
-        own.write_bytes(statistics.read_bytes())
+        write_whole(own, statistics.read_bytes())
 
 
 def measure(

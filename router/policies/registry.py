@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from superserve.errors import ConfigError
+from superserve.plugins import load_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,14 +50,21 @@ def make_policy(spec: str, profile: Profile) -> Policy:
     """Build the policy that `spec` names.
 
     Args:
-        spec: `name` or `name:argument`, such as "slackfit" or "fixed:largest".
+        spec: `name` or `name:argument`, such as "slackfit" or "fixed:largest"; or `module:attribute`,
+            perhaps with `:argument`, for a policy of the user's own.
         profile: What the policy is to choose from.
 
     Raises:
         ConfigError: No policy has that name, it cannot be imported, or it refuses the argument.
     """
     name, colon, argument = spec.partition(":")
-    policy: Policy = _factory(name)(profile, argument if colon else None)
+    factory = _factory(name)
+    if factory is None and colon:
+        attribute, colon, argument = argument.partition(":")
+        factory = _own_factory(name, attribute)
+    if factory is None:
+        raise ConfigError(_no_policy(name))
+    policy: Policy = factory(profile, argument if colon else None)
     if not callable(getattr(policy, "choose", None)) or not isinstance(getattr(policy, "name", None), str):
         raise ConfigError(
             f"policy {name!r}: expected an object with a name and choose(), got {type(policy).__name__}"
@@ -64,8 +72,21 @@ def make_policy(spec: str, profile: Profile) -> Policy:
     return policy
 
 
-def _factory(name: str) -> Callable[[Profile, str | None], Any]:
-    """Return what builds the policy called `name`."""
+def _own_factory(module: str, attribute: str) -> Callable[[Profile, str | None], Any]:
+    """Return what builds a policy of the user's own."""
+    try:
+        own: Callable[[Profile, str | None], Any] = load_attribute(module, attribute)
+    except ModuleNotFoundError as error:
+        if error.name == module.partition(".")[0]:
+            raise ConfigError(_no_policy(module)) from error
+        raise ConfigError(f"policy {module}:{attribute}: {error}") from error
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"policy {module}:{attribute}: {error}") from error
+    return own
+
+
+def _factory(name: str) -> Callable[[Profile, str | None], Any] | None:
+    """Return what builds the policy called `name`; None if none is."""
     if name in _SHIPPED:
         module, attribute = _SHIPPED[name]
         shipped: Callable[[Profile, str | None], Any] = getattr(import_module(module), attribute)
@@ -76,7 +97,7 @@ def _factory(name: str) -> Callable[[Profile, str | None], Any]:
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"policy {name!r}: {point.value} cannot be imported: {error}") from error
         return plugged_in
-    raise ConfigError(_no_policy(name))
+    return None
 
 
 def _no_policy(name: str) -> str:

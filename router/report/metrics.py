@@ -21,15 +21,8 @@ from router.core.events import Dispatch
 from router.core.workers import PeerState, WorkerState
 from router.report.health import attainment, live, ready, slo
 from router.report.status import gpu_status
-from superserve.roles.exposition import (
-    SIZE_BOUNDS,
-    Families,
-    Metric,
-    MetricHistogram,
-    Page,
-    UnavailableError,
-    exposition,
-)
+from superserve.roles.exposition import SIZE_BOUNDS, Families, Metric, MetricHistogram, exposition
+from superserve.roles.pages import Page, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

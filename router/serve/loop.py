@@ -23,6 +23,7 @@ from router.policies.registry import make_policy
 from router.report.load import Load
 from router.report.status import LoopFacts, status_of, summary_of
 from router.serve.client_side import ClientSide
+from router.serve.doors import Doors
 from router.serve.gate import Gate, check_reach
 from router.serve.side import Serving
 from router.serve.worker_side import WorkerSide
@@ -136,6 +137,7 @@ class RouterServer:
         except ConfigError:
             context.destroy(0)
             raise
+        self._doors = Doors((self.client_endpoint, self.worker_endpoint))
         if gate is not None:
             gate.start({"client": self.clients.socket, "worker": self.workers.socket})
 
@@ -147,6 +149,7 @@ class RouterServer:
         for side in (self.clients, self.workers):
             side.say_bye("the router stops")
         self._let_peers_read()
+        self._doors.close()
         for side in (self.clients, self.workers):
             side.socket.close(linger=_GOODBYE_MS)
         if self._serving.gate is not None:
@@ -220,6 +223,7 @@ class RouterServer:
         now_ns = time.monotonic_ns()
         self.workers.ping_due(now_ns)
         self.clients.ping_due(now_ns)
+        self._doors.look(now_ns)
         if n == 0 and not self.core.ledger.batches and now_ns - self._collected_ns >= _COLLECT_NS:
             self._collected_ns = now_ns
             gc.collect(0)

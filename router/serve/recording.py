@@ -8,6 +8,7 @@ only their sizes, since no decision looks at them.
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,14 +35,18 @@ from router.core.settings import CoreSettings
 from router.core.workers import TransitionError
 from router.policies.registry import make_policy
 from superserve.errors import ConfigError, WireError
+from superserve.files import write_all
 from superserve.wire import Cancel, Done, DoneRow, Pull, PullRow, Queries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+    from typing import IO
 
     from router.core.events import Action, Event
     from router.core.workers import Batch
+
+log = logging.getLogger("router")
 
 SCHEMA = 2
 """Of the log. 2: a worker's and a client's messages stand in their events whole, as they were decoded."""
@@ -49,19 +54,27 @@ _FLUSH_LINES = 1_000
 
 
 class Recorder:
-    """Writes an event log; one thread. Lines gather in memory and are written by the thousand."""
+    """Writes an event log; one thread. Lines gather in memory and are written by the thousand.
+
+    Where they cannot be, as on a full disk, recording ends with a line in the log, and the file with the
+    last lines that were written whole: what is served matters more than what is recorded.
+    """
 
     def __init__(self, path: Path, policy: str, settings: CoreSettings) -> None:
         try:
-            self._file = path.open("wb")
+            self._file: IO[bytes] | None = path.open("wb", buffering=0)
         except OSError as error:
             raise ConfigError(f"{path}: expected a path that can be written: {error.strerror}") from error
+        self._path = path
+        self._n_bytes = 0
         self._lines: list[bytes] = []
         self._profiles: dict[int, int] = {}
         self._write({"schema": SCHEMA, "policy": policy, "settings": asdict(settings)})
 
     def event(self, now_ns: int, event: Event) -> None:
         """Record one event as it is handed to the core."""
+        if self._file is None:
+            return
         name = type(event).__name__
         if isinstance(event, WorkerJoined):
             body = {name: getattr(event, name) for name in WorkerJoined.__slots__}
@@ -84,12 +97,16 @@ class Recorder:
 
     def advance(self, now_ns: int, actions: Sequence[Action]) -> None:
         """Record that the core was asked to decide, and what it dispatched."""
+        if self._file is None:
+            return
         self._write([now_ns, "advance", _dispatches(actions)])
 
     def close(self) -> None:
         """Write what is left."""
         self._flush()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _profile(self, profile: Profile) -> int:
         """Write each distinct profile once, as a line of its own, and return its number."""
@@ -105,8 +122,20 @@ class Recorder:
             self._flush()
 
     def _flush(self) -> None:
-        self._file.write(b"\n".join(self._lines) + b"\n")
+        file, data = self._file, b"\n".join(self._lines) + b"\n"
         self._lines.clear()
+        if file is None:
+            return
+        try:
+            write_all(file, data)
+            self._n_bytes += len(data)
+        except OSError as error:
+            log.error("%s: recording stops here: %s", self._path, error.strerror)
+            self._file = None
+            with contextlib.suppress(OSError):
+                file.truncate(self._n_bytes)
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def _named(value: Event | Pull | Cancel) -> dict[str, Any]:

@@ -47,12 +47,14 @@ class PeerConnection:
     """What a side keeps of one peer: how far away it is, and when it last spoke."""
 
     __slots__ = (
-        "heard_ns", "host", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user", "version", "wire"
+        "heard_ns", "host", "life", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user",
+        "version", "wire",
     )  # fmt: skip
 
     def __init__(self, now_ns: int, user: str = "") -> None:
         self.heard_ns = now_ns
         self.host = ""
+        self.life = ""
         self.version = ""
         self.wire = wire.HIGHEST  # the version agreed on in its HELLO
         self.user = user  # the public key that it said HELLO with, if the router has keys

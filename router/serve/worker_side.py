@@ -13,6 +13,7 @@ from router.core.workers import TransitionError
 from router.report.status import Origin
 from router.serve.directives import directive_of
 from router.serve.gate import WORKER_DOMAIN
+from router.serve.lives import check_name, life_of
 from router.serve.side import RouterSide
 from superserve import wire
 from superserve.errors import ConfigError, SuperServeError, WireError
@@ -125,15 +126,19 @@ class WorkerSide(RouterSide):
                 f"worker {name}: expected the model {_words(serving.model)}, which others host; "
                 f"got {_words(model)}"
             )
-        for peer in [p.key for p in self._core.peers.values() if p.name == name]:
-            self.forget(peer, now_ns, orderly=False)  # an older life of the same worker
+        life = life_of(key, hello)
+        for peer in [p for p in self._core.peers.values() if p.name == name]:
+            first = self.connections.get(peer.key)
+            if first is not None and first.life != life:
+                check_name(name, now_ns - peer.heard_ns, self._ping_every_ns, first.host)
+            self.forget(peer.key, now_ns, orderly=False)  # an older life of the same worker
         self.forget(key, now_ns, orderly=False)
         self._next_epoch += 1
         slots = profiles * hello.n_slots if len(profiles) == 1 else profiles
         n_bytes = None if hello.input is None else hello.input.n_bytes
         self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes), now_ns)
         connection = self._greet(key, version, now_ns)
-        connection.host, connection.version = hello.host, hello.version
+        connection.host, connection.version, connection.life = hello.host, hello.version, life
         welcome = WorkerWelcome(self._next_epoch, serving.epoch, version)
         send(self.socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome.body(), version))])
         log.info("worker %s joined with %d GPUs (%s)", name, hello.n_slots, profiles[0].name)

@@ -14,32 +14,38 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import functools
 import os
 import threading
 import time
+import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
-
-import zmq
 
 from superserve.client.futures import FORKED
 from superserve.client.link import SessionLink
-from superserve.client.reply import Reply
-from superserve.client.session import (
-    CLOSED,
-    CLOSED_EARLY,
-    Session,
+from superserve.client.options import (
     checked_accuracy,
+    checked_bound,
     checked_priority,
     checked_slo,
+    checked_wait,
 )
+from superserve.client.reply import Reply
+from superserve.client.session import CLOSED, CLOSED_EARLY, Session
 from superserve.errors import CancelledQueryError, DrainingError, QueryError, UnansweredError, UsageError
 from superserve.net.connection import Connection, no_router
+from superserve.net.context import client_context
 from superserve.net.keys import peer_keys
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from superserve.client.reply import Answers
+
+_unclosed: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
+"""Clients with a socket; closed at exit, so that the interpreter can end."""
 
 NO_LOOP = (
     "no event loop runs in this thread: use AsyncClient in a coroutine, on the loop that made it, "
@@ -87,8 +93,17 @@ class AsyncQueryFuture(asyncio.Future[Reply]):
         return is_cancelled
 
 
+@atexit.register
+def _close_all() -> None:
+    """Close the sockets of clients that nobody closed."""
+    for client in list(_unclosed):
+        client._abandon()
+
+
 class AsyncClient:
     """A connection to a router for the tasks of one event loop.
+
+    One that is dropped without `close` closes itself, with a ResourceWarning, once no query of it waits.
 
     Args:
         endpoint: The router's client endpoint, such as tcp://10.0.0.1:5555.
@@ -100,6 +115,7 @@ class AsyncClient:
 
     Raises:
         ConfigError: The key file is missing, malformed, or others may read it.
+        UsageError: A bound or the timeout is no number.
     """
 
     def __init__(
@@ -112,18 +128,35 @@ class AsyncClient:
         keys: str | os.PathLike[str] | None = None,
     ) -> None:
         self.endpoint = endpoint
-        self.connect_timeout_s = connect_timeout_s
+        self.connect_timeout_s = checked_wait("connect_timeout_s", connect_timeout_s)
         self._keys = peer_keys(keys)
         self._pid = os.getpid()
         self._session: Session[AsyncQueryFuture] = Session(
-            threading.RLock(), no_router(endpoint), max_outstanding=max_outstanding, max_bytes=max_bytes
+            threading.RLock(),
+            no_router(endpoint),
+            max_outstanding=checked_bound("max_outstanding", max_outstanding),
+            max_bytes=checked_bound("max_bytes", max_bytes),
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._link: SessionLink[AsyncQueryFuture] | None = None
         self._welcomed: asyncio.Future[None] | None = None
         self._timer: asyncio.Handle | None = None
         self._timer_ns = 0
+        self._is_kept = False
         self._is_closed = False
+
+    def __del__(self) -> None:
+        link, loop = self.__dict__.get("_link"), self.__dict__.get("_loop")
+        if link is None or loop is None or os.getpid() != self._pid:
+            return
+        self._link, self._is_closed = None, True
+        if loop.is_closed() or asyncio._get_running_loop() is loop:
+            _drop(loop, link)
+        else:  # the collector runs in any thread, and the socket is the loop's
+            loop.call_soon_threadsafe(_drop, loop, link)
+        warnings.warn(
+            f"AsyncClient({self.endpoint!r}) was not closed", ResourceWarning, source=self, stacklevel=2
+        )
 
     # --- for applications ---------------------------------------------------------------
 
@@ -196,7 +229,7 @@ class AsyncClient:
         buffer, n_bytes = session.checked(payload)
         slo_ns = checked_slo(slo_ms)
         floor = 0.0 if min_accuracy is None else checked_accuracy(min_accuracy)
-        if priority != 0:
+        if type(priority) is not int or priority:
             priority = checked_priority(priority)
         future = AsyncQueryFuture(self, loop, buffer, n_bytes, slo_ns, floor, priority)
         if session.submit(future) and self._link is not None:
@@ -242,18 +275,18 @@ class AsyncClient:
         return loop
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        connection = Connection(self.endpoint, context, self._keys)
+        connection = Connection(self.endpoint, client_context(), self._keys)
         self._loop = loop
         self._welcomed = loop.create_future()
-        self._link = SessionLink(connection, self._session, self._settle, self._fail)
-        loop.add_reader(connection.socket.fileno(), self._turn)
-        atexit.register(self._abandon)
+        fail = functools.partial(_fail, self._session)
+        self._link = SessionLink(connection, self._session, _settle, fail)
+        loop.add_reader(connection.socket.fileno(), _weakly(self._turn))
+        _unclosed.add(self)
         self._plan(0)
 
     def _let_go(self) -> None:
         """Leave nothing of ours in the loop."""
-        atexit.unregister(self._abandon)
+        _unclosed.discard(self)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -264,8 +297,9 @@ class AsyncClient:
 
     def _abandon(self) -> None:
         """Close the socket of a client that nobody closed, so that the interpreter can end."""
-        if self._link is not None and os.getpid() == self._pid:
-            self._link.connection.close()
+        link, self._link = self._link, None
+        if link is not None and os.getpid() == self._pid:
+            link.connection.close()
 
     # --- in the loop --------------------------------------------------------------------
 
@@ -300,17 +334,17 @@ class AsyncClient:
         """Have a turn at an instant at the latest; 0 is in the next round of the loop."""
         loop, timer = self._loop, self._timer
         assert loop is not None, "an open client has a loop"
+        is_kept = self._session.outstanding > 0
         if timer is not None:
-            if self._timer_ns <= at_ns:
+            if self._timer_ns <= at_ns and self._is_kept == is_kept:
                 return
             timer.cancel()
-        self._timer_ns = at_ns
+            at_ns = min(at_ns, self._timer_ns)
+        self._timer_ns, self._is_kept = at_ns, is_kept
+        # While a query waits, its client lives by this timer, whoever else has dropped it.
+        on_timer = self._on_timer if is_kept else _weakly(self._on_timer)
         delay_ns = at_ns - time.monotonic_ns()
-        self._timer = (
-            loop.call_soon(self._on_timer)
-            if delay_ns <= 0
-            else loop.call_later(delay_ns / 1e9, self._on_timer)
-        )
+        self._timer = loop.call_soon(on_timer) if delay_ns <= 0 else loop.call_later(delay_ns / 1e9, on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -322,19 +356,40 @@ class AsyncClient:
         if is_ended and must_tell and self._link is not None:
             self._plan(self._link.send_at_ns)
 
-    def _settle(self, answers: Answers, futures: list[AsyncQueryFuture | None]) -> None:
-        for i, future in enumerate(futures):
-            if future is None or future.done():
-                continue
-            outcome = answers.outcome(i, future.submitted_ns)
-            if isinstance(outcome, QueryError):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
 
-    def _fail(self, ended: list[tuple[AsyncQueryFuture, QueryError]]) -> None:
-        for future, error in ended:
-            if not future.done() and not future.get_loop().is_closed():
-                future.set_exception(error)
-                if self._is_closed:
-                    future.exception()  # on purpose: whoever does not await it is not warned of it
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Return a method's call that does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        found = reference()
+        if found is not None:
+            found()
+
+    return call
+
+
+def _drop(loop: asyncio.AbstractEventLoop, link: SessionLink[AsyncQueryFuture]) -> None:
+    """Close what a client left behind that nobody closed."""
+    if not loop.is_closed():
+        loop.remove_reader(link.connection.socket.fileno())
+    link.close(CancelledQueryError(CLOSED_EARLY))
+
+
+def _settle(answers: Answers, futures: list[AsyncQueryFuture | None]) -> None:
+    for i, future in enumerate(futures):
+        if future is None or future.done():
+            continue
+        outcome = answers.outcome(i, future.submitted_ns)
+        if isinstance(outcome, QueryError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+
+def _fail(session: Session[AsyncQueryFuture], ended: list[tuple[AsyncQueryFuture, QueryError]]) -> None:
+    for future, error in ended:
+        if not future.done() and not future.get_loop().is_closed():
+            future.set_exception(error)
+            if session.is_closed:
+                future.exception()  # on purpose: whoever does not await it is not warned of it

@@ -9,53 +9,55 @@ What has gathered since the last send goes out as one message, so a busy process
 few messages and an idle one waits for nobody. Every future ends: with a Reply (on time, or
 marked late), with the router's refusal, or with an UnansweredError.
 
-`superserve.client.session` decides, `superserve.client.link` sends and receives; here are the thread and the
-waiting.
+`superserve.client.session` decides, `superserve.client.link` sends and receives, on the thread of
+`superserve.client.iothread`; here is what applications call.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
-import select
 import threading
 import time
+import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
-import zmq
-
-from superserve.client.futures import BLOCKING, FORKED, QueryFuture, is_on_a_loop, settle
-from superserve.client.link import SessionLink
-from superserve.client.session import (
-    CLOSED,
-    CLOSED_EARLY,
-    Session,
+from superserve.client.futures import BLOCKING, FORKED, QueryFuture, is_on_a_loop
+from superserve.client.iothread import IoThread
+from superserve.client.options import (
     checked_accuracy,
+    checked_bound,
     checked_priority,
     checked_slo,
+    checked_wait,
 )
-from superserve.errors import (
-    CancelledQueryError,
-    DrainingError,
-    QueryError,
-    SuperServeError,
-    UnansweredError,
-    UsageError,
-)
-from superserve.net.connection import Connection, no_router
+from superserve.client.session import CLOSED, Session
+from superserve.errors import DrainingError, SuperServeError, UnansweredError, UsageError
+from superserve.net.connection import no_router
 from superserve.net.keys import peer_keys
 
 if TYPE_CHECKING:
+    import contextlib
     from types import TracebackType
 
-    from superserve.client.reply import Answers, Reply
+    from superserve.client.reply import Reply
 
-_FD_SETSIZE = 1024
+_unclosed: weakref.WeakSet[Client] = weakref.WeakSet()
+"""Clients with a thread; closed at exit, so that the interpreter can end."""
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close clients that nobody closed, while threads can still be joined."""
+    for client in list(_unclosed):
+        client.close()
 
 
 class Client:
     """A connection to a router that any number of threads may share.
+
+    One that is dropped without `close` closes itself, with a ResourceWarning, once no query of it waits.
 
     Args:
         endpoint: The router's client endpoint, such as tcp://10.0.0.1:5555.
@@ -67,6 +69,7 @@ class Client:
 
     Raises:
         ConfigError: The key file is missing, malformed, or others may read it.
+        UsageError: A bound or the timeout is no number.
     """
 
     def __init__(
@@ -79,20 +82,30 @@ class Client:
         keys: str | os.PathLike[str] | None = None,
     ) -> None:
         self.endpoint = endpoint
-        self.connect_timeout_s = connect_timeout_s
+        self.connect_timeout_s = checked_wait("connect_timeout_s", connect_timeout_s)
         self._keys = peer_keys(keys)
         self.guard: contextlib.AbstractContextManager[Any] = threading.RLock()
         self.pid = os.getpid()
         self._session: Session[QueryFuture] = Session(
-            self.guard, no_router(endpoint), max_outstanding=max_outstanding, max_bytes=max_bytes
+            self.guard,
+            no_router(endpoint),
+            max_outstanding=checked_bound("max_outstanding", max_outstanding),
+            max_bytes=checked_bound("max_bytes", max_bytes),
         )
-        self._starting = threading.RLock()
         self._cancelling = threading.RLock()
-        self.thread: threading.Thread | None = None
-        self._wake_fd = -1
-        self._is_closing = False
-        self._welcomed = threading.Event()
-        self._failure: BaseException | None = None
+        self._io = IoThread(self._session, self.guard)
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        """The thread that settles futures; None until the first query or `connect`."""
+        return self._io.thread
+
+    def __del__(self) -> None:
+        io: IoThread | None = self.__dict__.get("_io")  # a constructor that raised has made none
+        if io is None or io.thread is None or io.is_closing or os.getpid() != self.pid:
+            return
+        io.stop()  # not joined: this may be the thread itself
+        warnings.warn(f"Client({self.endpoint!r}) was not closed", ResourceWarning, source=self, stacklevel=2)
 
     # --- for applications ---------------------------------------------------------------
 
@@ -110,19 +123,20 @@ class Client:
 
         Raises:
             UnansweredError: No router answered within `connect_timeout_s`.
-            ConfigError: The endpoint is malformed.
+            ConfigError: The endpoint is malformed, or too few file descriptors are left.
             UsageError: An event loop runs in this thread, or the client is from before a fork.
         """
         if is_on_a_loop():
             raise UsageError(BLOCKING.format(what="Client.connect()"))
         self._start()
-        if self.thread is None:
+        io = self._io
+        if io.thread is None:
             raise DrainingError(CLOSED)
-        if not self._welcomed.wait(self.connect_timeout_s):
+        if not io.welcomed.wait(self.connect_timeout_s):
             self.close()
             raise UnansweredError(self._session.no_router)
-        if self._failure is not None:
-            raise SuperServeError(f"client: {self._failure}") from self._failure
+        if io.failure is not None:
+            raise SuperServeError(f"client: {io.failure}") from io.failure
 
     def infer(
         self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0
@@ -162,35 +176,30 @@ class Client:
             InvalidQueryError: The payload or an option is not what the model takes.
             OverloadedError: `max_outstanding` or `max_bytes` is reached.
             DrainingError: The client is closed.
+            ConfigError: The first time, as `connect`.
             UsageError: The client is from before a fork.
         """
         buffer, n_bytes = self._session.checked(payload)
         slo_ns = checked_slo(slo_ms)
         floor = 0.0 if min_accuracy is None else checked_accuracy(min_accuracy)
-        if priority != 0:
+        if type(priority) is not int or priority:
             priority = checked_priority(priority)
-        if self.thread is None or os.getpid() != self.pid:
+        if self._io.thread is None or os.getpid() != self.pid:
             self._start()
         future = QueryFuture(self, buffer, n_bytes, time.monotonic_ns(), slo_ns, floor, priority)
         if self._session.submit(future):
-            self._wake()
+            self._io.wake()
         return future
 
     def close(self) -> None:
         """Stop the I/O thread; queries without an answer end as CancelledQueryError."""
         if os.getpid() != self.pid:
             return  # the parent's: its locks may have been held at the fork
-        with self._starting:
-            thread, was_closing, self._is_closing = self.thread, self._is_closing, True
-        if thread is None:
-            self._fail(self._session.close(CancelledQueryError(CLOSED_EARLY)))
-            return
-        if not was_closing:
-            self._wake()
-        if threading.current_thread() is thread:
+        thread = self._io.stop()
+        if thread is None or threading.current_thread() is thread:
             return  # called by a future's callback: the thread ends by itself
         thread.join()
-        atexit.unregister(self.close)
+        _unclosed.discard(self)
 
     @property
     def outstanding(self) -> int:
@@ -213,115 +222,11 @@ class Client:
             if is_ended:
                 future._is_cancelled = True
         if must_wake:
-            self._wake()
+            self._io.wake()
         return is_ended
 
     def _start(self) -> None:
         if os.getpid() != self.pid:
             raise UsageError(FORKED.format(what="Client"))
-        with self._starting:
-            if self.thread is not None or self._is_closing:
-                return
-            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-            connection = Connection(self.endpoint, context, self._keys)
-            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self.thread = threading.Thread(
-                target=self._run, args=(connection,), name=f"superserve {self.endpoint}", daemon=True
-            )
-            self.thread.start()
-            atexit.register(self.close)
-
-    def _wake(self) -> None:
-        with self._starting:  # a number that was closed may be another's by now
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
-
-    # --- the I/O thread -----------------------------------------------------------------
-
-    def _run(self, connection: Connection) -> None:
-        """Serve until closed. Whatever ends it, no future is left waiting."""
-        link: SessionLink[QueryFuture] = SessionLink(connection, self._session, self._settle, self._fail)
-        error: QueryError = CancelledQueryError(CLOSED_EARLY)
-        try:
-            sleeper = _Sleeper(connection.socket.fileno(), self._wake_fd)
-            while not self._is_closing:
-                self._pass(link, sleeper)
-        except BaseException as failure:
-            self._failure = failure
-            error = UnansweredError(f"the client's I/O thread failed: {failure!r}")
-            raise
-        finally:
-            self._is_closing = True
-            link.close(error)
-            self._welcomed.set()
-            with self._starting:
-                fd, self._wake_fd = self._wake_fd, -1
-            os.close(fd)
-
-    def _pass(self, link: SessionLink[QueryFuture], sleeper: _Sleeper) -> None:
-        """Take in, look, send; then sleep until there is more to do."""
-        link.receive()
-        now_ns = time.monotonic_ns()
-        link.look(now_ns)
-        if link.is_welcome and not self._welcomed.is_set():
-            self._welcomed.set()
-        link.send(now_ns)
-        if link.connection.is_readable():
-            return
-        sleeper.clear()
-        if self._is_closing:  # whoever closes sets this before he writes: it may just have been read
-            return
-        session = self._session
-        wake_ns, send_at_ns = link.wake_ns(), link.send_at_ns
-        if now_ns < send_at_ns:
-            wake_ns = min(wake_ns, send_at_ns)
-            must_sleep = session.pause()
-        else:
-            must_sleep = session.rest()
-        if must_sleep:
-            sleeper.sleep(wake_ns)
-            sleeper.is_told |= session.resume()
-
-    def _settle(self, answers: Answers, futures: list[QueryFuture | None]) -> None:
-        settle(self.guard, futures, answers)
-
-    def _fail(self, ended: list[tuple[QueryFuture, QueryError]]) -> None:
-        for future, error in ended:
-            future._outcome = error
-        settle(self.guard, [future for future, _ in ended])
-
-
-class _Sleeper:
-    """Sleeps until one of two file descriptors can be read, or an instant has come.
-
-    select() counts in microseconds but takes no descriptor above 1023, and an application may have
-    many; poll() takes any, and counts in milliseconds.
-
-    Attributes:
-        is_told: Somebody has written to the second descriptor, or is about to.
-    """
-
-    def __init__(self, socket_fd: int, wake_fd: int) -> None:
-        self.is_told = False
-        self._fds = [socket_fd, wake_fd]
-        self._wake_fd = wake_fd
-        self._poll: select.poll | None = None
-        if max(self._fds) >= _FD_SETSIZE:
-            self._poll = select.poll()
-            for fd in self._fds:
-                self._poll.register(fd, select.POLLIN)
-
-    def clear(self) -> None:
-        """Read what was written, before anybody can be told to write anew: that must not be swallowed."""
-        if self.is_told:
-            with contextlib.suppress(BlockingIOError):  # not written yet
-                os.eventfd_read(self._wake_fd)
-                self.is_told = False
-
-    def sleep(self, until_ns: int) -> None:
-        """Sleep; return at once if the instant has passed."""
-        left_ns = max(0, until_ns - time.monotonic_ns())
-        if self._poll is not None:
-            self._poll.poll(left_ns / 1e6)
-        else:
-            select.select(self._fds, (), (), left_ns / 1e9)
+        self._io.start(self.endpoint, self._keys)
+        _unclosed.add(self)

@@ -22,6 +22,7 @@ import threading
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from typing import TYPE_CHECKING, Any, Protocol
 
+from superserve.client.options import checked_wait
 from superserve.client.reply import Reply
 from superserve.errors import QueryError, UsageError
 
@@ -52,7 +53,11 @@ class Owner(Protocol):
 
     guard: AbstractContextManager[Any]
     pid: int
-    thread: threading.Thread | None
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        """The thread that settles futures, if there is one."""
+        ...
 
     def cancel_query(self, future: QueryFuture) -> bool:
         """End a query; False if it has ended already."""
@@ -204,7 +209,7 @@ class QueryFuture(concurrent.futures.Future[Reply]):
 
     def _wait(self, what: str, timeout: float | None) -> Reply | QueryError:
         if self._state == PENDING:
-            self._block(what, timeout)
+            self._block(what, None if timeout is None else checked_wait("timeout", timeout))
         if self._state == CANCELLED_AND_NOTIFIED:
             raise concurrent.futures.CancelledError
         outcome = self._opened()

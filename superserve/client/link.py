@@ -127,5 +127,7 @@ class SessionLink(Generic[Q]):
 
     def close(self, error: QueryError) -> None:
         """Say BYE, close the socket, and end every query that is left."""
-        self.connection.close()
-        self._fail(self.session.close(error))
+        try:
+            self.connection.close()
+        finally:  # queries end whatever has happened to the socket
+            self._fail(self.session.close(error))

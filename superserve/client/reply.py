@@ -110,20 +110,30 @@ class Answers:
         group = self._group
         if self._rows is None:
             self._rows = self._arrays()
-        output = self._part(i) if self._rows is False else self._rows[i, ...]
+        output = self._alone(i) if self._rows is False else self._rows[i, ...]
         timeline = self._timeline(self._queued_ms(i))
         latency_ms = (self._arrived_ns - submitted_ns) / MS
         is_late = group.status == _LATE
         return Reply(output, is_late, self._subnet, group.accuracy, group.batch_size, timeline, latency_ms)
 
     def _arrays(self) -> Any:
-        """Return all outputs as one array, (count, *shape); False where they are not the model's."""
+        """Return all outputs as one array, (count, *shape); False where they do not all have its size."""
         group, spec = self._group, self._spec
         if spec is None or group.output_bytes != spec.n_bytes:
             return False
         rows = np.frombuffer(group.output, spec.dtype).reshape(group.count, *spec.shape)
         rows.flags.writeable = False
         return rows
+
+    def _alone(self, i: int) -> Any:
+        """Return output `i` of a group of which not every output is the model's.
+
+        Where a batch-mate failed, its empty output stands beside whole ones.
+        """
+        part, spec = self._part(i), self._spec
+        if spec is None or len(part) != spec.n_bytes:
+            return part
+        return np.ndarray(spec.shape, spec.dtype, part)  # read-only, as bytes are
 
     def _timeline(self, queued_ms: float) -> Timeline:
         """Return the timeline of a query that waited so long; those that came together share one."""

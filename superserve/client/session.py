@@ -25,7 +25,7 @@ import numpy as np
 
 from superserve.client.reply import Answers
 from superserve.errors import DrainingError, InvalidQueryError, OverloadedError, UnansweredError
-from superserve.wire import MAX_QUERIES, MAX_SLACK_NS, VARIED, Cancel, Queries
+from superserve.wire import MAX_QUERIES, VARIED, Cancel, Queries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -161,6 +161,11 @@ class Session(Generic[Q]):
     def outstanding(self) -> int:
         """Queries without an answer."""
         return len(self._pending)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more is taken in."""
+        return self._is_closed
 
     @property
     def is_idle(self) -> bool:
@@ -498,30 +503,6 @@ class Session(Generic[Q]):
 def _coarse(at_ns: int) -> int:
     """Return the next of the instants at which overdue queries are looked at."""
     return -(-at_ns // _COARSE_NS) * _COARSE_NS
-
-
-def checked_slo(slo_ms: float) -> int:
-    """Return an SLO in ns; InvalidQueryError if it is none."""
-    try:
-        if 0 < slo_ms <= MAX_SLACK_NS / MS:
-            return int(slo_ms * MS)
-    except TypeError:
-        pass
-    raise InvalidQueryError(f"slo_ms: expected milliseconds above 0 and up to a day, got {slo_ms!r}")
-
-
-def checked_accuracy(min_accuracy: float) -> float:
-    """Return an accuracy floor, percent; InvalidQueryError if it is none."""
-    if not isinstance(min_accuracy, int | float | np.number) or not 0 <= min_accuracy <= 100:
-        raise InvalidQueryError(f"min_accuracy: expected 0 to 100 percent, got {min_accuracy!r}")
-    return float(min_accuracy)
-
-
-def checked_priority(priority: int) -> int:
-    """Return a priority class; InvalidQueryError if it is none."""
-    if not isinstance(priority, int) or not 0 <= priority <= 255:
-        raise InvalidQueryError(f"priority: expected a class from 0 to 255, got {priority!r}")
-    return priority
 
 
 def _as_bytes(payload: Any) -> Any:

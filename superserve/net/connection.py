@@ -6,6 +6,7 @@ then, `send_queries` with whole columns, and `receive` until it yields nothing m
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import secrets
@@ -17,6 +18,7 @@ import zmq
 from superserve import wire
 from superserve.errors import ConfigError, VersionError, WireError
 from superserve.hello import ClientHello, ClientWelcome
+from superserve.net.context import check_descriptors
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
 from superserve.net.sockets import receive, send
@@ -99,10 +101,11 @@ class Connection:
 
     def close(self) -> None:
         """Say BYE if anybody listens, and close the socket."""
-        self._handshake.close()
-        if self.epoch is not None:
-            send(self.socket, wire.encode_control(Control(Kind.BYE)))
-        self.socket.close(linger=100)
+        with contextlib.suppress(zmq.ZMQError):  # of no use any more: the context was terminated
+            self._handshake.close()
+            if self.epoch is not None:
+                send(self.socket, wire.encode_control(Control(Kind.BYE)))
+        self.socket.close(linger=100)  # whoever terminates the context waits for this
 
     def tick(self, now_ns: int) -> None:
         """Say HELLO while nobody has welcomed us, and PING now and then."""
@@ -265,6 +268,7 @@ def ask_status(
         WireError: What it answers lacks a field, or has another type there; names both.
     """
     own = peer_keys(keys)
+    check_descriptors("asking a router for its status")
     with zmq.Context() as context:
         connection = Connection(endpoint, context, own)
         try:

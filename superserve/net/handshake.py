@@ -129,6 +129,8 @@ class Handshake:
     def close(self) -> None:
         """Stop watching; before the socket is closed."""
         if self._monitor is not None:
-            self.socket.disable_monitor()
-            self._monitor.close(0)
-            self._monitor = None
+            monitor, self._monitor = self._monitor, None
+            try:
+                self.socket.disable_monitor()
+            finally:
+                monitor.close(0)

@@ -108,7 +108,10 @@ def peer_keys(keys: str | os.PathLike[str] | None, role: str = "client") -> Peer
     given = os.environ.get(ENVIRONMENT, "") if keys is None else os.fspath(keys)
     if not given:
         return None
-    path = Path(given).expanduser()
+    try:
+        path = Path(given).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{os.fspath(given)}: expected a path without ~: {error}") from error
     if path.is_dir():
         path = _within(path, role)
     fields = _read_secret(path)

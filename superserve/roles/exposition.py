@@ -1,36 +1,22 @@
-"""Metrics over HTTP: what a process exports by name, histograms that cost little, and the server's thread.
+"""Metrics: what a process exports by name, and histograms that cost little.
 
-A hot loop adds to plain integers. Whoever asks over HTTP pays for the text, in a thread of
-its own. prometheus-client is imported by those who turn metrics on, and by nobody else.
+A hot loop adds to plain integers. Whoever asks over HTTP pays for the text: see `superserve.roles.pages`.
+prometheus-client is imported by those who turn metrics on, and by nobody else.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 from bisect import bisect_left
-from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from superserve.errors import ConfigError, SuperServeError
+from superserve.roles.pages import Page
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable
     from typing import Self
 
     from prometheus_client.metrics_core import Metric as Family
-
-log = logging.getLogger(__name__)
-
-LOOPBACK = "127.0.0.1"
-MAX_REQUESTS = 8
-"""Requests answered at a time; a further connection is closed at once."""
-
-_REQUEST_TIMEOUT_S = 5.0  # a peer that connects and says nothing is let go after this
-_TEXT = "text/plain; charset=utf-8"
 
 LATENCY_BOUNDS_S = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.036, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
@@ -149,14 +135,6 @@ class Families:
         return list(self._families.values())
 
 
-class Page(NamedTuple):
-    """An answer to a GET."""
-
-    status: int
-    body: bytes
-    content_type: str = _TEXT
-
-
 def exposition(families: Iterable[Family]) -> Page:
     """Return families as Prometheus reads them."""
     from prometheus_client import CollectorRegistry  # noqa: PLC0415  clients do without
@@ -178,99 +156,3 @@ class _Given:
 
     def describe(self) -> list[Family]:
         return []
-
-
-class UnavailableError(SuperServeError):
-    """A page cannot be given now: 503, with these words."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """Answers GET and HEAD of the pages there are."""
-
-    server: _Server
-    timeout = _REQUEST_TIMEOUT_S
-
-    def do_GET(self) -> None:
-        self._answer(has_body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(has_body=False)
-
-    def _answer(self, *, has_body: bool) -> None:
-        pages = self.server.pages
-        give = pages.get(self.path.partition("?")[0])
-        if give is None:
-            page = Page(404, f"expected one of {', '.join(pages)}\n".encode())
-        else:
-            try:
-                page = give()
-            except UnavailableError as error:
-                page = Page(503, f"{error}\n".encode())
-        self.send_response(page.status)
-        self.send_header("Content-Type", page.content_type)
-        self.send_header("Content-Length", str(len(page.body)))
-        self.end_headers()
-        if has_body:
-            self.wfile.write(page.body)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the base class's name
-        log.debug(format, *args)
-
-
-class _Server(ThreadingHTTPServer):
-    """A thread a request, a bounded number of them."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, address: tuple[str, int], pages: Mapping[str, Callable[[], Page]]) -> None:
-        self.pages = pages
-        self._free = threading.BoundedSemaphore(MAX_REQUESTS)
-        super().__init__(address, _Handler)
-
-    def process_request(self, request: socket.socket | tuple[bytes, socket.socket], peer: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, peer)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(
-        self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any
-    ) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002  the base class's
-        log.info("a request from %s was not answered", client_address, exc_info=True)
-
-
-@contextmanager
-def serve_pages(
-    pages: Mapping[str, Callable[[], Page]], *, address: str = LOOPBACK, port: int = 0
-) -> Iterator[str]:
-    """Serve pages from a thread of its own while the block runs; give HOST:PORT, as bound.
-
-    Args:
-        pages: By path; each is asked for in a thread of the request, and may raise `UnavailableError`.
-        address: Where to listen.
-        port: 0 lets the system pick.
-
-    Raises:
-        ConfigError: The address is not of this machine, or the port is taken.
-    """
-    try:
-        server = _Server((address, port), pages)
-    except OSError as error:
-        raise ConfigError(f"metrics at {address}:{port}: {error.strerror or error}") from error
-    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-    thread.start()
-    host, bound = server.server_address[:2]
-    log.info("metrics at http://%s:%d/metrics", host, bound)
-    try:
-        yield f"{host!s}:{bound}"
-    finally:  # requests that are being answered end with the process
-        server.shutdown()
-        server.server_close()
-        thread.join()

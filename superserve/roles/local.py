@@ -18,7 +18,9 @@ import enum
 import os
 import platform
 import re
+import select
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,6 +45,7 @@ REMEMBERED = ".clusters"
 SCHEMA = 1
 
 _FILE = "state.json"
+_LOOK_S = 0.01  # between two looks at a process that gives no descriptor
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_BYTES = 4 << 20  # a thousand roles, each with the end of its log, take less
 T = TypeVar("T")
@@ -109,10 +112,13 @@ class ProcessId:
         """Return a descriptor of it that becomes readable when it ends; None if it has ended.
 
         The caller closes it. What is signalled through it reaches this process or nobody.
+
+        Raises:
+            OSError: The kernel has none to give: before Linux 5.3, or where a container's profile forbids it.
         """
         try:
             descriptor = os.pidfd_open(self.pid)
-        except OSError:
+        except ProcessLookupError:
             return None
         if self.is_alive():
             return descriptor
@@ -120,7 +126,27 @@ class ProcessId:
         return None
 
     def signal(self, number: int) -> bool:
-        """Send a signal; return whether there was a process to take it."""
+        """Send a signal; return whether there was a process to take it.
+
+        Raises:
+            ConfigError: It may not be sent: the process is another user's.
+        """
+        try:
+            try:
+                return self._signal_by_descriptor(number)
+            except OSError:
+                # By number instead: it could be another's by now only if it was given away within
+                # the microseconds since the check.
+                if not self.is_alive():
+                    return False
+                os.kill(self.pid, number)
+        except ProcessLookupError:
+            return False
+        except PermissionError as error:
+            raise ConfigError(f"process {self.pid} cannot be stopped: {error.strerror}") from error
+        return True
+
+    def _signal_by_descriptor(self, number: int) -> bool:
         descriptor = self.open()
         if descriptor is None:
             return False
@@ -131,6 +157,24 @@ class ProcessId:
         finally:
             os.close(descriptor)
         return True
+
+    def await_end(self, timeout_s: float) -> bool:
+        """Wait until it has ended; return whether it has, within `timeout_s` seconds."""
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            descriptor = self.open()
+        except OSError:
+            while (is_alive := self.is_alive()) and time.monotonic() < deadline_s:
+                time.sleep(_LOOK_S)
+            return not is_alive
+        if descriptor is None:
+            return True
+        try:
+            poller = select.poll()
+            poller.register(descriptor, select.POLLIN)
+            return bool(poller.poll(max(0, round(timeout_s * 1_000))))
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,11 +329,22 @@ def boot_id() -> str:
 
 
 def state_folder() -> Path:
-    """Return the folder that holds a folder for each cluster of this user on this machine."""
+    """Return the folder that holds a folder for each cluster of this user on this machine.
+
+    Raises:
+        ConfigError: No variable names one, and the user has no home.
+    """
     if given := os.environ.get(STATE_VARIABLE):
         return Path(given).absolute()
-    home = os.environ.get("XDG_STATE_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "state") / "superserve"
+    if given := os.environ.get("XDG_STATE_HOME"):
+        return Path(given) / "superserve"
+    try:
+        return Path.home() / ".local" / "state" / "superserve"
+    except RuntimeError:
+        raise ConfigError(
+            f"no folder for the state of clusters: HOME is not set, and user {os.getuid()} has no home; "
+            f"set {STATE_VARIABLE} to a folder"
+        ) from None
 
 
 def cluster_folder(name: str, base: Path | None = None) -> Path:
@@ -403,7 +458,11 @@ def remembered_keys(endpoint: str, base: Path | None = None) -> str:
     Returns:
         The file's path; "" where no such cluster is known to this machine, or it is one without keys.
     """
-    for path in ((state_folder() if base is None else base) / REMEMBERED).glob("[!.]*.json"):
+    try:
+        base = state_folder() if base is None else base
+    except ConfigError:
+        return ""  # nothing is remembered without a folder, and an endpoint was given
+    for path in (base / REMEMBERED).glob("[!.]*.json"):
         with contextlib.suppress(OSError, orjson.JSONDecodeError, TypeError, KeyError):  # torn or not ours
             body = orjson.loads(path.read_bytes())
             if body["client_endpoint"] == endpoint:

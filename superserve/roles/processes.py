@@ -318,7 +318,7 @@ def _spawn(
     with log_path.open("ab") as log:
         log_start = log.tell()
         popen = subprocess.Popen(
-            [sys.executable, *argv],
+            [sys.executable, "-P", *argv],  # whatever lies in the user's folder: see superserve.plugins
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

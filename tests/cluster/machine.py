@@ -27,7 +27,8 @@ _ASK_EVERY_S = 0.02
 # Python runs this file before anything else in a process whose PYTHONPATH leads here.
 _SITE = """
 import pathlib, sys
-module = sys.orig_argv[2] if sys.orig_argv[1:2] == ["-m"] else ""
+argv = [word for word in sys.orig_argv[1:] if word != "-P"]
+module = argv[1] if argv[:1] == ["-m"] else ""
 fault = pathlib.Path(__file__).with_name(f"fault-{module}.py")
 if fault.exists():
     exec(compile(fault.read_text(), str(fault), "exec"))
@@ -46,15 +47,21 @@ class Machine:
 
     Attributes:
         base: What SUPERSERVE_STATE says; processes of this test are known by it.
+        folder: Where commands are typed.
         env: The environment of every command.
     """
 
     def __init__(self, folder: Path) -> None:
         self.base = folder / "state"
+        self.folder = ROOT
         self._faults = folder / "faults"
         self._faults.mkdir()
         (self._faults / "sitecustomize.py").write_text(_SITE)
-        self.env = {**os.environ, STATE_VARIABLE: str(self.base), "PYTHONPATH": str(self._faults)}
+        self.env = {
+            **os.environ,
+            STATE_VARIABLE: str(self.base),
+            "PYTHONPATH": f"{self._faults}{os.pathsep}{ROOT}",
+        }
 
     def fault(self, module: str, code: str) -> Path:
         """Have every later `python -m <module>` run `code` first; remove the file to end that."""
@@ -65,7 +72,7 @@ class Machine:
     def start(self, *args: str, module: str = "cluster") -> subprocess.Popen[str]:
         """Start a command."""
         return subprocess.Popen(
-            [sys.executable, "-m", module, *args], env=self.env, cwd=ROOT, text=True,
+            [sys.executable, "-P", "-m", module, *args], env=self.env, cwd=self.folder, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

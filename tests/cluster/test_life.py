@@ -36,6 +36,26 @@ def is_well(here: Machine) -> bool:
     return here.run("status")[0] == 0
 
 
+NO_PIDFD = """
+import errno, os
+
+def refuse(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+os.pidfd_open = refuse
+"""
+
+
+def test_down_stops_a_cluster_also_without_descriptors_of_processes(here: Machine) -> None:
+    """As on Linux 4.18, or in a container whose profile forbids them: what it says is stopped, is."""
+    here.up()
+    here.fault("cluster", NO_PIDFD)
+    code, output = here.run("down")
+
+    assert code == 0, output
+    assert here.processes() == []
+
+
 # --- up, used, down ---------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from gpu_worker.serve.eventlog import RECORD, EventLogHeader, EventLogWriter, ch
 from profiles.table import load_profile
 from superserve.clock import SECOND
 from superserve.errors import ConfigError
+from tests.superserve.test_files import full_after
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +71,19 @@ def test_what_was_added_is_read_back(entries: list[Entry], tmp_path_factory: pyt
     assert header == HEADER
     columns = ("gpu", "batch_id", "subnet", "batch_size", "started_ns", "ended_ns")
     assert list(zip(*(records[column].tolist() for column in columns), strict=True)) == entries
+
+
+def test_a_full_disk_ends_the_log_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The worker goes on; it is said once, and the log is read up to there."""
+    path = tmp_path / "w.log"
+    with full_after(300_000), EventLogWriter(path, HEADER) as log:
+        for batch_id in range(20_000):
+            log.add(0, batch_id, 0, 1, batch_id * 10, batch_id * 10 + 10)
+
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: the event log ends here: File too large"
+    ]
+    assert 4_096 < len(read_log(path)[1]) < 20_000
 
 
 def test_full_buffers_reach_the_file_before_the_log_is_closed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -204,8 +205,9 @@ def test_a_run_that_is_stopped_reports_the_trace_up_to_there() -> None:
 
 
 @pytest.mark.e2e
-def test_ctrl_c_gives_the_partial_report(tmp_path: Path) -> None:
-    """SIGINT after the first second: exit code 130, and a result file that says that it is partial."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_gives_the_partial_report(tmp_path: Path, number: signal.Signals) -> None:
+    """After the first second: exit code 128 + N, and a result file that says that it is partial."""
     path = tmp_path / "run.json"
     with subprocess.Popen(
         [sys.executable, "-m", "loadgen", *RUN, "--duration", "50", "--json", str(path), "--json-lines"],
@@ -213,15 +215,69 @@ def test_ctrl_c_gives_the_partial_report(tmp_path: Path) -> None:
     ) as process:  # fmt: skip
         assert process.stdout is not None
         first = json.loads(process.stdout.readline())
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         *_, last = map(json.loads, process.stdout.read().splitlines())
-        assert process.wait(30) == 130
+        assert process.wait(30) == 128 + number
 
     result = load_run(path)
     assert (first["kind"], first["end_s"]) == ("second", 1)
     assert (last["kind"], last["partial"]) == ("result", True)
     assert result.partial is True
     assert result.queries["total"] == last["queries"]["total"] < 200 * 50
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("more", [["--json-lines"], []], ids=["JSON lines", "table"])
+def test_a_reader_that_leaves_gives_the_partial_report(tmp_path: Path, more: list[str]) -> None:
+    """As `loadgen run ... | head` does: exit code 141, that of SIGPIPE, and the file is written."""
+    path = tmp_path / "run.json"
+    with subprocess.Popen(
+        [sys.executable, "-m", "loadgen", *RUN, "--duration", "50", "--json", str(path), *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(30) == 128 + signal.SIGPIPE
+    assert load_run(path).partial is True
+    assert "Traceback" not in errors
+    assert "Error" not in errors
+
+
+@pytest.mark.e2e
+def test_a_run_that_is_killed_leaves_no_empty_file(tmp_path: Path) -> None:
+    """A result is there whole or not at all: what was there before stays."""
+    new, old = tmp_path / "new.json", tmp_path / "old.html"
+    old.write_text("the last run's")
+    with subprocess.Popen(
+        [sys.executable, "-m", "loadgen", *RUN, "--duration", "50", "--json", str(new), "--report", str(old)],
+        stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.html"]
+    assert old.read_text() == "the last run's"
+
+
+@pytest.mark.e2e
+def test_a_command_line_that_is_not_utf8_is_refused_before_the_run(tmp_path: Path) -> None:
+    """In one line, where the result could not have been written after it."""
+    path = os.fsencode(tmp_path) + b"/r\xe9sultat.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "loadgen", *RUN, "--json", path],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.endswith("r\\xe9sultat.json: expected UTF-8: rename the file, or link to it\n")
 
 
 @pytest.mark.e2e

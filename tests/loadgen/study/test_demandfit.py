@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loadgen.bound.exact import exact_bound
 from loadgen.bound.fluid import fluid_bound, uniform
 from loadgen.simulator.simulate import simulate, slowed
 from loadgen.simulator.workloads import mixed_workload, parse_floor, parse_slos
@@ -13,6 +12,7 @@ from loadgen.traces.trace import Trace, load_trace
 from profiles.table import Profile, SubnetProfile, load_profile
 from superserve.clock import MS
 from superserve.wire import Status
+from tests.loadgen.bound.exact import exact_bound
 
 CNN = load_profile("cnn-8gpu-modelled")
 EVEN = [CNN] * 8

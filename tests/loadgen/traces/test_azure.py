@@ -112,11 +112,15 @@ def test_line_ends_do_not_matter(text: bytes) -> None:
         (b"o,a,g,timer,2,0,1", b"o,a,g,timer,2,0", "line 3: expected 7 columns, got 6"),
         (b"o,a,g,timer,2,0,1", b"o,a,g,timer,2,0,1,9", "line 3: expected 7 columns, got 8"),
         (b"o,a,g,timer,2,0,1", b"\no,a,g,timer,2,0,1", "line 3: expected 7 columns, got 1"),
-        (b"http,1,0,5", b"http,1,,5", "line 2: column 481: expected an integer from 0 to 999999999, got ''"),
-        (b"timer,2,0,1", b"timer,2,0,1.5", "line 3: column 482: expected an integer .* got '1.5'"),
-        (b"timer,2,0,1", b"timer,-2,0,1", "line 3: column 480: expected an integer .* got '-2'"),
-        (b"timer,2,0,1", b"timer,2,x,1", "line 3: column 481: expected an integer .* got 'x'"),
-        (b"timer,2,0,1", b"timer,2,9999999999,1", "line 3: column 481: expected an integer"),
+        (
+            b"http,1,0,5",
+            b"http,1,,5",
+            "line 2: column 6, minute 481: expected an integer from 0 to 999999999, got ''",
+        ),
+        (b"timer,2,0,1", b"timer,2,0,1.5", "line 3: column 7, minute 482: expected an integer .* got '1.5'"),
+        (b"timer,2,0,1", b"timer,-2,0,1", "line 3: column 5, minute 480: expected an integer .* got '-2'"),
+        (b"timer,2,0,1", b"timer,2,x,1", "line 3: column 6, minute 481: expected an integer .* got 'x'"),
+        (b"timer,2,0,1", b"timer,2,9999999999,1", "line 3: column 6, minute 481: expected an integer"),
         (b"480,481", b"480,482", "line 1: column 6: expected minute 481, got '482'"),
         (b"480,481", b"x,481", "line 1: column 5: expected a minute's number, got 'x'"),
         (b",480,481,482", b"", "line 1: column 5: expected a minute's number, got the line's end"),
@@ -137,24 +141,24 @@ def test_a_malformed_minute_file_names_line_and_column(old: bytes, new: bytes, m
     ("text", "old", "new", "message"),
     [
         (TEXT_2021, b"12.5,2.25", b"12.5", "line 2: expected 4 columns, got 3"),
-        (TEXT_2021, b"10.75", b"-10.75", "line 3: column end_timestamp: expected a number of seconds"),
-        (TEXT_2021, b"10.75", b"nan", "line 3: column end_timestamp: expected a number of seconds"),
-        (TEXT_2021, b"11.0,1.0", b"11.0,inf", "line 4: column duration: expected a number of seconds"),
+        (TEXT_2021, b"10.75", b"-10.75", "line 3: column 3, end_timestamp: expected a number of seconds"),
+        (TEXT_2021, b"10.75", b"nan", "line 3: column 3, end_timestamp: expected a number of seconds"),
+        (TEXT_2021, b"11.0,1.0", b"11.0,inf", "line 4: column 4, duration: expected a number of seconds"),
         (TEXT_2021, b"11.0", b"11e90", "line 4: expected at most 10000000 s from first to last"),
-        (TEXT_2021, b"a,g", b",g", "line 3: column app: expected a name, got ''"),
+        (TEXT_2021, b"a,g", b",g", "line 3: column 1, app: expected a name, got ''"),
         (TEXT_LLM, b"374,44", b"374", "line 2: expected 3 columns, got 2"),
-        (TEXT_LLM, b"374", b"-374", "line 2: column ContextTokens: expected an integer"),
-        (TEXT_LLM, b",109", b",1.5", "line 4: column GeneratedTokens: expected an integer"),
-        (TEXT_LLM, b"2023-11-16 18:15:50", b"yesterday", "line 4: column TIMESTAMP: expected YYYY-MM-DD"),
-        (TEXT_LLM, b"18:15:50.9951690", b"18:15:50.99516900000", "line 4: column TIMESTAMP: expected"),
+        (TEXT_LLM, b"374", b"-374", "line 2: column 2, ContextTokens: expected an integer"),
+        (TEXT_LLM, b",109", b",1.5", "line 4: column 3, GeneratedTokens: expected an integer"),
+        (TEXT_LLM, b"2023-11-16 18:15:50", b"yesterday", "line 4: column 1, TIMESTAMP: expected YYYY-MM-DD"),
+        (TEXT_LLM, b"18:15:50.9951690", b"18:15:50.99516900000", "line 4: column 1, TIMESTAMP: expected"),
         (
             TEXT_LLM,
             b"11-16 18:15:50",
             b"02-30 18:15:50",
-            "line 4: TIMESTAMP: expected a day and time that exist",
+            "line 4: column 1, TIMESTAMP: expected a day and time that exist",
         ),
         (TEXT_LLM, b"2023-11-16 18:15:50", b"2199-11-16 18:15:50", "line 4: expected at most 10000000 s"),
-        (TEXT_LLM, b"2023-11-16 18:15:50", b"9023-11-16 18:15:50", "line 4: column TIMESTAMP: expected"),
+        (TEXT_LLM, b"2023-11-16 18:15:50", b"9023-11-16 18:15:50", "line 4: column 1, TIMESTAMP: expected"),
     ],
 )
 def test_a_malformed_invocation_names_line_and_column(
@@ -165,6 +169,102 @@ def test_a_malformed_invocation_names_line_and_column(
 
     with pytest.raises(TraceError, match=rf"^rows\.csv: {message}"):
         parse(text.replace(old, new), source="rows.csv")
+
+
+DAY_HEADER = b"HashOwner,HashApp,HashFunction,Trigger," + b",".join(b"%d" % n for n in range(1, 1441))
+
+
+def day(*rows: tuple[bytes, int]) -> bytes:
+    """Return a whole day of 2019, without a line end after the last row, as the published files are."""
+    lines = (key + b",http" + b",%d" % count * 1440 for key, count in rows)
+    return b"\n".join((DAY_HEADER, *lines))
+
+
+@pytest.mark.parametrize("joint", [b"", b"\n", b"\r\n", b"\n\xef\xbb\xbf"], ids=["none", "LF", "CRLF", "BOM"])
+def test_days_that_were_joined_follow_one_another(joint: bytes) -> None:
+    """The second header is no function: minute 1441 is the first of the second day."""
+    found = minutes(day((b"o,a,f", 2), (b"o,a,g", 0)) + joint + day((b"o,a,f", 3), (b"o,a,h", 1)))
+
+    assert (found.first_minute, found.last_minute) == (1, 2880)
+    assert found.counts.tolist() == [2] * 1440 + [4] * 1440
+    assert found.functions.names == ("a/f", "a/g", "a/h")
+    assert found.functions.totals.tolist() == [5 * 1440, 0, 1440]
+
+
+def test_a_function_is_chosen_on_all_days() -> None:
+    """Its rows of every day count, and no other's."""
+    data = day((b"o,a,f", 2), (b"o,a,g", 9)) + b"\n" + day((b"o,a,g", 9), (b"o,a,f", 3))
+    found = parse(data, source="maf.csv", functions="a/f")
+
+    assert isinstance(found, MinuteCounts)
+    assert found.counts.tolist() == [2] * 1440 + [3] * 1440
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (MAF_TEXT * 2, "line 4: a second header: .* these are minutes 480 to 482"),
+        (MAF_TEXT + MAF_TEXT.replace(b"482", b"482,483"), "line 4: expected the header of line 1 again"),
+        (TEXT_2021 + b"app,func,end_timestamp,duration,x\n", "line 5: expected the header of line 1 again"),
+        (TEXT_2021 * 2 + b"a,f,-1,2\n", "line 9: column 3, end_timestamp: expected"),
+        (TEXT_LLM * 2 + TEXT_LLM.partition(b"\r")[0], "line 9: no rows after the header"),
+        (TEXT_LLM * 2 + b"2023-02-30 18:15:46,1,1\n", "line 9: column 1, TIMESTAMP: expected a day and time"),
+    ],
+    ids=["part of a day", "other minutes", "other columns", "2021", "no rows", "LLM"],
+)
+def test_faults_of_joined_files_are_named_by_line(data: bytes, message: str) -> None:
+    """Lines are those of the joined file, whichever part they stand in."""
+    with pytest.raises(TraceError, match=rf"^x\.csv: {message}"):
+        parse(data, source="x.csv")
+
+
+def test_rows_of_joined_files_come_together() -> None:
+    """Their instants are absolute, so that the order of the files does not matter."""
+    later = b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:51.6805900,1,1"
+
+    assert invocations(TEXT_LLM + later).due_ns.tolist() == [0, 100, 4_314_579_000, 5 * SECOND]
+    assert invocations(later + TEXT_LLM).due_ns.tolist() == [0, 100, 4_314_579_000, 5 * SECOND]
+    assert invocations(TEXT_2021 * 2).due_ns.size == 6
+
+
+def test_rows_of_one_function_are_summed() -> None:
+    """A function with two triggers is one function: `top:1` takes all of it, and a name finds it."""
+    data = MAF_TEXT + b"o,a,f,timer,0,0,1\n"
+
+    for choice in ("top:1", "f", "a/f"):
+        found = parse(data, source="maf.csv", functions=choice)
+        assert isinstance(found, MinuteCounts)
+        assert (found.functions.names, found.functions.totals.tolist()) == (("a/f",), [7])
+        assert found.counts.tolist() == [1, 0, 6]
+    assert minutes(data).n_functions == 2
+
+
+def test_functions_of_two_owners_are_told_apart() -> None:
+    """A name is `app/function` while that is one function's, else the owner goes before it."""
+    data = MAF_TEXT + b"p,a,f,http,0,2,0\n"
+    found = parse(data, source="maf.csv", functions="p/a/f")
+
+    assert isinstance(found, MinuteCounts)
+    assert minutes(data).functions.names == ("o/a/f", "a/g", "p/a/f")
+    assert found.counts.tolist() == [0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("stamps", "due_s"),
+    [
+        (["2024-05-10 00:00:00.500000+00:00", "2024-05-10 00:00:01+00:00"], 0.5),
+        (["2024-05-10 00:00:00Z", "2024-05-10T00:00:01.25Z"], 1.25),
+        (["2024-05-10 02:00:00+02:00", "2024-05-09 19:30:02-04:30"], 2.0),
+        (["2024-05-10 00:00:00", "2024-05-10 00:00:03+00:00"], 3.0),
+    ],
+)
+def test_timestamps_with_a_time_zone_are_read(stamps: list[str], due_s: float) -> None:
+    """As in the file of 2024; without a zone they are UTC, as in that of 2023."""
+    rows = "".join(f"{stamp},1,1\n" for stamp in stamps)
+    found = invocations(b"TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows.encode())
+
+    assert found.due_ns.tolist() == [0, round(due_s * SECOND)]
+    assert found.origin.startswith("Azure LLM inference 2024 (")
 
 
 @pytest.mark.parametrize("text", [MAF_TEXT, TEXT_2021, TEXT_LLM])

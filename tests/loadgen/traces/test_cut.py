@@ -313,7 +313,8 @@ def test_a_malformed_row_is_named_by_the_command(tmp_path: Path) -> None:
 
     assert result.exit_code == 1
     assert result.output == (
-        f"Error: {path}: line 5: column GeneratedTokens: expected an integer from 0 to 999999999, got 'x'\n"
+        f"Error: {path}: line 5: column 3, GeneratedTokens: expected an integer from 0 to 999999999,"
+        " got 'x'\n"
     )
 
 

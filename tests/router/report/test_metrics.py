@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import resource
+import socket
 import threading
+import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -24,7 +28,9 @@ from router.serve.loop import RouterServer, ServerSettings
 from superserve.clock import SECOND
 from superserve.errors import ConfigError
 from superserve.roles import exposition
-from superserve.roles.exposition import Metric, MetricHistogram, Page, UnavailableError, serve_pages
+from superserve.roles import pages as page_server
+from superserve.roles.exposition import Metric, MetricHistogram
+from superserve.roles.pages import Page, UnavailableError, serve_pages
 from superserve.status import LONG_S, SHORT_S, GpusNeeded
 from superserve.wire import Status
 from tests.router.core.harness import CNN, World
@@ -125,11 +131,9 @@ def test_a_taken_port_is_named() -> None:
             pass
 
 
-def test_connections_beyond_the_bound_are_closed_and_the_bound_is_given_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A page that takes for ever occupies its share, not the process."""
-    monkeypatch.setattr(exposition, "MAX_REQUESTS", 1)
+def test_a_slow_page_occupies_its_share_and_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that takes for ever does not take the process."""
+    monkeypatch.setattr(page_server, "MAX_PAGES_AT_ONCE", 1)
     entered, leave = threading.Event(), threading.Event()
 
     def slow() -> Page:
@@ -142,11 +146,75 @@ def test_connections_beyond_the_bound_are_closed_and_the_bound_is_given_back(
         first = threading.Thread(target=lambda: answers.append(get(where, "/slow")))
         first.start()
         assert entered.wait(10)
-        with pytest.raises(OSError):  # noqa: PT011  reset, or closed without a word
-            get(where, "/")
+        second = threading.Thread(target=lambda: answers.append(get(where, "/")))
+        second.start()
         leave.set()
         first.join()
-    assert answers == [(200, "done")]
+        second.join()
+    assert sorted(answers) == [(200, ""), (200, "done")]
+
+
+def opened(where: str, n: int, stack: ExitStack) -> list[socket.socket]:
+    """Return connections that stand and say nothing."""
+    host, _, port = where.rpartition(":")
+    return [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(n)]
+
+
+def test_a_probe_is_answered_beside_idle_connections() -> None:
+    """A thousand that say nothing do not make an orchestrator restart a healthy router."""
+    with (
+        enough_files(3_000),
+        serve_pages({"/live": lambda: Page(200, b"lives")}) as where,
+        ExitStack() as stack,
+    ):
+        opened(where, 1_000, stack)
+        took_s = []
+        for _ in range(20):
+            began_s = time.monotonic()
+            assert get(where, "/live") == (200, "lives")
+            took_s.append(time.monotonic() - began_s)
+
+    assert sorted(took_s)[10] < 0.1, took_s
+
+
+def test_connections_beyond_the_bound_cost_the_oldest_of_the_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks is let in."""
+    monkeypatch.setattr(page_server, "MAX_CONNECTIONS", 3)
+    with serve_pages({"/live": lambda: Page(200, b"lives")}) as where, ExitStack() as stack:
+        oldest, *younger = opened(where, 3, stack)
+        assert get(where, "/live") == (200, "lives")
+        oldest.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            assert oldest.recv(1) == b""
+        younger[-1].sendall(b"GET /live HTTP/1.0\r\n\r\n")
+        assert younger[-1].recv(100).startswith(b"HTTP/1.0 200 OK")
+
+
+@pytest.mark.parametrize(
+    "request_bytes", [b"x" * 10_000, b"GET /live", b"\r\n\r\n", b"GET\r\n\r\n", b"\0\xff\r\n\r\n"]
+)
+def test_what_is_no_request_ends_its_own_connection(request_bytes: bytes) -> None:
+    """The next one is answered."""
+    with serve_pages({"/live": lambda: Page(200, b"lives")}) as where, ExitStack() as stack:
+        (one,) = opened(where, 1, stack)
+        one.sendall(request_bytes)
+        one.shutdown(socket.SHUT_WR)
+        one.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            while one.recv(1_000):
+                pass
+        assert get(where, "/live") == (200, "lives")
+
+
+@contextlib.contextmanager
+def enough_files(n: int) -> Iterator[None]:
+    """Let this process open so many files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(n, hard)), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_buckets_hold_what_was_added_up_to_and_with_their_edge() -> None:

@@ -15,6 +15,7 @@ from router.core.settings import CoreSettings
 from router.serve.recording import Recorder, replay
 from superserve.errors import ConfigError
 from superserve.wire import Cancel
+from tests.superserve.test_files import full_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,24 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(60)
 
 Lines = list[Any]
+
+
+def test_a_full_disk_ends_the_recording_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once; what was written whole before replays."""
+    path = tmp_path / "log"
+    recorder = Recorder(path, "slackfit", CoreSettings())
+    with full_after(100_000):
+        for serial in range(20_000):
+            recorder.event(serial, ClientJoined(serial.to_bytes(8, "big"), 0))
+    recorder.close()
+
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: recording stops here: File too large"
+    ]
+    assert path.read_bytes().endswith(b"\n")
+    assert 0 < replay(path).n_events < 20_000
 
 
 @pytest.fixture(scope="module")

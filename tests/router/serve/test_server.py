@@ -19,6 +19,7 @@ from router.serve.loop import RouterServer, ServerSettings
 from router.serve.side import PeerConnection
 from superserve import wire
 from superserve.clock import MS, SECOND
+from superserve.errors import ProcessError
 from superserve.net import sockets
 from superserve.net.connection import ask_status
 from superserve.roles import processes
@@ -149,12 +150,23 @@ def net() -> Iterator[Net]:
 
 def emulated_worker(group: ProcessGroup, router: RoleProcess, name: str = "emulated") -> RoleProcess:
     """Start a real worker process with one emulated GPU."""
-    worker = group.start(
-        name,
-        ["-m", "gpu_worker", "--connect", router.ready["worker"], "--name", name, "--emulate", PROFILE.name],
-    )
+    worker = group.start(name, emulated_argv(router, name))
     processes.wait_ready(worker, 2 * WAIT_S)
     return worker
+
+
+def emulated_argv(router: RoleProcess, name: str) -> list[str]:
+    """Return the arguments of a worker process with one emulated GPU."""
+    return [
+        "-m",
+        "gpu_worker",
+        "--connect",
+        router.ready["worker"],
+        "--name",
+        name,
+        "--emulate",
+        PROFILE.name,
+    ]
 
 
 def served(client: Peer, query_id: int) -> bool:
@@ -324,6 +336,55 @@ def test_a_worker_with_other_subnets_or_another_model_is_refused(net: Net) -> No
             assert reason in second.control(Kind.REFUSED)["reason"]
         names = [worker.name for worker in ask_status(router.ready["client"]).workers]
         assert names == ["first"]
+
+
+def test_a_second_live_worker_of_one_name_is_refused_and_costs_the_first_nothing(net: Net) -> None:
+    """It is told what to do; the same process on a new connection takes its own place."""
+    with role() as router:
+        first = Peer(net, router.ready["worker"])
+        first.join(name="twin", life="a", host="here")
+        second = Peer(net, router.ready["worker"])
+        second.send(Control(Kind.HELLO, worker_hello(name="twin", life="b")))
+        refused = second.control(Kind.REFUSED)
+        assert refused["code"] == "refused"
+        assert (
+            "worker twin: a live worker on here has this name: give each its own with --name"
+            in refused["reason"]
+        )
+        again = Peer(net, router.ready["worker"])
+        again.join(name="twin", life="a")
+
+        assert len(ask_status(router.ready["client"]).workers) == 1
+        assert router.tail(50).count("worker twin joined") == 2
+
+
+def test_a_name_is_free_once_its_worker_is_silent(net: Net) -> None:
+    """An older life that hangs is thrown out as soon as it is suspect, before it is dead."""
+    with role() as router:
+        Peer(net, router.ready["worker"]).join(name="twin", life="a")
+        second = Peer(net, router.ready["worker"])
+
+        def joins() -> bool:
+            second.send(Control(Kind.HELLO, worker_hello(name="twin", life="b")))
+            while isinstance(message := second.next(), Control):
+                if message.kind in (Kind.WELCOME, Kind.REFUSED):
+                    return message.kind is Kind.WELCOME
+            return False
+
+        poll(joins)
+        assert [worker.name for worker in ask_status(router.ready["client"]).workers] == ["twin"]
+
+
+def test_a_second_process_of_one_name_ends_and_says_why() -> None:
+    """The first one serves on, and is never thrown out."""
+    with role() as router, processes.ProcessGroup() as group:
+        emulated_worker(group, router, "twin")
+        with (
+            pytest.raises(ProcessError, match=r"a live worker .*has this name"),
+            processes.start("second", emulated_argv(router, "twin")) as second,
+        ):
+            processes.wait_ready(second, 2 * WAIT_S)
+        assert router.tail(50).count("worker twin joined") == 1
 
 
 # --- noise ----------------------------------------------------------------------------------

@@ -227,14 +227,14 @@ def test_a_malformed_message_is_counted_and_the_client_lives(client: Client, rou
 # --- what a query must be -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slo_ms", [0, -1, math.nan, math.inf, 86_400_001, "36", None])
+@pytest.mark.parametrize("slo_ms", [0, -1, math.nan, math.inf, 86_400_001, "36", None, 1j])
 def test_an_slo_that_is_no_duration_is_refused(client: Client, slo_ms: Any) -> None:
     """The error names the field and what it got."""
     with pytest.raises(InvalidQueryError, match=r"slo_ms: expected milliseconds .* got"):
         client.submit(b"image", slo_ms=slo_ms)
 
 
-@pytest.mark.parametrize("min_accuracy", [-1, 100.5, math.nan, "80"])
+@pytest.mark.parametrize("min_accuracy", [-1, 100.5, math.nan, "80", [80], np.array([80, 90])])
 def test_a_floor_that_is_no_percentage_is_refused(client: Client, min_accuracy: Any) -> None:
     """The error names the field, and the refused query holds no bytes of the bound."""
     with pytest.raises(InvalidQueryError, match=r"min_accuracy: expected 0 to 100 percent, got"):
@@ -242,7 +242,7 @@ def test_a_floor_that_is_no_percentage_is_refused(client: Client, min_accuracy: 
     assert client.held_bytes == 0
 
 
-@pytest.mark.parametrize("priority", [-1, 256, 1.5, "high"])
+@pytest.mark.parametrize("priority", [-1, 256, 1.5, math.inf, "high", None, np.array([1, 2])])
 def test_a_priority_that_is_no_class_is_refused(client: Client, priority: Any) -> None:
     """The error names the field, and the refused query holds no bytes of the bound."""
     with pytest.raises(InvalidQueryError, match="priority: expected a class from 0 to 255, got"):

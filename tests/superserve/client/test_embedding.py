@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from superserve.client.client import Client, _Sleeper
+from superserve.client.client import Client
+from superserve.client.iothread import Sleeper
 from superserve.errors import CancelledQueryError, DrainingError, UnansweredError, UsageError
 from superserve.wire import Cancel, Queries, Status
 from tests.paths import ROOT
@@ -211,7 +212,7 @@ def test_what_is_written_after_the_last_look_wakes() -> None:
     """Somebody was told and writes late: reading that must not swallow what the next one writes."""
     wake_fd, socket_fd = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
     try:
-        sleeper = _Sleeper(socket_fd, wake_fd)
+        sleeper = Sleeper(socket_fd, wake_fd)
         sleeper.is_told = True
         sleeper.clear()
         assert sleeper.is_told, "not written yet: to be read later"
@@ -235,7 +236,7 @@ def test_sleeping_works_with_any_descriptor(*, is_high: bool) -> None:
     low = os.eventfd(0, os.EFD_NONBLOCK)
     wake_fd = fcntl.fcntl(low, fcntl.F_DUPFD, 1_100) if is_high else os.dup(low)
     try:
-        sleeper = _Sleeper(low, wake_fd)
+        sleeper = Sleeper(low, wake_fd)
         began_ns = time.monotonic_ns()
         sleeper.sleep(began_ns + 2_000_000)
         assert time.monotonic_ns() - began_ns >= 2_000_000

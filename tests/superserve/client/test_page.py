@@ -119,7 +119,7 @@ def ended(*, is_there: bool, heard: bool) -> str:
 def overloaded(n_bytes: int, **bounds: Any) -> None:
     """Submit two queries to a client with these bounds."""
     client = Client(ENDPOINT, **bounds)
-    client._is_closing = True  # it starts no thread
+    client._io.is_closing = True  # it starts no thread
     for _ in range(2):
         client.submit(bytes(n_bytes), slo_ms=36)
 
@@ -127,7 +127,7 @@ def overloaded(n_bytes: int, **bounds: Any) -> None:
 def closed_future() -> None:
     """Await a query whose client was closed."""
     client = Client(ENDPOINT)
-    client._is_closing = True
+    client._io.is_closing = True
     future = client.submit(b"image", slo_ms=36)
     client.close()
     future.result()

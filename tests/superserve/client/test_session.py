@@ -26,7 +26,7 @@ from superserve.client.session import (
 from superserve.errors import CancelledQueryError, DrainingError, OverloadedError, QueryError, UnansweredError
 from superserve.net import sockets
 from superserve.subnet import TensorSpec
-from superserve.wire import Cancel, Group, Queries, Results, Status, decode, encode
+from superserve.wire import VARIED, Cancel, Group, Queries, Results, Status, decode, encode
 from tests.superserve.client.fakes import group, ids_of
 
 MS = 1_000_000
@@ -535,6 +535,24 @@ def test_each_query_gets_its_own_share() -> None:
     assert (first.latency_ms, first.subnet) == (6.0, "small")
     with pytest.raises(ValueError, match="read-only"):
         second.output[0] = 9
+
+
+@pytest.mark.parametrize("lengths", [[8, 0, 8], [8, 3, 8], [8, 8, 8]])
+def test_a_whole_output_is_an_array_whatever_stands_beside_it(lengths: list[int]) -> None:
+    """In a batch of which some failed the outputs have lengths of their own; good ones are arrays still."""
+    outputs = [bytes([i]) * length for i, length in enumerate(lengths)]
+    whole = group(bytes(24), Status.OK, b"")
+    whole.output, whole.output_bytes = b"".join(outputs), VARIED
+    whole.lengths = np.array(lengths, "<u4").tobytes()
+
+    for reply, output in zip(outcomes(3, whole, TensorSpec("uint8", (2, 4))), outputs, strict=True):
+        assert isinstance(reply, Reply)
+        if len(output) != 8:
+            assert reply.output == output
+            continue
+        assert (reply.output.shape, reply.output.tobytes()) == ((2, 4), output)
+        with pytest.raises(ValueError, match="read-only"):
+            reply.output[0] = 9
 
 
 def test_shares_of_varied_length_are_told_apart() -> None:

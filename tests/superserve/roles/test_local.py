@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
 
 from superserve.errors import ConfigError
+from superserve.net.keys import peer_keys
 from superserve.roles import local
 from superserve.roles.local import Liveness, LocalCluster, Phase, ProcessId, Role, RoleState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 def me() -> ProcessId:
@@ -118,6 +120,71 @@ def test_a_recycled_number_is_not_the_process() -> None:
     assert other.open() is None
     assert not other.signal(signal.SIGKILL)  # this very process, were it not for its start
     assert example(keeper=other).liveness() is Liveness.GONE
+
+
+@pytest.fixture(params=["with descriptors", "without"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Play a kernel that gives descriptors of processes, and one that does not, as Linux 4.18."""
+    if request.param == "without":
+
+        def refuse(*_: object) -> int:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_process_is_signalled_and_awaited_on_any_kernel() -> None:
+    """Once it has ended, and only then, it counts as ended; then there is nobody to signal."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = ProcessId.of(child.pid)
+    assert process is not None
+    try:
+        assert not process.await_end(0.05)
+        assert not replace(process, start_ticks=process.start_ticks - 1).signal(signal.SIGKILL)
+        assert replace(process, start_ticks=process.start_ticks - 1).await_end(20.0)
+        assert process.is_alive()
+        assert process.signal(signal.SIGKILL)
+        assert process.await_end(20.0)
+        assert not process.signal(signal.SIGKILL)
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_process_that_may_not_be_signalled_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for one that has ended."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "kill", refuse)
+    monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+    with pytest.raises(ConfigError, match=r"process \d+ cannot be stopped: Operation not permitted"):
+        me().signal(signal.SIGCONT)
+
+
+def test_no_home_is_an_error_only_where_a_folder_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither HOME nor an entry in passwd, as in a container with a user of its own."""
+
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    for name in ("HOME", "XDG_STATE_HOME", local.STATE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("pwd.getpwnam", nobody)
+
+    with pytest.raises(ConfigError, match=rf"HOME is not set, .* set {local.STATE_VARIABLE} to a folder"):
+        local.client_endpoint()
+    with pytest.raises(ConfigError, match="expected a path without ~"):
+        peer_keys("~/client.key")
+    assert local.remembered_keys("tcp://127.0.0.1:5555") == ""
+    assert peer_keys(None) is None
+    monkeypatch.setenv(local.STATE_VARIABLE, "/nowhere")
+    assert local.state_folder() == Path("/nowhere")
 
 
 def test_a_process_that_ended_is_gone_even_before_it_is_reaped() -> None:

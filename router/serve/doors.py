@@ -1,0 +1,157 @@
+"""Doors: the listening sockets of a router, shut while it has no file descriptors left.
+
+At the limit accept() fails, the connection stays in the kernel's queue, and ZeroMQ's thread asks for it again
+at once: a whole processor for as long as the limit lasts. `unbind` would end the spinning and, with it, every
+connection that the listener has ever made. So some descriptors are kept in reserve. Once all others are in
+use, the kernel is told to drop what would open another connection, and the reserve is given up to those that
+are in the queue already. Connections that stand are not touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import resource
+import socket
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from superserve.net.context import has_descriptors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+log = logging.getLogger("router")
+
+MS = 1_000_000
+_LOOK_NS = 20 * MS
+_SHUT_NS = 1_000 * MS
+"""Doors stay shut for this long at least, so that they do not flap."""
+_BACKLOG = 100
+"""Connections that may wait to be taken: ZeroMQ's own default."""
+_SAY_NS = 60_000 * MS
+"""Time between two lines in the log."""
+
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
+_DROP_ALL = struct.pack("HBBI", 6, 0, 0, 0)  # BPF: return 0, keep no byte of the packet
+
+
+class Doors:
+    """Keeps descriptors in reserve, and shuts out further TCP connections while the others are in use.
+
+    Args:
+        endpoints: Where the router listens, as bound; all but tcp:// are left alone.
+    """
+
+    def __init__(self, endpoints: Iterable[str]) -> None:
+        self._listeners = [found for endpoint in endpoints for found in _listeners(endpoint)]
+        for listener in self._listeners:
+            listener.listen(min(_BACKLOG, reserve() // 2 - 2))  # what waits there, the reserve must hold
+        self._reserve: list[int] = []
+        self._is_shut = False
+        self._look_ns = 0
+        self._said_ns: int | None = None
+        self._fill()
+
+    def look(self, now_ns: int) -> None:
+        """Shut the doors, or open them again; every now and then."""
+        if now_ns < self._look_ns:
+            return
+        self._look_ns = now_ns + _LOOK_NS
+        if not self._is_shut and not has_descriptors(1):
+            self._shut(now_ns)
+        elif self._is_shut and has_descriptors(reserve() * 3 // 2):
+            self._is_shut = False
+            self._fill()
+            for listener in self._listeners:
+                listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+    def close(self) -> None:
+        """Give up the reserve."""
+        self._give_up()
+        for listener in self._listeners:
+            listener.close()
+
+    def _shut(self, now_ns: int) -> None:
+        self._is_shut = True
+        self._look_ns = now_ns + _SHUT_NS
+        code = ctypes.create_string_buffer(_DROP_ALL)
+        program = struct.pack("HL", 1, ctypes.addressof(code))
+        for listener in self._listeners:
+            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+        self._give_up()
+        if self._said_ns is None or now_ns - self._said_ns >= _SAY_NS:
+            self._said_ns = now_ns
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            log.warning(
+                "all file descriptors are in use: this process may open %d (RLIMIT_NOFILE, at most %d)."
+                " No new connection is taken until some are free: raise the limit with `ulimit -n`",
+                soft,
+                hard,
+            )
+
+    def _fill(self) -> None:
+        try:
+            for _ in range(reserve()):
+                self._reserve.append(os.eventfd(0, os.EFD_CLOEXEC))
+        except OSError:
+            return  # at the limit from the start: the next look shuts
+
+    def _give_up(self) -> None:
+        for fd in self._reserve:
+            os.close(fd)
+        self._reserve = []
+
+
+def reserve() -> int:
+    """Return how many descriptors to keep: enough for two listeners' queues, or a quarter of the limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(256, soft // 4))
+
+
+def raise_limit() -> None:
+    """Let this process open as many files as it may ask for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _listeners(endpoint: str) -> Iterator[socket.socket]:
+    """Yield this process's listening sockets of a bound endpoint; ZeroMQ does not say which they are."""
+    if not endpoint.startswith("tcp://"):
+        return
+    port = int(endpoint.rpartition(":")[2])
+    seen: set[int] = set()
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        found = _socket(int(entry.name))
+        if found is None:
+            continue
+        inode = os.fstat(found.fileno()).st_ino
+        if inode not in seen and _listens(found, port):
+            seen.add(inode)
+            yield found
+        else:
+            found.close()
+
+
+def _socket(fd: int) -> socket.socket | None:
+    """Return a second descriptor of a socket; None for what is none, or gone by now."""
+    try:
+        second = os.dup(fd)
+    except OSError:
+        return None
+    try:
+        return socket.socket(fileno=second)
+    except OSError:
+        os.close(second)
+        return None
+
+
+def _listens(found: socket.socket, port: int) -> bool:
+    try:
+        is_listening = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        return bool(is_listening) and found.family != socket.AF_UNIX and found.getsockname()[1] == port
+    except OSError:
+        return False

@@ -1,0 +1,179 @@
+"""The thread behind a `Client`: it alone touches the socket, and it never refers to the client.
+
+A pending query's future does. So a client lives as long as the application holds it or waits for an answer,
+and one that was dropped goes, its thread and descriptors with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from superserve.client.futures import QueryFuture, settle
+from superserve.client.link import SessionLink
+from superserve.client.session import CLOSED_EARLY
+from superserve.errors import CancelledQueryError, QueryError, UnansweredError
+from superserve.net.connection import Connection
+from superserve.net.context import client_context
+
+if TYPE_CHECKING:
+    from superserve.client.reply import Answers
+    from superserve.client.session import Session
+    from superserve.net.keys import PeerKeys
+
+_FD_SETSIZE = 1024
+
+
+class IoThread:
+    """Sends what a session has gathered, receives its answers, and settles its futures.
+
+    Args:
+        session: Whose.
+        guard: The session's.
+
+    Attributes:
+        thread: None until it was started.
+        welcomed: Set once a router has said WELCOME, or the thread has ended.
+        failure: What ended the thread, if it was no `stop`.
+        is_closing: It ends, or has ended: nothing more is sent.
+    """
+
+    def __init__(self, session: Session[QueryFuture], guard: contextlib.AbstractContextManager[Any]) -> None:
+        self.thread: threading.Thread | None = None
+        self.welcomed = threading.Event()
+        self.failure: BaseException | None = None
+        self.is_closing = False
+        self._session = session
+        self._guard = guard
+        self._lock = threading.RLock()
+        self._wake_fd = -1
+
+    # --- any thread ---------------------------------------------------------------------
+
+    def start(self, endpoint: str, keys: PeerKeys | None) -> None:
+        """Start the thread, unless it was started or stopped before.
+
+        Raises:
+            ConfigError: The endpoint is malformed, or too few descriptors are left.
+        """
+        with self._lock:
+            if self.thread is not None or self.is_closing:
+                return
+            connection = Connection(endpoint, client_context(), keys)
+            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self.thread = threading.Thread(
+                target=self._run, args=(connection,), name=f"superserve {endpoint}", daemon=True
+            )
+            self.thread.start()
+
+    def wake(self) -> None:
+        """Wake the thread: there is something to send, or it is to end."""
+        with self._lock:  # a number that was closed may be another's by now
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def stop(self) -> threading.Thread | None:
+        """Ask the thread to end, and return it; queries that are left end with it."""
+        with self._lock:
+            thread, was_closing, self.is_closing = self.thread, self.is_closing, True
+        if thread is None:
+            self._fail(self._session.close(CancelledQueryError(CLOSED_EARLY)))
+        elif not was_closing:
+            self.wake()
+        return thread
+
+    # --- the thread ---------------------------------------------------------------------
+
+    def _run(self, connection: Connection) -> None:
+        """Serve until stopped. Whatever ends it, no future is left waiting."""
+        link: SessionLink[QueryFuture] = SessionLink(connection, self._session, self._settle, self._fail)
+        error: QueryError = CancelledQueryError(CLOSED_EARLY)
+        try:
+            sleeper = Sleeper(connection.socket.fileno(), self._wake_fd)
+            while not self.is_closing:
+                self._pass(link, sleeper)
+        except BaseException as failure:
+            self.failure = failure
+            error = UnansweredError(f"the client's I/O thread failed: {failure!r}")
+            raise
+        finally:
+            self.is_closing = True
+            try:
+                link.close(error)
+            finally:
+                self.welcomed.set()
+                with self._lock:
+                    fd, self._wake_fd = self._wake_fd, -1
+                os.close(fd)
+
+    def _pass(self, link: SessionLink[QueryFuture], sleeper: Sleeper) -> None:
+        """Take in, look, send; then sleep until there is more to do."""
+        link.receive()
+        now_ns = time.monotonic_ns()
+        link.look(now_ns)
+        if link.is_welcome and not self.welcomed.is_set():
+            self.welcomed.set()
+        link.send(now_ns)
+        if link.connection.is_readable():
+            return
+        sleeper.clear()
+        if self.is_closing:  # whoever closes sets this before he writes: it may just have been read
+            return
+        session = self._session
+        wake_ns, send_at_ns = link.wake_ns(), link.send_at_ns
+        if now_ns < send_at_ns:
+            wake_ns = min(wake_ns, send_at_ns)
+            must_sleep = session.pause()
+        else:
+            must_sleep = session.rest()
+        if must_sleep:
+            sleeper.sleep(wake_ns)
+            sleeper.is_told |= session.resume()
+
+    def _settle(self, answers: Answers, futures: list[QueryFuture | None]) -> None:
+        settle(self._guard, futures, answers)
+
+    def _fail(self, ended: list[tuple[QueryFuture, QueryError]]) -> None:
+        for future, error in ended:
+            future._outcome = error
+        settle(self._guard, [future for future, _ in ended])
+
+
+class Sleeper:
+    """Sleeps until one of two file descriptors can be read, or an instant has come.
+
+    select() counts in microseconds but takes no descriptor above 1023, and an application may have
+    many; poll() takes any, and counts in milliseconds.
+
+    Attributes:
+        is_told: Somebody has written to the second descriptor, or is about to.
+    """
+
+    def __init__(self, socket_fd: int, wake_fd: int) -> None:
+        self.is_told = False
+        self._fds = [socket_fd, wake_fd]
+        self._wake_fd = wake_fd
+        self._poll: select.poll | None = None
+        if max(self._fds) >= _FD_SETSIZE:
+            self._poll = select.poll()
+            for fd in self._fds:
+                self._poll.register(fd, select.POLLIN)
+
+    def clear(self) -> None:
+        """Read what was written, before anybody can be told to write anew: that must not be swallowed."""
+        if self.is_told:
+            with contextlib.suppress(BlockingIOError):  # not written yet
+                os.eventfd_read(self._wake_fd)
+                self.is_told = False
+
+    def sleep(self, until_ns: int) -> None:
+        """Sleep; return at once if the instant has passed."""
+        left_ns = max(0, until_ns - time.monotonic_ns())
+        if self._poll is not None:
+            self._poll.poll(left_ns / 1e6)
+        else:
+            select.select(self._fds, (), (), left_ns / 1e9)

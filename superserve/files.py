@@ -1,0 +1,77 @@
+"""Files that appear whole or not at all, and command lines that can be written into them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from superserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import IO
+
+_IN_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
+"""A folder where no file may be made, or a single file that is mounted: it can be written, not replaced."""
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a process that dies meanwhile, leaves the old one or the new one.
+
+    A file beside it is written and takes its name. What is no plain file (a pipe, a device) is written as
+    it is, and so is one whose folder takes no new file.
+
+    Raises:
+        OSError: It cannot be written; what was there is there still.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not stat.S_ISREG(mode):
+        target.write_bytes(content)
+        return
+    part = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            part.chmod(stat.S_IMODE(mode))
+        part.replace(target)
+    except OSError as error:
+        if error.errno not in _IN_PLACE:
+            raise
+        target.write_bytes(content)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def write_all(file: IO[bytes], data: bytes | bytearray) -> None:
+    """Write all of `data` to an unbuffered file, which may take a part at a time.
+
+    Raises:
+        OSError: It does not take all.
+    """
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def check_text(words: Sequence[str]) -> None:
+    """Raise ConfigError at a word of the command line that is not UTF-8: no result could tell of it."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(word).decode(errors="backslashreplace")
+            raise ConfigError(f"{shown[:200]}: expected UTF-8: rename the file, or link to it") from None

@@ -1,0 +1,90 @@
+"""ZeroMQ contexts of our own, and a look at the descriptors that are left before ZeroMQ takes any.
+
+An application may do to `zmq.Context.instance()` what it likes: terminate it, which waits for ever while a
+socket of ours is open, or give its sockets an identity, which two of ours must not share. So clients share
+a context that only they know. And libzmq aborts the process where it finds no descriptor for its own
+threads, so each place that makes sockets asks here first.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+
+import zmq
+
+from superserve.errors import ConfigError
+
+CONNECTION_DESCRIPTORS = 16
+"""What the first client of a process takes is 10: 5 for ZeroMQ's threads, and 5 for its own sockets, wake-up
+and connection. The rest is for whatever else opens files at the same moment."""
+
+_MAX_SOCKETS = 65_535
+"""ZeroMQ's own limit; its default of 1,023 is reached at 341 clients, as a ZMQError that names no limit."""
+
+
+def check_descriptors(what: str, n: int = CONNECTION_DESCRIPTORS) -> None:
+    """Raise ConfigError unless this process can open `n` more file descriptors.
+
+    Args:
+        what: Who needs them, for the error.
+        n: How many.
+    """
+    if not has_descriptors(n):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise ConfigError(
+            f"{what}: needs {n} file descriptors, and fewer are left: this process may open {soft}"
+            f" (RLIMIT_NOFILE; it may ask for {hard}): close some, or raise the limit with `ulimit -n`"
+        )
+
+
+def has_descriptors(n: int) -> bool:
+    """Tell whether this process can open `n` more file descriptors; opens and closes them to find out."""
+    opened: list[int] = []
+    try:
+        while len(opened) < n:
+            opened.append(os.eventfd(0, os.EFD_CLOEXEC))
+    except OSError:  # of the process (EMFILE) or the whole machine (ENFILE)
+        return False
+    finally:
+        for fd in opened:
+            os.close(fd)
+    return True
+
+
+class _Shared:
+    """The one context of this process's clients; a child of a fork makes its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.context: zmq.Context[zmq.Socket[bytes]] | None = None
+
+
+_shared = _Shared()
+
+
+def _forget() -> None:
+    """Leave the parent's context alone: its threads did not come along, and its lock may be held."""
+    global _shared  # noqa: PLW0603  # one a process
+    _inherited.append(_shared)  # kept: to destroy it would wait for those threads
+    _shared = _Shared()
+
+
+_inherited: list[_Shared] = []
+os.register_at_fork(after_in_child=_forget)
+
+
+def client_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """Return the context that the clients of this process share with nobody else.
+
+    Raises:
+        ConfigError: Too few file descriptors are left for another client.
+    """
+    shared = _shared
+    with shared.lock:
+        check_descriptors("a client")
+        if shared.context is None or shared.context.closed:
+            shared.context = zmq.Context()
+            shared.context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+        return shared.context
