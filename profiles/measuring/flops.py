@@ -266,18 +266,26 @@ def _features(costs: Sequence[Cost]) -> Floats:
     return np.array([(1.0, cost.gflops, cost.kernels) for cost in costs])
 
 
+_NOTHING = 1e-100
+
+
 def non_negative(a: Floats, b: Floats) -> Floats:
     """Return the x of least |a x - b| with no entry below 0, for few columns: tries every set of them."""
-    n = a.shape[1]
-    best, least = np.zeros(n), float(b @ b)
-    for chosen in itertools.chain.from_iterable(itertools.combinations(range(n), k) for k in range(1, n + 1)):
-        x, *_ = np.linalg.lstsq(a[:, chosen], b)
-        if (x < 0).any():
-            continue
-        error = float(np.sum((a[:, chosen] @ x - b) ** 2))
-        if error < least:
-            best, least = np.zeros(n), error
-            best[list(chosen)] = x
+    # Each column in a unit of its own: beside one of ones, lstsq takes one of 1e-55 for zeros, and products
+    # of subnormal numbers overflow. A column below `_NOTHING` has no effect that a float could hold.
+    unit = a.max(axis=0)
+    columns = np.flatnonzero(unit > _NOTHING)
+    scaled = a[:, columns] / unit[columns]
+    best, least = np.zeros(a.shape[1]), float(b @ b)
+    for n in range(1, len(columns) + 1):
+        for chosen in map(list, itertools.combinations(range(len(columns)), n)):
+            x, *_ = np.linalg.lstsq(scaled[:, chosen], b)
+            if (x < 0).any():
+                continue
+            error = float(np.sum((scaled[:, chosen] @ x - b) ** 2))
+            if error < least:
+                best, least = np.zeros(a.shape[1]), error
+                best[columns[chosen]] = x / unit[columns[chosen]]
     return best
 
 

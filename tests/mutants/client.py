@@ -192,17 +192,11 @@ CLIENT = (
     Mutant(
         "an SLO of nothing is taken",
         _CLIENT,
-        "if 0 < slo_ms <= MAX_SLACK_NS / MS:",
-        "if 0 <= slo_ms <= MAX_SLACK_NS / MS:",
+        "number is not None and 0 < number <= MAX_SLACK_NS / _MS:",
+        "number is not None and 0 <= number <= MAX_SLACK_NS / _MS:",
         _CHECKS,
     ),
-    Mutant(
-        "floors stop at 99 %",
-        _CLIENT,
-        "or not 0 <= min_accuracy <= 100:",
-        "or not 0 <= min_accuracy < 100:",
-        _CHECKS,
-    ),
+    Mutant("floors stop at 99 %", _CLIENT, "0 <= number <= 100:", "0 <= number < 100:", _CHECKS),
     Mutant(
         "a transposed array is sent as it lies",
         _CLIENT,

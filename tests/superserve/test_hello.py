@@ -62,8 +62,8 @@ def test_a_worker_says_what_it_always_said_in_the_same_order() -> None:
     hello = WorkerHello(n_slots=1, profiles=({},), wire=(1, 1), output=TensorSpec("int32", ()))
 
     assert list(over_json(hello.body())) == [
-        "role", "name", "host", "version", "pid", "device", "fingerprint", "profiles", "n_slots", "input",
-        "output", "wire",
+        "role", "name", "host", "version", "pid", "life", "device", "fingerprint", "profiles", "n_slots",
+        "input", "output", "wire",
     ]  # fmt: skip
     assert over_json(hello.body())["output"] == {"dtype": "int32", "shape": []}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -181,6 +181,8 @@ def test_a_slow_device_is_measured_at_small_batches() -> None:
     assert fitted.model.coefficients[-1] == pytest.approx((100, 3200, 5), rel=1e-3)
 
 
+@example(rows=np.array([(0, 0, 0, 1), (0, 0, 1, 1), (0, 5.9e-55, 0, 1)]))
+@example(rows=np.array([(0, 5e-324, 0, 1), (0, 5e-324, 1, 1), (0, 5e-324, 0, 1)]))
 @given(
     rows=st.lists(st.tuples(*[st.floats(0, 100)] * 3, st.floats(0.1, 100)), min_size=3, max_size=12).map(
         np.array

@@ -62,7 +62,7 @@ def test_a_priority_is_a_byte(priority: int) -> None:
     assert checked_priority(priority) == priority
 
 
-@pytest.mark.parametrize("priority", [-1, 256, 1.0, "high", None])
+@pytest.mark.parametrize("priority", [-1, 256, 1.5, "high", None])
 def test_what_is_no_priority_is_refused(priority: Any) -> None:
     """Outside of it, or no whole number."""
     with pytest.raises(InvalidQueryError, match="priority: expected a class from 0 to 255, got"):
