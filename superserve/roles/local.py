@@ -38,7 +38,7 @@ DEFAULT_NAME = "default"
 """The cluster that commands mean if none is named."""
 
 REMEMBERED = ".clusters"
-"""The folder of what this machine's user remembers of clusters on other hosts: cluster/record.py."""
+"""The folder of what this machine's user remembers of clusters on other hosts: cluster/remote/record.py."""
 
 SCHEMA = 1
 
@@ -58,7 +58,7 @@ class Phase(enum.StrEnum):
 
 
 class RoleState(enum.StrEnum):
-    """How a role stands with the keeper; `cluster.supervisor` has the transitions."""
+    """How a role stands with the keeper; `cluster.host.supervisor` has the transitions."""
 
     IDLE = "idle"  # not started yet
     STARTING = "starting"

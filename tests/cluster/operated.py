@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from cluster.operable import RoleView
+from cluster.operate.operable import RoleView
 from superserve.clock import VirtualClock
 from superserve.errors import ProcessError
 

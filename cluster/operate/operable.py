@@ -1,0 +1,192 @@
+"""A running cluster, as those commands see it that change or judge one role at a time.
+
+`Operable` and `Examinable` are what they need; `LocalOperable` is both for a cluster of this
+machine, whose keeper takes orders. For a cluster on several hosts see `cluster/operate/operable_hosts.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cluster.host.facts import look
+from cluster.host.orders import give_order
+from cluster.operate.health import ask_router, slots
+from superserve.errors import ConfigError, ProcessError
+from superserve.roles import local
+from superserve.roles.local import Liveness, RoleState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from cluster.host.facts import Facts
+
+
+@dataclass(frozen=True, slots=True)
+class RoleView:
+    """A role as whoever watches it says.
+
+    Attributes:
+        name: Unique in the cluster; workers give it to the router too.
+        kind: "router" or "worker".
+        host: The name of the host that it runs on.
+        state: The watcher's own word.
+        is_up: Whether it runs, as far as its watcher can tell.
+        has_ended: Whether it has ended and will not be started again by itself.
+        pid: Its process; None if it has none.
+        restarts: How often it was started again after crashes; None where nobody counts.
+        why: What ended it last, with the last lines of its log; "" if nothing did.
+        log: Where its log is on its host.
+    """
+
+    name: str
+    kind: str
+    host: str
+    state: str
+    is_up: bool
+    has_ended: bool
+    pid: int | None
+    restarts: int | None
+    why: str
+    log: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What a host of a cluster is like.
+
+    Attributes:
+        host: Its name.
+        error: Why it cannot be asked; "" if it was.
+        facts: What it said; None if it cannot be asked.
+        clock_s: How far its clock is ahead of this machine's, in seconds.
+        clock_error_s: By how much that may be wrong.
+    """
+
+    host: str
+    error: str
+    facts: Facts | None
+    clock_s: float
+    clock_error_s: float
+
+
+class Operable(Protocol):
+    """A running cluster. What cannot be asked or told raises a SuperServeError that says so."""
+
+    @property
+    def name(self) -> str:
+        """The cluster's name."""
+
+    def roles(self) -> tuple[RoleView, ...]:
+        """Return every role as it stands, the router first."""
+
+    def status(self) -> dict[str, Any] | None:
+        """Return the router's STATUS; None if it does not answer."""
+
+    def stop(self, role: str) -> None:
+        """Have a role end, a worker by draining; it is not started again. May return before it has."""
+
+    def start(self, role: str) -> None:
+        """Have a role that has ended start; may return before it is ready."""
+
+
+class Examinable(Operable, Protocol):
+    """One that `cluster doctor` can look at."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is one of this machine, whose logs nobody bounds."""
+
+    def facts(self, roles: Sequence[RoleView]) -> tuple[HostFacts, ...]:
+        """Return what each host is like, and how many files the processes of `roles` have open there."""
+
+
+class LocalOperable:
+    """A cluster of this machine.
+
+    Args:
+        name: As given to `cluster up --name`.
+
+    Attributes:
+        name: The same.
+        is_local: Always True.
+    """
+
+    is_local = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._folder = local.cluster_folder(name)
+
+    def cluster(self) -> local.LocalCluster:
+        """Return its state file's content; ProcessError if it does not run any more."""
+        cluster = local.load(self._folder)
+        if cluster is None or cluster.liveness() is not Liveness.ALIVE:
+            raise ProcessError(f"cluster {self.name!r}: it ended meanwhile")
+        return cluster
+
+    def roles(self) -> tuple[RoleView, ...]:
+        """Return every role as its keeper sees it."""
+        cluster = self.cluster()
+        return tuple(
+            RoleView(
+                role.name, role.kind, cluster.host, str(role.state), role.state is RoleState.READY,
+                role.state in (RoleState.STOPPED, RoleState.FATAL),
+                None if role.process is None else role.process.pid, role.restarts, role.why, role.log,
+            )
+            for role in cluster.roles
+        )  # fmt: skip
+
+    def status(self) -> dict[str, Any] | None:
+        """Return the router's STATUS; None if it does not answer."""
+        return ask_router(self.cluster())
+
+    def stop(self, role: str) -> None:
+        """Have the keeper stop a role."""
+        give_order(self._folder, "stop", role)
+
+    def start(self, role: str) -> None:
+        """Have the keeper start a role."""
+        give_order(self._folder, "start", role)
+
+    def facts(self, roles: Sequence[RoleView]) -> tuple[HostFacts, ...]:
+        """Return what this machine is like; its clock is this machine's own."""
+        pids = [role.pid for role in roles if role.pid is not None]
+        return (HostFacts(self.cluster().host, "", look(self._folder, pids), 0.0, 0.0),)
+
+
+def live(status: dict[str, Any] | None) -> set[str]:
+    """Return the worker processes all of whose GPUs the router gives work to."""
+    return {
+        name
+        for name, found in slots(status).items()
+        if all((slot["process"], slot["state"]) == ("live", "ready") for slot in found)
+    }
+
+
+def chosen(roles: Sequence[RoleView], names: Iterable[str]) -> list[RoleView]:
+    """Return the workers that names of workers and hosts stand for, each once.
+
+    Raises:
+        ConfigError: A name stands for none; says which are near.
+    """
+    workers = [role for role in roles if role.kind == "worker"]
+    found: dict[str, RoleView] = {}
+    for name in names:
+        meant = [role for role in workers if name in (role.name, role.host)]
+        if not meant:
+            raise ConfigError(_no_such(name, roles, workers))
+        found |= {role.name: role for role in meant}
+    return [role for role in workers if role.name in found]
+
+
+def _no_such(name: str, roles: Sequence[RoleView], workers: Sequence[RoleView]) -> str:
+    if any(role.name == name for role in roles):
+        return f"{name}: expected a worker or a host; `cluster restart --rolling --router` is for the router"
+    if any(role.host == name for role in roles):
+        return f"{name}: expected a host with workers; it has none"
+    known = list(dict.fromkeys([*(role.name for role in workers), *(role.host for role in workers)]))
+    if nearest := difflib.get_close_matches(name, known, n=3):
+        return f"{name}: no such worker or host; did you mean {' or '.join(nearest)}?"
+    return f"{name}: expected a worker or a host, one of {', '.join(known)}"

@@ -1,0 +1,47 @@
+"""Verbs of `cluster.host.onhost` on a host: asked over its shell, answered with one JSON object."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from cluster.remote.shell import RemoteError
+
+if TYPE_CHECKING:
+    from cluster.remote.record import KnownHost
+    from cluster.remote.shell import Completed, Shell
+
+ASK_S = 60.0
+"""What a verb may take, unless its caller knows better."""
+
+
+def ask(
+    shell: Shell, host: KnownHost, verb: str, *, timeout_s: float = ASK_S, **asked: Any
+) -> dict[str, Any]:
+    """Have a host do a verb of `cluster.host.onhost`; see `RemoteFleet.ask`."""
+    argv = ["env", f"PYTHONPATH={host.code}", host.interpreter, "-m", "cluster.host.onhost", verb]
+    stdin = orjson.dumps({"folder": host.folder, **asked})
+    try:
+        done = shell.run(host.target, argv, stdin=stdin, timeout_s=timeout_s)
+    except RemoteError as error:
+        raise type(error)(f"{host.name}: {error}") from error
+    return answer(host.name, done)
+
+
+def answer(host: str, done: Completed) -> dict[str, Any]:
+    """Return the JSON object that a command on a host printed.
+
+    Raises:
+        RemoteError: It failed, or printed something else; quotes its last words.
+    """
+    try:
+        said = orjson.loads(done.stdout.strip().splitlines()[-1]) if done.code == 0 else None
+    except (orjson.JSONDecodeError, IndexError):
+        said = None
+    if not isinstance(said, dict):
+        words = (done.stderr or done.stdout.decode(errors="replace")).strip().splitlines()[-3:]
+        raise RemoteError(f"{host}: exit code {done.code}: {'; '.join(words) or 'nothing was written'}")
+    if "error" in said:
+        raise RemoteError(f"{host}: {said['error']}")
+    return said
