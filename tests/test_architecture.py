@@ -176,8 +176,8 @@ def test_the_core_and_the_policies_are_pure(name: str) -> None:
         ("loadgen.simulator.world", "router.report.status", True),
         ("loadgen.traces.trace", "router.core", True),
         ("loadgen.bench.table", "superserve.roles.processes", False),
-        ("cluster.host.launcher", "loadgen.live.run", False),
-        ("router.cli", "cluster.host.launcher", True),
+        ("cluster.operate.up", "loadgen.live.run", False),
+        ("router.cli", "cluster.operate.up", True),
         ("router.core", "numpy", False),
     ],
 )

@@ -35,8 +35,6 @@ CYCLES: set[frozenset[str]] = {frozenset({"router.report", "router.serve"})}
 STARTED = {
     # By another process of ours, as `python -m NAME`.
     "cluster.host.bare",
-    "cluster.host.facts",
-    "cluster.host.keeper",
     "cluster.host.onhost",
     "cluster.host.watch",
     "loadgen.bench.senders.echo",

@@ -19,7 +19,8 @@ from cluster.cli import operate as operate_cli
 from cluster.cli.keys import keys_command
 from cluster.cli.top import top
 from cluster.operate.down import down as take_down
-from cluster.operate.health import ask_router, problems
+from cluster.operate.engine import here
+from cluster.operate.health import ask_router, problems, seen_by
 from cluster.operate.up import StartError
 from cluster.operate.up import up as bring_up
 from cluster.show import tables as show
@@ -187,12 +188,16 @@ def status(name: str, as_json: bool) -> None:
         return
     try:
         cluster = _running(name)
+        cluster = seen_by(cluster, here(name, cluster).roles())
         said = ask_router(cluster)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     wrong = problems(cluster, said)
     if as_json:
-        body = {"cluster": orjson.loads(cluster.to_json()), "status": said, "problems": wrong}
+        body = {
+            "cluster": orjson.loads(cluster.to_json()), "roles": show.roles_of(cluster), "status": said,
+            "problems": wrong,
+        }  # fmt: skip
         click.echo(orjson.dumps(body, option=orjson.OPT_INDENT_2).decode())
     else:
         _say(

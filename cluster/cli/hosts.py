@@ -10,7 +10,7 @@ import click
 import orjson
 
 from cluster.operate import logs as hosts_logs
-from cluster.operate.fleet import open_cluster
+from cluster.operate.engine import open_cluster
 from cluster.operate.hosts_down import down as take_down
 from cluster.operate.hosts_health import problems
 from cluster.remote import record as records
@@ -22,7 +22,7 @@ from superserve.errors import ConfigError, SuperServeError
 from superserve.roles import local
 
 if TYPE_CHECKING:
-    from cluster.operate.fleet import RemoteFleet
+    from cluster.operate.engine import SupervisorEngine
     from cluster.operate.hosts_up import HostsUp
 
 
@@ -92,13 +92,14 @@ def status(name: str, *, as_json: bool) -> None:
     """Print how a cluster stands; exit 1 if anything is not as it should be."""
     try:
         with open_cluster(name) as fleet:
-            seen = fleet.states()
+            seen = fleet.roles()
             said = _ask(fleet)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     wrong = problems(fleet.record, seen, said)
     if as_json:
-        body = {"cluster": fleet.record, "hosts": seen, "status": said, "problems": wrong}
+        roles = [role for host in seen for role in host.roles]
+        body = {"cluster": fleet.record, "hosts": seen, "roles": roles, "status": said, "problems": wrong}
         click.echo(orjson.dumps(body, option=orjson.OPT_INDENT_2).decode())
     else:
         say([f"cluster {name!r} on {len(fleet.hosts)} hosts, from {fleet.record.file}", ""])
@@ -108,7 +109,7 @@ def status(name: str, *, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _ask(fleet: RemoteFleet) -> dict[str, Any] | None:
+def _ask(fleet: SupervisorEngine) -> dict[str, Any] | None:
     try:
         return fleet.router_status()
     except RemoteError:  # the hosts' states say why

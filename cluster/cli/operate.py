@@ -11,10 +11,9 @@ import orjson
 
 from cluster.cli import hosts as hosts_cli
 from cluster.operate.doctor import Finding, Seen, Verdict, examine
-from cluster.operate.fleet import open_cluster
-from cluster.operate.operable import LocalOperable
-from cluster.operate.operable_hosts import HostsOperable
+from cluster.operate.engine import here, open_cluster
 from cluster.operate.rolling import RollingOperator
+from cluster.operate.supervised import SupervisedCluster
 from cluster.show import tables as show
 from cluster.spec.plan import name_option
 from superserve.errors import ConfigError
@@ -42,14 +41,14 @@ def opened(name: str) -> Iterator[Examinable]:
     """
     if hosts_cli.is_on_hosts(name):
         with open_cluster(name) as fleet:
-            yield HostsOperable(fleet)
+            yield SupervisedCluster(fleet)
         return
     cluster = local.load(local.cluster_folder(name))
     if cluster is None:
         raise ConfigError(f"no cluster {name!r} runs on this machine: start one with `cluster up`")
     if cluster.liveness() is not Liveness.ALIVE:
         raise ConfigError(f"the cluster {name!r} {local.remains(cluster)}")
-    yield LocalOperable(name)
+    yield SupervisedCluster(here(name, cluster))
 
 
 def drain(name: str, names: Sequence[str]) -> None:

@@ -1,15 +1,12 @@
-"""`python -m cluster.host.facts FOLDER [PID]...`: what `cluster doctor` wants to know of a host, as JSON."""
+"""What `cluster doctor` wants to know of a host."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import orjson
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,8 +50,3 @@ def _open_files(pid: int) -> tuple[int, int] | None:
         return None
     soft = next(line.split()[3] for line in limits.splitlines() if line.startswith("Max open files"))
     return n_open, int(soft) if soft.isdecimal() else 1 << 30
-
-
-if __name__ == "__main__":
-    here = look(Path(sys.argv[1]), map(int, sys.argv[2:]))
-    sys.stdout.write(orjson.dumps(here).decode() + "\n")

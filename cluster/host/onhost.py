@@ -1,16 +1,17 @@
-"""`python -m cluster.host.onhost VERB`: what the launcher does on one host, on that host.
+"""`python -P -m cluster.host.onhost VERB`: what the launcher does on one host, on that host.
 
 It is run over ssh, reads one JSON object from stdin and writes one to stdout; `{"error": ...}`
-says what went wrong, for people. Supervisor is asked through its socket, in a folder that only
-its user may enter.
+says what went wrong, for people. On this machine the launcher calls `do` itself. Supervisor is asked
+through its socket, in a folder that only its user may enter.
 
     apply      have exactly the given roles run, and files there; say what changed
     undo       have the roles run that ran before the last `apply`
     states     how each role stands
     down       stop every role and supervisord itself
-    start, stop, signal   one role
+    start, stop, signal   one role; return at once
     status     the router's STATUS
     tail       the last lines of a role's log
+    facts      what `cluster doctor` wants to know of the host
 
 Only what differs is touched: `apply` for the second time changes nothing.
 """
@@ -19,37 +20,54 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
+import http.client
 import json
 import os
 import resource
 import shutil
+import signal as signal_numbers
 import subprocess
 import sys
 import time
 import xmlrpc.client
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped]  # it ships no types
 
-from cluster.host.config import CONFIG, SOCKET, check_folder, script, supervisord_conf
-from cluster.spec.roles import FILLED, KEYS, OPERATOR_KEY, HostPlan, HostRole
+from cluster.host.config import (
+    BEFORE,
+    CONFIG,
+    KEEPER_LOG,
+    PLAN,
+    SOCKET,
+    script,
+    supervisord_conf,
+    tail_of,
+)  # fmt: skip
+from cluster.host.facts import look
+from cluster.host.folder import HeldError, alone, await_end, clean, end, outliving
+from cluster.spec.roles import FILLED, KEYS, OPERATOR_KEY, HostPlan, HostRole, Timing
 from superserve.errors import ConfigError, ProcessError, SuperServeError
 from superserve.net.connection import ask_status
 from superserve.roles.local import ProcessId
+from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-_PLAN, _BEFORE = "plan.json", "before.json"  # what runs, and what ran before the last `apply`
 _FILES_WANTED = 65_536
-_STARTED_S, _STOPPED_S = 15.0, 30.0
-_ASK_AGAIN_S = 0.05
+_STARTED_S = 15.0
+_STOPPED_S = 30.0  # beyond what the roles may take
+_START_AGAIN_S = 0.02
 _LOCK_S = 60.0
 _TAIL_LINES = 15
-_TAIL_BYTES = 8_192
 _IDLE = ("STOPPED", "EXITED", "FATAL")  # supervisor's words for a process that it does not run
+_NOT_THERE = {
+    "state": "STOPPED", "pid": None, "up_s": 0, "exit": 0, "restarts": 0, "why": "", "metrics": "",
+}  # fmt: skip
+_NOT_THE_KEEPERS = (READY_FD_VARIABLE, PARENT_PID_VARIABLE)
 
 
 class Supervisord:
@@ -58,84 +76,110 @@ class Supervisord:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    @property
-    def _rpc(self) -> Any:
-        # A new one each time: a connection that failed once is of no further use.
-        transport = SupervisorTransport(None, None, f"unix://{self.folder / SOCKET}")
-        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
+    def _call(self, method: str, *args: Any) -> Any:
+        """Call one of its functions; OSError if nobody answers."""
+        # By way of a descriptor: a socket's address has room for 107 bytes, however deep the folder lies.
+        # A new connection each time: one that failed once is of no further use.
+        descriptor = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            path = f"unix:///proc/self/fd/{descriptor}/{SOCKET}"
+            proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", SupervisorTransport(None, None, path))
+            return getattr(proxy, method)(*args)
+        except http.client.HTTPException as error:  # it ended meanwhile
+            raise ConnectionError(str(error)) from error
+        finally:
+            os.close(descriptor)
 
     def pid(self) -> int | None:
         """Return its process; None if nobody answers at its socket."""
         try:
-            return int(self._rpc.getPID())
+            return int(self._call("supervisor.getPID"))
         except (OSError, xmlrpc.client.Error):
             return None
 
-    def start(self, plan: HostPlan) -> None:
+    def start(self, plan: HostPlan, hold: int | None = None, kept_open: Sequence[int] = ()) -> None:
         """Start it with the files that are there; return when it answers.
+
+        Args:
+            plan: What it is to run.
+            hold: A socket whose other end, until it says `keep`, ends all of this; None to run on.
+            kept_open: Sockets that keep ports from others for as long as it runs.
 
         Raises:
             ProcessError: It ended or stayed silent; quotes what it wrote.
         """
-        out = self.folder / "supervisord.out"
-        with out.open("wb") as file:
+        path = self.folder / KEEPER_LOG
+        argv = [plan.interpreter, "-P", "-m", "cluster.host.watch", *([] if hold is None else [str(hold)])]
+        with path.open("wb") as file:
             process = subprocess.Popen(
-                [plan.interpreter, "-m", "cluster.host.watch", str(self.folder / CONFIG)],
-                env={**os.environ, "PYTHONPATH": plan.code}, cwd="/", start_new_session=True,
+                argv, env=_environment(plan), cwd=self.folder, start_new_session=True,
+                pass_fds=(*kept_open, *(() if hold is None else (hold,))),
                 stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             )  # fmt: skip
         give_up_s = time.monotonic() + _STARTED_S
         while self.pid() is None:
             if process.poll() is not None or time.monotonic() > give_up_s:
                 process.kill()
-                raise ProcessError(f"supervisord did not start: {out.read_text(errors='replace')[-1_000:]}")
-            time.sleep(_ASK_AGAIN_S)
+                process.wait()
+                lines = "\n".join(tail_of(path, _TAIL_LINES))
+                ends = f"ends:\n{lines}" if lines else "is empty"
+                raise ProcessError(f"the keeper did not start; its log ({path}) {ends}")
+            time.sleep(_START_AGAIN_S)
+        process.returncode = 0  # it is nobody's child from now on, and not to be waited for
 
     def infos(self) -> dict[str, dict[str, Any]]:
-        """Return what it says of each role; nothing if it does not run."""
+        """Return how each role stands, as `WatchedProcess.seen` has it; nothing if it does not run."""
         try:
-            return {info["name"]: info for info in self._rpc.getAllProcessInfo()}
+            return {info["name"]: info for info in json.loads(self._call("superserve.roles"))}
         except OSError:
             return {}
 
     def update(self) -> dict[str, str]:
         """Have it read its files again; return what that changed, by role."""
-        added, changed, removed = self._rpc.reloadConfig()[0]
+        added, changed, removed = self._call("supervisor.reloadConfig")[0]
         for name in (*changed, *removed):
-            self._rpc.stopProcessGroup(name)
-            self._rpc.removeProcessGroup(name)
+            self._call("supervisor.stopProcessGroup", name)
+            self._call("supervisor.removeProcessGroup", name)
         for name in (*added, *changed):
-            self._rpc.addProcessGroup(name)
+            self._call("supervisor.addProcessGroup", name)
         words = {"started": added, "restarted": changed, "stopped": removed}
         return {name: word for word, names in words.items() for name in names}
 
     def begin(self, name: str) -> None:
-        """Start a role that does not run."""
+        """Start a role that has ended; one that runs, or will soon, is left alone.
+
+        Raises:
+            ProcessError: It is ending just now.
+        """
+        if self.infos().get(name, {}).get("state") == "STOPPING":
+            raise ProcessError(f"{name}: expected a role that has ended; it is stopping: try again soon")
         with _unless("ALREADY_STARTED"):
-            self._rpc.startProcess(name, False)  # do not wait until it has run for START_S
+            self._call("supervisor.startProcess", name, False)
 
     def end(self, name: str) -> None:
-        """Stop a role; return when it has ended."""
+        """Have a role stop, and do not wait."""
         with _unless("NOT_RUNNING"):
-            self._rpc.stopProcess(name)
+            self._call("supervisor.stopProcess", name, False)
 
     def send(self, name: str, signal: str) -> None:
         """Send a role a signal, such as "TERM"."""
-        self._rpc.signalProcess(name, signal)
+        self._call("supervisor.signalProcess", name, signal)
 
-    def shut_down(self) -> None:
-        """Stop every role and itself; return when its process is gone."""
+    def shut_down(self, within_s: float) -> None:
+        """Stop the router, then every worker, then itself; return when its process is gone."""
         pid = self.pid()
         process = None if pid is None else ProcessId.of(pid)
         if process is None:
             return
-        with contextlib.suppress(OSError, xmlrpc.client.Error):  # it may end before it has answered
-            self._rpc.shutdown()
-        give_up_s = time.monotonic() + _STOPPED_S
-        while process.is_alive():
-            if time.monotonic() > give_up_s:
-                raise ProcessError(f"supervisord (pid {pid}) did not stop within {_STOPPED_S:g} s")
-            time.sleep(_ASK_AGAIN_S)
+        process.signal(signal_numbers.SIGTERM)
+        if not await_end(process, within_s):
+            raise ProcessError(f"the keeper (pid {pid}) did not stop within {within_s:g} s")
+
+
+def _environment(plan: HostPlan) -> dict[str, str]:
+    """Return a keeper's environment, which its roles inherit, without what concerns the launcher alone."""
+    environment = {key: value for key, value in os.environ.items() if key not in _NOT_THE_KEEPERS}
+    return {**environment, "PYTHONUNBUFFERED": "1", **({"PYTHONPATH": plan.code} if plan.code else {})}
 
 
 @contextlib.contextmanager
@@ -147,78 +191,67 @@ def _unless(fault: str) -> Iterator[None]:
             raise ConfigError(f"supervisor: {error.faultString}") from error
 
 
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Have the folder for the block: two launchers that change one host take turns.
-
-    Raises:
-        ConfigError: Another one has had it for a minute.
-    """
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        give_up_s = time.monotonic() + _LOCK_S
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up_s:
-                    raise ConfigError(f"{folder}: another command is at work there") from None
-                time.sleep(_ASK_AGAIN_S)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 # --- verbs ------------------------------------------------------------------------------------
 
 
 def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Have exactly the plan's roles run, with these files beside them; return what changed of both."""
     plan = HostPlan.from_dict(asked["plan"])
-    check_folder(folder)
-    with alone(folder):
+    hold = asked.get("hold")
+    with alone(folder, wait_s=_LOCK_S if hold is None else 0.0):
+        if hold is not None:
+            _check_free(folder)
         files = _put_files(folder, {name: base64.b64decode(text) for name, text in asked["files"].items()})
         is_running = Supervisord(folder).pid() is not None
-        before = _read(folder / _PLAN) if is_running else None
+        before = _read(folder / PLAN) if is_running else None
         if before is None:
-            (folder / _BEFORE).unlink(missing_ok=True)
+            (folder / BEFORE).unlink(missing_ok=True)
         else:
-            _put(folder / _BEFORE, before)
-        return {"changed": _run(folder, plan), "files": files}
+            _put(folder / BEFORE, before)
+        return {"changed": _run(folder, plan, hold, asked.get("kept_open", ())), "files": files}
+
+
+def _check_free(folder: Path) -> None:
+    """Raise HeldError if a cluster of this machine that is to be started has been started meanwhile."""
+    if Supervisord(folder).pid() is not None:
+        raise HeldError(f"{folder}: it is being started or stopped by another command")
 
 
 def undo(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Have the roles run that ran before the last `apply`, or none if nothing ran."""
-    before = _read(folder / _BEFORE)
+    before = _read(folder / BEFORE)
     if before is None:
         return down(folder, asked)
-    with alone(folder):
+    with alone(folder, wait_s=_LOCK_S):
         return {"changed": _run(folder, HostPlan.from_dict(json.loads(before)))}
 
 
-def _run(folder: Path, plan: HostPlan) -> dict[str, str]:
+def _run(
+    folder: Path, plan: HostPlan, hold: int | None = None, kept_open: Sequence[int] = ()
+) -> dict[str, str]:
     """Have exactly the plan's roles run; touch only what differs."""
-    _write(folder, plan)
     supervisord = Supervisord(folder)
-    if supervisord.pid() is None:
+    is_new = supervisord.pid() is None
+    if is_new:
         for path in folder.glob("*.log*"):  # of an earlier life
             path.unlink()
-        supervisord.start(plan)
+    _write(folder, plan)
+    if is_new:
+        supervisord.start(plan, hold, kept_open)
         return {role.name: "started" for role in plan.roles}
     infos = supervisord.infos()
     changed = supervisord.update()
     for name, info in infos.items():
-        if name not in changed and info["statename"] in _IDLE:
+        if name not in changed and info["state"] in _IDLE:
             supervisord.begin(name)
-            changed[name] = f"started (was {info['statename']})"
+            changed[name] = f"started (was {info['state']})"
     _forget_code(folder)
     return changed
 
 
 def _write(folder: Path, plan: HostPlan) -> None:
     (folder / "roles").mkdir(mode=0o700, exist_ok=True)
-    _put(folder / _PLAN, json.dumps(plan.to_dict()))
+    _put(folder / PLAN, json.dumps(plan.to_dict()))
     for role in plan.roles:
         _put(folder / "roles" / f"{role.name}.sh", script(role, plan))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -268,71 +301,64 @@ def _put_bytes(path: Path, content: bytes) -> None:
 
 def _forget_code(folder: Path) -> None:
     """Remove versions of the package that neither the plan nor the one before it runs."""
-    texts = [_read(folder / _PLAN), _read(folder / _BEFORE)]
+    texts = [_read(folder / PLAN), _read(folder / BEFORE)]
     kept = {Path(json.loads(text)["code"]) for text in texts if text is not None}
-    for path in (folder / "code").iterdir():
+    for path in (folder / "code").glob("*"):
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def states(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return how each role stands, with the end of its log if it is given up."""
+    """Return how each role stands, with the end of its log if it is not well."""
     supervisord = Supervisord(folder)
-    infos = supervisord.infos()
+    infos = supervisord.infos() if folder.is_dir() else {}
     n_lines = int(asked.get("lines", _TAIL_LINES))
     roles = []
     for role in _roles(folder):
-        name = role.name
-        info = infos.get(name, {"statename": "STOPPED", "pid": 0, "start": 0, "now": 0, "exitstatus": 0})
-        state = info["statename"]
-        is_bad = state in ("FATAL", "BACKOFF") or (state == "EXITED" and info["exitstatus"] != 0)
-        roles.append({
-            "name": name, "kind": role.kind, "serves": role.serves, "state": state,
-            "pid": info["pid"] or None,
-            "up_s": info["now"] - info["start"] if info["pid"] else 0,
-            "exit": info["exitstatus"],
-            "log": str(folder / f"{name}.log"),
-            "tail": tail_of(folder / f"{name}.log", n_lines) if is_bad else [],
-        })  # fmt: skip
-    return {"supervisord": supervisord.pid(), "roles": roles}
+        info = infos.get(role.name, {**_NOT_THERE, "name": role.name})
+        path = folder / f"{role.name}.log"
+        is_bad = info["state"] in ("FATAL", "BACKOFF")
+        more = {"kind": role.kind, "serves": role.serves, "log": str(path)}
+        roles.append({**info, **more, "tail": tail_of(path, n_lines) if is_bad else []})
+    return {"supervisord": supervisord.pid() if infos else None, "roles": roles}
 
 
 def _roles(folder: Path) -> list[HostRole]:
-    text = _read(folder / _PLAN)
+    text = _read(folder / PLAN)
     return [] if text is None else list(HostPlan.from_dict(json.loads(text)).roles)
-
-
-def tail_of(path: Path, n_lines: int) -> list[str]:
-    """Return the last lines of a log."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [line for line in lines if line.strip()][-n_lines:]
 
 
 def down(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Stop every role, or the ones of a kind; with all of them, supervisord too; say what ran."""
     if not folder.is_dir():
         return {"stopped": []}
-    with alone(folder):
+    with alone(folder, wait_s=_LOCK_S):
         supervisord = Supervisord(folder)
         running = [info for info in supervisord.infos().values() if info["pid"]]
         kinds = {role.name: role.kind for role in _roles(folder)}
         kind = asked.get("kind")
         stopped = [(info["name"], info["pid"]) for info in running if kind in (None, kinds.get(info["name"]))]
         processes = [process for _, pid in stopped if (process := ProcessId.of(pid)) is not None]
+        within_s = _stop_s(folder)
         if kind is None:
-            supervisord.shut_down()
+            supervisord.shut_down(within_s)
+            end(outliving(folder), wait_s=0.0)
+            clean(folder)
         else:
             for name, _ in stopped:
                 supervisord.end(name)
-        left = [str(process.pid) for process in processes if process.is_alive()]
+        give_up_s = time.monotonic() + within_s
+        left = [str(p.pid) for p in processes if not await_end(p, give_up_s - time.monotonic())]
         if left:
             raise ProcessError(f"still there after being stopped: pid {', '.join(left)}")
         return {"stopped": stopped}
+
+
+def _stop_s(folder: Path) -> float:
+    """Return how long all roles may take to stop, and then some."""
+    text = _read(folder / PLAN)
+    timing = Timing() if text is None else HostPlan.from_dict(json.loads(text)).timing
+    return timing.router_stop_s + timing.worker_stop_s + _STOPPED_S
 
 
 def start(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -342,7 +368,7 @@ def start(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def stop(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Stop a role; return when it has ended."""
+    """Have a role stop."""
     Supervisord(folder).end(asked["role"])
     return {}
 
@@ -351,6 +377,11 @@ def signal(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Send a role a signal."""
     Supervisord(folder).send(asked["role"], asked["signal"])
     return {}
+
+
+def facts(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return what the host is like, and how many files the processes `pids` have open."""
+    return asdict(look(folder, asked["pids"]))
 
 
 def status(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -370,18 +401,21 @@ def tail(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 VERBS = {
     "apply": apply, "undo": undo, "states": states, "down": down, "start": start, "stop": stop,
-    "signal": signal, "status": status, "tail": tail,
+    "signal": signal, "status": status, "tail": tail, "facts": facts,
 }  # fmt: skip
+
+
+def do(verb: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """Do one verb; return what it came to, or `{"error": ...}`."""
+    try:
+        return VERBS[verb](Path(asked["folder"]), asked)
+    except (SuperServeError, OSError, xmlrpc.client.Error) as error:
+        return {"error": str(error)}
 
 
 def main(verb: str) -> None:
     """Do one verb and print what it came to."""
-    asked = json.load(sys.stdin)
-    try:
-        result = VERBS[verb](Path(asked["folder"]), asked)
-    except (SuperServeError, OSError, xmlrpc.client.Error) as error:
-        result = {"error": str(error)}
-    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.write(json.dumps(do(verb, json.load(sys.stdin))) + "\n")
 
 
 if __name__ == "__main__":

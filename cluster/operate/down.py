@@ -56,8 +56,6 @@ def down(name: str, timeout_s: float) -> Down | None:
         return None if left is None else Down(left, was_alive=False)
     cluster.keeper.signal(signal.SIGTERM)
     killed = folders.end([cluster.keeper], wait_s=timeout_s)
-    # The file may be older than a restart: what it says now, if the keeper could not remove it.
-    last = local.load(folder) or cluster
-    folders.end([role.process for role in last.roles if role.process is not None], wait_s=_KILLED_S)
+    folders.end(folders.outliving(folder), wait_s=_KILLED_S)
     folders.tidy(folder)
-    return Down(last, was_alive=True, was_killed=bool(killed))
+    return Down(cluster, was_alive=True, was_killed=bool(killed))

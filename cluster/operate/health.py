@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from superserve.errors import ConfigError
 from superserve.net.connection import ask_status
-from superserve.roles.local import RoleState
+from superserve.roles.local import ProcessId, Role, RoleState
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cluster.operate.engine import HostSeen
     from superserve.roles.local import LocalCluster
 
 _WELL = "ready"  # a worker's state in STATUS
 _ALIVE = "live"  # its process's
+
+
+def seen_by(cluster: LocalCluster, seen: Sequence[HostSeen]) -> LocalCluster:
+    """Return a cluster of this machine with its roles as its keeper has them now: a file may be older."""
+    roles = tuple(
+        Role(
+            role.name, role.kind, RoleState(role.state), role.serves, role.log,
+            None if role.pid is None else ProcessId.of(role.pid), role.restarts, role.why, role.metrics,
+        )
+        for host in seen
+        for role in host.roles
+    )  # fmt: skip
+    return replace(cluster, roles=roles)
 
 
 def ask_router(cluster: LocalCluster) -> dict[str, Any] | None:
@@ -44,13 +61,13 @@ def problems(cluster: LocalCluster, status: dict[str, Any] | None) -> list[str]:
     lines = [
         f"{role.name}: {role.state}" + (f": {role.why}" if role.why else "")
         for role in cluster.roles
-        if role.state is not RoleState.READY
+        if role.state is not RoleState.RUNNING
     ]
     if status is None:
         return [*lines, f"router: does not answer at {cluster.client_endpoint or 'any port yet'}"]
     registered = slots(status)
     for role in cluster.roles:
-        if role.kind == "worker" and role.state is RoleState.READY:
+        if role.kind == "worker" and role.state is RoleState.RUNNING:
             lines += _unwell(role.name, registered.get(role.name, []))
     return lines
 

@@ -10,7 +10,7 @@ from cluster.operate.health import slots
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cluster.operate.fleet import HostSeen, RoleSeen
+    from cluster.operate.engine import HostSeen, RoleSeen
     from cluster.remote.record import Record
 
 
@@ -41,8 +41,8 @@ def unready(
     lines = [Unready(host.error, is_final=True) for host in seen if host.error]
     registered = slots(None if status is None else dict(status))
     for role in (role for host in seen for role in host.roles):
-        # Others that have no process are about to be started: supervisor looks once a second.
-        if role.state == "FATAL" or (role.state == "EXITED" and role.exit_code == 0):
+        # Others that have no process are about to be started again.
+        if role.has_ended:
             lines.append(Unready(ended(role), is_final=True))
         elif role.kind == "router" and status is None:
             lines.append(Unready(f"{role.host}: {role.name} did not answer", is_final=False))

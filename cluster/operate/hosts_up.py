@@ -11,20 +11,19 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from cluster.operate.fleet import RemoteFleet
+from cluster.operate.engine import SupervisorEngine
 from cluster.operate.hosts_health import unready
 from cluster.remote import preflight
 from cluster.remote import record as records
 from cluster.remote.ask import ask
 from cluster.remote.record import KnownHost, Record
 from cluster.remote.shell import RemoteError, parallel
-from cluster.spec.roles import HostPlan
 from superserve.errors import ProcessError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from cluster.operate.fleet import HostSeen
+    from cluster.operate.engine import HostSeen
     from cluster.remote.preflight import HostFinding
     from cluster.remote.shell import Shell
     from cluster.remote.wheel import Wheel
@@ -98,7 +97,7 @@ def up(
     _remember(plan, known, before, done)
     _apply(shell, plan, known, done)
     if not (rollback and done.wrong):
-        fleet = RemoteFleet(_record(plan, known, done), shell)
+        fleet = SupervisorEngine(_record(plan, known, done), shell)
         _await_ready(fleet, plan, done, ready_timeout_s)
     if rollback and done.wrong:
         _undo(shell, known, before, done)
@@ -168,23 +167,16 @@ def _apply(shell: Shell, plan: HostsPlan, known: Sequence[KnownHost], done: Host
     wanted = {want.name for want in plan.wanted}
     gone = [host for host in record.hosts if host.name not in wanted]
 
-    def apply(host: KnownHost) -> dict[str, Any] | str:
-        roles = plan.roles_of(host.name, host.folder)
-        part = HostPlan(host.folder, host.interpreter, host.code, roles, plan.log_bytes, plan.log_files)
-        try:
-            return ask(
-                shell, host, "apply", timeout_s=_APPLY_S, plan=part.to_dict(), files=plan.files_of(host.name)
-            )
-        except RemoteError as error:
-            return str(error)
-
-    for host, said in zip(known, parallel(known, apply), strict=True):
-        if isinstance(said, str):
-            done.wrong.append(said)
+    plans = {host.name: plan.plan_of(host.name, host.folder, host.interpreter, host.code) for host in known}
+    files = {host.name: plan.files_of(host.name) for host in known}
+    engine = SupervisorEngine(_record(plan, known, done), shell)
+    for name, applied in engine.apply(plans, files).items():
+        if applied.error:
+            done.wrong.append(applied.error)
             continue
-        done.changed[host.name] = said["changed"]
-        if said["files"]:
-            done.sent[host.name] = said["files"]
+        done.changed[name] = applied.changed
+        if applied.files:
+            done.sent[name] = applied.files
     still_there = _leave(shell, gone, done)
     staying = tuple(host for host in record.hosts if host.name in wanted)
     records.save(replace(record, hosts=(*staying, *still_there)))
@@ -207,11 +199,11 @@ def _leave(shell: Shell, gone: Sequence[KnownHost], done: HostsUp) -> list[Known
 # --- readiness --------------------------------------------------------------------------------
 
 
-def _await_ready(fleet: RemoteFleet, plan: HostsPlan, done: HostsUp, timeout_s: float) -> None:
+def _await_ready(fleet: SupervisorEngine, plan: HostsPlan, done: HostsUp, timeout_s: float) -> None:
     """Wait until every worker is registered, one is given up, or time is up; say what is wrong."""
     give_up_s = time.monotonic() + timeout_s
     while True:
-        done.seen = fleet.states()
+        done.seen = fleet.roles()
         done.status = _status(fleet)
         wrong = unready(done.seen, done.status, dict(plan.slots))
         if not wrong:
@@ -225,7 +217,7 @@ def _await_ready(fleet: RemoteFleet, plan: HostsPlan, done: HostsUp, timeout_s: 
         time.sleep(_ASK_AGAIN_S)
 
 
-def _status(fleet: RemoteFleet) -> dict[str, Any] | None:
+def _status(fleet: SupervisorEngine) -> dict[str, Any] | None:
     try:
         return fleet.router_status()
     except RemoteError:  # `states` says why

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterable
 
-    from cluster.operate.fleet import RemoteFleet
+    from cluster.operate.engine import SupervisorEngine
 
 _N_LINES = 20
 _ENDED_S = 5.0
 
 
-def chosen(fleet: RemoteFleet, names: Iterable[str]) -> list[str]:
+def chosen(fleet: SupervisorEngine, names: Iterable[str]) -> list[str]:
     """Return the roles that names of hosts or of roles stand for; all, if there are no names.
 
     Raises:
@@ -30,20 +30,20 @@ def chosen(fleet: RemoteFleet, names: Iterable[str]) -> list[str]:
     for name in names:
         if name in fleet.hosts:
             found += fleet.record.host(name).roles
-        elif name in fleet.roles:
+        elif name in fleet.role_names:
             found.append(name)
         else:
-            known = ", ".join((*fleet.hosts, *fleet.roles))
+            known = ", ".join((*fleet.hosts, *fleet.role_names))
             raise ConfigError(f"{name}: expected a host or a role: {known}")
-    return list(dict.fromkeys(found)) or list(fleet.roles)
+    return list(dict.fromkeys(found)) or list(fleet.role_names)
 
 
-def show_tails(fleet: RemoteFleet, roles: Iterable[str]) -> list[str]:
+def show_tails(fleet: SupervisorEngine, roles: Iterable[str]) -> list[str]:
     """Print the last lines of each role's log; return what could not be read, and why."""
     wrong = []
     for role in roles:
         try:
-            lines = fleet.log_tail(role, _N_LINES)
+            lines = fleet.logs(role, _N_LINES)
         except RemoteError as error:
             wrong.append(str(error))
             continue
@@ -52,7 +52,7 @@ def show_tails(fleet: RemoteFleet, roles: Iterable[str]) -> list[str]:
     return wrong
 
 
-def follow(fleet: RemoteFleet, roles: Iterable[str]) -> None:
+def follow(fleet: SupervisorEngine, roles: Iterable[str]) -> None:
     """Print what roles write, each line with the role before it, until Ctrl-C or no host is left."""
     roles = list(roles)
     width = max(map(len, roles))

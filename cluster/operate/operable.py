@@ -1,7 +1,7 @@
 """A running cluster, as those commands see it that change or judge one role at a time.
 
-`Operable` and `Examinable` are what they need; `LocalOperable` is both for a cluster of this
-machine, whose keeper takes orders. For a cluster on several hosts see `cluster/operate/operable_hosts.py`.
+`Operable` and `Examinable` are what they need; `cluster.operate.supervised` is both for any cluster that
+supervisor runs.
 """
 
 from __future__ import annotations
@@ -10,12 +10,8 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cluster.host.facts import look
-from cluster.host.orders import give_order
-from cluster.operate.health import ask_router, slots
-from superserve.errors import ConfigError, ProcessError
-from superserve.roles import local
-from superserve.roles.local import Liveness, RoleState
+from cluster.operate.health import slots
+from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,7 +31,7 @@ class RoleView:
         is_up: Whether it runs, as far as its watcher can tell.
         has_ended: Whether it has ended and will not be started again by itself.
         pid: Its process; None if it has none.
-        restarts: How often it was started again after crashes; None where nobody counts.
+        restarts: How often it was started again after crashes; None if its host cannot be asked.
         why: What ended it last, with the last lines of its log; "" if nothing did.
         log: Where its log is on its host.
     """
@@ -85,10 +81,10 @@ class Operable(Protocol):
         """Return the router's STATUS; None if it does not answer."""
 
     def stop(self, role: str) -> None:
-        """Have a role end, a worker by draining; it is not started again. May return before it has."""
+        """Have a role end, a worker by draining; it is not started again. Returns before it has."""
 
     def start(self, role: str) -> None:
-        """Have a role that has ended start; may return before it is ready."""
+        """Have a role that has ended start; returns before it is ready."""
 
 
 class Examinable(Operable, Protocol):
@@ -96,64 +92,10 @@ class Examinable(Operable, Protocol):
 
     @property
     def is_local(self) -> bool:
-        """Whether it is one of this machine, whose logs nobody bounds."""
+        """Whether it is one of this machine."""
 
     def facts(self, roles: Sequence[RoleView]) -> tuple[HostFacts, ...]:
         """Return what each host is like, and how many files the processes of `roles` have open there."""
-
-
-class LocalOperable:
-    """A cluster of this machine.
-
-    Args:
-        name: As given to `cluster up --name`.
-
-    Attributes:
-        name: The same.
-        is_local: Always True.
-    """
-
-    is_local = True
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._folder = local.cluster_folder(name)
-
-    def cluster(self) -> local.LocalCluster:
-        """Return its state file's content; ProcessError if it does not run any more."""
-        cluster = local.load(self._folder)
-        if cluster is None or cluster.liveness() is not Liveness.ALIVE:
-            raise ProcessError(f"cluster {self.name!r}: it ended meanwhile")
-        return cluster
-
-    def roles(self) -> tuple[RoleView, ...]:
-        """Return every role as its keeper sees it."""
-        cluster = self.cluster()
-        return tuple(
-            RoleView(
-                role.name, role.kind, cluster.host, str(role.state), role.state is RoleState.READY,
-                role.state in (RoleState.STOPPED, RoleState.FATAL),
-                None if role.process is None else role.process.pid, role.restarts, role.why, role.log,
-            )
-            for role in cluster.roles
-        )  # fmt: skip
-
-    def status(self) -> dict[str, Any] | None:
-        """Return the router's STATUS; None if it does not answer."""
-        return ask_router(self.cluster())
-
-    def stop(self, role: str) -> None:
-        """Have the keeper stop a role."""
-        give_order(self._folder, "stop", role)
-
-    def start(self, role: str) -> None:
-        """Have the keeper start a role."""
-        give_order(self._folder, "start", role)
-
-    def facts(self, roles: Sequence[RoleView]) -> tuple[HostFacts, ...]:
-        """Return what this machine is like; its clock is this machine's own."""
-        pids = [role.pid for role in roles if role.pid is not None]
-        return (HostFacts(self.cluster().host, "", look(self._folder, pids), 0.0, 0.0),)
 
 
 def live(status: dict[str, Any] | None) -> set[str]:

@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from cluster.host import folder as folders
-from cluster.host.keeper import KEEP, KEEPER_LOG
-from cluster.operate.health import ask_router, problems
-from cluster.operate.operable import LocalOperable
+from cluster.host.config import KEEPER_LOG, tail_of
+from cluster.host.watch import KEEP, KEPT
+from cluster.operate.engine import here
+from cluster.operate.health import ask_router, problems, seen_by
 from cluster.operate.rolling import RollingOperator
-from cluster.spec.plan import differences, name_option
+from cluster.operate.supervised import SupervisedCluster
+from cluster.remote.shell import RemoteError
+from cluster.spec.plan import differences, name_option, python_path
+from cluster.spec.roles import HostPlan, timing
 from superserve.errors import ConfigError, ProcessError
 from superserve.net.connection import ask_status
 from superserve.roles import local
-from superserve.roles.local import Liveness, LocalCluster, Phase
-from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
+from superserve.roles.local import Liveness, LocalCluster, Phase, RoleState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-    from typing import NoReturn
+    from typing import NoReturn, Self
 
+    from cluster.operate.engine import SupervisorEngine
     from cluster.spec.plan import Plan
 
-_STOP_S = 30.0  # a keeper that stops needs half of it at most
+_STOP_S = 30.0  # beyond what roles may take to stop
 _REGISTERED_S = 10.0  # workers announce themselves when they are registered: a moment will do
-_ASK_AGAIN_S = 0.05
-_TAIL_BYTES = 8_192
+_ASK_AGAIN_S = 0.03
+_TAIL_LINES = 20
 
 
 class StartError(ProcessError):
@@ -56,7 +55,7 @@ class Up:
     """A cluster that runs.
 
     Attributes:
-        cluster: What its state file says.
+        cluster: What its state file says, its roles as its keeper says.
         status: What its router says.
         is_new: Whether it was started now.
         tidied: What a dead keeper had left under this name, and is gone now.
@@ -106,8 +105,8 @@ def _already(there: LocalCluster, plan: Plan) -> Up:
             f"stop it first with `cluster down{name_option(there.name)}`, or start this one beside it with "
             f"`cluster up --name OTHER`"
         )
-    restarted = _start_ended(plan)
-    there = local.load(local.cluster_folder(plan.name)) or there
+    restarted = _start_ended(there, plan)
+    there = seen_by(there, here(there.name, there).roles())
     status = ask_router(there)
     if status is None or problems(there, status):
         raise ConfigError(
@@ -117,14 +116,14 @@ def _already(there: LocalCluster, plan: Plan) -> Up:
     return Up(there, status, is_new=False, restarted=restarted)
 
 
-def _start_ended(plan: Plan) -> tuple[str, ...]:
+def _start_ended(there: LocalCluster, plan: Plan) -> tuple[str, ...]:
     """Start what was drained or given up; return the names of those roles.
 
     Raises:
         ProcessError: One of them does not come back; the others run.
     """
     try:
-        operator = RollingOperator(LocalOperable(plan.name), lambda _: None)
+        operator = RollingOperator(SupervisedCluster(here(there.name, there)), lambda _: None)
         return tuple(operator.start_ended(plan.ready_timeout_s))
     except ProcessError as error:
         raise ProcessError(f"the cluster {plan.name!r} runs, but not all that had ended: {error}") from error
@@ -133,136 +132,172 @@ def _start_ended(plan: Plan) -> tuple[str, ...]:
 # --- the hold on a keeper ---------------------------------------------------------------------
 
 
+class _Ports:
+    """Free ports of loopback, kept from every other process until a role has them.
+
+    A socket that is bound and does not listen keeps its port from those that ask for any, and leaves it to
+    a role that binds this very one: both say that addresses may be used again. The keeper holds the
+    sockets for as long as it runs, so that a router that is started again finds its ports free.
+    """
+
+    def __init__(self) -> None:
+        self._sockets: list[socket.socket] = []
+
+    def take(self) -> int:
+        """Return a free port."""
+        held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        self._sockets.append(held)
+        return int(held.getsockname()[1])
+
+    def descriptors(self) -> list[int]:
+        """Return the sockets that hold them."""
+        return [held.fileno() for held in self._sockets]
+
+    def close(self) -> None:
+        """Let go of them in this process."""
+        for held in self._sockets:
+            held.close()
+
+
 class _Hold:
-    """A keeper that is not kept yet: whatever ends this process ends it too."""
+    """A keeper that is not kept yet: whatever ends this process ends it too.
 
-    def __init__(
-        self, keeper: subprocess.Popen[bytes], control: socket.socket, log_path: Path, log_start: int
-    ) -> None:
-        self._keeper = keeper
-        self._control = control
-        self._log_path = log_path
-        self._log_start = log_start
-        self._heard = b""
+    As a context manager it starts the keeper; a block that fails ends it.
+    """
 
-    def say(self, line: bytes) -> None:
-        """Send a line; a keeper that is gone is noticed when it is listened to."""
-        with contextlib.suppress(OSError):
-            self._control.sendall(line)
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.engine: SupervisorEngine = here(plan.name, roles=[role.name for role in plan.roles])
+        self._plan = plan
+        self._folder = folder
+        self._control, self._its = socket.socketpair()
 
-    def hear(self, word: str, timeout_s: float) -> dict[str, Any]:
-        """Return the keeper's next words, which are to be `word`.
-
-        Raises:
-            StartError: It failed, ended or was silent for so long.
-            ConfigError: Another keeper has the folder.
-        """
-        said = self._line(timeout_s)
-        if said["says"] == "held":
-            raise ConfigError("this cluster is being started or stopped by another command: try again later")
-        if said["says"] == "failed":
-            cluster = LocalCluster.from_json(said["cluster"].encode(), "the keeper's last words")
-            raise StartError(f"{said['why']}; everything has been stopped", cluster)
-        assert said["says"] == word, f"expected {word}, the keeper said {said['says']}"
-        return said
-
-    def _line(self, timeout_s: float) -> dict[str, Any]:
-        self._control.settimeout(timeout_s)
-        while not self._heard.endswith(b"\n"):
-            try:
-                chunk = self._control.recv(1 << 20)
-            except TimeoutError:
-                self._lost(f"said nothing for {timeout_s:g} s")
-            except OSError:
-                chunk = b""
-            if not chunk:
-                self._lost("ended without a word")
-            self._heard += chunk
-        line, self._heard = self._heard, b""
-        said: dict[str, Any] = orjson.loads(line)
-        return said
-
-    def _lost(self, what: str) -> NoReturn:
-        with contextlib.suppress(OSError), self._log_path.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(min(self._log_start, size), size - _TAIL_BYTES))
-            lines = log.read().decode(errors="replace").strip()
-            raise StartError(f"the keeper {what}; its log ({self._log_path}) ends:\n{lines}")
-        raise StartError(f"the keeper {what}; it left no log ({self._log_path})")
-
-    def end(self) -> None:
-        """Make sure that it ends, kept or not, and wait for that.
-
-        Interrupted, it ends the wait and not the keeper, which has been told by then.
-        """
-        self._control.close()
-        self._keeper.terminate()
+    def __enter__(self) -> Self:
+        ports = _Ports()
         try:
-            self._keeper.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._keeper.kill()
-            self._keeper.wait()
-
-
-@contextlib.contextmanager
-def _held(plan: Plan, folder: Path) -> Iterator[_Hold]:
-    """Start a keeper; it ends with the block if the block fails, whatever was said to it."""
-    log_path = folder / KEEPER_LOG
-    mine, its = socket.socketpair()
-    with mine:
-        with its:
-            keeper, log_start = _spawn(plan.name, its.fileno(), log_path)
-        hold = _Hold(keeper, mine, log_path, log_start)
-        try:
-            yield hold
-        except BaseException:
-            hold.end()
-            raise
-    keeper.returncode = 0  # it is nobody's child from now on, and not to be waited for
-
-
-def _spawn(name: str, fd: int, log_path: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """Return a keeper in a session of its own, and where in its log its words begin."""
-    folders.make(log_path.parent)
-    environment = {key: value for key, value in os.environ.items() if key not in _NOT_THE_KEEPERS}
-    try:
-        with log_path.open("ab") as log:
-            log_start = log.tell()
-            keeper = subprocess.Popen(
-                [sys.executable, "-m", "cluster.host.keeper", name, str(fd)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=(fd,),
-                env={**environment, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+            roles, client, worker = self._plan.placed(ports.take)
+            about = {
+                "name": self._plan.name, "options": self._plan.options, "client_endpoint": client,
+                "worker_endpoint": worker,
+            }  # fmt: skip
+            patience = replace(timing(), ready_timeout_s=self._plan.ready_timeout_s)
+            plan = HostPlan(
+                str(self._folder), sys.executable, python_path(), roles, cwd=str(Path.cwd()),
+                timing=patience, local=about,
             )  # fmt: skip
-    except OSError as error:
-        raise StartError(f"the keeper could not be started: {error}") from error
-    return keeper, log_start
+            self._started(self.engine, plan, ports)
+        except BaseException:
+            self._end()
+            raise
+        finally:
+            ports.close()
+            self._its.close()
+        return self
 
+    def _started(self, engine: SupervisorEngine, plan: HostPlan, ports: _Ports) -> None:
+        (host,) = engine.hosts
+        try:
+            engine.ask(
+                host, "apply", plan=plan.to_dict(), files={}, hold=self._its.fileno(),
+                kept_open=ports.descriptors(),
+            )  # fmt: skip
+        except RemoteError as error:
+            words = str(error).removeprefix(f"{host}: ")
+            if "by another command" in words:
+                raise ConfigError(f"{words}: try again later") from error
+            raise StartError(words) from error
 
-_NOT_THE_KEEPERS = (READY_FD_VARIABLE, PARENT_PID_VARIABLE)
+    def keep(self) -> None:
+        """Let go of the keeper; StartError if it ended meanwhile."""
+        self._control.settimeout(_STOP_S)
+        with contextlib.suppress(OSError):
+            self._control.sendall(KEEP)
+            if self._control.recv(len(KEPT)) == KEPT:
+                self._control.close()
+                return
+        raise StartError("somebody stopped it as soon as it was ready")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._end()
+        self._control.close()
+
+    def _end(self) -> None:
+        """Make sure that the keeper ends, and wait for that; interrupted, it ends the wait only."""
+        there = local.load(self._folder)
+        stop_s = timing().router_stop_s + timing().worker_stop_s + _STOP_S
+        if there is not None and there.phase is not Phase.RUNNING:
+            there.keeper.signal(signal.SIGTERM)
+            folders.end([there.keeper], wait_s=stop_s)
+        self._control.close()
+        folders.tidy_unowned(self._folder)
 
 
 def _start(plan: Plan, folder: Path) -> tuple[LocalCluster, dict[str, Any]]:
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _held(plan, folder) as hold:
-            hold.say(plan.to_json() + b"\n")
-            said = hold.hear("ready", plan.ready_timeout_s + _STOP_S)
-            cluster = LocalCluster.from_json(said["cluster"].encode(), "the keeper's words")
+        with _Hold(plan, folder) as hold:
+            cluster = _ready(hold.engine, plan, folder)
             status = _registered(cluster)
-            hold.say(KEEP)
-            hold.hear("kept", _STOP_S)
+            hold.keep()
     except KeyboardInterrupt:
+        folders.forget_unused(folder)
         raise StartError("interrupted; everything has been stopped, and nothing was left behind") from None
     finally:
         signal.signal(signal.SIGTERM, previous)
-    kept = local.load(folder)
-    if kept is None:
-        raise StartError("somebody stopped it as soon as it was ready")
-    return kept, status
+    return replace(cluster, phase=Phase.RUNNING), status
 
 
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _ready(engine: SupervisorEngine, plan: Plan, folder: Path) -> LocalCluster:
+    """Return the cluster once every role has said that it is ready.
+
+    Raises:
+        StartError: One was given up, or was not ready in time, or the keeper ended.
+    """
+    give_up_s = time.monotonic() + plan.ready_timeout_s
+    while True:
+        (host,) = engine.roles()
+        there = local.load(folder)
+        if host.supervisord is None or there is None or there.phase is not Phase.STARTING:
+            raise _ended(folder, there)
+        cluster = seen_by(there, (host,))
+        states = [role.state for role in cluster.roles]
+        if all(state is RoleState.RUNNING for state in states):
+            return cluster
+        if RoleState.FATAL in states:
+            raise StartError("not every process became ready; everything has been stopped", cluster)
+        if time.monotonic() > give_up_s:
+            late = _given_up(cluster, f"was not ready within {plan.ready_timeout_s:g} s")
+            raise StartError("not every process became ready; everything has been stopped", late)
+        time.sleep(_ASK_AGAIN_S)  # between two questions to another process
+
+
+def _ended(folder: Path, there: LocalCluster | None) -> StartError:
+    """Return what to say of a keeper that ended, or ends, before it was kept."""
+    path = folder / KEEPER_LOG
+    lines = tail_of(path, _TAIL_LINES)
+    if there is not None and there.phase is Phase.STARTING:
+        return StartError(f"the keeper ended without a word; its log ({path}) ends:\n" + "\n".join(lines))
+    return StartError("it was told to stop; everything has been stopped")
+
+
+def _given_up(cluster: LocalCluster, why: str) -> LocalCluster:
+    """Return the cluster with every role FATAL that is not ready, with `why` and the end of its log."""
+    roles = []
+    for role in cluster.roles:
+        if role.state is not RoleState.RUNNING:
+            lines = "\n".join(tail_of(role.log, _TAIL_LINES))
+            pid = "" if role.process is None else f" (pid {role.process.pid})"
+            ends = f"ends:\n{lines}" if lines else "is empty"
+            words = f"{role.name}{pid} {why}; its log ({role.log}) {ends}"
+            role = replace(role, state=RoleState.FATAL, process=None, why=role.why or words)
+        roles.append(role)
+    return replace(cluster, roles=tuple(roles))
 
 
 def _registered(cluster: LocalCluster) -> dict[str, Any]:

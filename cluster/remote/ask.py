@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from cluster.host.onhost import do
 from cluster.remote.shell import RemoteError
 
 if TYPE_CHECKING:
@@ -19,8 +20,10 @@ ASK_S = 60.0
 def ask(
     shell: Shell, host: KnownHost, verb: str, *, timeout_s: float = ASK_S, **asked: Any
 ) -> dict[str, Any]:
-    """Have a host do a verb of `cluster.host.onhost`; see `RemoteFleet.ask`."""
-    argv = ["env", f"PYTHONPATH={host.code}", host.interpreter, "-m", "cluster.host.onhost", verb]
+    """Have a host do a verb of `cluster.host.onhost`; see `SupervisorEngine.ask`."""
+    if host.is_here:
+        return checked(host.name, do(verb, {"folder": host.folder, **asked}))
+    argv = host.python("-m", "cluster.host.onhost", verb)
     stdin = orjson.dumps({"folder": host.folder, **asked})
     try:
         done = shell.run(host.target, argv, stdin=stdin, timeout_s=timeout_s)
@@ -42,6 +45,11 @@ def answer(host: str, done: Completed) -> dict[str, Any]:
     if not isinstance(said, dict):
         words = (done.stderr or done.stdout.decode(errors="replace")).strip().splitlines()[-3:]
         raise RemoteError(f"{host}: exit code {done.code}: {'; '.join(words) or 'nothing was written'}")
+    return checked(host, said)
+
+
+def checked(host: str, said: dict[str, Any]) -> dict[str, Any]:
+    """Return what a host answered; RemoteError if that is why it failed."""
     if "error" in said:
         raise RemoteError(f"{host}: {said['error']}")
     return said

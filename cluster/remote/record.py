@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from cluster.spec.roles import Target
+from cluster.spec.roles import HERE, Target
 from superserve.errors import ConfigError
 from superserve.roles import local
 
@@ -48,6 +48,16 @@ class KnownHost:
     interpreter: str
     code: str
     roles: tuple[str, ...]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is this machine, whose verbs are functions and whose commands need no ssh."""
+        return self.target == HERE
+
+    def python(self, *args: str) -> list[str]:
+        """Return a command of the host's Python that finds the package, and no file of the current folder."""
+        path = ["env", f"PYTHONPATH={self.code}"] if self.code else []
+        return [*path, self.interpreter, "-P", *args]
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Self:

@@ -1,4 +1,4 @@
-"""Commands on other hosts, by the OpenSSH client: the user's own configuration, agents and jumps work.
+"""Commands on hosts: on this machine, or by the OpenSSH client, whose configuration and agents work.
 
 Nothing is asked for at a terminal (BatchMode): a host that wants a password, or whose key is
 not known, is an error that quotes ssh's own words. Connections are shared for the length of
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from cluster.spec.roles import HERE
 from superserve.errors import ConfigError, SuperServeError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from cluster.spec.roles import Target
+
 
 CONFIG_VARIABLE = "SUPERSERVE_SSH_CONFIG"
 """Environment variable: the file for `ssh -F`, where hosts.yaml names none."""
@@ -75,6 +77,28 @@ class Shell(Protocol):
     def start(self, target: Target, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a command whose output is read from the pipe `stdout`, for as long as it is wanted."""
         ...
+
+
+class LocalShell:
+    """Commands on this machine: a cluster of one host needs no ssh to itself."""
+
+    def run(self, target: Target, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
+        """Run a command to its end; see `Shell.run`."""
+        assert target == HERE, "another host is reached by ssh"
+        try:
+            done = subprocess.run(
+                list(argv), input=stdin, capture_output=True, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RemoteError(f"did not end within {timeout_s:g} s: {shlex.join(argv)[:200]}") from error
+        except OSError as error:
+            raise UnreachableError(f"{argv[0]}: {error.strerror}") from error
+        return Completed(done.returncode, done.stdout, done.stderr.decode(errors="replace").strip())
+
+    def start(self, target: Target, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a command whose output is read while it runs; see `Shell.start`."""
+        assert target == HERE, "another host is reached by ssh"
+        return subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
 
 
 class OpenSsh:

@@ -12,8 +12,7 @@ from cluster.spec.plan import name_option
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cluster.operate.fleet import HostSeen
-    from cluster.operate.hosts_down import HostsDown
+    from cluster.operate.engine import HostSeen, Stopped
     from cluster.operate.hosts_up import HostsUp
     from cluster.remote.preflight import HostFinding
     from cluster.remote.record import Record
@@ -72,7 +71,7 @@ def roles(seen: Sequence[HostSeen], status: dict[str, Any] | None) -> str:
     return show.table(columns, rows)
 
 
-def stopped(record: Record, done: HostsDown) -> list[str]:
+def stopped(record: Record, done: Stopped) -> list[str]:
     """Return lines that say what was stopped, and where that failed."""
     lines = []
     for host, roles_there in done.stopped.items():

@@ -66,9 +66,20 @@ def _state(role: Role) -> str:
     return f"{role.state} (restarted {'once' if role.restarts == 1 else f'{role.restarts} times'})"
 
 
+def roles_of(cluster: LocalCluster) -> list[dict[str, Any]]:
+    """Return each role for programs: its name, kind, host, state and process."""
+    return [
+        {
+            "name": role.name, "kind": role.kind, "host": cluster.host, "state": role.state,
+            "pid": None if role.process is None else role.process.pid,
+        }
+        for role in cluster.roles
+    ]  # fmt: skip
+
+
 def reasons(cluster: LocalCluster) -> list[str]:
     """Return why roles are not ready, each with the end of its log."""
-    return [role.why for role in cluster.roles if role.state is not RoleState.READY and role.why]
+    return [role.why for role in cluster.roles if role.state is not RoleState.RUNNING and role.why]
 
 
 # --- what to type next ------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.spec.hostkeys import keys_of, operator_key
-from cluster.spec.roles import FILES, HostRole, Target, Wanted
+from cluster.spec.roles import FILES, HostPlan, HostRole, Target, Wanted, timing
 from profiles.table import load_profile, shipped_profiles
 from superserve.errors import ConfigError
 
@@ -75,6 +75,11 @@ class HostsPlan:
             replace(role, argv=tuple(word.replace(FOLDER, folder) for word in role.argv))
             for role in self.roles[self._place_of(host)]
         )
+
+    def plan_of(self, host: str, folder: str, interpreter: str, code: str) -> HostPlan:
+        """Return what a host is to run, in its folder, with the Python and the package that are there."""
+        roles = self.roles_of(host, folder)
+        return HostPlan(folder, interpreter, code, roles, self.log_bytes, self.log_files, timing=timing())
 
     def files_of(self, host: str) -> dict[str, str]:
         """Return what goes beside the roles of a host, as JSON carries it."""

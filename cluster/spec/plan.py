@@ -1,18 +1,18 @@
 """What a cluster consists of: the roles, the command line of each, and the options behind them.
 
-A plan is made where the command is typed, with every option checked, and carried out by
-the keeper. It names no host: a launcher decides where a role runs (`cluster/host/launcher.py`).
+A plan is made where the command is typed, with every option checked. Ports that are not named are chosen
+when it is carried out (`Plan.placed`), and kept from then on.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict, dataclass, field, replace
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
+from cluster.spec.roles import HostRole
 from gpu_worker.cli import MAX_GPUS
 from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS
 from profiles.table import load_profile, shipped_profiles
@@ -21,8 +21,7 @@ from superserve.errors import ConfigError
 from superserve.roles.local import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Self
+    from collections.abc import Callable, Mapping, Sequence
 
 ANY_PORT = 0
 """The system picks a free one."""
@@ -33,10 +32,10 @@ MAX_WORKERS = 1_024
 """Worker processes of one cluster on one machine, at most."""
 
 CLIENT, WORKER = "{client}", "{worker}"
-"""In a role's arguments: the router's endpoints, known once it runs, and kept from then on."""
+"""In a role's arguments: the router's endpoints, the same for as long as the cluster runs."""
 
 METRICS_PORT = "{metrics}"
-"""Likewise: any free port at a process's first start, and the same one from then on."""
+"""In a role's arguments: where it serves /metrics, the same port for as long as the cluster runs."""
 
 _MAX_MARGIN_MS = 60_000.0
 # What stands there where a driver of NVIDIA's is loaded; without it torch need not be asked,
@@ -109,16 +108,21 @@ class Plan:
     ready_timeout_s: float = 60.0
     profile: str = DEFAULT_PROFILE
 
-    def to_json(self) -> bytes:
-        """Return what `from_json` takes."""
-        return orjson.dumps(asdict(self))
+    def placed(self, port: Callable[[], int]) -> tuple[tuple[HostRole, ...], str, str]:
+        """Return what this machine is to run, and where clients and workers connect.
 
-    @classmethod
-    def from_json(cls, text: bytes) -> Self:
-        """Read a plan that this same version wrote."""
-        body = orjson.loads(text)
-        roles = tuple(RolePlan(**{**role, "argv": tuple(role["argv"])}) for role in body.pop("roles"))
-        return cls(roles=roles, **body)
+        Args:
+            port: Gives a free port of loopback, another one each time.
+        """
+        client, worker = (endpoint(self.options[f"{whose}_port"] or port()) for whose in ("client", "worker"))
+        roles = []
+        for role in self.roles:
+            words = {CLIENT: client, WORKER: worker}
+            if METRICS_PORT in role.argv:
+                words[METRICS_PORT] = str(port())
+            argv = tuple(words.get(word, word) for word in role.argv)
+            roles.append(HostRole(role.name, role.kind, argv, (), role.serves))
+        return tuple(roles), client, worker
 
 
 def make_plan(name: str, options: Options, ready_timeout_s: float) -> Plan:
@@ -167,7 +171,16 @@ def _router(options: Options) -> RolePlan:
 
 def endpoint(port: int) -> str:
     """Return where a router on this machine is to bind."""
-    return f"tcp://127.0.0.1:{'*' if port == ANY_PORT else port}"
+    return f"tcp://127.0.0.1:{port}"
+
+
+def python_path() -> str:
+    """Return the PYTHONPATH with which a Python runs the package that runs here, even under -P."""
+    own = os.environ.get("PYTHONPATH", "")
+    root = Path(__file__).parents[2]
+    if root.name in ("site-packages", "dist-packages"):  # found anyway, and its order must not change
+        return own
+    return os.pathsep.join(dict.fromkeys([str(root), *filter(None, own.split(os.pathsep))]))
 
 
 def name_option(name: str) -> str:
@@ -248,13 +261,13 @@ def _worker(i: int, argv: Sequence[str], serves: str) -> RolePlan:
 
 
 def _profile(name: str) -> str:
-    """Return a shipped profile's name, or a file's absolute path: the keeper may stand elsewhere."""
+    """Return a shipped profile's name, or a file's absolute path: a role may run elsewhere."""
     load_profile(name)
     return name if name in shipped_profiles() else str(Path(name).absolute())
 
 
 def _weights(text: str) -> str:
-    """Return "random", or a checkpoint's absolute path: the keeper may stand elsewhere."""
+    """Return "random", or a checkpoint's absolute path: a role may run elsewhere."""
     if text == "random":
         return text
     if not Path(text).is_file():

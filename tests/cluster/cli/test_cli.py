@@ -42,9 +42,9 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def example(**worker: Any) -> LocalCluster:
     """Return a cluster of two workers, the second as given."""
     roles = (
-        Role("router", "router", RoleState.READY, "policy slackfit", "/r.log", ProcessId(11, 1)),
-        Role("worker-0", "worker", RoleState.READY, "2 emulated GPUs", "/0.log", ProcessId(12, 1)),
-        Role("worker-1", "worker", RoleState.READY, "[one] more", "/1.log", ProcessId(13, 1)),
+        Role("router", "router", RoleState.RUNNING, "policy slackfit", "/r.log", ProcessId(11, 1)),
+        Role("worker-0", "worker", RoleState.RUNNING, "2 emulated GPUs", "/0.log", ProcessId(12, 1)),
+        Role("worker-1", "worker", RoleState.RUNNING, "[one] more", "/1.log", ProcessId(13, 1)),
     )
     roles = (*roles[:2], replace(roles[2], **worker))
     return LocalCluster(
@@ -99,11 +99,16 @@ def test_with_gpus_each_has_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices(device="cpu", workers=2) == ["cpu", "cpu"]
 
 
-def test_a_plan_survives_its_way_to_the_keeper() -> None:
-    """As JSON and back."""
-    plan = planned(emulate="cnn-8gpu-modelled", n_gpus=2, policy="fixed:largest")
+def test_a_placed_plan_has_each_port_once() -> None:
+    """A port that is named is taken as it is; any other is a free one, and workers are told the router's."""
+    ports = iter((6_001, 6_002, 6_003))
+    plan = planned(emulate="cnn-8gpu-modelled", n_gpus=1, client_port=5_555, metrics=True)
+    (router, worker), client_endpoint, worker_endpoint = plan.placed(lambda: next(ports))
 
-    assert Plan.from_json(plan.to_json()) == plan
+    assert (client_endpoint, worker_endpoint) == ("tcp://127.0.0.1:5555", "tcp://127.0.0.1:6001")
+    assert {client_endpoint, worker_endpoint, "6002"} <= set(router.argv)
+    assert {worker_endpoint, "6003"} <= set(worker.argv)
+    assert not [word for word in (*router.argv, *worker.argv) if "{" in word]
 
 
 def test_a_profile_in_a_file_is_named_by_its_full_path(
@@ -179,7 +184,7 @@ def test_a_mangled_state_file_is_named(base: Path) -> None:
     """Whatever the command, the file and its field are in the error, and the file stays."""
     path = base / "default" / "state.json"
     path.parent.mkdir(parents=True)
-    path.write_text('{"schema": 1, "name": 7}')
+    path.write_text('{"schema": 2, "name": 7}')
 
     for args in (("up", *EMULATE), ("status",), ("down",)):
         result = CliRunner().invoke(cli, args)
@@ -201,7 +206,7 @@ def test_the_table_of_processes_has_each_with_what_it_serves() -> None:
     found = rows(show.processes(example(state=RoleState.FATAL, process=None, restarts=5)))
 
     assert found["keeper"][:2] == ["4000000", "running"]
-    assert found["worker-0"] == ["12", "ready", "2", "emulated", "GPUs"]
+    assert found["worker-0"] == ["12", "RUNNING", "2", "emulated", "GPUs"]
     assert found["worker-1"] == ["-", "FATAL", "(restarted", "5", "times)", "[one]", "more"]
     assert "tcp://127.0.0.1:5555," in found["router"]
 
@@ -224,7 +229,7 @@ def test_a_cluster_that_is_well_has_no_problems() -> None:
     ("worker", "slot", "message"),
     [
         ({"state": RoleState.FATAL, "why": "no memory"}, {}, "worker-1: FATAL: no memory"),
-        ({"state": RoleState.STARTING}, {}, "worker-1: starting"),
+        ({"state": RoleState.STARTING}, {}, "worker-1: STARTING"),
         ({"name": "worker-9"}, {}, "worker-9: runs, and the router does not know it"),
         ({}, {"state": "overrun"}, "worker-1: of 1 GPUs, the router has 1 overrun"),
         ({}, {"process": "suspect"}, "worker-1: of 1 GPUs, the router has 1 suspect"),

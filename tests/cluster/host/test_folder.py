@@ -45,7 +45,7 @@ def child() -> Iterator[ProcessId]:
 def remains(folder: Path, keeper: ProcessId, worker: ProcessId) -> LocalCluster:
     """Write the state file of a keeper with one worker."""
     make(folder)
-    role = Role("worker-0", "worker", RoleState.READY, "", "/log", worker)
+    role = Role("worker-0", "worker", RoleState.RUNNING, "", "/log", worker)
     cluster = LocalCluster(
         folder.name, Phase.RUNNING, "here", local.boot_id(), keeper, "2026", {}, "", "", (role,)
     )

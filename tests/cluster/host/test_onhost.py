@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cluster.spec.roles import HostPlan, HostRole
+from cluster.spec.roles import HostPlan, HostRole, Timing
 from superserve.roles.local import ProcessId
 
 if TYPE_CHECKING:
@@ -27,19 +28,25 @@ pytestmark = [pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
 WAIT_S = 40.0
 # As every role: it dies with its parent, and ends with code 0 when it is told to.
-WAITS = (
-    "import signal, sys; from superserve.roles.processes import die_with_parent; die_with_parent(); "
-    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('waits', flush=True); "
+BEGINS = (
+    "import os, signal, sys, time; from superserve.roles.processes import announce_ready, die_with_parent; "
+    "die_with_parent(); "
+)
+WAITS = BEGINS + (
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); announce_ready({}); print('waits', flush=True); "
     "[signal.pause() for _ in iter(int, 1)]"
 )
+QUICK = Timing(first_backoff_s=0.05, most_restarts=3, good_service_s=30.0, worker_stop_s=1.0)
 
 
 class OneHost:
     """A folder of a host, and the module that works there."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="ss", dir="/tmp"))
-        (self.folder / "code").mkdir()
+    def __init__(self, name: str = "") -> None:
+        self.base = Path(tempfile.mkdtemp(prefix="ss", dir="/tmp"))
+        self.folder = self.base / name
+        self.folder.mkdir(exist_ok=True)
+        self.timing = QUICK
 
     def plan(self, **codes: str) -> dict[str, Any]:
         """Return a plan of a role for each keyword: its name, and what Python it runs."""
@@ -47,12 +54,14 @@ class OneHost:
             HostRole(name, "router" if name == "router" else "worker", ("-c", code), (), "waiting")
             for name, code in codes.items()
         )
-        return HostPlan(str(self.folder), sys.executable, str(ROOT), roles, 1 << 20, 1).to_dict()
+        return HostPlan(
+            str(self.folder), sys.executable, str(ROOT), roles, 1 << 20, 1, timing=self.timing
+        ).to_dict()
 
     def ask(self, verb: str, **asked: Any) -> dict[str, Any]:
         """Do a verb, in a process of its own as over ssh."""
         done = subprocess.run(
-            [sys.executable, "-m", "cluster.host.onhost", verb], cwd=ROOT, text=True, check=True,
+            [sys.executable, "-P", "-m", "cluster.host.onhost", verb], cwd=ROOT, text=True, check=True,
             input=json.dumps({"folder": str(self.folder), **asked}), capture_output=True,
         )  # fmt: skip
         said: dict[str, Any] = json.loads(done.stdout)
@@ -93,12 +102,12 @@ class OneHost:
 @pytest.fixture
 def host() -> Iterator[OneHost]:
     """Give a host; everything on it is stopped."""
-    here = OneHost()
+    here = OneHost("a b;%#'c" + "d" * 90)  # a name with a meaning elsewhere, too long for a socket
     try:
         yield here
     finally:
         here.ask("down")
-        shutil.rmtree(here.folder)
+        shutil.rmtree(here.base)
 
 
 def test_only_what_differs_is_touched(host: OneHost) -> None:
@@ -150,9 +159,7 @@ def test_down_ends_every_process_and_says_which(host: OneHost) -> None:
 def test_a_role_that_was_drained_stays_away_and_up_starts_it(host: OneHost) -> None:
     """Exit code 0 is no crash; the next `apply` starts it again, and says what it was."""
     host.apply(one=WAITS)
-    pid = host.running("one")["one"]
-    host.ask("signal", role="one", signal="TERM")
-    # Within its first seconds supervisor takes any end for a failed start; it has been told to stop.
+    pid = host.state("one", "RUNNING")["pid"]
     host.ask("stop", role="one")
     assert host.state("one", "STOPPED")["pid"] is None
     assert host.apply(one=WAITS) == {"one": "started (was STOPPED)"}
@@ -160,10 +167,73 @@ def test_a_role_that_was_drained_stays_away_and_up_starts_it(host: OneHost) -> N
 
 
 def test_a_role_that_cannot_start_is_given_up_with_its_last_words(host: OneHost) -> None:
-    """After a few tries that grow apart it is FATAL, and `states` has the end of its log."""
+    """What ends before it was ever ready is FATAL at once, and `states` has the end of its log."""
     host.apply(one="print('no memory for %s; really' % '[weights]'); raise SystemExit(7)")
     found = host.state("one", "FATAL")
-    assert found["tail"] == ["no memory for [weights]; really"] * 4
+    assert found["tail"] == ["no memory for [weights]; really"]
+    assert "ended with exit code 7 before it was ready; its log" in found["why"]
+    assert (found["restarts"], found["exit"]) == (0, 7)
+
+
+def test_a_role_that_serves_for_a_while_and_crashes_each_time_is_given_up(host: OneHost) -> None:
+    """Supervisor would start it for ever: it lives longer than any start takes. Its lives are in its log."""
+    host.apply(one=BEGINS + "announce_ready({}); print('life', flush=True); time.sleep(0.3); sys.exit(9)")
+    found = host.state("one", "FATAL")
+    assert found["restarts"] == QUICK.most_restarts
+    assert "ended with exit code 9 while it was needed" in found["why"]
+    assert (host.folder / "one.log").read_text().count("life") == QUICK.most_restarts + 1
+
+
+def test_good_service_forgets_crashes(host: OneHost) -> None:
+    """A role that was ready for long enough begins again at the first back-off."""
+    host.timing = replace(QUICK, good_service_s=0.1, most_restarts=1)
+    host.apply(one=BEGINS + "announce_ready({}); time.sleep(0.3); sys.exit(9)")
+    give_up_s = time.monotonic() + WAIT_S
+    while host.ask("states")["roles"][0]["restarts"] < 3:
+        assert time.monotonic() < give_up_s
+
+
+def test_a_role_that_is_started_again_and_hangs_is_ended(host: OneHost) -> None:
+    """It was ready once: now it counts as crashed when it is not ready in time."""
+    host.timing = replace(QUICK, ready_timeout_s=0.5, most_restarts=1)
+    path = host.base / "once"
+    host.apply(
+        one=BEGINS
+        + f"""
+path = {str(path)!r}
+if os.path.exists(path): time.sleep(600)
+open(path, "w").close(); announce_ready({{}}); time.sleep(0.2); sys.exit(3)"""
+    )
+    assert "was not ready again within 0.5 s" in host.state("one", "FATAL")["why"]
+
+
+def test_a_role_that_does_not_end_is_killed(host: OneHost) -> None:
+    """After its grace period, and `states` has that."""
+    host.apply(
+        one=BEGINS + "signal.signal(signal.SIGTERM, signal.SIG_IGN); announce_ready({}); time.sleep(600)"
+    )
+    host.state("one", "RUNNING")
+    host.ask("stop", role="one")
+    assert "did not end in time when told to stop, and was killed" in host.state("one", "STOPPED")["why"]
+
+
+def test_a_role_that_leaves_stays_away(host: OneHost) -> None:
+    """Exit code 0 of its own accord is no crash."""
+    host.apply(one=WAITS)
+    os.kill(host.state("one", "RUNNING")["pid"], signal.SIGTERM)
+    assert host.state("one", "EXITED")["restarts"] == 0
+    assert host.apply(one=WAITS) == {"one": "started (was EXITED)"}
+
+
+def test_what_concerns_the_keeper_alone_is_closed_to_roles(host: OneHost) -> None:
+    """A role has its output and the pipe for its readiness, and no socket of its parent's."""
+    host.apply(
+        one=BEGINS
+        + "print(sorted(os.listdir('/proc/self/fd')), flush=True); announce_ready({}); time.sleep(600)"
+    )
+    host.state("one", "RUNNING")
+    # The last is the descriptor of the listing itself.
+    assert host.ask("tail", role="one", lines=1)["lines"] == ["['0', '1', '2', '3', '4']"]
 
 
 def test_roles_die_with_their_supervisor_even_by_sigkill(host: OneHost) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.operate.fleet import HostSeen, RoleSeen
+from cluster.operate.engine import HostSeen, RoleSeen
 from cluster.operate.hosts_health import problems, unready
 from cluster.remote.record import Record
 
@@ -31,7 +31,7 @@ def seen(*roles: RoleSeen, error: str = "") -> list[HostSeen]:
 
 
 def test_all_registered_is_ready_even_if_young() -> None:
-    """Supervisor calls a role STARTING for ten seconds; what it serves is what counts."""
+    """What the router gives work to is ready, whatever its keeper has heard of it."""
     young = replace(WORKER, state="STARTING", up_s=1)
     assert unready(seen(ROUTER, young), status(), SLOTS) == []
 
@@ -61,10 +61,11 @@ def test_waiting_for_a_role_that_is_given_up_would_be_in_vain(role: RoleSeen, te
     assert (line.text, line.is_final) == (text, True)
 
 
-def test_what_supervisor_is_about_to_start_is_waited_for() -> None:
-    """It looks once a second; a role that crashed is EXITED, or BACKOFF, until then."""
-    for role in (replace(WORKER, state="STOPPED", pid=None), replace(WORKER, state="EXITED", exit_code=1)):
-        assert [line.is_final for line in unready(seen(ROUTER, role), status(n=0), SLOTS)] == [False]
+def test_what_is_about_to_be_started_again_is_waited_for() -> None:
+    """A role that crashed is in BACKOFF until its restart; one that was stopped is not started by itself."""
+    for state, is_final in (("BACKOFF", False), ("STARTING", False), ("STOPPED", True)):
+        role = replace(WORKER, state=state, pid=None, exit_code=1)
+        assert [line.is_final for line in unready(seen(ROUTER, role), status(n=0), SLOTS)] == [is_final]
 
 
 def test_hosts_that_cannot_be_asked_or_take_no_part_are_problems() -> None:

@@ -202,12 +202,12 @@ def test_a_port_that_is_taken_is_told_from_the_routers_log(here: Machine) -> Non
 
 def test_a_keeper_that_cannot_start_is_told_from_its_log(here: Machine) -> None:
     """Its last words, and an exit code."""
-    here.fault("cluster.host.keeper", CRASH)
+    here.fault("cluster.host.watch", CRASH)
 
     code, output = here.run("up", *EMULATE)
 
     assert code == 1
-    assert "the keeper ended without a word" in output
+    assert "the keeper did not start" in output
     assert "no memory for [weights]" in output
     assert here.processes() == []
 
@@ -241,9 +241,9 @@ def test_a_launcher_that_is_killed_before_its_keeper_begins_leaves_nothing(
     """The keeper finds nobody at the other end."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    here.fault("cluster.host.keeper", f"open({str(gate)!r}).read()")
+    here.fault("cluster.host.watch", f"open({str(gate)!r}).read()")
     launcher = here.start("up", *EMULATE)
-    here.until(lambda: here.is_running("cluster.host.keeper"))
+    here.until(lambda: here.is_running("cluster.host.watch"))
 
     launcher.kill()
     finish(launcher)
@@ -294,7 +294,7 @@ def test_a_role_that_is_killed_is_started_again_and_status_says_so(here: Machine
     ]
     assert changed == [name]
     row = next(line for line in here.run("status")[1].splitlines() if line.startswith(name))
-    assert row.split()[2:4] == ["ready", "1"]
+    assert row.split()[2:4] == ["RUNNING", "1"]
     assert here.run("down")[0] == 0
     assert here.processes() == []
 
@@ -310,7 +310,7 @@ def test_a_worker_that_waits_for_its_restart_makes_status_unwell(here: Machine) 
     os.kill(pid, signal.SIGKILL)
 
     # It never comes back: whichever of its restarts is seen, it is not ready.
-    here.until(lambda: (role := here.role("worker-0")) is not None and role.state is RoleState.WAITING)
+    here.until(lambda: (role := here.role("worker-0")) is not None and role.state is RoleState.BACKOFF)
     here.until(lambda: (role := here.role("worker-0")) is not None and "exit code 7" in role.why)
     code, output = here.run("status")
     assert code == 1

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.host.orders import SOCKET, give_order
-from superserve.errors import ProcessError
+from cluster.host.config import SOCKET
+from cluster.host.onhost import do
+from cluster.operate.engine import here as engine_here
+from superserve.errors import ConfigError
 from superserve.net.connection import ask_status
 from tests.cluster.machine import CRASH, ROOT, WAIT_S
 from tests.e2e.pages import check
@@ -68,9 +70,9 @@ def test_drained_is_away_until_it_is_asked_back(here: Machine) -> None:
     check(PAGE, "drain", output)
     assert {slot["name"] for slot in ask_status(cluster.client_endpoint)["workers"]} == {"worker-1"}
     code, output = here.run("drain", "worker-0")
-    assert (code, "worker-0: has ended already (stopped)" in output) == (0, True), output
+    assert (code, "worker-0: has ended already (STOPPED)" in output) == (0, True), output
     code, output = here.run("status")
-    assert (code, "worker-0: stopped: ended as told, with exit code 0" in output) == (1, True), output
+    assert (code, "worker-0: STOPPED: ended as told, with exit code 0" in output) == (1, True), output
     code, output = here.run("drain", "worker-O")
     assert (code, "did you mean worker-" in output) == (1, True), output
 
@@ -149,27 +151,28 @@ def test_the_router_is_restarted_only_if_asked_for(here: Machine) -> None:
     assert here.run("down")[0] == 0
 
 
-def test_orders_are_for_the_user_of_the_cluster_alone(here: Machine) -> None:
-    """The socket is 0600, in a folder of 0700; nonsense is refused, and the keeper lives."""
-    here.up()
+def test_a_keeper_listens_to_its_user_alone(here: Machine) -> None:
+    """Its socket is in a folder of 0700; nonsense is refused, and the keeper lives."""
+    cluster = here.up()
     folder = here.base / "default"
     mode = stat.S_IMODE((folder / SOCKET).stat().st_mode)
-    assert (mode, stat.S_IMODE(folder.stat().st_mode)) == (0o600, 0o700)
+    assert (mode, stat.S_IMODE(folder.stat().st_mode)) == (0o700, 0o700)
 
-    with pytest.raises(ProcessError, match="expected stop or start, got 'explode'"):
-        give_order(folder, "explode", "worker-0")
-    with pytest.raises(ProcessError, match="worker-7: expected one of router, worker-0, worker-1"):
-        give_order(folder, "stop", "worker-7")
-    descriptor = os.open(folder, os.O_PATH)
+    engine = engine_here("default", cluster)
+    said = do("stop", {"folder": str(folder), "role": "worker-7"})
+    assert "BAD_NAME" in said["error"]
+    with pytest.raises(ConfigError, match="worker-7: expected a role"):
+        engine.scale("worker-7", 0)
     with contextlib.ExitStack() as stack:
-        stack.callback(os.close, descriptor)
-        for i in range(40):  # more than the keeper listens to
+        for i in range(40):
             other = stack.enter_context(socket.socket(socket.AF_UNIX))
+            descriptor = os.open(folder, os.O_PATH)
+            stack.callback(os.close, descriptor)
             other.connect(f"/proc/self/fd/{descriptor}/{SOCKET}")
             if i % 2:
                 with contextlib.suppress(OSError):  # the keeper hangs up
                     other.sendall(b"\xff" * 5_000)
-        give_order(folder, "start", "worker-0")  # it runs: nothing to do
+        do("start", {"folder": str(folder), "role": "worker-0"})  # it runs: nothing to do
 
     assert here.run("status")[0] == 0
     assert here.run("down")[0] == 0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.operate.fleet import open_cluster
+from cluster.operate.engine import open_cluster
 from cluster.remote import record as records
 from cluster.remote.record import KnownHost, Record
 from cluster.spec.roles import Target

@@ -1,4 +1,4 @@
-"""A cluster on several hosts, as `cluster.operate.operable.Operable`."""
+"""A cluster that supervisor runs, on this machine or several, as `cluster.operate.operable.Operable`."""
 
 from __future__ import annotations
 
@@ -6,45 +6,45 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from cluster.host.facts import Facts
 from cluster.operate.operable import HostFacts, RoleView
 from cluster.remote.shell import RemoteError, parallel
+from superserve.errors import ProcessError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cluster.operate.fleet import RemoteFleet, RoleSeen
+    from cluster.operate.engine import RoleSeen, SupervisorEngine
     from cluster.remote.record import KnownHost
 
 UNREACHABLE = "UNREACHABLE"
 """The state of a role whose host cannot be asked."""
 
 
-class HostsOperable:
-    """A cluster that was started from a hosts file.
+class SupervisedCluster:
+    """A cluster, as its keepers and its router say.
 
     Args:
-        fleet: Its hosts, as they are reached.
+        engine: Its hosts, as they are reached.
 
     Attributes:
         name: The cluster's.
-        is_local: Always False: its supervisors bound its logs.
+        is_local: Whether it is one of this machine.
     """
 
-    is_local = False
-
-    def __init__(self, fleet: RemoteFleet) -> None:
-        self.name = fleet.record.name
-        self._fleet = fleet
+    def __init__(self, engine: SupervisorEngine) -> None:
+        self.name = engine.record.name
+        self.is_local = engine.is_here
+        self._engine = engine
 
     def roles(self) -> tuple[RoleView, ...]:
-        """Return every role as its supervisor sees it, or as unreachable where its host cannot be asked."""
+        """Return every role as its keeper sees it, or as unreachable where its host cannot be asked."""
         found: list[RoleView] = []
-        for known, seen in zip(self._fleet.record.hosts, self._fleet.states(), strict=True):
+        for known, seen in zip(self._engine.record.hosts, self._engine.roles(), strict=True):
             if seen.error:
                 found += [_unreachable(name, known, seen.error) for name in known.roles]
+            elif self.is_local and seen.supervisord is None:
+                raise ProcessError(f"cluster {self.name!r}: it ended meanwhile")
             else:
                 found += [_view(role) for role in seen.roles]
         return tuple(sorted(found, key=lambda role: role.kind != "router"))
@@ -52,17 +52,17 @@ class HostsOperable:
     def status(self) -> dict[str, Any] | None:
         """Return the router's STATUS; None if it or its host does not answer."""
         try:
-            return self._fleet.router_status()
+            return self._engine.router_status()
         except RemoteError:  # the roles say why
             return None
 
     def stop(self, role: str) -> None:
-        """Have a host's supervisor stop a role; returns when it has ended."""
-        self._fleet.stop(role)
+        """Have a host's keeper stop a role."""
+        self._engine.scale(role, 0)
 
     def start(self, role: str) -> None:
-        """Have a host's supervisor start a role."""
-        self._fleet.start(role)
+        """Have a host's keeper start a role."""
+        self._engine.scale(role, 1)
 
     def facts(self, roles: Sequence[RoleView]) -> tuple[HostFacts, ...]:
         """Return what is known of each host."""
@@ -71,35 +71,29 @@ class HostsOperable:
             if role.pid is not None:
                 pids.setdefault(role.host, []).append(role.pid)
         return tuple(
-            parallel(self._fleet.record.hosts, lambda host: self._facts(host, pids.get(host.name, [])))
+            parallel(self._engine.record.hosts, lambda host: self._facts(host, pids.get(host.name, [])))
         )
 
     def _facts(self, host: KnownHost, pids: Sequence[int]) -> HostFacts:
-        argv = [
-            "env", f"PYTHONPATH={host.code}", host.interpreter, "-m", "cluster.host.facts", host.folder,
-            *map(str, pids),
-        ]  # fmt: skip
         before_s = time.time()
         try:
-            done = self._fleet.run(host.name, argv)
+            said = self._engine.ask(host.name, "facts", pids=list(pids))
         except RemoteError as error:
             return HostFacts(host.name, str(error), None, 0.0, 0.0)
         after_s = time.time()
-        if done.code != 0:
-            words = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.code}"]
-            return HostFacts(host.name, f"{host.name}: {words[0]}", None, 0.0, 0.0)
-        facts = Facts(**orjson.loads(done.stdout.strip().splitlines()[-1]))
+        files = {pid: (int(n), int(most)) for pid, (n, most) in said.pop("open_files").items()}
+        facts = Facts(**said, open_files=files)
         # It looked at its clock in between, nobody knows when: the middle is wrong by half at most.
         middle_s, half_s = (before_s + after_s) / 2, (after_s - before_s) / 2
         return HostFacts(host.name, "", facts, facts.time_s - middle_s, half_s)
 
 
 def _view(role: RoleSeen) -> RoleView:
-    has_ended = role.state in ("STOPPED", "FATAL") or (role.state == "EXITED" and role.exit_code == 0)
-    why = "" if role.is_running else "\n".join([f"exit code {role.exit_code}", *role.tail])
+    why = "" if role.is_running and not role.restarts else role.why
     return RoleView(
-        role.name, role.kind, role.host, role.state, role.is_running, has_ended, role.pid, None, why, role.log
-    )
+        role.name, role.kind, role.host, role.state, role.is_running, role.has_ended, role.pid,
+        role.restarts, why, role.log,
+    )  # fmt: skip
 
 
 def _unreachable(name: str, host: KnownHost, why: str) -> RoleView:
