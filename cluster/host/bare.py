@@ -5,7 +5,8 @@ The launcher sends this file's text over ssh's stdin, to be run by the host's Py
     python3 -c '...' probe '{"cluster": ..., ...}'      look, and change nothing
     python3 -c '...' install '{...}' < wheel            put the package there, and what it needs
 
-and reads one JSON object from stdout. `{"error": ...}` says what went wrong, for people.
+and reads one JSON object from stdout, between two marks: a login's shell may print before it and after it.
+`{"error": ...}` says what went wrong, for people.
 
     STATE/.hosts/CLUSTER/HOST/     0700; STATE as in superserve/roles/local.py
       code/HASH/                   the package, unpacked: a running role keeps the files it began with
@@ -28,6 +29,9 @@ import time
 import zipfile
 from pathlib import Path
 from typing import Any
+
+BEGIN, END = "<<superserve:", ":superserve>>"
+"""What stands around an answer, so that it is found among whatever a shell prints."""
 
 _STATE = "SUPERSERVE_STATE"
 _OURS = "SUPERSERVE_HOST_FOLDER"  # in the environment of every role: `cluster.host.config` puts it there
@@ -225,6 +229,11 @@ def call(argv: list[str]) -> None:
         raise BareError(f"`{' '.join(argv[:5])} ...` failed on {socket.gethostname()}: {words}")
 
 
+def marked(answer: dict[str, Any]) -> str:
+    """Return an answer as it is printed."""
+    return f"\n{BEGIN}{json.dumps(answer)}{END}\n"
+
+
 def main(verb: str, text: str) -> None:
     """Do what is asked for, and print what it came to."""
     asked = json.loads(text)
@@ -232,7 +241,7 @@ def main(verb: str, text: str) -> None:
         result = probe(asked) if verb == "probe" else install(asked, sys.stdin.buffer.read())
     except (BareError, OSError, subprocess.SubprocessError, zipfile.BadZipFile) as error:
         result = {"error": str(error)}
-    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.write(marked(result))
 
 
 if __name__ == "__main__":

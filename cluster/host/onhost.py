@@ -1,6 +1,6 @@
 """`python -P -m cluster.host.onhost VERB`: what the launcher does on one host, on that host.
 
-It is run over ssh, reads one JSON object from stdin and writes one to stdout; `{"error": ...}`
+It is run over ssh, reads one JSON object from stdin and writes one to stdout, marked; `{"error": ...}`
 says what went wrong, for people. On this machine the launcher calls `do` itself. Supervisor is asked
 through its socket, in a folder that only its user may enter.
 
@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped]  # it ships no types
 
+from cluster.host.bare import marked
 from cluster.host.config import (
     BEFORE,
     CONFIG,
@@ -47,7 +48,7 @@ from cluster.host.config import (
     tail_of,
 )  # fmt: skip
 from cluster.host.facts import look
-from cluster.host.folder import HeldError, alone, await_end, clean, end, outliving
+from cluster.host.folder import HeldError, alone, await_end, clean, end, outliving, tidy_unowned
 from cluster.spec.roles import FILLED, KEYS, OPERATOR_KEY, HostPlan, HostRole, Timing
 from superserve.errors import ConfigError, ProcessError, SuperServeError
 from superserve.net.connection import ask_status
@@ -201,6 +202,7 @@ def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     with alone(folder, wait_s=_LOCK_S if hold is None else 0.0):
         if hold is not None:
             _check_free(folder)
+            return _start_here(folder, plan, hold, asked["kept_open"])
         files = _put_files(folder, {name: base64.b64decode(text) for name, text in asked["files"].items()})
         is_running = Supervisord(folder).pid() is not None
         before = _read(folder / PLAN) if is_running else None
@@ -208,7 +210,20 @@ def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
             (folder / BEFORE).unlink(missing_ok=True)
         else:
             _put(folder / BEFORE, before)
-        return {"changed": _run(folder, plan, hold, asked.get("kept_open", ())), "files": files}
+        return {"changed": _run(folder, plan), "files": files}
+
+
+def _start_here(folder: Path, plan: HostPlan, hold: int, kept_open: Sequence[int]) -> dict[str, Any]:
+    """Start a cluster of this machine, which is not kept yet; where that fails nothing of it is left."""
+    try:
+        for path in folder.glob("*.log*"):  # of an earlier life
+            path.unlink()
+        _write(folder, plan)
+        Supervisord(folder).start(plan, hold, kept_open)
+    except BaseException:
+        tidy_unowned(folder)
+        raise
+    return {"changed": {role.name: "started" for role in plan.roles}, "files": []}
 
 
 def _check_free(folder: Path) -> None:
@@ -226,9 +241,7 @@ def undo(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
         return {"changed": _run(folder, HostPlan.from_dict(json.loads(before)))}
 
 
-def _run(
-    folder: Path, plan: HostPlan, hold: int | None = None, kept_open: Sequence[int] = ()
-) -> dict[str, str]:
+def _run(folder: Path, plan: HostPlan) -> dict[str, str]:
     """Have exactly the plan's roles run; touch only what differs."""
     supervisord = Supervisord(folder)
     is_new = supervisord.pid() is None
@@ -237,7 +250,7 @@ def _run(
             path.unlink()
     _write(folder, plan)
     if is_new:
-        supervisord.start(plan, hold, kept_open)
+        supervisord.start(plan)
         return {role.name: "started" for role in plan.roles}
     infos = supervisord.infos()
     changed = supervisord.update()
@@ -415,7 +428,7 @@ def do(verb: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 def main(verb: str) -> None:
     """Do one verb and print what it came to."""
-    sys.stdout.write(json.dumps(do(verb, json.load(sys.stdin))) + "\n")
+    sys.stdout.write(marked(do(verb, json.load(sys.stdin))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What starts, shows and stops the roles of one cluster: `ClusterEngine`, and the one that there is, supervisor's.
+"""What starts, shows and stops the roles of a cluster: `ClusterEngine`, and the one there is, supervisor's.
 
     with open_cluster("default") as engine:
         for host in engine.roles():

@@ -172,6 +172,7 @@ class _Hold:
         self._plan = plan
         self._folder = folder
         self._control, self._its = socket.socketpair()
+        self._is_ours = False
 
     def __enter__(self) -> Self:
         ports = _Ports()
@@ -187,6 +188,7 @@ class _Hold:
                 timing=patience, local=about,
             )  # fmt: skip
             self._started(self.engine, plan, ports)
+            self._is_ours = True
         except BaseException:
             self._end()
             raise
@@ -224,14 +226,19 @@ class _Hold:
         self._control.close()
 
     def _end(self) -> None:
-        """Make sure that the keeper ends, and wait for that; interrupted, it ends the wait only."""
-        there = local.load(self._folder)
+        """Make sure that the keeper ends, and wait for that; interrupted, it ends the wait only.
+
+        A keeper that another command has started meanwhile is left alone, and so are its files. One of ours
+        that has not answered yet ends by itself, since nobody is at the other end of its socket.
+        """
+        there = local.load(self._folder) if self._is_ours else None
         stop_s = timing().router_stop_s + timing().worker_stop_s + _STOP_S
-        if there is not None and there.phase is not Phase.RUNNING:
+        if there is not None:
             there.keeper.signal(signal.SIGTERM)
             folders.end([there.keeper], wait_s=stop_s)
         self._control.close()
-        folders.tidy_unowned(self._folder)
+        if self._is_ours:
+            folders.tidy_unowned(self._folder)
 
 
 def _start(plan: Plan, folder: Path) -> tuple[LocalCluster, dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from cluster.host.bare import BEGIN, END
 from cluster.host.onhost import do
 from cluster.remote.shell import RemoteError
 
@@ -33,14 +34,18 @@ def ask(
 
 
 def answer(host: str, done: Completed) -> dict[str, Any]:
-    """Return the JSON object that a command on a host printed.
+    """Return the JSON object that a command on a host printed between marks, whatever stands around it.
+
+    A shell may print a greeting, without a newline even, or a farewell, and end with a code of its own.
 
     Raises:
-        RemoteError: It failed, or printed something else; quotes its last words.
+        RemoteError: There is none; quotes the command's last words.
     """
+    _, _, rest = done.stdout.rpartition(BEGIN.encode())
+    text, end, _ = rest.partition(END.encode())
     try:
-        said = orjson.loads(done.stdout.strip().splitlines()[-1]) if done.code == 0 else None
-    except (orjson.JSONDecodeError, IndexError):
+        said = orjson.loads(text) if end else None
+    except orjson.JSONDecodeError:
         said = None
     if not isinstance(said, dict):
         words = (done.stderr or done.stdout.decode(errors="replace")).strip().splitlines()[-3:]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from cluster.host import bare
+from cluster.host.bare import BEGIN, END
 from superserve.roles import local
 
 SOURCE = Path(bare.__file__).read_text(encoding="utf-8")
@@ -28,7 +29,7 @@ def run(verb: str, asked: dict[str, Any], content: bytes = b"", /, **env: str) -
         [sys.executable, "-I", "-c", SOURCE, verb, json.dumps(asked)],
         input=content, env={**os.environ, **env}, capture_output=True, check=True,
     )  # fmt: skip
-    said: dict[str, Any] = json.loads(done.stdout)
+    said: dict[str, Any] = json.loads(done.stdout.partition(BEGIN.encode())[2].partition(END.encode())[0])
     return said
 
 

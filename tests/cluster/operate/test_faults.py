@@ -1,4 +1,4 @@
-"""A cluster of this machine whose roles keep crashing, or whose disk is full: it says so and leaves nothing."""
+"""A cluster of this machine whose roles keep crashing, or whose disk is full: said, and nothing is left."""
 
 from __future__ import annotations
 
