@@ -88,6 +88,7 @@ def probe(asked: dict[str, Any]) -> dict[str, Any]:
         "files": [soft, hard],
         "disk_bytes": free_bytes(folder),
         "writable": writable(folder),
+        "router": lookup(asked["router"]),
         "clock": (began + time.time()) / 2,
     }
 
@@ -157,6 +158,16 @@ def described(process: Path) -> str:
 def free_bytes(folder: Path) -> int:
     """Return how many bytes may still be written where the folder is, or will be."""
     return shutil.disk_usage(existing(folder)).free
+
+
+def lookup(name: str) -> str:
+    """Return "" if a name has an address here, or is none to look up; else why not."""
+    try:
+        if name:
+            socket.getaddrinfo(name, None)
+    except (OSError, UnicodeError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return ""
 
 
 def existing(folder: Path) -> Path:

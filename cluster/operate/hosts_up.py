@@ -108,6 +108,9 @@ def _check(plan: HostsPlan, findings: Sequence[HostFinding], *, rollback: bool) 
     unable = [finding.name for finding in findings if finding.wrong]
     if plan.router_host in unable:
         raise PreflightError(f"nothing was started: {plan.router_host}, the router's host, cannot take part")
+    looking = [finding for want, finding in zip(plan.wanted, findings, strict=True) if want.router]
+    if looking and all(finding.lacks_router for finding in looking if finding.folder):
+        raise PreflightError("nothing was started: no worker beyond the router's host would find the router")
     if unable and rollback:
         raise PreflightError(f"nothing was started: {', '.join(unable)} cannot take part")
 

@@ -53,6 +53,7 @@ class HostFinding:
         folder: The cluster's folder there; "" if it was not reached.
         interpreter: The Python that roles would run with.
         needs_install: Whether the package, or something it needs, is not there yet.
+        lacks_router: Whether it cannot look up the router's name.
     """
 
     name: str
@@ -62,6 +63,7 @@ class HostFinding:
     folder: str = ""
     interpreter: str = ""
     needs_install: bool = False
+    lacks_router: bool = False
 
 
 def look(shell: Shell, cluster: str, hosts: Sequence[Wanted], wheel: Wheel) -> list[HostFinding]:
@@ -84,7 +86,7 @@ def _look(shell: Shell, cluster: str, host: Wanted, wheel: Wheel) -> HostFinding
 def _asked(cluster: str, host: Wanted, wheel: Wheel) -> dict[str, Any]:
     return {
         "cluster": cluster, "host": host.name, "hash": wheel.hash, "ports": host.ports,
-        "requirements": requirements(host),
+        "requirements": requirements(host), "router": host.router,
     }  # fmt: skip
 
 
@@ -149,12 +151,18 @@ def judge(host: Wanted, found: dict[str, Any], *, offset_s: float, within_s: flo
         _files(found, wrong),
         _disk(host, found, wrong),
     )
+    if found["router"]:
+        wrong.append(
+            f"router: expected an address that this host can look up, got {host.router!r} "
+            f"({found['router']}): `router: {{host: ..., address: ...}}` says where hosts reach it, if ssh "
+            f"goes by an alias"
+        )
     if found["writable"]:
         wrong.append(f"disk: expected a folder that can be written, got {found['writable']}")
     return HostFinding(
         host.name, cells, tuple(f"{host.name}: {line}" for line in wrong),
         tuple(f"{host.name}: {line}" for line in notes), found["folder"], found["interpreter"],
-        not found["has_code"] or bool(found["lacks"]),
+        not found["has_code"] or bool(found["lacks"]), bool(found["router"]),
     )  # fmt: skip
 
 

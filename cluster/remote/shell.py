@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +40,20 @@ CONFIG_VARIABLE = "SUPERSERVE_SSH_CONFIG"
 CONNECT_TIMEOUT_S = 10
 """How long a host may take to answer at all."""
 
+_LOGIN_S = 60.0  # a way of several jumps, on busy hosts
 _SSH_FAILED = 255  # ssh(1): the remote command's exit status, or this if an error occurred
 _PERSIST_S = 60  # only for an operator's process that was killed: otherwise connections are closed
 _MAX_AT_ONCE = 32
+# Behind one jump host every handshake is the jump host's too. OpenSSH's sshd turns away some of those that
+# come while ten others are not done (MaxStartups 10:30:100).
+_MAX_HANDSHAKES = 6
+_MAX_TRIES = 6
+_FIRST_PAUSE_S = 0.2  # and twice as long each further time, less up to half of it by chance
+# What ssh says where a server, or a jump host, turned a connection away before anybody had logged in.
+_TURNED_AWAY = (
+    "kex_exchange_identification", "banner exchange", "Connection closed by", "Connection reset by",
+    "stdio forwarding failed",
+)  # fmt: skip
 _MAX_SOCKET_BYTES = 107  # of a unix socket's path: sun_path, less its end
 T = TypeVar("T")
 H = TypeVar("H")
@@ -113,6 +127,8 @@ class OpenSsh:
         self.config = config or (Path(given) if given else None)
         self._folder: Path | None = None
         self._masters: set[Target] = set()
+        self._doors: dict[Target, threading.Lock] = {}
+        self._handshakes = threading.BoundedSemaphore(_MAX_HANDSHAKES)
 
     def __enter__(self) -> Self:
         if shutil.which("ssh") is None:
@@ -162,7 +178,30 @@ class OpenSsh:
 
     def run(self, target: Target, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
         """Run a command to its end; see `Shell.run`."""
-        self._masters.add(target)
+        self._connect(target)
+        return self._run(target, argv, stdin, timeout_s)
+
+    def _connect(self, target: Target) -> None:
+        """Have a connection to a host that its commands share: few handshakes at once, each tried again.
+
+        That is safe here, and not later: no command of ours has begun.
+        """
+        with self._doors.setdefault(target, threading.Lock()):
+            pause_s = _FIRST_PAUSE_S
+            for left in reversed(range(_MAX_TRIES)):
+                if target in self._masters:
+                    return
+                try:
+                    with self._handshakes:
+                        self._run(target, ["true"], b"", _LOGIN_S)
+                    self._masters.add(target)
+                except UnreachableError as error:
+                    if not left or not any(words in str(error) for words in _TURNED_AWAY):
+                        raise
+                    time.sleep(random.uniform(pause_s / 2, pause_s))
+                    pause_s *= 2
+
+    def _run(self, target: Target, argv: Sequence[str], stdin: bytes, timeout_s: float) -> Completed:
         # In our own process group, so that Ctrl-C at a terminal ends whatever we wait for.
         # A file, not a pipe: the shared connection's process keeps its stderr open, and a pipe
         # would not end before it does.
@@ -183,7 +222,7 @@ class OpenSsh:
 
     def start(self, target: Target, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a command whose output is read while it runs; see `Shell.start`."""
-        self._masters.add(target)
+        self._connect(target)
         return subprocess.Popen(
             [*self._argv(target), shlex.join(argv)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         )  # fmt: skip

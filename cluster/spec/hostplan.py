@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from cluster.spec.hostkeys import HostKeys
     from cluster.spec.hosts import Host, Hosts
 
+_EVERY = "0.0.0.0"  # noqa: S104  every address of IPv4; `_check_security` has allowed it
+
 FOLDER = "{folder}"
 """In a role's arguments: the cluster's folder on the role's host."""
 
@@ -107,17 +109,31 @@ def plan_of(hosts: Hosts, path: Path) -> HostsPlan:
     slots = tuple((name, host.gpus_per_worker or 1) for host in hosts.hosts for name in host.worker_names)
     return HostsPlan(
         hosts.cluster, str(path.absolute()), hosts.ssh_config, hosts.router.host,
-        f"tcp://{hosts.router_address}:{hosts.router.client_port}",
-        f"tcp://{hosts.router_address}:{hosts.router.worker_port}",
+        at(hosts.router_address, hosts.router.client_port),
+        at(hosts.router_address, hosts.router.worker_port),
         hosts.emulate or hosts.serves, wanted, roles, slots, tuple((*files, *own.files) for own in keys),
         hosts.log.megabytes << 20, hosts.log.files, operator_key(hosts),
     )  # fmt: skip
 
 
+def at(address: str, port: int) -> str:
+    """Return the endpoint of a port at a name or an address; one of IPv6 stands in brackets."""
+    bare = address.strip("[]")
+    return f"tcp://[{bare}]:{port}" if ":" in bare else f"tcp://{address}:{port}"
+
+
+def _is_literal(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(address: str) -> bool:
     """Tell whether an address is reached from its own host only."""
     try:
-        return ipaddress.ip_address(address).is_loopback
+        return ipaddress.ip_address(address.strip("[]")).is_loopback
     except ValueError:
         return address == "localhost"
 
@@ -156,23 +172,39 @@ def _wanted(hosts: Hosts, host: Host, roles: Sequence[HostRole]) -> Wanted:
         host.name, Target(host.address, host.user, host.port), host.python, tuple(ports),
         () if hosts.emulate is not None else gpus,
         hosts.emulate is None and host.n_workers > 0, tuple(role.name for role in roles),
+        _looked_up(hosts, host),
     )  # fmt: skip
+
+
+def _looked_up(hosts: Hosts, host: Host) -> str:
+    """Return the name by which a host's workers look for the router; "" where they need not look one up."""
+    is_needed = host.n_workers > 0 and host.name != hosts.router.host
+    return hosts.router_address if is_needed and not _is_literal(hosts.router_address) else ""
 
 
 def _router(hosts: Hosts, host: Host, keys: HostKeys) -> list[HostRole]:
     if host.name != hosts.router.host:
         return []
-    bound = "127.0.0.1" if is_loopback(hosts.router_address) else "0.0.0.0"  # noqa: S104  it was checked
+    bound = _own(hosts) if is_loopback(hosts.router_address) else "::" if _is_ipv6(hosts) else _EVERY
     argv = (
         "-m", "router",
-        "--client-endpoint", f"tcp://{bound}:{hosts.router.client_port}",
-        "--worker-endpoint", f"tcp://{bound}:{hosts.router.worker_port}",
+        "--client-endpoint", at(bound, hosts.router.client_port),
+        "--worker-endpoint", at(bound, hosts.router.worker_port),
         "--policy", hosts.policy, "--margin-ms", f"{hosts.margin_ms:g}",
         *(("--keys", f"{FOLDER}/{keys.ring}") if keys.ring else ()),
         *(("--security", "none") if hosts.security == "none" else ()),
         *_metrics(hosts, hosts.metrics.router),
     )  # fmt: skip
     return [HostRole("router", "router", argv, _env(host), f"policy {hosts.policy}")]
+
+
+def _is_ipv6(hosts: Hosts) -> bool:
+    return ":" in hosts.router_address
+
+
+def _own(hosts: Hosts) -> str:
+    """Return where the router's own host reaches it."""
+    return "::1" if _is_ipv6(hosts) else "127.0.0.1"
 
 
 def _metrics(hosts: Hosts, port: int | None) -> tuple[str, ...]:
@@ -187,8 +219,8 @@ def _env(host: Host) -> tuple[tuple[str, str], ...]:
 
 def _workers(hosts: Hosts, host: Host, profile: str, keys: HostKeys) -> list[HostRole]:
     # The router's own host may not reach itself by the address that others use.
-    address = "127.0.0.1" if host.name == hosts.router.host else hosts.router_address
-    endpoint = f"tcp://{address}:{hosts.router.worker_port}"
+    address = _own(hosts) if host.name == hosts.router.host else hosts.router_address
+    endpoint = at(address, hosts.router.worker_port)
     admitted = ("--keys", f"{FOLDER}/{keys.worker}") if keys.worker else ()
     roles = []
     first_port = hosts.metrics.workers

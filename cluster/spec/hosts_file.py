@@ -242,6 +242,18 @@ def _hosts_once(data: dict[str, Any]) -> list[Found]:
     return found
 
 
+def _addresses(data: dict[str, Any]) -> list[Found]:
+    """An address is one, and no login: ssh would take `user@address`, and nothing else would."""
+    places = [(where, host) for where, host in _hosts(data)]
+    found: list[Found] = []
+    for where, section in [(("router",), data.get("router")), *places]:
+        address = _get(section, "address", str)
+        if address and "@" in address:
+            hint = "; `user:` of a host says who logs in" if where != ("router",) else ""
+            found.append(((*where, "address"), f"expected an address alone, got {address!r}{hint}"))
+    return found
+
+
 def _router_is_listed(data: dict[str, Any]) -> list[Found]:
     found: list[Found] = []
     names = list(dict.fromkeys(_names(data)))
@@ -358,7 +370,7 @@ def _security(data: dict[str, Any]) -> list[Found]:
 
 
 _CHECKS: tuple[Callable[[dict[str, Any]], list[Found]], ...] = (
-    _hosts_once, _router_is_listed, _standby_is_not_there, _ports_once, _workers, _security,
+    _hosts_once, _addresses, _router_is_listed, _standby_is_not_there, _ports_once, _workers, _security,
 )  # fmt: skip
 
 

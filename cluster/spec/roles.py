@@ -163,6 +163,7 @@ class Wanted:
         gpus: CUDA devices to use.
         serves_supernet: Whether its workers need torch.
         roles: The names of the roles it is to run.
+        router: The router's name, which its workers look up; "" where they need not.
     """
 
     name: str
@@ -172,3 +173,4 @@ class Wanted:
     gpus: tuple[int, ...]
     serves_supernet: bool
     roles: tuple[str, ...]
+    router: str = ""

@@ -35,7 +35,7 @@ def run(verb: str, asked: dict[str, Any], content: bytes = b"", /, **env: str) -
 
 def asked(**more: Any) -> dict[str, Any]:
     """Return what is asked of a host."""
-    return {"cluster": "c", "host": "h", "hash": "abc", "ports": [], "requirements": [], **more}
+    return {"cluster": "c", "host": "h", "hash": "abc", "ports": [], "requirements": [], "router": "", **more}
 
 
 def wheel(**files: str) -> bytes:
@@ -148,3 +148,15 @@ def test_what_is_lacking_comes_by_the_hosts_own_pip(tmp_path: Path) -> None:
 
     failed = run("install", asked(requirements=[["no-such-thing", "1"]]), wheel(), **pip)
     assert "no-such-thing" in failed["error"]
+
+
+def test_a_name_that_cannot_be_looked_up_is_told(tmp_path: Path) -> None:
+    """Nothing is said of one that can, or where there is none."""
+    for name, is_known in (
+        ("localhost", True),
+        ("", True),
+        ("no-such-host.invalid", False),
+        ("a" * 70, False),
+    ):
+        said = run("probe", asked(router=name), SUPERSERVE_STATE=str(tmp_path))["router"]
+        assert (said == "") is is_known, (name, said)

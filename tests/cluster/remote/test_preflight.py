@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cluster.host.bare import marked
 from cluster.remote.preflight import COLUMNS, judge, look, requirements
 from cluster.remote.shell import Completed, UnreachableError
 from cluster.remote.wheel import FOR_SUPERNETS, ON_EVERY_HOST, Wheel
@@ -20,7 +21,7 @@ WANTED = Wanted("a", Target("10.0.0.1", "serve"), "python3", (5555, 5556), (0, 2
 FOUND: dict[str, Any] = {
     "python": [3, 11, 2], "folder": "/s/.hosts/c/a", "interpreter": "/usr/bin/python3", "lacks": [],
     "has_code": True, "other_code": [], "gpus": ["H100"] * 4, "ports": {"5555": "ours", "5556": ""},
-    "files": [1_024, 20_000], "disk_bytes": 80 * 10**9, "writable": "", "clock": 0.0,
+    "files": [1_024, 20_000], "disk_bytes": 80 * 10**9, "writable": "", "router": "", "clock": 0.0,
 }  # fmt: skip
 WHEEL = Wheel("superserve.whl", b"", "abc", "0.1.0")
 
@@ -62,6 +63,15 @@ def test_a_host_that_has_everything_takes_part() -> None:
 def test_what_would_keep_a_role_from_running_is_wrong(change: dict[str, Any], message: str) -> None:
     """Each is named with its host, what was expected and what was found."""
     assert judge(WANTED, FOUND | change, offset_s=0.0, within_s=0.1).wrong == (message,)
+
+
+def test_a_host_that_cannot_look_up_the_router_takes_no_part() -> None:
+    """It is said before anything starts, with what would help; workers would try in vain for ever."""
+    want = replace(WANTED, router="alias")
+    found = judge(want, FOUND | {"router": "Name or service not known"}, offset_s=0.0, within_s=0.1)
+    assert found.lacks_router
+    assert "a: router: expected an address that this host can look up, got 'alias'" in found.wrong[0]
+    assert "`router: {host: ..., address: ...}`" in found.wrong[0]
 
 
 def test_a_clock_that_is_off_is_a_note() -> None:
@@ -117,7 +127,7 @@ def test_hosts_that_cannot_be_looked_at_are_rows_like_all_others() -> None:
     shell = Fake({
         "gone": UnreachableError("ssh: connect to host gone port 22: Connection refused"),
         "bare": Completed(127, b"", "sh: python3.12: command not found"),
-        "well": Completed(0, b"a banner\n" + json.dumps(FOUND).encode() + b"\n", ""),
+        "well": Completed(0, f"a banner{marked(FOUND)}".encode(), ""),
     })  # fmt: skip
 
     gone, bare, well = look(shell, "c", hosts, WHEEL)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cluster.remote import shell as shell_module
 from cluster.remote.shell import OpenSsh, RemoteError, UnreachableError, parallel
 from cluster.spec.roles import Target
 from superserve.errors import ConfigError
@@ -21,6 +22,9 @@ SSH = """#!/bin/sh
 printf '%s\\n' "$@" >> "$CALLS"; echo --- >> "$CALLS"
 for last; do :; done
 case "$*" in *"-O exit"*) exit 0;; esac
+if [ -s "$CALLS.refusals" ]; then
+    head -n 1 "$CALLS.refusals" >&2; sed -i 1d "$CALLS.refusals"; exit 255
+fi
 exec sh -c "$last"
 """
 HOST = Target("gpu1", "serve", 2222)
@@ -50,6 +54,7 @@ def test_a_command_arrives_word_for_word(calls: Callable[[], list[list[str]]]) -
     assert cat.stdout == b"\x00\xff"
     first = calls()[0]
     assert "-F" not in first
+    assert [len(call) for call in calls()] == [len(first)] * 3 + [len(first) + 1]  # to log in; two; to close
     assert [first[i + 1] for i in range(len(first)) if first[i] in ("-p", "-l")] == ["2222", "serve"]
     assert "BatchMode=yes" in first
     assert first[-3:-1] == ["--", "gpu1"]
@@ -98,6 +103,46 @@ def test_failures_of_ssh_are_told_from_those_of_the_command() -> None:
             )  # fmt: skip
         with pytest.raises(RemoteError, match=r"did not end within 0\.2 s: sleep 30"):
             shell.run(HOST, ["sleep", "30"], timeout_s=0.2)
+
+
+def test_a_connection_that_is_turned_away_is_tried_again(
+    calls: Callable[[], list[list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing has begun then; the command itself is run once. What will not change is not tried again."""
+    monkeypatch.setattr(shell_module, "_FIRST_PAUSE_S", 0.001)
+    dropped = "kex_exchange_identification: Connection closed by remote host"
+    (tmp_path / "calls.refusals").write_text(f"{dropped}\nConnection closed by UNKNOWN port 65535\n")
+    with OpenSsh() as shell:
+        assert shell.run(HOST, ["echo", "once"], timeout_s=30).stdout == b"once\n"
+    assert [call[-1] for call in calls()[:-1]] == ["true", "true", "true", "echo once"]
+
+    (tmp_path / "calls.refusals").write_text("serve@gpu1: Permission denied (publickey).\n")
+    with OpenSsh() as shell, pytest.raises(UnreachableError, match="Permission denied"):
+        shell.run(HOST, ["true"], timeout_s=30)
+
+    (tmp_path / "calls.refusals").write_text(f"{dropped}\n" * 100)
+    with OpenSsh() as shell, pytest.raises(UnreachableError, match="kex_exchange_identification"):
+        shell.run(HOST, ["true"], timeout_s=30)
+
+
+def test_few_connections_are_made_at_once(calls: Callable[[], list[list[str]]], tmp_path: Path) -> None:
+    """As many hosts as may be behind one jump host; what runs over a connection that is there may be many."""
+    lock = tmp_path / "running"
+    lock.mkdir()
+    count = (
+        f'touch {lock}/$$; ls {lock} | wc -l >> {tmp_path}/most; python3 -c "import time; time.sleep(0.2)"; '
+        f"rm {lock}/$$"
+    )
+    ssh = tmp_path / "bin/ssh"
+    ssh.write_text(
+        SSH.replace('exec sh -c "$last"', f'[ "$last" = true ] && {{ {count}; }}; exec sh -c "$last"')
+    )
+    hosts = [Target(f"gpu{i}") for i in range(16)]
+    with OpenSsh() as shell:
+        done = parallel(hosts, lambda host: shell.run(host, ["echo", host.address], timeout_s=60))
+    assert [one.stdout.decode().strip() for one in done] == [host.address for host in hosts]
+    assert max(int(n) for n in (tmp_path / "most").read_text().split()) <= shell_module._MAX_HANDSHAKES
+    assert len([call for call in calls() if call[-1] == "true"]) == len(hosts)
 
 
 def test_work_is_done_at_once_and_comes_back_in_order() -> None:

@@ -61,6 +61,32 @@ def test_every_host_gets_its_roles(tmp_path: Path) -> None:
     assert (plan.log_bytes, plan.log_files) == (1 << 20, 2)
 
 
+@pytest.mark.parametrize(
+    ("address", "bound", "own", "others", "looked_up"),
+    [
+        ("10.0.0.1", "0.0.0.0", "127.0.0.1", "10.0.0.1", ""),
+        ("fd00::7", "[::]", "[::1]", "[fd00::7]", ""),
+        ("'[fd00::7]'", "[::]", "[::1]", "[fd00::7]", ""),
+        ("'::1'", "[::1]", "[::1]", "[::1]", ""),
+        ("router.example", "0.0.0.0", "127.0.0.1", "router.example", "router.example"),
+    ],
+)
+def test_the_routers_address_may_be_of_either_kind(
+    tmp_path: Path, address: str, bound: str, own: str, others: str, looked_up: str
+) -> None:
+    """IPv6 stands in brackets wherever a port follows; only a name is looked up, and by other hosts."""
+    text = (
+        f"router: {{host: a, address: {address}}}\nemulate: cnn-8gpu-modelled\nsecurity: none\n"
+        f"hosts: [{{name: a, workers: 1}}, {{name: b, workers: 1}}]\n"
+    )
+    plan = planned(tmp_path, text)
+    assert f"--client-endpoint tcp://{bound}:5555" in argv(plan, "a", "router")
+    assert f"--connect tcp://{own}:5556" in argv(plan, "a", "worker-a-0")
+    assert f"--connect tcp://{others}:5556" in argv(plan, "b", "worker-b-0")
+    assert plan.client_endpoint == f"tcp://{others}:5555"
+    assert [want.router for want in plan.wanted] == ["", looked_up]
+
+
 def test_every_host_is_looked_at_for_what_it_needs(tmp_path: Path) -> None:
     """Ports of router and metrics, the GPUs by their numbers, and the way ssh takes."""
     a, b = planned(tmp_path, REAL).wanted

@@ -238,6 +238,14 @@ router: {host: a}
 hosts: [{name: a, workers: 1, env: {A: [1]}}]
 => 2: hosts[0].env.A: expected text (quote it if it looks like something else), got [1]
 
+router: {host: a, address: serve@10.0.0.1}
+HOSTS
+=> 1: router.address: expected an address alone, got 'serve@10.0.0.1'
+
+router: {host: a}
+hosts: [{name: a, workers: 1, address: serve@10.0.0.1}]
+=> 2: hosts[0].address: expected an address alone, got 'serve@10.0.0.1'; `user:` of a host says who logs in
+
 router: {host: a}
 hosts: [{name: a, workers: 1, address: -oProxyCommand=x}]
 => 2: hosts[0].address: expected text without spaces that does not begin with '-', got '-oProxyCommand=x'
