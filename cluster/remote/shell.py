@@ -52,7 +52,6 @@ _FIRST_PAUSE_S = 0.2  # and twice as long each further time, less up to half of 
 # What ssh says where a server, or a jump host, turned a connection away before anybody had logged in.
 _TURNED_AWAY = (
     "kex_exchange_identification", "banner exchange", "Connection closed by", "Connection reset by",
-    "stdio forwarding failed",
 )  # fmt: skip
 _MAX_SOCKET_BYTES = 107  # of a unix socket's path: sun_path, less its end
 T = TypeVar("T")
@@ -216,7 +215,7 @@ class OpenSsh:
             errors.seek(0)
             words = errors.read().decode(errors="replace").strip()
         if done.returncode == _SSH_FAILED:
-            said = _last_line(words).removeprefix("ssh: ") or "the connection was lost"
+            said = _cause(words).removeprefix("ssh: ") or "the connection was lost"
             raise UnreachableError(f"ssh: {said}")
         return Completed(done.returncode, done.stdout, words)
 
@@ -228,9 +227,11 @@ class OpenSsh:
         )  # fmt: skip
 
 
-def _last_line(words: str) -> str:
+def _cause(words: str) -> str:
+    """Return the line in which ssh says why: its last, unless a jump host could not go on from there."""
     lines = [line.strip() for line in words.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    of_jump = [line for line in lines if "open failed: " in line]
+    return (of_jump or lines or [""])[-1]
 
 
 def parallel(items: Sequence[H], work: Callable[[H], T]) -> list[T]:

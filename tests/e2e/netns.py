@@ -131,21 +131,15 @@ class Net:
         path.write_text(first + shared + last)
         return path
 
-    def start_sshd(self, host: str, *more: str, first: str = "") -> None:
-        """Start a host's server of ssh; return when it listens.
-
-        Args:
-            host: Which.
-            more: Lines for its configuration.
-            first: A line that comes before all others: of two for the same keyword sshd takes the first.
-        """
+    def start_sshd(self, host: str, *more: str, max_startups: str = "100") -> None:
+        """Start a host's server of ssh, with lines for its configuration; return when it listens."""
         config = self.folder / f"{host}.sshd"
         config.write_text(
-            f"{first}\nListenAddress {self.address(host)}\nPort {_PORT}\n"
+            f"ListenAddress {self.address(host)}\nPort {_PORT}\n"
             f"HostKey {self.folder / f'{host}.key'}\n"
             f"AuthorizedKeysFile {self.folder / 'user.key.pub'}\nUsePAM no\nStrictModes no\n"
             f"PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
-            f"PidFile {self.folder / f'{host}.pid'}\nMaxStartups 100\n"
+            f"PidFile {self.folder / f'{host}.pid'}\nMaxStartups {max_startups}\n"
             f"SetEnv SUPERSERVE_STATE={self.state(host)}\n" + "".join(f"{line}\n" for line in more)
         )
         with (self.folder / f"{host}.sshd.log").open("wb") as log:
