@@ -8,7 +8,7 @@ through its socket, in a folder that only its user may enter.
     undo       have the roles run that ran before the last `apply`
     states     how each role stands
     down       stop every role and supervisord itself
-    start, stop, signal   one role; return at once
+    start, stop   one role; return at once
     status     the router's STATUS
     tail       the last lines of a role's log
     facts      what `cluster doctor` wants to know of the host
@@ -25,7 +25,7 @@ import json
 import os
 import resource
 import shutil
-import signal as signal_numbers
+import signal
 import subprocess
 import sys
 import time
@@ -162,17 +162,13 @@ class Supervisord:
         with _unless("NOT_RUNNING"):
             self._call("supervisor.stopProcess", name, False)
 
-    def send(self, name: str, signal: str) -> None:
-        """Send a role a signal, such as "TERM"."""
-        self._call("supervisor.signalProcess", name, signal)
-
     def shut_down(self, within_s: float) -> None:
         """Stop the router, then every worker, then itself; return when its process is gone."""
         pid = self.pid()
         process = None if pid is None else ProcessId.of(pid)
         if process is None:
             return
-        process.signal(signal_numbers.SIGTERM)
+        process.signal(signal.SIGTERM)
         if not await_end(process, within_s):
             raise ProcessError(f"the keeper (pid {pid}) did not stop within {within_s:g} s")
 
@@ -386,12 +382,6 @@ def stop(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def signal(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Send a role a signal."""
-    Supervisord(folder).send(asked["role"], asked["signal"])
-    return {}
-
-
 def facts(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Return what the host is like, and how many files the processes `pids` have open."""
     return asdict(look(folder, asked["pids"]))
@@ -414,7 +404,7 @@ def tail(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 VERBS = {
     "apply": apply, "undo": undo, "states": states, "down": down, "start": start, "stop": stop,
-    "signal": signal, "status": status, "tail": tail, "facts": facts,
+    "status": status, "tail": tail, "facts": facts,
 }  # fmt: skip
 
 

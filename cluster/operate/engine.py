@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterator, Mapping, Sequence
 
-    from cluster.remote.shell import Completed, Shell
+    from cluster.remote.shell import Shell
     from cluster.spec.roles import HostPlan
     from superserve.roles.local import LocalCluster
 
@@ -253,10 +253,6 @@ class SupervisorEngine:
         status: dict[str, Any] | None = said["status"]
         return status
 
-    def signal(self, role: str, name: str) -> None:
-        """Send a role a signal, such as "TERM"."""
-        self.ask(self.record.host_of(role).name, "signal", role=role, signal=name)
-
     def ask(self, host: str, verb: str, *, timeout_s: float = ASK_S, **asked: Any) -> dict[str, Any]:
         """Have a host do a verb of `cluster.host.onhost`, and return what it says.
 
@@ -266,15 +262,6 @@ class SupervisorEngine:
         """
         known = self.record.host(host)
         return ask(self._shell, known, verb, timeout_s=timeout_s, **asked)
-
-    def run(
-        self, host: str, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = ASK_S
-    ) -> Completed:
-        """Run any command on a host, to its end."""
-        try:
-            return self._shell.run(self.record.host(host).target, argv, stdin=stdin, timeout_s=timeout_s)
-        except RemoteError as error:
-            raise type(error)(f"{host}: {error}") from error
 
     def start_reading(self, host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a command on a host whose output the caller reads from its `stdout`, and ends."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.remote import shell as shell_module
-from cluster.remote.shell import OpenSsh, RemoteError, UnreachableError, parallel
-from cluster.spec.roles import Target
+from cluster.remote.shell import Completed, LocalShell, OpenSsh, RemoteError, UnreachableError, parallel
+from cluster.spec.roles import HERE, Target
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -143,6 +143,20 @@ def test_few_connections_are_made_at_once(calls: Callable[[], list[list[str]]], 
     assert [one.stdout.decode().strip() for one in done] == [host.address for host in hosts]
     assert max(int(n) for n in (tmp_path / "most").read_text().split()) <= shell_module._MAX_HANDSHAKES
     assert len([call for call in calls() if call[-1] == "true"]) == len(hosts)
+
+
+def test_this_machine_needs_no_ssh() -> None:
+    """The same shell, without a connection: words, stdin, exit codes and times are as over ssh."""
+    here = LocalShell()
+    done = here.run(HERE, ["sh", "-c", "cat; echo no >&2; exit 3"], stdin=b"in", timeout_s=30)
+    assert done == Completed(3, b"in", "no")
+    with pytest.raises(RemoteError, match=r"did not end within 0\.2 s: sleep 30"):
+        here.run(HERE, ["sleep", "30"], timeout_s=0.2)
+    with pytest.raises(UnreachableError, match="no-such-command: No such file"):
+        here.run(HERE, ["no-such-command"], timeout_s=30)
+    with here.start(HERE, ["echo", "a b"]) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.read() == b"a b\n"
 
 
 def test_work_is_done_at_once_and_comes_back_in_order() -> None:
