@@ -82,13 +82,13 @@ class Supervisord:
         # By way of a descriptor: a socket's address has room for 107 bytes, however deep the folder lies.
         # A new connection each time: one that failed once is of no further use.
         descriptor = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        transport = SupervisorTransport(None, None, f"unix:///proc/self/fd/{descriptor}/{SOCKET}")
         try:
-            path = f"unix:///proc/self/fd/{descriptor}/{SOCKET}"
-            proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", SupervisorTransport(None, None, path))
-            return getattr(proxy, method)(*args)
+            return getattr(xmlrpc.client.ServerProxy("http://127.0.0.1", transport), method)(*args)
         except http.client.HTTPException as error:  # it ended meanwhile
             raise ConnectionError(str(error)) from error
         finally:
+            transport.close()
             os.close(descriptor)
 
     def pid(self) -> int | None:

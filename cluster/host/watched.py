@@ -193,7 +193,7 @@ class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no t
         self.delay, self.backoff = time.time() + wait_s, math.ceil(wait_s)
 
     def _quoted(self, pid: int, what: str) -> str:
-        log = self.config.stdout_logfile
+        log = Path(self.config.stdout_logfile).absolute()
         lines = "\n".join(tail_of(log, _TAIL_LINES, start=self._log_start))
         return f"{self.config.name} (pid {pid}) {what}; its log ({log}) " + (
             f"ends:\n{lines}" if lines else "is empty"

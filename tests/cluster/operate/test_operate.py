@@ -40,7 +40,7 @@ def test_a_rolling_restart_under_load_fails_no_query(here: Machine, tmp_path: Pa
     before = {name: here.pid(name) for name in ("router", "worker-0", "worker-1")}
     path = tmp_path / "run.json"
     with here.start(
-        "run", "--trace", "poisson:rate=300", "--duration", "8", "--slo-ms", "1000", "--json", str(path),
+        "run", "--trace", "poisson:rate=300", "--duration", "12", "--slo-ms", "1000", "--json", str(path),
         module="loadgen",
     ) as load:  # fmt: skip
         here.until(lambda: ask_status(cluster.client_endpoint)["queries"]["received"] > 300)
