@@ -134,6 +134,11 @@ class Supervisord:
             return {info["name"]: info for info in json.loads(self._call("superserve.roles"))}
         except OSError:
             return {}
+        except xmlrpc.client.Fault as error:
+            pid = self.pid()
+            raise ProcessError(
+                f"the keeper (pid {pid}) is of another version, and cannot be asked: `kill {pid}` ends it"
+            ) from error
 
     def update(self) -> dict[str, str]:
         """Have it read its files again; return what that changed, by role."""

@@ -95,7 +95,7 @@ class Keeper(Supervisor):  # type: ignore[misc]  # supervisor ships no types
         self._control = control
         self._hearer = None if control is None else Hearer(control.fileno(), self._hear)
         self._since = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-        self._saved: LocalCluster | None = None
+        self._saved: tuple[object, ...] = ()
         me = ProcessId.of(os.getpid())
         assert me is not None, "this process runs"
         self._me = me
@@ -165,15 +165,21 @@ class Keeper(Supervisor):  # type: ignore[misc]  # supervisor ships no types
         """Write the state file of a cluster of this machine, if anything in it has changed."""
         if self._plan.local is None:
             return
-        now = self._snapshot(self._plan.local)
+        # Every pass comes by here, and each line that a role writes makes one: so a cheap look first.
+        now = (self._phase(), *((p.state, p.pid, p.restarts) for p in self._processes()))
         if now == self._saved:
             return
         self._saved = now
         try:
-            local.save(now, Path.cwd())
+            local.save(self._snapshot(self._plan.local), Path.cwd())
         except OSError as error:  # serving goes on; only what is said of it grows old
             words = f"the state file cannot be written: {error}"
             self.options.logger.critical(words)
+
+    def _phase(self) -> Phase:
+        if self.options.mood < SupervisorStates.RUNNING:
+            return Phase.STOPPING
+        return Phase.STARTING if self._hearer else Phase.RUNNING
 
     def _snapshot(self, about: dict[str, Any]) -> LocalCluster:
         seen = {role["name"]: role for role in self.seen()}
@@ -186,11 +192,9 @@ class Keeper(Supervisor):  # type: ignore[misc]  # supervisor ships no types
             for role in self._plan.roles
             if role.name in seen
         )  # fmt: skip
-        is_stopping = self.options.mood < SupervisorStates.RUNNING
-        phase = Phase.STOPPING if is_stopping else Phase.STARTING if self._hearer else Phase.RUNNING
         return LocalCluster(
-            about["name"], phase, platform.node(), local.boot_id(), self._me, self._since, about["options"],
-            about["client_endpoint"], about["worker_endpoint"], roles,
+            about["name"], self._phase(), platform.node(), local.boot_id(), self._me, self._since,
+            about["options"], about["client_endpoint"], about["worker_endpoint"], roles,
         )  # fmt: skip
 
 
