@@ -32,6 +32,9 @@ PLAN, BEFORE = "plan.json", "before.json"
 KEEPER_LOG = "keeper.log"
 """The keeper's own words: starts, ends and restarts."""
 
+KEEP, KEPT = b"keep\n", b"kept\n"
+"""What the command that starts a cluster of this machine says to the keeper, and its answer."""
+
 _TAIL_BYTES = 8_192
 
 

@@ -32,7 +32,7 @@ from supervisor.poller import PollPoller  # type: ignore[import-untyped]  # it s
 from supervisor.states import ProcessStates, SupervisorStates  # type: ignore[import-untyped]
 from supervisor.supervisord import Supervisor  # type: ignore[import-untyped]  # it ships no types
 
-from cluster.host.config import CONFIG, PLAN, SOCKET
+from cluster.host.config import CONFIG, KEEP, KEPT, PLAN, SOCKET
 from cluster.host.folder import HeldError, clean, hold
 from cluster.host.watched import READY_FD, WatchedOptions, WatchedProcess
 from cluster.spec.roles import HostPlan
@@ -43,7 +43,6 @@ from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-KEEP, KEPT = b"keep\n", b"kept\n"
 _LEAST_WAIT_S = 0.01
 _SAY_S = 5.0  # a launcher that does not read for so long is as good as gone
 

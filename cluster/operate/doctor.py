@@ -137,7 +137,7 @@ def _roles(seen: Seen) -> Iterator[Finding]:
             continue
         words = f"{role.name}: {role.state}"
         again = "restart --router" if role.kind == "router" else f"restart {role.name}"
-        if role.state in ("stopped", "STOPPED", "EXITED"):
+        if role.state in ("STOPPED", "EXITED"):
             fix = seen.command(again)
         elif role.has_ended:
             more = seen.command(f"logs {role.name}")

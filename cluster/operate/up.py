@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.host import folder as folders
-from cluster.host.config import KEEPER_LOG, tail_of
-from cluster.host.watch import KEEP, KEPT
+from cluster.host.config import KEEP, KEEPER_LOG, KEPT, tail_of
 from cluster.operate.engine import here
 from cluster.operate.health import ask_router, problems, seen_by
 from cluster.operate.rolling import RollingOperator

@@ -76,8 +76,8 @@ def test_a_cluster_that_is_well_has_a_line_for_each_check() -> None:
 
 
 GIVEN_UP: dict[str, Any] = {"is_up": False, "has_ended": True, "state": "FATAL", "why": "ended:\nno memory"}
-STOPPED: dict[str, Any] = {"is_up": False, "has_ended": True, "state": "stopped"}
-WAITING: dict[str, Any] = {"is_up": False, "state": "waiting"}
+STOPPED: dict[str, Any] = {"is_up": False, "has_ended": True, "state": "STOPPED"}
+WAITING: dict[str, Any] = {"is_up": False, "state": "BACKOFF"}
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,10 @@ WAITING: dict[str, Any] = {"is_up": False, "state": "waiting"}
     [
         ({"roles": roles(**GIVEN_UP)}, "processes", "wrong", "w0: FATAL",
          "mend what its last lines say (`cluster logs w0` has more), then `cluster restart w0`"),
-        ({"roles": roles(**STOPPED)}, "processes", "wrong", "w0: stopped", "`cluster restart w0`"),
-        ({"roles": roles(**WAITING)}, "processes", "wrong", "w0: waiting", "wait: it is started by itself"),
+        ({"roles": roles(**STOPPED)}, "processes", "wrong", "w0: STOPPED", "`cluster restart w0`"),
+        ({"roles": roles(**WAITING)}, "processes", "wrong", "w0: BACKOFF", "wait: it is started by itself"),
         ({"roles": (role("router", **STOPPED), *WELL.roles[1:]), "status": None}, "router", "wrong",
-         "router: does not answer; its process is stopped", "`cluster restart --router`"),
+         "router: does not answer; its process is STOPPED", "`cluster restart --router`"),
         ({"status": status(router={**status()["router"], "draining": True})}, "router", "wrong",
          "router: drains, and refuses queries", "wait until it has ended"),
         ({"status": status(slot("w0"))}, "registered", "wrong", "w1: runs, and the router does not know it",

@@ -11,7 +11,7 @@ from cluster.operate.rolling import RollingOperator
 from superserve.errors import ConfigError, ProcessError
 from tests.cluster.operated import FakeCluster, role
 
-GONE: dict[str, Any] = {"state": "stopped", "is_up": False, "has_ended": True, "pid": None}
+GONE: dict[str, Any] = {"state": "STOPPED", "is_up": False, "has_ended": True, "pid": None}
 
 
 class Scene:
@@ -128,7 +128,7 @@ def test_a_drained_worker_stays_away() -> None:
     scene.operator.drain(["w0"])
 
     assert scene.cluster.did == ["stop w0"]
-    assert scene.said == ["w0: drained in 0.4 s", "2 left: w1, w2", "w0: has ended already (stopped)"]
+    assert scene.said == ["w0: drained in 0.4 s", "2 left: w1, w2", "w0: has ended already (STOPPED)"]
 
 
 def test_the_last_worker_may_be_drained_with_a_warning() -> None:
