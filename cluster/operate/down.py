@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.host import folder as folders
+from cluster.host.folder import HeldError
 from superserve.errors import ConfigError
 from superserve.roles import local
 from superserve.roles.local import Liveness
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from superserve.roles.local import LocalCluster
 
 _KILLED_S = 5.0  # roles end with their keeper; this is for a machine that is very busy
@@ -47,6 +51,7 @@ def down(name: str, timeout_s: float) -> Down | None:
     folder = local.cluster_folder(name)
     cluster = local.load(folder)
     if cluster is None:
+        _tidy_unnamed(folder)
         return None
     liveness = cluster.liveness()
     if liveness is Liveness.ELSEWHERE:
@@ -59,3 +64,10 @@ def down(name: str, timeout_s: float) -> Down | None:
     folders.end(folders.outliving(folder), wait_s=_KILLED_S)
     folders.tidy(folder)
     return Down(cluster, was_alive=True, was_killed=bool(killed))
+
+
+def _tidy_unnamed(folder: Path) -> None:
+    """Remove what a killed `up` left before its keeper began, unless another command is at work there."""
+    if folder.is_dir():
+        with contextlib.suppress(HeldError), folders.alone(folder, wait_s=0.0):
+            folders.tidy_unowned(folder)

@@ -14,7 +14,7 @@ from cluster.operate.down import Down
 from cluster.operate.health import problems
 from cluster.show import tables as show
 from cluster.spec import plan as plans
-from cluster.spec.plan import Options, Plan, differences, make_plan
+from cluster.spec.plan import Options, Plan, differences, make_plan, python_path
 from superserve.roles import local
 from superserve.roles.local import STATE_VARIABLE, LocalCluster, Phase, ProcessId, Role, RoleState
 
@@ -136,6 +136,16 @@ def test_the_same_options_do_not_differ_and_others_are_named() -> None:
     ]
 
 
+def test_children_find_the_package_that_runs_here_and_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under -P the current folder is no place to look; PYTHONPATH is, in its order, each place once."""
+    root = str(Path(plans.__file__).parents[2])
+    for own in ("/mine:/other", f"/mine:{root}:/other"):
+        monkeypatch.setenv("PYTHONPATH", own)
+        assert python_path() == f"{root}:/mine:/other"
+    monkeypatch.delenv("PYTHONPATH")
+    assert python_path() == root
+
+
 EMULATE = ("--emulate", "cnn-8gpu-modelled:2")
 WRONG = [
     (("up", "--emulate", "cnn-8gpu-modeled:2"), "cnn-8gpu-modelled"),
@@ -191,6 +201,19 @@ def test_a_mangled_state_file_is_named(base: Path) -> None:
         assert result.exit_code == 1
         assert f"{path}: roles: expected list, got nothing" in result.stderr
     assert path.exists()
+
+
+def test_down_removes_what_no_state_file_names(base: Path) -> None:
+    """An `up` that was killed before its keeper began leaves a plan and no state; logs are kept."""
+    folder = base / "default"
+    folder.mkdir(parents=True)
+    for name in ("plan.json", "router.log"):
+        (folder / name).write_text("")
+
+    result = CliRunner().invoke(cli, ("down",))
+
+    assert (result.exit_code, "nothing to stop" in result.output) == (0, True)
+    assert [path.name for path in folder.iterdir()] == ["router.log"]
 
 
 # --- tables -----------------------------------------------------------------------------------
