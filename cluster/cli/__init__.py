@@ -20,7 +20,7 @@ from cluster.cli.keys import keys_command
 from cluster.cli.top import top
 from cluster.operate.down import down as take_down
 from cluster.operate.engine import here
-from cluster.operate.health import ask_router, problems, seen_by
+from cluster.operate.health import ask_router, problems, seen_by, unasked
 from cluster.operate.up import StartError
 from cluster.operate.up import up as bring_up
 from cluster.show import tables as show
@@ -188,11 +188,12 @@ def status(name: str, as_json: bool) -> None:
         return
     try:
         cluster = _running(name)
-        cluster = seen_by(cluster, here(name, cluster).roles())
+        seen = here(name, cluster).roles()
+        cluster = seen_by(cluster, seen)
         said = ask_router(cluster)
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
-    wrong = problems(cluster, said)
+    wrong = [*unasked(seen), *problems(cluster, said)]
     if as_json:
         body = {
             "cluster": orjson.loads(cluster.to_json()), "roles": show.roles_of(cluster), "status": said,

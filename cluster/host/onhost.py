@@ -26,6 +26,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 
 _FILES_WANTED = 65_536
 _STARTED_S = 15.0
+_CALL_S = 20.0  # longer than a role may take to stop, which `update` waits for
 _STOPPED_S = 30.0  # beyond what the roles may take
 _START_AGAIN_S = 0.02
 _LOCK_S = 60.0
@@ -71,6 +73,19 @@ _NOT_THERE = {
 _NOT_THE_KEEPERS = (READY_FD_VARIABLE, PARENT_PID_VARIABLE)
 
 
+class _Connection(http.client.HTTPConnection):
+    """To a socket of this machine; supervisor's own would wait for ever for a process that is stopped."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_CALL_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_CALL_S)
+        self.sock.connect(self._path)
+
+
 class Supervisord:
     """The supervisord of one folder, running or not."""
 
@@ -78,13 +93,22 @@ class Supervisord:
         self.folder = folder
 
     def _call(self, method: str, *args: Any) -> Any:
-        """Call one of its functions; OSError if nobody answers."""
+        """Call one of its functions.
+
+        Raises:
+            OSError: Nobody is there.
+            ProcessError: It does not answer: it is stopped, or its machine is very busy.
+        """
         # By way of a descriptor: a socket's address has room for 107 bytes, however deep the folder lies.
         # A new connection each time: one that failed once is of no further use.
         descriptor = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        transport = SupervisorTransport(None, None, f"unix:///proc/self/fd/{descriptor}/{SOCKET}")
+        path = f"/proc/self/fd/{descriptor}/{SOCKET}"
+        transport = SupervisorTransport(None, None, f"unix://{path}")
+        transport._get_connection = lambda: _Connection(path)
         try:
             return getattr(xmlrpc.client.ServerProxy("http://127.0.0.1", transport), method)(*args)
+        except TimeoutError as error:
+            raise ProcessError(f"the keeper did not answer within {_CALL_S:g} s") from error
         except http.client.HTTPException as error:  # it ended meanwhile
             raise ConnectionError(str(error)) from error
         finally:

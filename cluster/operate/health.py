@@ -21,7 +21,12 @@ _ALIVE = "live"  # its process's
 
 
 def seen_by(cluster: LocalCluster, seen: Sequence[HostSeen]) -> LocalCluster:
-    """Return a cluster of this machine with its roles as its keeper has them now: a file may be older."""
+    """Return a cluster of this machine with its roles as its keeper has them now: a file may be older.
+
+    A keeper that does not answer is one problem more (`unasked`), and leaves the file's word.
+    """
+    if unasked(seen):
+        return cluster
     roles = tuple(
         Role(
             role.name, role.kind, RoleState(role.state), role.serves, role.log,
@@ -31,6 +36,11 @@ def seen_by(cluster: LocalCluster, seen: Sequence[HostSeen]) -> LocalCluster:
         for role in host.roles
     )  # fmt: skip
     return replace(cluster, roles=roles)
+
+
+def unasked(seen: Sequence[HostSeen]) -> list[str]:
+    """Return why hosts cannot be asked."""
+    return [host.error for host in seen if host.error]
 
 
 def ask_router(cluster: LocalCluster) -> dict[str, Any] | None:

@@ -269,6 +269,8 @@ def _ready(engine: SupervisorEngine, plan: Plan, folder: Path) -> LocalCluster:
     while True:
         (host,) = engine.roles()
         there = local.load(folder)
+        if host.error:
+            raise StartError(f"{host.error}; everything has been stopped", there)
         if host.supervisord is None or there is None or there.phase is not Phase.STARTING:
             raise _ended(folder, there)
         cluster = seen_by(there, (host,))

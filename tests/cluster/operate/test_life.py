@@ -378,6 +378,8 @@ def test_a_keeper_that_does_not_stop_is_killed_and_its_roles_with_it(here: Machi
     cluster = here.up()
     os.kill(cluster.keeper.pid, signal.SIGSTOP)
 
+    code, output = here.run("status")
+    assert (code, "the keeper did not answer within" in output) == (1, True), output
     code, output = here.run("down", "--timeout-s", "0.5")
 
     assert code == 0
