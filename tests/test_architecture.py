@@ -182,8 +182,8 @@ def test_the_core_and_the_policies_are_pure(name: str) -> None:
         ("loadgen.simulator.world", "router.report.status", True),
         ("loadgen.traces.trace", "router.core", True),
         ("loadgen.bench.table", "superserve.roles.processes", False),
-        ("cluster.launcher", "loadgen.live.run", False),
-        ("router.cli", "cluster.launcher", True),
+        ("cluster.operate.up", "loadgen.live.run", False),
+        ("router.cli", "cluster.operate.up", True),
         ("router.core", "numpy", False),
     ],
 )

@@ -75,6 +75,7 @@ def bind_router(
         socket.set(zmq.CURVE_SECRETKEY, keys.secret.encode("ascii"))
         socket.set(zmq.ZAP_DOMAIN, domain.encode("ascii"))
         socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no handler: nobody gets in, rather than everybody
+    _speak_ipv6(socket, endpoint)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
@@ -107,6 +108,7 @@ def connect_dealer(
         socket.set(zmq.CURVE_SERVERKEY, keys.router.encode("ascii"))
         socket.set(zmq.CURVE_PUBLICKEY, keys.public.encode("ascii"))
         socket.set(zmq.CURVE_SECRETKEY, keys.secret.encode("ascii"))
+    _speak_ipv6(socket, endpoint)
     if prepare is not None:
         prepare(socket)
     try:
@@ -115,6 +117,12 @@ def connect_dealer(
         socket.close(0)
         raise ConfigError(f"connect {endpoint!r}: expected tcp://HOST:PORT: {error.strerror}") from error
     return socket
+
+
+def _speak_ipv6(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Have a socket take an IPv6 address, where one stands in brackets; a name is looked up as ever."""
+    if endpoint.startswith("tcp://["):
+        socket.set(zmq.IPV6, 1)
 
 
 def _set_common(socket: zmq.Socket[bytes]) -> None:

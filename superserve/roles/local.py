@@ -40,9 +40,9 @@ DEFAULT_NAME = "default"
 """The cluster that commands mean if none is named."""
 
 REMEMBERED = ".clusters"
-"""The folder of what this machine's user remembers of clusters on other hosts: cluster/record.py."""
+"""The folder of what this machine's user remembers of clusters on other hosts: cluster/remote/record.py."""
 
-SCHEMA = 1
+SCHEMA = 2
 
 _FILE = "state.json"
 _LOOK_S = 0.01  # between two looks at a process that gives no descriptor
@@ -61,15 +61,16 @@ class Phase(enum.StrEnum):
 
 
 class RoleState(enum.StrEnum):
-    """How a role stands with the keeper; `cluster.supervisor` has the transitions."""
+    """How a role stands, in supervisor's words; `cluster.host.watched` has the transitions."""
 
-    IDLE = "idle"  # not started yet
-    STARTING = "starting"
-    READY = "ready"
-    WAITING = "waiting"  # it ended, and is started again soon
-    STOPPING = "stopping"  # it was told to end
-    STOPPED = "stopped"  # it was told to end, and did
+    STARTING = "STARTING"  # its process runs and is not ready yet
+    RUNNING = "RUNNING"  # it is ready
+    BACKOFF = "BACKOFF"  # it crashed, and is started again soon
+    STOPPING = "STOPPING"  # it was told to end
+    STOPPED = "STOPPED"  # it was told to end, and did; or it was not started yet
+    EXITED = "EXITED"  # it ended by itself, with exit code 0
     FATAL = "FATAL"  # it ended too often, or before it was ever ready
+    UNKNOWN = "UNKNOWN"
 
 
 class Liveness(enum.Enum):

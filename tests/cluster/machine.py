@@ -27,8 +27,8 @@ _ASK_EVERY_S = 0.02
 # Python runs this file before anything else in a process whose PYTHONPATH leads here.
 _SITE = """
 import pathlib, sys
-argv = [word for word in sys.orig_argv[1:] if word != "-P"]
-module = argv[1] if argv[:1] == ["-m"] else ""
+words = [word for word in sys.orig_argv[1:] if word != "-P"]
+module = words[1] if words[:1] == ["-m"] else ""
 fault = pathlib.Path(__file__).with_name(f"fault-{module}.py")
 if fault.exists():
     exec(compile(fault.read_text(), str(fault), "exec"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cluster.operable import RoleView
+from cluster.operate.operable import RoleView
 from superserve.clock import VirtualClock
 from superserve.errors import ProcessError
 from tests.superserve import statuses
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def role(name: str, host: str = "a", **other: Any) -> RoleView:
     """Return a role that is well."""
     kind = "router" if name == "router" else "worker"
-    return replace(RoleView(name, kind, host, "ready", True, False, 100, 0, "", f"/{name}.log"), **other)
+    return replace(RoleView(name, kind, host, "RUNNING", True, False, 100, 0, "", f"/{name}.log"), **other)
 
 
 class FakeCluster:
@@ -66,9 +66,9 @@ class FakeCluster:
     def stop(self, name: str) -> None:
         """Have a role end in 0.4 s."""
         self.did.append(f"stop {name}")
-        self._roles[name] = replace(self._roles[name], state="stopping", is_up=False)
+        self._roles[name] = replace(self._roles[name], state="STOPPING", is_up=False)
         if name not in self.stuck:
-            ended = replace(self._roles[name], state="stopped", has_ended=True, pid=None)
+            ended = replace(self._roles[name], state="STOPPED", has_ended=True, pid=None)
             self._due[name] = (self.clock.now_ns() + 400_000_000, ended)
 
     def start(self, name: str) -> None:
@@ -76,9 +76,9 @@ class FakeCluster:
         if not self._roles[name].has_ended:
             raise ProcessError(f"{name}: runs")
         self.did.append(f"start {name}")
-        starting = replace(self._roles[name], state="starting", has_ended=False, pid=200)
+        starting = replace(self._roles[name], state="STARTING", has_ended=False, pid=200)
         self._roles[name] = starting
-        up = replace(starting, state="ready", is_up=True)
+        up = replace(starting, state="RUNNING", is_up=True)
         if name in self.wont:
             up = replace(starting, state="FATAL", has_ended=True, pid=None, why=self.wont[name])
         self._due[name] = (self.clock.now_ns() + 1_200_000_000, up)

@@ -131,15 +131,16 @@ class Net:
         path.write_text(first + shared + last)
         return path
 
-    def start_sshd(self, host: str) -> None:
-        """Start a host's server of ssh; return when it listens."""
+    def start_sshd(self, host: str, *more: str, max_startups: str = "100") -> None:
+        """Start a host's server of ssh, with lines for its configuration; return when it listens."""
         config = self.folder / f"{host}.sshd"
         config.write_text(
-            f"ListenAddress {self.address(host)}\nPort {_PORT}\nHostKey {self.folder / f'{host}.key'}\n"
+            f"ListenAddress {self.address(host)}\nPort {_PORT}\n"
+            f"HostKey {self.folder / f'{host}.key'}\n"
             f"AuthorizedKeysFile {self.folder / 'user.key.pub'}\nUsePAM no\nStrictModes no\n"
             f"PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
-            f"PidFile {self.folder / f'{host}.pid'}\nMaxStartups 100\n"
-            f"SetEnv SUPERSERVE_STATE={self.state(host)}\n"
+            f"PidFile {self.folder / f'{host}.pid'}\nMaxStartups {max_startups}\n"
+            f"SetEnv SUPERSERVE_STATE={self.state(host)}\n" + "".join(f"{line}\n" for line in more)
         )
         with (self.folder / f"{host}.sshd.log").open("wb") as log:
             self._sshd[host] = subprocess.Popen(

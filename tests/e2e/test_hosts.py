@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
@@ -198,7 +199,7 @@ def test_the_roles_of_a_host_die_with_their_supervisor(hosts: Net) -> None:
     file = write(hosts, "a", "b")
     up(hosts, file)
     before = pids(hosts)
-    supervisord = int((hosts.state("b") / ".hosts/default/b/supervisord.pid").read_text())
+    supervisord = int((hosts.state("b") / ".hosts/default/b/keeper.pid").read_text())
 
     os.kill(supervisord, signal.SIGKILL)
     hosts.until(lambda: running(hosts) == len(before) - 1)
@@ -289,6 +290,39 @@ def test_rollback_takes_down_what_this_call_started(hosts: Net) -> None:
     assert "taken down again" in output
     assert pids(hosts) == before
     assert running(hosts) == len(before)
+    assert hosts.cluster("down")[0] == 0
+    assert hosts.processes() == []
+
+
+def test_a_router_by_a_name_that_hosts_do_not_know_is_named_before_anything_starts(hosts: Net) -> None:
+    """An alias of ssh's is no address: the table says so, and nothing is started."""
+    file = hosts.folder / "hosts.yaml"
+    entries = "".join(
+        f"  - {{name: {name}, address: alias-{name}, workers: 1, python: {sys.executable}}}\n"
+        for name in "ab"
+    )
+    file.write_text(f"router: {{host: a}}\nemulate: cnn-8gpu-modelled\nsecurity: none\nhosts:\n{entries}")
+    aliases = "".join(f"Host alias-{name}\n  HostName {hosts.address(name)}\n" for name in "ab")
+    hosts.ssh_config.write_text(aliases + hosts.ssh_config.read_text())
+    began_s = time.monotonic()
+    code, output = hosts.cluster("up", str(file))
+    assert code == 1
+    assert "b: router: expected an address that this host can look up, got 'alias-a'" in output
+    assert "nothing was started" in output
+    assert time.monotonic() - began_s < 60
+    assert hosts.processes() == []
+
+
+def test_a_router_on_ipv6_serves(hosts: Net) -> None:
+    """Its own worker and the commands reach it at an address of IPv6's loopback."""
+    path = hosts.folder / "hosts.yaml"
+    path.write_text(
+        f"router: {{host: a, address: '::1'}}\nemulate: cnn-8gpu-modelled\n"
+        f"hosts: [{{name: a, address: {hosts.address('a')}, workers: 1, python: {sys.executable}}}]\n"
+    )
+    assert "[::1]:5555" in up(hosts, str(path))
+    code, output = hosts.cluster("status")
+    assert code == 0, output
     assert hosts.cluster("down")[0] == 0
     assert hosts.processes() == []
 

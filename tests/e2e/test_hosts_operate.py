@@ -48,6 +48,23 @@ def test_a_rolling_restart_of_three_hosts_under_load_fails_no_query(hosts: Net) 
     assert hosts.processes() == []
 
 
+def test_a_shell_that_prints_is_no_obstacle(hosts: Net) -> None:
+    """A greeting without a newline, a farewell and an exit code of its own: every command works as ever."""
+    hosts.stop_sshd("b")
+    noisy = hosts.folder / "noisy.sh"
+    noisy.write_text('printf "Welcome to b!"\nsh -c "$SSH_ORIGINAL_COMMAND"\nprintf "bye"\nexit 3\n')
+    hosts.start_sshd("b", f"ForceCommand sh {noisy}")
+    up(hosts, write(hosts, "a", "b"))
+    assert "worker-b-0" in pids(hosts)
+    for words in (("status",), ("doctor",), ("restart", "worker-b-0"), ("logs", "b")):
+        code, output = hosts.cluster(*words)
+        assert code == 0, (words, output)
+    code, output = hosts.cluster("down")
+    assert code == 0, output
+    assert "b: stopped worker-b-0" in output
+    assert hosts.processes() == []
+
+
 def test_a_drained_host_stays_away_until_it_is_asked_back(hosts: Net) -> None:
     """Drain a host, and again; the doctor says what to type; what it says, and `up`, bring it back."""
     file = write(hosts, "a", "b")

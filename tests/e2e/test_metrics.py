@@ -108,7 +108,7 @@ def test_a_router_that_crashed_serves_metrics_where_it_did(here: Machine) -> Non
 
     def again() -> bool:
         role = here.role("router")
-        return role is not None and role.restarts == 1 and role.state == "ready"
+        return role is not None and role.restarts == 1 and role.state == "RUNNING"
 
     poll(again)
     assert scrape(router.metrics)["superserve_router_queries_received_total",] == 0

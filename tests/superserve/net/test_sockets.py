@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -53,6 +54,22 @@ def test_frames_arrive_as_they_were_sent(pair: tuple[Socket, Socket, bytes], siz
     assert [bytes(frame) for frame in received] == [key, *map(bytes, frames)]
     assert sockets.send(router, received)
     assert [bytes(frame) for frame in next_message(dealer)] == [bytes(frame) for frame in frames]
+
+
+def test_an_address_of_ipv6_is_bound_and_found(context: zmq.Context[Socket]) -> None:
+    """In brackets, as wherever a port follows; a machine without IPv6 has nothing to show."""
+    known = Path("/proc/net/if_inet6")
+    if not known.exists() or " lo\n" not in known.read_text():
+        pytest.skip("this machine has no IPv6 address on loopback")
+    router, endpoint = sockets.bind_router(context, "tcp://[::1]:*")
+    assert endpoint.startswith("tcp://[::1]:")
+    dealer = sockets.connect_dealer(context, endpoint)
+    try:
+        poll(lambda: sockets.send(dealer, [b"hello"]))
+        assert bytes(next_message(router)[1]) == b"hello"
+    finally:
+        router.close(0)
+        dealer.close(0)
 
 
 def test_receiving_nothing_returns_at_once(pair: tuple[Socket, Socket, bytes]) -> None:

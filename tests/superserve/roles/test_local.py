@@ -36,7 +36,7 @@ def example(name: str = "default", *, keeper: ProcessId | None = None) -> LocalC
         name, Phase.RUNNING, os.uname().nodename, local.boot_id(), keeper or me(), "2026-01-01",
         {"policy": "slackfit", "client_port": 0}, "tcp://127.0.0.1:5555", "tcp://127.0.0.1:5556",
         (
-            Role("router", "router", RoleState.READY, "policy slackfit", "/tmp/router.log", me()),
+            Role("router", "router", RoleState.RUNNING, "policy slackfit", "/tmp/router.log", me()),
             Role("worker-0", "worker", RoleState.FATAL, "2 GPUs", "/tmp/w.log", None, 5, "it said [no]"),
         ),
     )  # fmt: skip
@@ -76,7 +76,7 @@ def without(key: str) -> Callable[[dict[str, Any]], None]:
     [
         (without("keeper"), r"state.json: keeper: expected dict, got nothing"),
         (without("schema"), r"state.json: schema: expected int, got nothing"),
-        (lambda body: body.update(schema=2), r"schema: expected 1, got 2"),
+        (lambda body: body.update(schema=1), r"schema: expected 2, got 1"),
         (lambda body: body.update(phase="asleep"), r"phase: expected one of starting, .*, got 'asleep'"),
         (lambda body: body["keeper"].update(pid="12"), r"keeper: pid: expected int, got '12'"),
         (lambda body: body["keeper"].update(pid=True), r"keeper: pid: expected int, got True"),

@@ -1,0 +1,329 @@
+"""`cluster`: a router and workers, on this machine or several, started, watched and stopped together.
+
+The top floor: each command parses its options, calls one function of `cluster.operate`, and prints what
+`cluster.show` makes of the answer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import orjson
+
+from cluster.cli import hosts as hosts_cli
+from cluster.cli import operate as operate_cli
+from cluster.cli.keys import keys_command
+from cluster.cli.top import top
+from cluster.operate.down import down as take_down
+from cluster.operate.engine import here
+from cluster.operate.health import ask_router, problems, seen_by, unasked
+from cluster.operate.up import StartError
+from cluster.operate.up import up as bring_up
+from cluster.show import tables as show
+from cluster.spec.plan import Options, make_plan, name_option
+from superserve.errors import ConfigError, SuperServeError
+from superserve.files import check_text
+from superserve.roles import local
+from superserve.roles.local import DEFAULT_NAME, Liveness
+
+if TYPE_CHECKING:
+    from superserve.roles.local import LocalCluster
+
+_PORT = click.IntRange(0, 65_535)
+_MAX_EMULATED = 4_096
+_name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Which cluster of this machine.")
+
+
+@click.group()
+def cli() -> None:
+    """Run a cluster: a router and its workers, on this machine or on several hosts."""
+    try:
+        check_text(sys.argv[1:])
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+
+
+cli.add_command(top)
+
+
+cli.add_command(keys_command)
+
+
+@cli.command()
+@click.argument("hosts_file", required=False, type=click.Path(path_type=Path))
+@_name
+@click.option("--emulate", metavar="PROFILE:N", help="N emulated GPUs instead of real ones.")
+@click.option("--gpus", metavar="LIST", help="These CUDA devices, such as 0,2: one worker on each.")
+@click.option(
+    "--workers", type=click.IntRange(1, 1_024), help="Worker processes.  [default: one a GPU, or 1]"
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if torch sees GPUs]")
+@click.option("--supernet", metavar="NAME", help="digits, ofa-resnet50, dynabert, or module:attribute.")
+@click.option(
+    "--weights", metavar="FILE", help='Its checkpoint, or "random".  [default: the one it comes with]'
+)
+@click.option("--profile", metavar="PROFILE", help="Of the supernet on this device.  [default: digits-cpu]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each worker's torch.  [default: 1]")
+@click.option(
+    "--policy",
+    default="demandfit",
+    show_default=True,
+    help="demandfit, slackfit, fixed:<subnet>, maxacc, ...",
+)
+@click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back for the unforeseen.")
+@click.option("--client-port", type=_PORT, default=0, help="Where clients connect.  [default: any free one]")
+@click.option("--worker-port", type=_PORT, default=0, help="Where workers connect.  [default: any free one]")
+@click.option("--metrics", is_flag=True, help="Every process serves /metrics to Prometheus, on loopback.")
+@click.option("--ready-timeout-s", default=60.0, show_default=True, help="Wait so long for all to be ready.")
+@click.option("--rollback", is_flag=True, help="With HOSTS_FILE: keep nothing of it if any part fails.")
+@click.pass_context
+def up(
+    context: click.Context,
+    /,
+    hosts_file: Path | None,
+    name: str,
+    ready_timeout_s: float,
+    rollback: bool,
+    **asked: Any,
+) -> None:
+    """Start a router and workers; return when all are ready, with a table.
+
+    On this machine, or on the hosts of HOSTS_FILE, over ssh. They run until `cluster down`.
+    What runs already is left alone, and this says so.
+    """
+    if hosts_file is not None:
+        _only_in_file(context)
+        hosts_cli.up(hosts_file, ready_timeout_s=ready_timeout_s, rollback=rollback)
+        return
+    try:
+        if rollback:
+            raise ConfigError("--rollback goes with HOSTS_FILE: on one machine nothing stays of what failed")
+        _check_name(name)
+        plan = make_plan(name, options(**asked), ready_timeout_s)
+        done = bring_up(plan)
+    except StartError as error:
+        if error.cluster is not None:
+            _say([show.processes(error.cluster), "", *show.reasons(error.cluster)])
+        raise click.ClickException(f"cluster {name!r} is not up: {error}") from error
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    if done.tidied is not None:
+        click.echo(show.tidied(done.tidied))
+    words = "is up" if done.is_new else "runs already, as asked for"
+    if done.restarted:
+        words += f"; started again: {', '.join(done.restarted)}"
+    _say([f"cluster {name!r} {words}", "", show.processes(done.cluster), ""])
+    _say(show.what_next(done.cluster, done.status, plan.profile))
+
+
+_WITH_FILE = ("hosts_file", "ready_timeout_s", "rollback")
+
+
+def _only_in_file(context: click.Context) -> None:
+    """Refuse options that a hosts file has fields for."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in _WITH_FILE and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.ClickException(
+                f"--{name.replace('_', '-')}: expected none beside HOSTS_FILE, which says such things"
+            )
+
+
+def _check_name(name: str) -> None:
+    if hosts_cli.is_on_hosts(name):
+        raise ConfigError(
+            f"--name: a cluster {name!r} on several hosts is known to this machine: choose another name, or "
+            f"stop that one with `cluster down{name_option(name)}`"
+        )
+
+
+@cli.command()
+@click.argument("hosts_file", type=click.Path(path_type=Path))
+@click.option("--effective", is_flag=True, help="Print the file with every default filled in.")
+def config(hosts_file: Path, effective: bool) -> None:
+    """Check HOSTS_FILE; print every error in it, with its line, and exit 1 if there is one."""
+    from cluster.cli.config import checked  # noqa: PLC0415  it takes pydantic's import, 0.2 s
+
+    try:
+        click.echo(checked(hosts_file, effective=effective))
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def options(*, emulate: str | None, gpus: str | None, **plain: Any) -> Options:
+    """Return the options of `up`, those with a syntax of their own parsed.
+
+    Raises:
+        ConfigError: One of those is malformed.
+    """
+    profile, n_gpus = (None, None) if emulate is None else _emulation(emulate)
+    return Options(emulate=profile, n_gpus=n_gpus, gpus=None if gpus is None else _gpus(gpus), **plain)
+
+
+def _emulation(text: str) -> tuple[str, int]:
+    profile, colon, count = text.rpartition(":")
+    if not colon or not count.isdecimal() or not 1 <= int(count) <= _MAX_EMULATED:
+        raise ConfigError(f"--emulate: expected PROFILE:N with N from 1 to {_MAX_EMULATED}, got {text!r}")
+    return profile, int(count)
+
+
+def _gpus(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(
+            f"--gpus: expected numbers of devices with commas between, such as 0,2, got {text!r}"
+        )
+    gpus = tuple(int(part) for part in parts)
+    if len(set(gpus)) < len(gpus):
+        raise ConfigError(f"--gpus: expected each device once, got {text!r}")
+    return gpus
+
+
+@cli.command()
+@_name
+@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+def status(name: str, as_json: bool) -> None:
+    """Show the router and every worker; exit 1 if none runs or one is unwell."""
+    if _is_on_hosts(name):
+        hosts_cli.status(name, as_json=as_json)
+        return
+    try:
+        cluster = _running(name)
+        seen = here(name, cluster).roles()
+        cluster = seen_by(cluster, seen)
+        said = ask_router(cluster)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    wrong = [*unasked(seen), *problems(cluster, said)]
+    if as_json:
+        found = None if said is None else said.body()
+        body = {
+            "cluster": orjson.loads(cluster.to_json()), "roles": show.roles_of(cluster), "status": found,
+            "problems": wrong,
+        }  # fmt: skip
+        click.echo(orjson.dumps(body, option=orjson.OPT_INDENT_2).decode())
+    else:
+        _say(
+            [f"cluster {name!r}, {cluster.phase} since {cluster.since}, keeper pid {cluster.keeper.pid}", ""]
+        )
+        _say([*(show.router(cluster, said) if said is not None else ()), "", show.roles(cluster, said)])
+        _say(["", *wrong] if wrong else [])
+    sys.exit(1 if wrong else 0)
+
+
+def _is_on_hosts(name: str) -> bool:
+    try:
+        return hosts_cli.is_on_hosts(name)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _running(name: str) -> LocalCluster:
+    """Return the cluster that runs under a name; ConfigError, with what to type, if none does."""
+    cluster = local.load(local.cluster_folder(name))
+    if cluster is None:
+        raise ConfigError(
+            f"no cluster {name!r} runs on this machine: start one with `cluster up`{_others(name)}"
+        )
+    if cluster.liveness() is not Liveness.ALIVE:
+        raise ConfigError(f"the cluster {name!r} {local.remains(cluster)}")
+    return cluster
+
+
+def _others(name: str) -> str:
+    others = [other for other in local.names() if other != name]
+    return f"; or name one of: {', '.join(others)}" if others else ""
+
+
+@cli.command()
+@_name
+@click.option("--timeout-s", default=20.0, show_default=True, help="Drain so long, then kill.")
+def down(name: str, timeout_s: float) -> None:
+    """Drain and stop everything; say what was stopped."""
+    if _is_on_hosts(name):
+        hosts_cli.down(name)
+        return
+    try:
+        done = take_down(name, timeout_s)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    _say(
+        [f"no cluster {name!r} runs on this machine: nothing to stop"] if done is None else show.stopped(done)
+    )
+
+
+@cli.command()
+@_name
+@click.argument("names", nargs=-1, required=True, metavar="HOST|WORKER...")
+def drain(name: str, names: tuple[str, ...]) -> None:
+    """Have workers take no new queries, answer what they have, and end; they stay away."""
+    try:
+        operate_cli.drain(name, names)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@cli.command()
+@_name
+@click.option("--rolling", is_flag=True, help="A few at a time; all workers, unless some are named.")
+@click.option("--at-once", type=click.IntRange(1), default=1, show_default=True, help="How many, if rolling.")
+@click.option("--router", is_flag=True, help="The router too, first; it says what that costs.")
+@click.option("--force", is_flag=True, help="Take the last live worker, too.")
+@click.option("--timeout-s", default=120.0, show_default=True, help="Wait so long for each to be live again.")
+@click.argument("names", nargs=-1, metavar="[HOST|WORKER]...")
+def restart(name: str, names: tuple[str, ...], **how: Any) -> None:
+    """Drain workers, start them again, and wait until the router gives them work."""
+    try:
+        operate_cli.restart(name, names, **how)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@cli.command()
+@_name
+@click.option("--json", "as_json", is_flag=True, help="The findings, for programs.")
+def doctor(name: str, as_json: bool) -> None:
+    """Look for what is wrong, and say what to type; exit 1 if anything is."""
+    try:
+        is_well = operate_cli.doctor(name, as_json=as_json)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(0 if is_well else 1)
+
+
+@cli.command()
+@_name
+@click.option("-f", "--follow", is_flag=True, help="Show what is written from now on, too.")
+@click.argument("roles", nargs=-1, metavar="[HOST|ROLE]...")
+def logs(name: str, follow: bool, roles: tuple[str, ...]) -> None:
+    """Show the last lines of the logs: of ROLEs, of HOSTs, or of all.
+
+    A cluster of this machine leaves its logs until the next of its name.
+    """
+    if _is_on_hosts(name):
+        hosts_cli.logs(name, roles, is_followed=follow)
+        return
+    try:
+        paths = _logs(local.cluster_folder(name), roles)
+    except SuperServeError as error:
+        raise click.ClickException(str(error)) from error
+    os.execvp("tail", ["tail", "-n", "20", *(["-F"] if follow else []), *paths])  # noqa: S606, S607  by design
+
+
+def _logs(folder: Path, roles: tuple[str, ...]) -> list[str]:
+    found = {path.stem: str(path) for path in sorted(folder.glob("*.log"))}
+    for role in roles:
+        if role not in found:
+            raise ConfigError(f"{role}: expected one of {', '.join(found) or 'nothing: there are no logs'}")
+    if not found:
+        raise ConfigError(f"{folder}: there are no logs")
+    return [found[role] for role in roles] if roles else list(found.values())
+
+
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        click.echo(line)

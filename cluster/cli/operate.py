@@ -1,0 +1,120 @@
+"""What `cluster drain`, `restart` and `doctor` do, after their options are parsed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import click
+import orjson
+
+from cluster.cli import hosts as hosts_cli
+from cluster.operate.doctor import Finding, Seen, Verdict, examine
+from cluster.operate.engine import here, open_cluster
+from cluster.operate.rolling import RollingOperator
+from cluster.operate.supervised import SupervisedCluster
+from cluster.show import tables as show
+from cluster.spec.plan import name_option
+from superserve.errors import ConfigError
+from superserve.roles import local
+from superserve.roles.local import Liveness
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from cluster.operate.operable import Examinable
+
+_COUNT_S = 1.0
+ROUTER_COSTS = (
+    "the router: while it is away, some seconds, new queries are refused as DRAINING or wait at their "
+    "clients; it answers what it holds first, for up to 5 s"
+)
+
+
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[Examinable]:
+    """Give the cluster of that name.
+
+    Raises:
+        ConfigError: None runs; says what to type.
+    """
+    if hosts_cli.is_on_hosts(name):
+        with open_cluster(name) as fleet:
+            yield SupervisedCluster(fleet)
+        return
+    cluster = local.load(local.cluster_folder(name))
+    if cluster is None:
+        raise ConfigError(f"no cluster {name!r} runs on this machine: start one with `cluster up`")
+    if cluster.liveness() is not Liveness.ALIVE:
+        raise ConfigError(f"the cluster {name!r} {local.remains(cluster)}")
+    yield SupervisedCluster(here(name, cluster))
+
+
+def drain(name: str, names: Sequence[str]) -> None:
+    """Drain workers, and say how they come back."""
+    with opened(name) as cluster:
+        RollingOperator(cluster, click.echo).drain(names)
+    again = f"cluster restart{name_option(name)} {' '.join(names)}"
+    click.echo(f"start again: `{again}`, or whatever has ended: `cluster up`")
+
+
+def restart(
+    name: str,
+    names: Sequence[str],
+    *,
+    rolling: bool,
+    at_once: int,
+    router: bool,
+    force: bool,
+    timeout_s: float,
+) -> None:
+    """Restart workers, and the router if asked to.
+
+    Raises:
+        ConfigError: Neither names nor --rolling say which, or no live worker would be left.
+        ProcessError: A role did not come back.
+    """
+    if not names and not rolling and not router:
+        raise ConfigError(
+            "expected workers or hosts to restart, or --rolling for all workers, a few at a time"
+        )
+    with opened(name) as cluster:
+        operator = RollingOperator(cluster, click.echo)
+        if router:
+            click.echo(ROUTER_COSTS)
+            operator.restart_router(timeout_s)
+        if names or rolling:
+            n = at_once if rolling else len(cluster.roles())
+            operator.restart(names, at_once=n, force=force, timeout_s=timeout_s)
+
+
+def doctor(name: str, *, as_json: bool) -> bool:
+    """Print what every check found, and what to type; return whether nothing is wrong."""
+    with opened(name) as cluster:
+        before = cluster.status()
+        time.sleep(_COUNT_S)  # counters that grow are worse than those that did
+        roles = cluster.roles()
+        seen = Seen(name, cluster.is_local, roles, cluster.status(), before, cluster.facts(roles))
+    findings = examine(seen)
+    n_wrong = sum(finding.verdict is Verdict.WRONG for finding in findings)
+    if as_json:
+        body = {"cluster": name, "wrong": n_wrong, "findings": findings}
+        click.echo(orjson.dumps(body, option=orjson.OPT_INDENT_2).decode())
+    else:
+        for line in _page(findings, n_wrong):
+            click.echo(line)
+    return n_wrong == 0
+
+
+def _page(findings: Sequence[Finding], n_wrong: int) -> Iterator[str]:
+    yield show.table(
+        ("check", "verdict", "what was seen"), [(f.check, str(f.verdict), f.text) for f in findings]
+    )
+    yield ""
+    for finding in findings:
+        if finding.verdict is not Verdict.OK:
+            yield f"{finding.verdict}: {finding.text}"
+            yield from (f"    {line}" for line in finding.more.splitlines())
+            yield f"    do: {finding.fix}"
+    yield "nothing is wrong" if n_wrong == 0 else f"{n_wrong} wrong"

@@ -1,0 +1,120 @@
+"""The files by which `supervisor` runs a cluster's roles on one host, as text.
+
+    STATE/CLUSTER/               0700; on other hosts STATE/.hosts/CLUSTER/HOST/
+      supervisord.conf           one program a role; here is all of supervisor's configuration
+      roles/NAME.sh              a role's command line and environment, runnable by hand
+      NAME.log, NAME.log.1, ...  what it wrote; bounded
+      plan.json, before.json     what runs, and what ran before the last change
+      keys/, files/              0700: the keys and profiles that the roles read, 0600 each
+      sv.sock, keeper.log, keeper.pid, lock
+
+A role's program carries a digest of its script, so that `update` sees a change of either. Paths count
+from the folder, where supervisord runs: nothing in the folder's own name has a meaning to an .ini file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.spec.roles import OURS_VARIABLE
+
+if TYPE_CHECKING:
+    from cluster.spec.roles import HostPlan, HostRole
+
+SOCKET = "sv.sock"
+CONFIG = "supervisord.conf"
+PLAN, BEFORE = "plan.json", "before.json"
+"""What runs, and what ran before the last `apply`."""
+
+KEEPER_LOG = "keeper.log"
+"""The keeper's own words: starts, ends and restarts."""
+
+KEEP, KEPT = b"keep\n", b"kept\n"
+"""What the command that starts a cluster of this machine says to the keeper, and its answer."""
+
+_TAIL_BYTES = 8_192
+
+
+def script(role: HostRole, plan: HostPlan) -> str:
+    """Return the text of a role's script."""
+    # A killed role cannot flush, and its last lines are the ones wanted.
+    env = {"PYTHONUNBUFFERED": "1", **dict(role.env), OURS_VARIABLE: plan.folder}
+    if plan.code:
+        env["PYTHONPATH"] = plan.code
+    words = [
+        "exec", "env", *(f"{name}={value}" for name, value in sorted(env.items())),
+        # -P: no file in the current folder stands in for a module of the package.
+        plan.interpreter, "-P", *role.argv,
+    ]  # fmt: skip
+    return (
+        "#!/bin/sh\n# Written by `cluster up`, which overwrites it.\n"
+        f"cd {shlex.quote(plan.cwd)} || cd /\n{shlex.join(words)}\n"
+    )
+
+
+def supervisord_conf(plan: HostPlan, *, min_files: int) -> str:
+    """Return supervisor's configuration.
+
+    Args:
+        plan: What the host is to run.
+        min_files: How many files a process may have open, at least.
+    """
+    head = f"""\
+; Written by `cluster up`, which overwrites it.
+[unix_http_server]
+file={SOCKET}
+chmod=0700
+
+[supervisord]
+nodaemon=true
+silent=true
+nocleanup=true
+logfile={KEEPER_LOG}
+logfile_maxbytes=1MB
+logfile_backups=1
+pidfile=keeper.pid
+minfds={min_files}
+umask=077
+
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+
+[rpcinterface:superserve]
+supervisor.rpcinterface_factory=cluster.host.watch:make_rpc
+"""
+    return head + "".join(_program(role, plan) for role in plan.roles)
+
+
+def _program(role: HostRole, plan: HostPlan) -> str:
+    digest = hashlib.sha256(script(role, plan).encode()).hexdigest()[:16]
+    return f"""
+[program:{role.name}]
+command=/bin/sh roles/{role.name}.sh
+environment=SUPERSERVE_ROLE_DIGEST="{digest}"
+priority={1 if role.kind == "router" else 2}
+autorestart=unexpected
+exitcodes=0
+stopsignal=TERM
+killasgroup=true
+redirect_stderr=true
+stdout_logfile={role.name}.log
+stdout_logfile_maxbytes={plan.log_bytes}
+stdout_logfile_backups={plan.log_files}
+"""
+
+
+def tail_of(path: Path | str, n_lines: int, *, start: int = 0) -> list[str]:
+    """Return the last lines of a log that are not empty, of those from byte `start` on."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            begin = start if start <= size else 0  # it was put aside since
+            file.seek(max(begin, size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.strip()][-n_lines:]

@@ -1,0 +1,456 @@
+"""`python -P -m cluster.host.onhost VERB`: what the launcher does on one host, on that host.
+
+It is run over ssh, reads one JSON object from stdin and writes one to stdout, marked; `{"error": ...}`
+says what went wrong, for people. On this machine the launcher calls `do` itself. Supervisor is asked
+through its socket, in a folder that only its user may enter.
+
+    apply      have exactly the given roles run, and files there; say what changed
+    undo       have the roles run that ran before the last `apply`
+    states     how each role stands
+    down       stop every role and supervisord itself
+    start, stop   one role; return at once
+    status     the router's STATUS
+    tail       the last lines of a role's log
+    facts      what `cluster doctor` wants to know of the host
+
+Only what differs is touched: `apply` for the second time changes nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped]  # it ships no types
+
+from cluster.host.bare import marked
+from cluster.host.config import (
+    BEFORE,
+    CONFIG,
+    KEEPER_LOG,
+    PLAN,
+    SOCKET,
+    script,
+    supervisord_conf,
+    tail_of,
+)  # fmt: skip
+from cluster.host.facts import look
+from cluster.host.folder import HeldError, alone, await_end, clean, end, outliving, tidy_unowned
+from cluster.spec.roles import FILLED, KEYS, OPERATOR_KEY, HostPlan, HostRole, Timing
+from superserve.errors import ConfigError, ProcessError, SuperServeError
+from superserve.net.connection import ask_status
+from superserve.roles.local import ProcessId
+from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_FILES_WANTED = 65_536
+_STARTED_S = 15.0
+_CALL_S = 20.0  # longer than a role may take to stop, which `update` waits for
+_STOPPED_S = 30.0  # beyond what the roles may take
+_START_AGAIN_S = 0.02
+_LOCK_S = 60.0
+_TAIL_LINES = 15
+_IDLE = ("STOPPED", "EXITED", "FATAL")  # supervisor's words for a process that it does not run
+_NOT_THERE = {
+    "state": "STOPPED", "pid": None, "up_s": 0, "exit": 0, "restarts": 0, "why": "", "metrics": "",
+}  # fmt: skip
+_NOT_THE_KEEPERS = (READY_FD_VARIABLE, PARENT_PID_VARIABLE)
+
+
+class _Connection(http.client.HTTPConnection):
+    """To a socket of this machine; supervisor's own would wait for ever for a process that is stopped."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_CALL_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_CALL_S)
+        self.sock.connect(self._path)
+
+
+class Supervisord:
+    """The supervisord of one folder, running or not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _call(self, method: str, *args: Any) -> Any:
+        """Call one of its functions.
+
+        Raises:
+            OSError: Nobody is there.
+            ProcessError: It does not answer: it is stopped, or its machine is very busy.
+        """
+        # By way of a descriptor: a socket's address has room for 107 bytes, however deep the folder lies.
+        # A new connection each time: one that failed once is of no further use.
+        descriptor = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        path = f"/proc/self/fd/{descriptor}/{SOCKET}"
+        transport = SupervisorTransport(None, None, f"unix://{path}")
+        transport._get_connection = lambda: _Connection(path)
+        try:
+            return getattr(xmlrpc.client.ServerProxy("http://127.0.0.1", transport), method)(*args)
+        except TimeoutError as error:
+            raise ProcessError(f"the keeper did not answer within {_CALL_S:g} s") from error
+        except http.client.HTTPException as error:  # it ended meanwhile
+            raise ConnectionError(str(error)) from error
+        finally:
+            transport.close()
+            os.close(descriptor)
+
+    def pid(self) -> int | None:
+        """Return its process; None if nobody answers at its socket."""
+        try:
+            return int(self._call("supervisor.getPID"))
+        except (OSError, xmlrpc.client.Error):
+            return None
+
+    def start(self, plan: HostPlan, hold: int | None = None, kept_open: Sequence[int] = ()) -> None:
+        """Start it with the files that are there; return when it answers.
+
+        Args:
+            plan: What it is to run.
+            hold: A socket whose other end, until it says `keep`, ends all of this; None to run on.
+            kept_open: Sockets that keep ports from others for as long as it runs.
+
+        Raises:
+            ProcessError: It ended or stayed silent; quotes what it wrote.
+        """
+        path = self.folder / KEEPER_LOG
+        argv = [plan.interpreter, "-P", "-m", "cluster.host.watch", *([] if hold is None else [str(hold)])]
+        with path.open("wb") as file:
+            process = subprocess.Popen(
+                argv, env=_environment(plan), cwd=self.folder, start_new_session=True,
+                pass_fds=(*kept_open, *(() if hold is None else (hold,))),
+                stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            )  # fmt: skip
+        give_up_s = time.monotonic() + _STARTED_S
+        while self.pid() is None:
+            if process.poll() is not None or time.monotonic() > give_up_s:
+                process.kill()
+                process.wait()
+                lines = "\n".join(tail_of(path, _TAIL_LINES))
+                ends = f"ends:\n{lines}" if lines else "is empty"
+                raise ProcessError(f"the keeper did not start; its log ({path}) {ends}")
+            time.sleep(_START_AGAIN_S)
+        process.returncode = 0  # it is nobody's child from now on, and not to be waited for
+
+    def infos(self) -> dict[str, dict[str, Any]]:
+        """Return how each role stands, as `WatchedProcess.seen` has it; nothing if it does not run."""
+        try:
+            return {info["name"]: info for info in json.loads(self._call("superserve.roles"))}
+        except OSError:
+            return {}
+        except xmlrpc.client.Fault as error:
+            pid = self.pid()
+            raise ProcessError(
+                f"the keeper (pid {pid}) is of another version, and cannot be asked: `kill {pid}` ends it"
+            ) from error
+
+    def update(self) -> dict[str, str]:
+        """Have it read its files again; return what that changed, by role."""
+        added, changed, removed = self._call("supervisor.reloadConfig")[0]
+        for name in (*changed, *removed):
+            self._call("supervisor.stopProcessGroup", name)
+            self._call("supervisor.removeProcessGroup", name)
+        for name in (*added, *changed):
+            self._call("supervisor.addProcessGroup", name)
+        words = {"started": added, "restarted": changed, "stopped": removed}
+        return {name: word for word, names in words.items() for name in names}
+
+    def begin(self, name: str) -> None:
+        """Start a role that has ended; one that runs, or will soon, is left alone.
+
+        Raises:
+            ProcessError: It is ending just now.
+        """
+        if self.infos().get(name, {}).get("state") == "STOPPING":
+            raise ProcessError(f"{name}: expected a role that has ended; it is stopping: try again soon")
+        with _unless("ALREADY_STARTED"):
+            self._call("supervisor.startProcess", name, False)
+
+    def end(self, name: str) -> None:
+        """Have a role stop, and do not wait."""
+        with _unless("NOT_RUNNING"):
+            self._call("supervisor.stopProcess", name, False)
+
+    def shut_down(self, within_s: float) -> None:
+        """Stop the router, then every worker, then itself; return when its process is gone."""
+        pid = self.pid()
+        process = None if pid is None else ProcessId.of(pid)
+        if process is None:
+            return
+        process.signal(signal.SIGTERM)
+        if not await_end(process, within_s):
+            raise ProcessError(f"the keeper (pid {pid}) did not stop within {within_s:g} s")
+
+
+def _environment(plan: HostPlan) -> dict[str, str]:
+    """Return a keeper's environment, which its roles inherit, without what concerns the launcher alone."""
+    environment = {key: value for key, value in os.environ.items() if key not in _NOT_THE_KEEPERS}
+    return {**environment, "PYTHONUNBUFFERED": "1", **({"PYTHONPATH": plan.code} if plan.code else {})}
+
+
+@contextlib.contextmanager
+def _unless(fault: str) -> Iterator[None]:
+    try:
+        yield
+    except xmlrpc.client.Fault as error:
+        if not error.faultString.startswith(fault):
+            raise ConfigError(f"supervisor: {error.faultString}") from error
+
+
+# --- verbs ------------------------------------------------------------------------------------
+
+
+def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Have exactly the plan's roles run, with these files beside them; return what changed of both."""
+    plan = HostPlan.from_dict(asked["plan"])
+    hold = asked.get("hold")
+    with alone(folder, wait_s=_LOCK_S if hold is None else 0.0):
+        if hold is not None:
+            _check_free(folder)
+            return _start_here(folder, plan, hold, asked["kept_open"])
+        files = _put_files(folder, {name: base64.b64decode(text) for name, text in asked["files"].items()})
+        is_running = Supervisord(folder).pid() is not None
+        before = _read(folder / PLAN) if is_running else None
+        if before is None:
+            (folder / BEFORE).unlink(missing_ok=True)
+        else:
+            _put(folder / BEFORE, before)
+        return {"changed": _run(folder, plan), "files": files}
+
+
+def _start_here(folder: Path, plan: HostPlan, hold: int, kept_open: Sequence[int]) -> dict[str, Any]:
+    """Start a cluster of this machine, which is not kept yet; where that fails nothing of it is left."""
+    try:
+        for path in folder.glob("*.log*"):  # of an earlier life
+            path.unlink()
+        _write(folder, plan)
+        Supervisord(folder).start(plan, hold, kept_open)
+    except BaseException:
+        tidy_unowned(folder)
+        raise
+    return {"changed": {role.name: "started" for role in plan.roles}, "files": []}
+
+
+def _check_free(folder: Path) -> None:
+    """Raise HeldError if a cluster of this machine that is to be started has been started meanwhile."""
+    if Supervisord(folder).pid() is not None:
+        raise HeldError(f"{folder}: it is being started or stopped by another command")
+
+
+def undo(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Have the roles run that ran before the last `apply`, or none if nothing ran."""
+    before = _read(folder / BEFORE)
+    if before is None:
+        return down(folder, asked)
+    with alone(folder, wait_s=_LOCK_S):
+        return {"changed": _run(folder, HostPlan.from_dict(json.loads(before)))}
+
+
+def _run(folder: Path, plan: HostPlan) -> dict[str, str]:
+    """Have exactly the plan's roles run; touch only what differs."""
+    supervisord = Supervisord(folder)
+    is_new = supervisord.pid() is None
+    if is_new:
+        for path in folder.glob("*.log*"):  # of an earlier life
+            path.unlink()
+    _write(folder, plan)
+    if is_new:
+        supervisord.start(plan)
+        return {role.name: "started" for role in plan.roles}
+    infos = supervisord.infos()
+    changed = supervisord.update()
+    for name, info in infos.items():
+        if name not in changed and info["state"] in _IDLE:
+            supervisord.begin(name)
+            changed[name] = f"started (was {info['state']})"
+    _forget_code(folder)
+    return changed
+
+
+def _write(folder: Path, plan: HostPlan) -> None:
+    (folder / "roles").mkdir(mode=0o700, exist_ok=True)
+    _put(folder / PLAN, json.dumps(plan.to_dict()))
+    for role in plan.roles:
+        _put(folder / "roles" / f"{role.name}.sh", script(role, plan))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    min_files = _FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, _FILES_WANTED)
+    _put(folder / CONFIG, supervisord_conf(plan, min_files=min_files))
+
+
+def _put_files(folder: Path, files: dict[str, bytes]) -> list[str]:
+    """Have exactly these files in the folders that `apply` fills, for this user; return which changed."""
+    changed = []
+    for name in FILLED:
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
+        for path in [path for path in (folder / name).rglob("*") if path.is_file()]:
+            if (old := str(path.relative_to(folder))) not in files:
+                path.unlink()
+                changed.append(old)
+    for name, content in files.items():
+        path = folder / name
+        assert name.split("/")[0] in FILLED, name
+        assert ".." not in path.parts, name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists() or path.read_bytes() != content:
+            _put_bytes(path, content)
+            changed.append(name)
+    return changed
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def _put(path: Path, text: str) -> None:
+    _put_bytes(path, text.encode())
+
+
+def _put_bytes(path: Path, content: bytes) -> None:
+    """Write a file as a whole: who reads it finds the old one or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    new.replace(path)
+
+
+def _forget_code(folder: Path) -> None:
+    """Remove versions of the package that neither the plan nor the one before it runs."""
+    texts = [_read(folder / PLAN), _read(folder / BEFORE)]
+    kept = {Path(json.loads(text)["code"]) for text in texts if text is not None}
+    for path in (folder / "code").glob("*"):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def states(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return how each role stands, with the end of its log if it is not well."""
+    supervisord = Supervisord(folder)
+    infos = supervisord.infos() if folder.is_dir() else {}
+    n_lines = int(asked.get("lines", _TAIL_LINES))
+    roles = []
+    for role in _roles(folder):
+        info = infos.get(role.name, {**_NOT_THERE, "name": role.name})
+        path = folder / f"{role.name}.log"
+        is_bad = info["state"] in ("FATAL", "BACKOFF")
+        more = {"kind": role.kind, "serves": role.serves, "log": str(path)}
+        roles.append({**info, **more, "tail": tail_of(path, n_lines) if is_bad else []})
+    return {"supervisord": supervisord.pid() if infos else None, "roles": roles}
+
+
+def _roles(folder: Path) -> list[HostRole]:
+    text = _read(folder / PLAN)
+    return [] if text is None else list(HostPlan.from_dict(json.loads(text)).roles)
+
+
+def down(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Stop every role, or the ones of a kind; with all of them, supervisord too; say what ran."""
+    if not folder.is_dir():
+        return {"stopped": []}
+    with alone(folder, wait_s=_LOCK_S):
+        supervisord = Supervisord(folder)
+        running = [info for info in supervisord.infos().values() if info["pid"]]
+        kinds = {role.name: role.kind for role in _roles(folder)}
+        kind = asked.get("kind")
+        stopped = [(info["name"], info["pid"]) for info in running if kind in (None, kinds.get(info["name"]))]
+        processes = [process for _, pid in stopped if (process := ProcessId.of(pid)) is not None]
+        within_s = _stop_s(folder)
+        if kind is None:
+            supervisord.shut_down(within_s)
+            end(outliving(folder), wait_s=0.0)
+            clean(folder)
+        else:
+            for name, _ in stopped:
+                supervisord.end(name)
+        give_up_s = time.monotonic() + within_s
+        left = [str(p.pid) for p in processes if not await_end(p, give_up_s - time.monotonic())]
+        if left:
+            raise ProcessError(f"still there after being stopped: pid {', '.join(left)}")
+        return {"stopped": stopped}
+
+
+def _stop_s(folder: Path) -> float:
+    """Return how long all roles may take to stop, and then some."""
+    text = _read(folder / PLAN)
+    timing = Timing() if text is None else HostPlan.from_dict(json.loads(text)).timing
+    return timing.router_stop_s + timing.worker_stop_s + _STOPPED_S
+
+
+def start(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Start a role that does not run."""
+    Supervisord(folder).begin(asked["role"])
+    return {}
+
+
+def stop(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Have a role stop."""
+    Supervisord(folder).end(asked["role"])
+    return {}
+
+
+def facts(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return what the host is like, and how many files the processes `pids` have open."""
+    return asdict(look(folder, asked["pids"]))
+
+
+def status(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the router's STATUS, asked with the key that `apply` put here; None if it does not answer."""
+    key = folder / KEYS / OPERATOR_KEY
+    try:
+        shown = str(key) if key.exists() else ""
+        found = ask_status(asked["endpoint"], asked.get("timeout_s", 2.0), keys=shown)
+        return {"status": orjson.loads(orjson.dumps(found.body()))}
+    except ConfigError as error:
+        return {"status": None, "why": str(error)}
+
+
+def tail(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the last lines of a role's log."""
+    return {"lines": tail_of(folder / f"{asked['role']}.log", asked["lines"])}
+
+
+VERBS = {
+    "apply": apply, "undo": undo, "states": states, "down": down, "start": start, "stop": stop,
+    "status": status, "tail": tail, "facts": facts,
+}  # fmt: skip
+
+
+def do(verb: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """Do one verb; return what it came to, or `{"error": ...}`."""
+    try:
+        return VERBS[verb](Path(asked["folder"]), asked)
+    except (SuperServeError, OSError, xmlrpc.client.Error) as error:
+        return {"error": str(error)}
+
+
+def main(verb: str) -> None:
+    """Do one verb and print what it came to."""
+    sys.stdout.write(marked(do(verb, json.load(sys.stdin))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,285 @@
+"""One role under supervisor: when it is ready, and what follows when it ends.
+
+    STOPPED -start-> STARTING -announced-> RUNNING -crashed-> BACKOFF -due-> STARTING ...
+                        +------gave up-----> FATAL <--gave up----+
+                                         RUNNING -exit code 0-> EXITED
+    RUNNING, STARTING -stop-> STOPPING -ended-> STOPPED        BACKOFF -stop-> STOPPED
+    STOPPED, EXITED, FATAL -start-> STARTING
+
+Supervisor calls a process started once it has lived for some seconds, and starts again for ever
+what lived longer than that. Here a role says itself when it is ready (`announce_ready`). One that
+ends before it was ever ready is FATAL at once: what is wrong with it, it will be again. One that
+crashes after a good start is started again after half a second, and after twice as long each further
+time, five times in a row at most; a minute of good service forgets the past (`Timing` has the figures).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from supervisor.options import ProcessConfig, ServerOptions  # type: ignore[import-untyped]  # no types
+from supervisor.process import Subprocess  # type: ignore[import-untyped]  # it ships no types
+from supervisor.states import ProcessStates, getProcessStateDescription  # type: ignore[import-untyped]
+
+from cluster.host.config import tail_of
+
+if TYPE_CHECKING:
+    from cluster.spec.roles import Timing
+
+READY_FD = 3
+"""Where a role finds the pipe on which it says that it is ready."""
+
+_MAX_READY_BYTES = 65_536
+_MANY = 1_000_000  # restarts are bounded here, not by supervisor
+_TAIL_LINES = 20
+
+
+class ReadyPipe:
+    """The keeper's end of a role's pipe, as supervisor's loop looks at it."""
+
+    closed = False  # supervisor asks; the descriptor stays open until its role has ended
+
+    def __init__(self, process: WatchedProcess, fd: int) -> None:
+        self.fd = fd
+        self._process = process
+        self._text = b""
+        self._is_done = False
+
+    def readable(self) -> bool:
+        """Tell whether anything may still come."""
+        return not self._is_done
+
+    def writable(self) -> bool:
+        """Tell that nothing is ever written."""
+        return False
+
+    def handle_read_event(self) -> None:
+        """Take what the role says; its line's end makes it ready."""
+        chunk = os.read(self.fd, _MAX_READY_BYTES)
+        self._text += chunk
+        self._is_done = not chunk or self._text.endswith(b"\n") or len(self._text) > _MAX_READY_BYTES
+        if self._text.endswith(b"\n"):
+            self._process.announced(self._text)
+
+    def handle_error(self) -> None:
+        """Listen no longer: a role that cannot say that it is ready is not ready in time."""
+        self._is_done = True
+
+
+class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no types
+    """A role's process, and what happened to it so far.
+
+    Attributes:
+        restarts: How often it was started again after crashes.
+        why: What ended it last, with the end of its log; "" if nothing did.
+        metrics: Where it serves /metrics, HOST:PORT; "" where it does not.
+        was_ready: Whether it was ever ready since it was first started, or told to start.
+    """
+
+    def __init__(self, config: ProcessConfig, timing: Timing) -> None:
+        super().__init__(config)
+        self.restarts = 0
+        self.why = ""
+        self.metrics = ""
+        self.was_ready = False
+        self._timing = timing
+        self._was_ordered = False
+        self._n_in_a_row = 0
+        self._began_s = self._ready_s = 0.0
+        self._is_late = False
+        self._pipe: ReadyPipe | None = None
+        self._child_fd = -1
+        self._log_start = 0
+
+    # --- its start ----------------------------------------------------------------------------
+
+    def spawn(self) -> int | None:
+        """Start it; return its process, or None if that failed."""
+        if self.state == ProcessStates.BACKOFF:
+            self.restarts += 1
+        else:  # for the first time, or because somebody asked for it: the past is forgotten
+            self._was_ordered = bool(self.laststart)
+            self.was_ready, self._n_in_a_row, self.why = False, 0, ""
+        self._is_late = False
+        self._began_s = time.monotonic()
+        self._log_start = _size(self.config.stdout_logfile)
+        mine, self._child_fd = os.pipe()
+        try:
+            pid: int | None = super().spawn()
+        finally:
+            os.close(self._child_fd)
+        if not pid:
+            os.close(mine)
+            self._crashed(f"{self.config.name} could not be started: {self.spawnerr}")
+            return None
+        self._pipe = ReadyPipe(self, mine)
+        self.dispatchers[mine] = self._pipe
+        return pid
+
+    def _prepare_child_fds(self) -> None:
+        """Leave the child its output and the pipe, and nothing else of this process's."""
+        os.dup2(self._child_fd, READY_FD) if self._child_fd != READY_FD else os.set_inheritable(
+            READY_FD, True
+        )
+        os.dup2(self.pipes["child_stdin"], 0)
+        os.dup2(self.pipes["child_stdout"], 1)
+        os.dup2(self.pipes["child_stdout"], 2)
+        os.closerange(READY_FD + 1, self.config.options.minfds)
+
+    def announced(self, text: bytes) -> None:
+        """Note that it is ready, and what it said."""
+        if self.state != ProcessStates.STARTING:
+            return
+        with contextlib.suppress(ValueError, AttributeError):
+            self.metrics = str(json.loads(text).get("metrics", ""))
+        self.was_ready = True
+        self._ready_s = time.monotonic()
+        self.backoff, self.delay = 0, 0
+        self.change_state(ProcessStates.RUNNING)
+
+    def transition(self) -> None:
+        """Do what is due; called whenever the loop has looked at everything."""
+        if self.state != ProcessStates.STARTING:
+            super().transition()
+        elif self._is_overdue():
+            self._is_late = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def _is_overdue(self) -> bool:
+        # A first start is waited for by `up`, whose user says for how long.
+        is_bounded = (self.was_ready or self._was_ordered) and not self._is_late
+        return is_bounded and time.monotonic() - self._began_s > self._timing.ready_timeout_s
+
+    # --- its end ------------------------------------------------------------------------------
+
+    def finish(self, pid: int, status: int) -> None:
+        """Judge its end: told to, of its own accord, or a crash."""
+        was_running = self.state == ProcessStates.RUNNING
+        super().finish(pid, status)
+        if self._pipe is not None:
+            os.close(self._pipe.fd)
+            self._pipe = None
+        code = os.waitstatus_to_exitcode(status)
+        self.exitstatus = code
+        if self.state == ProcessStates.STOPPED:
+            self.why = _told(code)
+        elif was_running and code == 0:
+            self.why = "ended as told, with exit code 0"
+        elif self._is_late:
+            self._crashed(self._quoted(pid, f"was not ready again within {self._timing.ready_timeout_s:g} s"))
+        else:
+            if was_running and time.monotonic() - self._ready_s >= self._timing.good_service_s:
+                self._n_in_a_row = 0
+            when = "while it was needed" if was_running else "before it was ready"
+            self._crashed(self._quoted(pid, f"ended with {described(code)} {when}"))
+
+    def _crashed(self, why: str) -> None:
+        self.why = why
+        self._n_in_a_row += 1
+        self.change_state(ProcessStates.BACKOFF)
+        if not self.was_ready or self._n_in_a_row > self._timing.most_restarts:
+            self.give_up()
+            return
+        wait_s = self._timing.first_backoff_s * 2 ** (self._n_in_a_row - 1)
+        # Supervisor takes a `delay` further off than `backoff` seconds for a clock that was set back.
+        self.delay, self.backoff = time.time() + wait_s, math.ceil(wait_s)
+
+    def _quoted(self, pid: int, what: str) -> str:
+        log = Path(self.config.stdout_logfile).absolute()
+        lines = "\n".join(tail_of(log, _TAIL_LINES, start=self._log_start))
+        return f"{self.config.name} (pid {pid}) {what}; its log ({log}) " + (
+            f"ends:\n{lines}" if lines else "is empty"
+        )
+
+    def seen(self) -> dict[str, Any]:
+        """Return how it stands, as JSON."""
+        # Supervisor's word for what it has not looked at yet is STOPPED.
+        state = self.state if self.laststart else ProcessStates.STARTING
+        return {
+            "name": self.config.name, "state": getProcessStateDescription(state),
+            "pid": self.pid or None, "up_s": int(time.monotonic() - self._began_s) if self.pid else 0,
+            "exit": self.exitstatus or 0, "restarts": self.restarts, "why": self.why,
+            "metrics": self.metrics,
+        }  # fmt: skip
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0
+
+
+def _told(code: int) -> str:
+    if code == 0:
+        return "ended as told, with exit code 0"
+    if code == -signal.SIGKILL:
+        return "did not end in time when told to stop, and was killed"
+    return f"ended with {described(code)} when told to stop"
+
+
+def described(code: int) -> str:
+    """Return an exit code in words; -N if signal N ended the process."""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"exit code {code} ({signal.Signals(-code).name})"
+    return f"exit code {code}"
+
+
+class WatchedConfig(ProcessConfig):  # type: ignore[misc]  # supervisor ships no types
+    """A program of supervisor's whose process is a role of ours."""
+
+    timing: Timing
+
+    def make_process(self, group: Any = None) -> WatchedProcess:
+        """Return a process that has not been started."""
+        process = WatchedProcess(self, self.timing)
+        process.group = group
+        return process
+
+
+class WatchedOptions(ServerOptions):  # type: ignore[misc]  # supervisor ships no types
+    """Supervisor's configuration, read in the folder of the cluster, with roles for programs."""
+
+    def __init__(self, timing: Timing, socket: Path) -> None:
+        super().__init__()
+        self._timing = timing
+        self._socket = socket
+
+    def processes_from_section(self, parser: Any, section: str, group_name: str, klass: Any = None) -> Any:  # noqa: ARG002  supervisor's own
+        """Return a section's programs, each a `WatchedConfig`."""
+        found = super().processes_from_section(parser, section, group_name, WatchedConfig)
+        for config in found:
+            config.timing = self._timing
+            config.startsecs, config.startretries = 0, _MANY  # what these were for is decided here
+            is_router = config.priority == 1
+            config.stopwaitsecs = self._timing.router_stop_s if is_router else self._timing.worker_stop_s
+        return found
+
+    def openhttpservers(self, supervisord: Any) -> None:
+        """Listen at a relative path: one from the root may be longer than a socket's address may be."""
+        for config in self.server_configs:
+            config["file"] = str(self._socket)
+        super().openhttpservers(supervisord)
+
+    def make_logger(self) -> None:
+        """Open this process's own log, whose writing may fail while the roles are well: a full disk."""
+        super().make_logger()
+        for handler in self.logger.handlers:
+            handler.emit = _forgiving(handler.emit)
+
+
+def _forgiving(emit: Any) -> Any:
+    def attempt(record: Any) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            emit(record)
+
+    return attempt

@@ -1,0 +1,319 @@
+"""What starts, shows and stops the roles of a cluster: `ClusterEngine`, and the one there is, supervisor's.
+
+    with open_cluster("default") as engine:
+        for host in engine.roles():
+            ...
+        engine.scale("worker-a-0", 0)
+
+`SupervisorEngine` has a supervisord on each host, this machine included, and does everything there by
+the verbs of `cluster.host.onhost`: over ssh, or on this machine by calling them. `router_status` goes the
+same way, so an operator needs no way to the router's ports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cluster.remote import record as records
+from cluster.remote.ask import ASK_S, ask
+from cluster.remote.record import KnownHost, Record
+from cluster.remote.shell import LocalShell, OpenSsh, RemoteError, parallel
+from cluster.spec.plan import python_path
+from cluster.spec.roles import HERE
+from superserve.errors import ConfigError
+from superserve.roles import local
+from superserve.status import RouterStatus
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from cluster.remote.shell import Shell
+    from cluster.spec.roles import HostPlan
+    from superserve.roles.local import LocalCluster
+
+_TAIL_LINES = 15
+_APPLY_S = 120.0  # roles that are replaced may take their time to end
+_STOP_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSeen:
+    """A role as the supervisor of its host sees it.
+
+    Attributes:
+        host: The host's name.
+        name: Unique in the cluster; a worker gives it to the router too.
+        kind: "router" or "worker".
+        serves: What it serves, in words.
+        state: Supervisor's word, one of `superserve.roles.local.RoleState`.
+        pid: Its process; None if it has none.
+        up_s: How long that has run.
+        exit_code: Of its last end, -N if signal N ended it.
+        log: Where its log is on the host.
+        tail: The log's last lines, if it is not well.
+        restarts: How often it was started again after crashes.
+        why: What ended it last, with the end of its log; "" if nothing did.
+        metrics: Where it serves /metrics, HOST:PORT; "" where it does not.
+    """
+
+    host: str
+    name: str
+    kind: str
+    serves: str
+    state: str
+    pid: int | None
+    up_s: int
+    exit_code: int
+    log: str
+    tail: tuple[str, ...]
+    restarts: int = 0
+    why: str = ""
+    metrics: str = ""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is ready."""
+        return self.state == "RUNNING"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended and will not be started again by itself."""
+        return self.state in ("STOPPED", "EXITED", "FATAL")
+
+
+@dataclass(frozen=True, slots=True)
+class HostSeen:
+    """A host and its roles.
+
+    Attributes:
+        name: In hosts.yaml.
+        error: Why it cannot be asked; "" if it was.
+        supervisord: The process that watches the roles; None if it does not run.
+        roles: The router first, where it is here.
+    """
+
+    name: str
+    error: str
+    supervisord: int | None
+    roles: tuple[RoleSeen, ...]
+
+
+class ClusterEngine(Protocol):
+    """What an engine does. Each verb raises RemoteError, naming the host, for what cannot be asked or done.
+
+    Slurm, Kubernetes or systemd may stand behind it as well as supervisor does: none of the verbs says how
+    a process is started, or where.
+    """
+
+    def apply(
+        self, plans: Mapping[str, HostPlan], files: Mapping[str, Mapping[str, str]]
+    ) -> dict[str, Applied]:
+        """Have exactly the plans' roles run, by host, with files beside them; touch only what differs."""
+
+    def roles(self) -> tuple[HostSeen, ...]:
+        """Return how every role stands, by host; a host that cannot be asked says why."""
+
+    def logs(self, role: str, n_lines: int) -> list[str]:
+        """Return the last lines of a role's log."""
+
+    def scale(self, role: str, n: int) -> None:
+        """Have `n` processes of a role run, without waiting: with 0 it drains, and stays away."""
+
+    def stop(self) -> Stopped:
+        """Stop everything, the router first; return when it has ended wherever it can be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What `apply` did on a host.
+
+    Attributes:
+        error: Why it failed; "" if it did not.
+        changed: What was done to each role; roles left alone are not in it.
+        files: Files that were sent anew or removed.
+    """
+
+    error: str
+    changed: dict[str, str]
+    files: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """What `stop` did.
+
+    Attributes:
+        stopped: Each role and the process it was, by host.
+        wrong: The hosts where it failed, each with the reason.
+    """
+
+    stopped: dict[str, tuple[tuple[str, int], ...]]
+    wrong: dict[str, str]
+
+
+class SupervisorEngine:
+    """A supervisord on each host of a cluster.
+
+    Attributes:
+        record: What is known of the cluster without asking.
+    """
+
+    def __init__(self, record: Record, shell: Shell) -> None:
+        self.record = record
+        self._shell = shell
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a cluster of this machine."""
+        return all(host.is_here for host in self.record.hosts)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The hosts' names."""
+        return tuple(host.name for host in self.record.hosts)
+
+    @property
+    def role_names(self) -> tuple[str, ...]:
+        """The roles' names, the router's first."""
+        return tuple(role for host in self.record.hosts for role in host.roles)
+
+    # --- the engine's verbs -------------------------------------------------------------------
+
+    def apply(
+        self, plans: Mapping[str, HostPlan], files: Mapping[str, Mapping[str, str]], **more: Any
+    ) -> dict[str, Applied]:
+        """Have exactly the plans' roles run, all hosts at once; see `ClusterEngine.apply`."""
+
+        def apply(name: str) -> Applied:
+            plan = plans[name].to_dict()
+            try:
+                said = self.ask(name, "apply", timeout_s=_APPLY_S, plan=plan, files=dict(files[name]), **more)
+            except RemoteError as error:
+                return Applied(str(error), {}, [])
+            return Applied("", said["changed"], said["files"])
+
+        return dict(zip(plans, parallel(list(plans), apply), strict=True))
+
+    def roles(self) -> tuple[HostSeen, ...]:
+        """Return how every role stands; a host that cannot be asked says why."""
+        return tuple(parallel(self.record.hosts, self._state))
+
+    def logs(self, role: str, n_lines: int = _TAIL_LINES) -> list[str]:
+        """Return the last lines of a role's log."""
+        lines: list[str] = self.ask(self.record.host_of(role).name, "tail", role=role, lines=n_lines)["lines"]
+        return lines
+
+    def scale(self, role: str, n: int) -> None:
+        """Start a role that does not run, or have it stop: by SIGTERM, and by SIGKILL if that takes long."""
+        assert n in (0, 1), "a role is one process: `up` with another number of workers adds roles"
+        self.ask(self.record.host_of(role).name, "start" if n else "stop", role=role)
+
+    def stop(self) -> Stopped:
+        """Stop the router, whose workers still answer what it holds, then everything everywhere."""
+        stopped: dict[str, tuple[tuple[str, int], ...]] = {}
+        wrong: dict[str, str] = {}
+        self._stop(self.record.router_host, stopped, wrong, kind="router")
+        parallel([host for host in self.hosts if host not in wrong], lambda h: self._stop(h, stopped, wrong))
+        return Stopped({host: stopped[host] for host in self.hosts if host in stopped}, wrong)
+
+    def _stop(
+        self,
+        host: str,
+        stopped: dict[str, tuple[tuple[str, int], ...]],
+        wrong: dict[str, str],
+        *,
+        kind: str | None = None,
+    ) -> None:
+        try:
+            said = self.ask(host, "down", timeout_s=_STOP_S, kind=kind)
+        except RemoteError as error:
+            wrong[host] = str(error)
+            return
+        stopped[host] = (*stopped.get(host, ()), *((name, pid) for name, pid in said["stopped"]))
+
+    # --- asking -------------------------------------------------------------------------------
+
+    def _state(self, host: KnownHost) -> HostSeen:
+        try:
+            said = self.ask(host.name, "states")
+        except RemoteError as error:
+            return HostSeen(host.name, str(error), None, ())
+        found = {role["name"]: role for role in said["roles"]}
+        roles = tuple(_seen(host, name, found.get(name)) for name in dict.fromkeys([*host.roles, *found]))
+        return HostSeen(host.name, "", said["supervisord"], roles)
+
+    def router_status(self) -> RouterStatus | None:
+        """Return the router's STATUS; None if it does not answer, WireError if it cannot be read."""
+        said = self.ask(self.record.router_host, "status", endpoint=self.record.client_endpoint)
+        status = said["status"]
+        return None if status is None else RouterStatus.from_body(status)
+
+    def ask(self, host: str, verb: str, *, timeout_s: float = ASK_S, **asked: Any) -> dict[str, Any]:
+        """Have a host do a verb of `cluster.host.onhost`, and return what it says.
+
+        Raises:
+            UnreachableError: The host cannot be reached.
+            RemoteError: The verb failed there.
+        """
+        known = self.record.host(host)
+        return ask(self._shell, known, verb, timeout_s=timeout_s, **asked)
+
+    def start_reading(self, host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a command on a host whose output the caller reads from its `stdout`, and ends."""
+        return self._shell.start(self.record.host(host).target, argv)
+
+
+def _seen(host: KnownHost, name: str, role: dict[str, Any] | None) -> RoleSeen:
+    """Return a role as its keeper sees it; where none is left, as one that is stopped."""
+    if role is None:
+        kind = "router" if name == "router" else "worker"
+        return RoleSeen(
+            host.name, name, kind, "", "STOPPED", None, 0, 0, str(Path(host.folder) / f"{name}.log"), ()
+        )
+    return RoleSeen(
+        host.name, name, role["kind"], role["serves"], role["state"], role["pid"], role["up_s"],
+        role["exit"], role["log"], tuple(role["tail"]), role["restarts"], role["why"], role["metrics"],
+    )  # fmt: skip
+
+
+# --- which cluster ----------------------------------------------------------------------------
+
+
+def here(name: str, cluster: LocalCluster | None = None, roles: Sequence[str] = ()) -> SupervisorEngine:
+    """Return the engine of a cluster of this machine: one host, and no ssh.
+
+    Args:
+        name: Of the cluster.
+        cluster: What its state file says; None before there is one.
+        roles: The names of its roles, where there is no file yet.
+    """
+    host = KnownHost(
+        platform.node(), HERE, str(local.cluster_folder(name)), sys.executable, python_path(),
+        tuple(roles) if cluster is None else tuple(role.name for role in cluster.roles),
+    )  # fmt: skip
+    ends = ("", "") if cluster is None else (cluster.client_endpoint, cluster.worker_endpoint)
+    return SupervisorEngine(Record(name, "", None, host.name, *ends, "", (host,), (), (), ""), LocalShell())
+
+
+@contextlib.contextmanager
+def open_cluster(name: str) -> Iterator[SupervisorEngine]:
+    """Give a cluster that was started from a hosts file on this machine.
+
+    Raises:
+        ConfigError: None is known under this name.
+    """
+    record = records.load(name)
+    if record is None:
+        others = f"; known are: {', '.join(records.names())}" if records.names() else ""
+        raise ConfigError(
+            f"no cluster {name!r} on other hosts is known to this machine{others}; "
+            f"`cluster up FILE` with its hosts file makes it known, and changes nothing that runs"
+        )
+    with OpenSsh(None if record.ssh_config is None else Path(record.ssh_config)) as shell:
+        yield SupervisorEngine(record, shell)

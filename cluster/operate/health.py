@@ -1,0 +1,83 @@
+"""Whether a cluster is well: what its keeper sees, compared with what its router sees."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from superserve.errors import ConfigError
+from superserve.net.connection import ask_status
+from superserve.roles.local import ProcessId, Role, RoleState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cluster.operate.engine import HostSeen
+    from superserve.roles.local import LocalCluster
+    from superserve.status import GpuStatus, RouterStatus
+
+
+def seen_by(cluster: LocalCluster, seen: Sequence[HostSeen]) -> LocalCluster:
+    """Return a cluster of this machine with its roles as its keeper has them now: a file may be older.
+
+    A keeper that does not answer is one problem more (`unasked`), and leaves the file's word.
+    """
+    if unasked(seen):
+        return cluster
+    roles = tuple(
+        Role(
+            role.name, role.kind, RoleState(role.state), role.serves, role.log,
+            None if role.pid is None else ProcessId.of(role.pid), role.restarts, role.why, role.metrics,
+        )
+        for host in seen
+        for role in host.roles
+    )  # fmt: skip
+    return replace(cluster, roles=roles)
+
+
+def unasked(seen: Sequence[HostSeen]) -> list[str]:
+    """Return why hosts cannot be asked."""
+    return [host.error for host in seen if host.error]
+
+
+def ask_router(cluster: LocalCluster) -> RouterStatus | None:
+    """Return the router's STATUS; None if it does not answer within 2 s."""
+    if not cluster.client_endpoint:
+        return None
+    try:
+        return ask_status(cluster.client_endpoint)
+    except ConfigError:
+        return None
+
+
+def problems(cluster: LocalCluster, status: RouterStatus | None) -> list[str]:
+    """Return what is not as it should be, a line each; nothing for a cluster that is well.
+
+    Args:
+        cluster: What the keeper says.
+        status: What the router says; None if it does not answer.
+    """
+    lines = [
+        f"{role.name}: {role.state}" + (f": {role.why}" if role.why else "")
+        for role in cluster.roles
+        if role.state is not RoleState.RUNNING
+    ]
+    if status is None:
+        return [*lines, f"router: does not answer at {cluster.client_endpoint or 'any port yet'}"]
+    registered = status.processes()
+    for role in cluster.roles:
+        if role.kind == "worker" and role.state is RoleState.RUNNING:
+            lines += _unwell(role.name, registered.get(role.name, ()))
+    return lines
+
+
+def _unwell(name: str, found: Sequence[GpuStatus]) -> list[str]:
+    """Return what the router has against a worker process that its keeper thinks well of."""
+    if not found:
+        return [f"{name}: runs, and the router does not know it"]
+    states = Counter(gpu.condition for gpu in found if not gpu.is_well)
+    if not states:
+        return []
+    words = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+    return [f"{name}: of {len(found)} GPUs, the router has {words}"]

@@ -1,0 +1,22 @@
+"""Stop a cluster on several hosts: the router drains first, then everything ends everywhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cluster.remote import record as records
+
+if TYPE_CHECKING:
+    from cluster.operate.engine import Stopped, SupervisorEngine
+
+
+def down(engine: SupervisorEngine) -> Stopped:
+    """Stop everything; return when it has ended on every host that can be reached.
+
+    The cluster is forgotten once nothing of it is left; a host that cannot be reached keeps it known, for
+    another try.
+    """
+    done = engine.stop()
+    if not done.wrong:
+        records.forget(engine.record.name)
+    return done

@@ -1,0 +1,63 @@
+"""Whether a cluster on several hosts is well: what its supervisors see, compared with its router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from cluster.operate.engine import HostSeen, RoleSeen
+    from cluster.remote.record import Record
+    from superserve.status import RouterStatus
+
+
+def problems(record: Record, seen: Sequence[HostSeen], status: RouterStatus | None) -> list[str]:
+    """Return what is not as it should be, a line or a few each; nothing for a cluster that is well."""
+    left_out = [f"{name}: takes no part since the last `cluster up`: {why}" for name, why in record.left_out]
+    return [*left_out, *(line.text for line in unready(seen, status, dict(record.slots)))]
+
+
+@dataclass(frozen=True, slots=True)
+class Unready:
+    """Why a role is not ready, and whether waiting longer would be in vain."""
+
+    text: str
+    is_final: bool
+
+
+def unready(
+    seen: Sequence[HostSeen], status: RouterStatus | None, n_slots: Mapping[str, int]
+) -> list[Unready]:
+    """Return why roles are not ready, the router's first.
+
+    Args:
+        seen: What their supervisors say.
+        status: What the router says; None if it does not answer.
+        n_slots: How many GPUs each worker is to register.
+    """
+    lines = [Unready(host.error, is_final=True) for host in seen if host.error]
+    registered = {} if status is None else status.processes()
+    for role in (role for host in seen for role in host.roles):
+        # Others that have no process are about to be started again.
+        if role.has_ended:
+            lines.append(Unready(ended(role), is_final=True))
+        elif role.kind == "router" and status is None:
+            lines.append(Unready(f"{role.host}: {role.name} did not answer", is_final=False))
+        elif role.kind == "worker":
+            ready = sum(gpu.is_well for gpu in registered.get(role.name, ()))
+            if ready < n_slots.get(role.name, 1):
+                words = f"{role.host}: {role.name} ({role.state}) did not register with the router"
+                lines.append(Unready(words, is_final=False))
+    return lines
+
+
+def ended(role: RoleSeen) -> str:
+    """Return how a role ended, with the last lines of its log."""
+    words = f"{role.host}: {role.name} is {role.state}"
+    if role.state == "EXITED":
+        words += f" with exit code {role.exit_code}"
+    if not role.tail:
+        return words
+    return "\n".join([f"{words}; the end of {role.log}:", *(f"    {line}" for line in role.tail)])

@@ -1,0 +1,223 @@
+"""Workers drained, and restarted a few at a time, without a query that fails for it.
+
+A worker that drains gets no new queries, answers what it has, says BYE and ends. The next one
+is touched only once the router gives work to the one before again. If that does not come
+about, everything else is left running, and the error says what is and what is not.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from cluster.operate.operable import chosen
+from superserve.clock import SECOND, MonotonicClock
+from superserve.errors import ConfigError, ProcessError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
+    from cluster.operate.operable import Operable, RoleView
+    from superserve.clock import Clock
+
+DRAIN_S = 30.0
+"""How long a worker may take to end: it has 4 s to drain, and is killed soon after."""
+
+_ASK_AGAIN_S = 0.05
+
+
+class RollingOperator:
+    """Drains and restarts roles of one cluster, a step at a time, and says what it does.
+
+    Args:
+        cluster: The cluster.
+        say: Takes a line for people.
+        clock: What timeouts are measured on.
+        pause: Waits so many seconds, between two questions to other processes.
+    """
+
+    def __init__(
+        self,
+        cluster: Operable,
+        say: Callable[[str], None],
+        *,
+        clock: Clock | None = None,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._cluster = cluster
+        self._say = say
+        self._clock = clock or MonotonicClock()
+        self._pause = pause
+
+    # --- what operators ask for ---------------------------------------------------------------
+
+    def drain(self, names: Iterable[str]) -> None:
+        """Have workers, or all of some hosts, take no new queries, answer what they have, and end.
+
+        Raises:
+            ConfigError: A name stands for no worker.
+            ProcessError: The router does not answer, or a worker does not end; names it.
+        """
+        workers = chosen(self._cluster.roles(), names)
+        running = [worker for worker in workers if not worker.has_ended]
+        for worker in workers:
+            if worker.has_ended:
+                self._say(f"{worker.name}: has ended already ({worker.state})")
+        if not running:
+            return
+        left = self._live() - {worker.name for worker in running}
+        if not left:
+            self._say("warning: no worker is left after this: queries wait, and expire, until one is back")
+        self._stop(running)
+        self._say(f"{len(left)} left: {', '.join(sorted(left))}" if left else "no worker is left")
+
+    def restart(self, names: Iterable[str] = (), *, at_once: int, force: bool, timeout_s: float) -> None:
+        """Restart workers, all unless some are named, a few at a time; those that have ended just start.
+
+        Args:
+            names: Workers or hosts.
+            at_once: How many may be away at a time.
+            force: Whether the last live worker may be taken, too.
+            timeout_s: How long each may take to be live again.
+
+        Raises:
+            ConfigError: A name stands for no worker, or no live worker would be left.
+            ProcessError: The router does not answer, or a worker does not come back; the others run.
+        """
+        roles = self._cluster.roles()
+        workers = chosen(roles, names) if names else [role for role in roles if role.kind == "worker"]
+        workers.sort(key=lambda worker: not worker.has_ended)  # who is back can stand in for the next
+        groups = [workers[i : i + at_once] for i in range(0, len(workers), at_once)]
+        if not force and not self._is_safe(groups):
+            raise ConfigError(_nobody_left(workers))
+        self._each(groups, force, timeout_s)
+
+    def restart_router(self, timeout_s: float) -> None:
+        """Restart the router, and wait until every worker that was live is so again.
+
+        Raises:
+            ProcessError: It does not come back, or a worker does not find it.
+        """
+        router = self._cluster.roles()[0]
+        before = self._well()
+        self._stop([] if router.has_ended else [router])
+        self._start([router], timeout_s, before)
+
+    def start_ended(self, timeout_s: float) -> list[str]:
+        """Start every role that has ended; return their names once they are live."""
+        ended = [role for role in self._cluster.roles() if role.has_ended]
+        router = [role for role in ended if role.kind == "router"]
+        for group in (router, [role for role in ended if role.kind == "worker"]):
+            if group:
+                self._start(group, timeout_s, [role.name for role in group if role.kind == "worker"])
+        return [role.name for role in ended]
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def _is_safe(self, groups: Sequence[Sequence[RoleView]]) -> bool:
+        """Tell whether another live worker is left whenever a group is away, if all come back."""
+        there = self._live()
+        for group in groups:
+            names = {worker.name for worker in group}
+            if not there - names and not all(worker.has_ended for worker in group):
+                return False
+            there |= names
+        return True
+
+    def _each(self, groups: Sequence[Sequence[RoleView]], force: bool, timeout_s: float) -> None:
+        done: list[str] = []
+        for i, group in enumerate(groups):
+            names = [worker.name for worker in group]
+            taken = [worker for worker in group if not worker.has_ended]
+            later = [worker.name for rest in groups[i + 1 :] for worker in rest]
+            try:
+                if taken and not force and not self._live() - set(names):
+                    raise ProcessError(f"{', '.join(names)}: no other worker is live just now")
+                self._stop(taken)
+                self._start(group, timeout_s, names)
+            except ProcessError as error:
+                raise ProcessError(f"{error}\n{_so_far(done, later)}") from error
+            except KeyboardInterrupt:
+                again = f"`cluster restart {' '.join(names)}` starts what has ended of them"
+                raise ProcessError(
+                    f"interrupted at {', '.join(names)}: {again}\n{_so_far(done, later)}"
+                ) from None
+            done += names
+
+    def _stop(self, roles: Sequence[RoleView]) -> None:
+        """Have roles end, and wait until they have and the router has forgotten them."""
+        begin_ns = self._clock.now_ns()
+        for role in roles:
+            self._cluster.stop(role.name)
+        waiting = {role.name: role for role in roles}
+        while waiting:
+            now = {role.name: role for role in self._cluster.roles()}
+            known = self._known() if any(role.kind == "worker" for role in waiting.values()) else set()
+            took_s = (self._clock.now_ns() - begin_ns) / SECOND
+            for name in [name for name in waiting if now[name].has_ended and name not in known]:
+                word = "drained" if waiting.pop(name).kind == "worker" else "stopped"
+                self._say(f"{name}: {word} in {took_s:.1f} s")
+            if waiting and took_s > DRAIN_S:
+                raise ProcessError(f"{', '.join(waiting)}: expected to end within {DRAIN_S:g} s, still there")
+            if waiting:
+                self._pause(_ASK_AGAIN_S)
+
+    def _start(self, roles: Sequence[RoleView], timeout_s: float, workers: Collection[str]) -> None:
+        """Start roles, and wait until the router gives work to `workers`.
+
+        Raises:
+            ProcessError: One has ended again, or it is not so after `timeout_s` seconds.
+        """
+        begin_ns = self._clock.now_ns()
+        for role in roles:
+            self._cluster.start(role.name)
+        names = {role.name for role in roles}
+        while True:
+            now = {role.name: role for role in self._cluster.roles()}
+            for role in (now[name] for name in names):
+                if role.has_ended:
+                    raise ProcessError(f"{role.name}: did not come back ({role.state}): {role.why}")
+            there = self._well()
+            took_s = (self._clock.now_ns() - begin_ns) / SECOND
+            if all(now[name].is_up for name in names) and there.issuperset(workers):
+                for name in sorted(names):
+                    self._say(f"{name}: live again after {took_s:.1f} s, as pid {now[name].pid}")
+                return
+            if took_s > timeout_s:
+                absent = sorted((names | set(workers)) - there - {"router"}) or ["router"]
+                raise ProcessError(f"{', '.join(absent)}: not live again within {timeout_s:g} s")
+            self._pause(_ASK_AGAIN_S)
+
+    def _live(self) -> set[str]:
+        status = self._cluster.status()
+        if status is None:
+            raise ProcessError(
+                "the router does not answer, and nothing can drain without it: see `cluster doctor`"
+            )
+        return status.well()
+
+    def _well(self) -> set[str]:
+        """Return the workers that are well; none while the router does not answer."""
+        status = self._cluster.status()
+        return set() if status is None else status.well()
+
+    def _known(self) -> set[str]:
+        """Return the workers that the router has not forgotten."""
+        status = self._cluster.status()
+        return set() if status is None else set(status.processes())
+
+
+def _nobody_left(workers: Sequence[RoleView]) -> str:
+    names = ", ".join(worker.name for worker in workers)
+    return (
+        f"{names}: expected another live worker beside those taken at once, or --force: without one "
+        f"queries wait, and expire, until it is back"
+    )
+
+
+def _so_far(done: Sequence[str], later: Sequence[str]) -> str:
+    """Say what was done and what was not touched."""
+    words = [f"restarted before: {', '.join(done) or 'none'}"]
+    if later:
+        words.append(f"not touched: {', '.join(later)}")
+    return "; ".join(words)

@@ -1,0 +1,183 @@
+"""What the operator's machine remembers of a cluster on several hosts, for the commands after `up`.
+
+    STATE/.clusters/NAME.json    0600; STATE as in superserve/roles/local.py
+
+It is written before anything is started, so that `down` finds whatever an interrupted `up`
+left, and holds what only `up` finds out: where on each host the cluster's folder is, and which
+Python runs there. It is no truth about what runs: that is asked of the hosts each time. Where
+it is lost, or on another operator's machine, `cluster up FILE` writes it anew and changes
+nothing that runs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from cluster.spec.roles import HERE, Target
+from superserve.errors import ConfigError
+from superserve.roles import local
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from typing import Self
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class KnownHost:
+    """A host that a cluster was started on.
+
+    Attributes:
+        name: In hosts.yaml.
+        target: Where ssh connects.
+        folder: The cluster's folder there.
+        interpreter: The Python that runs the roles.
+        code: The folder with the package.
+        roles: The names of its roles.
+    """
+
+    name: str
+    target: Target
+    folder: str
+    interpreter: str
+    code: str
+    roles: tuple[str, ...]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is this machine, whose verbs are functions and whose commands need no ssh."""
+        return self.target == HERE
+
+    def python(self, *args: str) -> list[str]:
+        """Return a command of the host's Python that finds the package, and no file of the current folder."""
+        path = ["env", f"PYTHONPATH={self.code}"] if self.code else []
+        return [*path, self.interpreter, "-P", *args]
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Self:
+        """Read what `asdict` wrote and JSON carried."""
+        return cls(**{**body, "target": Target(**body["target"]), "roles": tuple(body["roles"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A cluster on several hosts, as its operator remembers it.
+
+    Attributes:
+        name: Of the cluster.
+        file: Its hosts.yaml, as an absolute path.
+        ssh_config: The file for `ssh -F`; None for the user's own.
+        router_host: The name of the router's host.
+        client_endpoint: Where clients connect.
+        worker_endpoint: Where workers connect.
+        profile: What its workers serve by.
+        hosts: Every host that was prepared.
+        slots: How many GPUs each worker registers, by its name.
+        left_out: Hosts of the file that are not among them, each with the reason.
+        keys: The key file by which commands of this machine ask the router; "" without keys.
+    """
+
+    name: str
+    file: str
+    ssh_config: str | None
+    router_host: str
+    client_endpoint: str
+    worker_endpoint: str
+    profile: str
+    hosts: tuple[KnownHost, ...]
+    slots: tuple[tuple[str, int], ...]
+    left_out: tuple[tuple[str, str], ...]
+    keys: str = ""  # older files lack it
+
+    def host(self, name: str) -> KnownHost:
+        """Return a host by its name.
+
+        Raises:
+            ConfigError: There is none of that name; says which there are.
+        """
+        for host in self.hosts:
+            if host.name == name:
+                return host
+        raise ConfigError(
+            f"{name}: expected a host of {self.name!r}: {', '.join(h.name for h in self.hosts)}"
+        )
+
+    def host_of(self, role: str) -> KnownHost:
+        """Return the host that a role runs on.
+
+        Raises:
+            ConfigError: There is no role of that name; says which there are.
+        """
+        for host in self.hosts:
+            if role in host.roles:
+                return host
+        known = ", ".join(role for host in self.hosts for role in host.roles)
+        raise ConfigError(f"{role}: expected a role of {self.name!r}: {known}")
+
+
+def path_of(name: str) -> Path:
+    """Return where the record of the cluster `name` is, if there is one.
+
+    Raises:
+        ConfigError: It is no name for a cluster.
+    """
+    local.cluster_folder(name)  # for its check
+    return local.state_folder() / local.REMEMBERED / f"{name}.json"
+
+
+def load(name: str) -> Record | None:
+    """Return the record of a cluster; None if there is none.
+
+    Raises:
+        ConfigError: It cannot be read, or was written by another version.
+    """
+    path = path_of(name)
+    try:
+        body = orjson.loads(path.read_bytes())
+        if (schema := body.pop("schema")) != SCHEMA:
+            raise ConfigError(f"{path}: schema: expected {SCHEMA}, got {schema}: written by another version")
+        hosts = tuple(KnownHost.from_dict(host) for host in body.pop("hosts"))
+        slots = tuple((role, int(n)) for role, n in body.pop("slots"))
+        left_out = tuple((name, why) for name, why in body.pop("left_out"))
+        return Record(**body, hosts=hosts, slots=slots, left_out=left_out)
+    except FileNotFoundError:
+        return None
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: expected what `cluster up` writes, got {type(error).__name__}: {error}; "
+            f"remove it, and run `cluster up` with the hosts file again"
+        ) from error
+
+
+def save(record: Record) -> None:
+    """Write a record: a reader sees the old one or the new one, never a part.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    path = path_of(record.name)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(orjson.dumps({"schema": SCHEMA, **asdict(record)}, option=orjson.OPT_INDENT_2))
+        new.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a file that can be written: {error.strerror}") from error
+
+
+def forget(name: str) -> None:
+    """Remove the record of a cluster, if there is one."""
+    path_of(name).unlink(missing_ok=True)
+
+
+def names() -> list[str]:
+    """Return the clusters that there are records of, in order of name."""
+    return sorted(path.stem for path in (local.state_folder() / local.REMEMBERED).glob("[!.]*.json"))

@@ -1,0 +1,229 @@
+"""hosts.yaml as frozen dataclasses: the hosts of a cluster, what runs on each, and for whom.
+
+    cluster: prod                  # its name, for --name; "default" unless given
+    router: {host: a, client_port: 5555, worker_port: 5556}
+    hosts:
+      - {name: a, address: 10.0.0.1, user: serve, gpus: [0, 1]}
+      - {name: b, address: 10.0.0.2, user: serve, workers: 4, device: cpu}
+    supernet: digits
+    policy: demandfit
+    security: none
+
+`load_hosts` reads a file and fills in every default, so that nobody who uses one of these has
+to know them; `cluster/spec/hosts_file.py` finds the errors. It takes pydantic's import, 0.2 s, which
+only those commands pay that read a hosts file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from cluster.spec.plan import MAX_WORKERS
+from superserve.roles.local import DEFAULT_NAME
+
+CLIENT_PORT, WORKER_PORT = 5555, 5556
+"""Where a router listens unless the file says so: a restarted one must be found again."""
+
+MAX_HOSTS = 1_024
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_WORD = r"^[^\s\x00-\x1f-][^\s\x00-\x1f]*$"  # no address may be an option of ssh, or end a line
+_VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+
+Name = Annotated[str, Field(pattern=_NAME)]
+Word = Annotated[str, Field(pattern=_WORD, max_length=255)]
+Port = Annotated[int, Field(ge=1, le=65_535)]
+Count = Annotated[int, Field(ge=1, le=MAX_WORKERS)]
+
+
+def _as_text(value: object) -> object:
+    """Take numbers for what they look like: `OMP_NUM_THREADS: 1` means the text "1"."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+EnvName = Annotated[str, Field(pattern=_VARIABLE)]
+EnvValue = Annotated[str, BeforeValidator(_as_text), Field(pattern=r"^[^\x00\n\r]*$", max_length=4_096)]
+
+# What pydantic is told about each class: no other keys, no "5555" for 5555.
+_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True, slots=True)
+class RouterPlace:
+    """Where the router runs and is reached.
+
+    Attributes:
+        host: A host's name.
+        address: Where clients and workers reach it; the host's own unless given. It differs
+            where ssh goes by an alias, or by another network.
+        client_port: Where clients connect.
+        worker_port: Where workers connect.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    host: Name
+    address: Word | None = None
+    client_port: Port = CLIENT_PORT
+    worker_port: Port = WORKER_PORT
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A host and its workers.
+
+    Attributes:
+        name: Unique in the file; in its workers' names.
+        address: What ssh connects to, an alias of the ssh configuration included; the name unless given.
+        user: Who logs in; None leaves it to the ssh configuration.
+        port: Of the ssh server; None leaves it to the ssh configuration.
+        gpus: CUDA devices to use, one worker process each.
+        workers: Worker processes, where `gpus` does not say it.
+        device: "cuda" or "cpu"; "cuda" with `workers: N` means devices 0 to N - 1.
+        gpus_per_worker: Emulated GPUs of each worker process, under `emulate`.
+        threads: CPU threads of each worker's torch.
+        env: Environment variables of its roles.
+        python: The command that is Python there, 3.11 or later.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    name: Name
+    address: Word | None = None
+    user: Word | None = None
+    port: Port | None = None
+    gpus: Annotated[tuple[Annotated[int, Field(ge=0, le=1_023)], ...], Field(min_length=1)] | None = None
+    workers: Annotated[int, Field(ge=0, le=MAX_WORKERS)] | None = None
+    device: Literal["cpu", "cuda"] | None = None
+    gpus_per_worker: Count | None = None
+    threads: Count | None = None
+    env: dict[EnvName, EnvValue] = field(default_factory=dict)
+    python: Word = "python3"
+
+    @property
+    def n_workers(self) -> int:
+        """How many worker processes it runs."""
+        return len(self.gpus) if self.gpus is not None else self.workers or 0
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The device of each worker process: "cuda:1", "cpu"; those of emulated GPUs are "cpu" too."""
+        if self.device == "cuda":
+            return tuple(f"cuda:{gpu}" for gpu in self.gpus or range(self.n_workers))
+        return ("cpu",) * self.n_workers
+
+    @property
+    def worker_names(self) -> tuple[str, ...]:
+        """The role's name of each worker process, unique in the cluster."""
+        return tuple(f"worker-{self.name}-{i}" for i in range(self.n_workers))
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsPorts:
+    """Where Prometheus finds figures; None for nowhere.
+
+    Attributes:
+        router: The router's port.
+        workers: The port of each host's first worker process; the others' follow it.
+        address: The address that they are bound to; loopback unless given.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    router: Port | None = None
+    workers: Port | None = None
+    address: Word = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class LogBounds:
+    """How much of each role's output is kept: `files` full ones of `megabytes` each, and the current one."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    megabytes: Annotated[int, Field(ge=1, le=10_000)] = 10
+    files: Annotated[int, Field(ge=0, le=100)] = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Standby:
+    """A second router. Nothing implements one so far: a file that names one is refused."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    host: Name
+    address: Word | None = None
+    client_port: Port = CLIENT_PORT
+    worker_port: Port = WORKER_PORT
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """A hosts file.
+
+    Attributes:
+        router: Where the router is.
+        hosts: Every host, at least one.
+        cluster: The cluster's name.
+        emulate: A profile whose GPUs are emulated, instead of `supernet`, `weights` and `profile`.
+        supernet: What real workers serve; None under `emulate`.
+        weights: Its checkpoint's path on each host, or "random"; None for the one it comes with.
+        profile: A shipped profile's name, or a file's absolute path on this machine.
+        policy: What the router runs.
+        margin_ms: Slack that the router holds back.
+        security: "keys", or "none" for a network that is trusted.
+        keys: The folder of `cluster keys`, as an absolute path on this machine; None for no keys, and then
+            nothing listens beyond loopback unless `security` is "none".
+        metrics: Where Prometheus finds figures.
+        ssh_config: A file for `ssh -F`, as an absolute path; None for the user's own.
+        log: How much output is kept.
+        standby: Always None: see `Standby`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    router: RouterPlace
+    hosts: Annotated[tuple[Host, ...], Field(min_length=1, max_length=MAX_HOSTS)]
+    cluster: Name = DEFAULT_NAME
+    emulate: Word | None = None
+    supernet: Word | None = None
+    weights: Word | None = None
+    profile: Word | None = None
+    policy: Word = "demandfit"
+    margin_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False)] = 1.0
+    security: Literal["keys", "none"] = "keys"
+    keys: Word | None = None
+    metrics: MetricsPorts = field(default_factory=MetricsPorts)
+    ssh_config: Word | None = None
+    log: LogBounds = field(default_factory=LogBounds)
+    standby: Standby | None = None
+
+    def host(self, name: str) -> Host:
+        """Return the host of that name, which must be there."""
+        return next(host for host in self.hosts if host.name == name)
+
+    @property
+    def router_address(self) -> str:
+        """Where clients and workers reach the router's host."""
+        assert self.router.address is not None, "load_hosts fills it in"
+        return self.router.address
+
+    @property
+    def serves(self) -> str:
+        """The profile that workers serve by, emulated or not."""
+        assert self.profile is not None, "load_hosts fills it in"
+        return self.emulate or self.profile
+
+
+def load_hosts(path: Path) -> Hosts:
+    """Read a hosts file, check it, and fill in every default.
+
+    Raises:
+        ConfigError: It has errors: all of them, a line each, with file, line and path.
+    """
+    from cluster.spec.hosts_file import read  # noqa: PLC0415  it needs the classes above
+
+    return read(Path(path))

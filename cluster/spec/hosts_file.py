@@ -1,0 +1,469 @@
+"""The errors of a hosts file, all of them at once: `FILE:LINE: path: what was expected, got ...`.
+
+Pydantic checks what each value is by itself. What concerns several, such as a port used twice,
+is checked on the data as they stand in the file, wrong ones among them left out, so that one
+kind of error does not hide the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+
+from cluster.spec import hostkeys
+from cluster.spec.hosts import (
+    CLIENT_PORT,
+    WORKER_PORT,
+    Host,
+    Hosts,
+    LogBounds,
+    MetricsPorts,
+    RouterPlace,
+    Standby,
+)
+from cluster.spec.plan import DEFAULT_PROFILE, MAX_WORKERS
+from cluster.spec.yaml_lines import Where, read_located
+from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS
+from profiles.table import load_profile, shipped_profiles
+from router.policies.registry import make_policy
+from superserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pydantic_core import ErrorDetails
+
+Found = tuple[Where, str]
+"""An error: the way to the value, and what was expected."""
+
+T = TypeVar("T")
+
+_RESERVED = ("PYTHONPATH", "SUPERSERVE_HOST_FOLDER", "SUPERSERVE_ROLE_DIGEST", "SUPERSERVE_KEYS")
+_SECTIONS: dict[str, type] = {
+    "router": RouterPlace, "hosts[i]": Host, "metrics": MetricsPorts, "log": LogBounds, "standby": Standby,
+}  # fmt: skip
+_MAX_SHOWN = 60
+
+
+def read(path: Path) -> Hosts:
+    """Read a hosts file with every default filled in; ConfigError with every error, a line each."""
+    located = read_located(path)
+    errors = [(line, where, f"expected once, is on line {first} too") for line, where, first in located.twice]
+    hosts, found = _checked(located.data)
+    data = located.data if isinstance(located.data, dict) else {}
+    for check in _CHECKS:
+        found += check(data)
+    found += _serving(data, path.parent)
+    errors += [(located.line(where), where, text) for where, text in found]
+    if errors:
+        unique = sorted(set(errors), key=lambda error: (error[0], str(error[1]), error[2]))
+        raise ConfigError("\n".join(_line(path, *error) for error in unique))
+    assert hosts is not None, "pydantic found nothing"
+    return _filled(hosts, path.parent)
+
+
+def dump(hosts: Hosts) -> str:
+    """Return a hosts file that says what `hosts` says, defaults included; `load_hosts` reads it back."""
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # it is typed as None
+    yaml.dump(_said(dataclasses.asdict(hosts)), text)
+    return text.getvalue()
+
+
+def _said(value: Any) -> Any:
+    """Return data without what is None: a hosts file leaves that out."""
+    if isinstance(value, dict):
+        return {key: _said(item) for key, item in value.items() if item is not None and item != {}}
+    return [_said(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _line(path: Path, line: int, where: Where, text: str) -> str:
+    return f"{path}:{line}: {_path(where)}: {text}" if where else f"{path}:{line}: {text}"
+
+
+def _path(where: Where) -> str:
+    text = ""
+    for step in where:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
+# --- each value by itself ---------------------------------------------------------------------
+
+
+def _checked(data: Any) -> tuple[Hosts | None, list[Found]]:
+    if not isinstance(data, dict):
+        return None, [((), f"expected a mapping with router and hosts, got {_shown(data)}")]
+    try:
+        # Strict as JSON, in which a list may become a tuple, and nothing becomes a number.
+        return TypeAdapter(Hosts).validate_json(json.dumps(data)), []
+    except ValidationError as error:
+        # A list whose items are wrong counts as too short, too: it is not.
+        errors = [
+            each
+            for each in error.errors(include_url=False)
+            if each["type"] != "too_short" or len(each["input"]) < each["ctx"]["min_length"]
+        ]
+        return None, [_said_by_pydantic(each) for each in errors]
+
+
+def _said_by_pydantic(error: ErrorDetails) -> Found:
+    where = tuple(step for step in error["loc"] if step != "[key]")
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return where, _unknown_key(where)
+    if kind in ("missing", "missing_argument"):
+        return where, f"expected {_WANTED.get(str(where[-1]), 'a value')}, got nothing"
+    if kind in ("too_short", "too_long"):
+        least, most = context.get("min_length"), context.get("max_length")
+        bound = f"at least {least}" if least is not None else f"at most {most}"
+        return where, f"expected {bound}, got {context['actual_length']}"
+    words = _WORDS.get(kind, error["msg"][:1].lower() + error["msg"][1:])
+    if kind == "string_pattern_mismatch":
+        words = _pattern_words(str(context["pattern"]))
+    return where, f"expected {words.format(**context)}, got {_shown(error['input'])}"
+
+
+_WANTED = {"router": "{host: NAME}, the host that the router runs on", "host": "a host's name",
+           "hosts": "a list of hosts", "name": "a name, unique in the file"}  # fmt: skip
+_WORDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text (quote it if it looks like something else)",
+    "tuple_type": "a list, such as [0, 1]",
+    "dict_type": "a mapping",
+    "dataclass_type": "a mapping of keys and values",
+    "literal_error": "{expected}",
+    "greater_than_equal": "{ge} or more",
+    "less_than_equal": "{le} or less",
+    "finite_number": "a finite number",
+    "string_too_long": "at most {max_length} characters",
+}
+
+
+def _pattern_words(pattern: str) -> str:
+    if "._-" in pattern:
+        return "a name of up to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+    if r"\s" in pattern:
+        return "text without spaces that does not begin with '-'"
+    return "a variable's name" if pattern.startswith("^[A-Za-z_]") else "one line of text"
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def _unknown_key(where: Where) -> str:
+    """Say what an unknown key was meant to be: the nearest one here, or the same one elsewhere."""
+    key = str(where[-1])
+    known = _keys(_class_at(where[:-1]))
+    elsewhere = [place for place, kind in _SECTIONS.items() if key in _keys(kind)]
+    if key in _keys(Hosts):
+        elsewhere.append("the top of the file")
+    if nearest := difflib.get_close_matches(key, known, n=1):
+        return f"unknown key; did you mean {nearest[0]!r}?"
+    if elsewhere:
+        return f"unknown key here; it belongs in {' or '.join(elsewhere)}"
+    return f"unknown key: expected one of {', '.join(known)}"
+
+
+def _keys(kind: type) -> list[str]:
+    return [each.name for each in dataclasses.fields(kind)]
+
+
+def _class_at(where: Where) -> type:
+    """Return the dataclass whose keys stand at a place."""
+    kind: Any = Hosts
+    for step in where:
+        if isinstance(step, str):
+            kind = get_type_hints(kind)[step]
+        options = [kind, *get_args(kind), *(each for part in get_args(kind) for each in get_args(part))]
+        kind = next((each for each in options if dataclasses.is_dataclass(each)), kind)
+    return kind  # type: ignore[no-any-return]  # by construction of the classes in hosts.py
+
+
+# --- several values together ------------------------------------------------------------------
+
+
+def _get(data: Any, key: str, kind: type[T]) -> T | None:
+    """Return a value if it is there and of that kind; pydantic has said so if it is not."""
+    value = data.get(key) if isinstance(data, dict) else None
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+def _hosts(data: dict[str, Any]) -> Iterator[tuple[Where, dict[str, Any]]]:
+    for i, host in enumerate(_get(data, "hosts", list) or ()):
+        if isinstance(host, dict):
+            yield ("hosts", i), host
+
+
+def _names(data: dict[str, Any]) -> list[str]:
+    return [name for _, host in _hosts(data) if (name := _get(host, "name", str))]
+
+
+def _address(host: dict[str, Any], name: str) -> tuple[str, int]:
+    return _get(host, "address", str) or name, _get(host, "port", int) or 22
+
+
+def _hosts_once(data: dict[str, Any]) -> list[Found]:
+    """A name once, and an address once: the same host twice is two sets of workers on its GPUs."""
+    found: list[Found] = []
+    names: dict[str, int] = {}
+    addresses: dict[tuple[str, int], int] = {}
+    for where, host in _hosts(data):
+        i = int(where[1])
+        name = _get(host, "name", str)
+        if name is None:
+            continue
+        if names.setdefault(name, i) != i:
+            found.append(
+                ((*where, "name"), f"expected each host once, and hosts[{names[name]}] is {name!r} too")
+            )
+        address = _address(host, name)
+        if addresses.setdefault(address, i) != i:
+            key = "address" if "address" in host else "name"
+            found.append(
+                (
+                    (*where, key),
+                    f"expected each address once, and hosts[{addresses[address]}] has {address[0]!r} too",
+                )
+            )
+    return found
+
+
+def _addresses(data: dict[str, Any]) -> list[Found]:
+    """An address is one, and no login: ssh would take `user@address`, and nothing else would."""
+    places = [(where, host) for where, host in _hosts(data)]
+    found: list[Found] = []
+    for where, section in [(("router",), data.get("router")), *places]:
+        address = _get(section, "address", str)
+        if address and "@" in address:
+            hint = "; `user:` of a host says who logs in" if where != ("router",) else ""
+            found.append(((*where, "address"), f"expected an address alone, got {address!r}{hint}"))
+    return found
+
+
+def _router_is_listed(data: dict[str, Any]) -> list[Found]:
+    found: list[Found] = []
+    names = list(dict.fromkeys(_names(data)))
+    known = ", ".join(names)
+    for section in ("router", "standby"):
+        name = _get(data.get(section), "host", str)
+        if name is None:
+            continue
+        if names and name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            found.append(((section, "host"), f"expected the name of a host: {known}, got {name!r}{hint}"))
+    return found
+
+
+def _standby_is_not_there(data: dict[str, Any]) -> list[Found]:
+    if data.get("standby") is None:
+        return []
+    text = (
+        "a second router is not supported yet: expected no such key; without one, a router that crashes is "
+        "started again on its host, on the same ports"
+    )
+    return [(("standby",), text)]
+
+
+def _count(host: dict[str, Any]) -> int:
+    gpus = _get(host, "gpus", list)
+    return len(gpus) if gpus is not None else _get(host, "workers", int) or 0
+
+
+def _ports_once(data: dict[str, Any]) -> list[Found]:
+    """A port has one user on each host: two of the router's, and one of each role's figures."""
+    router, metrics = data.get("router"), data.get("metrics")
+    router_host = _get(router, "host", str)
+    used: dict[tuple[str, int], list[tuple[Where, str]]] = defaultdict(list)
+    for key, default in (("client_port", CLIENT_PORT), ("worker_port", WORKER_PORT)):
+        port = default if not isinstance(router, dict) or key not in router else _get(router, key, int)
+        if router_host and port:
+            used[router_host, port].append((("router", key), f"router.{key}"))
+    if router_host and (port := _get(metrics, "router", int)):
+        used[router_host, port].append((("metrics", "router"), "metrics.router"))
+    if first := _get(metrics, "workers", int):
+        for host in {_get(host, "name", str): host for _, host in _hosts(data)}.values():
+            for i in range(min(_count(host), MAX_WORKERS)):
+                used[str(host.get("name")), first + i].append(
+                    (("metrics", "workers"), f"metrics.workers, of worker {i}")
+                )
+    return [*_used_twice(used), *_beyond(data, first)]
+
+
+def _used_twice(used: dict[tuple[str, int], list[tuple[Where, str]]]) -> Iterator[Found]:
+    for (host, port), users in used.items():
+        for where, _ in users[1:]:
+            words = " and ".join(text for _, text in users)
+            yield where, f"expected each port once on a host, and {words} are both {port} on {host}"
+
+
+def _beyond(data: dict[str, Any], first: int | None) -> Iterator[Found]:
+    most = max((_count(host) for _, host in _hosts(data)), default=0)
+    if first and first + most - 1 > 65_535:
+        yield (
+            ("metrics", "workers"),
+            f"expected {most} ports from here on, for the workers of one host, up to 65535, got {first}",
+        )
+
+
+def _workers(data: dict[str, Any]) -> list[Found]:
+    """Each host says in one way which workers it runs; and some host runs one."""
+    found: list[Found] = []
+    is_emulated = data.get("emulate") is not None
+    router_host = _get(data.get("router"), "host", str)
+    n_workers = 0
+    for where, host in _hosts(data):
+        found += [
+            ((*where, key), text)
+            for key, text in _of_host(host, is_emulated, host.get("name") == router_host)
+        ]
+        n_workers += _count(host)
+    if not found and not n_workers and _names(data):
+        found.append((("hosts",), "expected a worker on one of them at least, got none"))
+    return found
+
+
+def _of_host(host: dict[str, Any], is_emulated: bool, has_router: bool) -> Iterator[tuple[str, str]]:
+    gpus, workers, device = (host.get(key) for key in ("gpus", "workers", "device"))
+    if is_emulated:
+        yield from (
+            (key, "expected workers: N under `emulate`, which uses no device")
+            for key in ("gpus", "device", "threads")
+            if host.get(key) is not None
+        )
+    elif host.get("gpus_per_worker") is not None:
+        yield "gpus_per_worker", "expected with `emulate` only: a real worker process has one GPU"
+    if gpus is not None and workers is not None:
+        yield "workers", "expected gpus or workers, got both: each of the gpus has one worker"
+    elif gpus is None and workers is None and not has_router:
+        ways = "workers: N" if is_emulated else "gpus: [0, 1] or workers: N"
+        yield "name", f"expected {ways} on a host without the router, got neither"
+    if gpus is not None and device == "cpu":
+        yield "device", "expected cuda, or nothing, with gpus, got 'cpu'"
+    if isinstance(gpus, list) and (
+        twice := sorted({gpu for gpu in gpus if isinstance(gpu, int) and gpus.count(gpu) > 1})
+    ):
+        yield "gpus", f"expected each device once, got {', '.join(map(str, twice))} twice"
+    for name in host["env"] if isinstance(host.get("env"), dict) else ():
+        if name in _RESERVED:
+            yield "env", f"{name} is set by the cluster itself: expected other variables"
+
+
+def _security(data: dict[str, Any]) -> list[Found]:
+    if data.get("security") == "none" and data.get("keys") is not None:
+        return [(("keys",), "expected no keys with security: none")]
+    return []
+
+
+_CHECKS: tuple[Callable[[dict[str, Any]], list[Found]], ...] = (
+    _hosts_once, _addresses, _router_is_listed, _standby_is_not_there, _ports_once, _workers, _security,
+)  # fmt: skip
+
+
+# --- what is served ---------------------------------------------------------------------------
+
+
+def _serving(data: dict[str, Any], folder: Path) -> list[Found]:
+    """Check supernet, profile, weights and policy, each of which names something outside the file."""
+    found: list[Found] = []
+    emulate, supernet = _get(data, "emulate", str), _get(data, "supernet", str)
+    if emulate is not None:
+        found += [
+            ((key,), "expected it or `emulate`, got both")
+            for key in ("supernet", "profile", "weights")
+            if data.get(key) is not None
+        ]
+    if supernet and supernet not in SHIPPED_SUPERNETS and ":" not in supernet:
+        nearest = difflib.get_close_matches(supernet, SHIPPED_SUPERNETS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        names = ", ".join(SHIPPED_SUPERNETS)
+        found.append(
+            ((("supernet"),), f"expected one of {names}, or package.module:attribute, got {supernet!r}{hint}")
+        )
+    elif supernet and supernet != DIGITS and data.get("profile") is None:
+        found.append(
+            (("supernet",), f"{supernet} comes without a profile: expected one, from `profiles search`")
+        )
+    weights = _get(data, "weights", str)
+    if weights and weights != "random" and not weights.startswith("/"):
+        found.append(
+            (("weights",), f"expected 'random' or an absolute path, the same on each host, got {weights!r}")
+        )
+    return [*found, *_profile_and_policy(data, folder), *_keys_folder(data, folder)]
+
+
+def _keys_folder(data: dict[str, Any], folder: Path) -> Iterator[Found]:
+    keys = _absolute(_get(data, "keys", str), folder)
+    if keys is None or data.get("security") == "none":
+        return
+    try:
+        hostkeys.check(Path(keys))
+    except ConfigError as error:
+        yield ("keys",), str(error)
+
+
+def _profile_and_policy(data: dict[str, Any], folder: Path) -> Iterator[Found]:
+    key = "emulate" if _get(data, "emulate", str) else "profile"
+    try:
+        profile = load_profile(_profile(_get(data, key, str) or DEFAULT_PROFILE, folder))
+    except ConfigError as error:
+        yield (key,), str(error)
+        profile = load_profile(DEFAULT_PROFILE)  # a policy's name can be wrong, too
+    try:
+        make_policy(_get(data, "policy", str) or "demandfit", profile)
+    except ConfigError as error:
+        yield ("policy",), str(error)
+
+
+def _profile(name: str, folder: Path) -> str:
+    """Return a shipped profile's name, or a file's absolute path; it counts from the hosts file."""
+    return name if name in shipped_profiles() else str((folder / name).absolute())
+
+
+def _filled(hosts: Hosts, folder: Path) -> Hosts:
+    """Return the same with every default filled in, and paths made absolute."""
+    filled = tuple(_filled_host(host, is_emulated=hosts.emulate is not None) for host in hosts.hosts)
+    router_host = next(host for host in filled if host.name == hosts.router.host)
+    served: dict[str, Any] = {"emulate": _profile(hosts.emulate, folder)} if hosts.emulate is not None else {
+        "supernet": hosts.supernet or DIGITS, "profile": _profile(hosts.profile or DEFAULT_PROFILE, folder),
+    }  # fmt: skip
+    return dataclasses.replace(
+        hosts,
+        hosts=filled,
+        router=dataclasses.replace(hosts.router, address=hosts.router.address or router_host.address),
+        keys=_absolute(hosts.keys, folder),
+        ssh_config=_absolute(hosts.ssh_config, folder),
+        **served,
+    )
+
+
+def _filled_host(host: Host, *, is_emulated: bool) -> Host:
+    return dataclasses.replace(
+        host,
+        address=host.address or host.name,
+        workers=None if host.gpus is not None else host.workers or 0,
+        device=None if is_emulated else host.device or ("cpu" if host.gpus is None else "cuda"),
+        gpus_per_worker=host.gpus_per_worker or 1 if is_emulated else None,
+        threads=None if is_emulated else host.threads or 1,
+    )
+
+
+def _absolute(path: str | None, folder: Path) -> str | None:
+    try:
+        return None if path is None else str((folder / Path(path).expanduser()).absolute())
+    except RuntimeError as error:  # no HOME, and no such user
+        raise ConfigError(f"{path}: expected a path without ~: {error}") from error

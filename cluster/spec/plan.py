@@ -1,0 +1,311 @@
+"""What a cluster consists of: the roles, the command line of each, and the options behind them.
+
+A plan is made where the command is typed, with every option checked. Ports that are not named are chosen
+when it is carried out (`Plan.placed`), and kept from then on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.spec.roles import HostRole
+from gpu_worker.cli import MAX_GPUS
+from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS
+from profiles.table import load_profile, shipped_profiles
+from router.policies.registry import make_policy
+from superserve.errors import ConfigError
+from superserve.roles.local import DEFAULT_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+ANY_PORT = 0
+"""The system picks a free one."""
+
+DEFAULT_PROFILE = "digits-cpu"
+"""What workers serve by unless told otherwise: the profile of the digits supernet on a CPU."""
+MAX_WORKERS = 1_024
+"""Worker processes of one cluster on one machine, at most."""
+
+CLIENT, WORKER = "{client}", "{worker}"
+"""In a role's arguments: the router's endpoints, the same for as long as the cluster runs."""
+
+METRICS_PORT = "{metrics}"
+"""In a role's arguments: where it serves /metrics, the same port for as long as the cluster runs."""
+
+_MAX_MARGIN_MS = 60_000.0
+# What stands there where a driver of NVIDIA's is loaded; without it torch need not be asked,
+# which takes seconds to import.
+_DRIVER_PATHS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
+
+
+@dataclass(frozen=True, slots=True)
+class RolePlan:
+    """One process to run: its name, its kind ("router" or "worker"), its arguments, and what it serves."""
+
+    name: str
+    kind: str
+    argv: tuple[str, ...]
+    serves: str
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What was asked for; None stands for what suits this machine.
+
+    Attributes:
+        policy: What the router runs.
+        margin_ms: Slack that the router holds back.
+        client_port: Where clients connect, on loopback.
+        worker_port: Where workers connect, on loopback.
+        emulate: A profile; its GPUs are emulated.
+        n_gpus: How many of them.
+        gpus: CUDA devices to use, one worker process each.
+        workers: Worker processes.
+        device: "cpu" or "cuda".
+        supernet: What real workers serve.
+        weights: Its checkpoint, or "random".
+        profile: Their profile.
+        threads: CPU threads of each.
+        metrics: Whether every process serves /metrics, on a free port of loopback.
+    """
+
+    policy: str = "demandfit"
+    margin_ms: float = 1.0
+    client_port: int = ANY_PORT
+    worker_port: int = ANY_PORT
+    emulate: str | None = None
+    n_gpus: int | None = None
+    gpus: tuple[int, ...] | None = None
+    workers: int | None = None
+    device: str | None = None
+    supernet: str | None = None
+    weights: str | None = None
+    profile: str | None = None
+    threads: int | None = None
+    metrics: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A cluster to run.
+
+    Attributes:
+        name: Of the cluster.
+        roles: The router first.
+        options: What differs between clusters, for comparing and for people.
+        ready_timeout_s: How long the roles may take to be ready, together.
+        profile: What the workers serve by.
+    """
+
+    name: str
+    roles: tuple[RolePlan, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    ready_timeout_s: float = 60.0
+    profile: str = DEFAULT_PROFILE
+
+    def placed(self, port: Callable[[], int]) -> tuple[tuple[HostRole, ...], str, str]:
+        """Return what this machine is to run, and where clients and workers connect.
+
+        Args:
+            port: Gives a free port of loopback, another one each time.
+        """
+        client, worker = (endpoint(self.options[f"{whose}_port"] or port()) for whose in ("client", "worker"))
+        roles = []
+        for role in self.roles:
+            words = {CLIENT: client, WORKER: worker}
+            if METRICS_PORT in role.argv:
+                words[METRICS_PORT] = str(port())
+            argv = tuple(words.get(word, word) for word in role.argv)
+            roles.append(HostRole(role.name, role.kind, argv, (), role.serves))
+        return tuple(roles), client, worker
+
+
+def make_plan(name: str, options: Options, ready_timeout_s: float) -> Plan:
+    """Check the options and return the roles that they ask for.
+
+    Raises:
+        ConfigError: An option is not what it should be, or this machine lacks what it names.
+    """
+    if not 0 <= options.margin_ms <= _MAX_MARGIN_MS:  # NaN passes a FloatRange
+        raise ConfigError(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {options.margin_ms}")
+    if options.client_port == options.worker_port != ANY_PORT:
+        raise ConfigError(
+            f"--client-port and --worker-port: expected two ports, got {options.client_port} twice"
+        )
+    if not 0 < ready_timeout_s <= 86_400:
+        raise ConfigError(
+            f"--ready-timeout-s: expected seconds above 0 and up to a day, got {ready_timeout_s}"
+        )
+    workers, profile, asked = _emulated(options) if options.emulate is not None else _real(options)
+    make_policy(options.policy, load_profile(profile))
+    router = {name: getattr(options, name) for name in ("policy", "margin_ms", "client_port", "worker_port")}
+    roles = [_router(options), *workers]
+    if options.metrics:
+        roles = [replace(role, argv=(*role.argv, "--metrics-port", METRICS_PORT)) for role in roles]
+        asked["metrics"] = "on"
+    return Plan(name, tuple(roles), router | asked, ready_timeout_s, profile)
+
+
+def differences(running: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Return, a line each, where a running cluster is not what is asked for; any port will do for none."""
+    lines = []
+    for key in sorted(running.keys() | asked.keys()):
+        old, new = running.get(key, "none"), asked.get(key, "none")
+        if old != new and not (key.endswith("_port") and new == ANY_PORT):
+            lines.append(f"{key}: it runs with {old}, asked for {new}")
+    return lines
+
+
+def _router(options: Options) -> RolePlan:
+    argv = (
+        "-m", "router", "--client-endpoint", CLIENT, "--worker-endpoint", WORKER,
+        "--policy", options.policy, "--margin-ms", f"{options.margin_ms:g}",
+    )  # fmt: skip
+    return RolePlan("router", "router", argv, f"policy {options.policy}")
+
+
+def endpoint(port: int) -> str:
+    """Return where a router on this machine is to bind."""
+    return f"tcp://127.0.0.1:{port}"
+
+
+def python_path() -> str:
+    """Return the PYTHONPATH with which a Python runs the package that runs here, even under -P."""
+    own = os.environ.get("PYTHONPATH", "")
+    root = Path(__file__).parents[2]
+    if root.name in ("site-packages", "dist-packages"):  # found anyway, and its order must not change
+        return own
+    return os.pathsep.join(dict.fromkeys([str(root), *filter(None, own.split(os.pathsep))]))
+
+
+def name_option(name: str) -> str:
+    """Return how a command line names a cluster: not at all, if it is the default one."""
+    return "" if name == DEFAULT_NAME else f" --name {name}"
+
+
+# --- workers ----------------------------------------------------------------------------------
+
+
+def _emulated(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
+    """Return worker processes that share the emulated GPUs, their profile, and what was asked for."""
+    assert options.emulate is not None, "the caller looked"
+    for option in ("gpus", "device", "supernet", "weights", "profile", "threads"):
+        if getattr(options, option) is not None:
+            raise ConfigError(f"--{option} and --emulate: expected one of them, got both")
+    n_gpus = options.n_gpus or 1
+    least = -(-n_gpus // MAX_GPUS)
+    n_processes = options.workers or least
+    if not least <= n_processes <= n_gpus:
+        raise ConfigError(
+            f"--workers: expected {least} to {n_gpus} processes for {n_gpus} emulated GPUs, got {n_processes}"
+        )
+    profile = _profile(options.emulate)
+    roles = []
+    for i in range(n_processes):
+        n = n_gpus // n_processes + (i < n_gpus % n_processes)
+        argv = ("--emulate", profile, "--gpus", str(n))
+        words = f"{n} emulated GPU{'s' if n > 1 else ''} of {load_profile(profile).name}"
+        roles.append(_worker(i, argv, words))
+    words = f"{n_gpus} emulated GPU{'s' if n_gpus > 1 else ''} of {profile} in {n_processes}"
+    asked = {"workers": f"{words} process{'es' if n_processes > 1 else ''}", "profile": profile}
+    return roles, profile, asked
+
+
+def _real(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
+    """Return a worker process for each device, their profile, and what was asked for."""
+    supernet = options.supernet or DIGITS
+    if supernet not in SHIPPED_SUPERNETS and ":" not in supernet:
+        raise ConfigError(
+            f"--supernet: expected one of {', '.join(SHIPPED_SUPERNETS)}, or package.module:attribute, "
+            f"got {supernet!r}"
+        )
+    if supernet != DIGITS and options.profile is None:
+        raise ConfigError(f"--profile: {supernet} comes without one: expected one, from `profiles search`")
+    _check_installed()
+    profile = _profile(options.profile or DEFAULT_PROFILE)
+    weights = () if options.weights is None else ("--weights", _weights(options.weights))
+    threads = options.threads or 1
+    devices = _devices(options)
+    roles = [
+        _worker(
+            i,
+            (
+                "--supernet",
+                supernet,
+                "--profile",
+                profile,
+                "--device",
+                device,
+                "--threads",
+                str(threads),
+                *weights,
+            ),
+            f"{supernet} on {device}",
+        )
+        for i, device in enumerate(devices)
+    ]
+    return roles, profile, {
+        "workers": f"{supernet} on {', '.join(devices)}", "profile": profile, "threads": threads,
+        **({"weights": weights[1]} if weights else {}),
+    }  # fmt: skip
+
+
+def _worker(i: int, argv: Sequence[str], serves: str) -> RolePlan:
+    name = f"worker-{i}"
+    return RolePlan(name, "worker", ("-m", "gpu_worker", "--connect", WORKER, "--name", name, *argv), serves)
+
+
+def _profile(name: str) -> str:
+    """Return a shipped profile's name, or a file's absolute path: a role may run elsewhere."""
+    load_profile(name)
+    return name if name in shipped_profiles() else str(Path(name).absolute())
+
+
+def _weights(text: str) -> str:
+    """Return "random", or a checkpoint's absolute path: a role may run elsewhere."""
+    if text == "random":
+        return text
+    if not Path(text).is_file():
+        raise ConfigError(f"--weights: expected a checkpoint's file or 'random', got {text!r}")
+    return str(Path(text).absolute())
+
+
+def _check_installed() -> None:
+    missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: not installed; try: pip install 'superserve[worker]', "
+            f"or emulate GPUs: --emulate cnn-8gpu-modelled:8"
+        )
+
+
+def _devices(options: Options) -> tuple[str, ...]:
+    """Return the device of each worker process: the GPUs if there are some, else one on the CPU."""
+    if options.gpus is not None and (options.workers is not None or options.device == "cpu"):
+        raise ConfigError("--gpus: one worker on each of them; expected without --workers and --device cpu")
+    if options.device == "cpu":
+        return ("cpu",) * (options.workers or 1)
+    n_here = n_cuda_devices()
+    if options.gpus is None and options.device is None and not n_here:
+        return ("cpu",) * (options.workers or 1)
+    wanted = options.gpus or tuple(range(options.workers or max(1, n_here)))
+    if lacking := [gpu for gpu in wanted if gpu >= n_here]:
+        raise ConfigError(
+            f"GPU {', '.join(map(str, lacking))}: expected CUDA devices that torch sees, "
+            f"and it sees {n_here}; try --device cpu"
+        )
+    return tuple(f"cuda:{gpu}" for gpu in wanted)
+
+
+def n_cuda_devices() -> int:
+    """Return how many CUDA devices torch sees here."""
+    if not any(path.exists() for path in _DRIVER_PATHS):
+        return 0
+    import torch  # noqa: PLC0415  it takes seconds
+
+    return int(torch.cuda.device_count())

@@ -1,0 +1,176 @@
+"""What one host is to run and to have: the words in which a plan speaks to an engine.
+
+Plain data: this module is imported on every host, and needs no more than every host has.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from superserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Self
+
+OURS_VARIABLE = "SUPERSERVE_HOST_FOLDER"
+"""Environment variable of every role: the folder of its cluster on its host."""
+
+KEYS, FILES = FILLED = ("keys", "files")
+"""Folders of a cluster on its host that hold exactly what `up` puts there."""
+
+OPERATOR_KEY = "operator.key"
+"""In KEYS of the router's host: what its STATUS is asked with."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostRole:
+    """One process to run on a host.
+
+    Attributes:
+        name: Unique in the cluster.
+        kind: "router" or "worker".
+        argv: The arguments of the host's Python.
+        env: Environment variables, besides the host's own.
+        serves: What it serves, in words.
+    """
+
+    name: str
+    kind: str
+    argv: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+    serves: str
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Self:
+        """Read what `asdict` wrote and JSON carried."""
+        env = tuple((str(name), str(value)) for name, value in body["env"])
+        return cls(body["name"], body["kind"], tuple(body["argv"]), env, body["serves"])
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long roles may take, and how often they are started again.
+
+    Attributes:
+        first_backoff_s: How long a crashed role waits before its first restart; then twice as long each time.
+        most_restarts: So many in a row; after that something is wrong that starting does not mend.
+        good_service_s: A role that was ready for so long starts with a clean slate when it crashes.
+        ready_timeout_s: How long a role that is started again may take to be ready.
+        router_stop_s: How long a router has after SIGTERM; it drains for up to 5 s.
+        worker_stop_s: How long a worker has after SIGTERM; it drains for up to 4 s.
+    """
+
+    first_backoff_s: float = 0.5
+    most_restarts: int = 5
+    good_service_s: float = 60.0
+    ready_timeout_s: float = 60.0
+    router_stop_s: float = 8.0
+    worker_stop_s: float = 5.0
+
+
+TIMING_VARIABLE = "SUPERSERVE_TIMING"
+"""Environment variable of `cluster up`: fields of `Timing` that are to differ, as `name=number,...`."""
+
+
+def timing(**given: float) -> Timing:
+    """Return the timing of a cluster: the usual one, with what TIMING_VARIABLE and `given` say instead.
+
+    Raises:
+        ConfigError: The variable is malformed.
+    """
+    text = os.environ.get(TIMING_VARIABLE, "")
+    found: dict[str, Any] = dict(given)
+    kinds = {name: type(value) for name, value in asdict(Timing()).items()}
+    for pair in filter(None, text.split(",")):
+        name, _, value = pair.partition("=")
+        try:
+            found[name.strip()] = kinds[name.strip()](value)
+        except (KeyError, ValueError):
+            known = ", ".join(kinds)
+            raise ConfigError(f"{TIMING_VARIABLE}: expected {known}, each =number, got {pair!r}") from None
+    return Timing(**found)
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """What one host is to run.
+
+    Attributes:
+        folder: Of the cluster on that host.
+        interpreter: The Python that runs the roles.
+        code: What PYTHONPATH is to be, so that the package is found; "" where it is found anyway.
+        roles: The router first, where it is here.
+        log_bytes: How large a log grows before it is put aside.
+        log_files: How many put aside are kept.
+        cwd: Where the roles run.
+        timing: Restarts and grace periods.
+        local: For a cluster of this machine what its state file says of it: its name, options,
+            client_endpoint and worker_endpoint; None on other hosts, where clients do not look for one.
+    """
+
+    folder: str
+    interpreter: str
+    code: str
+    roles: tuple[HostRole, ...]
+    log_bytes: int = 10 << 20
+    log_files: int = 3
+    cwd: str = "/"
+    timing: Timing = Timing()
+    local: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` gave and JSON carried."""
+        roles = tuple(HostRole.from_dict(role) for role in body["roles"])
+        return cls(**{**body, "roles": roles, "timing": Timing(**body["timing"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where ssh connects, each field as in ssh's own words; None leaves it to the configuration.
+
+    Attributes:
+        address: A name or address, or an alias of the configuration.
+        user: Who logs in.
+        port: Where its server listens.
+    """
+
+    address: str
+    user: str | None = None
+    port: int | None = None
+
+
+HERE = Target("")
+"""This machine itself, which no ssh leads to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a host is to have.
+
+    Attributes:
+        name: Of the host.
+        target: Where ssh connects.
+        python: The command of its Python.
+        ports: Where roles of ours are to listen.
+        gpus: CUDA devices to use.
+        serves_supernet: Whether its workers need torch.
+        roles: The names of the roles it is to run.
+        router: The router's name, which its workers look up; "" where they need not.
+    """
+
+    name: str
+    target: Target
+    python: str
+    ports: tuple[int, ...]
+    gpus: tuple[int, ...]
+    serves_supernet: bool
+    roles: tuple[str, ...]
+    router: str = ""
