@@ -2,7 +2,7 @@
 
 from superserve.moved import moved
 
-# Names that docs/ or README have shown, or that a policy of somebody else's imports.
+# Names that docs/ or README have shown, or that a user's own policy imports.
 moved(
     __name__,
     {

@@ -150,7 +150,7 @@ class Keeper(Supervisor):  # type: ignore[misc]  # supervisor ships no types
             self.options.mood = SupervisorStates.SHUTDOWN
         self._control.close()
 
-    # --- what is told of it -------------------------------------------------------------------
+    # --- what it reports ----------------------------------------------------------------------
 
     def seen(self) -> list[dict[str, Any]]:
         """Return how each role stands."""

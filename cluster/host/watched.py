@@ -104,7 +104,7 @@ class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no t
         """Start it; return its process, or None if that failed."""
         if self.state == ProcessStates.BACKOFF:
             self.restarts += 1
-        else:  # for the first time, or because somebody asked for it: the past is forgotten
+        else:  # for the first time, or on an operator's order: the past is forgotten
             self._was_ordered = bool(self.laststart)
             self.was_ready, self._n_in_a_row, self.why = False, 0, ""
         self._is_late = False

@@ -136,7 +136,7 @@ class Applied:
     Attributes:
         error: Why it failed; "" if it did not.
         changed: What was done to each role; roles left alone are not in it.
-        files: Files that were sent anew or removed.
+        files: Files that were sent again or removed.
     """
 
     error: str

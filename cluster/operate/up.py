@@ -111,7 +111,7 @@ def _already(there: LocalCluster, plan: Plan) -> Up:
     if status is None or problems(there, status):
         raise ConfigError(
             f"the cluster {there.name!r} runs already, and is not well: see "
-            f"`cluster status{name_option(there.name)}`; start it anew with `cluster down` and `cluster up`"
+            f"`cluster status{name_option(there.name)}`; restart it with `cluster down` and `cluster up`"
         )
     return Up(there, status, is_new=False, restarted=restarted)
 
@@ -218,7 +218,7 @@ class _Hold:
             if self._control.recv(len(KEPT)) == KEPT:
                 self._control.close()
                 return
-        raise StartError("somebody stopped it as soon as it was ready")
+        raise StartError("it was stopped as soon as it was ready")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:

@@ -114,7 +114,7 @@ def unexpired(directive: Directive, waited_ns: int) -> npt.NDArray[np.bool_] | N
 
 
 def expired_reason(waited_ns: int) -> bytes:
-    """Return what a query is told that the worker refused."""
+    """Return the reason for a query that the worker refused."""
     return f"expired on the way: no slack was left after {waited_ns / MS:.2f} ms at the worker".encode()
 
 

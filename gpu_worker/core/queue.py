@@ -1,4 +1,4 @@
-"""One GPU's batches: first in, first out, one at a time; and what the router is told of them."""
+"""One GPU's batches: first in, first out, one at a time; and what the router learns of them."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class WorkerServer:
         gauges: Reads the device's gauges; quick.
         handshake: The socket's: tells why no router answers, and tries again; closed by the caller.
         on_ready: Called once, after the first WELCOME.
-        metrics: Is told what has ended; None where nothing is exported.
+        metrics: Receives what has ended; None where nothing is exported.
 
     Attributes:
         core: What it says and does.

@@ -76,7 +76,7 @@ class DemoServing:
 
     def serve(self, policy: str) -> Served:
         """Serve the load, reporting now and then how far it is."""
-        click.echo(f"DemoServing it under {policy}: starting a router and a worker ...")
+        click.echo(f"Serving it under {policy}: starting a router and a worker ...")
         settings = RunSettings(self.load.slo_ns, payloads=self.payloads, keep_outputs=True)
         with serving(policy, self.profile, margin_ms=self.load.margin_ms) as cluster:
             processes = (cluster.keeper, *(role.process for role in cluster.roles))

@@ -1,4 +1,4 @@
-"""`loadgen agent`: a load generator on another host, which sends its share of a run when it is told to.
+"""`loadgen agent`: a load generator on another host, which sends its share of a run on order.
 
 Messages between it and `loadgen.live.hosts`; `superserve.wire` has their fields:
 
@@ -8,7 +8,7 @@ Messages between it and `loadgen.live.hosts`; `superserve.wire` has their fields
     coordinator -> agent    RUN_STOP                       agent -> coordinator    RUN_REPORT | RUN_FAILED
 
 An agent serves one run at a time, and any peer that reaches its port may have it send load to anywhere: so it
-listens on loopback unless it is told that the network is safe. A coordinator that falls silent for `SILENT_S`
+listens on loopback unless an option states that the network is safe. A coordinator that falls silent for `SILENT_S`
 has its run stopped.
 """
 

@@ -68,7 +68,7 @@ class Simulated:
 
     @property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """What became of each query: see `loadgen.live.run.Run`."""
+        """The outcome of each query: see `loadgen.results.run.Run`."""
         return self.run.columns
 
     @property

@@ -3,7 +3,7 @@
 At the limit accept() fails, the connection stays in the kernel's queue, and ZeroMQ's thread asks for it again
 at once: a whole processor for as long as the limit lasts. `unbind` would end the spinning and, with it, every
 connection that the listener has ever made. So some descriptors are kept in reserve. Once all others are in
-use, the kernel is told to drop what would open another connection, and the reserve is given up to those that
+use, the kernel has to drop what would open another connection, and the reserve is given up to those that
 are in the queue already. Connections that stand are not touched.
 """
 

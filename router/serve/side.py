@@ -275,7 +275,7 @@ class RouterSide(ABC):
                 self.lose(key, now_ns)
 
     def next_ping_ns(self) -> int | None:
-        """Return when somebody is to be pinged next."""
+        """Return when the next peer is to be pinged."""
         return self._due[0][0] if self._due else None
 
     def ping_due(self, now_ns: int) -> None:

@@ -341,7 +341,7 @@ class AsyncClient:
             timer.cancel()
             at_ns = min(at_ns, self._timer_ns)
         self._timer_ns, self._is_kept = at_ns, is_kept
-        # While a query waits, its client lives by this timer, whoever else has dropped it.
+        # While a query waits, its client lives by this timer, even if the application has dropped it.
         on_timer = self._on_timer if is_kept else _weakly(self._on_timer)
         delay_ns = at_ns - time.monotonic_ns()
         self._timer = loop.call_soon(on_timer) if delay_ns <= 0 else loop.call_later(delay_ns / 1e9, on_timer)
@@ -392,4 +392,4 @@ def _fail(session: Session[AsyncQueryFuture], ended: list[tuple[AsyncQueryFuture
         if not future.done() and not future.get_loop().is_closed():
             future.set_exception(error)
             if session.is_closed:
-                future.exception()  # on purpose: whoever does not await it is not warned of it
+                future.exception()  # on purpose: a future that is not awaited causes no warning

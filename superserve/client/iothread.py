@@ -121,7 +121,7 @@ class IoThread:
         if link.connection.is_readable():
             return
         sleeper.clear()
-        if self.is_closing:  # whoever closes sets this before he writes: it may just have been read
+        if self.is_closing:  # `close` sets this before it writes: the byte may just have been read
             return
         session = self._session
         wake_ns, send_at_ns = link.wake_ns(), link.send_at_ns
@@ -150,7 +150,7 @@ class Sleeper:
     many; poll() takes any, and counts in milliseconds.
 
     Attributes:
-        is_told: Somebody has written to the second descriptor, or is about to.
+        is_told: A thread has written to the second descriptor, or is about to.
     """
 
     def __init__(self, socket_fd: int, wake_fd: int) -> None:
@@ -164,7 +164,7 @@ class Sleeper:
                 self._poll.register(fd, select.POLLIN)
 
     def clear(self) -> None:
-        """Read what was written, before anybody can be told to write anew: that must not be swallowed."""
+        """Read what was written, before the next thread may write again: that byte must not be swallowed."""
         if self.is_told:
             with contextlib.suppress(BlockingIOError):  # not written yet
                 os.eventfd_read(self._wake_fd)

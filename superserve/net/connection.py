@@ -105,7 +105,7 @@ class Connection:
             self._handshake.close()
             if self.epoch is not None:
                 send(self.socket, wire.encode_control(Control(Kind.BYE)))
-        self.socket.close(linger=100)  # whoever terminates the context waits for this
+        self.socket.close(linger=100)  # `Context.term` waits for this
 
     def tick(self, now_ns: int) -> None:
         """Say HELLO while nobody has welcomed us, and PING now and then."""

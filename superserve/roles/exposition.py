@@ -1,6 +1,6 @@
 """Metrics: what a process exports by name, and histograms that cost little.
 
-A hot loop adds to plain integers. Whoever asks over HTTP pays for the text: see `superserve.roles.pages`.
+A hot loop adds to plain integers. The HTTP request pays for the text: see `superserve.roles.pages`.
 prometheus-client is imported by those who turn metrics on, and by nobody else.
 """
 

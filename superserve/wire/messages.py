@@ -255,7 +255,7 @@ class Ping:
 
 @dataclass(slots=True)
 class Pong:
-    """The PING's stamp, and the clock of whoever answers it."""
+    """The PING's stamp, and the clock of the peer that answers it."""
 
     kind: ClassVar[Kind] = Kind.PONG
 

@@ -39,7 +39,7 @@ def refusal(error: VersionError) -> Control:
 def version_refused(message: Control) -> VersionError | None:
     """Return the error that a REFUSED stands for, if it refuses our wire versions; else None.
 
-    Whoever answers in a version that we do not speak speaks none of ours.
+    A peer that answers in a version that we do not speak speaks none of ours.
     """
     if message.kind is not Kind.REFUSED:
         return None

@@ -295,7 +295,7 @@ def test_rollback_takes_down_what_this_call_started(hosts: Net) -> None:
 
 
 def test_a_router_by_a_name_that_hosts_do_not_know_is_named_before_anything_starts(hosts: Net) -> None:
-    """An alias of ssh's is no address: the table says so, and nothing is started."""
+    """An alias of ssh's is no address: the table reports it, and nothing is started."""
     file = hosts.folder / "hosts.yaml"
     entries = "".join(
         f"  - {{name: {name}, address: alias-{name}, workers: 1, python: {sys.executable}}}\n"

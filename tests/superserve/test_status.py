@@ -179,7 +179,7 @@ def test_a_field_of_another_type_is_named(path: str, value: object, words: str) 
 
 @given(path=st.sampled_from(REQUIRED), value=st.none() | st.booleans() | SIZES | TEXT | st.lists(SIZES))
 def test_nothing_but_a_wire_error_comes_of_a_wrong_value(path: str, value: object) -> None:
-    """A peer may say anything; whoever asked is told what is wrong, or reads it."""
+    """A peer may say anything; the caller learns what is wrong, or reads it."""
     said = complaint(changed(path, value))
 
     assert said is None or said.startswith(f"status: {path.replace('.', ': ')}")
@@ -265,7 +265,7 @@ def test_a_process_is_well_if_all_its_gpus_are() -> None:
 
 
 def test_no_other_module_knows_which_states_are_well() -> None:
-    """Whoever spelled them out again would decide for itself."""
+    """A module that spelled them out again would decide for itself."""
     root = Path(statuses.__file__).parent.parent
     folders = ("superserve", "router/report", "router/serve", "cluster", "loadgen")
     paths = [path for folder in folders for path in (root / folder).rglob("*.py")]

@@ -178,7 +178,7 @@ def test_a_probe_is_answered_beside_idle_connections() -> None:
 
 
 def test_connections_beyond_the_bound_cost_the_oldest_of_the_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks is let in."""
+    """Every request is let in."""
     monkeypatch.setattr(page_server, "MAX_CONNECTIONS", 3)
     with serve_pages({"/live": lambda: Page(200, b"lives")}) as where, ExitStack() as stack:
         oldest, *younger = opened(where, 3, stack)

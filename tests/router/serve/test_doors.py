@@ -1,4 +1,4 @@
-"""A router at its limit of file descriptors goes on serving, says so once, and lets its processor rest."""
+"""A router at its limit of file descriptors goes on serving, reports it once, and lets its processor rest."""
 
 from __future__ import annotations
 

@@ -339,7 +339,7 @@ def test_a_worker_with_other_subnets_or_another_model_is_refused(net: Net) -> No
 
 
 def test_a_second_live_worker_of_one_name_is_refused_and_costs_the_first_nothing(net: Net) -> None:
-    """It is told what to do; the same process on a new connection takes its own place."""
+    """The refusal says what to do; the same process on a new connection takes its own place."""
     with role() as router:
         first = Peer(net, router.ready["worker"])
         first.join(name="twin", life="a", host="here")
