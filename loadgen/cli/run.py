@@ -210,7 +210,7 @@ def _offer_across(
 
 
 def _show_second(second: Second, *, is_json: bool, endings: Endings) -> None:
-    """Print a second at once, since the reader of a pipe wants it now; end the run when the reader has left."""
+    """Print a second at once, for a reader at the pipe; end the run when that reader has left."""
     if not echo(json_line(second.to_dict()) if is_json else second.to_line()):
         endings.signals.append(signal.SIGPIPE)
         endings.stop.set()

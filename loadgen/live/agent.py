@@ -8,8 +8,8 @@ Messages between it and `loadgen.live.hosts`; `superserve.wire` has their fields
     coordinator -> agent    RUN_STOP                       agent -> coordinator    RUN_REPORT | RUN_FAILED
 
 An agent serves one run at a time, and any peer that reaches its port may have it send load to anywhere: so it
-listens on loopback unless an option states that the network is safe. A coordinator that falls silent for `SILENT_S`
-has its run stopped.
+listens on loopback unless an option states that the network is safe. A coordinator that falls silent for
+`SILENT_S` has its run stopped.
 """
 
 from __future__ import annotations

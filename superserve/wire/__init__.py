@@ -48,8 +48,8 @@ Known fields never move; a release adds without a new version, and a receiver sk
   tag u16, (2 pad), n_bytes u32, and its bytes; at most MAX_EXTENSIONS. No tag is given yet;
 - keys of a JSON object, and columns of a run by name.
 
-A flag adds bytes only where this page defines them; an unknown one is ignored. Where a header or a row is shorter
-than its known fields, or a length does not add up, the message is malformed.
+A flag adds bytes only where this page defines them; an unknown one is ignored. Where a header
+or a row is shorter than its known fields, or a length does not add up, the message is malformed.
 
 Versions
 --------

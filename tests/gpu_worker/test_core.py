@@ -265,7 +265,7 @@ def test_it_says_hello_until_it_is_welcomed_and_to_a_silent_router() -> None:
 
 
 def test_a_drain_gives_no_credit_and_ends_with_the_router_or_in_time() -> None:
-    """Drained it reports it, offers nothing, and goes with the router's BYE, or after four seconds without."""
+    """It reports the drain, offers nothing, and goes with the router's BYE, or after four seconds without."""
     for is_told in (True, False):
         core = make_core()
         core.receive(welcome(1), 0)
