@@ -38,7 +38,9 @@ from tests.superserve.statuses import gpu, status
 RECORDED: list[dict[str, Any]] = [
     each["body"]
     for each in json.loads(
-        (Path(__file__).parent.parent / "cluster" / "show" / "recorded_status.json").read_text(encoding="utf-8")
+        (Path(__file__).parent.parent / "cluster" / "show" / "recorded_status.json").read_text(
+            encoding="utf-8"
+        )
     )
 ]
 
