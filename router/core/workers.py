@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from router.core.estimates import Correction, RecentQuantiles
@@ -148,6 +148,9 @@ class Batch:
         begin_ns: When the router expects it to start; when it did, once its worker has said so.
         profiled_ns: Its profiled median latency.
         limit_ns: How long it may run before its worker counts as overrun.
+        overran: Whether it has.
+        slot: Which GPU of its worker process.
+        epoch: The life of that process.
     """
 
     batch_id: int
@@ -160,16 +163,13 @@ class Batch:
     profiled_ns: int
     limit_ns: int
     overran: bool = False
+    # Fields and not properties: a simulated worker asks for them seven times a batch.
+    slot: int = field(init=False)
+    epoch: int = field(init=False)
 
-    @property
-    def epoch(self) -> int:
-        """The life of the worker process that it is for."""
-        return self.worker.peer.epoch
-
-    @property
-    def slot(self) -> int:
-        """Which GPU of that process."""
-        return self.worker.slot
+    def __post_init__(self) -> None:
+        worker = self.worker
+        self.slot, self.epoch = worker.slot, worker.peer.epoch
 
 
 class Peer:
