@@ -103,7 +103,9 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
             return load_file(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ConfigError(f"{path}: expected a .pt file of tensors alone: {_refused(path, error)}") from error
+        raise ConfigError(
+            f"{path}: expected a safetensors or .pt file of tensors: {_refused(path)}"
+        ) from error
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
         reason = _plain(error)
         raise ConfigError(f"{path}: expected a safetensors or .pt file of tensors: {reason}") from error
@@ -118,14 +120,17 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
     return {str(name): tensor for name, tensor in content.items()}
 
 
-def _refused(path: Path, error: pickle.UnpicklingError) -> str:
-    """Say which classes a file wants to have made, which torch refuses: making one may run any code."""
+def _refused(path: Path) -> str:
+    """Say which classes a file wants to have made, which torch refuses: making one may run any code.
+
+    Torch's own words are left out: they advise to load the file all the same.
+    """
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
-        return _plain(error)  # no file of torch at all, or one of before its zip format
+        found = []  # no file of torch at all, or one of before its zip format
     if not found:
-        return _plain(error)
+        return "it is none that torch.save writes of tensors"
     return (
         f"it holds objects of {', '.join(sorted(found)[:_SHOWN])}, which are not loaded: "
         f"save the model's state_dict() alone"
