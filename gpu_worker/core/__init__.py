@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 _OTHERS = (Control, Ping, Pong)
 """What a router says beside directives."""
+# A member of an enum costs a look-up in its class: thrice a global, several times a pass of a simulated worker.
+_JOINING, _SERVING, _DRAINING, _STOPPED = LinkState
 
 
 class RefusedError(SuperServeError):
@@ -106,7 +108,7 @@ class WorkerCore(Generic[B]):
 
     def next_due_ns(self) -> int:
         """Return when `poll` has something to do unless a message comes first."""
-        if self.link is LinkState.JOINING:
+        if self.link is _JOINING:
             due_ns = self._hello_due_ns
         else:
             due_ns = self._ping_due_ns
@@ -123,14 +125,14 @@ class WorkerCore(Generic[B]):
             on_ended: Called with every batch that has ended, of whatever epoch.
         """
         said: list[Message] = []
-        if self.link is LinkState.STOPPED:
+        if self.link is _STOPPED:
             return said
         self._report(said, now_ns, on_ended)
-        if self.link is LinkState.JOINING or now_ns - self._heard_ns > SILENCE_NS:
+        if self.link is _JOINING or now_ns - self._heard_ns > SILENCE_NS:
             self._greet(said, now_ns)
-        if self.link is LinkState.DRAINING:
+        if self.link is _DRAINING:
             self._drain(said, now_ns)
-        if self.link is LinkState.SERVING or self.link is LinkState.DRAINING:
+        if self.link is _SERVING or self.link is _DRAINING:
             if now_ns >= self._ping_due_ns:
                 self._ping_due_ns = now_ns + HEARTBEAT_NS
                 said.append(Ping(now_ns))
@@ -196,7 +198,7 @@ class WorkerCore(Generic[B]):
             RefusedError: The router will not have this worker.
         """
         self._heard_ns = now_ns
-        if self.link is LinkState.STOPPED:
+        if self.link is _STOPPED:
             return None
         if not isinstance(message, _OTHERS):
             self._directive(message, now_ns)

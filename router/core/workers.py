@@ -93,6 +93,8 @@ _FIRST_TRANSPORT_NS = [400_000] * 15 + [1_000_000]
 
 _SAMPLE_EVERY_NS = 1_000_000
 """The way to a process is sampled at most this often."""
+# Asked about several times a pass, and a member of an enum costs three times a global.
+_READY, _LIVE = WorkerState.READY, PeerState.LIVE
 NOISE = 0.05
 """A ratio this near to 1 counts as 1 where a choice hangs on it: that is the timer's noise, not the GPU."""
 
@@ -272,11 +274,7 @@ class Worker:
     @property
     def may_take(self) -> bool:
         """Whether a batch may be sent to it now."""
-        return (
-            self.credit > 0
-            and self.machine.state is WorkerState.READY
-            and self.peer.machine.state is PeerState.LIVE
-        )
+        return self.credit > 0 and self.machine.state is _READY and self.peer.machine.state is _LIVE
 
     def grant(self, credit: int, last_batch: int) -> None:
         """Set the credit to what it offers, less what was sent after it spoke."""

@@ -306,7 +306,7 @@ CORE = (
     Mutant(
         "a suspect is given work",
         _ROUTER,
-        "and self.peer.machine.state is PeerState.LIVE",
+        "and self.peer.machine.state is _LIVE",
         "and self.peer.machine.state is not PeerState.DEAD",
         _FAULTS,
     ),
