@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _OTHERS = (Control, Ping, Pong)
 """What a router says beside directives."""
-# A member of an enum costs a look-up in its class: thrice a global, several times a pass of a simulated worker.
+# A member of an enum costs a look-up in its class: thrice a global, some times a pass of a simulated worker.
 _JOINING, _SERVING, _DRAINING, _STOPPED = LinkState
 
 
