@@ -1,7 +1,6 @@
 """Modules that have moved keep their old names for one release, with a DeprecationWarning.
 
-    superserve.wire     superserve.wire        still there: nothing to do
-    router.policy   ->  router.policies        the same module object under both names
+    router.policy  ->  router.policies      the same module object under both names
 
 A package installs its table when it is imported; from then on importing an old name imports the new
 module and puts it under the old name as well. `python -m` finds old names too.
