@@ -1,6 +1,6 @@
 """A run from several load generator hosts: dealt out, started at one instant, and merged exactly.
 
-Each agent (`loadgen.live.agent`) is given every n-th query. All start at one instant: an agent receives in how
+Each agent (`loadgen.live.agent`) is given every n-th query. All start at one instant: an agent gets in how
 many nanoseconds, less half its round trip, so that none is off by more than that half, which the result
 states. What they saw comes back as columns and is put into the trace's order; so counts and quantiles are
 those of one generator. An agent that is lost leaves a marked gap: its queries count as unsent, since nobody
