@@ -243,7 +243,7 @@ class Profile:
     def _is_pointless(
         self, below: tuple[int, float] | None, point: tuple[int, float], above: tuple[int, float]
     ) -> bool:
-        """Tell whether `point` lies on or below the line from `below`, None for no service, to `above`."""
+        """Return whether `point` lies on or below the line from `below`, None for no service, to `above`."""
         row, cost_ns = below or (None, 0.0)
         worth = 0.0 if row is None else self._accuracies[row]
         rise = (self._accuracies[point[0]] - worth) * (above[1] - point[1])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def is_on_hosts(name: str) -> bool:
-    """Tell whether a name stands for a cluster on several hosts, and for none of this machine's."""
+    """Return whether a name stands for a cluster on several hosts, and for none of this machine's."""
     return local.load(local.cluster_folder(name)) is None and records.load(name) is not None
 
 

@@ -145,7 +145,7 @@ def holder(port: int, folder: Path) -> str:
 
 
 def is_ours(process: Path, folder: Path) -> bool:
-    """Tell whether a process is a role of this cluster's on this host."""
+    """Return whether a process is a role of this cluster's on this host."""
     return f"{_OURS}={folder}".encode() in (process / "environ").read_bytes().split(b"\0")
 
 

@@ -57,7 +57,7 @@ class Hearer:
         asyncore.socket_map[fd] = self
 
     def readable(self) -> bool:
-        """Tell whether it is still listened to."""
+        """Return whether it is still listened to."""
         return self._is_open
 
     def writable(self) -> bool:

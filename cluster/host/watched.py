@@ -53,7 +53,7 @@ class ReadyPipe:
         self._is_done = False
 
     def readable(self) -> bool:
-        """Tell whether anything may still come."""
+        """Return whether anything may still come."""
         return not self._is_done
 
     def writable(self) -> bool:

@@ -115,7 +115,7 @@ class RollingOperator:
     # --- steps --------------------------------------------------------------------------------
 
     def _is_safe(self, groups: Sequence[Sequence[RoleView]]) -> bool:
-        """Tell whether another live worker is left whenever a group is away, if all come back."""
+        """Return whether another live worker is left whenever a group is away, if all come back."""
         there = self._live()
         for group in groups:
             names = {worker.name for worker in group}

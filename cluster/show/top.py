@@ -42,7 +42,7 @@ class Sample:
     at_ns: int
 
     def follows(self, other: Sample | None) -> bool:
-        """Tell whether `other` is an earlier sample of the same router's life."""
+        """Return whether `other` is an earlier sample of the same router's life."""
         return (
             other is not None
             and other.status.router.epoch == self.status.router.epoch

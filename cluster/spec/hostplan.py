@@ -131,7 +131,7 @@ def _is_literal(address: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Tell whether an address is reached from its own host only."""
+    """Return whether an address is reached from its own host only."""
     try:
         return ipaddress.ip_address(address.strip("[]")).is_loopback
     except ValueError:

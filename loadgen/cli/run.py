@@ -188,7 +188,7 @@ def _offer(
 
 
 def _is_calibrated(trace: Trace) -> bool:
-    """Tell whether a run is calibrated unless told otherwise: if it is long, and begins with something."""
+    """Return whether a run is calibrated unless told otherwise: if it is long, and begins with something."""
     return trace.duration_ns >= _CALIBRATED_FROM_NS and int(trace.due_ns[0]) < SECONDS * 1e9
 
 

@@ -102,7 +102,7 @@ class SessionClient:
         return False
 
     def may_wait(self, now_ns: int, _deadline_ns: int, _room: int) -> bool:
-        """Tell whether nothing has arrived by now."""
+        """Return whether nothing has arrived by now."""
         return self.next_ns > now_ns
 
     def connected(self, way_in: SimLink) -> None:

@@ -63,7 +63,7 @@ class SimClient(Protocol):
         ...
 
     def may_wait(self, now_ns: int, deadline_ns: int, room: int) -> bool:
-        """Tell whether all it brings by now are less than `room` queries due no sooner than `deadline_ns`.
+        """Return whether all it brings by now are less than `room` queries due no sooner than `deadline_ns`.
 
         If so `next_ns` moves past them, and `arrived` will bring them later.
         """
@@ -144,7 +144,7 @@ class OpenLoopClient:
         return self._read_ns is not None
 
     def may_wait(self, now_ns: int, deadline_ns: int, room: int) -> bool:
-        """Tell whether what has arrived by now, and was not read, can be read later as well."""
+        """Return whether what has arrived by now, and was not read, can be read later as well."""
         if self.next_ns > now_ns:
             return True
         if self._floors is not None:

@@ -295,7 +295,7 @@ class Simulation:
         return self._passes_ns[place] if place < len(self._passes_ns) else due_ns
 
     def _may_wait(self, now_ns: int) -> bool:
-        """Tell whether a pass now would only admit queries, and none of them could change anything yet.
+        """Return whether a pass now would only admit queries, and none of them could change anything yet.
 
         The core has nothing to do before its next wake, whatever joins the queue behind its head. So
         such a pass is skipped, at half the cost of a run, and the next one admits its queries too; not

@@ -273,7 +273,7 @@ class Headline:
 
 
 def is_baseline(policy: str) -> bool:
-    """Tell whether a policy is one that the headline comparisons are made against."""
+    """Return whether a policy is one that the headline comparisons are made against."""
     return policy == "mincost" or policy.startswith("fixed:")
 
 

@@ -28,7 +28,7 @@ AHEAD = 0.3
 
 
 def differs(cell: Cell) -> bool:
-    """Tell whether the queries or the GPUs of a cell differ: SLOs, floors, or profiles."""
+    """Return whether the queries or the GPUs of a cell differ: SLOs, floors, or profiles."""
     return "," in cell.slo_ms or "," in cell.cluster or cell.floor is not None
 
 

@@ -205,7 +205,7 @@ def surroundings(model: nn.Module) -> list[Around]:
 
 
 def runs(around: Around, settings: Sequence[Any]) -> bool:
-    """Tell whether what has this around it runs under these settings."""
+    """Return whether what has this around it runs under these settings."""
     return any(all(settings[switch] for switch in switches) for switches in around)
 
 

@@ -216,7 +216,7 @@ class _Judged:
         self.candidates: list[Candidate] = []
 
     def has(self, genome: Genome) -> bool:
-        """Tell whether a genome's network was judged."""
+        """Return whether a genome's network was judged."""
         return self._space.signature(genome) in self._seen
 
     def add(self, genomes: Sequence[Genome]) -> list[int]:

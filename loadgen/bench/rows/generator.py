@@ -32,7 +32,7 @@ class Generated:
 
 
 def is_kept(found: Calibration) -> bool:
-    """Tell whether everything was sent, with a lag p99 under `LAG_P99_MS`."""
+    """Return whether everything was sent, with a lag p99 under `LAG_P99_MS`."""
     lag_ms = found.lag_ms["p99"]
     return found.unsent == 0 and lag_ms is not None and lag_ms < LAG_P99_MS
 

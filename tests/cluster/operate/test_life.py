@@ -32,7 +32,7 @@ def finish(command: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def is_well(here: Machine) -> bool:
-    """Tell whether `cluster status` finds nothing wrong."""
+    """Return whether `cluster status` finds nothing wrong."""
     return here.run("status")[0] == 0
 
 

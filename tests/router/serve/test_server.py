@@ -170,7 +170,7 @@ def emulated_argv(router: RoleProcess, name: str) -> list[str]:
 
 
 def served(client: Peer, query_id: int) -> bool:
-    """Tell whether a good query still gets its output."""
+    """Return whether a good query still gets its output."""
     client.send(queries(query_id))
     return client.results() == {query_id: Status.OK}
 
@@ -414,7 +414,7 @@ def mangled(rng: random.Random, messages: list[list[Buffer]]) -> list[bytes]:
 
 
 def is_order(frame: bytes) -> bool:
-    """Tell whether it is a DRAIN: an operator's, which would end the test's router as it should."""
+    """Return whether it is a DRAIN: an operator's, which would end the test's router as it should."""
     return frame[3:4] == bytes([Kind.DRAIN])
 
 
