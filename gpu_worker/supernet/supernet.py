@@ -312,7 +312,7 @@ class Supernet(nn.Module):
     # --- moving -------------------------------------------------------------------------------
 
     def to_half(self, dtype: torch.dtype = torch.float16) -> None:
-        """Cast everything except SubnetNorm: its statistics and scales are small, and sensitive to rounding."""
+        """Cast everything except SubnetNorm: its statistics and scales are small, and rounding matters."""
         for module in self.model.modules():
             if not isinstance(module, SubnetNorm):
                 for name, parameter in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""QueryFuture: a concurrent.futures.Future that costs little until somebody blocks on it.
+"""QueryFuture: a concurrent.futures.Future that costs little until you block on it.
 
 Most futures are never waited for: when `result` is called, the answer is already there. So the
 condition that `concurrent.futures` keeps in every future is made only when a caller first needs it,
