@@ -185,7 +185,7 @@ class WorkerCore(Generic[B]):
         else:
             self._hello_due_ns = now_ns + int(SECOND * self._jitter())
             silent_s = (now_ns - self._heard_ns) / SECOND
-            self._warn(f"router silent for {silent_s:.1f} s; saying HELLO")
+            self._warn(f"router silent for {silent_s:.1f} s; sending HELLO")
         said.append(Control(Kind.HELLO, self._hello, LOWEST))
 
     # --- incoming messages ----------------------------------------------------------------

@@ -128,7 +128,7 @@ class Fleet:
         peer = self.peers.get(key)
         if peer is None or peer.epoch != epoch:
             self.n_stale += 1
-            self._ledger.actions.append(Fence(key, f"epoch {epoch} is over: say HELLO again"))
+            self._ledger.actions.append(Fence(key, f"epoch {epoch} is over: send HELLO again"))
             return None
         self._hear(peer, now_ns)
         return peer

@@ -300,7 +300,7 @@ class _Monitor:
             elif event & FAILED:
                 n_failed += 1
                 if event != _REFUSED_AUTH:  # `_answer` has already logged it
-                    self._why = _WORDS.get(value, f"it broke off or is no peer of ours ({value})")
+                    self._why = _WORDS.get(value, f"it broke off or does not speak our protocol ({value})")
         return n_failed
 
 

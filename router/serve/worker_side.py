@@ -70,7 +70,7 @@ class WorkerSide(RouterSide):
         if isinstance(message, Control):
             self._control(key, message, now_ns)
         elif key not in self.connections:
-            self.refuse(key, "say-hello", "this router does not know you: say HELLO")
+            self.refuse(key, "say-hello", "this router has no HELLO from you: send one")
         elif isinstance(message, Ping):
             self._handle(WorkerHeard(key), now_ns)
             send(self.socket, [key, *wire.encode_pong(Pong(message.stamp_ns, now_ns))])
@@ -172,7 +172,7 @@ class WorkerSide(RouterSide):
             super()._ping(key, connection, now_ns)
         else:
             del self.connections[key]  # the core has buried it; its next message gets a fence
-            self.refuse(key, "say-hello", "you were silent for too long: say HELLO")
+            self.refuse(key, "say-hello", "you were silent for too long: send HELLO")
 
     # --- out ------------------------------------------------------------------------------
 
