@@ -142,7 +142,7 @@ def _roles(seen: Seen) -> Iterator[Finding]:
             more = seen.command(f"logs {role.name}")
             fix = f"fix what its last lines report ({more} has more), then {seen.command(again)}"
         else:
-            fix = f"wait: it is restarted automatically; watch {seen.command(f'logs -f {role.name}')}"
+            fix = f"wait: it restarts automatically; watch {seen.command(f'logs -f {role.name}')}"
         yield Finding("processes", Verdict.WRONG, words, fix, role.why)
 
 

@@ -76,7 +76,7 @@ WAITING: dict[str, Any] = {"is_up": False, "state": "BACKOFF"}
         ({"roles": roles(**GIVEN_UP)}, "processes", "wrong", "w0: FATAL",
          "fix what its last lines report (`cluster logs w0` has more), then `cluster restart w0`"),
         ({"roles": roles(**STOPPED)}, "processes", "wrong", "w0: STOPPED", "`cluster restart w0`"),
-        ({"roles": roles(**WAITING)}, "processes", "wrong", "w0: BACKOFF", "wait: it is restarted automatically"),
+        ({"roles": roles(**WAITING)}, "processes", "wrong", "w0: BACKOFF", "wait: it restarts automatically"),
         ({"roles": (role("router", **STOPPED), *WELL.roles[1:]), "status": None}, "router", "wrong",
          "router: does not answer; its process is STOPPED", "`cluster restart --router`"),
         ({"status": status(router=info(draining=True))}, "router", "wrong",
