@@ -13,9 +13,7 @@ from superserve.errors import ConfigError, SuperServeError
 
 @click.command("agent")
 @click.option("--listen", default="127.0.0.1:0", show_default=True, metavar="ADDRESS:PORT")
-@click.option(
-    "--insecure", is_flag=True, help="Listen beyond loopback: anyone there can make it send load."
-)
+@click.option("--insecure", is_flag=True, help="Listen beyond loopback: anyone there can make it send load.")
 def agent_command(listen: str, insecure: bool) -> None:
     """Send shares of runs of `loadgen run --generators`, until Ctrl-C or SIGTERM."""
     try:
@@ -40,6 +38,6 @@ def _check_address(listen: str, *, insecure: bool) -> None:
         raise ConfigError(f"--listen: expected an address of this host, not a name, got {host!r}") from error
     if not address.is_loopback and not insecure:
         raise ConfigError(
-            f"--listen {listen}: whoever reaches this port can have load sent anywhere: "
+            f"--listen {listen}: anyone who reaches it can make it send load anywhere: "
             "on a network that you trust add --insecure; else use an ssh tunnel to a loopback port"
         )
