@@ -232,7 +232,7 @@ class Checker:
             late_ns = now_ns - max(cohort.deadlines_ns[lo], cohort.arrived_ns)
             _hold(
                 late_ns <= _TOLD_WITHIN_NS + self._rest_ns,
-                f"query {_name(cohort, lo)} expired in the queue and was answered {late_ns / MS:.2f} ms later",
+                f"query {_name(cohort, lo)} expired in the queue, answered {late_ns / MS:.2f} ms later",
             )
 
     def _check_order(self, batches: list[Batch]) -> None:
