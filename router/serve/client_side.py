@@ -76,7 +76,7 @@ class ClientSide(RouterSide):
         elif connection is None or key not in self._core.clients:
             # Unknown, or its session moved to another connection, which made this one's HELLO void.
             self.connections.pop(key, None)
-            self.refuse(key, "say-hello", "this router has no HELLO from you: send one")
+            self.refuse(key, "say-hello", "the router has no HELLO from you: send one")
         else:
             handler = self._on.get(message.kind)
             if handler is None:

@@ -70,7 +70,7 @@ class WorkerSide(RouterSide):
         if isinstance(message, Control):
             self._control(key, message, now_ns)
         elif key not in self.connections:
-            self.refuse(key, "say-hello", "this router has no HELLO from you: send one")
+            self.refuse(key, "say-hello", "the router has no HELLO from you: send one")
         elif isinstance(message, Ping):
             self._handle(WorkerHeard(key), now_ns)
             send(self.socket, [key, *wire.encode_pong(Pong(message.stamp_ns, now_ns))])

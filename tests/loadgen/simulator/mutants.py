@@ -150,7 +150,7 @@ MUTANTS: dict[str, tuple[Callable[..., RouterCore], str]] = {
     ),
     "credit ignored": (partial(RouterCore, fleet=SendsOnNoCredit), "a GPU was sent 3 batches"),
     "old lives trusted": (partial(RouterCore, fleet=TrustsOldLives), "epoch .* is over"),
-    "expiry told late": (partial(RouterCore, dispatcher=TellsLate), "expired in the queue and was told"),
+    "expiry told late": (partial(RouterCore, dispatcher=TellsLate), "expired in the queue, answered"),
     "bound ignored": (partial(RouterCore, admission=TakesTooMany), "more queries than --max-queries"),
 }
 """How each core is built, and what the checker says of it."""

@@ -186,7 +186,7 @@ def test_whoever_has_not_said_hello_is_told_to(shared: RoleProcess, net: Net, po
     peer.send(message)
 
     refused = peer.control(Kind.REFUSED)
-    assert (refused["code"], refused["reason"]) == ("say-hello", "this router has no HELLO from you: send one")
+    assert (refused["code"], refused["reason"]) == ("say-hello", "the router has no HELLO from you: send one")
 
 
 @pytest.mark.parametrize("port", ["client", "worker"])
