@@ -127,6 +127,7 @@ class WorkerCore(Generic[B]):
         said: list[Message] = []
         if self.link is _STOPPED:
             return said
+        # Reports first: the router waits for them to give a GPU its next batch.
         self._report(said, now_ns, on_ended)
         if self.link is _JOINING or now_ns - self._heard_ns > SILENCE_NS:
             self._greet(said, now_ns)
@@ -215,6 +216,7 @@ class WorkerCore(Generic[B]):
             self._warn(f"dropped a message, {reason}: {detail}")
 
     def _directive(self, order: B, now_ns: int) -> None:
+        # The router that sent it has given the batch to another worker, or is gone: its end is not awaited.
         if order.epoch != self.epoch:
             self.drop("of another epoch", f"batch {order.batch_id} of epoch {order.epoch}")
             return
@@ -230,6 +232,7 @@ class WorkerCore(Generic[B]):
         self.drop(f"refused as {refusal.status.name}", refusal.reason)
         report = self._gpus.report(order.slot, now_ns)
         outcome = refused(order, *refusal)
+        # Reported with the next DONE, like a batch that ran: each batch must end exactly once.
         self._refused.append(end_of(TakenBatch(order, now_ns), outcome, report, now_ns, now_ns))
 
     def _control(self, message: Control, now_ns: int) -> None:

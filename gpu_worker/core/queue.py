@@ -109,6 +109,7 @@ class GpuQueue(Generic[B]):
             self.running = None
             return None
         batch = self.running = self._waiting.popleft()
+        # A batch that arrived after the last one ended started on arrival, as `take` has set.
         if ended_ns > batch.received_ns:
             batch.started_ns = ended_ns
         return batch

@@ -365,6 +365,7 @@ class ComputeGpu:
 
     def _run_job(self, job: _Job) -> _ThreadReport:
         started_ns = self._clock.now_ns()
+        # The report keeps the job, and must not keep its staged batch.
         staged, job.staged = job.staged, None
         ran = False
 

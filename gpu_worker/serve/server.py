@@ -192,6 +192,7 @@ class WorkerServer:
             if is_sent and not self._is_connected:
                 _LOG.info("connected")
             self._is_connected = is_sent
+        # An unsent HELLO is normal while no router is there. Anything else unsent means that it has gone.
         elif not is_sent:
             self.counts[f"{message.kind.name.lower()} unsent"] += 1
             self.core.lost("the router cannot be reached", now_ns)

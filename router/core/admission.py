@@ -68,6 +68,7 @@ class Admission:
             client = ClientState(event.client, event.session, self._client_serial, self._transits)
             self._sessions[event.session] = client
         elif client.key is not None:
+            # Its old connection is dead, or replaced.
             self.clients.pop(client.key, None)
         client.key = event.client
         self.clients[event.client] = client
@@ -100,6 +101,7 @@ class Admission:
     def queries_arrived(self, event: QueriesArrived, now_ns: int) -> None:
         """Queue a message's queries, or refuse them."""
         client, queries = self.clients[event.client], event.queries
+        # A client's slack counts from sending, so the time under way, buffers included, is used up.
         base_ns = now_ns - event.transit_ns
         if client.sample_transit(event.transit_ns, now_ns) and now_ns - self._sampled_ns >= _SAMPLE_EVERY_NS:
             self._sampled_ns = now_ns
@@ -133,6 +135,7 @@ class Admission:
     def _admit(self, client: ClientState, cohort: Cohort, stretches: list[tuple[int, int]]) -> None:
         ledger, queries = self._ledger, cohort.message
         n_bytes = queries.n_bytes()
+        # Before any query is refused: received must never be less than answered.
         ledger.receive(cohort.live, n_bytes)
         refusal = self._refusal(queries, n_bytes)
         if refusal is not None:

@@ -66,6 +66,7 @@ class Dispatcher:
         worker = self._awaited
         if worker is None:
             worker = self._fleet.first_free()
+        # From then on the awaited worker is too late for the head as well: decide again.
         elif self._awaited_until_ns < wake_ns:
             wake_ns = self._awaited_until_ns
         if worker is not None and worker.may_take:
@@ -123,6 +124,7 @@ class Dispatcher:
                 self._refuse_head(first, head, now_ns)
                 return
             if not rival.may_take or slack.decide_ns(rival) > now_ns:
+                # The whole queue waits with the head: a later query on the free worker would break EDF order.
                 self._awaited = rival
                 self._awaited_until_ns = (
                     self._leave_ns(head) - slack.alone_and_back_ns(rival, _floor(head)) + 1
@@ -216,6 +218,7 @@ class Dispatcher:
         queue = self._model.queue
         view = self._worker_view  # as the policy last saw it
         client_ns: int = head[1].client.return_ns
+        # Without the way to the head's client: below, each query's own client counts.
         limit_ns = view.free_at_ns + view.allowance_ns - client_ns + self._slack.alone_ns(worker, 0)
         if head[0] >= limit_ns + client_ns:
             taken, _ = queue.take(1, worker.profile.n_subnets)

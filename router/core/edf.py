@@ -128,6 +128,7 @@ class EdfQueue:
         """Return (deadline, cohort, index) of the earliest query, or None if there is none."""
         heap = self._heap
         while heap:
+            # Cancelled and refused queries leave the heap only here: searching for them would cost more.
             deadline, seq, cohort, lo, hi = heap[0]
             if cohort.states[lo] == QUEUED:
                 return deadline, cohort, lo
@@ -167,6 +168,7 @@ class EdfQueue:
             # Up to the next run's head, which comes first from there on; of equal deadlines, the older run.
             end = min(hi, lo + k - n)
             if len(heap) > 1:
+                # The second smallest entry of a heap is one of the first one's two children.
                 rival, rival_seq, *_ = heap[1] if len(heap) == 2 else min(heap[1], heap[2])
                 cut = bisect_right if seq < rival_seq else bisect_left
                 end = cut(cohort.deadlines_ns, rival, lo + 1, end) if end > lo + 1 else end

@@ -84,6 +84,7 @@ class Fleet:
         """Return the instant at which `judge` has something to do."""
         wake_ns = None
         if self.peers and self._checked_ns is not None:
+            # A round is judged in parts; one that is not finished goes on at once.
             wake_ns = self._checked_ns + (0 if self._to_judge else self._settings.heartbeat_ns)
         if self._overruns and (wake_ns is None or self._overruns[0][0] < wake_ns):
             wake_ns = self._overruns[0][0]
@@ -119,6 +120,7 @@ class Fleet:
     def _hear(self, peer: Peer, now_ns: int) -> None:
         peer.heard_ns = now_ns
         if peer.machine.state is not PeerState.LIVE:
+            # `first_free` has dropped the entries of a suspect's GPUs: offer them again.
             peer.machine.on(PeerEvent.HEARD)
             for worker in peer.workers:
                 self._offer(worker)
@@ -161,6 +163,7 @@ class Fleet:
             batch = worker.outstanding.get(row.batch_id)
             if batch is not None and batch.n != row.n:
                 raise WireError(f"done: batch {row.batch_id}: expected {batch.n} queries, got {row.n}")
+            # Even the report of a batch that was given up shows that the GPU works again.
             worker.machine.on(WorkerEvent.ANSWERED)
             worker.answered_ns = now_ns
             if batch is None:
@@ -302,6 +305,7 @@ class Fleet:
     def _judge_batch(self, batch: Batch, now_ns: int) -> None:
         """Judge a batch that may have run for too long."""
         worker = batch.worker
+        # It cannot have begun before the batch ahead of it was answered, whatever was expected at dispatch.
         due_ns = max(batch.begin_ns, worker.answered_ns) + batch.limit_ns
         first = next(iter(worker.outstanding))
         if not batch.overran and (due_ns > now_ns or first != batch.batch_id):
@@ -339,6 +343,7 @@ class Fleet:
         worker = batch.worker
         worker.outstanding[batch.batch_id] = batch
         heappush(self._overruns, (batch.begin_ns + batch.limit_ns, batch.batch_id))
+        # Until the worker reports, the batch under way counts too, or the next decision would come too early.
         worker.free_at_ns = batch.begin_ns + worker.expected_ns(batch)
         worker.credit -= 1
         worker.n_batches += 1

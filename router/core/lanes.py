@@ -90,6 +90,7 @@ class LaneQueue(EdfQueue):
             taken, n = only.take(k, subnet, until_ns)  # stops at once if the lane's floor is above
             self._length -= n
             return taken, n
+        # A query of a higher floor stays in its lane, where it keeps its place in the order.
         allowed = [lane for lane in self._lanes if lane[1] <= subnet]
         return self._take(k, allowed, until_ns)
 

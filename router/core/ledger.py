@@ -170,6 +170,7 @@ class Ledger:
                 cohort.states[lo] = DISPATCHED
             else:
                 cohort.states[lo:hi] = b"\x01" * (hi - lo)
+            # Dispatched twice, two batches have the query; its state byte does not show which counts.
             if cohort.holders is not None:
                 cohort.holders.update(dict.fromkeys(range(lo, hi), batch_id))
         self.in_flight += batch.n
@@ -294,6 +295,7 @@ class Ledger:
     def _answer(self, batch: Batch, ran: Ran, cohort: Cohort, lo: int, hi: int, at: int, now_ns: int) -> None:
         """End queries lo to hi, which begin at index `at` in the batch, as reported."""
         queued_ns = batch.dispatched_ns - cohort.arrived_ns
+        # LATE is judged at the client: an answer that leaves in time can still arrive too late.
         arrives_ns = now_ns + cohort.client.return_ns
         statuses = ran.row.statuses
         if statuses is None and cohort.deadlines_ns[lo] >= arrives_ns:
@@ -346,6 +348,7 @@ class Ledger:
             cohort.states[lo:hi] = b"\x02" * n
         cohort.live -= n
         self.answered[status] += n
+        # Payloads are slices of the message, so all its bytes stay in memory until its last query ends.
         if cohort.live == 0 and cohort.client.cohorts.pop(cohort.serial, None) is not None:
             self.held_bytes -= cohort.n_bytes
 

@@ -229,6 +229,7 @@ class Peer:
                 worker.ease()
                 n_idle += 1
         if n_idle == len(self.workers):
+            # With all GPUs idle nothing measures the way to this process; a bad measurement must not stay.
             self.transport.fade(_FIRST_TRANSPORT_NS[0])
 
 

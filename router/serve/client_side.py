@@ -112,6 +112,7 @@ class ClientSide(RouterSide):
         connection = self._greet(key, wire.agreed(message), now_ns)
         self._handle(ClientJoined(key, hello.session), now_ns)
         self._welcome(key)
+        # At once, not with the next round of PINGs: the way to this client matters from its first query on.
         connection.pinged_ns = time.monotonic_ns()
         send(self.socket, [key, *wire.encode_ping(Ping(connection.pinged_ns))])
 

@@ -173,6 +173,7 @@ class RouterServer:
 
     def run(self) -> None:
         """Serve until `stop()` was called and the queue is empty, or the drain timeout is over."""
+        # Objects that exist now live until the end: frozen, they are left out of later collections.
         gc.collect()
         gc.freeze()
         gc.disable()  # the hot path makes no cycles, and a collection would delay it; idle passes collect
@@ -181,6 +182,7 @@ class RouterServer:
             deadline_ns: int | None = None
             while True:
                 began_ns = time.monotonic_ns()
+                # Busy: messages during the rest share the next pass. Idle: the first one is served at once.
                 if self._pass():
                     rest(began_ns)
                 else:
@@ -242,6 +244,7 @@ class RouterServer:
 
     def _carry_out(self, actions: list[Action]) -> None:
         workers = self.workers
+        # All answers of a pass to one client leave as one message: each costs a system call.
         answers: dict[bytes, list[Answer]] = {}
         lost: list[bytes] = []
         for action in actions:
@@ -261,6 +264,7 @@ class RouterServer:
         send_results = self.clients.send_results
         for client, of_client in answers.items():
             send_results(client, of_client)
+        # After the answers: the core requeues what the lost worker held, and the next pass dispatches it.
         for key in lost:
             workers.lose(key, time.monotonic_ns())
 

@@ -290,6 +290,7 @@ class RouterSide(ABC):
 
     def _ping(self, key: bytes, connection: PeerConnection, now_ns: int) -> None:
         connection.pinged_ns = now_ns
+        # ROUTER_MANDATORY makes a send to a connection that is gone fail, so a PING also finds that out.
         is_reached = send(self.socket, [key, *wire.encode_ping(Ping(now_ns))])
         if not is_reached or (self.gone_ns is not None and now_ns - connection.heard_ns > self.gone_ns):
             self.lose(key, now_ns)

@@ -266,6 +266,7 @@ class Session(Generic[Q]):
     def outbound(self, now_ns: int) -> list[Queries | Cancel]:
         """Return the messages to send now, in order; they count as sent. If a send fails, call `lost`."""
         with self._guard:
+            # Ids ascend, so one number separates the queries that were taken from those that were not.
             self._taken_through = self._last_id
             batch, self._gathered = self._gathered, []
             cancelled, self._cancelled = self._cancelled, []
@@ -286,6 +287,7 @@ class Session(Generic[Q]):
             messages.extend(self._again(everything, now_ns))
         elif batch:
             messages.extend(self._queries(batch, now_ns, has_options=has_options, resubmitted=False))
+        # The router has never seen the others.
         if sent := [query.query_id for query in cancelled if query.query_id <= self._sent_through]:
             messages.append(Cancel(self.epoch, len(sent), array("Q", sent).tobytes()))
         self._sent_through = self._taken_through
@@ -341,6 +343,7 @@ class Session(Generic[Q]):
     def welcomed(self, epoch: int) -> None:
         """A router is there, or another one: queries with slack left are sent to it next."""
         self.epoch = epoch
+        # Only noted here: the next `outbound` sends them, with whatever was submitted meanwhile.
         self._is_greeted = True
         self._asked_ns = None
 

@@ -85,6 +85,7 @@ class Handshake:
             self.failure = self._why(event)
             # Without detail means that the peer closed the connection: ZeroMQ retries that by itself.
             if event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._retry_ns is None:
+                # Jitter: peers that one change of keys has refused must not return in step.
                 self._retry_ns = now_ns + int(RETRY_NS * random.uniform(0.75, 1.25))
         if self._retry_ns is not None and now_ns >= self._retry_ns:
             self._retry_ns = None
