@@ -17,7 +17,7 @@ from superserve.net.keys import ENVIRONMENT
 DEFAULT_POLICY = "demandfit"
 """Of private and simulated routers, and of the demo; `router` and `cluster` have the same default."""
 
-_MAX_SLO_MS = 86_400_000
+_MAX_SLO_MS = 86_400_000  # a day, the wire's limit for a slack
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)

@@ -28,7 +28,7 @@ from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
 from superserve.files import check_text
 
-_QUICK_ROUNDS = 40
+_QUICK_ROUNDS = 40  # enough for a median; the tail needs the full number
 _QUICK_BUDGET_NS = 6_000_000_000  # with torch's import and the warm-up, under 15 s in all
 
 

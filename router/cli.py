@@ -23,7 +23,7 @@ from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 
 MS = 1_000_000
-_MAX_MARGIN_MS = 60_000.0
+_MAX_MARGIN_MS = 60_000.0  # a larger one is a mistaken unit
 _LOOPBACK = "tcp://127.0.0.1:*"
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from superserve.roles.local import LocalCluster
 
 _PORT = click.IntRange(0, 65_535)
-_MAX_EMULATED = 4_096
+_MAX_EMULATED = 4_096  # a larger number is a typing error
 _name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="A cluster of this machine.")
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from cluster.operate.operable import Examinable
 
-_COUNT_S = 1.0
+_COUNT_S = 1.0  # between two reads of the counters: those that grow are faults of now, not of last week
 ROUTER_COSTS = (
     "the router: while it is away, some seconds, new queries are refused as DRAINING or wait at their "
     "clients; it answers what it holds first, for up to 5 s"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _HEADER_LINES = 8  # of the header, the table's head and the line below it
-_ANSWER_S = 2.0
+_ANSWER_S = 2.0  # a router that works answers in milliseconds; longer, the screen would seem to hang
 
 
 @click.command()

@@ -35,7 +35,7 @@ KEEPER_LOG = "keeper.log"
 KEEP, KEPT = b"keep\n", b"kept\n"
 """What the command that starts a cluster of this machine sends to the keeper, and the answer."""
 
-_TAIL_BYTES = 8_192
+_TAIL_BYTES = 8_192  # a screen of lines; logs can be large
 
 
 def script(role: HostRole, plan: HostPlan) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _LOCK, _BUSY = "lock", "busy"
 _KEPT = (_LOCK, _BUSY, "code", "venv")
-_ASK_AGAIN_S = 0.05
+_ASK_AGAIN_S = 0.05  # a file lock gives no wake-up
 _DEATH_S = 5.0  # far more than the kernel needs to end processes whose parent has died
 
 

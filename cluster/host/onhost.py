@@ -60,13 +60,13 @@ from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_FILES_WANTED = 65_536
-_STARTED_S = 15.0
+_FILES_WANTED = 65_536  # the router keeps a descriptor per peer, and the usual soft limit is 1,024
+_STARTED_S = 15.0  # the keeper imports supervisor, on a host that may be busy
 _CALL_S = 20.0  # longer than a role may take to stop, because `update` waits for that
 _STOPPED_S = 30.0  # beyond the time that the roles may take
-_START_AGAIN_S = 0.02
-_LOCK_S = 60.0
-_TAIL_LINES = 15
+_START_AGAIN_S = 0.02  # nothing wakes the caller when the keeper's file appears
+_LOCK_S = 60.0  # the command that holds it may be waiting for roles to stop
+_TAIL_LINES = 15  # the end of a traceback, with the error itself
 _IDLE = ("STOPPED", "EXITED", "FATAL")  # supervisor's states of a process that does not run
 _NOT_THERE = {
     "state": "STOPPED", "pid": None, "up_s": 0, "exit": 0, "restarts": 0, "why": "", "metrics": "",

@@ -43,7 +43,7 @@ from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_LEAST_WAIT_S = 0.01
+_LEAST_WAIT_S = 0.01  # at 0 the loop would spin on a process that is due and not handled yet
 _SAY_S = 5.0  # a launcher that does not read for this long counts as gone
 
 

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 READY_FD = 3
 """The descriptor of the pipe on which a role announces that it is ready."""
 
-_MAX_READY_BYTES = 65_536
+_MAX_READY_BYTES = 65_536  # what a pipe holds; a role announces hundreds of bytes
 _MANY = 1_000_000  # restarts are bounded here, not by supervisor
-_TAIL_LINES = 20
+_TAIL_LINES = 20  # they go into the reason for a crash: enough for a traceback
 
 
 class ReadyPipe:

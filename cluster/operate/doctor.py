@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 SLOW = 1.25
 """From this ratio of measured to profiled latency on, a profile no longer describes a device."""
 
-MANY_RESTARTS = 3
-LEAST_FREE_BYTES = 500 << 20
-MOST_LOG_BYTES = 1 << 30
-LEAST_FILES = 1_024
+MANY_RESTARTS = 3  # one may be an accident; three have a cause that stays
+LEAST_FREE_BYTES = 500 << 20  # of the disk: logs and an update's wheel still fit
+MOST_LOG_BYTES = 1 << 30  # more than rotation leaves; it would fill a small disk
+LEAST_FILES = 1_024  # the usual soft limit: with less, even a few peers fail
 FULL = 0.8
 """From this share of its limit of open files on, a process will soon run out."""
 

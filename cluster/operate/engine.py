@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _TAIL_LINES = 15
 _APPLY_S = 120.0  # roles that are replaced may take a while to end
-_STOP_S = 120.0
+_STOP_S = 120.0  # every role on the host may take its whole grace period
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cluster.spec.roles import Wanted
     from superserve.status import RouterStatus
 
-_ASK_AGAIN_S = 0.5
+_ASK_AGAIN_S = 0.5  # each question is a command over SSH on every host
 _APPLY_S = 120.0  # roles that are replaced may take STOP_S each to end
 
 

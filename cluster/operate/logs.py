@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from cluster.operate.engine import SupervisorEngine
 
-_N_LINES = 20
-_ENDED_S = 5.0
+_N_LINES = 20  # of each role, before the new ones
+_ENDED_S = 5.0  # the remote `tail` may hang on a dead connection, and Ctrl-C must not
 
 
 def chosen(fleet: SupervisorEngine, names: Iterable[str]) -> list[str]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DRAIN_S = 30.0
 """How long a worker may take to end: it has 4 s to drain, and is killed soon after."""
 
-_ASK_AGAIN_S = 0.05
+_ASK_AGAIN_S = 0.05  # between two questions to keepers and the router
 
 
 class RollingOperator:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COLUMNS = ("host", "ssh", "Python", "package", "GPUs", "ports", "clock", "files", "disk")
 """Of the table; a host's `cells` have this order."""
 
-LEAST_PYTHON = (3, 11)
+LEAST_PYTHON = (3, 11)  # as `requires-python` in pyproject.toml
 PROBE_S = 60.0  # a login, two starts of Python, nvidia-smi: seconds, on a busy host
 INSTALL_S = 1_800.0  # pip may have to fetch torch, some gigabytes
 

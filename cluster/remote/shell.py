@@ -43,11 +43,11 @@ CONNECT_TIMEOUT_S = 10
 _LOGIN_S = 60.0  # over several jump hosts, on busy machines
 _SSH_FAILED = 255  # ssh(1): the remote command's exit status, or this if an error occurred
 _PERSIST_S = 60  # only for a command that was killed: otherwise it closes its connections
-_MAX_AT_ONCE = 32
+_MAX_AT_ONCE = 32  # ssh processes on this machine, a thread for each
 # Every handshake behind a jump host is the jump host's too, and OpenSSH's sshd drops some of those that
 # arrive while ten others are in progress (MaxStartups 10:30:100).
 _MAX_HANDSHAKES = 6
-_MAX_TRIES = 6
+_MAX_TRIES = 6  # with the pauses below 3 to 6 s, in which sshd ends other handshakes
 _FIRST_PAUSE_S = 0.2  # twice as long each further time, minus a random part of up to half
 # ssh's messages if a server, or a jump host, dropped the connection before the login.
 _TURNED_AWAY = (

@@ -50,7 +50,7 @@ _RESERVED = ("PYTHONPATH", "SUPERSERVE_HOST_FOLDER", "SUPERSERVE_ROLE_DIGEST", "
 _SECTIONS: dict[str, type] = {
     "router": RouterPlace, "hosts[i]": Host, "metrics": MetricsPorts, "log": LogBounds, "standby": Standby,
 }  # fmt: skip
-_MAX_SHOWN = 60
+_MAX_SHOWN = 60  # of a value in a message: the message should stay one line
 
 
 def read(path: Path) -> Hosts:

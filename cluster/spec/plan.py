@@ -37,7 +37,7 @@ CLIENT, WORKER = "{client}", "{worker}"
 METRICS_PORT = "{metrics}"
 """In a role's arguments: where it serves /metrics, the same port for as long as the cluster runs."""
 
-_MAX_MARGIN_MS = 60_000.0
+_MAX_MARGIN_MS = 60_000.0  # a larger one is a mistaken unit
 # One of these exists if an NVIDIA driver is loaded; without a driver torch need not be imported to
 # find out, which takes seconds.
 _DRIVER_PATHS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Where = tuple[str | int, ...]
 """The path to a value: keys, and indices of lists, from the top."""
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 20  # a file with 1,024 hosts takes far less; a larger one is not a hosts file
 _MAX_NODES = 100_000  # lists of lists of aliases make billions from a kilobyte
 _MERGE = "tag:yaml.org,2002:merge"
 

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-_IDLE_BEFORE_COLLECT_NS = 5 * SECOND
-_COLLECT_EVERY_NS = 60 * SECOND
+_IDLE_BEFORE_COLLECT_NS = 5 * SECOND  # collecting stops the loop: not between two bursts
+_COLLECT_EVERY_NS = 60 * SECOND  # only failures leave cycles, so there is little to collect
 _BYE_LINGER_MS = 200  # for the BYE to leave; without a router it is not worth more of a stop's time
 
 

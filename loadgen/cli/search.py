@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gpu_worker.serve.eventlog import EventLogReport
     from loadgen.study.search import RateAnswer
 
-_DRAWN_S = 5.0
+_DRAWN_S = 5.0  # of a spec, for each probe
 
 
 @click.command("search")

@@ -28,7 +28,7 @@ TOLERANCE_POINTS = 1.5
 SAMPLE = 50
 """Answers of each subnet that are computed again locally."""
 
-SIGMAS = 3.0
+SIGMAS = 3.0  # chance alone exceeds it once in 370 runs
 ALL = "all of them"
 """The name of the score of all subnets together."""
 

@@ -37,7 +37,7 @@ OPTIONS = ("--device", "cpu", "--supernet", DIGITS, "--ready-timeout-s", "120")
 """Options of each of the demo's clusters."""
 
 _PROGRESS_S = 5.0
-_QUIET_NS = 2 * MS
+_QUIET_NS = 2 * MS  # a sleeper's p99 delay on a machine that is not busy
 
 
 @dataclass(frozen=True, slots=True)

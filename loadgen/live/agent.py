@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 SILENT_S = 5.0
 """How long a coordinator or an agent may be silent before it counts as lost; both send every second."""
-_POLL_MS = 20
+_POLL_MS = 20  # the longest that a stop waits: the signal only sets a flag
 
 
 @dataclass(slots=True)

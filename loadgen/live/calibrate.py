@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SECONDS = 1.0
 """How much of a trace is offered to the sink: a second's lag shows whether the senders keep up."""
-_GRACE_NS = 500 * MS
+_GRACE_NS = 500 * MS  # the sink answers at once, or never
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     from loadgen.traces.trace import Trace
     from superserve.wire import RunMessage
 
-_PINGS = 8
+_PINGS = 8  # the shortest of eight round trips is nearly free of queueing
 _GREET_S, _PREPARE_S = 5.0, 60.0
-_START_AFTER_NS = 500 * MS
-_PING_EVERY_S = 1.0
+_START_AFTER_NS = 500 * MS  # every agent has the message by then, and its senders are waiting
+_PING_EVERY_S = 1.0  # an agent without one for SILENT_S stops its run
 
 
 @dataclass(slots=True)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 MS = 1_000_000
 POLICY = "null sink"
 """The sink's policy name, which distinguishes the result of a run against it from a cluster's."""
-_WAIT_NS = 200 * MS
+_WAIT_NS = 200 * MS  # how soon it notices a stop; queries wake it at once
 _SILENT = "--silent"
 
 

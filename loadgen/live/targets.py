@@ -17,7 +17,7 @@ from superserve.roles import local
 
 if TYPE_CHECKING:
     from pathlib import Path
-_ANY_PAYLOAD_BYTES = 64
+_ANY_PAYLOAD_BYTES = 64  # emulated GPUs ignore the payload
 _MAX_GPUS = 4096
 
 

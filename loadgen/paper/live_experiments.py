@@ -44,7 +44,7 @@ ATTEMPTS = 2
 """A run that was invalid or disturbed is made once more; the page reports both."""
 
 _MAF_S, _BURSTY_S = 120.0, 30.0
-_CALM_NS = 2 * MS
+_CALM_NS = 2 * MS  # a sleeper's p99 delay on a machine that is not busy
 
 
 def maf_live(effort: ExperimentEffort, policy: str) -> dict[str, Any]:

@@ -251,7 +251,7 @@ def _policy_space(found: Found) -> Iterator[str]:
     yield words + (" here, not 5 %: " + _WHY_MAXBATCH if gap < _ALIKE else ".")
 
 
-_ALIKE = 0.002
+_ALIKE = 0.002  # two queries in a thousand: too few to explain by the policy
 _WHY_MAXBATCH = """\
 on this profile a full batch of the smallest subnet takes a fifth of the SLO, so MaxBatch fills its
 batches whenever SlackFit does, and then takes the most accurate subnet that fits, as SlackFit's bucket does."""

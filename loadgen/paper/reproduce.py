@@ -57,7 +57,7 @@ LIVE: dict[str, LiveExperiment] = {
     "live_bursty": live_experiments.bursty_live,
 }
 NAMES = (*WIDE, *NARROW, *LIVE)
-_SEEDS = 2
+_SEEDS = 2  # the second shows whether a difference is luck
 
 
 def reproduce(

@@ -20,7 +20,7 @@ RELATIVE_ERROR = 1 / PER_OCTAVE
 LONGEST_NS = (1 << 53) - 1
 """104 days: longer durations count as this one."""
 _N_BINS = ((53 - _BITS - 1) << _BITS) + 2 * PER_OCTAVE
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 20  # values in a piece, because each piece makes several arrays of its size
 
 
 def rank(n: int, permille: int) -> int:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 UNANSWERED = 255
 """In a column of statuses: no answer came."""
 
-_FLUSH_AT = 1 << 16
+_FLUSH_AT = 1 << 16  # rows: as Python objects they take far more memory than as columns
 
 
 _NO_PAYLOAD = (b"",)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_GPUS = 65_536
 """Most GPUs of a simulated cluster."""
 
-_LONGEST_MS = 86_400_000.0
+_LONGEST_MS = 86_400_000.0  # a day, the wire's limit for a slack
 
 
 @dataclass(frozen=True, slots=True, eq=False)

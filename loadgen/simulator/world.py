@@ -62,8 +62,8 @@ START_NS = 1_000 * MS
 
 _SAY_HELLO = Control(Kind.REFUSED, {"code": "say-hello"})
 _PONG = Pong(0, 0)
-_JOIN_NS = START_NS - 100 * MS
-_GRACE_NS = 3_000 * MS
+_JOIN_NS = START_NS - 100 * MS  # workers have said HELLO and sent PULL before the first query
+_GRACE_NS = 3_000 * MS  # after the last deadline, so that a lost worker is noticed and its queries end
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from loadgen.study.compare import Cell, Comparison
 
-_CALM_NS = 2 * MS
+_CALM_NS = 2 * MS  # a sleeper's p99 delay on a machine that is not busy
 
 
 @dataclass(frozen=True, slots=True)

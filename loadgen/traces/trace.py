@@ -46,7 +46,7 @@ _MAGIC = b"SuperServe-trace "
 _VERSION = b"1"
 _GZIP_MAGIC = b"\x1f\x8b"
 _MINUTE_S = 60
-_BLOCK = 1 << 16
+_BLOCK = 1 << 16  # integers at once: 2 MB
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -37,8 +37,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # Population and generations: a prediction costs microseconds, a measurement most of a second.
 _EFFORT_PREDICTED = (100, 40)
 _EFFORT_MEASURED = (20, 2)
-_REMEASURED_ROUNDS = 50
-_REMEASURED_BUDGET_NS = 60 * _NS_PER_S
+_REMEASURED_ROUNDS = 50  # the search has chosen the subnets; these are the latencies that the profile keeps
+_REMEASURED_BUDGET_NS = 60 * _NS_PER_S  # bounds it on slow devices
 
 _weights = click.option(
     "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]'

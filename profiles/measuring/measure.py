@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MIN_ROUNDS = 5
 """Rounds measured even after the budget is spent: a median of fewer means little."""
 
-_WARM_UP_ROUNDS = 3
+_WARM_UP_ROUNDS = 3  # the first runs of each shape allocate, and pick kernels
 _P99_SAMPLES = 100  # with fewer, a cell's own 99th percentile is just its maximum
 _LEAST_SPEED_UP = 0.03  # a less accurate subnet is worth keeping if it is at least this much faster
 _SEED = 20250428  # of the order and of the images; dense layers take equally long for any image

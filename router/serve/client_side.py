@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("router")
 
 MS = 1_000_000
-_PING_NS = 1_000 * MS
+_PING_NS = 1_000 * MS  # the way to a client changes slowly, and with a thousand clients each PING costs
 _GONE_NS = 10_000 * MS  # ten PINGs: a busy application may pause for seconds, and keeps its queries meanwhile
-_NEAR_NS = 20 * MS
+_NEAR_NS = 20 * MS  # a client that is near answers sooner, unless it is busy
 _ENOUGH_PONGS = 3
 """A client that is busy just after it connected answers late. Until it has answered this often, a round
 trip longer than `_NEAR_NS` counts as that, not as a distance that uses up the slack of its queries."""

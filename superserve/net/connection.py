@@ -39,7 +39,7 @@ HELLO_EVERY_NS = 100 * MS
 """Time between the first two HELLOs; it doubles with each one that gets no answer."""
 HELLO_EVERY_AT_MOST_NS = 1_000 * MS
 """Longest time between two HELLOs: without back-off a thousand clients would flood a router that returns."""
-PING_EVERY_NS = 1_000 * MS
+PING_EVERY_NS = 1_000 * MS  # often enough to notice in SILENT_NS that the router has gone
 SILENT_NS = 3_000 * MS
 """A router that has not answered three PINGs counts as gone; HELLO finds the next one."""
 

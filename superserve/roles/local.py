@@ -42,7 +42,7 @@ DEFAULT_NAME = "default"
 REMEMBERED = ".clusters"
 """The folder where this user's commands remember clusters on other hosts: see cluster/remote/record.py."""
 
-SCHEMA = 2
+SCHEMA = 2  # of the file of a local cluster: one of another version is refused
 
 _FILE = "state.json"
 _LOOK_S = 0.01  # between two checks of a process for which the kernel gives no descriptor

@@ -69,7 +69,7 @@ _TAIL_BYTES = 16_384  # twenty lines of a long traceback
 # The end of a child usually shows as the end of its pipe. A grandchild that holds the
 # pipe open hides it, so exit codes are checked this often too.
 _POLL_MS = 100
-_CLEAN_EXITS = (0, -signal.SIGTERM)
+_CLEAN_EXITS = (0, -signal.SIGTERM)  # our SIGTERM kills a role that has no handler yet
 
 
 class RoleProcess:

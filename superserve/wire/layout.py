@@ -23,7 +23,7 @@ MAX_QUERIES = 65_536
 MAX_FRAMES = MAX_QUERIES + 1  # the header's, and one for each payload
 MAX_SLACK_NS = 86_400 * 10**9
 """No slack is longer than a day: a larger number is a mistaken unit."""
-MAX_JSON_BYTES = 16 << 20
+MAX_JSON_BYTES = 16 << 20  # HELLOs carry whole profiles; a bound on what a peer can make us parse
 MAX_EXTENSIONS = 64
 """Most extension columns in one message: a bound on the steps to skip them."""
 

@@ -28,7 +28,7 @@ RUN_COLUMNS: dict[str, str] = {
 }  # fmt: skip
 """The columns of a run and their NumPy types; the last character is the bytes of an entry."""
 MAX_COLUMNS = 64  # a bound on the frames of one message; this release knows nine
-_MOST = 2**63 - 1
+_MOST = 2**63 - 1  # columns are int64
 
 
 @dataclass(frozen=True, slots=True)

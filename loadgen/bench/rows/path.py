@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 STAGES = ("decode", "admit", "decide", "direct", "finish", "answer")
 """In the order of a query's life: QUERIES and DONE to messages, queries to the queue, the queue to
 batches, batches to DIRECTIVE, reports to ends, ends to RESULTS."""
-_TRANSIT_NS = MS // 5
-_FAR_NS = 3_600_000 * MS
+_TRANSIT_NS = MS // 5  # one way, as on a local network
+_FAR_NS = 3_600_000 * MS  # queries that only wait must not expire during the measurement
 _PAYLOAD = bytes(64)
 
 
