@@ -126,9 +126,13 @@ class Profile:
         self._derive("_p99", p99)
         self._derive("_p99_columns", tuple(zip(*p99, strict=True)))
         self._derive("_accuracies", tuple(subnet.accuracy for subnet in self.subnets))
-        costs = [min(map(truediv, subnet.latency_ns, self.batch_sizes)) for subnet in self.subnets]
+        costs = self.least_costs_ns()
         self._derive("unit_cost_ns", sum(costs) / len(costs))
         self._derive("_rows", {subnet.name: row for row, subnet in enumerate(self.subnets)})
+
+    def least_costs_ns(self) -> list[float]:
+        """Return what a query costs on each row at least: its share of the best batch's median latency."""
+        return [min(map(truediv, subnet.latency_ns, self.batch_sizes)) for subnet in self.subnets]
 
     def _derive(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the only way to set a frozen dataclass's field

@@ -114,7 +114,7 @@ class Admission:
         )
         demand = self._model.demand
         if demand is not None:
-            demand.arrived(slacks_ns)
+            demand.arrived(slacks_ns, now_ns)
         if queries.resubmitted and client.cohorts:
             self._admit(client, cohort, self._unknown(client, cohort))
         else:

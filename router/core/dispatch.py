@@ -170,6 +170,10 @@ class Dispatcher:
             queue.demand = model.demand
             assert isinstance(model.queue, LaneQueue), "with demand the queue is in lanes"
             queue.outranks = model.queue.outranks()
+            queue.due = model.queue.due
+            queue.supply = self._fleet.supply
+            self._fleet.fit_supply(model.demand.slack_ns - slack.way_back_ns(worker, cohort.client))
+        view.doubt = worker.correction.doubt()
         view.free_at_ns = slack.begin_ns(worker, now_ns)
         view.allowance_ns = slack.way_back_ns(worker, cohort.client)
         choice = self._corrected_choice(worker, now_ns)
@@ -245,7 +249,11 @@ class Dispatcher:
 
     def _send(self, worker: Worker, choice: Choice, now_ns: int) -> None:
         subnet, ledger, slack = choice.subnet, self._ledger, self._slack
-        stretches, n = self._model.queue.take(choice.batch_size, subnet)
+        queue = self._model.queue
+        if choice.first_above is None or not isinstance(queue, LaneQueue):
+            stretches, n = queue.take(choice.batch_size, subnet)
+        else:
+            stretches, n = queue.take_packed(choice.batch_size, subnet, choice.first_above)
         assert n > 0, f"policy {worker.policy.name} chose subnet {subnet} below the head's floor"
         if len(stretches) > 2 and any(s[0].client is not stretches[0][0].client for s in stretches):
             # With a client's queries adjacent in the batch, they are answered as one group.

@@ -12,6 +12,14 @@ _FRESH = 8  # values that gather before the window is updated
 _GAIN, _GAIN_OF_SUBNET, _SHARED = 1 / 8, 1 / 6, 1 / 32
 """Exponents: how far the GPU and the subnet move to a measurement, and how much of it the GPU takes over."""
 _FAR = 1.6  # a batch counts as at most this many times the estimate: a longer one is a stall of the process
+_FIRST_FAR, _N_FIRST = 2.5, 2
+"""The same of the first two batches. Until they are in, a device of which nothing is known may be that slow:
+at 1.6 it took a GPU ten batches to be known as 2.5 times slower than its profile, and all ten were late."""
+_FIRST_GAIN = 0.8
+"""Over how many batches: the exponent of the first ones. At 0.5 the first says half of what it could."""
+_DOUBT = 0.6
+"""What each measurement leaves of the doubt: 2.5, 1.9, 1.54, 1.32, ... At 0.4 queries of a slow GPU are late,
+at 0.8 sixty-four GPUs serve their first half second 0.1 points worse."""
 _LEAST, _MOST = 0.25, 16.0  # bounds of a ratio, whatever a worker reports
 _AS_PROFILED = 1.001
 """A slowdown below this counts as none, so that easing ends."""
@@ -127,14 +135,15 @@ class Correction:
 
     Attributes:
         overall: Measured over profiled latency of the whole GPU; 1.0 means as profiled.
+        n: Batches measured.
     """
 
-    __slots__ = ("_differs", "_is_slow", "_n", "overall")
+    __slots__ = ("_differs", "_is_slow", "n", "overall")
 
     def __init__(self, n_subnets: int) -> None:
         self.overall = 1.0
         self._differs = [1.0] * n_subnets
-        self._n = 0
+        self.n = 0
         self._is_slow = False
 
     def of_subnet(self, subnet: int) -> float:
@@ -142,9 +151,13 @@ class Correction:
         ratio = self.overall * self._differs[subnet]
         return ratio if _LEAST <= ratio <= _MOST else _bounded(ratio)
 
+    def doubt(self) -> float:
+        """Return how many times longer than estimated a batch may take while few have been measured."""
+        return 1.0 + (_FIRST_FAR - 1.0) * _DOUBT**self.n
+
     def measure(self, subnet: int, ratio: float) -> None:
         """Add the ratio of one batch."""
-        self._n += 1
+        self.n += 1
         if ratio > _AS_PROFILED:
             self._is_slow = True
         if not _LEAST <= ratio <= _MOST:
@@ -152,13 +165,14 @@ class Correction:
         step = ratio / self.of_subnet(subnet)
         if step == 1.0:
             return
-        if step > _FAR:
-            step = _FAR
+        far = _FAR if self.n > _N_FIRST else _FIRST_FAR
+        if step > far:
+            step = far
         differs = self._differs[subnet] * step**_GAIN_OF_SUBNET
         shared = differs**_SHARED
         self._differs[subnet] = differs / shared
         # The first measurements weigh more: nothing is known yet about this device.
-        overall = self.overall * shared * step ** max(_GAIN, 0.5 / self._n)
+        overall = self.overall * shared * step ** max(_GAIN, _FIRST_GAIN / self.n)
         self.overall = _bounded(overall)
 
     def ease(self) -> None:

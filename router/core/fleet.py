@@ -16,6 +16,7 @@ from router.core.events import (
     WorkerJoined,
     WorkerLeft,
 )
+from router.core.supply import FULL, Supply, reckon
 from router.core.workers import Batch, Peer, PeerEvent, PeerState, Worker, WorkerEvent, WorkerState
 from superserve.clock import MS
 from superserve.errors import WireError
@@ -51,6 +52,7 @@ class Fleet:
     __slots__ = (
         "_checked_ns", "_free", "_free_at_most", "_ledger", "_model", "_offer_seq", "_overruns", "_settings",
         "_slack", "_stall_ns", "_to_judge", "is_uneven", "n_lost_peers", "n_stale", "peers", "quickest_ns",
+        "supply",
     )  # fmt: skip
 
     def __init__(self, ledger: Ledger, slack: Slack, settings: CoreSettings) -> None:
@@ -59,6 +61,7 @@ class Fleet:
         self.is_uneven = False
         self.n_stale = 0
         self.n_lost_peers = 0
+        self.supply = Supply()
         self._ledger = ledger
         self._model = ledger.model
         self._slack = slack
@@ -185,6 +188,8 @@ class Fleet:
         worker.peer.sample_way(transport_ns, now_ns)
         if row.statuses is None:  # otherwise a part was not run, and the time means nothing
             worker.measure(batch.subnet, batch.profiled_ns, row.executing_ns)
+            if self._model.demand is not None:
+                self.supply.corrected(worker)
         worker.busy_ns += row.executing_ns
         return transport_ns
 
@@ -204,6 +209,7 @@ class Fleet:
             worker.machine.on(WorkerEvent.LOST)
             worker.credit = 0
             worker.version += 1
+            self.supply.note(worker)
             self._lose_all(worker, now_ns)
 
     def _lose_all(self, worker: Worker, now_ns: int) -> None:
@@ -278,6 +284,22 @@ class Fleet:
     def _summarise(self, peer: Peer) -> None:
         peer.quickest_ns = self._slack.quickest_ns(peer)
         peer.summarise()
+        if self._model.demand is not None:
+            reckon(peer, self.supply.limit_ns)
+
+    def fit_supply(self, patience_ns: float) -> None:
+        """Reckon again what the GPUs can serve, if the patience differs much from that of the last time.
+
+        Args:
+            patience_ns: How long a query may wait and run.
+        """
+        supply, limit_ns = self.supply, FULL * patience_ns
+        if 0.8 * supply.limit_ns <= limit_ns <= 1.25 * supply.limit_ns:
+            return  # what changes by less waits for the next heartbeat
+        supply.limit_ns = limit_ns
+        for peer in self.peers.values():
+            reckon(peer, limit_ns)
+        self.refresh()
 
     def refresh(self) -> None:
         """Update the values that summarise all GPUs."""
@@ -286,6 +308,7 @@ class Fleet:
         if demand is not None:
             live = [peer for peer in peers if peer.machine.state is PeerState.LIVE]
             demand.capacity = sum([peer.capacity for peer in live])
+            self.supply.restate(live)
         self.quickest_ns = min([peer.quickest_ns for peer in peers], default=0)
         # Stale entries stay in the heap until they reach its top. A few for each GPU are allowed:
         # removing them at every offer would mean scanning all GPUs.
@@ -315,6 +338,7 @@ class Fleet:
             return
         worker.machine.on(WorkerEvent.OVERRAN)
         worker.version += 1
+        self.supply.note(worker)
         if batch.overran:
             # The process lives, but the GPU hangs: its queries must end too.
             self._lose_all(worker, now_ns)
@@ -354,6 +378,8 @@ class Fleet:
     def _offer(self, worker: Worker) -> None:
         """Add a worker to the heap of free ones, by the instant it is free; older entries become stale."""
         worker.version += 1
+        if self._model.demand is not None:
+            self.supply.note(worker)
         if worker.may_take:
             self._offer_seq += 1
             heappush(self._free, (worker.free_at_ns, self._offer_seq, worker.version, worker))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from router.core.edf import EdfQueue
+from router.policies.due import UNIT, Due
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,14 +22,23 @@ Lane = tuple[int, int]
 
 
 class LaneQueue(EdfQueue):
-    """Queries by ascending deadline across lanes. `len()` counts queries."""
+    """Queries by ascending deadline across lanes. `len()` counts queries.
 
-    __slots__ = ("_lanes",)
+    Args:
+        earlier: A queue whose queries it takes over.
+        weights: What a query weighs whose floor is each row: see `router.policies.due.weights_of`.
 
-    def __init__(self, earlier: EdfQueue | None = None) -> None:
+    Attributes:
+        due: How much of it is due by when.
+    """
+
+    __slots__ = ("_lanes", "due")
+
+    def __init__(self, earlier: EdfQueue | None = None, weights: tuple[int, ...] = (UNIT,)) -> None:
         """Move everything from an earlier queue, whose cohorts have their floors by now."""
         super().__init__()
         self._lanes: dict[Lane, EdfQueue] = {}
+        self.due = Due(weights)
         if earlier is not None:
             for cohort, lo, hi in earlier.take_before(1 << 63):
                 self.push(cohort, lo, hi)
@@ -36,6 +46,7 @@ class LaneQueue(EdfQueue):
     def push(self, cohort: Cohort, lo: int, hi: int) -> None:
         """Add queries lo to hi of `cohort`, whose states must be QUEUED."""
         self._length += hi - lo
+        self.due.add(cohort, lo, hi)
         for lane, start, end in _lanes_of(cohort, lo, hi):
             queue = self._lanes.get(lane)
             if queue is None:
@@ -45,6 +56,7 @@ class LaneQueue(EdfQueue):
     def forget(self, cohort: Cohort, lo: int, hi: int) -> None:
         """Deduct queries lo to hi, which leave QUEUED from outside; their heap entries go when reached."""
         self._length -= hi - lo
+        self.due.remove(cohort, lo, hi)
         for lane, start, end in _lanes_of(cohort, lo, hi):
             self._lanes[lane].forget(cohort, start, end)
 
@@ -89,10 +101,27 @@ class LaneQueue(EdfQueue):
             [only] = self._lanes.values()
             taken, n = only.take(k, subnet, until_ns)  # stops at once if the lane's floor is above
             self._length -= n
+            self._deduct(taken)
             return taken, n
         # A query of a higher floor stays in its lane, where it keeps its place in the order.
         allowed = [lane for lane in self._lanes if lane[1] <= subnet]
         return self._take(k, allowed, until_ns)
+
+    def take_packed(self, k: int, subnet: int, first_above: int) -> tuple[list[Stretch], int]:
+        """Remove at most `k` queries, those first whose floor lies above row `first_above`.
+
+        Args:
+            k: How many, at most.
+            subnet: The row that is to serve them; queries of a floor above it stay.
+            first_above: Queries whose floor is at most this row get the places that are left.
+
+        Returns:
+            The stretches, each group in order of deadline, and the number of their queries.
+        """
+        allowed = [lane for lane in self._lanes if lane[1] <= subnet]
+        taken, n = self._take(k, [lane for lane in allowed if lane[1] > first_above], None)
+        more, n_more = self._take(k - n, [lane for lane in allowed if lane[1] <= first_above], None)
+        return taken + more, n + n_more
 
     def take_before(self, limit_ns: int) -> list[Stretch]:
         """Remove every query whose deadline lies before `limit_ns`; states stay QUEUED."""
@@ -100,6 +129,7 @@ class LaneQueue(EdfQueue):
         for queue in self._lanes.values():
             taken += queue.take_before(limit_ns)
         self._length -= sum(hi - lo for _, lo, hi in taken)
+        self._deduct(taken)
         return taken
 
     def shed(self, before_ns: int, n: int) -> list[Stretch]:
@@ -110,6 +140,7 @@ class LaneQueue(EdfQueue):
             return self._take(n, lanes, None)[0]
         taken = [stretch for lane in lanes for stretch in self._lanes[lane].take_before(before_ns)]
         self._length -= sum(hi - lo for _, lo, hi in taken)
+        self._deduct(taken)
         return taken
 
     def _take(self, k: int, lanes: Iterable[Lane], until_ns: int | None) -> tuple[list[Stretch], int]:
@@ -132,7 +163,12 @@ class LaneQueue(EdfQueue):
             taken += stretches
             n += more
         self._length -= n
+        self._deduct(taken)
         return taken, n
+
+    def _deduct(self, taken: list[Stretch]) -> None:
+        for cohort, lo, hi in taken:
+            self.due.remove(cohort, lo, hi)
 
     def _heads(self, lanes: Iterable[Lane]) -> list[tuple[tuple[int, Cohort, int], Lane]]:
         """Return the heads of these lanes; empty lanes are removed."""

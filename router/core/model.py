@@ -13,6 +13,7 @@ import numpy as np
 from router.core.edf import EdfQueue
 from router.core.lanes import LaneQueue
 from router.policies.demand import Demand
+from router.policies.due import weights_of
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Model:
         assert self.reference is not None, "a policy is built for a profile"
         if getattr(self.policy_of(self.reference), "sees_demand", False):
             self.demand = Demand()
-            self.queue = LaneQueue(self.queue)
+            self.queue = LaneQueue(self.queue, weights_of(self.reference.least_costs_ns()))
 
     def floor_rows(self, min_accuracy: Buffer, lo: int, hi: int) -> list[int | None]:
         """Return the smallest row that is as accurate as each of queries lo to hi asks for; None if none is.

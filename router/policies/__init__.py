@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from router.core.supply import Supply
     from router.policies.demand import Demand
+    from router.policies.due import Due
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +18,14 @@ class Choice:
     Attributes:
         subnet: Row of the profile; 0 is the smallest and least accurate.
         batch_size: How many queries to pack at most; at least 1.
+        first_above: Queries whose floor lies above this row, but not above `subnet`, are packed first, and
+            others only into places that are left; None packs by deadline alone. Has an effect only for a
+            policy that sees demand.
     """
 
     subnet: int
     batch_size: int
+    first_above: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,9 @@ class QueueView:
         demand: What arrives and what can serve it; None unless the policy asks for it.
         outranks: Whether queries of a lower priority class than the head's are queued; False unless the
             policy asks for demand.
+        due: How much of the queue is due by when; None unless the policy asks for demand.
+        supply: What the GPUs can serve at best, and how much of their time is taken; None unless the policy
+            asks for demand.
     """
 
     head_deadline_ns: int
@@ -56,6 +65,8 @@ class QueueView:
     length: int
     demand: Demand | None = None
     outranks: bool = False
+    due: Due | None = None
+    supply: Supply | None = None
 
 
 @dataclass(slots=True)
@@ -66,11 +77,14 @@ class WorkerView:
         free_at_ns: The instant at which it can begin; may lie in the past when it is idle.
         allowance_ns: Measured time for a batch to reach the worker and its answer to come back.
         slowdown: Measured over profiled latency of this worker, smoothed; 1.0 means as profiled.
+        doubt: How many times longer than that a batch may still take, because few have been measured; 1.0
+            once enough have.
     """
 
     free_at_ns: int
     allowance_ns: int
     slowdown: float
+    doubt: float = 1.0
 
 
 def usable_slack_ns(queue: QueueView, worker: WorkerView, now_ns: int) -> int:
@@ -91,8 +105,8 @@ class Policy(Protocol):
     The router builds a policy once per profile, offline, by `factory(profile, argument)`;
     `argument` is what follows the colon in `--policy name:argument`, or None.
 
-    A policy with `sees_demand = True` also receives `QueueView.demand`. For it the queue keeps priority
-    classes and floors apart, and a batch skips queries whose floor lies above its subnet instead of
+    A policy with `sees_demand = True` also receives `QueueView.demand`, `due` and `supply`. For it the queue
+    keeps priority classes and floors apart, and a batch skips queries whose floor lies above its subnet instead of
     ending before the first of them. Only such a policy may shed.
     """
 

@@ -9,10 +9,37 @@ from __future__ import annotations
 
 from math import exp
 
+from router.policies.surge import Surge
+
 MS = 1_000_000
 _SETTLE_NS = MS // 2
 """At most this often are averages updated, for all arrivals since: each update costs an exponential, and
 half a millisecond is short against the slack that the averages are smoothed over."""
+
+
+class Kind:
+    """Queries whose slacks lie within a factor of two, and how many come.
+
+    Args:
+        slack_ns: About how long they can wait.
+
+    Attributes:
+        rate: Queries a nanosecond, smoothed over that.
+        n: Queries since the last update.
+    """
+
+    __slots__ = ("n", "rate", "slack_ns")
+
+    def __init__(self, slack_ns: float) -> None:
+        self.slack_ns = slack_ns
+        self.rate = 0.0
+        self.n = 0
+
+    def settle(self, passed_ns: int) -> None:
+        """Update the rate with what has come in the time that has passed."""
+        keep = exp(-passed_ns / self.slack_ns)
+        self.rate = self.rate * keep + (1.0 - keep) / passed_ns * self.n
+        self.n = 0
 
 
 class Demand:
@@ -24,9 +51,10 @@ class Demand:
             because a few very patient queries do not make the others more patient.
         capacity: Queries a nanosecond that the cluster serves at each GPU's unit cost: the sum over
             the GPUs that take work of 1 / (unit cost * slowdown); see `Profile.unit_cost_ns`.
+        surge: How many more may come at once.
     """
 
-    __slots__ = ("_haste", "_hastes", "_n", "_until_ns", "capacity", "rate", "slack_ns")
+    __slots__ = ("_haste", "_hastes", "_kinds", "_n", "_until_ns", "capacity", "rate", "slack_ns", "surge")
 
     def __init__(self, *, rate: float = 0.0, slack_ns: float = 0.0, capacity: float = 0.0) -> None:
         self.rate = rate
@@ -36,16 +64,36 @@ class Demand:
         self._n = 0
         self._hastes = 0.0
         self._until_ns: int | None = None
+        self._kinds: dict[int, Kind] = {}
+        self.surge = Surge()
 
-    def arrived(self, slacks_ns: list[int]) -> None:
+    @property
+    def calm_rate(self) -> float:
+        """Queries a nanosecond, each kind smoothed over its own slack: patient ones can wait out a peak."""
+        return sum([kind.rate for kind in self._kinds.values()])
+
+    def arrived(self, slacks_ns: list[int], now_ns: int = 0) -> None:
         """Count queries with these slacks. Less than a millisecond, or none left, counts as a millisecond."""
         self._n += len(slacks_ns)
+        self.surge.arrived(len(slacks_ns), now_ns, self.slack_ns)
+        shortest, longest = max(MS, min(slacks_ns)).bit_length(), max(MS, *slacks_ns).bit_length()
+        if shortest == longest:
+            self._kind(shortest).n += len(slacks_ns)
+        else:
+            for slack_ns in slacks_ns:
+                self._kind(max(MS, slack_ns).bit_length()).n += 1
         first_ns = slacks_ns[0]
         # One SLO in a message is the usual case: count() compares in C, the sum below is a loop.
         if slacks_ns[-1] == first_ns and slacks_ns.count(first_ns) == len(slacks_ns):
             self._hastes += len(slacks_ns) / max(MS, first_ns)
         else:
             self._hastes += sum([1.0 / max(MS, slack_ns) for slack_ns in slacks_ns])
+
+    def _kind(self, bits: int) -> Kind:
+        kind = self._kinds.get(bits)
+        if kind is None:
+            kind = self._kinds[bits] = Kind(0.75 * (1 << bits))
+        return kind
 
     def settle(self, now_ns: int) -> None:
         """Update the averages with what has arrived by `now_ns`.
@@ -67,5 +115,7 @@ class Demand:
         # Without arrivals both averages fade alike, so their ratio stays; in the end both underflow to 0.
         if self._n and self._haste > 0.0:
             self.slack_ns = self.rate / self._haste
+        for kind in self._kinds.values():
+            kind.settle(passed_ns)
         self._n, self._hastes = 0, 0.0
         self._until_ns = now_ns

@@ -26,12 +26,11 @@ Source: ours. The price is the dual of the fluid program in docs/demandfit.md, e
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
-from itertools import pairwise
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from router.policies import Choice, Shed, usable_slack_ns
+from router.policies.pricing import limits_of, make_prices, sizes_of
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,122 +48,6 @@ them: without it the MAF trace loses 0.018 points."""
 _LATE = 0.5
 """In overload a full batch takes at most this share of the patience, and a head with less of it left is
 late while a lower class is queued. With 1.0 an SLO of 10 ms sheds queries that it could serve."""
-
-_STEEPEST = 4.0
-"""The price at the least budget, over that of the step between the two cheapest subnets: something steep,
-so that overload takes full batches of the smallest. 1.5 to 16 give the same figures."""
-
-_N_LIMITS = 24
-"""For how many limits on a batch's time prices are built, offline: neighbours differ by a constant ratio."""
-
-_MAX_SIZES = 6
-"""Batch sizes compared in one decision, to keep it below 20 us; of a profile with more, an even selection."""
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """One batch size of the profile.
-
-    Attributes:
-        size: Queries.
-        latency_ns: Median by row, shape (n_subnets,).
-        p99_ns: 99th percentile by row.
-        hull: Rows on the concave hull of accuracy over this size's latency, ascending.
-        slopes: Minus what each of them gains on the one before, percent a nanosecond; ascending.
-    """
-
-    size: int
-    latency_ns: tuple[int, ...]
-    p99_ns: tuple[int, ...]
-    hull: tuple[int, ...]
-    slopes: tuple[float, ...]
-
-    def best(self, price: float, floor: int, slack_ns: int, accuracies: tuple[float, ...]) -> int | None:
-        """Return the row from `floor` up that fits and is worth most after paying; None if none fits.
-
-        Args:
-            price: What a nanosecond costs each query of the batch, percent.
-            floor: The smallest row allowed.
-            slack_ns: What the batch may take, at p99.
-            accuracies: Percent by row.
-        """
-        last = bisect_right(self.p99_ns, slack_ns) - 1
-        if last < floor:
-            return None
-        row = self.hull[bisect_right(self.slopes, -price)]
-        if row <= floor:
-            return floor
-        if row <= last:
-            return row
-        # The best row does not fit. The best that does is the last one, or the last one on the hull.
-        below = max(floor, self.hull[bisect_right(self.hull, last) - 1])
-        gain = accuracies[last] - accuracies[below]
-        return last if gain >= price * (self.latency_ns[last] - self.latency_ns[below]) else below
-
-
-def make_size(profile: Profile, column: int) -> Size:
-    """Return what is looked up of the profile's batch size in `column`."""
-    latency_ns = tuple(subnet.latency_ns[column] for subnet in profile.subnets)
-    accuracy = [subnet.accuracy for subnet in profile.subnets]
-
-    def slope(one: int, other: int) -> float:
-        return (accuracy[other] - accuracy[one]) / max(1, latency_ns[other] - latency_ns[one])
-
-    hull: list[int] = []
-    for row in range(profile.n_subnets):
-        while len(hull) > 1 and slope(hull[-1], row) >= slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(row)
-    slopes = tuple(-slope(one, other) for one, other in pairwise(hull))
-    p99_ns = tuple(subnet.latency_p99_ns[column] for subnet in profile.subnets)
-    return Size(profile.batch_sizes[column], latency_ns, p99_ns, tuple(hull), slopes)
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """The price of GPU time by the budget of a query: piecewise linear, falling to 0.
-
-    Between two neighbours on the profile's frontier any mix is optimal at one price, their slope. That
-    price holds halfway between their costs; elsewhere it is interpolated, so that a small change of
-    demand changes few choices.
-    """
-
-    budgets_ns: tuple[float, ...]
-    prices: tuple[float, ...]
-
-    def at(self, budget_ns: float) -> float:
-        """Return the price, percent of accuracy a nanosecond of this profile's GPU."""
-        budgets, prices = self.budgets_ns, self.prices
-        i = bisect_left(budgets, budget_ns)
-        if i == 0:
-            return prices[0]
-        if i == len(budgets):
-            return prices[-1]
-        part = (budget_ns - budgets[i - 1]) / (budgets[i] - budgets[i - 1])
-        return prices[i - 1] + part * (prices[i] - prices[i - 1])
-
-
-def make_prices(profile: Profile, limit_ns: int) -> Prices:
-    """Return the prices of the profile's frontier of batches that take at most `limit_ns`."""
-    frontier = profile.frontier(limit_ns=limit_ns)
-    worth = [profile.subnets[row].accuracy for row, _ in frontier]
-    costs_ns = [cost_ns for _, cost_ns in frontier]
-    budgets, prices = [], []
-    for i in range(1, len(frontier)):
-        budgets.append((costs_ns[i - 1] + costs_ns[i]) / 2)
-        prices.append((worth[i] - worth[i - 1]) / (costs_ns[i] - costs_ns[i - 1]))
-    if not budgets:  # a single subnet: more time buys larger batches, not accuracy
-        budgets, prices = [1.25 * costs_ns[0]], [0.1 * worth[0] / costs_ns[0]]
-    budgets = [costs_ns[0], *budgets, 1.5 * costs_ns[-1]]
-    prices = [_STEEPEST * prices[0], *prices, 0.0]
-    return Prices(tuple(budgets), tuple(prices))
-
-
-def _limits_ns(profile: Profile) -> tuple[int, ...]:
-    """Return the limits that prices are made for: from the quickest batch to the longest, evenly in ratio."""
-    first, last = profile.subnets[0].latency_ns[0], profile.subnets[-1].latency_ns[-1]
-    steps = (int(first * (last / first) ** (i / _N_LIMITS)) for i in range(_N_LIMITS))
-    return tuple(sorted({first, *steps, last}))
 
 
 class DemandFit:
@@ -184,11 +67,8 @@ class DemandFit:
     def __init__(self, profile: Profile, argument: str | None = None) -> None:
         if argument is not None:
             raise ConfigError(f"demandfit: expected no argument, got {argument!r}")
-        n_sizes = len(profile.batch_sizes)
-        n_weighed = min(n_sizes, _MAX_SIZES)
-        columns = sorted({round(i * (n_sizes - 1) / max(1, n_weighed - 1)) for i in range(n_weighed)})
-        self.sizes = tuple(make_size(profile, column) for column in columns)
-        self.limits_ns = _limits_ns(profile)
+        self.sizes = sizes_of(profile)
+        self.limits_ns = limits_of(profile)
         self.prices = tuple(make_prices(profile, limit_ns) for limit_ns in self.limits_ns)
         self._accuracies = tuple(subnet.accuracy for subnet in profile.subnets)
         self._unit_cost_ns = profile.unit_cost_ns

@@ -33,6 +33,7 @@ ENTRY_POINT_GROUP = "superserve.policies"
 _SHIPPED = {
     "slackfit": ("router.policies.slackfit", "SlackFit"),
     "demandfit": ("router.policies.demandfit", "DemandFit"),
+    "planfit": ("router.policies.planfit", "PlanFit"),
     "maxacc": ("router.policies.baselines", "MaxAcc"),
     "maxbatch": ("router.policies.baselines", "MaxBatch"),
     "fixed": ("router.policies.baselines", "Fixed"),
