@@ -79,7 +79,7 @@ class Supply:
             return
         peer, before = worker.peer, worker.pace
         size = set_pace(worker, self.limit_ns)
-        if before and worker.machine.state is WorkerState.READY:
+        if worker.machine.state is WorkerState.READY:
             change = worker.pace - before
             peer.pace += change
             self.rate += change / _SCALE
@@ -101,7 +101,8 @@ def reckon(peer: Peer, limit_ns: float) -> None:
 
     Args:
         peer: The process.
-        limit_ns: How long a full batch may take. Where none is so short, a query at a time is served.
+        limit_ns: How long a full batch may take. A GPU on which none is so short counts for nothing: what it
+            can serve, it serves only of what has just come.
     """
     peer.pace = peer.places = 0
     for worker in peer.workers:
@@ -114,7 +115,10 @@ def reckon(peer: Peer, limit_ns: float) -> None:
 def set_pace(worker: Worker, limit_ns: float) -> int:
     """Set a GPU's pace, and return how many queries its full batch holds."""
     profile, slowdown = worker.profile, worker.slowdown
-    size = profile.largest_batch(0, int(limit_ns / slowdown)) or profile.batch_sizes[0]
-    worker.pace = int(_SCALE * size / (profile.latency_p99_ns(0, size) * slowdown))
     worker.paced_as = slowdown
+    size = profile.largest_batch(0, int(limit_ns / slowdown))
+    if size is None:
+        worker.pace = 0
+        return 0
+    worker.pace = int(_SCALE * size / (profile.latency_p99_ns(0, size) * slowdown))
     return size
