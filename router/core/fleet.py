@@ -16,8 +16,8 @@ from router.core.events import (
     WorkerJoined,
     WorkerLeft,
 )
-from router.core.supply import FULL, Supply, reckon
 from router.core.workers import Batch, Peer, PeerEvent, PeerState, Worker, WorkerEvent, WorkerState
+from router.policies.supply import FULL, Supply
 from superserve.clock import MS
 from superserve.errors import WireError
 
@@ -188,8 +188,8 @@ class Fleet:
         worker.peer.sample_way(transport_ns, now_ns)
         if row.statuses is None:  # otherwise a part was not run, and the time means nothing
             worker.measure(batch.subnet, batch.profiled_ns, row.executing_ns)
-            if self._model.demand is not None:
-                self.supply.corrected(worker)
+            if self._model.demand is not None and worker.pace.is_stale(worker.slowdown):
+                self.supply.reset(worker.pace, worker.profile, worker.slowdown)
         worker.busy_ns += row.executing_ns
         return transport_ns
 
@@ -209,7 +209,7 @@ class Fleet:
             worker.machine.on(WorkerEvent.LOST)
             worker.credit = 0
             worker.version += 1
-            self.supply.note(worker)
+            self.supply.note(worker.pace, None)
             self._lose_all(worker, now_ns)
 
     def _lose_all(self, worker: Worker, now_ns: int) -> None:
@@ -285,7 +285,7 @@ class Fleet:
         peer.quickest_ns = self._slack.quickest_ns(peer)
         peer.summarise()
         if self._model.demand is not None:
-            reckon(peer, self.supply.limit_ns)
+            self._set_paces(peer)
 
     def fit_supply(self, patience_ns: float) -> None:
         """Reckon again what the GPUs can serve, if the patience differs much from that of the last time.
@@ -298,8 +298,15 @@ class Fleet:
             return  # what changes by less waits for the next heartbeat
         supply.limit_ns = limit_ns
         for peer in self.peers.values():
-            reckon(peer, limit_ns)
+            self._set_paces(peer)
         self.refresh()
+
+    def _set_paces(self, peer: Peer) -> None:
+        for worker in peer.workers:
+            if worker.machine.state is WorkerState.READY:
+                worker.pace.set(worker.profile, worker.slowdown, self.supply.limit_ns)
+            else:
+                worker.pace.stop()
 
     def refresh(self) -> None:
         """Update the values that summarise all GPUs."""
@@ -308,7 +315,7 @@ class Fleet:
         if demand is not None:
             live = [peer for peer in peers if peer.machine.state is PeerState.LIVE]
             demand.capacity = sum([peer.capacity for peer in live])
-            self.supply.restate(live)
+            self.supply.restate([worker.pace for peer in live for worker in peer.workers])
         self.quickest_ns = min([peer.quickest_ns for peer in peers], default=0)
         # Stale entries stay in the heap until they reach its top. A few for each GPU are allowed:
         # removing them at every offer would mean scanning all GPUs.
@@ -338,7 +345,7 @@ class Fleet:
             return
         worker.machine.on(WorkerEvent.OVERRAN)
         worker.version += 1
-        self.supply.note(worker)
+        self.supply.note(worker.pace, None)
         if batch.overran:
             # The process lives, but the GPU hangs: its queries must end too.
             self._lose_all(worker, now_ns)
@@ -379,7 +386,7 @@ class Fleet:
         """Add a worker to the heap of free ones, by the instant it is free; older entries become stale."""
         worker.version += 1
         if self._model.demand is not None:
-            self.supply.note(worker)
+            self.supply.note(worker.pace, worker.free_at_ns if worker.outstanding else None)
         if worker.may_take:
             self._offer_seq += 1
             heappush(self._free, (worker.free_at_ns, self._offer_seq, worker.version, worker))

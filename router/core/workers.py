@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from router.core.estimates import Correction, RecentQuantiles
+from router.policies.supply import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -182,13 +183,11 @@ class Peer:
         slowdowns: Least and greatest slowdown of its GPUs, as of the last `summarise`.
         way_ns: 99th percentile of the transport to it and back, as of then.
         capacity: Queries a nanosecond that its GPUs serve at their unit costs, as of then.
-        pace: What its GPUs serve at best, as `router.core.supply` last reckoned.
-        places: Queries that a full batch on each of them holds, as of then.
     """
 
     __slots__ = (
-        "capacity", "epoch", "heard_ns", "key", "machine", "name", "pace", "places", "quickest_ns",
-        "sampled_ns", "slowdowns", "transport", "way_ns", "workers",
+        "capacity", "epoch", "heard_ns", "key", "machine", "name", "quickest_ns", "sampled_ns",
+        "slowdowns", "transport", "way_ns", "workers",
     )  # fmt: skip
 
     def __init__(self, key: Any, name: str, epoch: int, heard_ns: int) -> None:
@@ -207,8 +206,6 @@ class Peer:
         self.slowdowns = (1.0, 1.0)
         self.way_ns = 0
         self.capacity = 0.0
-        self.pace = 0
-        self.places = 0
 
     def sample_way(self, way_ns: int, now_ns: int) -> None:
         """Record how long a batch was under way, unless the last sample is recent."""
@@ -248,15 +245,12 @@ class Worker:
         busy_ns: How long it has executed batches, as it reports.
         last_subnet: Profile row of its latest batch; None before the first.
         version: Changes whenever older entries in the heap of free workers become stale.
-        pace: What it serves at best, as `router.core.supply` last reckoned.
-        paced_as: The slowdown that this was reckoned for.
-        place: Queries that a full batch on it holds.
-        counted: What the supply counts of the batches on it.
+        pace: What it serves at best, for policies that see demand.
     """
 
     __slots__ = (
-        "answered_ns", "busy_ns", "correction", "counted", "credit", "free_at_ns", "gauges", "last_subnet",
-        "machine", "n_batches", "n_queries", "outstanding", "pace", "paced_as", "peer", "place", "policy",
+        "answered_ns", "busy_ns", "correction", "credit", "free_at_ns", "gauges", "last_subnet",
+        "machine", "n_batches", "n_queries", "outstanding", "pace", "peer", "policy",
         "profile", "slot", "transport", "version",
     )  # fmt: skip
 
@@ -280,10 +274,7 @@ class Worker:
         self.busy_ns = 0
         self.last_subnet: int | None = None
         self.gauges: dict[str, float] = {}
-        self.pace = 0
-        self.paced_as = 1.0
-        self.place = 0
-        self.counted = (0, 0, 0)
+        self.pace = Pace()
 
     @property
     def may_take(self) -> bool:

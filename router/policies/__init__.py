@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from router.core.supply import Supply
     from router.policies.demand import Demand
     from router.policies.due import Due
+    from router.policies.supply import Supply
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,8 @@ class Policy(Protocol):
     `argument` is what follows the colon in `--policy name:argument`, or None.
 
     A policy with `sees_demand = True` also receives `QueueView.demand`, `due` and `supply`. For it the queue
-    keeps priority classes and floors apart, and a batch skips queries whose floor lies above its subnet instead of
-    ending before the first of them. Only such a policy may shed.
+    keeps priority classes and floors apart, and a batch skips queries whose floor lies above its subnet
+    instead of ending before the first of them. Only such a policy may shed.
     """
 
     name: str

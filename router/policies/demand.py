@@ -17,7 +17,7 @@ _SETTLE_NS = MS // 2
 half a millisecond is short against the slack that the averages are smoothed over."""
 
 
-class Kind:
+class PatienceClass:
     """Queries whose slacks lie within a factor of two, and how many come.
 
     Args:
@@ -51,26 +51,35 @@ class Demand:
             because a few very patient queries do not make the others more patient.
         capacity: Queries a nanosecond that the cluster serves at each GPU's unit cost: the sum over
             the GPUs that take work of 1 / (unit cost * slowdown); see `Profile.unit_cost_ns`.
+        calm_rate: Queries a nanosecond, each kind smoothed over its own slack: patient ones can wait out a
+            peak.
         surge: How many more may come at once.
     """
 
-    __slots__ = ("_haste", "_hastes", "_kinds", "_n", "_until_ns", "capacity", "rate", "slack_ns", "surge")
+    __slots__ = (
+        "_haste",
+        "_hastes",
+        "_kinds",
+        "_n",
+        "_until_ns",
+        "calm_rate",
+        "capacity",
+        "rate",
+        "slack_ns",
+        "surge",
+    )
 
     def __init__(self, *, rate: float = 0.0, slack_ns: float = 0.0, capacity: float = 0.0) -> None:
         self.rate = rate
         self.slack_ns = slack_ns
         self.capacity = capacity
+        self.calm_rate = rate
         self._haste = rate / slack_ns if slack_ns else 0.0  # the sum over arrivals of 1 / slack, a nanosecond
         self._n = 0
         self._hastes = 0.0
         self._until_ns: int | None = None
-        self._kinds: dict[int, Kind] = {}
+        self._kinds: dict[int, PatienceClass] = {}
         self.surge = Surge()
-
-    @property
-    def calm_rate(self) -> float:
-        """Queries a nanosecond, each kind smoothed over its own slack: patient ones can wait out a peak."""
-        return sum([kind.rate for kind in self._kinds.values()])
 
     def arrived(self, slacks_ns: list[int], now_ns: int = 0) -> None:
         """Count queries with these slacks. Less than a millisecond, or none left, counts as a millisecond."""
@@ -89,10 +98,10 @@ class Demand:
         else:
             self._hastes += sum([1.0 / max(MS, slack_ns) for slack_ns in slacks_ns])
 
-    def _kind(self, bits: int) -> Kind:
+    def _kind(self, bits: int) -> PatienceClass:
         kind = self._kinds.get(bits)
         if kind is None:
-            kind = self._kinds[bits] = Kind(0.75 * (1 << bits))
+            kind = self._kinds[bits] = PatienceClass(0.75 * (1 << bits))
         return kind
 
     def settle(self, now_ns: int) -> None:
@@ -117,5 +126,6 @@ class Demand:
             self.slack_ns = self.rate / self._haste
         for kind in self._kinds.values():
             kind.settle(passed_ns)
+        self.calm_rate = sum([kind.rate for kind in self._kinds.values()])
         self._n, self._hastes = 0, 0.0
         self._until_ns = now_ns

@@ -3,7 +3,7 @@
 A heap knows its head, and a policy that plans must know what is behind it. These counts cost one or two
 dictionary entries a message, however long the queue is:
 
-    fine      buckets of 1.05 ms, read for the first 34 to 67 ms from the head's deadline on
+    fine      buckets of 2.1 ms, read for the first 17 to 50 ms from the head's deadline on
     coarse    buckets of 33.6 ms, read after those, for 1.3 s
 
 What is due later counts as due at the end of that. Work is counted in queries that any subnet may serve:
@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 UNIT = 16
 """What a query without a floor weighs. Weights are integers, so that a bucket that empties is exactly 0."""
 
-_FINE, _COARSE = 20, 25
-"""Widths as powers of two of nanoseconds. A millisecond is what the core holds back as a margin anyway; a
-bucket of 34 ms in the far part is within a tenth of the slack of what is due there."""
+_FINE, _COARSE = 21, 25
+"""Widths as powers of two of nanoseconds. Buckets of 1 ms change no figure, and take twice as long to read;
+one of 34 ms in the far part is on average half as wide as what is due there can still wait."""
+
+_HALF_FINE, _HALF_COARSE = 1 << (_FINE - 1), 1 << (_COARSE - 1)
+
+_NEAR = 8
+"""Fine buckets read at least."""
 
 _FAR = 40
 """Coarse buckets read at most: a decision must not cost more because a client set an SLO of an hour."""
@@ -32,7 +37,8 @@ class Due:
     """The work queued, by deadline.
 
     Args:
-        weights: What a query weighs whose floor is each row, in `UNIT`; see `weights_of`.
+        weights: What a query weighs whose floor is each row, in `UNIT`; see `weights_of`. A row beyond the
+            last weighs as much as that.
 
     Attributes:
         total: All work, in `UNIT`.
@@ -56,37 +62,40 @@ class Due:
         """Deduct queries lo to hi of `cohort`, which were counted."""
         self._count(cohort, lo, hi, -1)
 
-    def steps(self, head_ns: int) -> list[tuple[int, float]]:
-        """Return (instant, queries due by then), ascending, until all are counted.
+    def steps(self, head_ns: int) -> list[tuple[int, int]]:
+        """Return (instant, work due by then in `UNIT`), ascending, until all is counted.
 
         Args:
             head_ns: The earliest deadline queued.
         """
-        found: list[tuple[int, float]] = []
-        total, counted = self.total, 0
+        found: list[tuple[int, int]] = []
+        total = left = self.total
         bucket = head_ns >> _FINE
-        end = ((head_ns >> _COARSE) + 2) << (_COARSE - _FINE)
+        # Up to where a coarse bucket begins, so that none is counted twice.
+        end = (((bucket + _NEAR) >> (_COARSE - _FINE)) + 1) << (_COARSE - _FINE)
         get = self._fine.get
-        while counted < total and bucket < end:
+        while left and bucket < end:
             work = get(bucket)
             if work is not None:
-                counted += work
-                # On average what is in a bucket is due in its middle, and nothing is due before the head.
-                due_ns = (bucket << _FINE) + (1 << (_FINE - 1))
-                found.append((max(head_ns, due_ns), counted / UNIT))
+                left -= work
+                # On average what is in a bucket is due in its middle.
+                found.append(((bucket << _FINE) + _HALF_FINE, total - left))
             bucket += 1
-        bucket = end >> (_COARSE - _FINE)
-        end = bucket + _FAR
-        get = self._coarse.get
-        while counted < total and bucket < end:
-            work = get(bucket)
-            if work is not None:
-                counted += work
-                found.append(((bucket << _COARSE) + (1 << (_COARSE - 1)), counted / UNIT))
-            bucket += 1
-        if counted < total:
-            found.append((bucket << _COARSE, total / UNIT))
+        if left:
+            self._add_far(found, end >> (_COARSE - _FINE), left)
         return found
+
+    def _add_far(self, found: list[tuple[int, int]], bucket: int, left: int) -> None:
+        """Add the steps from a coarse bucket on; what lies beyond `_FAR` of them counts as due then."""
+        get, total, end = self._coarse.get, self.total, bucket + _FAR
+        while left and bucket < end:
+            work = get(bucket)
+            if work is not None:
+                left -= work
+                found.append(((bucket << _COARSE) + _HALF_COARSE, total - left))
+            bucket += 1
+        if left:
+            found.append((end << _COARSE, total))
 
     def _count(self, cohort: Cohort, lo: int, hi: int, sign: int) -> None:
         deadlines_ns, floors = cohort.deadlines_ns, cohort.floors
@@ -106,7 +115,7 @@ class Due:
         weights, of_floor = self._weights, self.floors
         for i in range(lo, hi):
             floor = floors[i]
-            self._note(deadlines_ns[i], sign * weights[floor])
+            self._note(deadlines_ns[i], sign * weights[floor if floor < len(weights) else -1])
             if floor:
                 of_floor[floor] = of_floor.get(floor, 0) + sign
 

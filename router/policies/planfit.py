@@ -1,13 +1,13 @@
-"""PlanFit: spend GPU time where it buys most accuracy, as long as the smallest subnet can still save the rest.
+"""PlanFit: spend GPU time where it buys most accuracy, while the smallest subnet can still save the rest.
 
 Like DemandFit it prices GPU time by demand, and runs the batch whose queries are worth most after paying.
 Unlike it, it looks at what that batch leaves to the others. A plan on the smallest subnet stands behind each
 choice: what is queued, by when it is due, against what the GPUs can serve by then. A batch may last as long
 as that plan still holds, and as long as a surge like those seen before would still be served.
 
-    need    = 0.65 * calm rate + greatest over k of k / time that GPUs have for the first k   queries a nanosecond
-    budget  = GPUs / need                                             nanoseconds a query
-    price   = slope of accuracy over cost at budget                   percent a nanosecond
+    need    = 0.65 * rate + GPUs * greatest over t of due(t) / GPU time until t    queries a nanosecond
+    budget  = GPUs / need                                                          nanoseconds a query
+    price   = slope of accuracy over cost at budget                                percent a nanosecond
     longest = what the plan for the queue and the reserve for a surge leave to this batch
     batch   = argmax over (subnet, size) that end by the head's deadline and within `longest`
               of accuracy - price * latency / min(size, length)
@@ -18,7 +18,8 @@ Four rules follow from the plan:
   subnet: for each deadline t, due(t) - k <= what the other GPUs serve by t + what this one serves after it.
 - *A surge finds room.* GPU time that is taken, by batches that run and by the queue, leaves room for what
   came at worst within any short window of the last seconds (`router.policies.surge`).
-- *A GPU is trusted once it is measured.* Until then batches end well before the deadline (`WorkerView.doubt`).
+- *A GPU is trusted once it is measured.* Until then batches end well before the deadline
+  (`WorkerView.doubt`).
 - *Floors are packed.* A head whose floor lies above what the price would buy takes queries of such floors
   into its batch, and others only into places that would stay empty.
 
@@ -39,6 +40,7 @@ from typing import TYPE_CHECKING
 from router.policies import Choice, Shed, usable_slack_ns
 from router.policies.due import UNIT
 from router.policies.pricing import limits_of, make_prices, sizes_of
+from router.policies.supply import FULL
 from router.policies.surge import SLOTS, WINDOWS
 from superserve.errors import ConfigError
 
@@ -48,14 +50,15 @@ if TYPE_CHECKING:
     from router.policies.demand import Demand
 
 _SET_POINT = 0.35
-"""Share of the rate that the queue's own length has to ask for: at 0.25 one GPU loses 0.15 points to half-empty
-batches, at 0.45 bursts find no slack left."""
+"""Share of the rate that the queue's own length has to ask for: at 0.25 one GPU loses 0.15 points to
+half-empty batches, at 0.45 bursts find no slack left."""
 
 _LONGEST = 0.75
 """Prices count batches up to this share of a patience: longer ones fit only a head that has not waited."""
 
 _GRACE = 1.25
-"""Prices count batches up to this many times the head's slack, so that ordinary fluctuations do not move them."""
+"""Prices count batches up to this many times the head's slack, so that ordinary fluctuations do not move
+them."""
 
 _LATE = 0.5
 """In overload a head with less than this share of the patience gives way while a lower class is queued."""
@@ -66,6 +69,9 @@ _EMPTY = 0.25
 _WORST = 1.6
 """A surge may be this many times the worst seen: at 1.0 spikes that grow cost 1 query in 1,000."""
 
+_SHARES = tuple(1.0 + window / SLOTS for window in WINDOWS[:-1])
+"""Patiences from the start of each window until what comes at its end is due."""
+
 _CUT = 0.33
 """Share of a full batch that a GPU wastes when a surge comes, in the same way."""
 
@@ -75,8 +81,6 @@ _LEAST = 0.1
 _FAIR = 1.5
 """One GPU takes at most this many times its share of what is not reserved, so that the next finds some."""
 
-_FULL = 0.5
-"""A full batch takes at most this share of a patience; see `router.core.supply.FULL`."""
 
 _FOR_EVER = 1e18
 """Nanoseconds: no limit."""
@@ -85,7 +89,7 @@ _CAUTION = 0.5
 """Share of a doubt about a GPU that also raises the price."""
 
 
-class Plan:
+class Outlook:
     """What stands behind one decision: the queue by deadline, and the GPU time that there is for it.
 
     Times are those of the profile of the worker that is asked for, from the instant at which it can begin.
@@ -97,16 +101,25 @@ class Plan:
         unit_ns: What it costs each of them.
         others: How many such GPUs the other ones are worth.
         taken_ns: Their time that is taken by batches already sent.
-        steps: (time until a deadline, queries due by then), ascending.
+        tight: (time until a deadline, queries due by then that the other GPUs cannot serve), ascending.
         budget_ns: GPU time that there is for a query.
         doubt: See `router.policies.WorkerView`.
-        room_ns: GPU time not taken and not reserved for a surge, before this batch and with all the queue waiting.
+        room_ns: GPU time neither taken, nor reserved for a surge, nor asked for by the queue.
         share_ns: What of it one GPU may take.
     """
 
     __slots__ = (
-        "budget_ns", "doubt", "full", "full_ns", "others", "patience_ns", "room_ns", "share_ns", "steps",
-        "taken_ns", "unit_ns",
+        "budget_ns",
+        "doubt",
+        "full",
+        "full_ns",
+        "others",
+        "patience_ns",
+        "room_ns",
+        "share_ns",
+        "taken_ns",
+        "tight",
+        "unit_ns",
     )  # fmt: skip
 
     patience_ns: float
@@ -115,7 +128,7 @@ class Plan:
     unit_ns: float
     others: float
     taken_ns: float
-    steps: list[tuple[float, float]]
+    tight: list[tuple[float, float]]
     budget_ns: float
     doubt: float
     room_ns: float
@@ -153,9 +166,10 @@ class PlanFit:
         """Return the batch worth most that the plan allows; None if no batch fits the head's slack."""
         slack_ns = usable_slack_ns(queue, worker, now_ns)
         plan = self._plan(queue, worker, now_ns, slack_ns)
-        shed = self._shed(queue, worker, now_ns, slack_ns, plan)
-        if shed is not None:
-            return shed
+        if plan.budget_ns < plan.unit_ns:
+            shed = self._shed(queue, worker, now_ns, slack_ns, plan)
+            if shed is not None:
+                return shed
         limit_ns = min(_LONGEST * plan.patience_ns, _GRACE * slack_ns)
         limit = bisect_right(self.limits_ns, limit_ns) - 1
         price = self.prices[max(0, limit)].at(plan.budget_ns)
@@ -173,7 +187,7 @@ class PlanFit:
         largest = self._profile.largest_batch(floor, slack_ns)
         return None if largest is None else Choice(floor, largest, above)
 
-    def _best(self, plan: Plan, price: float, slack_ns: int, floor: int, length: int) -> tuple[int, int]:
+    def _best(self, plan: Outlook, price: float, slack_ns: int, floor: int, length: int) -> tuple[int, int]:
         """Return row and size of the batch worth most; (-1, 0) if the plan allows none.
 
         Args:
@@ -183,21 +197,31 @@ class PlanFit:
             floor: The smallest row allowed.
             length: How many queries there are for the batch.
         """
-        accuracies, weight = self._accuracies, self._weights[floor]
+        accuracies, tight = self._accuracies, plan.tight
         best_row, best_size, best_worth = -1, 0, float("-inf")
+        # Comparisons instead of min() and max(): a call of those costs as much as a line of this loop.
         careful_ns = slack_ns / plan.doubt
+        if plan.share_ns < careful_ns:
+            careful_ns = plan.share_ns
+        weight = self._weights[floor]
+        room_ns, unit_ns = plan.room_ns, plan.unit_ns * weight
         for size in self.sizes:
-            quickest_ns = size.p99_ns[floor]
-            if quickest_ns > slack_ns:
+            most_ns = size.p99_ns[floor]
+            if most_ns > slack_ns:
                 break  # P1: no larger batch fits either
-            n = min(size.size, length)
+            n = min(length, size.size)
             # Neither doubt nor reserve forbids the smallest row: nothing is safer.
-            most_ns = max(
-                quickest_ns, min(careful_ns, plan.share_ns, plan.room_ns + n * weight * plan.unit_ns)
-            )
-            most_ns = min(most_ns, self._longest_ns(plan, n * weight))
+            freed_ns = room_ns + n * unit_ns
+            if freed_ns > careful_ns:
+                freed_ns = careful_ns
+            if freed_ns > most_ns:
+                most_ns = int(freed_ns)
+            if tight:
+                longest_ns = self._longest_ns(plan, n * weight)
+                if longest_ns < most_ns:
+                    most_ns = int(longest_ns)
             each = price / n
-            row = size.best(each, floor, int(most_ns), accuracies)
+            row = size.best(each, floor, most_ns, accuracies)
             if row is not None:
                 worth = accuracies[row] - each * size.latency_ns[row]
                 if worth >= best_worth:
@@ -206,7 +230,7 @@ class PlanFit:
                 break
         return best_row, best_size
 
-    def _longest_ns(self, plan: Plan, served: float) -> float:
+    def _longest_ns(self, plan: Outlook, served: float) -> float:
         """Return how long a batch may take after which the smallest subnet still serves what is left in time.
 
         Args:
@@ -214,34 +238,26 @@ class PlanFit:
             served: How many queries the batch takes off the queue, the earliest, by their weight.
         """
         longest_ns = _FOR_EVER
-        others, unit_ns = plan.others, plan.unit_ns
-        lost_ns = plan.taken_ns + _EMPTY * others * plan.full_ns
-        for until_ns, n in plan.steps:
+        for until_ns, n in plan.tight:
             left = n - served
-            if left <= 0.0:
-                continue
-            room_ns = others * until_ns - lost_ns
-            if room_ns > 0.0:
-                left -= room_ns / unit_ns
-                if left <= 0.0:
-                    continue
-            # What the others cannot serve by then, this GPU serves after the batch.
-            batches, rest = divmod(ceil(left), plan.full)
-            most_ns = until_ns - batches * plan.full_ns - self._smallest_ns[rest]
-            if most_ns < longest_ns:
-                longest_ns = most_ns
+            if left > 0.0:
+                # This GPU serves them after the batch.
+                batches, rest = divmod(ceil(left), plan.full)
+                most_ns = until_ns - batches * plan.full_ns - self._smallest_ns[rest]
+                if most_ns < longest_ns:
+                    longest_ns = most_ns
         return longest_ns
 
-    def _plan(self, queue: QueueView, worker: WorkerView, now_ns: int, slack_ns: int) -> Plan:
-        plan, slowdown, demand, supply = Plan(), worker.slowdown, queue.demand, queue.supply
+    def _plan(self, queue: QueueView, worker: WorkerView, now_ns: int, slack_ns: int) -> Outlook:
+        plan, slowdown, demand, supply = Outlook(), worker.slowdown, queue.demand, queue.supply
         plan.doubt = worker.doubt
         if demand is None or supply is None or queue.due is None or supply.rate <= 0.0:
             # As if this worker were alone, and nothing arrived.
             plan.patience_ns = max(1.0, slack_ns)
-            plan.full, plan.full_ns = self._full(_FULL * plan.patience_ns)
+            plan.full, plan.full_ns = self._full(FULL * plan.patience_ns)
             plan.unit_ns = plan.full_ns / plan.full
             plan.others = plan.taken_ns = 0.0
-            plan.steps = [(slack_ns, queue.length)]
+            plan.tight = [(slack_ns, queue.length)]
             plan.budget_ns = plan.patience_ns / queue.length
             plan.room_ns = plan.share_ns = _FOR_EVER
             return plan
@@ -256,51 +272,56 @@ class PlanFit:
         taken_ns = plan.taken_ns = max(0.0, supply.busy(now_ns) - lead_ns * supply.rate) * unit_ns
         n_gpus = others + 1.0
         begin_ns = max(now_ns, worker.free_at_ns) + worker.allowance_ns
-        plan.steps = steps = []
+        plan.tight = tight = []
         intensity = 0.0
-        for due_ns, n in queue.due.steps(queue.head_deadline_ns):
+        lost_ns = taken_ns + _EMPTY * others * plan.full_ns
+        for due_ns, work in queue.due.steps(queue.head_deadline_ns):
             until_ns = (due_ns - begin_ns) / slowdown
-            steps.append((until_ns, n))
-            time_ns = max(until_ns * n_gpus - taken_ns, 0.5 * until_ns)
-            if n > intensity * time_ns and time_ns > 0.0:
-                intensity = n / time_ns
-        need = (1.0 - _SET_POINT) * demand.calm_rate * slowdown + intensity * n_gpus
+            time_ns = until_ns * n_gpus - taken_ns
+            if time_ns < 0.5 * until_ns:
+                time_ns = 0.5 * until_ns
+            if work > intensity * time_ns and time_ns > 0.0:
+                intensity = work / time_ns
+            # What the others cannot serve by then is left to this GPU.
+            room_ns = others * until_ns - lost_ns
+            left = work / UNIT if room_ns <= 0.0 else work / UNIT - room_ns / unit_ns
+            if left > 0.0:
+                tight.append((until_ns, left))
+        need = (1.0 - _SET_POINT) * demand.calm_rate * slowdown + intensity / UNIT * n_gpus
         plan.budget_ns = n_gpus / need / (1.0 + _CAUTION * (worker.doubt - 1.0)) if need > 0.0 else _FOR_EVER
         spare_ns = self._spare_ns(demand, plan, now_ns)
         plan.share_ns = _FAIR * spare_ns / n_gpus
         plan.room_ns = spare_ns - taken_ns - queue.due.total / UNIT * unit_ns
         return plan
 
-    def _spare_ns(self, demand: Demand, plan: Plan, now_ns: int) -> float:
+    def _spare_ns(self, demand: Demand, plan: Outlook, now_ns: int) -> float:
         """Return the GPU time that may be taken while a surge like the worst seen can still be served."""
-        demand.surge.advance(now_ns)
-        n_gpus, patience_ns, worst_ns = plan.others + 1.0, plan.patience_ns, _WORST * plan.unit_ns
-        until_ns = patience_ns - _CUT * plan.full_ns
-        slot_ns = patience_ns / SLOTS
-        spare_ns = _LEAST * n_gpus * patience_ns
-        left_ns = min(
-            [
-                n_gpus * (until_ns + window * slot_ns) - worst_ns * n
-                for window, n in zip(WINDOWS[:-1], demand.surge.expected(), strict=False)
-            ]
-        )
-        return max(spare_ns, left_ns)
+        surge = demand.surge
+        surge.advance(now_ns)
+        n_gpus, patience_ns = plan.others + 1.0, plan.patience_ns
+        spare_ns = _FOR_EVER
+        for share, n in zip(_SHARES, surge.expected(), strict=True):
+            left_ns = share * n_gpus * patience_ns - _WORST * n * plan.unit_ns
+            if left_ns < spare_ns:
+                spare_ns = left_ns
+        spare_ns -= n_gpus * _CUT * plan.full_ns
+        return max(spare_ns, _LEAST * n_gpus * patience_ns)
 
     def _full(self, limit_ns: float) -> tuple[int, int]:
-        """Return size and p99 of the largest batch of the smallest subnet within a limit; of one if none is."""
+        """Return size and p99 of the smallest subnet's largest batch within a limit, or of one query."""
         size = self._profile.largest_batch(0, int(limit_ns)) or self.sizes[0].size
         return size, self._smallest_ns[size]
 
     def _shed(
-        self, queue: QueueView, worker: WorkerView, now_ns: int, slack_ns: int, plan: Plan
+        self, queue: QueueView, worker: WorkerView, now_ns: int, slack_ns: int, plan: Outlook
     ) -> Shed | None:
-        """Return what to refuse: the head is too late for a full batch, and only full batches keep up."""
+        """Return what to refuse, if the head is too late for a full batch, and even those do not keep up."""
         if queue.demand is None or slack_ns >= max(plan.full_ns, _LATE * plan.patience_ns):
             return None
         # Lower classes give way while the head still has time; once it is late, that no longer helps it.
         is_late = slack_ns < (_LATE * plan.patience_ns if queue.outranks else plan.full_ns)
         waiting = plan.full * (plan.others + 1.0)
-        if not is_late or plan.budget_ns >= plan.unit_ns or queue.length <= waiting:
+        if not is_late or queue.length <= waiting:
             return None
         begin_ns = max(now_ns, worker.free_at_ns)
         before_ns = begin_ns + worker.allowance_ns + int(plan.full_ns * worker.slowdown)

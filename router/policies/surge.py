@@ -70,10 +70,18 @@ class Surge:
             del counts[0]
         self._ends_ns += n_slots * slot_ns
 
-    def expected(self) -> list[float]:
-        """Return how many more may come within each window from now on; at least 0, ascending."""
-        found = [most - count for most, count in zip(self._mosts, self._sums, strict=True)]
-        for i in range(len(found) - 2, -1, -1):
-            if found[i + 1] < found[i]:
-                found[i] = found[i + 1]
-        return [max(0.0, one) for one in found]
+    def expected(self) -> tuple[float, float, float]:
+        """Return how many more may come within each window but the longest; at least 0, ascending."""
+        mosts, sums = self._mosts, self._sums
+        # Unrolled: a decision asks, and has 10 us.
+        least = mosts[3] - sums[3]
+        third = mosts[2] - sums[2]
+        if least < third:
+            third = least
+        second = mosts[1] - sums[1]
+        if third < second:
+            second = third
+        first = mosts[0] - sums[0]
+        if second < first:
+            first = second
+        return (first, second, third) if first >= 0.0 else (0.0, max(0.0, second), max(0.0, third))

@@ -1,0 +1,142 @@
+"""Supply: what the GPUs can serve on the smallest subnet, and how much of their time is taken.
+
+For policies that plan. It holds for all GPUs together and costs the same for two of them as for a thousand:
+the core sets each GPU's pace once a heartbeat, or when its slowdown changes, and the sums follow as batches
+begin and end.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from profiles.table import Profile
+
+_SCALE = 1 << 40
+"""Paces as integers: sums that change millions of times must not drift, as those of floats do."""
+
+FULL = 0.5
+"""A full batch takes at most this share of a patience. Longer ones need a head that has hardly waited, which
+under load no head is: with 0.75 a third of the GPUs of docs/policies.md's unequal cell count for what they
+never do."""
+
+_NOISE = 0.05
+"""A change of slowdown below this is the timer's noise, and not worth another pace."""
+
+
+class Pace:
+    """What one GPU can serve at best.
+
+    Attributes:
+        per_ns: Queries a nanosecond in full batches of the smallest subnet, times 2^40; 0 if it is no help.
+        place: Queries that a full batch on it holds.
+        work: What the supply counts of the batches on it: the number of its entry, the pace, and the pace
+            times the instant at which it is free.
+    """
+
+    __slots__ = ("_slowdown", "per_ns", "place", "work")
+
+    def __init__(self) -> None:
+        self.per_ns = 0
+        self.place = 0
+        self._slowdown = 0.0
+        self.work = (0, 0, 0)
+
+    def set(self, profile: Profile, slowdown: float, limit_ns: float) -> None:
+        """Reckon it.
+
+        Args:
+            profile: The GPU's.
+            slowdown: Measured over profiled latency.
+            limit_ns: How long a full batch may take. A GPU on which none is so short counts for nothing: what
+                it can serve, it serves only of what has just come.
+        """
+        self._slowdown = slowdown
+        size = profile.largest_batch(0, int(limit_ns / slowdown))
+        if size is None:
+            self.per_ns = self.place = 0
+            return
+        self.place = size
+        self.per_ns = int(_SCALE * size / (profile.latency_p99_ns(0, size) * slowdown))
+
+    def stop(self) -> None:
+        """Count for nothing until it is set again."""
+        self.per_ns = self.place = 0
+        self._slowdown = 0.0
+
+    def is_stale(self, slowdown: float) -> bool:
+        """Return whether it was reckoned for another slowdown than this."""
+        return abs(slowdown - self._slowdown) > _NOISE * slowdown
+
+
+class Supply:
+    """What the GPUs that take work can serve at best.
+
+    Attributes:
+        rate: Queries a nanosecond, on the smallest subnet in full batches.
+        places: Queries that one full batch on each GPU holds, summed.
+        limit_ns: How long a full batch may take.
+    """
+
+    __slots__ = ("_busy_paces", "_busy_until", "_ends", "_n_entries", "limit_ns", "places", "rate")
+
+    def __init__(self) -> None:
+        self.rate = 0.0
+        self.places = 0
+        self.limit_ns = 0.0
+        # The sum of (end - now) * pace over busy GPUs is kept as two sums, and each GPU leaves both at its
+        # end: one that hangs would otherwise count as more and more time that it does not have.
+        self._busy_paces = 0
+        self._busy_until = 0
+        self._ends: list[tuple[int, int, Pace]] = []
+        self._n_entries = 0
+
+    def busy(self, now_ns: int) -> float:
+        """Return how many queries could be served in the time that batches already sent still take."""
+        ends = self._ends
+        while ends and ends[0][0] <= now_ns:
+            _, entry, pace = heappop(ends)
+            counted, per_ns, until = pace.work
+            if counted == entry:
+                pace.work = (0, 0, 0)
+                self._busy_paces -= per_ns
+                self._busy_until -= until
+        return max(0, self._busy_until - self._busy_paces * now_ns) / _SCALE
+
+    def note(self, pace: Pace, until_ns: int | None) -> None:
+        """Count what a GPU runs from now on in place of what it ran.
+
+        Args:
+            pace: The GPU's.
+            until_ns: The instant at which it is expected to have nothing left to run; None if it has nothing.
+        """
+        _, per_ns, until = pace.work
+        self._busy_paces -= per_ns
+        self._busy_until -= until
+        if until_ns is None or not pace.per_ns:
+            pace.work = (0, 0, 0)
+            return
+        self._n_entries += 1
+        per_ns, until = pace.per_ns, pace.per_ns * until_ns
+        pace.work = (self._n_entries, per_ns, until)
+        self._busy_paces += per_ns
+        self._busy_until += until
+        heappush(self._ends, (until_ns, self._n_entries, pace))
+
+    def reset(self, pace: Pace, profile: Profile, slowdown: float) -> None:
+        """Set a GPU's pace again, and count it so: a GPU found to be slow must not wait for a heartbeat."""
+        before, place = pace.per_ns, pace.place
+        pace.set(profile, slowdown, self.limit_ns)
+        self.rate += (pace.per_ns - before) / _SCALE
+        self.places += pace.place - place
+
+    def restate(self, paces: Iterable[Pace]) -> None:
+        """Sum up what the GPUs can serve."""
+        rate = places = 0
+        for pace in paces:
+            rate += pace.per_ns
+            places += pace.place
+        self.rate, self.places = rate / _SCALE, places
