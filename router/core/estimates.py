@@ -21,8 +21,8 @@ _DOUBT = 0.6
 """What each measurement leaves of the doubt: 2.5, 1.9, 1.54, 1.32, ... At 0.4 queries of a slow GPU are late,
 at 0.8 sixty-four GPUs serve their first half second 0.1 points worse."""
 _EASE, _FIRST_EASE = 1 / 8, 1 / 2
-"""What an idle GPU forgets of its slowdown at each heartbeat; the second while only the first batches, which
-count for so much, speak of it. A stall of the first one thus refuses what fits for three heartbeats, not nine."""
+"""What an idle GPU forgets of its slowdown at each heartbeat; the second while only the first two batches,
+which count for so much, speak of it: a stall of one refuses what fits for three heartbeats, not nine."""
 _LEAST, _MOST = 0.25, 16.0  # bounds of a ratio, whatever a worker reports
 _AS_PROFILED = 1.001
 """A slowdown below this counts as none, so that easing ends."""
@@ -181,7 +181,7 @@ class Correction:
         self.overall = _bounded(overall)
 
     def ease(self) -> None:
-        """Move each slowdown an eighth of the way back to 1; half of the way while few batches were measured."""
+        """Move each slowdown an eighth of the way back to 1; half of it while few batches were measured."""
         if not self._is_slow:
             return
         part = _EASE if self.n > _N_FIRST else _FIRST_EASE

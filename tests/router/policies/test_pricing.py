@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -53,10 +54,10 @@ def test_more_time_for_a_query_never_raises_the_price_of_time(profile: Profile, 
 
 
 def test_a_price_halfway_between_two_subnets_is_their_slope() -> None:
-    """At 1.25 ms a query, halfway between 78.25 and 79.44 in batches of 16, time costs what that step gains."""
+    """Halfway between the costs of two of them a nanosecond costs what the step gains a nanosecond."""
     prices = make_prices(CNN, CNN.subnets[-1].latency_ns[-1])
     frontier = CNN.frontier()
-    for (row, cost_ns), (above, more_ns) in zip(frontier, frontier[1:], strict=False):
+    for (row, cost_ns), (above, more_ns) in itertools.pairwise(frontier):
         gain = CNN.subnets[above].accuracy - CNN.subnets[row].accuracy
         assert prices.at((cost_ns + more_ns) / 2) == pytest.approx(gain / (more_ns - cost_ns))
 
