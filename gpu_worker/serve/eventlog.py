@@ -32,6 +32,7 @@ from gpu_worker.core.played import AS_PROFILED, Pace
 from superserve.clock import MS
 from superserve.errors import ConfigError
 from superserve.files import write_all
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -503,12 +504,10 @@ def _quantile(values: npt.NDArray[np.int64], percent: int) -> int | None:
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.pass_context
+@plain_errors()
 def cli(context: click.Context, files: tuple[Path, ...]) -> None:
     """Check the event logs FILES of one run; exit 1 if a GPU did the impossible."""
-    try:
-        report = check_logs(files)
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from error
+    report = check_logs(files)
     click.echo(report.to_text())
     context.exit(1 if report.violations else 0)
 

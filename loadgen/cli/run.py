@@ -25,7 +25,8 @@ from loadgen.results.tables import check_outputs, echo, json_line, table, write,
 from loadgen.results.timeline import recorded
 from loadgen.traces.trace import load_trace
 from superserve.clock import MS
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +68,7 @@ _CALIBRATED_FROM_NS = 10_000 * MS
     "--calibrate/--no-calibrate", "is_calibrated", default=None,
     help="Before it, send a second's worth to a null sink.  [default: if it takes 10 s or more]",
 )  # fmt: skip
+@plain_errors()
 def run_command(
     spec: str,
     connect: str | None,
@@ -120,8 +122,6 @@ def run_command(
         agents = () if generators is None else tuple(generators.split(","))
         measured, report = _offer(trace, settings, target, agents, watch, is_json=is_json)
         endings.finish()
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         say("Interrupted before there was anything to report")
         sys.exit(endings.exit_code)

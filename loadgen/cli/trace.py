@@ -8,7 +8,7 @@ import click
 
 from loadgen.results.tables import check_writable
 from loadgen.traces.cut import Cut, describe, make_trace
-from superserve.errors import SuperServeError
+from superserve.roles.commands import plain_errors
 
 _SEED = click.option("--seed", type=int, default=0, show_default=True, help="Draws whatever is random.")
 _DURATION = click.option("--duration", type=float, help="For how many seconds a spec is drawn.")
@@ -32,13 +32,11 @@ def trace_group() -> None:
 @_FUNCTIONS
 @_DURATION
 @_SEED
+@plain_errors()
 def info(spec: str, window: str | None, functions: str | None, duration: float | None, seed: int) -> None:
     """Print a trace's kind, counts, rates and burstiness, and a picture of its rate."""
     cut = Cut(window=window, functions=functions, duration_s=duration, seed=seed)
-    try:
-        made = make_trace(spec, cut)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    made = make_trace(spec, cut)
     for line in (made.trace.name, *describe(made)):
         click.echo(line)
 
@@ -56,6 +54,7 @@ def info(spec: str, window: str | None, functions: str | None, duration: float |
 @click.option("--rate", type=float, metavar="Q", help="To this mean rate, queries per second.")
 @_DURATION
 @_SEED
+@plain_errors()
 def make(
     spec: str,
     out: Path,
@@ -72,12 +71,9 @@ def make(
     Recorded queries are all kept, and every gap is multiplied by one factor, so the shape stays.
     """
     cut = Cut(window, functions, squeeze_to_s, speed_up, rate, duration, seed)
-    try:
-        made = make_trace(spec, cut)
-        check_writable(out, "--out")
-        made.trace.save(out)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    made = make_trace(spec, cut)
+    check_writable(out, "--out")
+    made.trace.save(out)
     for line in (made.trace.name, *describe(made)):
         click.echo(line)
     click.echo(f"  written          {out}: {out.stat().st_size:,} bytes")
