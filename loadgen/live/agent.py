@@ -99,7 +99,7 @@ class _Share:
 
 def _report(run: Run) -> RunReport:
     return RunReport(
-        subnets=list(run.subnets),
+        subnets=tuple(run.subnets),
         reasons=run.reasons,
         duplicates=run.n_duplicates,
         duration_ns=round(run.result.duration_s * SECOND),

@@ -1,4 +1,4 @@
-"""The coordinator of a host's senders: deals a schedule out, starts them together, and merges what they saw."""
+"""The coordinator of a host's senders: deals a schedule out, starts them together, merges what they saw."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ class Coordinator:
         self._n_done += 1
         self.n_duplicates += report.duplicates
         self.reasons |= report.reasons
-        self.subnets = report.subnets
+        self.subnets = list(report.subnets)
 
     def _note(self, key: bytes, progress: RunProgress) -> None:
         if self._seconds is not None and progress.rows is not None:

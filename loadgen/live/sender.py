@@ -428,7 +428,7 @@ class Sender:
             rows = self.write_rows(None) if self.plan.is_watched else 0
             self.records.save(self.plan)
             reasons, n_duplicates = self.records.reasons, self.records.n_duplicates
-            report = RunReport(self.target.subnets, reasons, n_duplicates, self.plan.name, rows)
+            report = RunReport(tuple(self.target.subnets), reasons, n_duplicates, self.plan.name, rows)
             send(control, encode_run(report))
         finally:
             control.close(linger=2_000)

@@ -2,7 +2,7 @@
 
 `layout` holds the numbers and fixed parts, `messages` the dataclasses, `encode` and `decode` one function a
 kind, `versions` the agreement on a version, `runs` the messages between load generators. Imports
-`superserve.errors` alone.
+`superserve.errors` and, for what is not on the hot path, `superserve.fields`.
 
 Every message is a list of ZeroMQ frames. Frame 0 begins with the prelude
 
