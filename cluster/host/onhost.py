@@ -53,6 +53,7 @@ from cluster.host.facts import look
 from cluster.host.folder import HeldError, alone, await_end, clean, end, outliving, tidy_unowned
 from cluster.spec.roles import FILLED, KEYS, OPERATOR_KEY, HostPlan, HostRole, Timing
 from superserve.errors import ConfigError, ProcessError, SuperServeError
+from superserve.fields import read_file
 from superserve.net.connection import ask_status
 from superserve.roles.local import ProcessId
 from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
@@ -223,7 +224,7 @@ def _unless(fault: str) -> Iterator[None]:
 
 def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Have exactly the plan's roles run, with these files beside them; return what changed of both."""
-    plan = HostPlan.from_dict(asked["plan"])
+    plan = read_file(HostPlan, asked["plan"], PLAN)
     hold = asked.get("hold")
     with alone(folder, wait_s=_LOCK_S if hold is None else 0.0):
         if hold is not None:
@@ -264,7 +265,7 @@ def undo(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     if before is None:
         return down(folder, asked)
     with alone(folder, wait_s=_LOCK_S):
-        return {"changed": _run(folder, HostPlan.from_dict(json.loads(before)))}
+        return {"changed": _run(folder, read_file(HostPlan, json.loads(before), BEFORE))}
 
 
 def _run(folder: Path, plan: HostPlan) -> dict[str, str]:
@@ -290,7 +291,7 @@ def _run(folder: Path, plan: HostPlan) -> dict[str, str]:
 
 def _write(folder: Path, plan: HostPlan) -> None:
     (folder / "roles").mkdir(mode=0o700, exist_ok=True)
-    _put(folder / PLAN, json.dumps(plan.to_dict()))
+    _put(folder / PLAN, json.dumps(asdict(plan)))
     for role in plan.roles:
         _put(folder / "roles" / f"{role.name}.sh", script(role, plan))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -364,7 +365,7 @@ def states(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 def _roles(folder: Path) -> list[HostRole]:
     text = _read(folder / PLAN)
-    return [] if text is None else list(HostPlan.from_dict(json.loads(text)).roles)
+    return [] if text is None else list(read_file(HostPlan, json.loads(text), PLAN).roles)
 
 
 def down(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -396,7 +397,7 @@ def down(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 def _stop_s(folder: Path) -> float:
     """Return how long all roles may take to stop, and then some."""
     text = _read(folder / PLAN)
-    timing = Timing() if text is None else HostPlan.from_dict(json.loads(text)).timing
+    timing = Timing() if text is None else read_file(HostPlan, json.loads(text), PLAN).timing
     return timing.router_stop_s + timing.worker_stop_s + _STOPPED_S
 
 

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
 from cluster.spec.roles import HERE, Target
 from superserve.errors import ConfigError
+from superserve.fields import check_schema, read_file
 from superserve.roles import local
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
-    from typing import Self
 
 SCHEMA = 1
+_MEND = "remove it, and run `cluster up` with the hosts file again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,6 @@ class KnownHost:
         """Return a command of the host's Python that finds the package, and no file of the current folder."""
         path = ["env", f"PYTHONPATH={self.code}"] if self.code else []
         return [*path, self.interpreter, "-P", *args]
-
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Self:
-        """Read what `asdict` wrote and JSON carried."""
-        return cls(**{**body, "target": Target(**body["target"]), "roles": tuple(body["roles"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,19 +135,14 @@ def load(name: str) -> Record | None:
     path = path_of(name)
     try:
         body = orjson.loads(path.read_bytes())
-        if (schema := body.pop("schema")) != SCHEMA:
-            raise ConfigError(f"{path}: schema: expected {SCHEMA}, got {schema}: written by another version")
-        hosts = tuple(KnownHost.from_dict(host) for host in body.pop("hosts"))
-        slots = tuple((role, int(n)) for role, n in body.pop("slots"))
-        left_out = tuple((name, why) for name, why in body.pop("left_out"))
-        return Record(**body, hosts=hosts, slots=slots, left_out=left_out)
+        check_schema(body, SCHEMA, str(path))
+        return read_file(Record, body, str(path))
     except FileNotFoundError:
         return None
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: expected what `cluster up` writes, got {type(error).__name__}: {error}; "
-            f"remove it, and run `cluster up` with the hosts file again"
-        ) from error
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: expected what `cluster up` writes: {error}; {_MEND}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_MEND}") from error
 
 
 def save(record: Record) -> None:

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from superserve.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Self
 
 OURS_VARIABLE = "SUPERSERVE_HOST_FOLDER"
 """Environment variable of every role: the folder of its cluster on its host."""
@@ -42,12 +38,6 @@ class HostRole:
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
     serves: str
-
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Self:
-        """Read what `asdict` wrote and JSON carried."""
-        env = tuple((str(name), str(value)) for name, value in body["env"])
-        return cls(body["name"], body["kind"], tuple(body["argv"]), env, body["serves"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +110,6 @@ class HostPlan:
     cwd: str = "/"
     timing: Timing = Timing()
     local: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `from_dict` takes."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` gave and JSON carried."""
-        roles = tuple(HostRole.from_dict(role) for role in body["roles"])
-        return cls(**{**body, "roles": roles, "timing": Timing(**body["timing"])})
 
 
 @dataclass(frozen=True, slots=True)
