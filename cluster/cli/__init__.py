@@ -25,6 +25,7 @@ from cluster.operate.up import StartError
 from cluster.operate.up import up as bring_up
 from cluster.show import tables as show
 from cluster.spec.plan import Options, make_plan, name_option
+from loadgen.options import profile_and_n
 from superserve.errors import ConfigError
 from superserve.files import check_text
 from superserve.roles import local
@@ -145,9 +146,18 @@ def _check_name(name: str) -> None:
 @plain_errors()
 def config(hosts_file: Path, effective: bool) -> None:
     """Check HOSTS_FILE; print every error in it, with its line, and exit 1 if there is one."""
-    from cluster.cli.config import checked  # noqa: PLC0415  it takes pydantic's import, 0.2 s
+    from cluster.spec.hosts import load_hosts  # noqa: PLC0415  it takes pydantic's import, 0.2 s
+    from cluster.spec.hosts_file import dump  # noqa: PLC0415
 
-    click.echo(checked(hosts_file, effective=effective))
+    hosts = load_hosts(hosts_file)
+    if effective:
+        click.echo(dump(hosts).rstrip())
+        return
+    n_workers, n_hosts = sum(host.n_workers for host in hosts.hosts), len(hosts.hosts)
+    click.echo(
+        f"{hosts_file}: no errors: cluster {hosts.cluster!r}, the router on {hosts.router.host}, "
+        f"{n_workers} worker{'s' if n_workers > 1 else ''} on {n_hosts} host{'s' if n_hosts > 1 else ''}"
+    )
 
 
 def options(*, emulate: str | None, gpus: str | None, **plain: Any) -> Options:
@@ -156,15 +166,8 @@ def options(*, emulate: str | None, gpus: str | None, **plain: Any) -> Options:
     Raises:
         ConfigError: One of those is malformed.
     """
-    profile, n_gpus = (None, None) if emulate is None else _emulation(emulate)
+    profile, n_gpus = (None, None) if emulate is None else profile_and_n(emulate, most=_MAX_EMULATED)
     return Options(emulate=profile, n_gpus=n_gpus, gpus=None if gpus is None else _gpus(gpus), **plain)
-
-
-def _emulation(text: str) -> tuple[str, int]:
-    profile, colon, count = text.rpartition(":")
-    if not colon or not count.isdecimal() or not 1 <= int(count) <= _MAX_EMULATED:
-        raise ConfigError(f"--emulate: expected PROFILE:N with N from 1 to {_MAX_EMULATED}, got {text!r}")
-    return profile, int(count)
 
 
 def _gpus(text: str) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ import orjson
 
 from cluster.operate import logs as hosts_logs
 from cluster.operate.engine import open_cluster
-from cluster.operate.hosts_down import down as take_down
 from cluster.operate.hosts_health import problems
 from cluster.remote import record as records
 from cluster.remote.shell import RemoteError
@@ -113,7 +112,9 @@ def _ask(fleet: SupervisorEngine) -> RouterStatus | None:
 def down(name: str) -> None:
     """Stop a cluster everywhere; exit 1, naming the hosts, if it was not stopped on all."""
     with open_cluster(name) as fleet:
-        done = take_down(fleet)
+        done = fleet.stop()
+    if not done.wrong:  # else it stays known, for another try
+        records.forget(name)
     say(hosts_show.stopped(fleet.record, done))
     if done.wrong:
         sys.exit(1)

@@ -54,6 +54,7 @@ from cluster.host.folder import HeldError, alone, await_end, clean, end, outlivi
 from cluster.spec.roles import FILLED, KEYS, OPERATOR_KEY, HostPlan, HostRole, Timing
 from superserve.errors import ConfigError, ProcessError, SuperServeError
 from superserve.fields import read_file
+from superserve.files import write_private
 from superserve.net.connection import ask_status
 from superserve.roles.local import ProcessId
 from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
@@ -236,7 +237,7 @@ def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
         if before is None:
             (folder / BEFORE).unlink(missing_ok=True)
         else:
-            _put(folder / BEFORE, before)
+            write_private(folder / BEFORE, before.encode())
         return {"changed": _run(folder, plan), "files": files}
 
 
@@ -291,12 +292,12 @@ def _run(folder: Path, plan: HostPlan) -> dict[str, str]:
 
 def _write(folder: Path, plan: HostPlan) -> None:
     (folder / "roles").mkdir(mode=0o700, exist_ok=True)
-    _put(folder / PLAN, json.dumps(asdict(plan)))
+    write_private(folder / PLAN, json.dumps(asdict(plan)).encode())
     for role in plan.roles:
-        _put(folder / "roles" / f"{role.name}.sh", script(role, plan))
+        write_private(folder / "roles" / f"{role.name}.sh", script(role, plan).encode())
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     min_files = _FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, _FILES_WANTED)
-    _put(folder / CONFIG, supervisord_conf(plan, min_files=min_files))
+    write_private(folder / CONFIG, supervisord_conf(plan, min_files=min_files).encode())
 
 
 def _put_files(folder: Path, files: dict[str, bytes]) -> list[str]:
@@ -314,7 +315,7 @@ def _put_files(folder: Path, files: dict[str, bytes]) -> list[str]:
         assert ".." not in path.parts, name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists() or path.read_bytes() != content:
-            _put_bytes(path, content)
+            write_private(path, content)
             changed.append(name)
     return changed
 
@@ -324,19 +325,6 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-
-
-def _put(path: Path, text: str) -> None:
-    _put_bytes(path, text.encode())
-
-
-def _put_bytes(path: Path, content: bytes) -> None:
-    """Write a file as a whole: who reads it finds the old one or the new one."""
-    new = path.with_name(f".{path.name}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    new.replace(path)
 
 
 def _forget_code(folder: Path) -> None:

@@ -11,7 +11,6 @@ nothing that runs.
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ import orjson
 from cluster.spec.roles import HERE, Target
 from superserve.errors import ConfigError
 from superserve.fields import check_schema, read_file
+from superserve.files import write_private
 from superserve.roles import local
 
 if TYPE_CHECKING:
@@ -152,13 +152,10 @@ def save(record: Record) -> None:
         ConfigError: It cannot be written.
     """
     path = path_of(record.name)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+    body = {"schema": SCHEMA, **asdict(record)}
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(orjson.dumps({"schema": SCHEMA, **asdict(record)}, option=orjson.OPT_INDENT_2))
-        new.replace(path)
+        write_private(path, orjson.dumps(body, option=orjson.OPT_INDENT_2))
     except OSError as error:
         raise ConfigError(f"{path}: expected a file that can be written: {error.strerror}") from error
 

@@ -29,6 +29,7 @@ import orjson
 
 from superserve.errors import ConfigError
 from superserve.fields import body_of, check_schema, read_file
+from superserve.files import write_private
 
 if TYPE_CHECKING:
     from typing import Self
@@ -330,17 +331,12 @@ def save(cluster: LocalCluster, folder: Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    new = folder / f"{_FILE}.new"
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(cluster.to_json())
-    new.replace(folder / _FILE)
+    write_private(folder / _FILE, cluster.to_json())
 
 
 def forget(folder: Path) -> None:
     """Remove the state file, if there is one."""
-    for path in (folder / f"{_FILE}.new", folder / _FILE):
-        path.unlink(missing_ok=True)
+    (folder / _FILE).unlink(missing_ok=True)
 
 
 def names(base: Path | None = None) -> list[str]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.operate.engine import RoleSeen
 from cluster.operate.supervised import SupervisedCluster
-from superserve.clock import VirtualClock
 from superserve.errors import ProcessError
+from tests.clock import VirtualClock
 from tests.superserve import statuses
 
 if TYPE_CHECKING:
