@@ -55,7 +55,7 @@ def slo_ns_of(milliseconds: float) -> int:
     return int(milliseconds * MS)
 
 
-def profile_and_n(text: str, option: str = "--emulate", *, most: int) -> tuple[str, int]:
+def profile_and_n(text: str, *, most: int) -> tuple[str, int]:
     """Return the two parts of PROFILE:N.
 
     Raises:
@@ -63,5 +63,5 @@ def profile_and_n(text: str, option: str = "--emulate", *, most: int) -> tuple[s
     """
     name, colon, count = text.rpartition(":")
     if not colon or not count.isdecimal() or not 1 <= int(count) <= most:
-        raise ConfigError(f"{option}: expected PROFILE:N with N from 1 to {most}, got {text!r}")
+        raise ConfigError(f"--emulate: expected PROFILE:N with N from 1 to {most}, got {text!r}")
     return name, int(count)

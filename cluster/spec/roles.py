@@ -11,6 +11,11 @@ from typing import Any
 
 from superserve.errors import ConfigError
 
+Environment = tuple[tuple[str, str], ...]
+"""Names and values of variables."""
+Served = tuple[tuple[str, ...], str]
+"""A worker's arguments that say what it serves, and that in words."""
+
 OURS_VARIABLE = "SUPERSERVE_HOST_FOLDER"
 """Environment variable of every role: the folder of its cluster on its host."""
 
@@ -38,6 +43,40 @@ class HostRole:
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
     serves: str
+
+
+def router_role(
+    client: str, worker: str, policy: str, margin_ms: float, *more: str, env: Environment = ()
+) -> HostRole:
+    """Return a router that binds these endpoints."""
+    argv = (
+        "-m", "router", "--client-endpoint", client, "--worker-endpoint", worker,
+        "--policy", policy, "--margin-ms", f"{margin_ms:g}", *more,
+    )  # fmt: skip
+    return HostRole("router", "router", argv, env, f"policy {policy}")
+
+
+def worker_role(name: str, connect: str, served: Served, *more: str, env: Environment = ()) -> HostRole:
+    """Return a worker that connects to a router and serves what `emulated` or `resident` gives."""
+    argv, words = served
+    return HostRole(
+        name, "worker", ("-m", "gpu_worker", "--connect", connect, "--name", name, *argv, *more), env, words
+    )
+
+
+def emulated(profile: str, n: int, name: str) -> Served:
+    """Return a worker's arguments for `n` emulated GPUs, and that in words, with the profile's name."""
+    words = f"{n} emulated GPU{'s' if n > 1 else ''} of {name}"
+    return ("--emulate", profile, "--gpus", str(n)), words
+
+
+def resident(supernet: str, profile: str, device: str, threads: int, weights: str | None) -> Served:
+    """Return a worker's arguments for a real supernet, and that in words."""
+    argv = (
+        "--supernet", supernet, "--profile", profile, "--device", device, "--threads", str(threads),
+        *(() if weights is None else ("--weights", weights)),
+    )  # fmt: skip
+    return argv, f"{supernet} on {device}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,11 +134,7 @@ def _shares(n: int, parts: int) -> list[int]:
 
 
 def run_emulated(
-    trace: Trace,
-    settings: RunSettings,
-    emulation: Emulation,
-    on_progress: Callable[[dict[str, int]], None] | None = None,
-    watch: Watch | None = None,
+    trace: Trace, settings: RunSettings, emulation: Emulation, watch: Watch | None = None
 ) -> tuple[Run, EventLogReport]:
     """Offer `trace` to a private cluster, then prove from its event logs that no GPU cheated."""
     with contextlib.ExitStack() as stack:
@@ -146,7 +142,7 @@ def run_emulated(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="superserve-")))
             emulation = replace(emulation, folder=folder)
         with emulated(emulation) as cluster:
-            run = run_trace(trace, settings, cluster.client_endpoint, on_progress, watch)
+            run = run_trace(trace, settings, cluster.client_endpoint, watch=watch)
         return run, check_logs(cluster.event_logs)
 
 

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from loadgen.simulator.faults import Fault
     from loadgen.traces.trace import Trace
     from profiles.table import Profile
-    from router.core.settings import CoreSettings
 
 __all__ = ("START_NS", "SimSettings", "Simulated", "Simulation", "Workload", "simulate", "slowed")
 
@@ -84,32 +83,26 @@ def simulate(
     *,
     policy: str = "slackfit",
     slo_ns: int | npt.NDArray[np.int64] = 36 * MS,
-    min_accuracy: npt.NDArray[np.float32] | None = None,
-    priority: npt.NDArray[np.uint8] | None = None,
     seed: int = 0,
     faults: Iterable[Fault] = (),
     settings: SimSettings | None = None,
-    core: CoreSettings | None = None,
 ) -> Simulated:
     """Serve a trace on a simulated cluster and return what became of it.
 
     Args:
-        trace: When the queries are due; or a `Workload`, which brings the next three with it.
+        trace: When the queries are due; or a `Workload`, which brings SLOs, floors and classes with it.
         cluster: A profile for each GPU; equal ones share a policy.
         policy: As `router.policies.registry.make_policy` takes it.
         slo_ns: From due to deadline: one for all, or shape (n,).
-        min_accuracy: Accuracy floors, percent, shape (n,); None if there are none.
-        priority: Priority classes, shape (n,); None if there are none.
         seed: Of the network's delays.
         faults: What goes wrong, and when.
         settings: What machine and network take.
-        core: The core's own numbers.
 
     Raises:
         ConfigError: The policy is unknown, a column has the wrong length, or a fault names nobody.
     """
-    workload = trace if isinstance(trace, Workload) else Workload(trace, slo_ns, min_accuracy, priority)
-    found = Simulation(cluster, policy=policy, seed=seed, faults=faults, settings=settings, core=core)
+    workload = trace if isinstance(trace, Workload) else Workload(trace, slo_ns)
+    found = Simulation(cluster, policy=policy, seed=seed, faults=faults, settings=settings)
     clients = found.offer(workload)
     with _uncollected():
         found.run()

@@ -290,7 +290,7 @@ def state_folder() -> Path:
         ) from None
 
 
-def cluster_folder(name: str, base: Path | None = None) -> Path:
+def cluster_folder(name: str) -> Path:
     """Return the folder of the cluster `name`, made or not.
 
     Raises:
@@ -301,7 +301,7 @@ def cluster_folder(name: str, base: Path | None = None) -> Path:
             f"--name: expected up to 64 letters, digits, '.', '_' or '-', not beginning with one of "
             f"the last three, got {name!r}"
         )
-    return (state_folder() if base is None else base) / name
+    return state_folder() / name
 
 
 def load(folder: Path) -> LocalCluster | None:
