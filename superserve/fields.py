@@ -13,7 +13,7 @@ import enum
 import functools
 import types
 import typing
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 from superserve.errors import ConfigError, SuperServeError, WireError
 from superserve.subnet import TensorSpec
@@ -136,6 +136,8 @@ def _reader(hint: Any) -> Reader:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return functools.partial(_member, hint)
     origin, of = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return functools.partial(_choice, of)
     if origin is Annotated:
         assert isinstance(of[1], AtLeast), "the one bound there is"
         return functools.partial(_bounded, of[1].least)
@@ -156,6 +158,8 @@ def _words(reader: Reader) -> str:
     if isinstance(reader, functools.partial):
         if reader.func is _bounded:
             return f"an integer from {reader.args[0]} on"
+        if reader.func is _choice:
+            return " or ".join(map(repr, reader.args[0]))
         if reader.func is _member:
             return f"one of {', '.join(one.value for one in reader.args[0])}"
         return _words(reader.args[0]) if reader.func is _optional else _WORDS[reader.func]
@@ -181,6 +185,12 @@ def _integer(value: object, where: str) -> int:
 def _bounded(least: int, value: object, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
         raise _wrong(functools.partial(_bounded, least), value, where)
+    return value
+
+
+def _choice(of: tuple[Any, ...], value: object, where: str) -> object:
+    if value not in of:
+        raise _wrong(functools.partial(_choice, of), value, where)
     return value
 
 
