@@ -76,7 +76,6 @@ class Connection:
         self.model: ModelSpec | None = None
         self.subnets: list[tuple[str, float]] = []
         self.refusals: list[str] = []
-        self.said_bye = False
         self.n_malformed = 0
         self.mismatch: VersionError | None = None
         self.status: RouterStatus | WireError | None = None
@@ -224,7 +223,7 @@ class Connection:
             else:
                 log.warning("%s refused a message: %s", self.endpoint, body.get("reason"))
         elif message.kind is Kind.BYE:
-            self.epoch, self.said_bye = None, True
+            self.epoch = None
         elif message.kind is Kind.STATUS:
             try:
                 self.status = RouterStatus.from_body(body)
@@ -239,7 +238,6 @@ class Connection:
         self.epoch = welcome.epoch
         self._ping_ns = self.heard_ns
         self._hello_every_ns = HELLO_EVERY_NS
-        self.said_bye = False
         self.model = welcome.model
         self.subnets = list(welcome.subnets)
 
