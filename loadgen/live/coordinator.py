@@ -54,7 +54,7 @@ class Hooks:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class Offering:
     """What senders are to send.
 
     Attributes:
@@ -73,7 +73,7 @@ class Schedule:
 @contextlib.contextmanager
 def coordinated(
     plan: SenderPlan,
-    schedule: Schedule,
+    schedule: Offering,
     *,
     hooks: Hooks | None = None,
     watch: Watch | None = None,
@@ -99,7 +99,7 @@ def coordinated(
         yield Coordinator(control, group, plans, schedule, hooks, watch)
 
 
-def deal(plan: SenderPlan, schedule: Schedule) -> list[SenderPlan]:
+def deal(plan: SenderPlan, schedule: Offering) -> list[SenderPlan]:
     """Deal a schedule out, and write what each sender needs."""
     folder, pick = Path(plan.folder), None
     if schedule.payloads is not None:
@@ -117,7 +117,7 @@ def deal(plan: SenderPlan, schedule: Schedule) -> list[SenderPlan]:
     return plans
 
 
-def merge(plans: Sequence[SenderPlan], schedule: Schedule, start_ns: int) -> dict[str, npt.NDArray[Any]]:
+def merge(plans: Sequence[SenderPlan], schedule: Offering, start_ns: int) -> dict[str, npt.NDArray[Any]]:
     """Put the senders' columns back into the order of the schedule; instants count from the start."""
 
     def merged(name: str) -> npt.NDArray[Any]:
@@ -154,7 +154,7 @@ class Coordinator:
         control: zmq.Socket[bytes],
         group: ProcessGroup,
         plans: Sequence[SenderPlan],
-        schedule: Schedule,
+        schedule: Offering,
         hooks: Hooks | None,
         watch: Watch | None,
     ) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpu_worker.core.played import AS_PROFILED, Pace
 from gpu_worker.serve.eventlog import check_logs
-from loadgen.live.coordinator import Schedule, coordinated
+from loadgen.live.coordinator import Offering, coordinated
 from loadgen.live.sender import UNANSWERED, SenderPlan
 from loadgen.results.result import (
     LAG_QUANTILES,
@@ -171,7 +171,7 @@ def run_trace(
         endpoint, settings.slo_ns, settings.payload_bytes, settings.grace_ns, settings.keep_outputs,
         is_watched=watch is not None, keys=settings.keys,
     )  # fmt: skip
-    schedule = Schedule(trace, settings.n_senders, settings.payloads, settings.seed)
+    schedule = Offering(trace, settings.n_senders, settings.payloads, settings.seed)
     with coordinated(plan, schedule, hooks=hooks, watch=watch) as senders:
         with contextlib.nullcontext() if watch is None else watch.interrupts():
             senders.start()

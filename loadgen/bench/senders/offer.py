@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]  # it has no stubs
 
-from loadgen.live.coordinator import Schedule, coordinated
+from loadgen.live.coordinator import Offering, coordinated
 from loadgen.results.result import quantile_ns
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def offer_singly(plan: SenderPlan, trace: Trace, *, n_senders: int, server_pid: 
     Raises:
         ProcessError: A sender failed.
     """
-    with coordinated(plan, Schedule(trace, n_senders), module="loadgen.bench.senders.sender") as senders:
+    with coordinated(plan, Offering(trace, n_senders), module="loadgen.bench.senders.sender") as senders:
         cpu_before_s = _cpu_s(server_pid)
         senders.start()
         senders.follow()

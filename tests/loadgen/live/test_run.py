@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadgen.live.coordinator import Schedule, deal, merge
+from loadgen.live.coordinator import Offering, deal, merge
 from loadgen.live.run import Emulation, RunSettings, emulated, run_emulated, run_trace, summarise
 from loadgen.live.sender import COLUMNS, UNANSWERED, SenderPlan
 from loadgen.results.result import OUTCOMES, load_run
@@ -86,7 +86,7 @@ def test_what_the_senders_saw_is_put_back_into_the_traces_order(
     due_ns = np.arange(n, dtype=np.int64) * 3
     trace = Trace("steps", due_ns, 3 * n, "made for a test")
     payloads = np.arange(20, dtype=np.uint8).reshape(5, 4)
-    schedule = Schedule(trace, n_senders, payloads)
+    schedule = Offering(trace, n_senders, payloads)
     plans = deal(SenderPlan("", SLO_NS, keep_outputs=True, folder=str(tmp_path)), schedule)
     for plan in plans:
         due = np.load(plan.path("due"))
