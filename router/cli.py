@@ -17,13 +17,13 @@ from router.report.metrics import SWITCH_S, RouterMetrics, pages
 from router.serve.doors import raise_limit
 from router.serve.loop import RouterServer, ServerSettings
 from router.serve.recording import Recorder, replay
+from superserve.clock import MS
 from superserve.errors import ConfigError
 from superserve.roles.commands import plain_errors
 from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 
-MS = 1_000_000
 _MAX_MARGIN_MS = 60_000.0
 _LOOPBACK = "tcp://127.0.0.1:*"
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from superserve import wire
+from superserve.clock import MS
 from superserve.errors import ConfigError, VersionError, WireError
 from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.context import check_descriptors
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("superserve")
 
-MS = 1_000_000
 HELLO_EVERY_NS = 100 * MS
 HELLO_EVERY_AT_MOST_NS = 1_000 * MS
 """While nobody answers, HELLO is said ever less often up to this: a thousand clients must not stampede."""
