@@ -47,15 +47,15 @@ _CALIBRATED_FROM_NS = 10_000 * MS
 @options.trace
 @options.connect
 @options.keys
-@click.option("--emulate", metavar="PROFILE:N", help="Start a private router and N emulated GPUs instead.")
+@options.emulate
 @pace_options
 @options.rate
 @options.duration
 @options.slo_ms
-@click.option("--policy", help=f"Policy of the private router.  [default: {options.DEFAULT_POLICY}]")
+@options.policy
 @options.senders
 @options.payload_bytes
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals that are drawn.")
+@options.seed
 @options.json_file
 @click.option(
     "--json-lines", "is_json", is_flag=True,

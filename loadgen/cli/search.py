@@ -40,11 +40,11 @@ _DRAWN_S = 5.0
 )
 @options.connect
 @options.keys
-@click.option("--emulate", metavar="PROFILE:N", help="A private router and N emulated GPUs instead.")
+@options.emulate
 @click.option(
     "--simulate", "is_simulated", is_flag=True, help="On a virtual clock; PROFILE:N[,PROFILE:N...]."
 )
-@click.option("--policy", help=f"Of the private or simulated router.  [default: {options.DEFAULT_POLICY}]")
+@options.policy
 @options.slo_ms
 @click.option(
     "--duration", type=float,
@@ -60,7 +60,7 @@ _DRAWN_S = 5.0
 @click.option("--max-probes", type=click.IntRange(1, 100), default=20, show_default=True, help="Rates tried.")
 @options.senders
 @options.payload_bytes
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals.")
+@options.seed
 @options.json_file
 @plain_errors()
 def search_command(

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     "--slo-ms", default="36", show_default=True, metavar="MS[:WEIGHT],...", help="One SLO, or a mix of them."
 )
 @click.option("--floor", metavar="ACCURACY[:SHARE]", help="An accuracy floor for a share of the queries.")
-@click.option("--policy", default=options.DEFAULT_POLICY, show_default=True, help="What the router runs.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals, mix and network.")
+@options.policy
+@options.seed
 @click.option("--faults", "faults_path", type=options.FILE, help="A fault file: see docs/simulator.md.")
 @click.option("--fault-seed", type=click.IntRange(0), help="Draw faults from this seed instead.")
 @click.option("--save-faults", type=options.FILE, help="Write the faults as a file that --faults reads.")
@@ -75,7 +75,7 @@ def simulate_command(
     duration: float | None,
     slo_ms: str,
     floor: str | None,
-    policy: str,
+    policy: str | None,
     seed: int,
     faults_path: Path | None,
     fault_seed: int | None,
@@ -92,6 +92,7 @@ def simulate_command(
     Equal options give equal results, byte for byte: the digest says so.
     """
     check_outputs({"--json": json_path, "--report": page_path, "--save-faults": save_faults})
+    policy = policy or options.DEFAULT_POLICY
     cluster = parse_cluster(emulate)
     for profile in {id(profile): profile for profile in cluster}.values():
         make_policy(policy, profile)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
+from loadgen import options
 from loadgen.results.tables import check_writable
 from loadgen.traces.cut import Cut, describe, make_trace
 from superserve.roles.commands import plain_errors
 
-_SEED = click.option("--seed", type=int, default=0, show_default=True, help="Draws whatever is random.")
 _DURATION = click.option("--duration", type=float, help="For how many seconds a spec is drawn.")
 _FUNCTIONS = click.option(
     "--functions", metavar="top:N|NAMES", help="Of an Azure Functions file, the busiest N or those named."
@@ -31,7 +31,7 @@ def trace_group() -> None:
 @_WINDOW
 @_FUNCTIONS
 @_DURATION
-@_SEED
+@options.seed
 @plain_errors()
 def info(spec: str, window: str | None, functions: str | None, duration: float | None, seed: int) -> None:
     """Print a trace's kind, counts, rates and burstiness, and a picture of its rate."""
@@ -53,7 +53,7 @@ def info(spec: str, window: str | None, functions: str | None, duration: float |
 @click.option("--speed-up", type=float, metavar="X", help="So many times as fast.")
 @click.option("--rate", type=float, metavar="Q", help="To this mean rate, queries per second.")
 @_DURATION
-@_SEED
+@options.seed
 @plain_errors()
 def make(
     spec: str,
