@@ -100,7 +100,7 @@ def run_command(
     """
     say = partial(echo, err=is_json)
     endings = _begun()
-    watch = Watch(partial(_show_second, is_json=is_json, endings=endings), endings.stop, endings.signals)
+    watch = Watch(partial(_show_second, is_json=is_json, endings=endings), endings)
     try:
         slo_ns = options.slo_ns_of(slo_ms)
         check_outputs({"--json": json_path, "--report": page_path})
@@ -205,7 +205,7 @@ def _offer_across(
             if not echo("".join(f"  {what} {n:>10,}" for what, n in total.items())):
                 watch.stop.set()
 
-    with watch.interrupts():
+    with watch.endings.gently():
         return Head(agents, watch.stop).run(trace, settings, endpoint, on_progress)
 
 

@@ -173,7 +173,7 @@ def run_trace(
     )  # fmt: skip
     schedule = Offering(trace, settings.n_senders, settings.payloads, settings.seed)
     with coordinated(plan, schedule, hooks=hooks, watch=watch) as senders:
-        with contextlib.nullcontext() if watch is None else watch.interrupts():
+        with contextlib.nullcontext() if watch is None else watch.endings.gently():
             senders.start()
             senders.follow(on_progress)
         router_cpu_s = _router_cpu_s(endpoint, settings.keys, before)
