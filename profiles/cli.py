@@ -25,20 +25,19 @@ from profiles.measuring.measure import (
 )
 from profiles.table import load_profile
 from superserve.clock import MonotonicClock
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
 from superserve.files import check_text
+from superserve.roles.commands import plain_errors
 
 _QUICK_ROUNDS = 40  # enough for a median; the tail needs the full number
 _QUICK_BUDGET_NS = 6_000_000_000  # with torch's import and the warm-up, under 15 s in all
 
 
 @click.group()
+@plain_errors()
 def cli() -> None:
     """Make and show profiles: how long each subnet takes at each batch size."""
-    try:
-        check_text(sys.argv[1:])
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from error
+    check_text(sys.argv[1:])
 
 
 for _command in (search_command, show_command, calibrate_command, accuracy_command):
@@ -69,29 +68,27 @@ for _command in (search_command, show_command, calibrate_command, accuracy_comma
 @click.option(
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
 )
+@plain_errors(OSError)
 def measure_command(
     supernet: str, source: str | None, at_most: int | None, batch_sizes: tuple[int, ...], repeats: int,
     quick: bool, eager: bool, out: Path, **device: Any,
 ) -> None:  # fmt: skip
     """Measure a supernet's subnets on this machine and write the profile to OUT."""
-    try:
-        source = source or _profile_of(supernet)
-        setting = Setting(
-            batch_sizes=batch_sizes,
-            rounds=min(repeats, _QUICK_ROUNDS) if quick else repeats,
-            budget_ns=_QUICK_BUDGET_NS if quick else None,
-        )
-        measurement = measure_supernet(
-            supernet,
-            thinned(load_profile(source), at_most),
-            setting,
-            Device(**device, uses_graphs=not eager),
-            name=out.stem,
-            clock=MonotonicClock(),
-        )
-        save_measurement(measurement, out, source)
-    except (SuperServeError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    source = source or _profile_of(supernet)
+    setting = Setting(
+        batch_sizes=batch_sizes,
+        rounds=min(repeats, _QUICK_ROUNDS) if quick else repeats,
+        budget_ns=_QUICK_BUDGET_NS if quick else None,
+    )
+    measurement = measure_supernet(
+        supernet,
+        thinned(load_profile(source), at_most),
+        setting,
+        Device(**device, uses_graphs=not eager),
+        name=out.stem,
+        clock=MonotonicClock(),
+    )
+    save_measurement(measurement, out, source)
     _show(measurement)
     click.echo(f"wrote {out}")
 
