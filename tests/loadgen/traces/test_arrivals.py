@@ -296,7 +296,7 @@ def test_a_spike_keeps_its_width_and_its_count(size: int, width: float, seed: in
     [
         # A renewal process begins as if a query had just come: (cv2 - 1) / 2 more, of thousands.
         (lambda s, seed: arrivals.spikes(
-            size=7.25, every_s=0.01, width_s=0.004, base_qps=100, duration_s=s, seed=seed), 825),
+            size=1.5, every_s=0.01, width_s=0.004, base_qps=100, duration_s=s, seed=seed), 250),
         (lambda s, seed: arrivals.on_off(
             high_qps=3000, low_qps=200, on_s=0.1, off_s=0.3, cv2=2, duration_s=s, seed=seed), 900),
         (lambda s, seed: arrivals.on_off(
