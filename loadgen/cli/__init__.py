@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from loadgen import options
+from loadgen.cli.adversary import adversary_command
 from loadgen.cli.agent import agent_command
 from loadgen.cli.calibrate import calibrate_command
 from loadgen.cli.compare import compare_command
@@ -47,5 +48,6 @@ cli.add_command(calibrate_command)
 cli.add_command(simulate_command)
 cli.add_command(compare_command)
 cli.add_command(gate_command)
+cli.add_command(adversary_command)
 cli.add_command(search_command)
 cli.add_command(trace_group)
