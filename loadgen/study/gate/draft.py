@@ -45,6 +45,11 @@ class GateCell:
         return self.cell.name
 
     @property
+    def is_at_once(self) -> bool:
+        """Whether its queries come many at once."""
+        return self.cell.trace.partition(":")[0] in ("spikes", "pareto")
+
+    @property
     def n_gpus(self) -> int:
         """GPUs of its cluster."""
         return len(parse_cluster(self.cell.cluster))

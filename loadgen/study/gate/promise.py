@@ -12,7 +12,10 @@ attain less than one that has a quarter less time and spends none of it on accur
        and the baseline, each less 0.02
     d  accuracy: at least slackfit's, less 0.02, where attainments differ by less than 0.0005
     e  within 0.3 of the bound on correct answers where it is near: with 8 GPUs or more, one SLO of 36 ms or
-       longer, a bound that attains 1, and mincost's mean batch of 14 or more
+       longer, a bound that attains 1, and mincost's mean batch of 14 or more; not where queries come at once
+
+The bound is a fluid's: it knows no whole batches. Of 200 queries at once on 8 GPUs each has 25, and within
+36 ms two batches of 16 places: at best 78.8 % on the CNN profile, while the fluid would have 80.0 %.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ class Standing:
         baseline: Of the policy that the candidate is to replace.
         bound: What no schedule exceeds.
         is_strict: Whether line b counts.
+        is_at_once: Whether queries come many at once, so that whole batches keep the bound away.
         n_gpus: GPUs of the cluster.
         slo_ns: The one SLO; None if they differ.
     """
@@ -67,6 +71,7 @@ class Standing:
     baseline: Figures
     bound: Figures
     is_strict: bool
+    is_at_once: bool
     n_gpus: int
     slo_ns: int | None
 
@@ -152,7 +157,8 @@ def is_near(standing: Standing) -> bool:
     """Tell whether the bound is one that a policy can come near to, so that line e counts."""
     batch = standing.mincost.mean_batch
     return (
-        standing.n_gpus >= NEAR_GPUS
+        not standing.is_at_once
+        and standing.n_gpus >= NEAR_GPUS
         and standing.slo_ns is not None
         and standing.slo_ns >= NEAR_SLO_NS
         and standing.bound.attainment >= 1.0 - _ROUNDING

@@ -123,7 +123,7 @@ class PolicyGate:
         assert bound is not None, "computed or known for each seed"
         standing = Standing(
             result.mean(self.candidate), result.mean(SLACKFIT), result.mean(MINCOST), result.mean(SLOWER),
-            result.mean(self.baseline), bound, of.is_strict, of.n_gpus, of.slo_ns,
+            result.mean(self.baseline), bound, of.is_strict, of.is_at_once, of.n_gpus, of.slo_ns,
         )  # fmt: skip
         return Judged(of, result, standing, shortcomings(standing))
 

@@ -22,7 +22,8 @@ def figures(
 # All attain 0.99; the candidate is as accurate as slackfit and the baseline, and the bound is near.
 EVEN = Standing(
     candidate=figures(0.99), slackfit=figures(0.99), mincost=figures(0.99, 74.0), slower=figures(0.99, 74.0),
-    baseline=figures(0.99), bound=Figures(1.0, None, 77.4), is_strict=True, n_gpus=8, slo_ns=36 * MS,
+    baseline=figures(0.99), bound=Figures(1.0, None, 77.4), is_strict=True,
+    is_at_once=False, n_gpus=8, slo_ns=36 * MS,
 )  # fmt: skip
 
 
@@ -68,6 +69,7 @@ def test_a_policy_as_good_as_all_holds_every_line() -> None:
         ({"bound": Figures(1.0, None, 77.5201)}, "e"),
         ({"bound": Figures(0.9999, None, 79.0)}, ""),
         ({"bound": Figures(1.0, None, 79.0), "n_gpus": 7}, ""),
+        ({"bound": Figures(1.0, None, 79.0), "is_at_once": True}, ""),
         ({"bound": Figures(1.0, None, 79.0), "slo_ns": 35 * MS}, ""),
         ({"bound": Figures(1.0, None, 79.0), "slo_ns": None}, ""),
         ({"bound": Figures(1.0, None, 79.0), "mincost": figures(0.99, 74.0, batch=13.9)}, ""),
