@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-full check bench chaos mutants reproduce demo train wheel clean
+.PHONY: help install lint test test-full check bench chaos mutants gate reproduce demo train wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -62,6 +62,11 @@ chaos: $(INSTALLED) ## 10,000 fault schedules through the real core on a virtual
 
 mutants: $(INSTALLED) ## break one line after the other; the unit tests must notice each; some minutes
 	$(BIN)/python -m tests.mutants
+
+# TRACES is a folder with Azure's files, which docs/traces.md says where to find; POLICY is who is judged. Every
+# judgement is listed, so try a policy with `loadgen gate` first: see docs/gate.md.
+gate: $(INSTALLED) ## judge the default policy in 200 cells, an hour at most; docs/judgements.md lists it
+	$(BIN)/loadgen gate --judgement docs/judgements.json $(if $(TRACES),--traces "$(TRACES)") $(if $(POLICY),--policy "$(POLICY)")
 
 # MAF is a day of Azure Functions 2019, which docs/traces.md says where to find: make reproduce MAF=FILE.
 reproduce: $(INSTALLED) ## the paper's results made again, in twenty minutes; out/reproduce/results.md

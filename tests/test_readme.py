@@ -33,6 +33,7 @@ PAGES = (
     "ARCHITECTURE.md",
     "CHANGELOG.md",
     "docs/demandfit.md",
+    "docs/gate.md",
     "docs/metrics.md",
     "docs/operating.md",
     "docs/report.md",

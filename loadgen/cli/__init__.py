@@ -8,9 +8,11 @@ from pathlib import Path
 import click
 
 from loadgen import options
+from loadgen.cli.adversary import adversary_command
 from loadgen.cli.agent import agent_command
 from loadgen.cli.calibrate import calibrate_command
 from loadgen.cli.compare import compare_command
+from loadgen.cli.gate import gate_command
 from loadgen.cli.run import run_command
 from loadgen.cli.search import search_command
 from loadgen.cli.simulate import simulate_command
@@ -46,5 +48,7 @@ cli.add_command(agent_command)
 cli.add_command(calibrate_command)
 cli.add_command(simulate_command)
 cli.add_command(compare_command)
+cli.add_command(gate_command)
+cli.add_command(adversary_command)
 cli.add_command(search_command)
 cli.add_command(trace_group)
