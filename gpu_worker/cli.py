@@ -326,7 +326,7 @@ def serve(
             waker.on_signals(server.stop)
             server.run()
     finally:
-        context.term()
+        context.destroy(0)  # not term(): it would wait for ever for a socket that a signal left open
 
 
 def hello(name: str, device: WorkerDevice) -> WorkerHello:

@@ -101,11 +101,11 @@ def cli(
                 )
                 where = stack.enter_context(exporter)
                 sys.setswitchinterval(SWITCH_S)
+            for number in (signal.SIGTERM, signal.SIGINT):  # before anybody can know that it is there
+                signal.signal(number, lambda *_: server.stop())
             server.open()
         except SuperServeError as error:
             raise click.ClickException(str(error)) from error
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: server.stop())
         _serve(server, where)
 
 

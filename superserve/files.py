@@ -74,4 +74,4 @@ def check_text(words: Sequence[str]) -> None:
             word.encode()
         except UnicodeEncodeError:
             shown = os.fsencode(word).decode(errors="backslashreplace")
-            raise ConfigError(f"{shown[:200]}: expected UTF-8: rename the file, or link to it") from None
+            raise ConfigError(f"{shown[:200]}: expected UTF-8: rename it, or link to it") from None

@@ -136,7 +136,7 @@ class Agent:
         finally:
             self._end()
             self._socket.close(0)
-            self._context.term()
+            self._context.destroy(0)
 
     def _say(self, key: bytes, message: RunMessage) -> None:
         send(self._socket, [key, *encode_run(message)])

@@ -134,7 +134,7 @@ class RouterServer:
                 self.workers.admit_only(gate.workers)
             self.clients.bind(context, settings.client_endpoint, keys)
             self.workers.bind(context, settings.worker_endpoint, keys)
-        except ConfigError:
+        except BaseException:  # a signal's, too: what is bound would keep Python from ending
             context.destroy(0)
             raise
         self._doors = Doors((self.client_endpoint, self.worker_endpoint))

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
-_OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_HEARD = (*_ENDING, signal.SIGINT, signal.SIGCHLD)
 _NO_THREAD = "can't start new thread"  # Python's only word for it: a plain RuntimeError
 _TEXT = 500  # characters of a message; some libraries put a page into theirs
 
@@ -49,7 +51,21 @@ def begin() -> None:
         _write_any_text(stream)
     # A parent that waits for signals in a thread blocks them, and its children inherit that: ours would
     # never learn that they are to end.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OUR_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
+    # Ignored, it has the kernel forget how children ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in _ENDING:
+        # By default these end Python at once, and with it every promise to remove files and stop roles.
+        # What the user has ignored, as nohup does, stays so.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    """End by unwinding; a second signal does not interrupt that."""
+    for other in _ENDING:
+        signal.signal(other, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 def _open_streams() -> None:
@@ -85,11 +101,13 @@ def _one_line() -> Iterator[None]:
         _fail("Aborted!")
     except MemoryError as error:
         _fail(f"Error: out of memory: {_text(error)}" if str(error) else "Error: out of memory")
+    except EOFError:
+        _fail("Error: a compiled file of Python is cut off, as a full disk leaves it: remove the folders __pycache__")
     except ImportError as error:
         _fail(f"Error: a library cannot be loaded: {_text(_root(error))}")
     except OSError as error:
         if error.errno == errno.EPIPE:
-            _fail("Error: Broken pipe")
+            raise SystemExit(128 + signal.SIGPIPE) from None  # its reader has left, and knows
         _fail(f"Error: {_text(error)}")
     except RuntimeError as error:
         if _NO_THREAD not in str(error):
@@ -131,7 +149,7 @@ def _flushed(code: int) -> int:
             continue  # closed on purpose
         except OSError as error:
             if number == 1 and code == 0:
-                code = 1
+                code = 128 + signal.SIGPIPE if error.errno == errno.EPIPE else 1
                 with contextlib.suppress(OSError, ValueError):
                     sys.stderr.write(f"Error: {_text(error)}\n")
                     sys.stderr.flush()

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import orjson
 
 from superserve.errors import ConfigError
+from superserve.files import check_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -333,8 +334,14 @@ def state_folder() -> Path:
     """Return the folder that holds a folder for each cluster of this user on this machine.
 
     Raises:
-        ConfigError: No variable names one, and the user has no home.
+        ConfigError: No variable names one, and the user has no home; or its path is not UTF-8.
     """
+    folder = _state_folder()
+    check_text([str(folder)])  # it stands in files of JSON
+    return folder
+
+
+def _state_folder() -> Path:
     if given := os.environ.get(STATE_VARIABLE):
         return Path(given).absolute()
     if given := os.environ.get("XDG_STATE_HOME"):

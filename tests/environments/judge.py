@@ -22,7 +22,8 @@ _GUARD = "superserve/roles/command.py"
 """What is in a traceback once a command has begun."""
 _USAGE = re.compile(r"Usage: [^\n]*\n(?:  [^\n]*\n)*Try [^\n]*\n\n(?=Error: )")
 _TEMPORARY = re.compile(r"\.part$|\.tmp$|^tmp[a-z0-9_]{6,}$|^\.|~$|superserve-")
-_KEPT = ("home/.local", "home/.cache", "home/.config")
+_KEPT = "home/.local"
+_OF_LIBRARIES = "OpenBLAS error: "  # it prints a line, and ends the process
 _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
@@ -68,11 +69,12 @@ def complaints(step: Step, seen: Seen, hostile: Hostile, asked: Collection[str] 
     if seen.code is None:
         return ["did not end in time", *_broken(seen)]
     found = _broken(seen)
+    is_unread = hostile.streams.get("stdout") in ("broken", "full")
     if worked(step, seen) and not (step.stderr == "" and seen.code != 0 and _is_refusal(seen)):
         found += _half_done(step, seen, hostile)
     else:
-        found += _unclear(seen, hostile)
-        found += [f"wrote {name}, and failed" for name in step.files if name in seen.contents and not seen.sent]
+        found += _unclear(step, seen, hostile)
+        found += [f"wrote {name}, and failed" for name in step.files if name in seen.contents and not seen.sent and not is_unread]
     found += [f"left a process: {words}" for words in seen.left]
     return found + _litter({*asked, *step.files}, seen)
 
@@ -91,7 +93,7 @@ def _broken(seen: Seen) -> list[str]:
 
 def _is_refusal(seen: Seen) -> bool:
     """Tell whether an exit code that may mean a verdict came with an error line instead."""
-    return seen.stderr is not None and "Error: " in seen.stderr
+    return seen.stderr is not None and "rror: " in seen.stderr
 
 
 def _half_done(step: Step, seen: Seen, hostile: Hostile) -> list[str]:
@@ -113,15 +115,17 @@ def _half_done(step: Step, seen: Seen, hostile: Hostile) -> list[str]:
     return found
 
 
-def _unclear(seen: Seen, hostile: Hostile) -> list[str]:
+def _unclear(step: Step, seen: Seen, hostile: Hostile) -> list[str]:
     if hostile.excuse is None:
         return [f"exit code {seen.code}, where nothing stood in its way"]
     if seen.code == 0:
-        return ["exit code 0, without having worked"]
+        return [] if step.serves and seen.sent else ["exit code 0, without having worked"]
     if seen.stderr is None or (seen.sent and not seen.stderr.strip()):
         return []  # nobody could have read it; or a signal ended it, and its sender knows
     if seen.sent and _GUARD not in seen.stderr:
         return []
+    if hostile.streams.get("stdout") == "broken" and not seen.stderr.strip():
+        return []  # whoever left knows
     found = _one_line(seen.stderr)
     if not _excused(seen.stderr, hostile):
         found.append(f"the error does not speak of {hostile.excuse!r}")
@@ -138,7 +142,7 @@ def _one_line(text: str) -> list[str]:
     lines = [line for line in said.splitlines() if line.strip() and not _LOG_LINE.match(line)]
     if not lines:
         return ["failed without a word"]
-    errors = [line for line in lines if line.startswith(("Error: ", "Aborted!"))]
+    errors = [line for line in lines if line.startswith(("Error: ", "Aborted!", _OF_LIBRARIES))]
     if len(errors) != 1:
         return [f"{len(errors)} lines begin with 'Error: '"]
     # What a role had said before it ended is quoted below the error that names it.
@@ -154,10 +158,12 @@ def _litter(asked: Collection[str], seen: Seen) -> list[str]:
     found = []
     tops = {file.split("/")[0] for file in asked}
     for name, size in seen.files.items():
-        if any(name.startswith(kept) for kept in _KEPT):
+        if name.startswith(_KEPT):
             if (size == 0 and not name.endswith(".log")) or name.endswith((".part", ".tmp", ".sock")):
                 found.append(f"left {name}, of {size} bytes")
             continue
+        if "/.cache/" in name or "/.config/" in name:
+            continue  # fonts that matplotlib has found
         is_asked = not tops.isdisjoint(name.split("/"))
         if size == 0:
             found.append(f"left an empty {name}")

@@ -10,6 +10,7 @@ import signal
 import socket
 import stat
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +72,21 @@ class Mounts:
         """Show one file in the place of another."""
         self._mount(str(source), target, None, _BIND)
 
+    def open_way(self, to: Path) -> None:
+        """Let everybody reach a folder below one that is closed, as an interpreter in root's home is."""
+        closed = [parent for parent in to.parents if not parent.stat().st_mode & 0o001]
+        if not closed:
+            return
+        kept = Path(tempfile.mkdtemp(prefix="ss-way-", dir="/tmp"))
+        try:
+            self._mount(str(to), str(kept), None, _BIND)
+            self._mount("tmpfs", str(closed[-1]), "tmpfs", 0, "size=64k,mode=755")
+            to.mkdir(parents=True)
+            self._mount(str(kept), str(to), None, _BIND)
+            _checked(self._libc.umount(os.fsencode(kept)), "umount")
+        finally:
+            kept.rmdir()
+
     def _mount(self, source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
         encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind, data)]
         _checked(self._libc.mount(*encoded[:3], flags, encoded[3]), f"mount {target}")
@@ -83,18 +99,14 @@ def enter(hostile: Hostile, base: Path) -> None:
     if hostile.blocked:
         signal.pthread_sigmask(signal.SIG_BLOCK, hostile.blocked)
     if hostile.user is not None:
-        os.setgroups([])
-        os.setgid(hostile.user)
+        os.setgroups([])  # the group stays, as in containers with a user of their own
         os.setuid(hostile.user)
     os.umask(hostile.umask)
     for name, limit in hostile.limits.items():
         which = getattr(resource, f"RLIMIT_{name}")
         resource.setrlimit(which, (limit, limit))
     if not hostile.cwd:
-        gone = base / "gone"
-        os.chdir(gone)
-        if hostile.user is None:
-            gone.rmdir()
+        (base / "gone").rmdir()
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if hostile.streams.get(name) == "closed":
             os.close(number)
@@ -106,6 +118,7 @@ def started(
     """Start a command; its output goes to two descriptors."""
 
     def spoil() -> None:
+        cwd.mkdir(exist_ok=True)
         os.chdir(cwd)
         enter(hostile, base)
 
@@ -141,20 +154,10 @@ def serves(process: subprocess.Popen[bytes], door: socket.socket, how: str, wait
             with contextlib.suppress(TimeoutError):
                 door.accept()[0].detach()  # left open: it is being served
                 has_door = True
-        elif (how == "connects" or _listens(process.pid)) and _catches(process.pid, signal.SIGTERM):
+        elif how == "connects" or _listens(process.pid):
             return True
         else:
             time.sleep(_LOOK_S)
-    return False
-
-
-def _catches(pid: int, number: int) -> bool:
-    """Tell whether a process would handle a signal."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name == "SigCgt":
-                return bool(int(value, 16) >> (number - 1) & 1)
     return False
 
 

@@ -86,10 +86,12 @@ class Stage:
 
     def _mount(self) -> None:
         needs_passwd = self.hostile.env.get("HOME", "x") in (None, "") and self.hostile.user is None
-        if not self.hostile.mounts and not needs_passwd:
+        if not self.hostile.mounts and not needs_passwd and self.hostile.user is None:
             return
         mounts = launch.Mounts()
         mounts.enter()
+        if self.hostile.user is not None:
+            mounts.open_way(Path(sys.base_prefix))
         for name, kind in self.hostile.mounts.items():
             mounts.put(self.base / name, kind)
         if needs_passwd:
@@ -113,6 +115,8 @@ class Stage:
                 plain[name] = filled
         self.env = {name: value for name, value in plain.items() if value is not None}
         self.env |= {"PYTHONPATH": os.pathsep.join(path), launch.MARK: self.mark}
+        # A full disk or a limit on files has Python leave compiled files cut off; this checkout's are everybody's.
+        self.env["PYTHONDONTWRITEBYTECODE"] = "1"
 
     def clean(self) -> Hostile:
         """Return the environment as nobody has spoiled it, but for what is mounted."""
@@ -286,6 +290,7 @@ def main() -> None:
         said = run(Pair(**asked["pair"]), Path(asked["inputs"]))
     except PermissionError as error:
         said = {"skipped": str(error)}
+    os.chdir("/")
     base = said.pop("base", None)
     print(json.dumps(said), flush=True)  # noqa: T201  what the parent reads
     if isinstance(base, str):
