@@ -301,6 +301,8 @@ def serve(
         SuperServeError: The endpoint is malformed, the port taken, or the router will not have this worker.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    asked_early: list[bool] = []
+    waker.on_signals(lambda: asked_early.append(True))  # before its router can know that it is there
     try:
         with ExitStack() as stack:
             handshake = Handshake(context, endpoint, keys)
@@ -324,6 +326,8 @@ def serve(
                 exporter = serve_pages(pages(server, metrics), address=address, port=port)
                 ready["metrics"] = stack.enter_context(exporter)
             waker.on_signals(server.stop)
+            if asked_early:
+                server.stop()
             server.run()
     finally:
         context.destroy(0)  # not term(): it would wait for ever for a socket that a signal left open

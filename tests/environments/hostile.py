@@ -268,7 +268,7 @@ def strange_targets(rng: random.Random) -> Hostile:
         files |= {f"out/{name}": "-> /none/at/all" for name in ("r.json", "r.npz", "r.html", "r.svg", "r.log")}
     modes = {"out": 0o555} if how == "read-only" else {}
     user = NOBODY if how == "read-only" else None
-    excuse = None if how in ("missing", "file") else r"out|r\.|directory|folder"
+    excuse = None if how == "file" else r"out|r\.|directory|folder"
     return Hostile(how, files=files, modes=modes, user=user, out=out, excuse=excuse)
 
 
