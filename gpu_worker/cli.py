@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import psutil  # type: ignore[import-untyped]  # it ships no types
-import zmq
 
 from gpu_worker.core.link import Gauges
 from gpu_worker.core.played import SPEEDS, Pace
@@ -28,6 +27,7 @@ from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
 from superserve.hello import WorkerHello
+from superserve.net.context import new_context
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
 from superserve.roles.pages import LOOPBACK, serve_pages
@@ -38,6 +38,8 @@ from superserve.wire import OURS, Directive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    import zmq
 
     from gpu_worker.core.queue import Gpus
     from gpu_worker.engines.torch_executor import TorchExecutor
@@ -300,7 +302,7 @@ def serve(
     Raises:
         SuperServeError: The endpoint is malformed, the port taken, or the router will not have this worker.
     """
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context: zmq.Context[zmq.Socket[bytes]] = new_context()
     asked_early: list[bool] = []
     waker.on_signals(lambda: asked_early.append(True))  # before its router can know that it is there
     try:

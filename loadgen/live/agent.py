@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import zmq
 
 from loadgen.live.run import Hooks, RunSettings, run_trace
 from loadgen.live.sender import COLUMNS
@@ -29,6 +28,7 @@ from loadgen.traces.trace import Trace
 from superserve import wire
 from superserve.clock import SECOND
 from superserve.errors import ConfigError, SuperServeError, VersionError, WireError
+from superserve.net.context import new_context
 from superserve.net.sockets import bind_router, receive, send
 from superserve.wire import (
     RUN_COLUMNS,
@@ -46,6 +46,8 @@ from superserve.wire import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import zmq
 
     from loadgen.results.run import Run
     from superserve.wire import Buffer, RunMessage
@@ -115,7 +117,7 @@ class Agent:
     """
 
     def __init__(self, endpoint: str) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = new_context()
         self._socket, self.endpoint = bind_router(self._context, endpoint)
         self._share: _Share | None = None
         self._thread: threading.Thread | None = None

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
-import zmq
 
 from gpu_worker.core.played import AS_PROFILED, Pace
 from gpu_worker.serve.eventlog import check_logs
@@ -32,6 +31,7 @@ from loadgen.traces.arrivals import arrivals_cv2
 from superserve.clock import SECOND
 from superserve.errors import ConfigError, WireError
 from superserve.net.connection import ask_status
+from superserve.net.context import new_context
 from superserve.net.sockets import bind_router, receive, send
 from superserve.roles.processes import ProcessGroup
 from superserve.wire import (
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
+    import zmq
 
     from gpu_worker.serve.eventlog import EventLogReport
     from loadgen.live.progress import Watch
@@ -206,7 +207,7 @@ def run_trace(
     if trace.n == 0:
         raise ConfigError(f"trace {trace.name}: expected at least one query")
     before = ask_status(endpoint, keys=settings.keys)
-    with tempfile.TemporaryDirectory(prefix="superserve-run-") as name, zmq.Context() as context:
+    with tempfile.TemporaryDirectory(prefix="superserve-run-") as name, new_context() as context:
         folder = Path(name)
         control, control_endpoint = bind_router(context, "tcp://127.0.0.1:*")
         probe = NoiseProbe()

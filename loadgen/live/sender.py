@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
-import zmq
 
 from superserve import wire
 from superserve.errors import ConfigError, SuperServeError, WireError
 from superserve.net.connection import Connection
+from superserve.net.context import new_context
 from superserve.net.keys import peer_keys
 from superserve.net.sockets import ZERO_COPY_BYTES, Waiter, connect_dealer, receive, send, wait
 from superserve.roles.processes import announce_ready, die_with_parent
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
+    import zmq
 
     from superserve.wire import Group
 
@@ -345,7 +346,7 @@ def run_sender(plan: SenderPlan) -> None:
     Raises:
         SuperServeError: The router is absent, or the plan's files are not what they should be.
     """
-    with zmq.Context() as context:
+    with new_context() as context:
         connection = Connection(plan.endpoint, context, peer_keys(plan.keys))
         control = connect_dealer(context, plan.control)
         try:

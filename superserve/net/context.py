@@ -1,9 +1,9 @@
-"""ZeroMQ contexts of our own, and a look at the descriptors that are left before ZeroMQ takes any.
+"""ZeroMQ contexts of our own, and a look at descriptors and threads that are left before ZeroMQ takes any.
 
 An application may do to `zmq.Context.instance()` what it likes: terminate it, which waits for ever while a
 socket of ours is open, or give its sockets an identity, which two of ours must not share. So clients share
 a context that only they know. And libzmq aborts the process where it finds no descriptor for its own
-threads, so each place that makes sockets asks here first.
+threads, or may start none, so each place that makes sockets asks here first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from superserve.errors import ConfigError
 CONNECTION_DESCRIPTORS = 16
 """What the first client of a process takes is 10: 5 for ZeroMQ's threads, and 5 for its own sockets, wake-up
 and connection. The rest is for whatever else opens files at the same moment."""
+
+_ZMQ_THREADS = 2
+"""One that moves messages, and one that closes sockets."""
 
 _MAX_SOCKETS = 65_535
 """ZeroMQ's own limit; its default of 1,023 is reached at 341 clients, as a ZMQError that names no limit."""
@@ -53,6 +56,38 @@ def has_descriptors(n: int) -> bool:
     return True
 
 
+def new_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """Return a context whose threads can be started.
+
+    Raises:
+        ConfigError: They cannot: libzmq would abort the process at its first socket.
+    """
+    if not has_threads(_ZMQ_THREADS):
+        raise ConfigError(
+            f"ZeroMQ needs {_ZMQ_THREADS} threads, and this user may start no more: end some processes, or "
+            f"raise the limit with `ulimit -u`; containers have one of their own"
+        )
+    return zmq.Context()
+
+
+def has_threads(n: int) -> bool:
+    """Tell whether this process can start `n` more threads; starts and ends them to find out."""
+    is_over = threading.Event()
+    threads: list[threading.Thread] = []
+    try:
+        while len(threads) < n:
+            thread = threading.Thread(target=is_over.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:  # Python's word for it
+        return False
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    return True
+
+
 class _Shared:
     """The one context of this process's clients; a child of a fork makes its own."""
 
@@ -79,12 +114,12 @@ def client_context() -> zmq.Context[zmq.Socket[bytes]]:
     """Return the context that the clients of this process share with nobody else.
 
     Raises:
-        ConfigError: Too few file descriptors are left for another client.
+        ConfigError: Too few file descriptors or threads are left for another client.
     """
     shared = _shared
     with shared.lock:
         check_descriptors("a client")
         if shared.context is None or shared.context.closed:
-            shared.context = zmq.Context()
+            shared.context = new_context()
             shared.context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
         return shared.context

@@ -52,6 +52,8 @@ def begin() -> None:
     # A parent that waits for signals in a thread blocks them, and its children inherit that: ours would
     # never learn that they are to end.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
+    # Pictures go to files; a notebook names a backend here that this environment may lack.
+    os.environ["MPLBACKEND"] = "agg"
     # Ignored, it has the kernel forget how children ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in _ENDING:
@@ -85,7 +87,7 @@ def _open_streams() -> None:
 
 
 def _write_any_text(stream: object) -> None:
-    """Have a stream write what its encoding has no character for, a line of a table say, as a question mark."""
+    """Have a stream write what its encoding lacks, a line of a table say, as a question mark."""
     encoding = str(getattr(stream, "encoding", None) or "").replace("_", "-").lower()
     errors = "backslashreplace" if encoding in ("utf-8", "utf8") else "replace"
     if reconfigure := getattr(stream, "reconfigure", None):
@@ -102,7 +104,7 @@ def _one_line() -> Iterator[None]:
     except MemoryError as error:
         _fail(f"Error: out of memory: {_text(error)}" if str(error) else "Error: out of memory")
     except EOFError:
-        _fail("Error: a compiled file of Python is cut off, as a full disk leaves it: remove the folders __pycache__")
+        _fail("Error: a compiled file is cut off, as a full disk leaves it: remove the folders __pycache__")
     except ImportError as error:
         _fail(f"Error: a library cannot be loaded: {_text(_root(error))}")
     except OSError as error:
@@ -110,6 +112,12 @@ def _one_line() -> Iterator[None]:
             raise SystemExit(128 + signal.SIGPIPE) from None  # its reader has left, and knows
         _fail(f"Error: {_text(error)}")
     except RuntimeError as error:
+        # Python 3.11 wraps what a signal raises while a class is being made.
+        root = _root(error)
+        if isinstance(root, SystemExit):
+            raise root from None
+        if isinstance(root, KeyboardInterrupt):
+            _fail("Aborted!")
         if _NO_THREAD not in str(error):
             raise
         _fail("Error: no more threads can be started: expected a higher limit of processes (ulimit -u)")
@@ -124,8 +132,12 @@ def _root(error: BaseException) -> BaseException:
 
 def _text(error: BaseException) -> str:
     """Return an error's message as one line."""
-    if isinstance(error, OSError) and error.strerror:
-        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        said = "the working folder is gone: change to one that is there"
+    elif isinstance(error, OSError) and error.strerror:
+        names = [
+            os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
+        ]
         said = ": ".join([*names, error.strerror])
     else:
         said = str(error) or type(error).__name__
@@ -141,7 +153,7 @@ def _fail(line: str) -> NoReturn:
 
 
 def _flushed(code: int) -> int:
-    """Return the exit code, once what was printed is out; Python's own attempt at exit prints more than a line."""
+    """Return the exit code, once what was printed is out; where it cannot be, Python would say more."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()

@@ -8,6 +8,8 @@ import sys
 import time
 from collections import Counter
 
+import click
+
 from tests.environments.draw import pairs, sample
 from tests.environments.runs import inputs, run_all
 
@@ -17,7 +19,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.environments", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1_000)
-    parser.add_argument("--only", type=int, metavar="K", help="run the pair of this number alone, and show it")
+    parser.add_argument(
+        "--only", type=int, metavar="K", help="run the pair of this number alone, and show it"
+    )
     parser.add_argument("--match", default="", help="run those alone whose names hold this")
     parser.add_argument("--sample", action="store_true", help="run those that `make test` runs")
     parser.add_argument("--at-once", type=int, default=len(os.sched_getaffinity(0)))
@@ -38,14 +42,14 @@ def main() -> int:
                 counts[f"skipped: {verdict.skipped}"] += 1
             if verdict.complaints or asked.only is not None:
                 how = "--sample" if asked.sample else f"--seed {asked.seed}"
-                print(f"{verdict.pair}\n  python -m tests.environments {how} --only {number}")
+                click.echo(f"{verdict.pair}\n  python -m tests.environments {how} --only {number}")
                 for complaint in verdict.complaints:
-                    print(f"  {complaint}")
+                    click.echo(f"  {complaint}")
                 for step in verdict.seen:
                     for name, value in step.items():
-                        print("    " + f"{name}: {value}".replace("\n", "\n      "))
+                        click.echo("    " + f"{name}: {value}".replace("\n", "\n      "))
                 sys.stdout.flush()
-    print(f"{len(chosen)} pairs in {time.monotonic() - began_s:.0f} s: {dict(counts)}")
+    click.echo(f"{len(chosen)} pairs in {time.monotonic() - began_s:.0f} s: {dict(counts)}")
     return 1 if counts["failed"] else 0
 
 

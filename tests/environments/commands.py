@@ -17,7 +17,7 @@ class Step:
         stdout: A pattern that its output holds, if it worked.
         codes: The exit codes of a command that worked.
         stderr: A pattern of its error line, where working means to refuse.
-        serves: How to see that it serves, if it ends by SIGTERM only: it "listens", or "connects" to `{port}`.
+        serves: How to see that it serves, if only SIGTERM ends it: it "listens", or "connects" to `{port}`.
         files: What it writes into `{out}`: the name, and what a whole one begins and ends with.
     """
 
@@ -63,7 +63,11 @@ COMMANDS: dict[str, tuple[Step, ...]] = {
     "cluster down": (step("cluster down", "nothing to stop"),),
     "cluster config": (step("cluster config {in}/hosts.yaml", "hosts"),),
     "cluster keys": (
-        step("cluster keys --out {out}/keys make", "made", files={"keys/router.key": ANY, "keys/operator.key": ANY}),
+        step(
+            "cluster keys --out {out}/keys make",
+            "made",
+            files={"keys/router.key": ANY, "keys/operator.key": ANY},
+        ),
         step("cluster keys --out {out}/keys list", "operator"),
     ),
     "cluster up": (
@@ -75,43 +79,51 @@ COMMANDS: dict[str, tuple[Step, ...]] = {
     "trace info": (step("loadgen trace info poisson:rate=200 --duration 1", r"(?s)poisson:rate=200.*q/s"),),
     "trace info file": (step("loadgen trace info {in}/trace.npz", "q/s"),),
     "trace make": (
-        step("loadgen trace make poisson:rate=200 --duration 1 --out {out}/r.npz", "written", files={"r.npz": ANY}),
+        step(
+            "loadgen trace make poisson:rate=200 --duration 1 --out {out}/r.npz",
+            "written",
+            files={"r.npz": ANY},
+        ),
     ),
     "simulate": (
         step(
-            f"loadgen simulate --trace poisson:rate=200 --duration 0.5 --emulate {EMULATED}:1 --json {{out}}/r.json",
-            r"(?s)SLO attainment.*digest", files={"r.json": JSON},
-        ),
-    ),  # fmt: skip
-    "search": (
-        step(
-            f"loadgen search --simulate --emulate {EMULATED}:1 --duration 0.2 --start 200 --max-probes 2 --tolerance 1"
-            " --json {out}/r.json", codes=(0, 1), files={"r.json": JSON},
-        ),
-    ),  # fmt: skip
-    "compare": (
-        step(
-            f"loadgen compare --simulate --trace poisson:rate=100 --duration 0.3 --seeds 1 --emulate {EMULATED}:1"
-            " --policy mincost --processes 2 --no-bound --json {out}/r.json", "mincost", files={"r.json": JSON},
-        ),
-    ),  # fmt: skip
-    "run": (
-        step(
-            f"loadgen run {_RUN} --json {{out}}/r.json", r"(?s)queries.*no violations", codes=(0, 1),
+            f"loadgen simulate --trace poisson:rate=200 --duration 0.5 --emulate {EMULATED}:1"
+            " --json {out}/r.json",
+            r"(?s)SLO attainment.*digest",
             files={"r.json": JSON},
         ),
-    ),  # fmt: skip
-    "report": (step(_PAGE, "written", files={"r.html": HTML}),),
-    "calibrate": (
-        step("loadgen calibrate --trace poisson:rate=60 --json-lines", r"\{", codes=(0, 1)),
     ),
+    "search": (
+        step(
+            f"loadgen search --simulate --emulate {EMULATED}:1 --duration 0.2 --start 200 --max-probes 2"
+            " --tolerance 1 --json {out}/r.json",
+            codes=(0, 1),
+            files={"r.json": JSON},
+        ),
+    ),
+    "compare": (
+        step(
+            f"loadgen compare --simulate --trace poisson:rate=100 --duration 0.3 --seeds 1"
+            f" --emulate {EMULATED}:1 --policy mincost --processes 2 --no-bound --json {{out}}/r.json",
+            "mincost",
+            files={"r.json": JSON},
+        ),
+    ),
+    "run": (
+        step(
+            f"loadgen run {_RUN} --json {{out}}/r.json",
+            r"(?s)queries.*no violations",
+            codes=(0, 1),
+            files={"r.json": JSON},
+        ),
+    ),
+    "report": (step(_PAGE, "written", files={"r.html": HTML}),),
+    "calibrate": (step("loadgen calibrate --trace poisson:rate=60 --json-lines", r"\{", codes=(0, 1)),),
     "agent": (step("loadgen agent", serves="listens"),),
     "profiles help": helps("profiles"),
     "profiles measure help": helps("profiles measure"),
     "profiles show": (step(f"profiles show {EMULATED}", r"(?s)cnn-73\.82.*cnn-80\.16"),),
-    "profiles picture": (
-        step(f"profiles show {EMULATED} --picture {{out}}/r.svg", files={"r.svg": SVG}),
-    ),
+    "profiles picture": (step(f"profiles show {EMULATED} --picture {{out}}/r.svg", files={"r.svg": SVG}),),
     "profiles search help": helps("profiles search"),
     "profiles accuracy help": helps("profiles accuracy"),
     "profiles calibrate help": helps("profiles calibrate"),
@@ -128,8 +140,10 @@ COMMANDS: dict[str, tuple[Step, ...]] = {
     ),
     "worker log": (
         step(
-            f"superserve-worker --connect tcp://127.0.0.1:{{port}} --emulate {EMULATED} --event-log {{out}}/r.log",
-            serves="connects", files={"r.log": ANY},
+            f"superserve-worker --connect tcp://127.0.0.1:{{port}} --emulate {EMULATED}"
+            " --event-log {out}/r.log",
+            serves="connects",
+            files={"r.log": ANY},
         ),
-    ),  # fmt: skip
+    ),
 }

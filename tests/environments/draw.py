@@ -16,7 +16,6 @@ SAMPLED = 40
 """How many pairs the sample has."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A command in a hostile environment.
@@ -41,7 +40,7 @@ class Pair:
 
 
 def pairs(seed: int, count: int) -> list[Pair]:
-    """Return the pairs of a seed: all families beside all commands in random order, and again, to the count."""
+    """Return the pairs of a seed: all families beside all commands, in random order."""
     rng = random.Random(seed)
     product = [(family, command) for family in FAMILIES for command in COMMANDS]
     found: list[Pair] = []
@@ -60,5 +59,6 @@ def sample() -> list[Pair]:
     random.Random(1).shuffle(commands)
     n = max(SAMPLED, len(commands), len(families))
     return [
-        Pair(families[number % len(families)], f"sample/{number}", commands[number % len(commands)]) for number in range(n)
+        Pair(families[number % len(families)], f"sample/{number}", commands[number % len(commands)])
+        for number in range(n)
     ]

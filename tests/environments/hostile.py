@@ -95,7 +95,9 @@ def no_home(rng: random.Random) -> Hostile:
 @family
 def strange_home(rng: random.Random) -> Hostile:
     """HOME not there, a file, a relative path, one that is not UTF-8."""
-    home = rng.choice(["{base}/none/at/all", "{base}/work/plain", "relative", "{base}/h\udcff me", "/dev/null"])
+    home = rng.choice(
+        ["{base}/none/at/all", "{base}/work/plain", "relative", "{base}/h\udcff me", "/dev/null"]
+    )
     return Hostile(repr(home), {"HOME": home}, files={"work/plain": "text"}, excuse=r"plain|/dev/null|h.*me")
 
 
@@ -131,7 +133,9 @@ def full_tmpdir(rng: random.Random) -> Hostile:
 @family
 def strange_tmpdir(rng: random.Random) -> Hostile:
     """Paths longer than a socket's may be, with spaces, newlines and bytes that are no text."""
-    name = rng.choice(["long" * 40, "with space", "new\nline", "b\udcff", "{curly}", "%percent%d", '"quote', "-dash"])
+    name = rng.choice(
+        ["long" * 40, "with space", "new\nline", "b\udcff", "{curly}", "%percent%d", '"quote', "-dash"]
+    )
     folder = f"tmp/{name}"
     return Hostile(repr(name[:12]), {"TMPDIR": f"{{base}}/{folder}"}, files={folder: None}, excuse=None)
 
@@ -140,8 +144,10 @@ def strange_tmpdir(rng: random.Random) -> Hostile:
 def strange_state(rng: random.Random) -> Hostile:
     """State folders whose paths are long, odd, or of the wrong kind."""
     value = rng.choice([
-        "{base}/home/" + "long" * 40, "{base}/home/with space", "{base}/home/new\nline", "{base}/home/%percent%d",
-        "relative", "{base}/work/plain", "/dev/null", "/proc/none", "{base}/home/b\udcff", "~/state", "{base}/home/;x",
+        "{base}/home/" + "long" * 40, "{base}/home/with space", "{base}/home/new\nline",
+        "{base}/home/%percent%d", "relative", "{base}/work/plain", "/dev/null", "/proc/none", "~/state",
+        "{base}/home/b\udcff",
+        "{base}/home/;x",
     ])  # fmt: skip
     return Hostile(
         repr(value), {"SUPERSERVE_STATE": value}, files={"work/plain": "text"},
@@ -154,8 +160,10 @@ def python_variables(rng: random.Random) -> Hostile:
     """What other programs' users set for Python."""
     return Hostile("", dict(rng.choice([
         {"PYTHONOPTIMIZE": "2"}, {"PYTHONWARNINGS": "error"}, {"PYTHONDONTWRITEBYTECODE": "1"},
-        {"PYTHONSTARTUP": "/none.py"}, {"PYTHONSAFEPATH": "1"}, {"PYTHONHASHSEED": "0"}, {"PYTHONDEVMODE": "1"},
-        {"PYTHONUNBUFFERED": "1"}, {"PYTHONNOUSERSITE": "1"}, {"PYTHONINSPECT": ""}, {"PYTHONMALLOC": "debug"},
+        {"PYTHONSTARTUP": "/none.py"}, {"PYTHONSAFEPATH": "1"}, {"PYTHONHASHSEED": "0"},
+        {"PYTHONDEVMODE": "1"},
+        {"PYTHONUNBUFFERED": "1"}, {"PYTHONNOUSERSITE": "1"}, {"PYTHONINSPECT": ""},
+        {"PYTHONMALLOC": "debug"},
         {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "error"}, {"PYTHONPLATLIBDIR": "lib"},
     ])))  # fmt: skip
 
@@ -164,15 +172,19 @@ def python_variables(rng: random.Random) -> Hostile:
 def python_path(rng: random.Random) -> Hostile:
     """A PYTHONPATH of folders that are not there, or that hold modules of other programs."""
     value = rng.choice(["{base}/none", "{base}/work", ":", "relative", "{base}/work:{base}/none"])
-    return Hostile(value, {"PYTHONPATH": value}, files={"work/helpers.py": "raise RuntimeError", "work/notes.txt": "x"})
+    return Hostile(
+        value, {"PYTHONPATH": value}, files={"work/helpers.py": "raise RuntimeError", "work/notes.txt": "x"}
+    )
 
 
 @family
 def terminal(rng: random.Random) -> Hostile:
     """Terminals of one column, of none, of an unknown kind."""
     return Hostile("", dict(rng.choice([
-        {"COLUMNS": "1"}, {"COLUMNS": "0"}, {"COLUMNS": "-5"}, {"COLUMNS": "wide"}, {"COLUMNS": "1", "LINES": "1"},
-        {"TERM": "dumb"}, {"TERM": None}, {"TERM": "no-such-terminal"}, {"NO_COLOR": "1"}, {"FORCE_COLOR": "1"},
+        {"COLUMNS": "1"}, {"COLUMNS": "0"}, {"COLUMNS": "-5"}, {"COLUMNS": "wide"},
+        {"COLUMNS": "1", "LINES": "1"},
+        {"TERM": "dumb"}, {"TERM": None}, {"TERM": "no-such-terminal"}, {"NO_COLOR": "1"},
+        {"FORCE_COLOR": "1"},
         {"COLUMNS": "100000"}, {"CLICOLOR_FORCE": "1"}, {"TTY_COMPATIBLE": "1", "COLUMNS": "2"},
     ])))  # fmt: skip
 
@@ -193,7 +205,9 @@ def own_variables(rng: random.Random) -> Hostile:
         {"SUPERSERVE_READY_FD": "garbage"}, {"SUPERSERVE_READY_FD": "999"}, {"SUPERSERVE_READY_FD": "-1"},
         {"SUPERSERVE_PARENT_PID": "garbage"}, {"SUPERSERVE_PARENT_PID": "1"},
         {"OMP_NUM_THREADS": "many"}, {"MPLBACKEND": "no-such"}, {"MPLCONFIGDIR": "/none/at/all"},
-        {"SUPERSERVE_HOST_FOLDER": "/none"}, {"SUPERSERVE_TIMING": "garbage"}, {"SUPERSERVE_SSH_CONFIG": "/none"}, {"MALLOC_ARENA_MAX": "1"},
+        {"SUPERSERVE_HOST_FOLDER": "/none"}, {"SUPERSERVE_TIMING": "garbage"},
+        {"SUPERSERVE_SSH_CONFIG": "/none"}, {"MALLOC_ARENA_MAX": "1"},
+        {"MPLBACKEND": "module://of_a_notebook.backend_inline"},
     ])  # fmt: skip
     return Hostile(str(env), env, excuse=r"SUPERSERVE|KEYS|/none|process 1, which started this one")
 
@@ -201,7 +215,9 @@ def own_variables(rng: random.Random) -> Hostile:
 @family
 def time_zone(rng: random.Random) -> Hostile:
     """Time zones that are not there, and far ones."""
-    return Hostile("", {"TZ": rng.choice(["garbage", "", "UTC-25", ":/etc/passwd", "Pacific/Kiritimati", "a" * 300])})
+    return Hostile(
+        "", {"TZ": rng.choice(["garbage", "", "UTC-25", ":/etc/passwd", "Pacific/Kiritimati", "a" * 300])}
+    )
 
 
 # --- where it is typed, and what lies there ------------------------------------------------------
@@ -211,10 +227,13 @@ def time_zone(rng: random.Random) -> Hostile:
 def shadowing_modules(rng: random.Random) -> Hostile:
     """Modules in the working folder that are called as ours, Python's, or a library's."""
     names = ["router.py", "cluster/__init__.py", "random.py", "json.py", "numpy.py", "loadgen.py", "click.py",
-             "superserve/__init__.py", "zmq/__init__.py", "profiles.py", "gpu_worker.py", "signal.py", "types.py",
-             "sitecustomize.py", "usercustomize.py", "orjson.py", "supervisor/__init__.py"]  # fmt: skip
+             "superserve/__init__.py", "zmq/__init__.py", "profiles.py", "gpu_worker.py", "signal.py",
+             "types.py", "sitecustomize.py", "usercustomize.py", "orjson.py",
+             "supervisor/__init__.py"]  # fmt: skip
     chosen = rng.sample(names, rng.randint(1, len(names)))
-    return Hostile(", ".join(chosen), files={f"work/{name}": "raise RuntimeError('shadow')\n" for name in chosen})
+    return Hostile(
+        ", ".join(chosen), files={f"work/{name}": "raise RuntimeError('shadow')\n" for name in chosen}
+    )
 
 
 @family
@@ -234,7 +253,9 @@ def unreadable_folder(rng: random.Random) -> Hostile:
 def read_only_system(rng: random.Random) -> Hostile:
     """Nothing can be written anywhere but in /tmp."""
     folders = rng.choice([("out",), ("work", "out"), ("home", "work", "out"), ("home", "tmp", "work", "out")])
-    return Hostile(" ".join(folders), mounts=dict.fromkeys(folders, "readonly"), excuse=r"Read-only file system")
+    return Hostile(
+        " ".join(folders), mounts=dict.fromkeys(folders, "readonly"), excuse=r"Read-only file system"
+    )
 
 
 @family
@@ -242,13 +263,17 @@ def full_disk(rng: random.Random) -> Hostile:
     """No byte is left, or few, where results go, and perhaps elsewhere."""
     folders = rng.choice([("out",), ("home",), ("home", "out"), ("home", "tmp", "out")])
     kind = rng.choice(["full", "tiny"])
-    return Hostile(f"{kind} {' '.join(folders)}", mounts=dict.fromkeys(folders, kind), excuse=r"No space left")
+    return Hostile(
+        f"{kind} {' '.join(folders)}", mounts=dict.fromkeys(folders, kind), excuse=r"No space left"
+    )
 
 
 @family
 def strange_names(rng: random.Random) -> Hostile:
     """Results in folders whose names are odd."""
-    name = rng.choice(["with space", "-dash", "new\nline", "caf\u00e9", "b\udcff", "long" * 50, "%d{x}$HOME", "'\"\\"])
+    name = rng.choice(
+        ["with space", "-dash", "new\nline", "caf\u00e9", "b\udcff", "long" * 50, "%d{x}$HOME", "'\"\\"]
+    )
     folder = f"out/{name}"
     excuse = r"expected UTF-8|b\\xff" if "\udcff" in name else None
     return Hostile(repr(name[:12]), files={folder: None}, out=folder, excuse=excuse)
@@ -262,10 +287,16 @@ def strange_targets(rng: random.Random) -> Hostile:
     if how == "folder":
         files |= dict.fromkeys([f"out/{name}" for name in ("r.json", "r.npz", "r.html", "r.svg", "r.log")])
     if how == "file":
-        files |= dict.fromkeys([f"out/{name}" for name in ("r.json", "r.npz", "r.html", "r.svg", "r.log")], "old")
-    out = {"missing": "out/not/there", "below a file": "out/plain", "too long": "out/" + "x" * 300}.get(how, "out")
+        files |= dict.fromkeys(
+            [f"out/{name}" for name in ("r.json", "r.npz", "r.html", "r.svg", "r.log")], "old"
+        )
+    out = {"missing": "out/not/there", "below a file": "out/plain", "too long": "out/" + "x" * 300}.get(
+        how, "out"
+    )
     if how == "dangling":
-        files |= {f"out/{name}": "-> /none/at/all" for name in ("r.json", "r.npz", "r.html", "r.svg", "r.log")}
+        files |= {
+            f"out/{name}": "-> /none/at/all" for name in ("r.json", "r.npz", "r.html", "r.svg", "r.log")
+        }
     modes = {"out": 0o555} if how == "read-only" else {}
     user = NOBODY if how == "read-only" else None
     excuse = None if how == "file" else r"out|r\.|directory|folder"
@@ -301,14 +332,20 @@ def few_descriptors(rng: random.Random) -> Hostile:
 def little_memory(rng: random.Random) -> Hostile:
     """Little address space: from too little for Python itself to enough."""
     mebibytes = rng.choice([48, 64, 96, 128, 192, 256, 384, 512, 1_024, 2_048])
-    return Hostile(f"{mebibytes} MiB", limits={"AS": mebibytes << 20}, excuse=r"[Mm]emory|thread|map segment|limit of memory")
+    return Hostile(
+        f"{mebibytes} MiB",
+        limits={"AS": mebibytes << 20},
+        excuse=r"[Mm]emory|thread|map segment|limit of memory",
+    )
 
 
 @family
 def few_processes(rng: random.Random) -> Hostile:
     """No or few more processes and threads."""
     n = rng.choice([1, 2, 3, 5, 8, 16])
-    return Hostile(f"{n}", limits={"NPROC": n}, user=NOBODY, excuse=r"Resource temporarily unavailable|thread|process")
+    return Hostile(
+        f"{n}", limits={"NPROC": n}, user=NOBODY, excuse=r"Resource temporarily unavailable|thread|process"
+    )
 
 
 @family
@@ -324,7 +361,9 @@ def small_files(rng: random.Random) -> Hostile:
 @family
 def closed_streams(rng: random.Random) -> Hostile:
     """Streams that are closed, one or all."""
-    names = rng.choice([("stdin",), ("stdout",), ("stderr",), ("stdin", "stdout"), ("stdin", "stdout", "stderr")])
+    names = rng.choice(
+        [("stdin",), ("stdout",), ("stderr",), ("stdin", "stdout"), ("stdin", "stdout", "stderr")]
+    )
     return Hostile(" ".join(names), streams=dict.fromkeys(names, "closed"))
 
 
@@ -359,7 +398,9 @@ def ignored_signals(rng: random.Random) -> Hostile:
     """As nohup, cron and some supervisors leave them."""
     numbers = [signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGCHLD, signal.SIGTERM, signal.SIGQUIT]
     chosen = rng.sample(numbers, rng.randint(1, len(numbers)))
-    return Hostile(" ".join(number.name for number in chosen), ignored=tuple(int(number) for number in chosen))
+    return Hostile(
+        " ".join(number.name for number in chosen), ignored=tuple(int(number) for number in chosen)
+    )
 
 
 @family
@@ -367,7 +408,9 @@ def blocked_signals(rng: random.Random) -> Hostile:
     """As a parent with threads that wait for signals leaves them."""
     numbers = [signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1]
     chosen = rng.sample(numbers, rng.randint(1, len(numbers)))
-    return Hostile(" ".join(number.name for number in chosen), blocked=tuple(int(number) for number in chosen))
+    return Hostile(
+        " ".join(number.name for number in chosen), blocked=tuple(int(number) for number in chosen)
+    )
 
 
 @family
@@ -392,5 +435,16 @@ def two_signals(rng: random.Random) -> Hostile:
 @family
 def no_terminal(_: random.Random) -> Hostile:
     """No terminal, no variables: what `env -i` leaves, with PATH."""
-    names = ("LANG", "LC_ALL", "TERM", "USER", "LOGNAME", "SHELL", "PWD", "OLDPWD", "XDG_RUNTIME_DIR", "TMPDIR")
+    names = (
+        "LANG",
+        "LC_ALL",
+        "TERM",
+        "USER",
+        "LOGNAME",
+        "SHELL",
+        "PWD",
+        "OLDPWD",
+        "XDG_RUNTIME_DIR",
+        "TMPDIR",
+    )
     return Hostile("", dict.fromkeys(names))

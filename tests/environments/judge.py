@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -16,14 +17,15 @@ if TYPE_CHECKING:
 _LINE = 2_000  # a line that is longer is a dump
 _BROKEN = re.compile(
     r"Traceback \(most recent call last\)|Exception ignored|Fatal Python error|Segmentation fault"
-    r"|Assertion failed|core dumped|terminate called|double free|(?m:^\w*(?:Error|Exception|Interrupt)(?::|$)(?<!^Error:))"
+    r"|Assertion failed|core dumped|terminate called|double free"
+    r"|(?m:^\w*(?:Error|Exception|Interrupt)(?::|$)(?<!^Error:))"
 )
 _GUARD = "superserve/roles/command.py"
 """What is in a traceback once a command has begun."""
 _USAGE = re.compile(r"Usage: [^\n]*\n(?:  [^\n]*\n)*Try [^\n]*\n\n(?=Error: )")
 _TEMPORARY = re.compile(r"\.part$|\.tmp$|^tmp[a-z0-9_]{6,}$|^\.|~$|superserve-")
 _KEPT = "home/.local"
-_OF_LIBRARIES = "OpenBLAS error: "  # it prints a line, and ends the process
+_OF_LIBRARIES = "OpenBLAS "  # it prints, and ends the process or has it interrupted
 _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
@@ -74,7 +76,11 @@ def complaints(step: Step, seen: Seen, hostile: Hostile, asked: Collection[str] 
         found += _half_done(step, seen, hostile)
     else:
         found += _unclear(step, seen, hostile)
-        found += [f"wrote {name}, and failed" for name in step.files if name in seen.contents and not seen.sent and not is_unread]
+        found += [
+            f"wrote {name}, and failed"
+            for name in step.files
+            if name in seen.contents and not seen.sent and not is_unread
+        ]
     found += [f"left a process: {words}" for words in seen.left]
     return found + _litter({*asked, *step.files}, seen)
 
@@ -86,14 +92,19 @@ def _broken(seen: Seen) -> list[str]:
             continue  # Python itself was still being loaded, and takes Ctrl-C so
         if text and (broken := _BROKEN.search(text)):
             found.append(f"{name} has {broken.group()!r}")
-    if seen.code is not None and seen.code < 0 and -seen.code not in seen.sent and not -seen.code == 13:
+    if (
+        seen.code is not None
+        and seen.code < 0
+        and -seen.code not in seen.sent
+        and -seen.code != signal.SIGPIPE
+    ):
         found.append(f"ended by signal {-seen.code}")
     return found
 
 
 def _is_refusal(seen: Seen) -> bool:
     """Tell whether an exit code that may mean a verdict came with an error line instead."""
-    return seen.stderr is not None and "rror: " in seen.stderr
+    return seen.stderr is not None and ("rror: " in seen.stderr or "Aborted!" in seen.stderr)
 
 
 def _half_done(step: Step, seen: Seen, hostile: Hostile) -> list[str]:
@@ -142,7 +153,10 @@ def _one_line(text: str) -> list[str]:
     lines = [line for line in said.splitlines() if line.strip() and not _LOG_LINE.match(line)]
     if not lines:
         return ["failed without a word"]
-    errors = [line for line in lines if line.startswith(("Error: ", "Aborted!", _OF_LIBRARIES))]
+    errors = [line for line in lines if line.startswith(("Error: ", "Aborted!"))]
+    if errors != lines[:1]:  # below a library's own words, which may be all where it ends the process
+        lines = [line for line in lines if not line.startswith(_OF_LIBRARIES)] or [f"Error: {lines[0]}"]
+        errors = errors or lines[:1]
     if len(errors) != 1:
         return [f"{len(errors)} lines begin with 'Error: '"]
     # What a role had said before it ended is quoted below the error that names it.
@@ -167,6 +181,8 @@ def _litter(asked: Collection[str], seen: Seen) -> list[str]:
         is_asked = not tops.isdisjoint(name.split("/"))
         if size == 0:
             found.append(f"left an empty {name}")
+        elif size is not None and seen.stderr is not None and PurePosixPath(name).name in seen.stderr:
+            continue  # a log that the error names
         elif size is not None and (not is_asked or _TEMPORARY.search(PurePosixPath(name).name)):
             found.append(f"left {name}")
         elif size is None and not is_asked and not any(other.startswith(f"{name}/") for other in seen.files):

@@ -7,7 +7,6 @@ import ctypes
 import os
 import resource
 import signal
-import socket
 import stat
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
 
     from tests.environments.hostile import Hostile
@@ -122,11 +122,14 @@ def started(
         os.chdir(cwd)
         enter(hostile, base)
 
-    streams = [_stream(hostile.streams.get(name, ""), own) for name, own in zip(("stdout", "stderr"), outputs, strict=True)]
+    streams = [
+        _stream(hostile.streams.get(name, ""), own)
+        for name, own in zip(("stdout", "stderr"), outputs, strict=True)
+    ]
     try:
         return subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=streams[0], stderr=streams[1], env=env, preexec_fn=spoil,
-            start_new_session=True,
+            argv, stdin=subprocess.DEVNULL, stdout=streams[0], stderr=streams[1], env=env,
+            preexec_fn=spoil, start_new_session=True,  # noqa: PLW1509  no other thread runs yet
         )  # fmt: skip
     finally:
         for stream in streams:
@@ -170,7 +173,7 @@ def _listens(pid: int) -> bool:
     with contextlib.suppress(OSError):
         for entry in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                if os.readlink(entry.path) in listening:
+                if str(Path(entry.path).readlink()) in listening:
                     return True
     return False
 

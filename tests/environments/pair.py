@@ -103,7 +103,8 @@ class Stage:
         base = str(self.base)
         plain: dict[str, str | None] = {
             "PATH": f"{base}/bin:{os.environ.get('PATH', os.defpath)}", "HOME": f"{base}/home",
-            "TMPDIR": f"{base}/tmp", "PWD": f"{base}/work", "LANG": "C.UTF-8", "TERM": "xterm", "USER": "root",
+            "TMPDIR": f"{base}/tmp", "PWD": f"{base}/work", "LANG": "C.UTF-8", "TERM": "xterm",
+            "USER": "root",
             "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR"),
         }  # fmt: skip
         path = [str(ROOT)]
@@ -115,7 +116,7 @@ class Stage:
                 plain[name] = filled
         self.env = {name: value for name, value in plain.items() if value is not None}
         self.env |= {"PYTHONPATH": os.pathsep.join(path), launch.MARK: self.mark}
-        # A full disk or a limit on files has Python leave compiled files cut off; this checkout's are everybody's.
+        # A full disk or a limit on files has Python leave compiled files cut off: none of this checkout's.
         self.env["PYTHONDONTWRITEBYTECODE"] = "1"
 
     def clean(self) -> Hostile:
@@ -201,7 +202,9 @@ def run_step(stage: Stage, step: Step, hostile: Hostile) -> Seen:
         output.text() if hostile.streams.get(name) is None else None
         for name, output in zip(("stdout", "stderr"), outputs, strict=True)
     ]
-    return Seen(code, texts[0], texts[1], was_serving=was_serving, sent=tuple(number for _, number in hostile.sent))
+    return Seen(
+        code, texts[0], texts[1], was_serving=was_serving, sent=tuple(number for _, number in hostile.sent)
+    )
 
 
 def _ended(
@@ -234,7 +237,8 @@ def run(pair: Pair, inputs: Path) -> dict[str, object]:
                 os.kill(number, signal.SIGKILL)
         stage.door.close()
     shown = [
-        {"code": one.code, "stdout": (one.stdout or "")[-_SHOWN:], "stderr": (one.stderr or "")[-_SHOWN:]} for one in seen
+        {"code": one.code, "stdout": (one.stdout or "")[-_SHOWN:], "stderr": (one.stderr or "")[-_SHOWN:]}
+        for one in seen
     ]
     return {"complaints": found, "seen": shown, "base": str(base)}
 
@@ -272,9 +276,7 @@ def _run(stage: Stage, steps: tuple[Step, ...]) -> tuple[list[str], list[Seen]]:
 def _new(before: dict[str, int | None], after: dict[str, int | None]) -> dict[str, int | None]:
     """Return what was not there, and what was emptied."""
     return {
-        name: size
-        for name, size in after.items()
-        if name not in before or (size == 0 and before[name] != 0)
+        name: size for name, size in after.items() if name not in before or (size == 0 and before[name] != 0)
     }
 
 

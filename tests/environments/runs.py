@@ -83,14 +83,18 @@ def run_pair(pair: Pair, folder: Path) -> Verdict:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "tests.environments.pair"], input=asked, env=env, capture_output=True,
-            text=True, timeout=_LIMIT_S, check=False,
+            [sys.executable, "-P", "-m", "tests.environments.pair"],
+            input=asked, env=env, capture_output=True, text=True, timeout=_LIMIT_S, check=False,
         )  # fmt: skip
         said = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError) as error:
-        detail = getattr(error, "stderr", None) or (done.stderr[-2_000:] if isinstance(error, ValueError) else "")
+        detail = getattr(error, "stderr", None) or (
+            done.stderr[-2_000:] if isinstance(error, ValueError) else ""
+        )
         return Verdict(pair, (f"the pair could not be judged: {error}: {detail}",))
-    return Verdict(pair, tuple(said.get("complaints", ())), tuple(said.get("seen", ())), said.get("skipped", ""))
+    return Verdict(
+        pair, tuple(said.get("complaints", ())), tuple(said.get("seen", ())), said.get("skipped", "")
+    )
 
 
 def run_all(pairs: Iterable[Pair], folder: Path, at_once: int) -> Iterator[Verdict]:
