@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import psutil  # type: ignore[import-untyped]  # it ships no types
-import zmq
 
 from gpu_worker.core.link import Gauges
 from gpu_worker.core.played import SPEEDS, Pace
@@ -28,6 +27,7 @@ from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError
 from superserve.hello import WorkerHello
+from superserve.net.context import new_context
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
 from superserve.roles.commands import plain_errors
@@ -39,6 +39,8 @@ from superserve.wire import OURS, Directive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    import zmq
 
     from gpu_worker.core.queue import Gpus
     from gpu_worker.engines.torch_executor import TorchExecutor
@@ -299,7 +301,9 @@ def serve(
     Raises:
         SuperServeError: The endpoint is malformed, the port taken, or the router has refused this worker.
     """
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context: zmq.Context[zmq.Socket[bytes]] = new_context()
+    asked_early: list[bool] = []
+    waker.on_signals(lambda: asked_early.append(True))  # before its router can know that it is there
     try:
         with ExitStack() as stack:
             handshake = Handshake(context, endpoint, keys)
@@ -323,9 +327,11 @@ def serve(
                 exporter = serve_pages(pages(server, metrics), address=address, port=port)
                 ready["metrics"] = stack.enter_context(exporter)
             waker.on_signals(server.stop)
+            if asked_early:
+                server.stop()
             server.run()
     finally:
-        context.term()
+        context.destroy(0)  # not term(): it would wait for ever for a socket that a signal left open
 
 
 def hello(name: str, device: WorkerDevice) -> WorkerHello:

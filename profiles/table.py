@@ -22,6 +22,7 @@ P1 and P2 are the properties that SlackFit rests on (SuperServe, NSDI '25).
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import difflib
 import itertools
@@ -36,6 +37,7 @@ import orjson
 
 from superserve.errors import ProfileError, SuperServeError
 from superserve.fields import check_schema, read
+from superserve.files import in_place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -303,7 +305,10 @@ def load_profile(name_or_path: str | Path) -> Profile:
     """
     path = profile_path(name_or_path)
     try:
-        data = orjson.loads(path.read_bytes())
+        content = path.read_bytes()
+        if other := in_place_of(content[:64]):
+            raise ProfileError(f"{path}: expected JSON, got {other}")
+        data = orjson.loads(content.removeprefix(codecs.BOM_UTF8))  # some editors put it there
     except OSError as error:
         raise ProfileError(_no_profile(str(name_or_path), error)) from error
     except orjson.JSONDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
@@ -94,6 +95,8 @@ def cli(
             raise ConfigError("--keys and --security none: expected one of them, got both")
         _check_policy(policy)
         recorder = None if record is None else Recorder(record, policy, core)
+        if recorder is not None:
+            stack.callback(recorder.close)  # also if nothing is served
         server = RouterServer(settings, recorder, metrics)
         where = ""
         if metrics is not None:
@@ -102,9 +105,9 @@ def cli(
             )
             where = stack.enter_context(exporter)
             sys.setswitchinterval(SWITCH_S)
-        server.open()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT):  # before any peer can know this router
             signal.signal(number, lambda *_: server.stop())
+        server.open()
         _serve(server, where)
 
 
@@ -113,11 +116,12 @@ def _serve(server: RouterServer, metrics: str) -> None:
     ends = {"client": server.client_endpoint, "worker": server.worker_endpoint}
     version()  # cached: read the code now, while it is what runs, and not in the loop at the first STATUS
     announce_ready(ends | ({"metrics": metrics} if metrics else {}))
-    click.echo(
+    where = (
         f"clients: {server.client_endpoint}  workers: {server.worker_endpoint}  "
-        f"policy: {server.settings.policy}" + (f"  metrics: http://{metrics}/metrics" if metrics else ""),
-        err=True,
+        f"policy: {server.settings.policy}" + (f"  metrics: http://{metrics}/metrics" if metrics else "")
     )
+    with contextlib.suppress(OSError):  # a full disk behind stderr, or no reader: it serves all the same
+        click.echo(where, err=True)
     server.run()
 
 

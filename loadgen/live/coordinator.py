@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
-import zmq
 
 from loadgen.live.progress import Seconds
 from loadgen.live.sender import COLUMNS
 from loadgen.results.result import NoiseProbe
 from superserve.clock import MS
+from superserve.net.context import new_context
 from superserve.net.sockets import bind_router, receive, send
 from superserve.roles.processes import ProcessGroup
 from superserve.wire import RunProgress, RunReady, RunReport, RunStart, RunStop, decode_run, encode_run
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
+    import zmq
 
     from loadgen.live.progress import Watch
     from loadgen.live.sender import SenderPlan
@@ -86,7 +87,7 @@ def coordinated(
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="superserve-run-")))
-        context = stack.enter_context(zmq.Context())
+        context = stack.enter_context(new_context())
         control, endpoint = bind_router(context, "tcp://127.0.0.1:*")
         stack.callback(control.close, 0)
         plans = deal(replace(plan, control=endpoint, folder=str(folder)), schedule)

@@ -23,6 +23,7 @@ from loadgen.results.run import Run
 from superserve.clock import MS, SECOND
 from superserve.errors import ConfigError, WireError
 from superserve.net.connection import ask_status
+from superserve.net.context import new_context
 from superserve.net.sockets import connect_dealer, receive, send
 from superserve.wire import (
     RUN_COLUMNS,
@@ -108,7 +109,7 @@ class Head:
             KeyboardInterrupt: It was stopped before any query was due.
         """
         policy = ask_status(endpoint).router.policy
-        with zmq.Context() as context:
+        with new_context() as context:
             try:
                 for i, name in enumerate(self._agents):
                     socket = connect_dealer(context, f"tcp://{name}")

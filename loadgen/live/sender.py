@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
-import zmq
 
 from superserve import wire
 from superserve.clock import MS
 from superserve.errors import ConfigError, SuperServeError, WireError
 from superserve.net.connection import Connection
+from superserve.net.context import new_context
 from superserve.net.keys import peer_keys
 from superserve.net.sockets import ZERO_COPY_BYTES, Waiter, connect_dealer, receive, send, wait
 from superserve.roles.processes import announce_ready, die_with_parent
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
     import numpy.typing as npt
+    import zmq
 
     from superserve.wire import Group
 
@@ -471,7 +472,7 @@ def run_sender(plan: SenderPlan) -> None:
     """
     due_ns = np.load(plan.path("due"))
     records = Records(len(due_ns))
-    with zmq.Context() as context:
+    with new_context() as context:
         connection = Connection(plan.endpoint, context, peer_keys(plan.keys))
         try:
             _await_welcome(connection)

@@ -343,10 +343,14 @@ def _least_slowness(pace: Pace, duration_ns: int) -> float:
 def _all(
     tasks: list[tuple[Comparison, Cell, int]], n_processes: int
 ) -> Iterable[tuple[dict[str, Figures], Figures | None]]:
-    if n_processes == 1:
+    try:
+        pool = ProcessPoolExecutor(n_processes) if n_processes > 1 else None
+    except OSError:  # where /dev/shm takes no semaphore, as in some containers: it takes longer here
+        pool = None
+    if pool is None:
         yield from map(_task, tasks)
         return
-    with ProcessPoolExecutor(n_processes) as pool:
+    with pool:
         yield from pool.map(_task, tasks)
 
 

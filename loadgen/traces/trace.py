@@ -37,7 +37,7 @@ from loadgen.traces.arrivals import (
 from loadgen.traces.specs import KEYS, Spec, is_spec, nearest, parse_spec
 from superserve.clock import SECOND
 from superserve.errors import TraceError
-from superserve.files import write_whole
+from superserve.files import in_place_of, write_whole
 
 MAX_FILE_BYTES = 1 << 31
 """The longest file that is read, uncompressed: 2 GiB. The longest published one, of 2021, has 0.3."""
@@ -376,7 +376,7 @@ def _read(path: Path) -> bytes:
         if data.startswith(_GZIP_MAGIC):
             with gzip.open(path) as unzipped:
                 data = unzipped.read(MAX_FILE_BYTES + 1)
-        elif path.suffix == ".gz":
+        elif path.suffix == ".gz" and not in_place_of(data[:64]):
             raise TraceError(f"{path}: expected a gzip file, as its name says, got {data[:16]!r}")
     except FileNotFoundError:
         hint = nearest(str(path), tuple(KEYS))
@@ -387,6 +387,8 @@ def _read(path: Path) -> bytes:
         raise TraceError(f"{path}: expected a whole gzip file: {error}") from error
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from error
+    if other := in_place_of(data[:64]):
+        raise TraceError(f"{path}: expected a trace, got {other}")
     if len(data) > MAX_FILE_BYTES:
         raise TraceError(f"{path}: expected at most {MAX_FILE_BYTES} bytes, uncompressed")
     return data

@@ -19,7 +19,7 @@ from superserve import wire
 from superserve.clock import MS
 from superserve.errors import ConfigError, VersionError, WireError
 from superserve.hello import ClientHello, ClientWelcome
-from superserve.net.context import check_descriptors
+from superserve.net.context import check_descriptors, new_context
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
 from superserve.net.sockets import receive, send
@@ -271,7 +271,7 @@ def ask_status(
     """
     own = peer_keys(keys)
     check_descriptors("asking a router for its status")
-    with zmq.Context() as context:
+    with new_context() as context:
         connection = Connection(endpoint, context, own)
         try:
             deadline_ns = time.monotonic_ns() + int(timeout_s * 1e9)

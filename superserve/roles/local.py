@@ -29,7 +29,7 @@ import orjson
 
 from superserve.errors import ConfigError
 from superserve.fields import body_of, check_schema, read_file
-from superserve.files import write_private
+from superserve.files import check_text, write_private
 
 if TYPE_CHECKING:
     from typing import Self
@@ -275,8 +275,14 @@ def state_folder() -> Path:
     """Return the folder that contains a folder for each of this user's clusters on this machine.
 
     Raises:
-        ConfigError: No variable names a folder, and the user has no home.
+        ConfigError: No variable names a folder, and the user has no home; or its path is not UTF-8.
     """
+    folder = _state_folder()
+    check_text([str(folder)])  # it stands in files of JSON
+    return folder
+
+
+def _state_folder() -> Path:
     if given := os.environ.get(STATE_VARIABLE):
         return Path(given).absolute()
     if given := os.environ.get("XDG_STATE_HOME"):

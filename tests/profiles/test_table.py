@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
 import itertools
 import math
@@ -327,3 +328,14 @@ def test_evenly_spread_rows_include_both_ends(n: int, most: int) -> None:
     assert len(rows) == min(n, most)
     assert (rows[0], rows[-1]) == (0, n - 1)
     assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_profile(tmp_path: Path) -> None:
+    """Some editors put one before JSON; a pointer of Git LFS is named instead."""
+    path = tmp_path / "p.json"
+    path.write_bytes(codecs.BOM_UTF8 + load_profile("cnn-8gpu-modelled").to_json())
+    assert load_profile(str(path)).subnets == load_profile("cnn-8gpu-modelled").subnets
+
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ProfileError, match="expected JSON, got a pointer of Git LFS"):
+        load_profile(str(path))

@@ -22,6 +22,7 @@ from superserve.client.aio import AsyncClient
 from superserve.client.client import Client
 from superserve.clock import MS
 from superserve.errors import OverloadedError
+from superserve.net.context import new_context
 from superserve.net.sockets import ZERO_COPY_BYTES, connect_dealer, wait
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def run_single(plan: SenderPlan) -> None:
     due_ns = np.load(plan.path("due"))
     records = Records(len(due_ns))
     with contextlib.ExitStack() as stack:
-        context = stack.enter_context(zmq.Context())
+        context = stack.enter_context(new_context())
         if plan.target == "async-client":
             asyncio.run(_play(plan, records, context))
             return

@@ -277,7 +277,7 @@ def test_a_command_line_that_is_not_utf8_is_refused_before_the_run(tmp_path: Pat
 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: ")
-    assert done.stderr.endswith("r\\xe9sultat.json: expected UTF-8: rename the file, or link to it\n")
+    assert done.stderr.endswith("r\\xe9sultat.json: expected UTF-8: rename it, or link to it\n")
 
 
 @pytest.mark.e2e

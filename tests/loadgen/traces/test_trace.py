@@ -374,3 +374,19 @@ def test_an_oversized_file_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with pytest.raises(TraceError, match="expected at most 10000 bytes, uncompressed"):
         load_trace(str(tmp_path / "x.gz"))
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "a pointer of Git LFS"),
+        ("app,func,end_timestamp,duration\na,f,1.5,0.5\n".encode("utf-16"), "UTF-16 text"),
+        (b"", "an empty file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
+def test_what_stands_in_a_traces_place_is_named(tmp_path: Path, name: str, content: bytes, got: str) -> None:
+    """Not as a header of unknown letters."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TraceError, match=f"{name}: expected a trace, got {got}"):
+        load_trace(str(tmp_path / name))
