@@ -113,7 +113,7 @@ class Device:
     """Where a supernet is measured, and with what in it.
 
     Attributes:
-        device: "cpu", "cuda" or "cuda:<n>".
+        device: "cpu", "cuda" or `"cuda:<n>"`.
         threads: CPU threads of torch.
         weights: A checkpoint's path, "random", or None for the one that the supernet comes with.
         precision: What it computes in: see `gpu_worker.engines.torch_executor.Placement`.
