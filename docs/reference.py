@@ -41,6 +41,7 @@ WITH_TORCH = (
     "gpu_worker.supernet.calibration",
     "gpu_worker.models.kinds",
     "gpu_worker.models.examples",
+    "profiles.measuring.declared",
     "profiles.measuring.measure",
     "profiles.measuring.accuracy",
 )

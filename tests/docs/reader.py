@@ -15,7 +15,7 @@ from superserve.roles.local import STATE_VARIABLE
 PORT = "5555"
 """The port on the pages; tests take a free one."""
 
-COMMAND_S = 120
+COMMAND_S = 180
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"[Ss]ave (?:it|this) as\s`([\w.]+)`")
 
@@ -33,12 +33,14 @@ class Step(NamedTuple):
 
 
 def steps(page: str) -> list[Step]:
-    """Return the blocks of a page in their order; a block of Python is saved under the name before it."""
+    """Return the blocks of a page in their order; Python and JSON are saved under the name before them."""
     found, end = [], 0
     for match in _FENCE.finditer(page):
         language, text = match.groups()
         names = _FILE.findall(page[end : match.start()])
-        assert bool(names) == (language == "python"), f"a name for each file, and none for commands: {text}"
+        assert bool(names) == (language in ("python", "json")), (
+            f"a name for each file, and none for commands: {text}"
+        )
         found.append(Step(names[-1] if names else "", text))
         end = match.end()
     return found
