@@ -93,7 +93,6 @@ def test_without_torch_the_other_pages_are_built(tmp_path: Path) -> None:
     assert (tmp_path / "loadgen" / "simulator" / "simulate.html").exists()
 
 
-@pytest.mark.slow
 def test_every_docstring_reads_the_same_on_its_page() -> None:
     """No word of a docstring is lost as markup, such as a `<name>` without backticks."""
     pdoc = pytest.importorskip("pdoc")
