@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-full check bench chaos mutants gate reproduce demo train wheel clean
+.PHONY: help install lint test test-full check bench chaos mutants gate reproduce demo train docs wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -77,6 +77,9 @@ demo: $(INSTALLED) ## serve a burst on this machine; out/demo/ and a table
 
 train: $(INSTALLED) ## train the digits supernet that the demo serves
 	$(BIN)/python -m gpu_worker.models.train_digits
+
+docs: $(INSTALLED) ## the API reference, from the docstrings; out/docs/index.html
+	$(BIN)/python docs/reference.py out/docs
 
 # The second is the client alone; CONTRIBUTING.md says which one to install.
 wheel: $(INSTALLED) ## build both wheels into dist/: the whole system, and the client alone

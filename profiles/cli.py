@@ -15,6 +15,7 @@ from profiles.measuring.commands import (
     search_command,
     show_command,
 )
+from profiles.measuring.declared import subnets_of
 from profiles.measuring.measure import (
     Device,
     Measurement,
@@ -23,7 +24,6 @@ from profiles.measuring.measure import (
     save_measurement,
     thinned,
 )
-from profiles.table import load_profile
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError
 from superserve.files import check_text
@@ -51,8 +51,8 @@ for _command in (search_command, show_command, calibrate_command, accuracy_comma
 @click.option(
     "--subnets",
     "source",
-    metavar="PROFILE",
-    help="Measure the subnets of this profile, which was searched or measured elsewhere.",
+    metavar="FILE",
+    help="Measure the subnets of this profile, or of a list of names, control tuples and accuracies.",
 )
 @click.option(
     "--at-most", type=click.IntRange(2), help="Measure this many of them, evenly spread.  [default: all]"
@@ -74,7 +74,10 @@ def measure_command(
     quick: bool, eager: bool, out: Path, **device: Any,
 ) -> None:  # fmt: skip
     """Measure a supernet's subnets on this machine and write the profile to OUT."""
-    source = source or _profile_of(supernet)
+    kind, shipped = _kind(supernet)
+    source = source or shipped
+    if source is None:
+        raise ConfigError(f"--subnets: {kind} comes without a profile: make one by `profiles search`")
     setting = Setting(
         batch_sizes=batch_sizes,
         rounds=min(repeats, _QUICK_ROUNDS) if quick else repeats,
@@ -82,7 +85,7 @@ def measure_command(
     )
     measurement = measure_supernet(
         supernet,
-        thinned(load_profile(source), at_most),
+        thinned(subnets_of(source, kind), at_most),
         setting,
         Device(**device, uses_graphs=not eager),
         name=out.stem,
@@ -93,14 +96,12 @@ def measure_command(
     click.echo(f"wrote {out}")
 
 
-def _profile_of(supernet: str) -> str:
-    """Return the shipped profile of a supernet."""
+def _kind(supernet: str) -> tuple[str, str | None]:
+    """Return a supernet's own name, and the profile that it comes with, if any."""
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  it imports torch
 
     kind = supernet_kind(supernet)
-    if kind.profile is None:
-        raise ConfigError(f"--subnets: {kind.name} comes without a profile: make one by `profiles search`")
-    return kind.profile
+    return kind.name, kind.profile
 
 
 def _show(measurement: Measurement) -> None:

@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gpu_worker.models.names import SHIPPED_SUPERNETS
 from profiles.show import draw_heat_map, flops, flops_unit, print_heat_map
 from profiles.table import load_profile, statistics_path
 from superserve.clock import MonotonicClock
@@ -287,6 +288,11 @@ def _measured(
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  see above
     from profiles.measuring.accuracy import measured_accuracy  # noqa: PLC0415  see above
 
+    if supernet is None and profile.supernet not in SHIPPED_SUPERNETS and ":" not in profile.supernet:
+        raise ConfigError(
+            f"--supernet: expected package.module:attribute: the profile names {profile.supernet!r}, "
+            "which does not come with the package"
+        )
     kind = supernet_kind(supernet or profile.supernet)
     if kind.name != profile.supernet:
         raise ConfigError(f"supernet: expected {profile.supernet}, the profile's, got {kind.name}")

@@ -114,7 +114,7 @@ class Device:
     """Where a supernet is measured, and how.
 
     Attributes:
-        device: "cpu", "cuda" or "cuda:<n>".
+        device: "cpu", "cuda" or `"cuda:<n>"`.
         threads: CPU threads of torch.
         weights: A checkpoint's path, "random", or None for the shipped one.
         precision: Precision to compute in: see `gpu_worker.engines.torch_executor.Placement`.

@@ -16,12 +16,12 @@ _SERVING = ("superserve", "router", "gpu_worker", "profiles")  # what a router o
 
 @functools.cache
 def version() -> str:
-    """Return this process's version, such as "0.1.0+3f9c21aa"; reads some 90 files, once."""
+    """Return this process's version, such as "0.1.0+3f9c21aa"; reads some 130 files, once."""
     try:
         release = metadata.version("superserve")
     except metadata.PackageNotFoundError:  # run from a folder
         release = "0"
-    return f"{release}+{digest(Path(__file__).parent.parent)[:8]}"
+    return f"{release}+{digest(Path(__file__).parents[2])[:8]}"
 
 
 def digest(root: Path) -> str:
