@@ -53,6 +53,9 @@ _SET_POINT = 0.35
 """Share of the rate that the queue's own length has to ask for: at 0.25 one GPU loses 0.15 points to
 half-empty batches, at 0.45 bursts find no slack left."""
 
+_MOST_SET = 0.8
+_MARGIN = 3.0
+
 _LONGEST = 0.75
 """Prices count batches up to this share of a patience: longer ones fit only a head that has not waited."""
 
@@ -159,6 +162,11 @@ class PlanFit:
         self._accuracies = tuple(subnet.accuracy for subnet in profile.subnets)
         n_sizes = profile.max_batch_size + 1
         self._smallest_ns = (0, *(profile.latency_p99_ns(0, size) for size in range(1, n_sizes)))
+        longest_ns = profile.latency_p99_ns(profile.n_subnets - 1, profile.max_batch_size)
+        self._asked = tuple(
+            1.0 - min(_MOST_SET, max(_SET_POINT, 1.0 - _MARGIN * longest_ns / (0.75 * (1 << bits))))
+            for bits in range(64)
+        )
         costs_ns = profile.least_costs_ns()
         self._weights = tuple(cost_ns / costs_ns[0] for cost_ns in costs_ns)
 
@@ -274,6 +282,7 @@ class PlanFit:
         begin_ns = max(now_ns, worker.free_at_ns) + worker.allowance_ns
         plan.tight = tight = []
         intensity = 0.0
+        near = 0
         lost_ns = taken_ns + _EMPTY * others * plan.full_ns
         for due_ns, work in queue.due.steps(queue.head_deadline_ns):
             until_ns = (due_ns - begin_ns) / slowdown
@@ -287,11 +296,16 @@ class PlanFit:
             left = work / UNIT if room_ns <= 0.0 else work / UNIT - room_ns / unit_ns
             if left > 0.0:
                 tight.append((until_ns, left))
-        need = (1.0 - _SET_POINT) * demand.calm_rate * slowdown + intensity / UNIT * n_gpus
+            if until_ns <= plan.patience_ns:
+                near = work
+        asked = 0.0
+        for bits, one in demand.classes.items():
+            asked += self._asked[bits] * one.rate
+        need = asked * slowdown + intensity / UNIT * n_gpus
         plan.budget_ns = n_gpus / need / (1.0 + _CAUTION * (worker.doubt - 1.0)) if need > 0.0 else _FOR_EVER
         spare_ns = self._spare_ns(demand, plan, now_ns)
         plan.share_ns = _FAIR * spare_ns / n_gpus
-        plan.room_ns = spare_ns - taken_ns - queue.due.total / UNIT * unit_ns
+        plan.room_ns = spare_ns - taken_ns - near / UNIT * unit_ns
         return plan
 
     def _spare_ns(self, demand: Demand, plan: Outlook, now_ns: int) -> float:
