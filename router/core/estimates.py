@@ -156,9 +156,9 @@ class Correction:
         """Return how many times longer than estimated a batch may take while few have been measured.
 
         Args:
-            n_beside: Batches measured on GPUs of the same process; they count for half.
+            n_beside: Batches measured on GPUs of the same process; they count for a quarter.
         """
-        return 1.0 + (_FIRST_FAR - 1.0) * _DOUBT ** (self.n + n_beside / 2 if n_beside else self.n)
+        return 1.0 + (_FIRST_FAR - 1.0) * _DOUBT ** (self.n + n_beside / 4 if n_beside else self.n)
 
     def measure(self, subnet: int, ratio: float) -> None:
         """Add the ratio of one batch."""

@@ -54,7 +54,7 @@ _SET_POINT = 0.35
 half-empty batches, at 0.45 bursts find no slack left."""
 
 _MOST_SET = 0.8
-_MARGIN = 3.0
+_MARGIN = 1.7
 
 _LONGEST = 0.75
 """Prices count batches up to this share of a patience: longer ones fit only a head that has not waited."""
