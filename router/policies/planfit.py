@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from router.policies import QueueView, WorkerView
     from router.policies.demand import Demand
 
-_SET_POINT = 0.35
+_SET_POINT = 0.38
 """Share of the rate that the queue's own length has to ask for: at 0.25 one GPU loses 0.15 points to
 half-empty batches, at 0.45 bursts find no slack left."""
 
@@ -66,7 +66,7 @@ them."""
 _LATE = 0.5
 """In overload a head with less than this share of the patience gives way while a lower class is queued."""
 
-_EMPTY = 0.25
+_EMPTY = 0.45
 """Share of a full batch that each other GPU wastes before a deadline, since batches do not end with it."""
 
 _WORST = 1.6
