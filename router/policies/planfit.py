@@ -53,6 +53,8 @@ _SET_POINT = 0.38
 """Share of the rate that the queue's own length has to ask for: at 0.25 one GPU loses 0.15 points to
 half-empty batches, at 0.45 bursts find no slack left."""
 
+_QUEUE = 110.0
+_CYCLE = 1.1
 _MOST_SET = 0.8
 _MARGIN = 1.7
 
@@ -163,8 +165,8 @@ class PlanFit:
         n_sizes = profile.max_batch_size + 1
         self._smallest_ns = (0, *(profile.latency_p99_ns(0, size) for size in range(1, n_sizes)))
         longest_ns = profile.latency_p99_ns(profile.n_subnets - 1, profile.max_batch_size)
-        self._asked = tuple(
-            1.0 - min(_MOST_SET, max(_SET_POINT, 1.0 - _MARGIN * longest_ns / (0.75 * (1 << bits))))
+        self._waits = tuple(
+            min(_MOST_SET, max(_SET_POINT, 1.0 - _MARGIN * longest_ns / (0.75 * (1 << bits))))
             for bits in range(64)
         )
         costs_ns = profile.least_costs_ns()
@@ -299,14 +301,25 @@ class PlanFit:
             if until_ns <= plan.patience_ns:
                 near = work
         asked = 0.0
+        rate = demand.calm_rate * slowdown
+        wait = self._wait(rate, n_gpus, plan.patience_ns)
         for bits, one in demand.classes.items():
-            asked += self._asked[bits] * one.rate
+            share = self._waits[bits]
+            asked += one.rate * (1.0 - (share if share > _SET_POINT else wait))
         need = asked * slowdown + intensity / UNIT * n_gpus
         plan.budget_ns = n_gpus / need / (1.0 + _CAUTION * (worker.doubt - 1.0)) if need > 0.0 else _FOR_EVER
         spare_ns = self._spare_ns(demand, plan, now_ns)
         plan.share_ns = _FAIR * spare_ns / n_gpus
         plan.room_ns = spare_ns - taken_ns - near / UNIT * unit_ns
         return plan
+
+    def _wait(self, rate: float, n_gpus: float, patience_ns: float) -> float:
+        """Return the share of the patience that the queue is to be long."""
+        if rate <= 0.0:
+            return _SET_POINT
+        fits = 1.0 - _CYCLE * self._profile.max_batch_size * n_gpus / (rate * patience_ns)
+        fills = _QUEUE / (rate * patience_ns)
+        return min(_SET_POINT, max(fits, fills))
 
     def _spare_ns(self, demand: Demand, plan: Outlook, now_ns: int) -> float:
         """Return the GPU time that may be taken while a surge like the worst seen can still be served."""
