@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-full check bench chaos mutants reproduce demo train wheel clean
+.PHONY: help install lint test test-full check bench chaos mutants gate reproduce demo train docs wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -63,6 +63,11 @@ chaos: $(INSTALLED) ## 10,000 fault schedules through the real core on a virtual
 mutants: $(INSTALLED) ## break one line after the other; the unit tests must notice each; some minutes
 	$(BIN)/python -m tests.mutants
 
+# TRACES is a folder with Azure's files, which docs/traces.md says where to find; POLICY is who is judged. Every
+# judgement is listed, so try a policy with `loadgen gate` first: see docs/gate.md.
+gate: $(INSTALLED) ## judge the default policy in 200 cells, an hour at most; docs/judgements.md lists it
+	$(BIN)/loadgen gate --judgement docs/judgements.json $(if $(TRACES),--traces "$(TRACES)") $(if $(POLICY),--policy "$(POLICY)")
+
 # MAF is a day of Azure Functions 2019, which docs/traces.md says where to find: make reproduce MAF=FILE.
 reproduce: $(INSTALLED) ## the paper's results made again, in twenty minutes; out/reproduce/results.md
 	$(BIN)/python -m loadgen.paper.reproduce $(if $(MAF),--maf "$(MAF)")
@@ -72,6 +77,9 @@ demo: $(INSTALLED) ## serve a burst on this machine; out/demo/ and a table
 
 train: $(INSTALLED) ## train the digits supernet that the demo serves
 	$(BIN)/python -m gpu_worker.models.train_digits
+
+docs: $(INSTALLED) ## the API reference, from the docstrings; out/docs/index.html
+	$(BIN)/python docs/reference.py out/docs
 
 # The second is the client alone; CONTRIBUTING.md says which one to install.
 wheel: $(INSTALLED) ## build both wheels into dist/: the whole system, and the client alone

@@ -1,5 +1,12 @@
-"""Runs `cluster.cli` for `python -m cluster`."""
+"""Runs `cluster.cli`: the entry point of the command, and of `python -m cluster`."""
 
-from cluster.cli import cli
+from superserve.roles.command import run
 
-cli(prog_name="cluster")
+
+def main() -> None:
+    """Run the command."""
+    run("cluster.cli")
+
+
+if __name__ == "__main__":
+    run("cluster.cli", "cluster")

@@ -1,8 +1,12 @@
-"""`python -m gpu_worker`."""
+"""Runs `gpu_worker.cli`: the entry point of the command, and of `python -m gpu_worker`."""
 
-from __future__ import annotations
+from superserve.roles.command import run
 
-from gpu_worker.cli import cli
+
+def main() -> None:
+    """Run the command."""
+    run("gpu_worker.cli")
+
 
 if __name__ == "__main__":
-    cli(prog_name="python -m gpu_worker")
+    run("gpu_worker.cli", "python -m gpu_worker")

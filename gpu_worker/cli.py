@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import psutil  # type: ignore[import-untyped]  # it ships no types
-import zmq
 
 from gpu_worker.core.link import Gauges
 from gpu_worker.core.played import SPEEDS, Pace
@@ -26,10 +25,12 @@ from gpu_worker.serve.metrics import WorkerMetrics, pages
 from gpu_worker.serve.server import Waker, WorkerServer
 from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
 from superserve.hello import WorkerHello
+from superserve.net.context import new_context
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
+from superserve.roles.commands import plain_errors
 from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
@@ -38,6 +39,8 @@ from superserve.wire import OURS, Directive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    import zmq
 
     from gpu_worker.core.queue import Gpus
     from gpu_worker.engines.torch_executor import TorchExecutor
@@ -111,6 +114,7 @@ class WorkerDevice(NamedTuple):
     help="Precision to compute in; auto is float16 on CUDA if it holds.  [default: auto]",
 )  # fmt: skip
 @click.option("--eager", is_flag=True, default=None, help="Capture no CUDA graphs.")
+@plain_errors()
 def cli(
     endpoint: str,
     name: str | None,
@@ -130,24 +134,21 @@ def cli(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Containers share host names, and each has a process 1.
     name = name or f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"
-    try:
-        _only_with("--emulate", emulate, _given(gpus, speed, drift, event_log))
-        _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
-        if (emulate is None) == (supernet is None):
-            raise ConfigError("expected one of --emulate and --supernet")
-        own = peer_keys(keys or "", "worker")
-        with ExitStack() as stack:
-            waker = stack.enter_context(Waker())
-            if emulate is not None:
-                pace = Pace(1.0 if speed is None else speed, drift or 0.0, MonotonicClock().now_ns())
-                served = stack.enter_context(emulated(emulate, gpus or 1, name, event_log, pace))
-            else:
-                assert supernet is not None, "one of the two was given"
-                served = stack.enter_context(resident(Asked(supernet, **of_supernet), waker))
-            exports = None if metrics_port is None else (metrics_address, metrics_port)
-            serve(endpoint, name, served, waker, exports, own)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    _only_with("--emulate", emulate, _given(gpus, speed, drift, event_log))
+    _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
+    if (emulate is None) == (supernet is None):
+        raise ConfigError("expected one of --emulate and --supernet")
+    own = peer_keys(keys or "", "worker")
+    with ExitStack() as stack:
+        waker = stack.enter_context(Waker())
+        if emulate is not None:
+            pace = Pace(1.0 if speed is None else speed, drift or 0.0, MonotonicClock().now_ns())
+            served = stack.enter_context(emulated(emulate, gpus or 1, name, event_log, pace))
+        else:
+            assert supernet is not None, "one of the two was given"
+            served = stack.enter_context(resident(Asked(supernet, **of_supernet), waker))
+        exports = None if metrics_port is None else (metrics_address, metrics_port)
+        serve(endpoint, name, served, waker, exports, own)
 
 
 def _given(
@@ -300,7 +301,9 @@ def serve(
     Raises:
         SuperServeError: The endpoint is malformed, the port taken, or the router has refused this worker.
     """
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context: zmq.Context[zmq.Socket[bytes]] = new_context()
+    asked_early: list[bool] = []
+    waker.on_signals(lambda: asked_early.append(True))  # before its router can know that it is there
     try:
         with ExitStack() as stack:
             handshake = Handshake(context, endpoint, keys)
@@ -324,9 +327,11 @@ def serve(
                 exporter = serve_pages(pages(server, metrics), address=address, port=port)
                 ready["metrics"] = stack.enter_context(exporter)
             waker.on_signals(server.stop)
+            if asked_early:
+                server.stop()
             server.run()
     finally:
-        context.term()
+        context.destroy(0)  # not term(): it would wait for ever for a socket that a signal left open
 
 
 def hello(name: str, device: WorkerDevice) -> WorkerHello:

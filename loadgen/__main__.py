@@ -1,5 +1,12 @@
-"""Runs `loadgen.cli` for `python -m loadgen`."""
+"""Runs `loadgen.cli`: the entry point of the command, and of `python -m loadgen`."""
 
-from loadgen.cli import cli
+from superserve.roles.command import run
 
-cli(prog_name="loadgen")
+
+def main() -> None:
+    """Run the command."""
+    run("loadgen.cli")
+
+
+if __name__ == "__main__":
+    run("loadgen.cli", "loadgen")

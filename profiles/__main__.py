@@ -1,5 +1,12 @@
-"""Runs `profiles.cli` for `python -m profiles`."""
+"""Runs `profiles.cli`: the entry point of the command, and of `python -m profiles`."""
 
-from profiles.cli import cli
+from superserve.roles.command import run
 
-cli(prog_name="profiles")
+
+def main() -> None:
+    """Run the command."""
+    run("profiles.cli")
+
+
+if __name__ == "__main__":
+    run("profiles.cli", "profiles")

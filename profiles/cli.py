@@ -15,6 +15,7 @@ from profiles.measuring.commands import (
     search_command,
     show_command,
 )
+from profiles.measuring.declared import subnets_of
 from profiles.measuring.measure import (
     Device,
     Measurement,
@@ -23,22 +24,20 @@ from profiles.measuring.measure import (
     save_measurement,
     thinned,
 )
-from profiles.table import load_profile
 from superserve.clock import MonotonicClock
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
 from superserve.files import check_text
+from superserve.roles.commands import plain_errors
 
 _QUICK_ROUNDS = 40  # enough for a median; the tail needs the full number
 _QUICK_BUDGET_NS = 6_000_000_000  # with torch's import and the warm-up, under 15 s in all
 
 
 @click.group()
+@plain_errors()
 def cli() -> None:
     """Make and show profiles: how long each subnet takes at each batch size."""
-    try:
-        check_text(sys.argv[1:])
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from error
+    check_text(sys.argv[1:])
 
 
 for _command in (search_command, show_command, calibrate_command, accuracy_command):
@@ -52,8 +51,8 @@ for _command in (search_command, show_command, calibrate_command, accuracy_comma
 @click.option(
     "--subnets",
     "source",
-    metavar="PROFILE",
-    help="Measure the subnets of this profile, which was searched or measured elsewhere.",
+    metavar="FILE",
+    help="Measure the subnets of this profile, or of a list of names, control tuples and accuracies.",
 )
 @click.option(
     "--at-most", type=click.IntRange(2), help="Measure this many of them, evenly spread.  [default: all]"
@@ -69,41 +68,40 @@ for _command in (search_command, show_command, calibrate_command, accuracy_comma
 @click.option(
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
 )
+@plain_errors(OSError)
 def measure_command(
     supernet: str, source: str | None, at_most: int | None, batch_sizes: tuple[int, ...], repeats: int,
     quick: bool, eager: bool, out: Path, **device: Any,
 ) -> None:  # fmt: skip
     """Measure a supernet's subnets on this machine and write the profile to OUT."""
-    try:
-        source = source or _profile_of(supernet)
-        setting = Setting(
-            batch_sizes=batch_sizes,
-            rounds=min(repeats, _QUICK_ROUNDS) if quick else repeats,
-            budget_ns=_QUICK_BUDGET_NS if quick else None,
-        )
-        measurement = measure_supernet(
-            supernet,
-            thinned(load_profile(source), at_most),
-            setting,
-            Device(**device, uses_graphs=not eager),
-            name=out.stem,
-            clock=MonotonicClock(),
-        )
-        save_measurement(measurement, out, source)
-    except (SuperServeError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    kind, shipped = _kind(supernet)
+    source = source or shipped
+    if source is None:
+        raise ConfigError(f"--subnets: {kind} comes without a profile: make one by `profiles search`")
+    setting = Setting(
+        batch_sizes=batch_sizes,
+        rounds=min(repeats, _QUICK_ROUNDS) if quick else repeats,
+        budget_ns=_QUICK_BUDGET_NS if quick else None,
+    )
+    measurement = measure_supernet(
+        supernet,
+        thinned(subnets_of(source, kind), at_most),
+        setting,
+        Device(**device, uses_graphs=not eager),
+        name=out.stem,
+        clock=MonotonicClock(),
+    )
+    save_measurement(measurement, out, source)
     _show(measurement)
     click.echo(f"wrote {out}")
 
 
-def _profile_of(supernet: str) -> str:
-    """Return the shipped profile of a supernet."""
+def _kind(supernet: str) -> tuple[str, str | None]:
+    """Return a supernet's own name, and the profile that it comes with, if any."""
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  it imports torch
 
     kind = supernet_kind(supernet)
-    if kind.profile is None:
-        raise ConfigError(f"--subnets: {kind.name} comes without a profile: make one by `profiles search`")
-    return kind.profile
+    return kind.name, kind.profile
 
 
 def _show(measurement: Measurement) -> None:

@@ -1,5 +1,12 @@
-"""Runs `router.cli` for `python -m router`."""
+"""Runs `router.cli`: the entry point of the command, and of `python -m router`."""
 
-from router.cli import cli
+from superserve.roles.command import run
 
-cli(prog_name="python -m router")
+
+def main() -> None:
+    """Run the command."""
+    run("router.cli")
+
+
+if __name__ == "__main__":
+    run("router.cli", "python -m router")

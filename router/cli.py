@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
@@ -17,12 +18,13 @@ from router.report.metrics import SWITCH_S, RouterMetrics, pages
 from router.serve.doors import raise_limit
 from router.serve.loop import RouterServer, ServerSettings
 from router.serve.recording import Recorder, replay
-from superserve.errors import ConfigError, SuperServeError
+from superserve.clock import MS
+from superserve.errors import ConfigError
+from superserve.roles.commands import plain_errors
 from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 
-MS = 1_000_000
 _MAX_MARGIN_MS = 60_000.0  # a larger one is a mistaken unit
 _LOOPBACK = "tcp://127.0.0.1:*"
 
@@ -60,6 +62,7 @@ _LOOPBACK = "tcp://127.0.0.1:*"
 @click.option("--security", type=click.Choice(["none"]), help="none: open to other machines without keys.")
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Write an event log here.")
 @click.pass_context
+@plain_errors()
 def cli(
     context: click.Context,
     client_endpoint: str,
@@ -88,24 +91,23 @@ def cli(
     )
     metrics = None if metrics_port is None else RouterMetrics()
     with ExitStack() as stack:
-        try:
-            if keys is not None and security == "none":
-                raise ConfigError("--keys and --security none: expected one of them, got both")
-            _check_policy(policy)
-            recorder = None if record is None else Recorder(record, policy, core)
-            server = RouterServer(settings, recorder, metrics)
-            where = ""
-            if metrics is not None:
-                exporter = serve_pages(
-                    pages(server.core, metrics), address=metrics_address, port=metrics_port or 0
-                )
-                where = stack.enter_context(exporter)
-                sys.setswitchinterval(SWITCH_S)
-            server.open()
-        except SuperServeError as error:
-            raise click.ClickException(str(error)) from error
-        for number in (signal.SIGTERM, signal.SIGINT):
+        if keys is not None and security == "none":
+            raise ConfigError("--keys and --security none: expected one of them, got both")
+        _check_policy(policy)
+        recorder = None if record is None else Recorder(record, policy, core)
+        if recorder is not None:
+            stack.callback(recorder.close)  # also if nothing is served
+        server = RouterServer(settings, recorder, metrics)
+        where = ""
+        if metrics is not None:
+            exporter = serve_pages(
+                pages(server.core, metrics), address=metrics_address, port=metrics_port or 0
+            )
+            where = stack.enter_context(exporter)
+            sys.setswitchinterval(SWITCH_S)
+        for number in (signal.SIGTERM, signal.SIGINT):  # before any peer can know this router
             signal.signal(number, lambda *_: server.stop())
+        server.open()
         _serve(server, where)
 
 
@@ -114,11 +116,12 @@ def _serve(server: RouterServer, metrics: str) -> None:
     ends = {"client": server.client_endpoint, "worker": server.worker_endpoint}
     version()  # cached: read the code now, while it is what runs, and not in the loop at the first STATUS
     announce_ready(ends | ({"metrics": metrics} if metrics else {}))
-    click.echo(
+    where = (
         f"clients: {server.client_endpoint}  workers: {server.worker_endpoint}  "
-        f"policy: {server.settings.policy}" + (f"  metrics: http://{metrics}/metrics" if metrics else ""),
-        err=True,
+        f"policy: {server.settings.policy}" + (f"  metrics: http://{metrics}/metrics" if metrics else "")
     )
+    with contextlib.suppress(OSError):  # a full disk behind stderr, or no reader: it serves all the same
+        click.echo(where, err=True)
     server.run()
 
 
@@ -131,12 +134,10 @@ def _check_policy(policy: str) -> None:
 
 @cli.command("replay")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@plain_errors()
 def replay_command(file: Path) -> None:
     """Pass a recorded event log through a fresh core; exit 1 if it decides differently."""
-    try:
-        result = replay(file)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    result = replay(file)
     for mismatch in result.mismatches:
         click.echo(mismatch)
     same = "differ" if result.mismatches else "are the same"

@@ -56,6 +56,19 @@ def write_whole(path: Path, data: bytes | str) -> None:
             part.unlink()
 
 
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that only its user can read; readers see the old one or the new one, never a part.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    new.replace(path)
+
+
 def write_all(file: IO[bytes], data: bytes | bytearray) -> None:
     """Write all of `data` to an unbuffered file, which may accept a part at a time.
 
@@ -67,6 +80,23 @@ def write_all(file: IO[bytes], data: bytes | bytearray) -> None:
         view = view[file.write(view) :]
 
 
+def in_place_of(start: bytes) -> str:
+    """Say what a file is that stands where another was expected; "" if nothing is known of it.
+
+    Args:
+        start: Its first bytes, 64 or more if it has them.
+    """
+    if not start:
+        return "an empty file"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, which `git lfs pull` replaces by the file"
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16 text: save it as UTF-8"
+    if start.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page, as a download that failed leaves it"
+    return ""
+
+
 def check_text(words: Sequence[str]) -> None:
     """Raise ConfigError at a word of the command line that is not UTF-8: results could not record it."""
     for word in words:
@@ -74,4 +104,4 @@ def check_text(words: Sequence[str]) -> None:
             word.encode()
         except UnicodeEncodeError:
             shown = os.fsencode(word).decode(errors="backslashreplace")
-            raise ConfigError(f"{shown[:200]}: expected UTF-8: rename the file, or link to it") from None
+            raise ConfigError(f"{shown[:200]}: expected UTF-8: rename it, or link to it") from None

@@ -32,6 +32,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "loadgen.cli": ("gpu_worker.serve", "gpu_worker.core", "router.policies"),
     "loadgen.paper": ("gpu_worker.serve",),
     "loadgen.study": ("gpu_worker.serve", "gpu_worker.core"),
+    # The gate keeps figures under the version of the policy's code, and so asks where that is.
+    "loadgen.study.gate": ("router.policies",),
     # The simulator runs the core that serves, under a policy built by name; no sockets. Its chaos clients are
     # the session that applications embed, given the messages that the router would send.
     "loadgen.simulator": ("router.core", "router.policies", "router.serve", "gpu_worker"),

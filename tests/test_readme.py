@@ -33,13 +33,15 @@ PAGES = (
     "ARCHITECTURE.md",
     "CHANGELOG.md",
     "docs/demandfit.md",
+    "docs/gate.md",
     "docs/metrics.md",
     "docs/operating.md",
+    "docs/releases.md",
     "docs/report.md",
     "docs/simulator.md",
     "docs/traces.md",
 )
-MORE_PAGES = ("docs/README.md", "docs/demo.md", "docs/loadgen.md", "docs/profiles.md")
+MORE_PAGES = ("docs/README.md", "docs/demo.md", "docs/loadgen.md", "docs/profiles.md", "docs/your-model.md")
 """Whose paths and commands are looked up too; they name no make target."""
 
 CLIENT_PAGES = ("README.md", "wheels/client/README.md")
@@ -56,6 +58,10 @@ COMMANDS: dict[str, click.Command] = {
     ".venv/bin/cluster": cluster_cli,
     ".venv/bin/loadgen": loadgen_cli,
     ".venv/bin/profiles": profiles_cli,
+    # With the environment activated, as README.md and docs/your-model.md have it.
+    "cluster": cluster_cli,
+    "loadgen": loadgen_cli,
+    "profiles": profiles_cli,
 }
 """How the pages call a command, and what then runs."""
 
@@ -87,9 +93,10 @@ def paths(page: str) -> set[str]:
 
 
 def shell_lines() -> list[str]:
-    """Return every command line of the pages' shell blocks."""
+    """Return every command line of the pages' shell blocks, but for the reader's own programs."""
     pages = (*PAGES, *MORE_PAGES)
-    return [line for page in pages for block in blocks(page, "sh") for line in block.splitlines() if line]
+    lines = [line for page in pages for block in blocks(page, "sh") for line in block.splitlines() if line]
+    return [line for line in lines if not line.startswith("python ")]
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
@@ -123,6 +130,14 @@ def test_every_make_target_named_exists(page: str) -> None:
 
     assert named
     assert named <= targets
+
+
+def test_the_index_leads_to_every_page() -> None:
+    """docs/README.md links each page beside it, and README.md links the index."""
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", text_of("docs/README.md")))
+
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert "](docs/README.md)" in text_of("README.md")
 
 
 def test_every_folder_is_on_the_map_in_its_own_words() -> None:

@@ -58,6 +58,12 @@ T = TypeVar("T")
 H = TypeVar("H")
 
 
+_NOT_INTERACTIVE = (
+    "RemoteCommand=none", "ClearAllForwardings=yes", "ForwardX11=no", "PermitLocalCommand=no",
+)  # fmt: skip
+"""None of them newer than OpenSSH 7.6. IgnoreUnknown stays the user's own: it cannot be added to."""
+
+
 class RemoteError(SuperServeError):
     """A host cannot be reached, or a command on it failed; the message does not name the host."""
 
@@ -167,6 +173,9 @@ class OpenSsh:
             "-o", f"ControlPath={self._folder}/%C",
             "-o", f"ControlPersist={_PERSIST_S}",
             "-o", "LogLevel=ERROR",
+            # What the user's own configuration says of a host is meant for a person who logs in there: a
+            # command of its own ends ours, and forwarded ports may be taken by that person's login.
+            *(word for option in _NOT_INTERACTIVE for word in ("-o", option)),
             "-T",
             *(() if target.port is None else ("-p", str(target.port))),
             *(() if target.user is None else ("-l", target.user)),

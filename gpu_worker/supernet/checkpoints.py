@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from superserve.errors import ConfigError
+from superserve.files import in_place_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -89,6 +90,12 @@ def _fault(name: str, own: torch.Tensor, given: torch.Tensor | None) -> str | No
         return f"tensor {name}: expected shape {tuple(own.shape)}, got {tuple(given.shape)}"
     if given.is_floating_point() != own.is_floating_point():
         return f"tensor {name}: expected {own.dtype}, got {given.dtype}"
+    if given.layout != torch.strided or given.is_meta:
+        what = "one without data" if given.is_meta else f"{given.layout}"
+        return f"tensor {name}: expected a dense tensor, got {what}"
+    # Else every answer would be NaN, and nothing would say so.
+    if given.is_floating_point() and bool(given.isnan().any()):
+        return f"tensor {name}: expected numbers, got NaN in {int(given.isnan().sum())} of {given.numel()}"
     return None
 
 
@@ -99,9 +106,15 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
         ConfigError: If there is no such file, or it holds anything but tensors.
     """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            start = file.read(64)
+            file.seek(0)
+            if other := in_place_of(start):
+                raise ConfigError(f"{path}: expected a safetensors or .pt file of tensors, got {other}")
+            if _is_safetensors(path, start):
+                return load_file(path)
+            # The open file: by a path, torch goes by its name.
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{path}: expected a safetensors or .pt file of tensors: {_refused(path)}"
@@ -118,6 +131,13 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
             f"{path}: expected a dictionary of tensors, perhaps under {_WRAPPED!r}, got {_kind(content)}"
         )
     return {str(name): tensor for name, tensor in content.items()}
+
+
+def _is_safetensors(path: Path, start: bytes) -> bool:
+    """Tell which of the two formats a file has by what it holds: names say something else now and then."""
+    if start.startswith((b"PK\x03\x04", b"\x80")):  # a zip file or a bare pickle
+        return False
+    return path.suffix == ".safetensors" or start[8:9] == b"{"
 
 
 def _refused(path: Path) -> str:
@@ -139,7 +159,10 @@ def _refused(path: Path) -> str:
 
 def _plain(error: Exception) -> str:
     """Return an error's first line, without the codes that colour a terminal."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().partition("\n")[0]
+    line = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().partition("\n")[0]
+    if isinstance(error, SafetensorError) and "not fully covered" in line:
+        return "it is cut off, or goes on behind its last tensor"
+    return line
 
 
 def _kind(content: Any) -> str:

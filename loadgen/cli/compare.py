@@ -13,27 +13,43 @@ import orjson
 
 from loadgen import options
 from loadgen.cli.pace import pace_options
+from loadgen.cli.troubles import trouble_options
 from loadgen.live.environment import environment_of
 from loadgen.results.tables import check_outputs, echo, write
 from loadgen.simulator.simulate import SimSettings
 from loadgen.simulator.workloads import parse_cluster
-from loadgen.study.compare import Cell, Comparison, baselines, headline_lines, lines, paper_cells, to_dict
+from loadgen.study.compare import (
+    Cell,
+    Comparison,
+    baselines,
+    contender,
+    headline_lines,
+    lines,
+    paper_cells,
+    to_dict,
+)
 from loadgen.study.compare_live import LiveRun, compare_live
 from loadgen.study.verdict import markdown, verdict_lines, verdicts
 from router.policies.registry import make_policy
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gpu_worker.core.played import Pace
+    from loadgen.cli.troubles import Troubles
+    from loadgen.study.compare import CellResult
 
 
 @click.command("compare")
 @click.option(
     "--simulate", "is_simulated", is_flag=True, help="Use a virtual clock, not this machine's processes."
 )
-@click.option("--policy", "policies", multiple=True, default=("slackfit",), show_default=True)
+@click.option(
+    "--policy", "policies", multiple=True, default=("slackfit",), show_default=True, metavar="NAME[@SPEED]",
+    help="mincost@0.8 is mincost on GPUs that are 0.8 times as fast as the others'.",
+)  # fmt: skip
 @click.option("--baselines", "with_baselines", is_flag=True, help="Add every fixed subnet and mincost.")
 @click.option(
     "--trace", "traces", multiple=True,
@@ -44,9 +60,12 @@ if TYPE_CHECKING:
 @click.option("--emulate", default="cnn-8gpu-modelled:8", show_default=True, metavar="PROFILE:N[,...]")
 @pace_options
 @click.option("--rate", type=float, help="Mean rate of the given traces.")
-@click.option("--duration", type=float, default=30.0, show_default=True, help="Seconds of each cell.")
+@click.option(
+    "--duration", type=float, help="Seconds of each cell.  [default: all of a recorded trace, else 30]"
+)
 @click.option("--slo-ms", default="36", show_default=True, metavar="MS[:WEIGHT],...")
 @click.option("--floor", metavar="ACCURACY[:SHARE]", help="A floor for the given traces.")
+@trouble_options
 @click.option("--seeds", type=click.IntRange(1, 1_000), default=5, show_default=True, help="Of each cell.")
 @click.option("--bound/--no-bound", "with_bound", default=True, show_default=True, help="Compute the bound.")
 @options.processes
@@ -56,6 +75,7 @@ if TYPE_CHECKING:
     "--judge", "is_judged", is_flag=True,
     help="Exit 1 unless every other policy may replace the first: see loadgen/study/verdict.py.",
 )  # fmt: skip
+@plain_errors()
 def compare_command(
     is_simulated: bool,
     policies: tuple[str, ...],
@@ -66,9 +86,10 @@ def compare_command(
     emulate: str,
     pace: Pace,
     rate: float | None,
-    duration: float,
+    duration: float | None,
     slo_ms: str,
     floor: str | None,
+    troubles: Troubles,
     seeds: int,
     with_bound: bool,
     processes: int | None,
@@ -83,40 +104,31 @@ def compare_command(
     policy has a private cluster of emulated GPUs, and policies take turns with each seed's queries;
     exit 1 if a run was invalid.
     """
-    try:
-        if not is_simulated and not (traces or chosen):
-            raise ConfigError("compare: live runs take their time: expected --trace or --cell, or --simulate")
-        check_outputs({"--json": json_path, "--markdown": page_path})
-        cluster = parse_cluster(emulate)
-        if with_baselines:
-            policies = (*policies, *(one for one in baselines(cluster[0]) if one not in policies))
-        for policy in policies:
-            make_policy(policy, cluster[0])
-        if traces:
-            cells = [Cell(Path(trace).name, trace, emulate, rate, slo_ms, floor) for trace in traces]
-        else:
-            cells = _paper_cells(emulate, maf, slo_ms)
-        if chosen:
-            cells = [cell for cell in cells if any(text in cell.name for text in chosen)]
-        if not cells:
-            raise ConfigError(f"--cell: no cell's name holds {' or '.join(chosen)}")
-        comparison = Comparison(policies, tuple(range(seeds)), duration, with_bound, SimSettings(pace=pace))
-        say = _progress()
-        live: list[LiveRun] = []
-        if is_simulated:
-            n_processes = processes or len(os.sched_getaffinity(0))
-            results = comparison.run(cells, n_processes=n_processes, say=say)
-        else:
-            results, live = compare_live(comparison, cells, say)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    if not is_simulated and not (traces or chosen):
+        raise ConfigError("compare: live runs take their time: expected --trace or --cell, or --simulate")
+    check_outputs({"--json": json_path, "--markdown": page_path})
+    cluster = parse_cluster(emulate)
+    if with_baselines:
+        policies = (*policies, *(one for one in baselines(cluster[0]) if one not in policies))
+    for policy in policies:
+        make_policy(contender(policy)[0], cluster[0])
+    if traces:
+        cells = [Cell(Path(trace).name, trace, emulate, rate, slo_ms, floor) for trace in traces]
+    else:
+        cells = _paper_cells(emulate, maf, slo_ms)
+    cells = troubles.on(_chosen(cells, chosen))
+    comparison = Comparison(policies, tuple(range(seeds)), duration, with_bound, SimSettings(pace=pace))
+    say = _progress()
+    live: list[LiveRun] = []
+    if is_simulated:
+        n_processes = processes or len(os.sched_getaffinity(0))
+        results = comparison.run(cells, n_processes=n_processes, say=say)
+    else:
+        results, live = compare_live(comparison, cells, say)
     for line in (*lines(results), "", *headline_lines(results), *verdict_lines(results)):
         echo(line)
     if json_path is not None:
-        body = to_dict(comparison, results) | {"environment": environment_of()}
-        if live:
-            body["live_runs"] = [run.to_dict() for run in live]
-        write(json_path, orjson.dumps(body, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode())
+        write(json_path, _json(comparison, results, live))
     if page_path is not None:
         write(page_path, "\n".join(markdown(results)) + "\n")
     spoiled = [run for run in live if not run.valid or run.violations]
@@ -124,6 +136,21 @@ def compare_command(
         echo(f"  INVALID          {run.cell}, seed {run.seed}, {run.policy}: {_why(run)}")
     if spoiled or (is_judged and any(verdicts(results).values())):
         sys.exit(1)
+
+
+def _json(comparison: Comparison, results: list[CellResult], live: list[LiveRun]) -> str:
+    body = to_dict(comparison, results) | {"environment": environment_of()}
+    if live:
+        body["live_runs"] = [run.to_dict() for run in live]
+    return orjson.dumps(body, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+
+
+def _chosen(cells: list[Cell], texts: tuple[str, ...]) -> list[Cell]:
+    """Return the cells whose name holds one of `texts`; all of them without any."""
+    found = [cell for cell in cells if not texts or any(text in cell.name for text in texts)]
+    if not found:
+        raise ConfigError(f"--cell: no cell's name holds {' or '.join(texts)}")
+    return found
 
 
 def _paper_cells(emulate: str, maf: str | None, slo_ms: str) -> list[Cell]:

@@ -21,14 +21,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import zmq
 
-from loadgen.live.run import Hooks, RunSettings, run_trace
+from loadgen.live.coordinator import Hooks
+from loadgen.live.run import RunSettings, run_trace
 from loadgen.live.sender import COLUMNS
 from loadgen.traces.trace import Trace
 from superserve import wire
 from superserve.clock import SECOND
 from superserve.errors import ConfigError, SuperServeError, VersionError, WireError
+from superserve.net.context import new_context
 from superserve.net.sockets import bind_router, receive, send
 from superserve.wire import (
     RUN_COLUMNS,
@@ -46,6 +47,8 @@ from superserve.wire import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import zmq
 
     from loadgen.results.run import Run
     from superserve.wire import Buffer, RunMessage
@@ -98,7 +101,7 @@ class _Share:
 
 def _report(run: Run) -> RunReport:
     return RunReport(
-        subnets=list(run.subnets),
+        subnets=tuple(run.subnets),
         reasons=run.reasons,
         duplicates=run.n_duplicates,
         duration_ns=round(run.result.duration_s * SECOND),
@@ -115,7 +118,7 @@ class Agent:
     """
 
     def __init__(self, endpoint: str) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = new_context()
         self._socket, self.endpoint = bind_router(self._context, endpoint)
         self._share: _Share | None = None
         self._thread: threading.Thread | None = None
@@ -136,7 +139,7 @@ class Agent:
         finally:
             self._end()
             self._socket.close(0)
-            self._context.term()
+            self._context.destroy(0)
 
     def _say(self, key: bytes, message: RunMessage) -> None:
         send(self._socket, [key, *encode_run(message)])

@@ -23,6 +23,7 @@ from loadgen.results.run import Run
 from superserve.clock import MS, SECOND
 from superserve.errors import ConfigError, WireError
 from superserve.net.connection import ask_status
+from superserve.net.context import new_context
 from superserve.net.sockets import connect_dealer, receive, send
 from superserve.wire import (
     RUN_COLUMNS,
@@ -108,7 +109,7 @@ class Head:
             KeyboardInterrupt: It was stopped before any query was due.
         """
         policy = ask_status(endpoint).router.policy
-        with zmq.Context() as context:
+        with new_context() as context:
             try:
                 for i, name in enumerate(self._agents):
                     socket = connect_dealer(context, f"tcp://{name}")
@@ -215,7 +216,7 @@ class Head:
             n = int(np.searchsorted(trace.due_ns, duration_ns))
             trace = trace.scaled(duration_s=duration_ns / SECOND)
             columns = {name: column[:n] for name, column in columns.items()}
-        subnets = done[0].subnets
+        subnets = list(done[0].subnets)
         noise = [report.noise_ns for report in done if report.noise_ns is not None]
         result = summarise(trace, settings.slo_ns, policy, columns, subnets, max(noise, default=None))
         lost = [one for one in self._generators if one.is_lost]

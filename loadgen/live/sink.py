@@ -15,11 +15,11 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-import zmq
-
 from superserve import wire
+from superserve.clock import MS
 from superserve.errors import VersionError, WireError
 from superserve.hello import ClientWelcome, ModelSpec
+from superserve.net.context import new_context
 from superserve.net.sockets import bind_router, receive, send, wait
 from superserve.roles.processes import ProcessGroup, announce_ready, die_with_parent
 from superserve.roles.version import version
@@ -39,7 +39,8 @@ from superserve.wire import Control, Group, Kind, Ping, Pong, Queries, Results, 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MS = 1_000_000
+    import zmq
+
 POLICY = "null sink"
 """The sink's policy name, which distinguishes the result of a run against it from a cluster's."""
 _WAIT_NS = 200 * MS  # how soon it notices a stop; queries wake it at once
@@ -137,7 +138,7 @@ def sink_server(*, answers: bool = True) -> Iterator[str]:
 def main() -> int:
     """Serve as a role: end with the process that started it."""
     die_with_parent()
-    with zmq.Context() as context:
+    with new_context() as context:
         socket, endpoint = bind_router(context, "tcp://127.0.0.1:*")
         sink = Sink(socket, answers=_SILENT not in sys.argv)
         announce_ready({"endpoint": endpoint})

@@ -278,6 +278,12 @@ def _near(word: Any) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+def jitter_faults(jitter_ns: int, *, n_processes: int, n_clients: int) -> tuple[Fault, ...]:
+    """Return jitter of up to `jitter_ns` on each message of every peer, for a day from the start."""
+    peers = [f"worker:{i}" for i in range(n_processes)] + [f"client:{i}" for i in range(n_clients)]
+    return tuple(Fault("jitter", 0, peer, int(_RANGES["for_ms"][1]) * MS, jitter_ns) for peer in peers)
+
+
 # --- seeds ------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,8 @@ from superserve.clock import MS
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from loadgen.traces.trace import Trace
@@ -22,6 +24,7 @@ MAX_GPUS = 65_536
 """Most GPUs of a simulated cluster."""
 
 _LONGEST_MS = 86_400_000.0  # a day, the wire's limit for a slack
+_MAX_CLASS = 255
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +68,7 @@ def slowed(profile: Profile, factor: float) -> Profile:
     return replace(profile, name=f"{profile.name}*{factor:g}", provenance=provenance, subnets=tuple(subnets))
 
 
-def parse_cluster(text: str, option: str = "--emulate") -> list[Profile]:
+def parse_cluster(text: str) -> list[Profile]:
     """Return a profile for each GPU of `PROFILE:N[,PROFILE:N...]`.
 
     `PROFILE*F` is the profile of a device on which everything takes F times as long. Equal parts
@@ -76,32 +79,53 @@ def parse_cluster(text: str, option: str = "--emulate") -> list[Profile]:
     """
     gpus: list[Profile] = []
     for part in text.split(","):
-        spec, n_gpus = profile_and_n(part, option, most=MAX_GPUS)
+        spec, n_gpus = profile_and_n(part, most=MAX_GPUS)
         name, star, factor = spec.partition("*")
         profile = load_profile(name)
         if star:
-            profile = slowed(profile, _number(factor, option, part, most=1_000.0))
+            profile = slowed(profile, _number(factor, "--emulate", part, most=1_000.0))
         gpus += [profile] * n_gpus
     if len(gpus) > MAX_GPUS:
-        raise ConfigError(f"{option}: expected at most {MAX_GPUS} GPUs, got {len(gpus)}")
+        raise ConfigError(f"--emulate: expected at most {MAX_GPUS} GPUs, got {len(gpus)}")
     return gpus
 
 
-def parse_slos(text: str, option: str = "--slo-ms") -> list[tuple[int, float]]:
+def parse_slos(text: str) -> list[tuple[int, float]]:
     """Return (SLO in ns, share) of each part of `MS[:WEIGHT][,MS[:WEIGHT]...]`; the shares sum to 1."""
     found = []
     for part in text.split(","):
         slo, _, weight = part.partition(":")
-        slo_ms = _number(slo, option, part, most=_LONGEST_MS)
-        found.append((int(slo_ms * MS), _number(weight or "1", option, part, most=1e6)))
+        slo_ms = _number(slo, "--slo-ms", part, most=_LONGEST_MS)
+        found.append((int(slo_ms * MS), _number(weight or "1", "--slo-ms", part, most=1e6)))
     total = sum(weight for _, weight in found)
     return [(slo_ns, weight / total) for slo_ns, weight in found]
 
 
-def parse_floor(text: str, option: str = "--floor") -> tuple[float, float]:
+def parse_floor(text: str) -> tuple[float, float]:
     """Return (accuracy, share of the queries) of `ACCURACY[:SHARE]`."""
     accuracy, _, share = text.partition(":")
-    return (_number(accuracy, option, text, most=100.0), _number(share or "1", option, text, most=1.0))
+    return _number(accuracy, "--floor", text, most=100.0), _number(share or "1", "--floor", text, most=1.0)
+
+
+def parse_priorities(text: str, option: str = "--priority") -> list[tuple[int, float]]:
+    """Return (class, share of the queries) of each part of `CLASS:SHARE[,CLASS:SHARE...]`.
+
+    The rest is of class 0, the lowest.
+
+    Raises:
+        ConfigError: It is not such a text, a class is given twice, or the shares exceed 1.
+    """
+    found: dict[int, float] = {}
+    for part in text.split(","):
+        number, colon, share = part.partition(":")
+        if not colon or not number.isdecimal() or not 1 <= int(number) <= _MAX_CLASS:
+            raise ConfigError(f"{option}: expected CLASS:SHARE with a class from 1 to 255, got {part!r}")
+        if int(number) in found:
+            raise ConfigError(f"{option}: class {number} is given twice: expected it once")
+        found[int(number)] = _number(share, option, part, most=1.0)
+    if sum(found.values()) > 1.0 + 1e-9:
+        raise ConfigError(f"{option}: expected shares of 1 at most together, got {sum(found.values()):g}")
+    return list(found.items())
 
 
 def _number(text: str, option: str, part: str, *, most: float) -> float:
@@ -115,9 +139,14 @@ def _number(text: str, option: str, part: str, *, most: float) -> float:
 
 
 def mixed_workload(
-    trace: Trace, slos: list[tuple[int, float]], floor: tuple[float, float] | None = None, *, seed: int = 0
+    trace: Trace,
+    slos: list[tuple[int, float]],
+    floor: tuple[float, float] | None = None,
+    classes: Sequence[tuple[int, float]] = (),
+    *,
+    seed: int = 0,
 ) -> Workload:
-    """Return a trace whose queries draw their SLOs, and whether they have the floor, from a seed."""
+    """Return a trace whose queries draw their SLOs, whether they have the floor, and classes from a seed."""
     rng = np.random.default_rng([seed, 0x510])
     slo_ns: int | npt.NDArray[np.int64] = slos[0][0]
     if len(slos) > 1:
@@ -126,4 +155,9 @@ def mixed_workload(
     floors = None
     if floor is not None:
         floors = np.where(rng.random(trace.n) < floor[1], floor[0], 0.0).astype(np.float32)
-    return Workload(trace, slo_ns, floors)
+    priority = None
+    if classes:
+        edges = np.cumsum([share for _, share in classes])
+        numbers = np.array([*(number for number, _ in classes), 0], np.uint8)
+        priority = numbers[np.searchsorted(edges, rng.random(trace.n), side="right")]
+    return Workload(trace, slo_ns, floors, priority)

@@ -15,11 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpu_worker.core.played import AS_PROFILED
+from gpu_worker.core.played import AS_PROFILED, SPEEDS
 from loadgen.bound import fluid as bound
+from loadgen.results.run import in_time
+from loadgen.simulator.faults import jitter_faults
 from loadgen.simulator.simulate import SimSettings, simulate
-from loadgen.simulator.workloads import mixed_workload, parse_cluster, parse_floor, parse_slos, slowed
-from loadgen.traces.trace import load_trace
+from loadgen.simulator.workloads import (
+    mixed_workload,
+    parse_cluster,
+    parse_floor,
+    parse_priorities,
+    parse_slos,
+    slowed,
+)
+from loadgen.traces.azure import MinuteCounts
+from loadgen.traces.specs import Spec
+from loadgen.traces.trace import open_source, trace_of
+from superserve.clock import MS
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +39,10 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from gpu_worker.core.played import Pace
+    from loadgen.simulator.faults import Fault
     from loadgen.simulator.simulate import Workload
+    from loadgen.traces.trace import Trace
     from profiles.table import Profile
 
 EQUAL_ATTAINMENT = 0.001
@@ -38,6 +53,9 @@ MAF_QPS = 6_400.0
 
 SLOW_FACTOR = 2.5
 """How much slower the slower half of unequal GPUs is."""
+
+DURATION_S = 30.0
+"""How long a cell is drawn for where neither it nor the comparison says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +69,13 @@ class Cell:
         rate_qps: Mean rate of the trace; None keeps its own.
         slo_ms: One SLO or a mix, as `--slo-ms` takes it.
         floor: An accuracy floor for a share of the queries, as `--floor` takes it; or None.
+        priority: Priority classes for shares of the queries, as `--priority` takes them; or None.
+        faults: What goes wrong, from the start of the trace.
+        jitter_ms: Each message of every peer takes up to this much longer, all the time.
+        n_clients: Clients that the queries are dealt out to.
+        speed: Of its GPUs: times as fast as their profile.
+        duration_s: Its own length; None takes the comparison's.
+        minutes: Of a Functions 2019 file only this many minutes, others with each seed; None takes them all.
     """
 
     name: str
@@ -59,12 +84,50 @@ class Cell:
     rate_qps: float | None = None
     slo_ms: str = "36"
     floor: str | None = None
+    priority: str | None = None
+    faults: tuple[Fault, ...] = ()
+    jitter_ms: float = 0.0
+    n_clients: int = 1
+    speed: float = 1.0
+    duration_s: float | None = None
+    minutes: int | None = None
 
-    def workload(self, duration_s: float, seed: int) -> Workload:
-        """Return the queries of a seed."""
-        trace = load_trace(self.trace, rate_qps=self.rate_qps, duration_s=duration_s, seed=seed)
+    def workload(self, duration_s: float | None, seed: int) -> Workload:
+        """Return the queries of a seed, drawn for `duration_s` unless the cell has a length of its own."""
+        trace = self._trace(duration_s if self.duration_s is None else self.duration_s, seed)
         floor = None if self.floor is None else parse_floor(self.floor)
-        return mixed_workload(trace, parse_slos(self.slo_ms), floor, seed=seed)
+        classes = () if self.priority is None else parse_priorities(self.priority)
+        return mixed_workload(trace, parse_slos(self.slo_ms), floor, classes, seed=seed)
+
+    def _trace(self, duration_s: float | None, seed: int) -> Trace:
+        """Return the arrivals of a seed: recorded instants as long as they are, if no length is asked for."""
+        source = open_source(self.trace, rate_qps=self.rate_qps)
+        if isinstance(source, MinuteCounts) and self.minutes is not None:
+            n_starts = source.counts.size - self.minutes + 1
+            start = source.first_minute + (seed * _MINUTES_APART) % max(1, n_starts)
+            source = source.window(start, self.minutes, source=self.trace)
+        if duration_s is None and isinstance(source, Spec | MinuteCounts):
+            duration_s = DURATION_S
+        return trace_of(source, self.trace, rate_qps=self.rate_qps, duration_s=duration_s, seed=seed)
+
+    def settings(self, settings: SimSettings, *, speed: float = 1.0) -> SimSettings:
+        """Return the settings under which it is simulated, on GPUs that are `speed` times as fast besides."""
+        pace = replace(settings.pace, speed=settings.pace.speed * self.speed * speed)
+        return replace(settings, pace=pace, n_clients=max(settings.n_clients, self.n_clients))
+
+    def troubles(self, n_gpus: int, settings: SimSettings) -> tuple[Fault, ...]:
+        """Return its faults, those of its jitter included."""
+        if not self.jitter_ms:
+            return self.faults
+        n_processes = -(-n_gpus // settings.gpus_per_process)
+        jitter = jitter_faults(
+            round(self.jitter_ms * MS), n_processes=n_processes, n_clients=settings.n_clients
+        )
+        return (*self.faults, *jitter)
+
+
+# Prime to the minutes of a day and of most windows, so that seeds take stretches far apart.
+_MINUTES_APART = 97
 
 
 def paper_cells(profile: str, n_gpus: int, maf: str | None, slo_ms: str = "36") -> list[Cell]:
@@ -110,11 +173,15 @@ class Figures:
         attainment: Share of all queries answered in time.
         accuracy: Their mean profiled accuracy, percent; None without any, and for a bound.
         per_query: Their summed accuracy, over all queries, percent.
+        top: The attainment of the highest priority class; None for a bound, and if all are of one class.
+        mean_batch: Queries in a batch, a mean over batches; None without any, and for a bound.
     """
 
     attainment: float
     accuracy: float | None
     per_query: float
+    top: float | None = None
+    mean_batch: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +217,18 @@ class CellResult:
 
 
 def _mean(figures: Sequence[Figures]) -> Figures:
-    known = [one.accuracy for one in figures if one.accuracy is not None]
     return Figures(
         fmean(one.attainment for one in figures),
-        fmean(known) if known else None,
+        _mean_known(one.accuracy for one in figures),
         fmean(one.per_query for one in figures),
+        _mean_known(one.top for one in figures),
+        _mean_known(one.mean_batch for one in figures),
     )
+
+
+def _mean_known(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +236,14 @@ class Comparison:
     """What to compare.
 
     Attributes:
-        policies: As `--policy` takes them; the others are compared with the first.
+        policies: As `--policy` takes them, with or without `@SPEED`; the others are compared with the first.
+        duration_s: Of the cells without a length of their own; None is 30 s, or all that was recorded.
         with_bound: Whether the bound is computed too.
     """
 
     policies: tuple[str, ...]
     seeds: tuple[int, ...]
-    duration_s: float
+    duration_s: float | None
     with_bound: bool
     settings: SimSettings
 
@@ -196,33 +270,87 @@ class Comparison:
         """Return the figures of every policy on one cell and seed, and the bound."""
         workload = cell.workload(self.duration_s, seed)
         cluster = parse_cluster(cell.cluster)
-        figures = {}
-        for policy in self.policies:
-            found = simulate(workload, cluster, policy=policy, seed=seed, settings=self.settings)
-            result = found.result
-            figures[policy] = Figures(
-                result.slo_attainment or 0.0, result.mean_accuracy, found.accuracy_per_query
-            )
-        return figures, bound_of(workload, self.paced(cluster)) if self.with_bound else None
+        figures = {
+            policy: serve(cell, workload, cluster, policy, seed=seed, settings=self.settings)
+            for policy in self.policies
+        }
+        return figures, bound_in(cell, workload, cluster, self.settings) if self.with_bound else None
 
-    def paced(self, cluster: Sequence[Profile]) -> list[Profile]:
-        """Return the profiles of GPUs at their pace, or the fastest that it reaches, for a bound."""
-        pace = self.settings.pace
-        if pace == AS_PROFILED:
-            return list(cluster)
-        ends_ns = (0, int(self.duration_s * 1e9))
-        factor = min(pace.slowness(pace.began_ns + at_ns) for at_ns in ends_ns)
-        known = {id(profile): slowed(profile, factor) for profile in cluster}
-        return [known[id(profile)] for profile in cluster]
+
+def contender(text: str) -> tuple[str, float]:
+    """Return the policy and the speed of its GPUs of `POLICY[@SPEED]`, as `--policy` takes it.
+
+    Raises:
+        ConfigError: What follows the @ is no speed.
+    """
+    policy, at, speed = text.rpartition("@")
+    if not at:
+        return text, 1.0
+    try:
+        value = float(speed)
+    except ValueError:
+        value = math.nan
+    if not SPEEDS[0] <= value <= SPEEDS[1]:
+        least, most = SPEEDS
+        raise ConfigError(
+            f"policy {text!r}: expected a speed from {least:g} to {most:g} after @, got {speed!r}"
+        )
+    return policy, value
+
+
+def serve(
+    cell: Cell,
+    workload: Workload,
+    cluster: Sequence[Profile],
+    text: str,
+    *,
+    seed: int,
+    settings: SimSettings | None = None,
+) -> Figures:
+    """Return the figures of one policy, as `contender` reads it, on the queries of one cell and seed."""
+    policy, speed = contender(text)
+    settings = cell.settings(settings or SimSettings(), speed=speed)
+    faults = cell.troubles(len(cluster), settings)
+    found = simulate(workload, cluster, policy=policy, seed=seed, faults=faults, settings=settings)
+    result = found.result
+    top = None
+    if workload.priority is not None and (is_top := workload.priority == workload.priority.max()).sum():
+        top = None if is_top.all() else float(in_time(found.columns, workload.slo_ns)[is_top].mean())
+    return Figures(
+        result.slo_attainment or 0.0, result.mean_accuracy, found.accuracy_per_query, top,
+        result.batch_size_mean,
+    )  # fmt: skip
+
+
+def bound_in(
+    cell: Cell, workload: Workload, cluster: Sequence[Profile], settings: SimSettings | None = None
+) -> Figures:
+    """Return the bound on one cell and seed, on GPUs as fast as its own ever are."""
+    pace = cell.settings(settings or SimSettings()).pace
+    quickest = min([1.0, *(fault.amount for fault in cell.faults if fault.kind == "slow")])
+    factor = quickest * _least_slowness(pace, workload.trace.duration_ns)
+    known = {id(profile): profile if factor == 1.0 else slowed(profile, factor) for profile in cluster}
+    return bound_of(workload, [known[id(profile)] for profile in cluster])
+
+
+def _least_slowness(pace: Pace, duration_ns: int) -> float:
+    """Return measured over profiled latency where the pace is fastest: it only rises or only falls."""
+    if pace == AS_PROFILED:
+        return 1.0
+    return min(pace.slowness(pace.began_ns + at_ns) for at_ns in (0, duration_ns))
 
 
 def _all(
     tasks: list[tuple[Comparison, Cell, int]], n_processes: int
 ) -> Iterable[tuple[dict[str, Figures], Figures | None]]:
-    if n_processes == 1:
+    try:
+        pool = ProcessPoolExecutor(n_processes) if n_processes > 1 else None
+    except OSError:  # where /dev/shm takes no semaphore, as in some containers: it takes longer here
+        pool = None
+    if pool is None:
         yield from map(_task, tasks)
         return
-    with ProcessPoolExecutor(n_processes) as pool:
+    with pool:
         yield from pool.map(_task, tasks)
 
 
@@ -274,7 +402,12 @@ class Headline:
 
 def is_baseline(policy: str) -> bool:
     """Return whether a policy is one of those that the headline comparisons use as a baseline."""
-    return policy == "mincost" or policy.startswith("fixed:")
+    return policy == "mincost" or (policy.startswith("fixed:") and not is_paced(policy))
+
+
+def is_paced(policy: str) -> bool:
+    """Return whether a policy runs on GPUs of another speed: such a yardstick is not judged."""
+    return "@" in policy
 
 
 def baselines(profile: Profile) -> tuple[str, ...]:
@@ -321,8 +454,8 @@ def to_dict(comparison: Comparison, results: Sequence[CellResult]) -> dict[str, 
 
 def _cell_dict(result: CellResult) -> dict[str, Any]:
     cell, first = result.cell, next(iter(result.policies))
-    names = [name for name in result.policies if not is_baseline(name)]
-    has_rivals = len(names) < len(result.policies)
+    names = [name for name in result.policies if not is_baseline(name) and not is_paced(name)]
+    has_rivals = any(map(is_baseline, result.policies))
     gains = {name: result.gain(name, first) for name in result.policies if name != first}
     return {
         "name": cell.name,
@@ -331,6 +464,10 @@ def _cell_dict(result: CellResult) -> dict[str, Any]:
         "cluster": cell.cluster,
         "slo_ms": cell.slo_ms,
         "floor": cell.floor,
+        "priority": cell.priority,
+        "faults": [fault.to_dict() for fault in cell.faults],
+        "jitter_ms": cell.jitter_ms,
+        "clients": cell.n_clients,
         "policies": {name: [asdict(one) for one in runs] for name, runs in result.policies.items()},
         "bound": None if result.bounds is None else [asdict(one) for one in result.bounds],
         "gain_per_query": {
@@ -375,7 +512,7 @@ def headline_lines(results: Sequence[CellResult]) -> list[str]:
     found = []
     for result in results:
         for policy in result.policies:
-            if is_baseline(policy):
+            if is_baseline(policy) or is_paced(policy):
                 continue
             one = headline(result, policy)
             parts = []

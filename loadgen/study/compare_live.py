@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loadgen.live.calm import await_calm
 from loadgen.live.run import Emulation, RunSettings, run_emulated
 from loadgen.simulator.workloads import parse_cluster, parse_slos
-from loadgen.study.compare import CellResult, Figures, bound_of
+from loadgen.study.compare import CellResult, Figures, bound_in, is_paced
 from superserve.clock import MS
 from superserve.errors import ConfigError
 
@@ -43,13 +43,21 @@ class LiveRun:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def check_live(cells: Sequence[Cell]) -> None:
-    """Refuse cells that live senders cannot offer.
+def check_live(cells: Sequence[Cell], policies: Sequence[str] = ()) -> None:
+    """Refuse cells that live senders cannot offer, and policies on GPUs of another speed.
 
     Raises:
-        ConfigError: A cell has a mix of SLOs, floors, or unequal GPUs.
+        ConfigError: A cell has a mix of SLOs, floors, unequal GPUs, or what only a simulation plays.
     """
+    for policy in filter(is_paced, policies):
+        raise ConfigError(f"policy {policy!r}: a speed after @ is only simulated; compare it with --simulate")
     for cell in cells:
+        is_troubled = bool(cell.faults or cell.jitter_ms) or cell.speed != 1.0
+        if is_troubled or cell.priority is not None or cell.n_clients > 1:
+            raise ConfigError(
+                f"cell {cell.name}: faults, jitter, a speed of its own, priorities and several clients are "
+                "only simulated; compare it with --simulate"
+            )
         if len(parse_slos(cell.slo_ms)) > 1 or cell.floor is not None:
             raise ConfigError(
                 f"cell {cell.name}: a live sender has one SLO and no floor; compare it with --simulate"
@@ -69,7 +77,7 @@ def compare_live(
     Raises:
         ConfigError: A cell cannot be offered live.
     """
-    check_live(cells)
+    check_live(cells, comparison.policies)
     notes: list[LiveRun] = []
     results = []
     for cell in cells:
@@ -89,8 +97,11 @@ def compare_live(
 def _bounds(comparison: Comparison, cell: Cell) -> tuple[Figures, ...] | None:
     if not comparison.with_bound:
         return None
-    cluster = comparison.paced(parse_cluster(cell.cluster))
-    return tuple(bound_of(cell.workload(comparison.duration_s, seed), cluster) for seed in comparison.seeds)
+    cluster = parse_cluster(cell.cluster)
+    return tuple(
+        bound_in(cell, cell.workload(comparison.duration_s, seed), cluster, comparison.settings)
+        for seed in comparison.seeds
+    )
 
 
 def _one(comparison: Comparison, cell: Cell, policy: str, seed: int) -> tuple[Figures, LiveRun]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from loadgen.study.compare import is_baseline
+from loadgen.study.compare import is_baseline, is_paced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,10 @@ def shortfalls(result: CellResult, policy: str, over: str) -> tuple[str, ...]:
 
 
 def verdicts(results: Sequence[CellResult]) -> dict[str, list[str]]:
-    """Return, for each policy except the first and the baselines, where it falls short of the first."""
+    """Return, for each policy that is judged, where it falls short of the first.
+
+    Baselines and policies on GPUs of another speed are not judged.
+    """
     first, *others = results[0].policies
     return {
         policy: [
@@ -55,7 +58,7 @@ def verdicts(results: Sequence[CellResult]) -> dict[str, list[str]]:
             if (short := shortfalls(result, policy, first))
         ]
         for policy in others
-        if not is_baseline(policy)
+        if not is_baseline(policy) and not is_paced(policy)
     }
 
 

@@ -5,6 +5,10 @@
     gamma           gamma gaps of a given CV² (variance over squared mean; Poisson has 1)
     bursty          a constant base stream merged with a gamma variant stream
     accelerating    gamma gaps around a mean that ramps from one rate to another
+    spikes          a number of queries at once, or nearly, at equal intervals over a Poisson base
+    on_off          gamma gaps around a mean that jumps between two rates
+    ramp_crash      gamma gaps around a mean that ramps up, falls at once, rests, and ramps again
+    pareto_batches  batches of Pareto sizes at exponential gaps
     from_counts     an exact number of arrivals in each of equal bins
     from_shape      bins filled in proportion to a shape, with an exact total
     maf_like        from_shape over a synthetic shape in the manner of Azure Functions 2019
@@ -40,6 +44,12 @@ MAX_RATE_QPS = 1e9
 
 MAX_CV2 = 1e4
 """The burstiest gaps: the burstiest Azure excerpt has 160. Above this, a trace is one burst or empty."""
+
+MAX_BATCH = 1e6
+"""The largest batch of queries that are due at once."""
+
+MAX_ALPHA = 100.0
+"""The largest tail index of batch sizes: from there on nearly all batches are single queries."""
 
 # Drawn in pieces of at most 32 MB, so that a wrong guess of the number needed costs little.
 _CHUNK = 1 << 22
@@ -160,6 +170,147 @@ def accelerating(
     level[:] = ramp + (level - in_ramp) / to_qps
     passed *= SECOND
     return _cut(passed, duration_ns)
+
+
+def spikes(
+    *, size: float, every_s: float, width_s: float, base_qps: float, duration_s: float, seed: int
+) -> npt.NDArray[np.int64]:
+    """Return spikes of `size` queries each, `every_s` apart, the first at half of that, over a Poisson base.
+
+    A spike's queries are due at once, or at independent uniform instants in the `width_s` after its
+    beginning. A size that is no whole number is one on average: each spike draws one of its neighbours.
+
+    Args:
+        size: Queries in a spike, above 0.
+        every_s: From the beginning of one to the next one's.
+        width_s: How long one takes, 0 to `every_s`.
+        base_qps: Rate of the queries beside them, at least 0.
+        duration_s: Length of all; a spike that begins before its end is cut there.
+        seed: Draws sizes, instants within spikes, and the base.
+    """
+    duration_ns = to_ns("duration_s", duration_s)
+    check_positive("size", size, at_most=MAX_BATCH)
+    check_positive("every", every_s, at_most=MAX_DURATION_S)
+    if not 0 <= width_s <= every_s:
+        raise TraceError(f"width: expected a number of seconds from 0 to every, {every_s:g}, got {width_s}")
+    if not 0 <= base_qps <= MAX_RATE_QPS:
+        raise TraceError(f"base_qps: expected a number from 0 to {MAX_RATE_QPS:.12g}, got {base_qps}")
+    _check_count((size / every_s + base_qps) * duration_s)
+    spike_seed, base_seed = np.random.SeedSequence(seed).generate_state(2)
+    rng = np.random.default_rng(int(spike_seed))
+    n_spikes = max(0, math.ceil(duration_s / every_s - 0.5))
+    starts = (np.arange(n_spikes) + 0.5) * every_s
+    whole = math.floor(size)
+    sizes = whole + (rng.random(n_spikes) < size - whole)
+    due_s = np.repeat(starts, sizes)
+    if width_s:
+        due_s += rng.random(due_s.size) * width_s
+        due_s.sort()
+    found = _cut(due_s * SECOND, duration_ns)
+    if base_qps:
+        base = poisson(rate_qps=base_qps, duration_s=duration_s, seed=int(base_seed))
+        found = np.concatenate((found, base))
+        found.sort(kind="stable")
+    return found
+
+
+def on_off(
+    *, high_qps: float, low_qps: float, on_s: float, off_s: float, cv2: float, duration_s: float, seed: int
+) -> npt.NDArray[np.int64]:
+    """Return arrivals whose mean rate is `high_qps` for `on_s`, then `low_qps` for `off_s`, and so on.
+
+    A gamma process of unit rate and the given CV² is warped in time, as `accelerating` does it.
+    `low_qps` may be 0.
+    """
+    duration_ns = to_ns("duration_s", duration_s)
+    check_positive("high_qps", high_qps, at_most=MAX_RATE_QPS)
+    if not 0 <= low_qps <= MAX_RATE_QPS:
+        raise TraceError(f"low_qps: expected a number from 0 to {MAX_RATE_QPS:.12g}, got {low_qps}")
+    check_positive("on", on_s, at_most=MAX_DURATION_S)
+    check_positive("off", off_s, at_most=MAX_DURATION_S)
+    in_on = high_qps * on_s
+    total = on_off_count(high_qps=high_qps, low_qps=low_qps, on_s=on_s, off_s=off_s, duration_s=duration_s)
+    passed = _renewal(cv2, total, np.random.default_rng(seed))  # (n_queries,), in units of queries
+    cycle, rest = np.divmod(passed, in_on + low_qps * off_s)
+    is_on = rest < in_on if low_qps else np.ones(rest.size, bool)
+    after_on = on_s + (rest - in_on) / low_qps if low_qps else rest
+    due_s = cycle * (on_s + off_s) + np.where(is_on, rest / high_qps, after_on)
+    return _cut(np.maximum.accumulate(due_s) * SECOND, duration_ns)
+
+
+def on_off_count(*, high_qps: float, low_qps: float, on_s: float, off_s: float, duration_s: float) -> float:
+    """Return the expected number of queries of `on_off`: the integral of its rate."""
+    cycles, rest = divmod(duration_s, on_s + off_s)
+    on = min(rest, on_s)
+    return cycles * (high_qps * on_s + low_qps * off_s) + high_qps * on + low_qps * (rest - on)
+
+
+def ramp_crash(
+    *, from_qps: float, to_qps: float, ramp_s: float, rest_s: float, cv2: float, duration_s: float, seed: int
+) -> npt.NDArray[np.int64]:
+    """Return arrivals whose mean rate ramps from `from_qps` to `to_qps` in `ramp_s`, falls back, and rests.
+
+    After `rest_s` at `from_qps` it ramps again. A gamma process of unit rate and the given CV² is
+    warped in time, as `accelerating` does it. `to_qps` may be the smaller: a jump that decays.
+    """
+    duration_ns = to_ns("duration_s", duration_s)
+    check_positive("from_qps", from_qps, at_most=MAX_RATE_QPS)
+    check_positive("to_qps", to_qps, at_most=MAX_RATE_QPS)
+    check_positive("ramp", ramp_s, at_most=MAX_DURATION_S)
+    if not 0 <= rest_s <= MAX_DURATION_S:
+        raise TraceError(f"rest: expected a number of seconds from 0 to {MAX_DURATION_S:.12g}, got {rest_s}")
+    in_ramp = (from_qps + to_qps) / 2 * ramp_s
+    total = ramp_crash_count(
+        from_qps=from_qps, to_qps=to_qps, ramp_s=ramp_s, rest_s=rest_s, duration_s=duration_s
+    )
+    passed = _renewal(cv2, total, np.random.default_rng(seed))  # (n_queries,), in units of queries
+    cycle, rest = np.divmod(passed, in_ramp + from_qps * rest_s)
+    slope = (to_qps - from_qps) / ramp_s
+    # The root of `accelerating`, which says why it is written so.
+    rising = 2 * rest / (from_qps + np.sqrt(np.maximum(from_qps**2 + 2 * slope * rest, 0)))
+    due_s = cycle * (ramp_s + rest_s)
+    due_s += np.where(rest < in_ramp, rising, ramp_s + (rest - in_ramp) / from_qps)
+    return _cut(np.maximum.accumulate(due_s) * SECOND, duration_ns)
+
+
+def ramp_crash_count(
+    *, from_qps: float, to_qps: float, ramp_s: float, rest_s: float, duration_s: float
+) -> float:
+    """Return the expected number of queries of `ramp_crash`: the integral of its rate."""
+    cycles, rest = divmod(duration_s, ramp_s + rest_s)
+    rising = min(rest, ramp_s)
+    slope = (to_qps - from_qps) / ramp_s
+    in_cycle = (from_qps + to_qps) / 2 * ramp_s + from_qps * rest_s
+    return cycles * in_cycle + (from_qps + slope * rising / 2) * rising + from_qps * (rest - rising)
+
+
+def pareto_batches(
+    *, rate_qps: float, alpha: float, most: float, duration_s: float, seed: int
+) -> npt.NDArray[np.int64]:
+    """Return batches of queries due at once: Poisson batches, of which a share k^-alpha has k or more.
+
+    Args:
+        rate_qps: Mean rate of queries.
+        alpha: Tail index: the smaller, the heavier. Up to 1 the mean is that of the cut at `most` alone.
+        most: Largest batch, a whole number; larger draws become this.
+        duration_s: Length of all.
+        seed: Draws batches and their instants.
+    """
+    to_ns("duration_s", duration_s)
+    check_positive("rate_qps", rate_qps, at_most=MAX_RATE_QPS)
+    check_positive("alpha", alpha, at_most=MAX_ALPHA)
+    if most != math.floor(check_positive("most", most, at_most=MAX_BATCH)):
+        raise TraceError(f"most: expected a whole number, got {most}")
+    _check_count(rate_qps * duration_s)
+    # P(size >= k) = k^-alpha, so the mean is the sum of these up to the cut.
+    mean = float((np.arange(1, int(most) + 1, dtype=np.float64) ** -alpha).sum())
+    arrival_seed, size_seed = np.random.SeedSequence(seed).generate_state(2)
+    starts_ns = poisson(rate_qps=rate_qps / mean, duration_s=duration_s, seed=int(arrival_seed))
+    uniform = 1.0 - np.random.default_rng(int(size_seed)).random(starts_ns.size)  # in (0, 1]
+    with np.errstate(over="ignore"):
+        sizes = np.minimum(uniform ** (-1.0 / alpha), most).astype(np.int64)
+    _check_count(float(sizes.sum()))
+    return np.repeat(starts_ns, sizes)
 
 
 def from_counts(counts: npt.NDArray[np.int64], *, duration_s: float, seed: int) -> npt.NDArray[np.int64]:

@@ -37,7 +37,7 @@ from loadgen.traces.arrivals import (
 from loadgen.traces.specs import KEYS, Spec, is_spec, nearest, parse_spec
 from superserve.clock import SECOND
 from superserve.errors import TraceError
-from superserve.files import write_whole
+from superserve.files import in_place_of, write_whole
 
 MAX_FILE_BYTES = 1 << 31
 """The longest file that is read, uncompressed: 2 GiB. The longest published one, of 2021, has 0.3."""
@@ -216,13 +216,7 @@ Source: TypeAlias = Spec | azure.MinuteCounts | azure.Invocations | Trace
 
 
 def load_trace(
-    spec: str,
-    *,
-    rate_qps: float | None = None,
-    duration_s: float | None = None,
-    seed: int = 0,
-    start_minute: int | None = None,
-    minutes: int | None = None,
+    spec: str, *, rate_qps: float | None = None, duration_s: float | None = None, seed: int = 0
 ) -> Trace:
     """Return the trace that `spec` names, at the requested rate and duration.
 
@@ -246,19 +240,11 @@ def load_trace(
         rate_qps: Mean rate; by default the trace's own.
         duration_s: Length; by default the trace's own.
         seed: Of everything random, at least 0. Equal arguments give equal traces.
-        start_minute: First minute to use, as numbered in a Functions 2019 file's header.
-        minutes: Number of minutes to use, of a Functions 2019 file.
 
     Raises:
         TraceError: The file or spec is invalid, or does not contain what was requested.
     """
     source = open_source(spec, rate_qps=rate_qps)
-    if start_minute is not None or minutes is not None:
-        if not isinstance(source, azure.MinuteCounts):
-            raise TraceError(
-                f"trace {spec!r}: start_minute and minutes: only Functions 2019 counts by minute"
-            )
-        source = source.window(start_minute, minutes, source=spec)
     return trace_of(source, spec, rate_qps=rate_qps, duration_s=duration_s, seed=seed)
 
 
@@ -390,7 +376,7 @@ def _read(path: Path) -> bytes:
         if data.startswith(_GZIP_MAGIC):
             with gzip.open(path) as unzipped:
                 data = unzipped.read(MAX_FILE_BYTES + 1)
-        elif path.suffix == ".gz":
+        elif path.suffix == ".gz" and not in_place_of(data[:64]):
             raise TraceError(f"{path}: expected a gzip file, as its name says, got {data[:16]!r}")
     except FileNotFoundError:
         hint = nearest(str(path), tuple(KEYS))
@@ -401,6 +387,8 @@ def _read(path: Path) -> bytes:
         raise TraceError(f"{path}: expected a whole gzip file: {error}") from error
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror}") from error
+    if other := in_place_of(data[:64]):
+        raise TraceError(f"{path}: expected a trace, got {other}")
     if len(data) > MAX_FILE_BYTES:
         raise TraceError(f"{path}: expected at most {MAX_FILE_BYTES} bytes, uncompressed")
     return data

@@ -14,10 +14,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gpu_worker.models.names import SHIPPED_SUPERNETS
 from profiles.show import draw_heat_map, flops, flops_unit, print_heat_map
 from profiles.table import load_profile, statistics_path
 from superserve.clock import MonotonicClock
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
+from superserve.roles.commands import plain_errors
 from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
@@ -99,16 +101,14 @@ batch_sizes_option = click.option(
 @click.option(
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
 )
+@plain_errors(OSError)
 def search_command(out: Path, latency: str, **options: Any) -> None:
     """Search a supernet for its pareto subnets and write them as a profile to OUT."""
     clock = MonotonicClock()
     started_ns = clock.now_ns()
-    try:
-        with _progress() as on_progress:
-            found = _search(out.stem, latency == "measured", on_progress, clock, **options)
-        beside = found.write(out)
-    except (SuperServeError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    with _progress() as on_progress:
+        found = _search(out.stem, latency == "measured", on_progress, clock, **options)
+    beside = found.write(out)
     took_s = (clock.now_ns() - started_ns) / _NS_PER_S
     _print_found(found, took_s)
     click.echo(f"wrote {out}" + (f" and {beside}" if beside else ""))
@@ -212,16 +212,14 @@ def _print_found(found: Found, took_s: float) -> None:
 @click.option(
     "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it to this .svg or .png instead."
 )
+@plain_errors(OSError)
 def show_command(profile: str, picture: Path | None) -> None:
     """Show PROFILE, a shipped profile's name or a file: a heat map of latency."""
-    try:
-        shown = load_profile(profile)
-        if picture is not None:
-            draw_heat_map(shown, picture)
-            click.echo(f"wrote {picture}")
-            return
-    except (SuperServeError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    shown = load_profile(profile)
+    if picture is not None:
+        draw_heat_map(shown, picture)
+        click.echo(f"wrote {picture}")
+        return
     print_heat_map(shown, Console(width=None if sys.stdout.isatty() else _WIDTH))
 
 
@@ -232,18 +230,16 @@ def show_command(profile: str, picture: Path | None) -> None:
 @_examples
 @_device
 @_threads
+@plain_errors(OSError)
 def accuracy_command(profile: str, **given: Any) -> None:
     """Print how much accuracy SubnetNorm gives each subnet of PROFILE.
 
     Held-out accuracy with the subnet's own statistics, and with the largest subnet's statistics for all.
     """
-    try:
-        from profiles.measuring.accuracy import accuracy_by_statistics  # noqa: PLC0415  see above
+    from profiles.measuring.accuracy import accuracy_by_statistics  # noqa: PLC0415  see above
 
-        judged = load_profile(profile)
-        rows = accuracy_by_statistics(_measured(judged, **given), _subnets(judged))
-    except (SuperServeError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    judged = load_profile(profile)
+    rows = accuracy_by_statistics(_measured(judged, **given), _subnets(judged))
     width = max(len(subnet.name) for subnet in judged.subnets)
     click.echo(f"{'':{width}}  {'own statistics':>16}{'those of largest':>20}")
     for subnet, (own, shared) in zip(judged.subnets, rows, strict=True):
@@ -258,20 +254,18 @@ def accuracy_command(profile: str, **given: Any) -> None:
 @_device
 @_threads
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: beside the profile]")
+@plain_errors(OSError)
 def calibrate_command(profile: str, out: Path | None, **given: Any) -> None:
     """Gather SubnetNorm's statistics of each subnet of PROFILE, and write them where workers find them."""
-    try:
-        from gpu_worker.supernet.calibration import save_statistics  # noqa: PLC0415  see above
+    from gpu_worker.supernet.calibration import save_statistics  # noqa: PLC0415  see above
 
-        calibrated = load_profile(profile)
-        subnets, judge = _subnets(calibrated), _measured(calibrated, **given)
-        if not judge.supernet.norms:
-            raise ConfigError("calibrate: expected a supernet with BatchNorm: LayerNorm keeps no statistics")
-        judge.supernet.set_statistics(judge.calibrated(subnets))
-        path = out or statistics_path(profile)
-        save_statistics(path, judge.supernet, calibrated.supernet, subnets)
-    except (SuperServeError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    calibrated = load_profile(profile)
+    subnets, judge = _subnets(calibrated), _measured(calibrated, **given)
+    if not judge.supernet.norms:
+        raise ConfigError("calibrate: expected a supernet with BatchNorm: LayerNorm keeps no statistics")
+    judge.supernet.set_statistics(judge.calibrated(subnets))
+    path = out or statistics_path(profile)
+    save_statistics(path, judge.supernet, calibrated.supernet, subnets)
     click.echo(f"wrote {path}: statistics of {len(subnets)} subnets")
 
 
@@ -294,6 +288,11 @@ def _measured(
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  see above
     from profiles.measuring.accuracy import measured_accuracy  # noqa: PLC0415  see above
 
+    if supernet is None and profile.supernet not in SHIPPED_SUPERNETS and ":" not in profile.supernet:
+        raise ConfigError(
+            f"--supernet: expected package.module:attribute: the profile names {profile.supernet!r}, "
+            "which does not come with the package"
+        )
     kind = supernet_kind(supernet or profile.supernet)
     if kind.name != profile.supernet:
         raise ConfigError(f"supernet: expected {profile.supernet}, the profile's, got {kind.name}")

@@ -179,7 +179,7 @@ class Dispatcher:
             queue.due = model.queue.due
             queue.supply = self._fleet.supply
             self._fleet.fit_supply(model.demand.slack_ns - slack.way_back_ns(worker, cohort.client))
-        view.doubt = worker.correction.doubt()
+        view.doubt = worker.doubt()
         view.free_at_ns = slack.begin_ns(worker, now_ns)
         view.allowance_ns = slack.way_back_ns(worker, cohort.client)
         choice = self._corrected_choice(worker, now_ns)

@@ -17,6 +17,10 @@ _FIRST_FAR, _N_FIRST = 2.5, 2
 at 1.6 it took a GPU ten batches to be known as 2.5 times slower than its profile, and all ten were late."""
 _FIRST_GAIN = 0.8
 """Over how many batches: the exponent of the first ones. At 0.5 the first says half of what it could."""
+_SURPRISE = 1.25
+"""A batch that takes this many times the estimate puts the GPU in doubt again. When eight GPUs become twice as
+slow, 2 queries in 100 of the next seconds are late, and 3 in 100 if the doubt stays where it was."""
+
 _DOUBT = 0.6
 """What each measurement leaves of the doubt: 2.5, 1.9, 1.54, 1.32, ... At 0.4 queries of a slow GPU are late,
 at 0.8 sixty-four GPUs serve their first half second 0.1 points worse."""
@@ -156,13 +160,17 @@ class Correction:
         ratio = self.overall * self._differs[subnet]
         return ratio if _LEAST <= ratio <= _MOST else _bounded(ratio)
 
-    def doubt(self) -> float:
-        """Return how many times longer than estimated a batch may take while few have been measured."""
-        return 1.0 + (_FIRST_FAR - 1.0) * _DOUBT**self.n
+    def doubt(self, n_beside: int = 0) -> float:
+        """Return how many times longer than estimated a batch may take while few have been measured.
+
+        Args:
+            n_beside: Batches measured on GPUs of the same process; they count for a quarter.
+        """
+        return 1.0 + (_FIRST_FAR - 1.0) * _DOUBT ** (self.n + n_beside / 4 if n_beside else self.n)
 
     def measure(self, subnet: int, ratio: float) -> None:
         """Add the ratio of one batch."""
-        self.n += 1
+        n = self.n = self.n + 1
         if ratio > _AS_PROFILED:
             self._is_slow = True
         if not _LEAST <= ratio <= _MOST:
@@ -170,14 +178,17 @@ class Correction:
         step = ratio / self.of_subnet(subnet)
         if step == 1.0:
             return
-        far = _FAR if self.n > _N_FIRST else _FIRST_FAR
-        if step > far:
-            step = far
+        if n <= _N_FIRST:
+            step = min(step, _FIRST_FAR)
+        elif step > _SURPRISE:
+            # A hiccup, or the device has become another: the next batches tell, and weigh as the first did.
+            step = min(step, _FAR)
+            self.n = 0
         differs = self._differs[subnet] * step**_GAIN_OF_SUBNET
         shared = differs**_SHARED
         self._differs[subnet] = differs / shared
         # The first measurements weigh more: nothing is known yet about this device.
-        overall = self.overall * shared * step ** max(_GAIN, _FIRST_GAIN / self.n)
+        overall = self.overall * shared * step ** max(_GAIN, _FIRST_GAIN / n)
         self.overall = _bounded(overall)
 
     def ease(self) -> None:

@@ -92,6 +92,9 @@ WORKER_TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
 _FIRST_TRANSPORT_NS = [400_000] * 15 + [1_000_000]
 
 
+_ENOUGH = 64
+"""Batches of a process's GPUs that are counted; by then none of them is in doubt."""
+
 _SAMPLE_EVERY_NS = 1_000_000
 """The transport of a process is sampled at most this often, so that one stall does not fill the window."""
 # Read several times a pass, and an enum member costs three times as much as a global.
@@ -186,7 +189,7 @@ class Peer:
     """
 
     __slots__ = (
-        "capacity", "epoch", "heard_ns", "key", "machine", "name", "quickest_ns", "sampled_ns",
+        "capacity", "epoch", "heard_ns", "key", "machine", "n_measured", "name", "quickest_ns", "sampled_ns",
         "slowdowns", "transport", "way_ns", "workers",
     )  # fmt: skip
 
@@ -206,6 +209,7 @@ class Peer:
         self.slowdowns = (1.0, 1.0)
         self.way_ns = 0
         self.capacity = 0.0
+        self.n_measured = 0
 
     def sample_way(self, way_ns: int, now_ns: int) -> None:
         """Record how long a batch was under way, unless the last sample is recent."""
@@ -318,6 +322,14 @@ class Worker:
     def measure(self, subnet: int, profiled_ns: int, measured_ns: int) -> None:
         """Add one batch's measured latency to this worker's correction."""
         self.correction.measure(subnet, measured_ns / profiled_ns)
+        if self.correction.n == 0:
+            self.peer.n_measured = 0
+        elif self.peer.n_measured < _ENOUGH:
+            self.peer.n_measured += 1
+
+    def doubt(self) -> float:
+        """Return how many times longer than estimated a batch may take, because few have been measured."""
+        return self.correction.doubt(self.peer.n_measured)
 
     def ease(self) -> None:
         """Move the slowdown part of the way back to where it began: see `Correction.ease`.

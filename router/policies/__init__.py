@@ -1,4 +1,27 @@
-"""What a policy is: given the head of the queue and a worker, choose a subnet and a batch size."""
+"""What a policy is: given the head of the queue and a worker, choose a subnet and a batch size.
+
+A policy of your own is a class with a `name`, a constructor and `choose`:
+
+    from router.policies import Choice, usable_slack_ns
+
+    class Careful:
+        '''The most accurate subnet that answers the head alone in half of its slack.'''
+
+        name = "careful"
+
+        def __init__(self, profile, argument=None):
+            self._rows = [row.latency_p99_ns[0] for row in profile.subnets]
+
+        def choose(self, queue, worker, now_ns):
+            half_ns = usable_slack_ns(queue, worker, now_ns) / 2
+            fitting = [row for row, p99_ns in enumerate(self._rows) if p99_ns <= half_ns]
+            if not fitting or fitting[-1] < queue.head_floor:
+                return None
+            return Choice(subnet=fitting[-1], batch_size=1)
+
+Save it as `my_policy.py` and serve with `cluster up --policy my_policy:Careful`; `router.policies.registry`
+describes entry points. `Policy` is the contract.
+"""
 
 from __future__ import annotations
 

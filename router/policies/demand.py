@@ -59,7 +59,7 @@ class Demand:
     __slots__ = (
         "_haste",
         "_hastes",
-        "_kinds",
+        "classes",
         "_n",
         "_until_ns",
         "calm_rate",
@@ -78,7 +78,7 @@ class Demand:
         self._n = 0
         self._hastes = 0.0
         self._until_ns: int | None = None
-        self._kinds: dict[int, PatienceClass] = {}
+        self.classes: dict[int, PatienceClass] = {}
         self.surge = Surge()
 
     def arrived(self, slacks_ns: list[int], now_ns: int = 0) -> None:
@@ -99,9 +99,9 @@ class Demand:
             self._hastes += sum([1.0 / max(MS, slack_ns) for slack_ns in slacks_ns])
 
     def _kind(self, bits: int) -> PatienceClass:
-        kind = self._kinds.get(bits)
+        kind = self.classes.get(bits)
         if kind is None:
-            kind = self._kinds[bits] = PatienceClass(0.75 * (1 << bits))
+            kind = self.classes[bits] = PatienceClass(0.75 * (1 << bits))
         return kind
 
     def settle(self, now_ns: int) -> None:
@@ -124,8 +124,8 @@ class Demand:
         # Without arrivals both averages fade alike, so their ratio stays; in the end both underflow to 0.
         if self._n and self._haste > 0.0:
             self.slack_ns = self.rate / self._haste
-        for kind in self._kinds.values():
+        for kind in self.classes.values():
             kind.settle(passed_ns)
-        self.calm_rate = sum([kind.rate for kind in self._kinds.values()])
+        self.calm_rate = sum([kind.rate for kind in self.classes.values()])
         self._n, self._hastes = 0, 0.0
         self._until_ns = now_ns

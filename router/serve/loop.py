@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-import zmq
-
 from router.core import RouterCore
 from router.core.events import Answer, Complaint, Dispatch, DrainRouter, Fence, Released
 from router.core.settings import CoreSettings
@@ -28,11 +26,15 @@ from router.serve.doors import Doors
 from router.serve.gate import Gate, check_reach
 from router.serve.side import Serving
 from router.serve.worker_side import WorkerSide
-from superserve.errors import ConfigError, WireError
+from superserve.clock import MS
+from superserve.errors import WireError
+from superserve.net.context import new_context
 from superserve.net.sockets import Waiter, receive, rest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import zmq
 
     from router.core.events import Action
     from router.report.metrics import RouterMetrics
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("router")
 
-MS = 1_000_000
 _GOODBYE_MS = 1_000
 """Most time that a stopping router waits for its last answers and BYEs to leave this machine."""
 _COLLECT_NS = 100 * MS  # least time between two collections of garbage by idle passes
@@ -98,7 +99,7 @@ class RouterServer:
         self._load = Load()
         self._recorder = recorder
         self._metrics = metrics
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = new_context()
         self._gate_version = 0
         self._is_stopping = False
         self._collected_ns = 0
@@ -137,7 +138,7 @@ class RouterServer:
                 self.workers.admit_only(gate.workers)
             self.clients.bind(context, settings.client_endpoint, keys)
             self.workers.bind(context, settings.worker_endpoint, keys)
-        except ConfigError:
+        except BaseException:  # a signal's, too: what is bound would keep Python from ending
             context.destroy(0)
             raise
         self._doors = Doors((self.client_endpoint, self.worker_endpoint))

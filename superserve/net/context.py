@@ -1,9 +1,9 @@
-"""Our own ZeroMQ contexts, and a check for free file descriptors before ZeroMQ takes any.
+"""Our own ZeroMQ contexts, and a check for free file descriptors and threads before ZeroMQ takes any.
 
 An application may do anything to `zmq.Context.instance()`: terminate it, which blocks while one of our
 sockets is open, or give its sockets an identity, which two of ours must not share. So all clients of a
 process share a private context. And libzmq aborts the process if it finds no descriptor for its own
-threads, so every place that makes sockets checks here first.
+threads, or cannot start them, so every place that makes sockets checks here first.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ CONNECTION_DESCRIPTORS = 16
 """The first client of a process takes 10: 5 for ZeroMQ's threads, and 5 for its own sockets, wake-up
 and connection. The rest is for other code that opens files at the same moment."""
 
+_ZMQ_THREADS = 2
+"""One that moves messages, and one that closes sockets."""
+
 _MAX_SOCKETS = 65_535
 """ZeroMQ's own limit. Its default of 1,023 is reached at 341 clients, as a ZMQError that names no limit."""
 
 
-def check_descriptors(what: str, n: int = CONNECTION_DESCRIPTORS) -> None:
-    """Raise ConfigError unless this process can open `n` more file descriptors.
-
-    Args:
-        what: What needs them, for the error.
-        n: How many.
-    """
-    if not has_descriptors(n):
+def check_descriptors(what: str) -> None:
+    """Raise ConfigError, about `what`, unless this process can open the descriptors of a connection."""
+    if not has_descriptors(CONNECTION_DESCRIPTORS):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise ConfigError(
-            f"{what}: needs {n} file descriptors, and fewer are left: this process may open {soft}"
-            f" (RLIMIT_NOFILE; it may ask for {hard}): close some, or raise the limit with `ulimit -n`"
+            f"{what}: needs {CONNECTION_DESCRIPTORS} file descriptors, and fewer are left: this process may"
+            f" open {soft} (RLIMIT_NOFILE; it may ask for {hard}): close some, or raise the limit with"
+            " `ulimit -n`"
         )
 
 
@@ -50,6 +49,38 @@ def has_descriptors(n: int) -> bool:
     finally:
         for fd in opened:
             os.close(fd)
+    return True
+
+
+def new_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """Return a context whose threads can be started.
+
+    Raises:
+        ConfigError: They cannot be started: libzmq would abort the process at its first socket.
+    """
+    if not has_threads(_ZMQ_THREADS):
+        raise ConfigError(
+            f"ZeroMQ needs {_ZMQ_THREADS} threads, and this user may start no more: end some processes, or "
+            f"raise the limit with `ulimit -u`; containers have one of their own"
+        )
+    return zmq.Context()
+
+
+def has_threads(n: int) -> bool:
+    """Return whether this process can start `n` more threads; starts and ends them to find out."""
+    is_over = threading.Event()
+    threads: list[threading.Thread] = []
+    try:
+        while len(threads) < n:
+            thread = threading.Thread(target=is_over.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:  # how Python reports it
+        return False
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
     return True
 
 
@@ -79,12 +110,12 @@ def client_context() -> zmq.Context[zmq.Socket[bytes]]:
     """Return the context that this process's clients share, and nothing else uses.
 
     Raises:
-        ConfigError: Too few file descriptors are left for another client.
+        ConfigError: Too few file descriptors or threads are left for another client.
     """
     shared = _shared
     with shared.lock:
         check_descriptors("a client")
         if shared.context is None or shared.context.closed:
-            shared.context = zmq.Context()
+            shared.context = new_context()
             shared.context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
         return shared.context

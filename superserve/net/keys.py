@@ -367,11 +367,11 @@ def _write(path: Path, fields: Mapping[str, str], mode: int) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with os.fdopen(fd, "w", encoding="ascii") as file:
-            file.write(note + lines)
-            file.flush()
-            os.fsync(file.fileno())
         try:
+            with os.fdopen(fd, "w", encoding="ascii") as file:
+                file.write(note + lines)
+                file.flush()
+                os.fsync(file.fileno())
             os.link(partial, path)  # unlike a rename, a link refuses to overwrite
         finally:
             partial.unlink()

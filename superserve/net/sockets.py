@@ -9,7 +9,10 @@ from __future__ import annotations
 import errno
 import ipaddress
 import select
+import socket as stdlib_socket
+import stat
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -38,6 +41,9 @@ MAX_MESSAGE_BYTES = 256 << 20
 
 HIGH_WATER_MARK = 10_000
 """Messages queued per peer before a send fails; credits and admission keep queues far below it."""
+
+_PROBE_S = 1.0
+"""For an answer from who listens at a path; the kernel gives it."""
 
 # Plain integers: the enumerations' operators would cost more than the calls.
 _NOBLOCK = int(zmq.NOBLOCK)
@@ -68,6 +74,7 @@ def bind_router(
     Raises:
         ConfigError: The endpoint is malformed or taken.
     """
+    _check_free(endpoint)
     socket = context.socket(zmq.ROUTER)
     _set_common(socket)
     socket.set(zmq.ROUTER_MANDATORY, 1)  # a send to a peer that is gone fails, instead of being dropped
@@ -83,6 +90,26 @@ def bind_router(
         socket.close(0)
         raise ConfigError(f"bind {endpoint}: {error.strerror}") from error
     return socket, socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
+def _check_free(endpoint: str) -> None:
+    """Refuse a path that another process listens at, or that is no socket: libzmq removes what is there.
+
+    Whoever listened would hear from nobody any more, and would not know.
+    """
+    scheme, _, name = endpoint.partition("://")
+    if scheme != "ipc" or not name or name.startswith("@") or name == "*":
+        return  # the kernel keeps other addresses to one process
+    path = Path(name)
+    try:
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise ConfigError(f"bind {endpoint}: expected a socket or nothing at that path, got a file")
+        with stdlib_socket.socket(stdlib_socket.AF_UNIX) as probe:
+            probe.settimeout(_PROBE_S)
+            probe.connect(name)
+    except OSError:
+        return  # nothing is there, or nobody any more
+    raise ConfigError(f"bind {endpoint}: Address already in use")
 
 
 def connect_dealer(

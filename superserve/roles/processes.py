@@ -182,6 +182,11 @@ class RoleProcess:
         except OSError:
             return ""
 
+    def _wrote(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self.log_path.stat().st_size > self._log_start
+        return False
+
     def _kill_session(self) -> None:
         # Not reaped yet, so the number still belongs to this child and its group. If SIGCHLD
         # is ignored the kernel reaps, and the group may be gone.
@@ -192,7 +197,7 @@ class RoleProcess:
     def _ended(self, *, keep_log: bool) -> int:
         """Release the pipe and the log of a role that has been reaped."""
         self._close_ready_fd()
-        if self._owns_log and not keep_log:
+        if self._owns_log and not (keep_log and self._wrote()):
             self._last_tail = self._read_tail()
             self.log_path.unlink(missing_ok=True)
         self._owns_log = False  # removed, or kept as evidence
@@ -253,8 +258,15 @@ class RoleProcess:
             self._kill_session()
         self._ended(keep_log=True)
         lines = self.tail()
-        log = f"its log ({self.log_path}) ends:\n{lines}" if lines else f"its log ({self.log_path}) is empty"
+        log = f"its log ({self.log_path}) ends:\n{lines}" if lines else self._without_a_word()
         raise ProcessError(f"{self.name} (pid {self.pid}) {what}; {log}")
+
+    def _without_a_word(self) -> str:
+        folder = self.log_path.parent
+        with contextlib.suppress(OSError):
+            if os.statvfs(folder).f_bavail == 0:
+                return f"it wrote nothing, as no space is left in {folder}"
+        return "it wrote nothing to its log"
 
     def __enter__(self) -> Self:
         return self
@@ -406,13 +418,9 @@ class ProcessGroup:
 
     At the end of the block every role is stopped, the last one first, however the block
     ended. A second Ctrl-C while they stop kills those that are left.
-
-    Attributes:
-        stop_timeout_s: Seconds that each role has to end after SIGTERM.
     """
 
-    def __init__(self, *, stop_timeout_s: float = STOP_TIMEOUT_S) -> None:
-        self.stop_timeout_s = stop_timeout_s
+    def __init__(self) -> None:
         self._processes: list[RoleProcess] = []
 
     @property
@@ -450,7 +458,7 @@ class ProcessGroup:
         """Stop every role, the last one first; do nothing to those that have ended."""
         try:
             for process in reversed(self._processes):
-                process.stop(self.stop_timeout_s)
+                process.stop()
         finally:
             # A no-op unless the loop above was interrupted.
             for process in reversed(self._processes):
@@ -474,7 +482,7 @@ def announce_ready(info: Mapping[str, Any]) -> None:
         info: Facts for the parent, such as the endpoint; JSON values, under 64 KiB.
     """
     fd = os.environ.pop(READY_FD_VARIABLE, None)  # popped: no grandchild may announce in our place
-    if fd is None:
+    if fd is None or not fd.isdecimal():
         return
     line = json.dumps(dict(info)).encode() + b"\n"
     # A parent that has closed the pipe has given up on this role and is about to kill it.
@@ -492,8 +500,12 @@ def die_with_parent() -> None:
         OSError: The kernel refused.
     """
     parent_pid = os.environ.pop(PARENT_PID_VARIABLE, None)  # popped: a grandchild has another parent
-    if parent_pid is None:
+    if parent_pid is None or not parent_pid.isdecimal():
         return
+    # The parent stops it by SIGTERM, and may itself run where that is ignored or blocked: both are inherited.
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         number = ctypes.get_errno()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
 import itertools
 import math
@@ -191,46 +192,46 @@ def drop(path: str) -> Callable[[dict[str, Any]], None]:
 SPOILT: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (put("schema", 2), "schema: expected 1, got 2"),
     (put("schema", True), "schema: expected 1, got True"),
-    (drop("device"), "device: missing"),
+    (drop("device"), "device: expected text, got nothing"),
     (put("devise", "x"), "unknown key 'devise'; did you mean 'device'?"),
-    (drop("subnets.1.gflops"), "subnets[1]: gflops: missing"),
+    (drop("subnets.1.gflops"), "subnets[1]: gflops: expected a number, got nothing"),
     (put("subnets.0.acuracy", 1), "subnets[0]: unknown key 'acuracy'; did you mean 'accuracy'?"),
-    (put("name", 3), "name: expected a string, got 3"),
+    (put("name", 3), "name: expected text, got 3"),
     (put("name", ""), "name: expected a name, got ''"),
     (put("source", "guessed"), "source: expected 'measured' or 'modelled', got 'guessed'"),
     (put("source", None), "source: expected 'measured' or 'modelled', got None"),
-    (put("versions", []), "versions: expected an object, got list"),
-    (put("versions.torch", 2), "versions: torch: expected a string, got 2"),
+    (put("versions", []), "versions: expected an object, got []"),
+    (put("versions.torch", 2), "versions: torch: expected text, got 2"),
     (put("date", "last week"), "date: expected an ISO date such as 2026-11-23, got 'last week'"),
-    (put("batch_sizes", 4), "batch_sizes: expected a list, got int"),
+    (put("batch_sizes", 4), "batch_sizes: expected a list, got 4"),
     (put("batch_sizes", []), "batch_sizes: expected ascending sizes from 1 to 65536, got []"),
     (put("batch_sizes.0", 0), "batch_sizes: expected ascending sizes from 1 to 65536, got [0, 2, 8]"),
     (put("batch_sizes.1", 8), "batch_sizes: expected ascending sizes from 1 to 65536, got [1, 8, 8]"),
     (put("batch_sizes.2", MAX_BATCH_SIZE + 1), "batch_sizes: expected ascending sizes from 1 to 65536"),
-    (put("batch_sizes.1", 2.0), "batch_sizes: expected whole numbers, got 2.0"),
-    (put("batch_sizes.0", True), "batch_sizes: expected whole numbers, got True"),
-    (put("subnets", {}), "subnets: expected a list, got dict"),
+    (put("batch_sizes.1", 2.0), "batch_sizes[1]: expected an integer, got 2.0"),
+    (put("batch_sizes.0", True), "batch_sizes[0]: expected an integer, got True"),
+    (put("subnets", {}), "subnets: expected a list, got {}"),
     (put("subnets", []), "subnets: expected at least one"),
-    (put("subnets.0", "small"), "subnets[0]: expected an object, got str"),
-    (put("subnets.0.name", None), "subnets[0]: name: expected a string, got None"),
+    (put("subnets.0", "small"), "subnets[0]: expected an object, got 'small'"),
+    (put("subnets.0.name", None), "subnets[0]: name: expected text, got None"),
     (put("subnets.0.name", ""), "subnet '': name: expected a name"),
     (put("subnets.1.name", "small"), "'small': name: expected a unique name, got that of rows 0 and 1"),
-    (put("subnets.0.control", [1]), "subnets[0] 'small': control: expected an object or null, got [1]"),
-    (put("subnets.0.accuracy", "70"), "'small': accuracy: expected a number, got '70'"),
-    (put("subnets.0.accuracy", True), "'small': accuracy: expected a number, got True"),
+    (put("subnets.0.control", [1]), "subnets[0]: control: expected an object, got [1]"),
+    (put("subnets.0.accuracy", "70"), "subnets[0]: accuracy: expected a number, got '70'"),
+    (put("subnets.0.accuracy", True), "subnets[0]: accuracy: expected a number, got True"),
     (put("subnets.0.accuracy", -1), "'small': accuracy: expected a percentage from 0 to 100, got -1"),
     (put("subnets.1.accuracy", 101), "'large': accuracy: expected a percentage from 0 to 100, got 101"),
     (put("subnets.1.accuracy", math.nan), "'large': accuracy: expected a percentage from 0 to 100, got nan"),
     (put("subnets.1.accuracy", 70), "'large': accuracy: expected more than 70, that of 'small' before it"),
     (put("subnets.0.gflops", -1), "'small': gflops: expected a number of at least 0, got -1"),
-    (put("subnets.0.gflops", "1"), "'small': gflops: expected a number, got '1'"),
-    (put("subnets.0.latency_ms", 1.0), "'small': latency_ms: expected a list, got float"),
+    (put("subnets.0.gflops", "1"), "subnets[0]: gflops: expected a number, got '1'"),
+    (put("subnets.0.latency_ms", 1.0), "subnets[0]: latency_ms: expected a list, got 1.0"),
     (
         put("subnets.0.latency_ms", [1.0]),
         "'small': latency_ms: expected 3 latencies, one per batch size, got 1",
     ),
     (put("subnets.0.latency_ms_p99", [9.0] * 4), "'small': latency_ms_p99: expected 3 latencies"),
-    (put("subnets.0.latency_ms.1", "2"), "'small': latency_ms: expected a number, got '2'"),
+    (put("subnets.0.latency_ms.1", "2"), "subnets[0]: latency_ms[1]: expected a number, got '2'"),
     (put("subnets.0.latency_ms.1", 0), "'small': latency_ms: expected milliseconds above 0 and below"),
     (put("subnets.0.latency_ms.1", -1.0), "'small': latency_ms: expected milliseconds above 0 and below"),
     (put("subnets.0.latency_ms.1", math.nan), "'small': latency_ms: expected milliseconds above 0 and below"),
@@ -327,3 +328,14 @@ def test_evenly_spread_rows_include_both_ends(n: int, most: int) -> None:
     assert len(rows) == min(n, most)
     assert (rows[0], rows[-1]) == (0, n - 1)
     assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_profile(tmp_path: Path) -> None:
+    """Some editors put one before JSON; a pointer of Git LFS is named instead."""
+    path = tmp_path / "p.json"
+    path.write_bytes(codecs.BOM_UTF8 + load_profile("cnn-8gpu-modelled").to_json())
+    assert load_profile(str(path)).subnets == load_profile("cnn-8gpu-modelled").subnets
+
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ProfileError, match="expected JSON, got a pointer of Git LFS"):
+        load_profile(str(path))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,3 +171,16 @@ def test_work_is_done_at_once_and_comes_back_in_order() -> None:
 
     assert parallel(range(8), work) == [i * i for i in range(8)]
     assert parallel([], work) == []
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="needs the OpenSSH client")
+@pytest.mark.parametrize("line", ["RemoteCommand tmux attach", "LocalForward 1 localhost:1"])
+def test_what_is_meant_for_a_person_who_logs_in_is_left_out(tmp_path: Path, line: str) -> None:
+    """A command of the configuration's own would end ours before a connection is tried."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        config = tmp_path / "config"
+        config.write_text(f"IgnoreUnknown UseKeychain\nUseKeychain yes\nHost *\n{line}\nRequestTTY yes\n")
+        target = Target("127.0.0.1", None, closed.getsockname()[1])
+        with OpenSsh(config) as shell, pytest.raises(UnreachableError, match="Connection refused"):
+            shell.run(target, ["true"], timeout_s=30)

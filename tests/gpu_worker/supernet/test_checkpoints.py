@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gpu_worker.supernet.checkpoints import load_checkpoint
+from gpu_worker.supernet.checkpoints import load_checkpoint, read_tensors
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -129,3 +129,56 @@ def test_a_pickle_of_something_else_is_one_line(tmp_path: Path) -> None:
 
     assert "\x1b" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (LFS, "got a pointer of Git LFS"),
+        (b"", "got an empty file"),
+        (b"<!DOCTYPE html><title>404</title>", "got a web page"),
+    ],
+)
+def test_what_stands_in_a_checkpoints_place_is_named(
+    tmp_path: Path, name: str, content: bytes, got: str
+) -> None:
+    """What a clone without LFS, or a download that failed, leaves: not a header that is too large."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=got):
+        read_tensors(tmp_path / name)
+
+
+def test_a_file_that_is_cut_off_says_so(tmp_path: Path) -> None:
+    """In words that somebody who copied it can use."""
+    save_file({"weight": torch.ones(2, 3)}, tmp_path / "w.safetensors")
+    content = (tmp_path / "w.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(content[:-3])
+    with pytest.raises(ConfigError, match="it is cut off, or goes on behind its last tensor"):
+        read_tensors(tmp_path / "w.safetensors")
+
+
+def test_a_format_is_known_by_what_a_file_holds(tmp_path: Path) -> None:
+    """Not by its name, which a converter or a download chose."""
+    save_file({"weight": torch.ones(2)}, tmp_path / "safe.bin")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "torch.safetensors")
+    for name in ("safe.bin", "torch.safetensors"):
+        assert read_tensors(tmp_path / name)["weight"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("weight", "fault"),
+    [
+        (torch.tensor([[1.0, float("nan"), 2.0]] * 2), "expected numbers, got NaN in 2 of 6"),
+        (torch.ones(2, 3).to_sparse(), "expected a dense tensor, got torch.sparse_coo"),
+        (torch.ones(2, 3, device="meta"), "expected a dense tensor, got one without data"),
+    ],
+)
+def test_a_tensor_that_cannot_serve_is_named(tmp_path: Path, weight: torch.Tensor, fault: str) -> None:
+    """NaN would answer every query with NaN; the others cannot be copied."""
+    torch.save({"weight": weight, "bias": torch.zeros(2)}, tmp_path / "w.pt")
+    with pytest.raises(ConfigError, match=f"tensor weight: {fault}"):
+        load_checkpoint(torch.nn.Linear(3, 2), tmp_path / "w.pt")

@@ -114,6 +114,48 @@ def test_compare_prints_a_table_and_writes_it(tmp_path: Path) -> None:
     assert written["environment"]["machine"]["cores"] >= 1
 
 
+def test_compare_plays_faults_jitter_classes_and_clients(tmp_path: Path) -> None:
+    """What the options say stands in the file's cells; a slowdown costs attainment, and so does a speed."""
+    faults, path = tmp_path / "faults.json", tmp_path / "compare.json"
+    faults.write_text(faults_json([Fault("slow", 0, "worker:0", None, 1.6)]))
+    common = ["compare", "--simulate", "--policy", "mincost", "--policy", "mincost@0.8", "--trace",
+              "poisson:rate=3900", "--emulate", "cnn-8gpu-modelled:2", "--duration", "0.5", "--seeds", "1",
+              "--no-bound", "--processes", "1", "--json", str(path)]  # fmt: skip
+
+    code, output = run(*common)
+    plain = json.loads(path.read_text())["cells"][0]
+    assert code == 0, output
+    code, output = run(
+        *common, "--faults", str(faults), "--jitter-ms", "2", "--priority", "1:0.2", "--clients", "3"
+    )
+    assert code == 0, output
+    cell = json.loads(path.read_text())["cells"][0]
+
+    assert cell["faults"] == [{"kind": "slow", "at_ms": 0, "peer": "worker:0", "factor": 1.6}]
+    assert (cell["jitter_ms"], cell["priority"], cell["clients"]) == (2, "1:0.2", 3)
+    of_plain, of_slower = (plain["policies"][name][0]["attainment"] for name in ("mincost", "mincost@0.8"))
+    assert cell["policies"]["mincost"][0]["attainment"] < of_plain - 0.2
+    assert of_slower < of_plain
+    assert cell["policies"]["mincost"][0]["top"] is not None
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--priority", "0:1"), "--priority: expected CLASS:SHARE with a class from 1 to 255"),
+        (("--policy", "mincost@x"), "policy 'mincost@x': expected a speed from 0.01 to 100"),
+        (("--faults", "/dev/null"), "/dev/null: expected JSON"),
+        (("--cell", "nothing"), "--cell: no cell's name holds nothing"),
+    ],
+)
+def test_compare_refuses_wrong_options_by_name(args: tuple[str, str], said: str) -> None:
+    """The message names the option and what was expected, before anything is simulated."""
+    code, output = run("compare", "--simulate", "--trace", "poisson:rate=100", *args)
+
+    assert code == 1
+    assert said in output
+
+
 def test_compare_live_wants_to_know_which_cells() -> None:
     """All of the paper's would take hours live."""
     code, output = run("compare")

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from loadgen.simulator.simulate import slowed
-from loadgen.simulator.workloads import mixed_workload, parse_cluster, parse_floor, parse_slos
+from loadgen.simulator.workloads import (
+    mixed_workload,
+    parse_cluster,
+    parse_floor,
+    parse_priorities,
+    parse_slos,
+)
 from loadgen.traces.trace import load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
@@ -68,3 +74,40 @@ def test_a_malformed_mix_is_refused(text: str) -> None:
     """The error names the option."""
     with pytest.raises(ConfigError, match="--slo-ms: expected a number above 0"):
         parse_slos(text)
+
+
+def test_classes_are_drawn_in_their_shares() -> None:
+    """A tenth in class 3, a fifth in class 1, the rest in class 0; the same SLOs as without classes."""
+    slos = parse_slos("18,36")
+    plain = mixed_workload(TRACE, slos, seed=3)
+
+    workload = mixed_workload(TRACE, slos, classes=parse_priorities("3:0.1,1:0.2"), seed=3)
+
+    assert workload.priority is not None
+    assert plain.priority is None
+    kinds, counts = np.unique(workload.priority, return_counts=True)
+    assert kinds.tolist() == [0, 1, 3]
+    assert (counts / TRACE.n).tolist() == pytest.approx([0.7, 0.2, 0.1], abs=0.03)
+    assert (np.asarray(workload.slo_ns) == plain.slo_ns).all()
+    whole = mixed_workload(TRACE, slos, classes=parse_priorities("2:1"), seed=3)
+    assert whole.priority is not None
+    assert (whole.priority == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected CLASS:SHARE with a class from 1 to 255, got ''"),
+        ("1", "expected CLASS:SHARE with a class from 1 to 255, got '1'"),
+        ("0:0.5", "expected CLASS:SHARE with a class from 1 to 255, got '0:0.5'"),
+        ("256:0.5", "expected CLASS:SHARE with a class from 1 to 255"),
+        ("1:0", "expected a number above 0 and up to 1, got '0'"),
+        ("1:x", "expected a number above 0 and up to 1, got 'x'"),
+        ("1:0.5,1:0.2", "class 1 is given twice"),
+        ("1:0.5,2:0.6", "expected shares of 1 at most together, got 1.1"),
+    ],
+)
+def test_malformed_classes_are_refused(text: str, said: str) -> None:
+    """The error names the option and the part."""
+    with pytest.raises(ConfigError, match=f"--priority: {said}"):
+        parse_priorities(text)

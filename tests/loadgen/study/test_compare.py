@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
+from gpu_worker.core.played import Pace
+from loadgen.results.run import in_time
+from loadgen.simulator.faults import Fault, jitter_faults
 from loadgen.simulator.simulate import SimSettings, Workload, simulate
 from loadgen.study.compare import (
     Cell,
@@ -14,18 +18,25 @@ from loadgen.study.compare import (
     Comparison,
     Figures,
     baselines,
+    bound_in,
     bound_of,
+    contender,
     headline,
     headline_lines,
     lines,
     paper_cells,
+    serve,
     to_dict,
 )
+from loadgen.study.verdict import verdict_lines
 from loadgen.traces.trace import load_trace
 from profiles.table import load_profile
+from superserve.clock import MS, SECOND
+from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 CNN = load_profile("cnn-8gpu-modelled")
 CELL = Cell("small", "poisson:rate=1500", "cnn-8gpu-modelled:2")
@@ -104,6 +115,92 @@ def test_the_papers_cells_are_all_there() -> None:
     for cell in cells:
         workload = cell.workload(1.0, seed=0)
         assert workload.trace.n > 1_000, cell.name
+
+
+def test_a_recorded_trace_is_as_long_as_it_is(tmp_path: Path) -> None:
+    """Without a duration a file's own length counts, specs are drawn for 30 s; a cell's own goes first."""
+    path = tmp_path / "one.trace"
+    load_trace("poisson:rate=300", duration_s=2.5, seed=1).save(path)
+
+    def length_ns(cell: Cell, duration_s: float | None) -> int:
+        return cell.workload(duration_s, seed=0).trace.duration_ns
+
+    assert length_ns(Cell("file", str(path), "cnn-8gpu-modelled:1"), None) == 2.5 * SECOND
+    assert length_ns(Cell("file", str(path), "cnn-8gpu-modelled:1"), 2.0) == 2 * SECOND
+    assert length_ns(replace(CELL, duration_s=1.5), 2.0) == 1.5 * SECOND
+    assert length_ns(CELL, None) == 30 * SECOND
+
+
+def test_seeds_take_other_minutes_of_a_counted_trace(tmp_path: Path) -> None:
+    """A cell with a number of minutes plays that stretch alone, another one for each seed."""
+    path = tmp_path / "counts.csv"
+    counts = range(100, 110)
+    minutes = ",".join(str(minute) for minute in range(1, 11))
+    row = ",".join(str(count) for count in counts)
+    path.write_text(f"HashOwner,HashApp,HashFunction,Trigger,{minutes}\no,a,f,http,{row}\n")
+    cell = Cell("counts", str(path), "cnn-8gpu-modelled:1", minutes=2)
+
+    found = {cell.workload(4.0, seed).trace.n for seed in range(9)}
+
+    assert found == {count + count + 1 for count in counts[:-1]}
+
+
+def test_troubles_classes_and_clients_reach_the_simulation() -> None:
+    """A cell under jitter, with slow GPUs, classes and clients is what `simulate` makes of the same."""
+    slow = Fault("slow", 0, "worker:0", None, 1.5)
+    cell = replace(CELL, faults=(slow,), jitter_ms=3, priority="2:0.25", n_clients=3, speed=0.9)
+    workload = cell.workload(0.5, seed=4)
+    assert workload.priority is not None
+    jitter = jitter_faults(3 * MS, n_processes=1, n_clients=3)
+    settings = SimSettings(pace=Pace(0.9 * 0.8), n_clients=3)
+
+    found = serve(cell, workload, [CNN] * 2, "demandfit@0.8", seed=4)
+    direct = simulate(
+        workload, [CNN] * 2, policy="demandfit", seed=4, faults=(slow, *jitter), settings=settings
+    )
+
+    is_in_time = in_time(direct.columns, workload.slo_ns)
+    assert found.per_query == pytest.approx(direct.accuracy_per_query)
+    assert found.top == is_in_time[workload.priority == 2].mean()
+    assert found.mean_batch == direct.result.batch_size_mean
+    assert found.top is not None
+    assert 0 < found.attainment < found.top
+    plain = serve(CELL, CELL.workload(0.5, seed=4), [CNN] * 2, "demandfit", seed=4)
+    assert plain.attainment == 1
+    assert plain.top is None
+
+
+def test_a_policy_on_slower_gpus_attains_less() -> None:
+    """`mincost@0.8` has GPUs that are a quarter slower: near the edge it falls behind, and is not judged."""
+    cell = Cell("edge", "poisson:rate=4200", "cnn-8gpu-modelled:2")
+    comparison = Comparison(("slackfit", "mincost", "mincost@0.8"), (0,), 1.0, False, SimSettings())
+
+    [found] = comparison.run([cell])
+
+    assert found.mean("mincost@0.8").attainment < found.mean("mincost").attainment - 0.05
+    assert not any("mincost@0.8" in line for line in (*verdict_lines([found]), *headline_lines([found])))
+
+
+@pytest.mark.parametrize("text", ["mincost@", "mincost@fast", "mincost@0", "mincost@nan", "mincost@1000"])
+def test_a_speed_that_is_none_is_refused(text: str) -> None:
+    """The error names the policy and the range."""
+    with pytest.raises(ConfigError, match=r"mincost@.*: expected a speed from 0.01 to 100 after @"):
+        contender(text)
+
+
+def test_the_bound_is_that_of_the_fastest_that_gpus_come_to_be() -> None:
+    """Slower GPUs lower it; a fault that makes one of them faster raises it, so that it stays a bound."""
+    cell = Cell("bound", "poisson:rate=6000", "cnn-8gpu-modelled:2")
+    workload = cell.workload(0.5, seed=0)
+
+    def attainment(cell: Cell) -> float:
+        return bound_in(cell, workload, [CNN] * 2).attainment
+
+    assert attainment(replace(cell, speed=0.5)) < attainment(cell) < 1
+    fast = Fault("slow", 0, "worker:0", None, 0.5, 0)
+    slow = Fault("slow", 0, "worker:0", None, 2.0, 0)
+    assert attainment(replace(cell, faults=(fast,))) > attainment(cell)
+    assert attainment(replace(cell, faults=(slow,))) == attainment(cell)
 
 
 def test_every_subnet_alone_and_the_cheapest_are_the_baselines() -> None:

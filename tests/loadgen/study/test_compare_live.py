@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from loadgen.simulator.faults import Fault
 from loadgen.simulator.simulate import SimSettings
 from loadgen.study.compare import Cell, Comparison
 from loadgen.study.compare_live import check_live, compare_live
 from superserve.errors import ConfigError
 
 TWO = "cnn-8gpu-modelled:2"
+KILL = Fault("kill", 0, "worker:0")
 
 
 @pytest.mark.parametrize(
@@ -18,12 +20,23 @@ TWO = "cnn-8gpu-modelled:2"
         (Cell("a", "poisson:rate=10", TWO, slo_ms="18,36"), "cell a: a live sender has one SLO"),
         (Cell("b", "poisson:rate=10", TWO, floor="78"), "cell b: a live sender has one SLO"),
         (Cell("c", "poisson:rate=10", "cnn-8gpu-modelled*2:2"), "cell c: live GPUs are of one profile"),
+        (Cell("d", "poisson:rate=10", TWO, jitter_ms=1), "cell d: faults, jitter, .* are only simulated"),
+        (Cell("e", "poisson:rate=10", TWO, faults=(KILL,)), "cell e: faults, jitter, .* are only simulated"),
+        (Cell("f", "poisson:rate=10", TWO, priority="1:0.5"), "cell f: .*priorities"),
+        (Cell("g", "poisson:rate=10", TWO, n_clients=2), "cell g: .*several clients"),
+        (Cell("h", "poisson:rate=10", TWO, speed=0.5), "cell h: .*a speed of its own"),
     ],
 )
 def test_what_cannot_be_offered_live_is_refused_before_anything_starts(cell: Cell, message: str) -> None:
     """Mixes, floors and unequal GPUs are named by their cell."""
     with pytest.raises(ConfigError, match=message):
         check_live([cell])
+
+
+def test_a_policy_on_slower_gpus_is_not_compared_live() -> None:
+    """A speed after @ is only simulated."""
+    with pytest.raises(ConfigError, match=r"policy 'mincost@0.8': a speed after @ is only simulated"):
+        check_live([Cell("a", "poisson:rate=10", TWO)], ("slackfit", "mincost@0.8"))
 
 
 @pytest.mark.e2e

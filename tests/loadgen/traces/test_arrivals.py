@@ -41,6 +41,24 @@ PROCESSES: dict[str, Callable[[float, float, float, int], npt.NDArray[np.int64]]
     "falling": lambda rate, cv2, s, seed: arrivals.accelerating(
         from_qps=rate, to_qps=rate / 3, tau_qps_per_s=1000, cv2=cv2, duration_s=s, seed=seed
     ),
+    "spikes": lambda rate, cv2, s, seed: arrivals.spikes(
+        size=rate / 9, every_s=0.1, width_s=min(0.1, cv2 / 100), base_qps=rate, duration_s=s, seed=seed
+    ),
+    "on_off": lambda rate, cv2, s, seed: arrivals.on_off(
+        high_qps=3 * rate, low_qps=rate / 7, on_s=0.03, off_s=0.07, cv2=cv2, duration_s=s, seed=seed
+    ),
+    "off": lambda rate, cv2, s, seed: arrivals.on_off(
+        high_qps=rate, low_qps=0, on_s=0.03, off_s=0.07, cv2=cv2, duration_s=s, seed=seed
+    ),
+    "ramp_crash": lambda rate, cv2, s, seed: arrivals.ramp_crash(
+        from_qps=rate / 3, to_qps=rate, ramp_s=0.07, rest_s=0.03, cv2=cv2, duration_s=s, seed=seed
+    ),
+    "decay": lambda rate, cv2, s, seed: arrivals.ramp_crash(
+        from_qps=rate, to_qps=rate / 9, ramp_s=0.1, rest_s=0, cv2=cv2, duration_s=s, seed=seed
+    ),
+    "pareto_batches": lambda rate, _, s, seed: arrivals.pareto_batches(
+        rate_qps=rate, alpha=1.2, most=50, duration_s=s, seed=seed
+    ),
     "from_shape": lambda rate, _, s, seed: arrivals.from_shape(SHAPE, rate_qps=rate, duration_s=s, seed=seed),
     "maf_like": lambda rate, _, s, seed: arrivals.maf_like(rate_qps=rate, duration_s=s, seed=seed),
 }
@@ -219,7 +237,7 @@ def test_maf_like_has_an_exact_total() -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", [name for name in PROCESSES if name != "spikes"])
 def test_a_rate_or_duration_that_is_no_positive_number_is_an_error(process: str, bad: float) -> None:
     """Zero, negative, NaN and infinite rates and durations are refused by every process."""
     with pytest.raises(TraceError, match="_qps"):
@@ -236,7 +254,7 @@ def test_a_cv2_that_is_negative_or_no_number_is_an_error(process: str, bad: floa
         PROCESSES[process](10, bad, 1, 0)
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", [name for name in PROCESSES if name != "spikes"])
 def test_more_queries_than_fit_are_refused_before_they_are_drawn(process: str) -> None:
     """A mistyped rate is an error, and no attempt to fill the memory."""
     with pytest.raises(TraceError, match="expected at most 100000000 queries"):
@@ -247,3 +265,113 @@ def test_a_duration_below_a_nanosecond_is_an_error() -> None:
     """Time is counted in nanoseconds."""
     with pytest.raises(TraceError, match="at least 1 ns"):
         arrivals.to_ns("duration_s", 1e-12)
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 500), every_ms=st.integers(1, 300), n=st.integers(1, 20), seed=SEEDS)
+def test_spikes_of_a_whole_size_are_exact(size: int, every_ms: int, n: int, seed: int) -> None:
+    """At half of the interval and then at each whole one, so many queries at once: whatever the seed."""
+    due_ns = arrivals.spikes(
+        size=size, every_s=every_ms / 1e3, width_s=0, base_qps=0, duration_s=n * every_ms / 1e3, seed=seed
+    )
+
+    instants, counts = np.unique(due_ns, return_counts=True)
+    assert counts.tolist() == [size] * n
+    np.testing.assert_allclose(instants, (np.arange(n) + 0.5) * every_ms * 1e6, atol=1)
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 500), width=st.floats(0.01, 0.5), seed=SEEDS)
+def test_a_spike_keeps_its_width_and_its_count(size: int, width: float, seed: int) -> None:
+    """Of 10 spikes all queries lie within their own; none is lost where the last one ends in time."""
+    due_ns = arrivals.spikes(size=size, every_s=1, width_s=width, base_qps=0, duration_s=10, seed=seed)
+
+    spike, into = np.divmod(due_ns - SECOND // 2, SECOND)
+    assert np.bincount(spike, minlength=10).tolist() == [size] * 10
+    assert into.max() <= width * SECOND
+
+
+@pytest.mark.parametrize(
+    ("process", "mean_qps"),
+    [
+        # A renewal process begins as if a query had just come: (cv2 - 1) / 2 more, of thousands.
+        (lambda s, seed: arrivals.spikes(
+            size=1.5, every_s=0.01, width_s=0.004, base_qps=100, duration_s=s, seed=seed), 250),
+        (lambda s, seed: arrivals.on_off(
+            high_qps=3000, low_qps=200, on_s=0.1, off_s=0.3, cv2=2, duration_s=s, seed=seed), 900),
+        (lambda s, seed: arrivals.on_off(
+            high_qps=3000, low_qps=0, on_s=0.1, off_s=0.3, cv2=1, duration_s=s, seed=seed), 750),
+        (lambda s, seed: arrivals.ramp_crash(
+            from_qps=200, to_qps=1800, ramp_s=0.3, rest_s=0.1, cv2=2, duration_s=s, seed=seed), 800),
+        (lambda s, seed: arrivals.pareto_batches(
+            rate_qps=800, alpha=1.5, most=40, duration_s=s, seed=seed), 800),
+    ],
+)  # fmt: skip
+def test_patterns_have_their_mean_rate(
+    process: Callable[[float, int], npt.NDArray[np.int64]], mean_qps: float
+) -> None:
+    """Over ten seeds of 8 s the count is that of the rate, within 3 %."""
+    counts = [process(8, seed).size for seed in range(10)]
+
+    assert np.mean(counts) == pytest.approx(8 * mean_qps, rel=0.03)
+
+
+def test_on_and_off_are_where_they_should_be() -> None:
+    """Rates by phase: 2,000 queries a second while on, 100 while off, and silence at a rate of 0."""
+    for low in (100.0, 0.0):
+        due_ns = arrivals.on_off(
+            high_qps=2000, low_qps=low, on_s=0.25, off_s=0.75, cv2=1, duration_s=40, seed=3
+        )
+        is_on = due_ns % SECOND < SECOND // 4
+        assert is_on.sum() == pytest.approx(20_000, rel=0.05)
+        assert (~is_on).sum() == pytest.approx(40 * 0.75 * low, rel=0.1)
+
+
+def test_a_ramp_rises_and_crashes() -> None:
+    """By tenths of a cycle the counts are those of the ramp's rate, and of the rest after it."""
+    due_ns = arrivals.ramp_crash(
+        from_qps=200, to_qps=1800, ramp_s=0.8, rest_s=0.2, cv2=1, duration_s=100, seed=5
+    )
+    counts, _ = np.histogram(due_ns % SECOND, bins=10, range=(0, SECOND))
+    expected = [*(10 * (200 + 200 * (i + 0.5)) for i in range(8)), 2000, 2000]
+
+    np.testing.assert_allclose(counts, expected, rtol=0.08)
+
+
+def test_pareto_batches_have_their_tail() -> None:
+    """A share k^-alpha of the batches has k queries or more, none more than the most."""
+    due_ns = arrivals.pareto_batches(rate_qps=50_000, alpha=1.2, most=60, duration_s=8, seed=2)
+    _, sizes = np.unique(due_ns, return_counts=True)
+
+    assert sizes.max() == 60
+    for k in (2, 5, 20, 60):
+        assert (sizes >= k).mean() == pytest.approx(k**-1.2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("process", "message"),
+    [
+        (lambda: arrivals.spikes(
+            size=5, every_s=0.1, width_s=0.2, base_qps=0, duration_s=1, seed=0), "width"),
+        (lambda: arrivals.spikes(
+            size=5, every_s=0.1, width_s=0, base_qps=-1, duration_s=1, seed=0), "base_qps"),
+        (lambda: arrivals.spikes(
+            size=0, every_s=0.1, width_s=0, base_qps=0, duration_s=1, seed=0), "size"),
+        (lambda: arrivals.spikes(
+            size=5, every_s=0, width_s=0, base_qps=0, duration_s=1, seed=0), "every"),
+        (lambda: arrivals.spikes(
+            size=5, every_s=1, width_s=0, base_qps=0, duration_s=math.nan, seed=0), "duration_s"),
+        (lambda: arrivals.spikes(
+            size=1e6, every_s=1e-6, width_s=0, base_qps=0, duration_s=1, seed=0), "at most 100000000"),
+        (lambda: arrivals.on_off(
+            high_qps=5, low_qps=-1, on_s=1, off_s=1, cv2=1, duration_s=1, seed=0), "low_qps"),
+        (lambda: arrivals.ramp_crash(
+            from_qps=5, to_qps=9, ramp_s=1, rest_s=-1, cv2=1, duration_s=1, seed=0), "rest"),
+        (lambda: arrivals.pareto_batches(
+            rate_qps=5, alpha=1, most=2.5, duration_s=1, seed=0), "most: expected a whole number"),
+    ],
+)  # fmt: skip
+def test_bad_patterns_are_refused(process: Callable[[], object], message: str) -> None:
+    """The error names the argument."""
+    with pytest.raises(TraceError, match=message):
+        process()

@@ -249,25 +249,6 @@ def test_minute_counts_are_squeezed_into_the_duration(maf: str) -> None:
     assert (real_time.n, real_time.duration_ns) == (9000, 180 * SECOND)
 
 
-def test_a_window_of_minutes_is_loaded(maf: str) -> None:
-    """Its length in real time is its minutes."""
-    loaded = load_trace(maf, start_minute=482, minutes=1)
-
-    assert (loaded.n, loaded.duration_ns) == (600, 60 * SECOND)
-    with pytest.raises(TraceError, match="no invocations in minutes 481 to 481"):
-        load_trace(maf, start_minute=481, minutes=1)
-    with pytest.raises(TraceError, match=r"maf\.csv\.gz: expected a window within minutes 480 to 482"):
-        load_trace(maf, start_minute=479)
-
-
-def test_a_window_of_a_trace_without_minutes_is_an_error(llm: str, tmp_path: Path) -> None:
-    """A spec, a saved trace and one with its own instants have none."""
-    load_trace(llm).save(tmp_path / "saved")
-    for spec in ("poisson:rate=5", llm, str(tmp_path / "saved")):
-        with pytest.raises(TraceError, match="only Functions 2019 counts by minute"):
-            load_trace(spec, duration_s=1, start_minute=1)
-
-
 def test_recorded_arrivals_are_squeezed_to_a_rate(llm: str) -> None:
     """Ten requests four seconds apart at 10 q/s are ten requests a tenth of a second apart."""
     loaded = load_trace(llm, rate_qps=10)
@@ -393,3 +374,19 @@ def test_an_oversized_file_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with pytest.raises(TraceError, match="expected at most 10000 bytes, uncompressed"):
         load_trace(str(tmp_path / "x.gz"))
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "a pointer of Git LFS"),
+        ("app,func,end_timestamp,duration\na,f,1.5,0.5\n".encode("utf-16"), "UTF-16 text"),
+        (b"", "an empty file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
+def test_what_stands_in_a_traces_place_is_named(tmp_path: Path, name: str, content: bytes, got: str) -> None:
+    """Not as a header of unknown letters."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TraceError, match=f"{name}: expected a trace, got {got}"):
+        load_trace(str(tmp_path / name))

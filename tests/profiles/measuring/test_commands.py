@@ -108,6 +108,16 @@ def test_the_accuracies_of_a_searched_profile_are_its_own(found: tuple[Path, Res
     assert "supernet: expected tiny, the profile's, got digits" in refused.output
 
 
+def test_a_profile_of_a_users_own_kind_asks_for_the_option(found: tuple[Path, Result]) -> None:
+    """A profile names its supernet without the module that describes it: the error asks for --supernet."""
+    out, _ = found
+    for command in (accuracy_command, calibrate_command):
+        refused = run(command, out, "--weights", "random")
+
+        assert refused.exit_code == 1
+        assert "--supernet: expected package.module:attribute: the profile names 'tiny'" in refused.output
+
+
 def test_calibrating_a_profile_writes_what_the_search_wrote(
     found: tuple[Path, Result], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket as stdlib_socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,3 +175,26 @@ def test_a_control_message_of_any_length_is_read(pair: tuple[Socket, Socket, byt
 
     assert received[0] == key
     assert wire.decode(received[1:]) == Control(Kind.HELLO, body)
+
+
+def test_a_path_that_another_listens_at_is_taken(context: zmq.Context[Socket], tmp_path: Path) -> None:
+    """It would be removed, and with it every way to the first; what a dead one left is free."""
+    endpoint = f"ipc://{tmp_path}/router"
+    first, _ = sockets.bind_router(context, endpoint)
+    with pytest.raises(ConfigError, match=r"ipc://.*: Address already in use"):
+        sockets.bind_router(context, endpoint)
+    assert (tmp_path / "router").is_socket()
+    first.close(0)
+
+    with stdlib_socket.socket(stdlib_socket.AF_UNIX) as dead:
+        (tmp_path / "router").unlink(missing_ok=True)
+        dead.bind(str(tmp_path / "router"))
+    sockets.bind_router(context, endpoint)[0].close(0)
+
+
+def test_a_path_of_a_file_is_no_endpoint(context: zmq.Context[Socket], tmp_path: Path) -> None:
+    """Libzmq would remove the file."""
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match="expected a socket or nothing at that path, got a file"):
+        sockets.bind_router(context, f"ipc://{tmp_path}/notes")
+    assert (tmp_path / "notes").read_text() == "mine"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from superserve.roles.version import digest, version
+from tests.paths import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +34,12 @@ def test_a_module_that_moves_is_another_version(tmp_path: Path) -> None:
     module.rename(tmp_path / "router" / "core" / "edf.py")
 
     assert digest(tmp_path) != before
+
+
+def test_a_process_states_the_digest_of_the_code_that_it_runs(tmp_path: Path) -> None:
+    """Of this checkout's files, and not of a folder without any."""
+    assert version().endswith(f"+{digest(ROOT)[:8]}")
+    assert digest(ROOT) != digest(tmp_path)
 
 
 def test_what_does_not_serve_is_left_out(tmp_path: Path) -> None:

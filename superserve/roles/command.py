@@ -1,0 +1,171 @@
+"""How each command begins and ends, whatever its environment: `run`, which every entry point calls.
+
+It imports nothing but Python's own modules, and the command itself inside its guard: what is wrong with an
+environment often shows while numpy, ZeroMQ or torch are loaded. An error of the system then ends the command
+in one line on stderr. Errors of our own keep their traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_HEARD = (*_ENDING, signal.SIGINT, signal.SIGCHLD)
+_NO_THREAD = "can't start new thread"  # Python's only word for it: a plain RuntimeError
+_TEXT = 500  # characters of a message; some libraries put a page into theirs
+
+
+def run(module: str, name: str | None = None) -> NoReturn:
+    """Run the click command `cli` of a module, and exit.
+
+    Args:
+        module: Where the command is, such as "router.cli".
+        name: What its help calls it; the name of the script if None.
+    """
+    begin()
+    code = 1
+    try:
+        with _one_line():
+            command = importlib.import_module(module).cli
+            command(prog_name=name)
+            code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    sys.exit(_flushed(code))
+
+
+def begin() -> None:
+    """Make good what the environment lacks: streams, their encodings, and signals that would never come."""
+    _open_streams()
+    for stream in (sys.stdout, sys.stderr):
+        _write_any_text(stream)
+    # A parent that waits for signals in a thread blocks them, and its children inherit that: ours would
+    # never learn that they are to end.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
+    # Pictures go to files; a notebook names a backend here that this environment may lack.
+    os.environ["MPLBACKEND"] = "agg"
+    # Ignored, it has the kernel forget how children ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in _ENDING:
+        # By default these end Python at once, and with it every promise to remove files and stop roles.
+        # What the user has ignored, as nohup does, stays so.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    """End by unwinding; a second signal does not interrupt that."""
+    for other in _ENDING:
+        signal.signal(other, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def _open_streams() -> None:
+    """Lead closed standard streams nowhere: else the next socket or file takes a stream's number."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free, which is this one.
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
+def _write_any_text(stream: object) -> None:
+    """Have a stream write what its encoding lacks, a line of a table say, as a question mark."""
+    encoding = str(getattr(stream, "encoding", None) or "").replace("_", "-").lower()
+    errors = "backslashreplace" if encoding in ("utf-8", "utf8") else "replace"
+    if reconfigure := getattr(stream, "reconfigure", None):
+        reconfigure(errors=errors)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """End in one line where the system has not what it takes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("Aborted!")
+    except MemoryError as error:
+        _fail(f"Error: out of memory: {_text(error)}" if str(error) else "Error: out of memory")
+    except EOFError:
+        _fail("Error: a compiled file is cut off, as a full disk leaves it: remove the folders __pycache__")
+    except ImportError as error:
+        _fail(f"Error: a library cannot be loaded: {_text(_root(error))}")
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise SystemExit(128 + signal.SIGPIPE) from None  # its reader has left, and knows
+        _fail(f"Error: {_text(error)}")
+    except RuntimeError as error:
+        # Python 3.11 wraps what a signal raises while a class is being made.
+        root = _root(error)
+        if isinstance(root, SystemExit):
+            raise root from None
+        if isinstance(root, KeyboardInterrupt):
+            _fail("Aborted!")
+        if _NO_THREAD not in str(error):
+            raise
+        _fail("Error: no more threads can be started: expected a higher limit of processes (ulimit -u)")
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return what came first: libraries raise pages of advice from it."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
+
+
+def _text(error: BaseException) -> str:
+    """Return an error's message as one line."""
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        said = "the working folder is gone: change to one that is there"
+    elif isinstance(error, OSError) and error.strerror:
+        names = [
+            os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
+        ]
+        said = ": ".join([*names, error.strerror])
+    else:
+        said = str(error) or type(error).__name__
+    line = " ".join(said.split())
+    return line if len(line) <= _TEXT else f"{line[:_TEXT]}..."
+
+
+def _fail(line: str) -> NoReturn:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    raise SystemExit(1)
+
+
+def _flushed(code: int) -> int:
+    """Return the exit code, once what was printed is out; where it cannot be, Python would say more."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except ValueError:
+            continue  # closed on purpose
+        except OSError as error:
+            if number == 1 and code == 0:
+                code = 128 + signal.SIGPIPE if error.errno == errno.EPIPE else 1
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stderr.write(f"Error: {_text(error)}\n")
+                    sys.stderr.flush()
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, number)
+            os.close(nothing)
+    return code

@@ -1,0 +1,1 @@
+"""What the pages under docs/ show runs as it stands."""

@@ -1,0 +1,64 @@
+"""Which pairs a seed gives, and the sample that every test run takes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tests.environments.commands import COMMANDS
+from tests.environments.hostile import FAMILIES
+
+if TYPE_CHECKING:
+    from tests.environments.hostile import Hostile
+
+SAMPLED = 40
+"""How many pairs the sample has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A command in a hostile environment.
+
+    Attributes:
+        family: The environment's family.
+        variant: What its variant is drawn from.
+        command: What is run.
+    """
+
+    family: str
+    variant: str
+    command: str
+
+    @property
+    def hostile(self) -> Hostile:
+        """The environment."""
+        return FAMILIES[self.family](random.Random(self.variant))
+
+    def __str__(self) -> str:
+        return f"{self.command} / {self.family}: {self.hostile.what}".replace("\n", "\\n").rstrip(": ")
+
+
+def pairs(seed: int, count: int) -> list[Pair]:
+    """Return the pairs of a seed: all families beside all commands, in random order."""
+    rng = random.Random(seed)
+    product = [(family, command) for family in FAMILIES for command in COMMANDS]
+    found: list[Pair] = []
+    while len(found) < count:
+        rng.shuffle(product)
+        found += [
+            Pair(family, f"{seed}/{len(found) + number}", command)
+            for number, (family, command) in enumerate(product[: count - len(found)])
+        ]
+    return found
+
+
+def sample() -> list[Pair]:
+    """Return pairs that have every family and every command."""
+    commands, families = list(COMMANDS), list(FAMILIES)
+    random.Random(1).shuffle(commands)
+    n = max(SAMPLED, len(commands), len(families))
+    return [
+        Pair(families[number % len(families)], f"sample/{number}", commands[number % len(commands)])
+        for number in range(n)
+    ]

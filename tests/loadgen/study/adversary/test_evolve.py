@@ -1,0 +1,129 @@
+"""The search finds a bad policy's failures and none of a good one's, and the same for equal seeds."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner
+
+from loadgen.cli import cli
+from loadgen.study.adversary.evolve import (
+    GENERATION,
+    N_WORST,
+    WORST_OF_FAMILY,
+    Progress,
+    Question,
+    evaluated,
+    evolve,
+)
+from superserve.errors import ConfigError
+from tests.loadgen.study.adversary.test_genome import CNN, PLAIN
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.timeout(120)
+
+BAD = Question("fixed:largest", "mincost", CNN, 150)
+"""It serves the largest subnet alone: whatever needs more than that is late."""
+
+
+def test_equal_seeds_find_the_same_with_any_number_of_processes() -> None:
+    """Two generations, alone and on two processes; another seed finds others."""
+    alone = evolve(BAD, seed=1, is_over=lambda n: n >= 2 * GENERATION)
+    beside = evolve(BAD, seed=1, is_over=lambda n: n >= 2 * GENERATION, n_processes=2)
+    other = evolve(BAD, seed=2, is_over=lambda n: n >= GENERATION)
+
+    assert alone == beside
+    assert alone[:3] != other[:3]
+
+
+def test_a_bad_policy_is_found_out() -> None:
+    """The worst attains far less than mincost, families differ, and the list is in order."""
+    said: list[Progress] = []
+
+    worst = evolve(BAD, seed=0, is_over=lambda n: n >= 3 * GENERATION, say=said.append)
+
+    assert worst[0].gap > 0.5
+    assert [one.gap for one in worst] == sorted((one.gap for one in worst), reverse=True)
+    assert len(worst) == N_WORST
+    families = [one.genome.family for one in worst]
+    assert max(families.count(family) for family in families) <= WORST_OF_FAMILY
+    assert [one.n_evaluations for one in said] == [24, 48, 72]
+    assert said[-1].worst == worst[0].gap
+
+
+def test_a_policy_is_not_behind_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside mincost, mincost has no gap anywhere; so the population starts again when it is stale."""
+    said: list[Progress] = []
+    monkeypatch.setattr("loadgen.study.adversary.evolve.STALE_GENERATIONS", 2)
+    n = 4 * GENERATION
+
+    worst = evolve(
+        Question("mincost", "mincost", CNN, 100), seed=0, is_over=lambda done: done >= n, say=said.append
+    )
+
+    assert {one.gap for one in worst} == {0.0}
+    assert said[-1].n_restarts == 1
+
+
+def test_what_a_policy_is_compared_with() -> None:
+    """The better of the yardstick's two, one policy alone, or the bound; others are refused."""
+    yardstick = evaluated(Question("maxacc", "yardstick", CNN, 2_000), PLAIN)
+    bound = evaluated(Question("maxacc", "bound", CNN, 2_000), PLAIN)
+
+    best = max(yardstick.attainments["slackfit"], yardstick.attainments["mincost@0.8"])
+    assert yardstick.gap == best - yardstick.attainments["maxacc"]
+    assert bound.gap == bound.attainments["bound"] - bound.attainments["maxacc"]
+    assert set(bound.attainments) == {"maxacc", "bound"}
+    with pytest.raises(ConfigError, match="--against: expected one of yardstick, mincost, slackfit, bound"):
+        Question("maxacc", "nothing", CNN, 2_000)
+
+
+def test_the_command_repeats_what_was_found(tmp_path: Path) -> None:
+    """Each of the worst comes as a trace file and a command whose figures are those of the search."""
+    path = tmp_path / "found.json"
+    found = CliRunner().invoke(
+        cli,
+        ["adversary", "--policy", "maxacc", "--evaluations", "24", "--queries", "300", "--seed", "4",
+         "--processes", "1", "--out", str(tmp_path / "out"), "--json", str(path)],
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    assert re.search(
+        r"generation 1: 24 workloads in \d+ families, 0 restarts; the worst is behind by", found.output
+    )
+    written = json.loads(path.read_text())
+    assert len(written["worst"]) == N_WORST
+
+    for one in written["worst"][:3]:
+        assert one["command"] in found.output
+        again = CliRunner().invoke(
+            cli,
+            [*shlex.split(one["command"])[1:], "--processes", "1", "--json", str(tmp_path / "again.json")],
+        )
+        assert again.exit_code == 0, again.output
+        policies = json.loads((tmp_path / "again.json").read_text())["cells"][0]["policies"]
+        assert {name: runs[0]["attainment"] for name, runs in policies.items()} == one["attainments"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--policy", "slackfitt"), "did you mean 'slackfit'"),
+        (("--profile", "nothing"), "nothing"),
+        (("--json", "/dev/null/x.json"), "--json: /dev/null: expected a folder"),
+        (("--out", "/dev/null/x"), "--out: /dev/null/x: cannot be made"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(args: tuple[str, str], said: str) -> None:
+    """The message names the option."""
+    found = CliRunner().invoke(
+        cli, ["adversary", "--evaluations", "1", "--queries", "100", "--processes", "1", *args]
+    )
+
+    assert found.exit_code == 1
+    assert said in found.output
