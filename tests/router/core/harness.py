@@ -33,6 +33,7 @@ from router.core.events import (
 )
 from router.core.lanes import LaneQueue
 from router.core.workers import Batch, PeerState, WorkerState
+from router.policies.planfit import PlanFit
 from router.policies.slackfit import SlackFit
 from superserve.clock import MS
 from superserve.wire import VARIED, Cancel, Control, Done, DoneRow, Kind, Ping, Pong, Pull, Queries, Status
@@ -262,7 +263,8 @@ class World:
             )
             if due_ns >= end_ns:
                 break
-            if due_ns > self.now_ns + 1:
+            # Where the queue waits for a better worker, a policy that sheds may change its mind meanwhile.
+            if due_ns > self.now_ns + 1 and self.core.dispatcher._awaited is None:
                 early = self.core.advance(due_ns - 1)
                 assert not early, f"due before next_wake_ns: {early}"
             self.now_ns = due_ns
@@ -358,7 +360,12 @@ class World:
         for batch in reversed(batches):
             mine = [_terms(cohort, i) for cohort, lo, hi in batch.stretches for i in range(lo, hi)]
             may_pass = isinstance(queue, LaneQueue)
-            others = [ns for ns, floor in left if floor <= batch.subnet or not may_pass]
+            # PlanFit packs floors first: then the order is that within each floor.
+            floors = {floor for _, floor in mine} if isinstance(batch.worker.policy, PlanFit) else None
+            others = [
+                ns for ns, floor in left
+                if not may_pass or (floor <= batch.subnet if floors is None else floor in floors)
+            ]  # fmt: skip
             assert max(mine)[0] <= min(others, default=max(mine)[0]), "an earlier deadline was left behind"
             left += mine
 
