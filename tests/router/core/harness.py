@@ -359,14 +359,16 @@ class World:
             left = [(head[0], 0)] if (head := queue.head()) is not None else []
         for batch in reversed(batches):
             mine = [_terms(cohort, i) for cohort, lo, hi in batch.stretches for i in range(lo, hi)]
-            may_pass = isinstance(queue, LaneQueue)
-            # PlanFit packs floors first: then the order is that within each floor.
-            floors = {floor for _, floor in mine} if isinstance(batch.worker.policy, PlanFit) else None
-            others = [
-                ns for ns, floor in left
-                if not may_pass or (floor <= batch.subnet if floors is None else floor in floors)
-            ]  # fmt: skip
-            assert max(mine)[0] <= min(others, default=max(mine)[0]), "an earlier deadline was left behind"
+            if not isinstance(queue, LaneQueue):
+                pairs = [(mine, left)]
+            elif isinstance(batch.worker.policy, PlanFit):  # packs floors: the order is that within each
+                pairs = [(_of(mine, floor), _of(left, floor)) for floor in {floor for _, floor in mine}]
+            else:
+                pairs = [(mine, [term for term in left if term[1] <= batch.subnet])]
+            for ours, others in pairs:
+                assert max(ours)[0] <= min(others, default=max(ours))[0], (
+                    "an earlier deadline was left behind"
+                )
             left += mine
 
     def _record(self, answer: Answer) -> None:
@@ -408,6 +410,11 @@ class World:
 def _terms(cohort: Cohort, i: int) -> tuple[int, int]:
     """Return a query's deadline and floor."""
     return cohort.deadlines_ns[i], 0 if cohort.floors is None else cohort.floors[i]
+
+
+def _of(terms: Sequence[tuple[int, int]], floor: int) -> list[tuple[int, int]]:
+    """Return those of one floor."""
+    return [term for term in terms if term[1] == floor]
 
 
 def hash_of(key: str) -> int:
