@@ -48,6 +48,9 @@ STARTED = {
     "loadgen.paper.reproduce",
     "loadgen.simulator.chaos",
     "loadgen.study.agreement",
+    # By the `__main__` beside it, by name.
+    "profiles.cli",
+    "router.cli",
 }
 """Modules that are programs: nothing needs to import them."""
 

@@ -79,7 +79,8 @@ def test_a_gpu_that_drains_counts_no_more() -> None:
     world.join("pair", CNN, CNN)
     served(world)
     world.processes["pair"].gpus[1].factor = 2.9
-    world.submit(*[400.0] * 64)  # both GPUs hold a batch; the second one's takes 90 ms
+    world.submit(*[400.0] * 64, min_accuracy=[80.0] * 64)  # the second GPU takes 90 ms for its batch
+    world.run(8)
     world.do(DrainWorker("pair", 1))
     world.run(60)  # a heartbeat: its pace has stopped
     assert world.worker("pair", 1).outstanding
