@@ -167,7 +167,7 @@ def test_doubt_does_not_refuse_what_fits() -> None:
     queue = view_of([1.6], demand_of(300), supply_of(8, 35 * MS))
     assert chosen(queue, idle(2.5)) == Choice(0, 1)
     # Nor does it make batches of two, which end in 2 ms: four take 2.7 of the 5 ms that there are.
-    queue = view_of([5.0] * 4, demand_of(3_000), supply_of(8, 35 * MS))
+    queue = view_of([5.0] * 4, demand_of(8_000), supply_of(8, 35 * MS))
     assert chosen(queue, idle(2.5)) == Choice(0, 4)
 
 
