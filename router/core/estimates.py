@@ -18,8 +18,8 @@ at 1.6 it took a GPU ten batches to be known as 2.5 times slower than its profil
 _FIRST_GAIN = 0.8
 """Over how many batches: the exponent of the first ones. At 0.5 the first says half of what it could."""
 _SURPRISE = 1.25
-"""A batch that takes this many times the estimate puts the GPU in doubt again. When eight GPUs become twice as
-slow, 2 queries in 100 of the next seconds are late, and 3 in 100 if the doubt stays where it was."""
+"""A batch that takes this many times the estimate puts the GPU in doubt again. When eight GPUs become twice
+as slow, 2 queries in 100 of the next seconds are late, and 3 in 100 if the doubt stays where it was."""
 
 _DOUBT = 0.6
 """What each measurement leaves of the doubt: 2.5, 1.9, 1.54, 1.32, ... At 0.4 queries of a slow GPU are late,

@@ -59,11 +59,11 @@ class Demand:
     __slots__ = (
         "_haste",
         "_hastes",
-        "classes",
         "_n",
         "_until_ns",
         "calm_rate",
         "capacity",
+        "classes",
         "rate",
         "slack_ns",
         "surge",

@@ -54,15 +54,16 @@ _SET_POINT = 0.38
 loses 0.15 points to half-empty batches, at 0.45 MAF loses 0.03 and the LLM code trace 1 query in 100."""
 
 _QUEUE = 110.0
-"""Queries that it may hold in any case: enough for the next batches to be full. At 50 MAF loses 0.13 points."""
+"""Queries that it may hold in any case: enough for the next batches to be full. At 50 MAF loses 0.13."""
 
 _CYCLE = 1.1
-"""Beyond that it leaves its head this many times the time of the full batch that the rate allows. Without it 64
-GPUs at 30 % load serve batches of 8, since none of 16 fits a head that has waited, and lose 0.15 points."""
+"""Beyond that it leaves its head this many times the time of the full batch that the rate allows. Without it
+64 GPUs at 30 % load serve batches of 8, as none of 16 fits a head that has waited, and lose 0.15 points."""
 
 _MARGIN, _MOST_SET = 1.7, 0.8
-"""The queue of a patient class grows until this many times the longest batch is left, and at most to that share:
-what can wait half a second need not be served at today's price. Without it an SLO of 500 ms loses 0.2 points."""
+"""The queue of a patient class grows until this many times the longest batch is left, and at most to that
+share: what can wait half a second need not be served at today's price. Without it an SLO of 500 ms loses 0.2
+points."""
 
 _LONGEST = 0.75
 """Prices count batches up to this share of a patience: longer ones fit only a head that has not waited."""
@@ -191,7 +192,7 @@ class PlanFit:
         row, size = self._best(plan, price, slack_ns, 0, queue.length)
         floor = queue.head_floor
         above = None
-        if row < floor:
+        if 0 < floor > row:
             # The head asks for more than the price would buy: those that also do are served with it.
             above = max(0, row)
             floored = 1 if queue.due is None else max(1, queue.due.floored(above, floor))
