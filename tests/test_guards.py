@@ -138,12 +138,23 @@ def test_no_two_public_classes_share_a_name() -> None:
 
 
 def entry_points() -> set[str]:
-    """Return the modules that are commands: of pyproject.toml, `python -m PACKAGE`, or in STARTED."""
+    """Return the modules that are commands: of pyproject.toml, `python -m PACKAGE`, or in STARTED.
+
+    A `__main__` names the module of its command as text: `run` imports it.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = [*project["scripts"].values()]
     named += [value for group in project["entry-points"].values() for value in group.values()]
     mains = {name for name in MODULES if name.endswith(".__main__")}
-    return {value.partition(":")[0] for value in named} | mains | STARTED
+    run = {
+        str(node.args[0].value)
+        for name in mains
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "run"
+        and isinstance(node.args[0], ast.Constant)
+    }
+    return {value.partition(":")[0] for value in named} | mains | run | STARTED
 
 
 def test_every_module_is_used() -> None:
