@@ -26,10 +26,11 @@ from gpu_worker.serve.metrics import WorkerMetrics, pages
 from gpu_worker.serve.server import Waker, WorkerServer
 from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
 from superserve.hello import WorkerHello
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
+from superserve.roles.commands import plain_errors
 from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
@@ -111,6 +112,7 @@ class WorkerDevice(NamedTuple):
     help="Precision to compute in; auto is float16 on CUDA if it holds.  [default: auto]",
 )  # fmt: skip
 @click.option("--eager", is_flag=True, default=None, help="Capture no CUDA graphs.")
+@plain_errors()
 def cli(
     endpoint: str,
     name: str | None,
@@ -130,24 +132,21 @@ def cli(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Containers share host names, and each has a process 1.
     name = name or f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"
-    try:
-        _only_with("--emulate", emulate, _given(gpus, speed, drift, event_log))
-        _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
-        if (emulate is None) == (supernet is None):
-            raise ConfigError("expected one of --emulate and --supernet")
-        own = peer_keys(keys or "", "worker")
-        with ExitStack() as stack:
-            waker = stack.enter_context(Waker())
-            if emulate is not None:
-                pace = Pace(1.0 if speed is None else speed, drift or 0.0, MonotonicClock().now_ns())
-                served = stack.enter_context(emulated(emulate, gpus or 1, name, event_log, pace))
-            else:
-                assert supernet is not None, "one of the two was given"
-                served = stack.enter_context(resident(Asked(supernet, **of_supernet), waker))
-            exports = None if metrics_port is None else (metrics_address, metrics_port)
-            serve(endpoint, name, served, waker, exports, own)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    _only_with("--emulate", emulate, _given(gpus, speed, drift, event_log))
+    _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
+    if (emulate is None) == (supernet is None):
+        raise ConfigError("expected one of --emulate and --supernet")
+    own = peer_keys(keys or "", "worker")
+    with ExitStack() as stack:
+        waker = stack.enter_context(Waker())
+        if emulate is not None:
+            pace = Pace(1.0 if speed is None else speed, drift or 0.0, MonotonicClock().now_ns())
+            served = stack.enter_context(emulated(emulate, gpus or 1, name, event_log, pace))
+        else:
+            assert supernet is not None, "one of the two was given"
+            served = stack.enter_context(resident(Asked(supernet, **of_supernet), waker))
+        exports = None if metrics_port is None else (metrics_address, metrics_port)
+        serve(endpoint, name, served, waker, exports, own)
 
 
 def _given(

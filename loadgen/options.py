@@ -32,6 +32,9 @@ connect = click.option(
     "--connect", metavar="HOST:PORT", help="Of a router.  [default: the cluster running on this machine]"
 )
 keys = click.option("--keys", envvar=ENVIRONMENT, help="A client's key file, for a router with keys.")
+emulate = click.option("--emulate", metavar="PROFILE:N", help="A private router and N emulated GPUs instead.")
+policy = click.option("--policy", help=f"Of a private or simulated router.  [default: {DEFAULT_POLICY}]")
+seed = click.option("--seed", type=int, default=0, show_default=True, help="Draws whatever is random.")
 slo_ms = click.option("--slo-ms", type=float, default=36.0, show_default=True, help="From due to deadline.")
 senders = click.option(
     "--senders", type=click.IntRange(1, 64), default=1, show_default=True, help="Sender processes."
@@ -55,7 +58,7 @@ def slo_ns_of(milliseconds: float) -> int:
     return int(milliseconds * MS)
 
 
-def profile_and_n(text: str, option: str = "--emulate", *, most: int) -> tuple[str, int]:
+def profile_and_n(text: str, *, most: int) -> tuple[str, int]:
     """Return the two parts of PROFILE:N.
 
     Raises:
@@ -63,5 +66,5 @@ def profile_and_n(text: str, option: str = "--emulate", *, most: int) -> tuple[s
     """
     name, colon, count = text.rpartition(":")
     if not colon or not count.isdecimal() or not 1 <= int(count) <= most:
-        raise ConfigError(f"{option}: expected PROFILE:N with N from 1 to {most}, got {text!r}")
+        raise ConfigError(f"--emulate: expected PROFILE:N with N from 1 to {most}, got {text!r}")
     return name, int(count)

@@ -22,10 +22,10 @@ P1 and P2 are the properties that SlackFit rests on (SuperServe, NSDI '25).
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from operator import truediv
@@ -34,10 +34,11 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import orjson
 
-from superserve.errors import ProfileError
+from superserve.errors import ProfileError, SuperServeError
+from superserve.fields import check_schema, read
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping
 
 SCHEMA = 1
 """The version of the file format that this module reads and writes."""
@@ -48,11 +49,6 @@ MAX_BATCH_SIZE = 65_536
 _NS_PER_MS = 1_000_000
 _MAX_LATENCY_MS = 1e9  # eleven days: a larger figure is in the wrong unit
 _DATA = Path(__file__).with_name("data")
-_SUBNET_KEYS = ("name", "control", "accuracy", "gflops", "latency_ms", "latency_ms_p99")
-_PROFILE_KEYS = (
-    *("schema", "name", "supernet", "device", "source", "provenance", "versions", "date"),
-    *("batch_sizes", "subnets"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,21 +275,13 @@ class Profile:
         Raises:
             ProfileError: A key is missing or unknown, or a value is invalid.
         """
-        fields = _object(data, _PROFILE_KEYS, where)
-        if fields["schema"] != SCHEMA or isinstance(fields["schema"], bool):
-            raise ProfileError(f"{where}: schema: expected {SCHEMA}, got {fields['schema']!r}")
-        texts = {
-            key: _text(fields, key, where) for key in ("name", "supernet", "device", "provenance", "date")
-        }
-        source = _source(fields["source"], where)
-        versions = _versions(fields["versions"], where)
-        sizes = tuple(
-            _batch_size(size, where) for size in _list(fields["batch_sizes"], f"{where}: batch_sizes")
-        )
-        rows = enumerate(_list(fields["subnets"], f"{where}: subnets"))
-        subnets = tuple(_subnet(row, f"{where}: subnets[{index}]") for index, row in rows)
+        file = _read(data, where)
+        subnets = (_subnet(row, f"{where}: subnets[{i}]") for i, row in enumerate(file.subnets))
         try:
-            return cls(source=source, versions=versions, batch_sizes=sizes, subnets=subnets, **texts)
+            return cls(
+                file.name, file.supernet, file.device, file.source, file.provenance, file.versions, file.date,
+                file.batch_sizes, tuple(subnets),
+            )  # fmt: skip
         except ProfileError as error:
             raise ProfileError(f"{where}: {error}") from error
 
@@ -371,79 +359,66 @@ def _subnet_dict(subnet: SubnetProfile) -> dict[str, Any]:
 # Reading: keys and types.
 
 
-def _object(value: object, keys: Sequence[str], where: str) -> Mapping[str, Any]:
-    """Return `value` if it is an object with exactly `keys`, and perhaps "raw"."""
-    if not isinstance(value, Mapping):
-        raise ProfileError(f"{where}: expected an object, got {type(value).__name__}")
-    for key in value:
-        if key not in keys and key != "raw":
-            raise ProfileError(f"{where}: unknown key {key!r}{_nearest(str(key), keys)}")
-    for key in keys:
-        if key not in value:
-            raise ProfileError(f"{where}: {key}: missing")
-    return value
+@dataclass(frozen=True, slots=True)
+class _SubnetFile:
+    """A row as its file has it; `raw` is whatever a measurement keeps beside it."""
+
+    name: str
+    control: dict[str, Any] | None
+    accuracy: float
+    gflops: float | None
+    latency_ms: tuple[float, ...]
+    latency_ms_p99: tuple[float, ...]
+    raw: Any = None
 
 
-def _list(value: object, where: str) -> Sequence[object]:
-    if not isinstance(value, list | tuple):
-        raise ProfileError(f"{where}: expected a list, got {type(value).__name__}")
-    return value
+@dataclass(frozen=True, slots=True)
+class _ProfileFile:
+    """A profile as its file has it."""
+
+    schema: int
+    name: str
+    supernet: str
+    device: str
+    source: Literal["measured", "modelled"]
+    provenance: str
+    versions: dict[str, str]
+    date: str
+    batch_sizes: tuple[int, ...]
+    subnets: tuple[_SubnetFile, ...]
+    raw: Any = None
 
 
-def _text(data: Mapping[str, Any], key: str, where: str) -> str:
-    value = data[key]
-    if not isinstance(value, str):
-        raise ProfileError(f"{where}: {key}: expected a string, got {value!r}")
-    return value
+def _read(data: object, where: str) -> _ProfileFile:
+    """Return what `data` holds, if it has all keys and no unknown ones."""
+    _check_keys(_ProfileFile, data, where)
+    rows = data.get("subnets") if isinstance(data, dict) else None
+    for i, row in enumerate(rows if isinstance(rows, list | tuple) else ()):
+        _check_keys(_SubnetFile, row, f"{where}: subnets[{i}]")
+    try:
+        check_schema(data, SCHEMA, where)
+        return read(_ProfileFile, data, where)
+    except SuperServeError as error:
+        raise ProfileError(str(error)) from None
 
 
-def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ProfileError(f"{where}: expected a number, got {value!r}")
-    return value
+def _check_keys(kind: type[_ProfileFile | _SubnetFile], data: object, where: str) -> None:
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in data if isinstance(data, dict) else ():
+        if key not in known:
+            raise ProfileError(f"{where}: unknown key {key!r}{_nearest(str(key), known)}")
 
 
-def _source(value: object, where: str) -> Literal["measured", "modelled"]:
-    if value == "measured":
-        return "measured"
-    if value == "modelled":
-        return "modelled"
-    raise ProfileError(f"{where}: source: expected 'measured' or 'modelled', got {value!r}")
-
-
-def _versions(value: object, where: str) -> dict[str, str]:
-    if not isinstance(value, Mapping):
-        raise ProfileError(f"{where}: versions: expected an object, got {type(value).__name__}")
-    return {str(key): _text(value, key, f"{where}: versions") for key in value}
-
-
-def _batch_size(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ProfileError(f"{where}: batch_sizes: expected whole numbers, got {value!r}")
-    return value
-
-
-def _subnet(value: object, where: str) -> SubnetProfile:
-    """Return the row that `value` describes; `where` includes its name as soon as it is known."""
-    fields = _object(value, _SUBNET_KEYS, where)
-    name = _text(fields, "name", where)
-    where = f"{where} {name!r}"
-    control, gflops = fields["control"], fields["gflops"]
-    if control is not None and not isinstance(control, Mapping):
-        raise ProfileError(f"{where}: control: expected an object or null, got {control!r}")
+def _subnet(row: _SubnetFile, where: str) -> SubnetProfile:
     return SubnetProfile(
-        name=name,
-        control=control,
-        accuracy=_number(fields["accuracy"], f"{where}: accuracy"),
-        gflops=None if gflops is None else _number(gflops, f"{where}: gflops"),
-        latency_ns=_latencies_ns(fields["latency_ms"], f"{where}: latency_ms"),
-        latency_p99_ns=_latencies_ns(fields["latency_ms_p99"], f"{where}: latency_ms_p99"),
-    )
+        row.name, row.control, row.accuracy, row.gflops,
+        _latencies_ns(row.latency_ms, f"{where} {row.name!r}: latency_ms"),
+        _latencies_ns(row.latency_ms_p99, f"{where} {row.name!r}: latency_ms_p99"),
+    )  # fmt: skip
 
 
-def _latencies_ns(value: object, where: str) -> tuple[int, ...]:
-    """Convert a list of milliseconds to integer nanoseconds."""
-    latencies_ms = [_number(entry, where) for entry in _list(value, where)]
+def _latencies_ns(latencies_ms: tuple[float, ...], where: str) -> tuple[int, ...]:
+    """Turn milliseconds into whole nanoseconds."""
     for latency_ms in latencies_ms:
         if not 0 < latency_ms < _MAX_LATENCY_MS:  # false for NaN, too
             raise ProfileError(

@@ -17,12 +17,13 @@ from router.report.metrics import SWITCH_S, RouterMetrics, pages
 from router.serve.doors import raise_limit
 from router.serve.loop import RouterServer, ServerSettings
 from router.serve.recording import Recorder, replay
-from superserve.errors import ConfigError, SuperServeError
+from superserve.clock import MS
+from superserve.errors import ConfigError
+from superserve.roles.commands import plain_errors
 from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 
-MS = 1_000_000
 _MAX_MARGIN_MS = 60_000.0  # a larger one is a mistaken unit
 _LOOPBACK = "tcp://127.0.0.1:*"
 
@@ -60,6 +61,7 @@ _LOOPBACK = "tcp://127.0.0.1:*"
 @click.option("--security", type=click.Choice(["none"]), help="none: open to other machines without keys.")
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Write an event log here.")
 @click.pass_context
+@plain_errors()
 def cli(
     context: click.Context,
     client_endpoint: str,
@@ -88,22 +90,19 @@ def cli(
     )
     metrics = None if metrics_port is None else RouterMetrics()
     with ExitStack() as stack:
-        try:
-            if keys is not None and security == "none":
-                raise ConfigError("--keys and --security none: expected one of them, got both")
-            _check_policy(policy)
-            recorder = None if record is None else Recorder(record, policy, core)
-            server = RouterServer(settings, recorder, metrics)
-            where = ""
-            if metrics is not None:
-                exporter = serve_pages(
-                    pages(server.core, metrics), address=metrics_address, port=metrics_port or 0
-                )
-                where = stack.enter_context(exporter)
-                sys.setswitchinterval(SWITCH_S)
-            server.open()
-        except SuperServeError as error:
-            raise click.ClickException(str(error)) from error
+        if keys is not None and security == "none":
+            raise ConfigError("--keys and --security none: expected one of them, got both")
+        _check_policy(policy)
+        recorder = None if record is None else Recorder(record, policy, core)
+        server = RouterServer(settings, recorder, metrics)
+        where = ""
+        if metrics is not None:
+            exporter = serve_pages(
+                pages(server.core, metrics), address=metrics_address, port=metrics_port or 0
+            )
+            where = stack.enter_context(exporter)
+            sys.setswitchinterval(SWITCH_S)
+        server.open()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop())
         _serve(server, where)
@@ -131,12 +130,10 @@ def _check_policy(policy: str) -> None:
 
 @cli.command("replay")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@plain_errors()
 def replay_command(file: Path) -> None:
     """Pass a recorded event log through a fresh core; exit 1 if it decides differently."""
-    try:
-        result = replay(file)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    result = replay(file)
     for mismatch in result.mismatches:
         click.echo(mismatch)
     same = "differ" if result.mismatches else "are the same"

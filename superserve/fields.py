@@ -1,18 +1,21 @@
 """Read JSON objects into dataclasses, once, where they arrive; errors name the field at fault.
 
 The class is the schema: each field's name is the key, its type the expected type, and a field with a
-default may be missing. Unknown keys are ignored, so that a newer peer can send more.
+a default may be missing. Unknown keys are ignored, so that a newer peer can say more. `Annotated` with an
+`AtLeast` bounds a number.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import enum
 import functools
 import types
 import typing
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
-from superserve.errors import SuperServeError, WireError
+from superserve.errors import ConfigError, SuperServeError, WireError
 from superserve.subnet import TensorSpec
 
 if TYPE_CHECKING:
@@ -30,6 +33,17 @@ KEY = "key"
 """In a field's metadata: the key to read it from, if that is not the field's name."""
 OMITTED = {"omitted": True}
 """Metadata of a field that is None if unknown, and then has no key in the object."""
+
+
+class AtLeast(NamedTuple):
+    """The least integer that a field takes; the most is what 64 bits hold."""
+
+    least: int
+
+
+_MOST = 2**63 - 1
+Count = Annotated[int, AtLeast(0)]
+"""An integer from 0 on."""
 
 
 def body_of(message: Any) -> dict[str, Any]:
@@ -54,17 +68,36 @@ def read(kind: type[T], body: object, where: str) -> T:
             WireError: A field without a default is missing, or one has another type; the error names it.
     """
     if not isinstance(body, dict):
-        raise WireError(f"{where}: expected an object, got {shown(body)}")
+        raise WireError(_at(where, f"expected an object, got {shown(body)}"))
     values: dict[str, Any] = {}
     plan = _PLANS.get(kind)
     if plan is None:
         plan = _PLANS[kind] = _readers(kind)
     for name, key, reader, is_optional in plan:
         if key in body:
-            values[name] = reader(body[key], f"{where}: {key}")
+            values[name] = reader(body[key], _at(where, key))
         elif not is_optional:
-            raise WireError(f"{where}: {key}: expected {_words(reader)}, got nothing")
+            raise WireError(f"{_at(where, key)}: expected {_words(reader)}, got nothing")
     return kind(**values)
+
+
+def read_file(kind: type[T], body: object, where: str) -> T:
+    """Return the same of a file: what is wrong there is a ConfigError."""
+    try:
+        return read(kind, body, where)
+    except WireError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_schema(body: object, expected: int, where: str) -> None:
+    """Raise ConfigError unless a file's object states the version of its form that this release reads."""
+    found = body.get("schema", "nothing") if isinstance(body, dict) else expected
+    if found != expected or isinstance(found, bool):
+        raise ConfigError(_at(where, f"schema: expected {expected}, got {found}: written by another version"))
+
+
+def _at(where: str, what: str) -> str:
+    return f"{where}: {what}" if where else what
 
 
 def shown(value: object) -> str:
@@ -79,7 +112,7 @@ _PLANS: dict[Any, tuple[tuple[str, str, Reader, bool], ...]] = {}
 
 def _readers(kind: type[Any]) -> tuple[tuple[str, str, Reader, bool], ...]:
     """Return each field of a class: its name, its key, its reader, and whether it may be missing."""
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     return tuple(
         (
             field.name,
@@ -100,7 +133,14 @@ def _reader(hint: Any) -> Reader:
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type), "a class"
         return functools.partial(_object, hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return functools.partial(_member, hint)
     origin, of = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return functools.partial(_choice, of)
+    if origin is Annotated:
+        assert isinstance(of[1], AtLeast), "the one bound there is"
+        return functools.partial(_bounded, of[1].least)
     if origin in (typing.Union, types.UnionType):
         (inner,) = (one for one in of if one is not type(None))
         return functools.partial(_optional, _reader(inner))
@@ -108,7 +148,7 @@ def _reader(hint: Any) -> Reader:
         return functools.partial(_list, _reader(of[0]))
     if origin is tuple:
         return functools.partial(_row, tuple(map(_reader, of)))
-    assert origin is dict, f"no reader for {hint}"
+    assert origin in (dict, collections.abc.Mapping), f"no reader for {hint}"
     assert of[0] is str, "keys of JSON objects are text"
     return functools.partial(_mapping, _reader(of[1]))
 
@@ -116,6 +156,12 @@ def _reader(hint: Any) -> Reader:
 def _words(reader: Reader) -> str:
     """Return what a reader expects, in words."""
     if isinstance(reader, functools.partial):
+        if reader.func is _bounded:
+            return f"an integer from {reader.args[0]} on"
+        if reader.func is _choice:
+            return " or ".join(map(repr, reader.args[0]))
+        if reader.func is _member:
+            return f"one of {', '.join(one.value for one in reader.args[0])}"
         return _words(reader.args[0]) if reader.func is _optional else _WORDS[reader.func]
     return _WORDS[reader]
 
@@ -134,6 +180,25 @@ def _integer(value: object, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise _wrong(_integer, value, where)
     return value
+
+
+def _bounded(least: int, value: object, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
+        raise _wrong(functools.partial(_bounded, least), value, where)
+    return value
+
+
+def _choice(of: tuple[Any, ...], value: object, where: str) -> object:
+    if value not in of:
+        raise _wrong(functools.partial(_choice, of), value, where)
+    return value
+
+
+def _member(kind: type[enum.Enum], value: object, where: str) -> enum.Enum:
+    try:
+        return kind(value)
+    except ValueError:
+        raise _wrong(functools.partial(_member, kind), value, where) from None
 
 
 def _number(value: object, where: str) -> float:

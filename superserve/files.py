@@ -56,6 +56,19 @@ def write_whole(path: Path, data: bytes | str) -> None:
             part.unlink()
 
 
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that is for its user alone: a reader sees the old one or the new one, never a part.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    new.replace(path)
+
+
 def write_all(file: IO[bytes], data: bytes | bytearray) -> None:
     """Write all of `data` to an unbuffered file, which may accept a part at a time.
 

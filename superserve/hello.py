@@ -20,6 +20,16 @@ MAX_SLOTS = 4096
 """Most GPUs of one worker process: a bound on what one HELLO makes the router allocate."""
 
 
+class Introduction:
+    """What HELLO and WELCOME have in common."""
+
+    __slots__ = ()
+
+    def body(self) -> dict[str, Any]:
+        """Return the body of the message."""
+        return body_of(self)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What a router's workers serve; None as `input` or `output` takes or gives any bytes.
@@ -34,7 +44,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientHello:
+class ClientHello(Introduction):
     """The first message of a client.
 
     Attributes:
@@ -55,13 +65,9 @@ class ClientHello:
         """
         return read(cls, _with_range(body), "hello")
 
-    def body(self) -> dict[str, Any]:
-        """Return the body of the message."""
-        return body_of(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerHello:
+class WorkerHello(Introduction):
     """The first message of a worker process: its name, and what its GPUs run and how fast.
 
     Attributes:
@@ -113,10 +119,6 @@ class WorkerHello:
             raise WireError(f"{where}: profiles: expected one for all GPUs, or one for each")
         return read(cls, _with_range({**body, "name": given}), where)
 
-    def body(self) -> dict[str, Any]:
-        """Return the body of the message."""
-        return body_of(self)
-
 
 def _with_range(body: dict[str, Any]) -> dict[str, Any]:
     """Return a body whose `wire` is a range: the single number of older workers is both ends."""
@@ -125,7 +127,7 @@ def _with_range(body: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientWelcome:
+class ClientWelcome(Introduction):
     """The router's answer to a client's HELLO; sent again when the model changes.
 
     Attributes:
@@ -151,13 +153,9 @@ class ClientWelcome:
         """
         return read(cls, body, "welcome")
 
-    def body(self) -> dict[str, Any]:
-        """Return the body of the message."""
-        return body_of(self)
-
 
 @dataclass(frozen=True, slots=True)
-class WorkerWelcome:
+class WorkerWelcome(Introduction):
     """The router's answer to a worker's HELLO.
 
     Attributes:
@@ -181,7 +179,3 @@ class WorkerWelcome:
         if not 0 <= found.epoch < 2**64:
             raise WireError(f"welcome: epoch: expected 0 to 2^64 - 1, got {found.epoch}")
         return found
-
-    def body(self) -> dict[str, Any]:
-        """Return the body of the message."""
-        return body_of(self)

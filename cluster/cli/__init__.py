@@ -25,9 +25,11 @@ from cluster.operate.up import StartError
 from cluster.operate.up import up as bring_up
 from cluster.show import tables as show
 from cluster.spec.plan import Options, make_plan, name_option
-from superserve.errors import ConfigError, SuperServeError
+from loadgen.options import profile_and_n
+from superserve.errors import ConfigError
 from superserve.files import check_text
 from superserve.roles import local
+from superserve.roles.commands import plain_errors
 from superserve.roles.local import DEFAULT_NAME, Liveness
 
 if TYPE_CHECKING:
@@ -39,12 +41,10 @@ _name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="A 
 
 
 @click.group()
+@plain_errors()
 def cli() -> None:
     """Run a cluster: a router and its workers, on this machine or on several hosts."""
-    try:
-        check_text(sys.argv[1:])
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from error
+    check_text(sys.argv[1:])
 
 
 cli.add_command(top)
@@ -81,6 +81,7 @@ cli.add_command(keys_command)
 )
 @click.option("--rollback", is_flag=True, help="With HOSTS_FILE: undo everything if any part fails.")
 @click.pass_context
+@plain_errors()
 def up(
     context: click.Context,
     /,
@@ -109,8 +110,6 @@ def up(
         if error.cluster is not None:
             _say([show.processes(error.cluster), "", *show.reasons(error.cluster)])
         raise click.ClickException(f"cluster {name!r} is not up: {error}") from error
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
     if done.tidied is not None:
         click.echo(show.tidied(done.tidied))
     words = "is up" if done.is_new else "runs already, as asked for"
@@ -144,14 +143,21 @@ def _check_name(name: str) -> None:
 @cli.command()
 @click.argument("hosts_file", type=click.Path(path_type=Path))
 @click.option("--effective", is_flag=True, help="Print the file with every default filled in.")
+@plain_errors()
 def config(hosts_file: Path, effective: bool) -> None:
     """Check HOSTS_FILE; print every error in it, with its line, and exit 1 if there is one."""
-    from cluster.cli.config import checked  # noqa: PLC0415  it takes pydantic's import, 0.2 s
+    from cluster.spec.hosts import load_hosts  # noqa: PLC0415  it takes pydantic's import, 0.2 s
+    from cluster.spec.hosts_file import dump  # noqa: PLC0415
 
-    try:
-        click.echo(checked(hosts_file, effective=effective))
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    hosts = load_hosts(hosts_file)
+    if effective:
+        click.echo(dump(hosts).rstrip())
+        return
+    n_workers, n_hosts = sum(host.n_workers for host in hosts.hosts), len(hosts.hosts)
+    click.echo(
+        f"{hosts_file}: no errors: cluster {hosts.cluster!r}, the router on {hosts.router.host}, "
+        f"{n_workers} worker{'s' if n_workers > 1 else ''} on {n_hosts} host{'s' if n_hosts > 1 else ''}"
+    )
 
 
 def options(*, emulate: str | None, gpus: str | None, **plain: Any) -> Options:
@@ -160,15 +166,8 @@ def options(*, emulate: str | None, gpus: str | None, **plain: Any) -> Options:
     Raises:
         ConfigError: One of those is malformed.
     """
-    profile, n_gpus = (None, None) if emulate is None else _emulation(emulate)
+    profile, n_gpus = (None, None) if emulate is None else profile_and_n(emulate, most=_MAX_EMULATED)
     return Options(emulate=profile, n_gpus=n_gpus, gpus=None if gpus is None else _gpus(gpus), **plain)
-
-
-def _emulation(text: str) -> tuple[str, int]:
-    profile, colon, count = text.rpartition(":")
-    if not colon or not count.isdecimal() or not 1 <= int(count) <= _MAX_EMULATED:
-        raise ConfigError(f"--emulate: expected PROFILE:N with N from 1 to {_MAX_EMULATED}, got {text!r}")
-    return profile, int(count)
 
 
 def _gpus(text: str) -> tuple[int, ...]:
@@ -186,18 +185,16 @@ def _gpus(text: str) -> tuple[int, ...]:
 @cli.command()
 @_name
 @click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+@plain_errors()
 def status(name: str, as_json: bool) -> None:
     """Show the router and every worker; exit 1 if none runs or one is unwell."""
-    if _is_on_hosts(name):
+    if hosts_cli.is_on_hosts(name):
         hosts_cli.status(name, as_json=as_json)
         return
-    try:
-        cluster = _running(name)
-        seen = here(name, cluster).roles()
-        cluster = seen_by(cluster, seen)
-        said = ask_router(cluster)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    cluster = _running(name)
+    seen = here(name, cluster).roles()
+    cluster = seen_by(cluster, seen)
+    said = ask_router(cluster)
     wrong = [*unasked(seen), *problems(cluster, said)]
     if as_json:
         found = None if said is None else said.body()
@@ -213,13 +210,6 @@ def status(name: str, as_json: bool) -> None:
         _say([*(show.router(cluster, said) if said is not None else ()), "", show.roles(cluster, said)])
         _say(["", *wrong] if wrong else [])
     sys.exit(1 if wrong else 0)
-
-
-def _is_on_hosts(name: str) -> bool:
-    try:
-        return hosts_cli.is_on_hosts(name)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _running(name: str) -> LocalCluster:
@@ -242,15 +232,13 @@ def _others(name: str) -> str:
 @cli.command()
 @_name
 @click.option("--timeout-s", default=20.0, show_default=True, help="Drain for this long, then kill.")
+@plain_errors()
 def down(name: str, timeout_s: float) -> None:
     """Drain and stop everything; print what was stopped."""
-    if _is_on_hosts(name):
+    if hosts_cli.is_on_hosts(name):
         hosts_cli.down(name)
         return
-    try:
-        done = take_down(name, timeout_s)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    done = take_down(name, timeout_s)
     _say(
         [f"no cluster {name!r} runs on this machine: nothing to stop"] if done is None else show.stopped(done)
     )
@@ -259,12 +247,10 @@ def down(name: str, timeout_s: float) -> None:
 @cli.command()
 @_name
 @click.argument("names", nargs=-1, required=True, metavar="HOST|WORKER...")
+@plain_errors()
 def drain(name: str, names: tuple[str, ...]) -> None:
     """Drain workers: they take no new queries, answer the ones they have, and end."""
-    try:
-        operate_cli.drain(name, names)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    operate_cli.drain(name, names)
 
 
 @cli.command()
@@ -277,23 +263,19 @@ def drain(name: str, names: tuple[str, ...]) -> None:
     "--timeout-s", default=120.0, show_default=True, help="Wait this long for each to be live again."
 )
 @click.argument("names", nargs=-1, metavar="[HOST|WORKER]...")
+@plain_errors()
 def restart(name: str, names: tuple[str, ...], **how: Any) -> None:
     """Drain workers, restart them, and wait until the router gives them work."""
-    try:
-        operate_cli.restart(name, names, **how)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    operate_cli.restart(name, names, **how)
 
 
 @cli.command()
 @_name
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@plain_errors()
 def doctor(name: str, as_json: bool) -> None:
     """Check for problems, and print what to type; exit 1 if there are any."""
-    try:
-        is_well = operate_cli.doctor(name, as_json=as_json)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    is_well = operate_cli.doctor(name, as_json=as_json)
     sys.exit(0 if is_well else 1)
 
 
@@ -301,18 +283,16 @@ def doctor(name: str, as_json: bool) -> None:
 @_name
 @click.option("-f", "--follow", is_flag=True, help="Also show what is written from now on.")
 @click.argument("roles", nargs=-1, metavar="[HOST|ROLE]...")
+@plain_errors()
 def logs(name: str, follow: bool, roles: tuple[str, ...]) -> None:
     """Show the last lines of the logs: of ROLEs, of HOSTs, or of all.
 
     The logs of a cluster of this machine stay until the next one with its name.
     """
-    if _is_on_hosts(name):
+    if hosts_cli.is_on_hosts(name):
         hosts_cli.logs(name, roles, is_followed=follow)
         return
-    try:
-        paths = _logs(local.cluster_folder(name), roles)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    paths = _logs(local.cluster_folder(name), roles)
     os.execvp("tail", ["tail", "-n", "20", *(["-F"] if follow else []), *paths])  # noqa: S606, S607  by design
 
 

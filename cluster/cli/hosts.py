@@ -11,14 +11,13 @@ import orjson
 
 from cluster.operate import logs as hosts_logs
 from cluster.operate.engine import open_cluster
-from cluster.operate.hosts_down import down as take_down
 from cluster.operate.hosts_health import problems
 from cluster.remote import record as records
 from cluster.remote.shell import RemoteError
 from cluster.show import hosts as hosts_show
 from cluster.show import tables as show
 from cluster.spec.plan import name_option
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
 from superserve.roles import local
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ def is_on_hosts(name: str) -> bool:
 
 def up(hosts_file: Path, *, ready_timeout_s: float, rollback: bool) -> None:
     """Start the cluster of a hosts file; exit 1, with the reasons, if any part of it does not run."""
-    from cluster.operate.hosts_up import PreflightError  # noqa: PLC0415
     from cluster.operate.hosts_up import up as bring_up  # noqa: PLC0415
     from cluster.remote.shell import OpenSsh  # noqa: PLC0415
     from cluster.remote.wheel import pack  # noqa: PLC0415
@@ -56,14 +54,10 @@ def up(hosts_file: Path, *, ready_timeout_s: float, rollback: bool) -> None:
                 shell, plan, pack(), ready_timeout_s=ready_timeout_s, rollback=rollback,
                 on_preflight=lambda done: say([*hosts_show.findings(done.findings), ""]),
             )  # fmt: skip
-    except PreflightError as error:
-        raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         raise click.ClickException(
             "interrupted: the same command completes it, `cluster down` takes it down"
         ) from None
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
     _say_up(plan.name, done)
 
 
@@ -97,12 +91,9 @@ def _say_up(name: str, done: HostsUp) -> None:
 
 def status(name: str, *, as_json: bool) -> None:
     """Print a cluster's status; exit 1 if anything is wrong."""
-    try:
-        with open_cluster(name) as fleet:
-            seen = fleet.roles()
-            said = _ask(fleet)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    with open_cluster(name) as fleet:
+        seen = fleet.roles()
+        said = _ask(fleet)
     wrong = problems(fleet.record, seen, said)
     if as_json:
         roles = [role for host in seen for role in host.roles]
@@ -126,11 +117,10 @@ def _ask(fleet: SupervisorEngine) -> RouterStatus | None:
 
 def down(name: str) -> None:
     """Stop a cluster everywhere; exit 1, naming the hosts, if it did not stop on all."""
-    try:
-        with open_cluster(name) as fleet:
-            done = take_down(fleet)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    with open_cluster(name) as fleet:
+        done = fleet.stop()
+    if not done.wrong:  # else it stays known, for another try
+        records.forget(name)
     say(hosts_show.stopped(fleet.record, done))
     if done.wrong:
         sys.exit(1)
@@ -138,15 +128,12 @@ def down(name: str) -> None:
 
 def logs(name: str, names: tuple[str, ...], *, is_followed: bool) -> None:
     """Print the last lines of the logs of hosts and roles, or of all, and optionally what follows."""
-    try:
-        with open_cluster(name) as fleet:
-            roles = hosts_logs.chosen(fleet, names)
-            if is_followed:
-                hosts_logs.follow(fleet, roles)
-                return
-            wrong = hosts_logs.show_tails(fleet, roles)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    with open_cluster(name) as fleet:
+        roles = hosts_logs.chosen(fleet, names)
+        if is_followed:
+            hosts_logs.follow(fleet, roles)
+            return
+        wrong = hosts_logs.show_tails(fleet, roles)
     if wrong:
         say(wrong)
         sys.exit(1)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from superserve.errors import ConfigError, SuperServeError
 from superserve.net import keys
+from superserve.roles.commands import plain_errors
 
 _ROLE = click.Choice(list(keys.FOLDERS))
 
@@ -25,12 +25,10 @@ def keys_command(context: click.Context, folder: Path) -> None:
 
 @keys_command.command("make")
 @click.pass_obj
+@plain_errors()
 def make(folder: Path) -> None:
     """Make a router's folder: its key pair, and an operator's key."""
-    try:
-        made = keys.make_ring(folder)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    made = keys.make_ring(folder)
     for path in made:
         click.echo(f"made {path}")
     click.echo(f"The router's machine keeps {folder}: python -m router --keys {folder} ...")
@@ -42,12 +40,10 @@ def make(folder: Path) -> None:
 @click.argument("role", type=_ROLE)
 @click.argument("name")
 @click.pass_obj
+@plain_errors()
 def add(folder: Path, role: str, name: str) -> None:
     """Make a key for a client, a worker's host or an operator, and list it."""
-    try:
-        own, listed = keys.add_peer(folder, role, name)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    own, listed = keys.add_peer(folder, role, name)
     click.echo(f"made {own}\nmade {listed}")
     how = "python -m gpu_worker --keys " if role == "worker" else f"export {keys.ENVIRONMENT}="
     click.echo(f"Copy {own} to the {role}'s machine, mode 0600, and remove it here: {how}{own.name}")
@@ -57,18 +53,17 @@ def add(folder: Path, role: str, name: str) -> None:
 @keys_command.command("revoke")
 @click.argument("name")
 @click.pass_obj
+@plain_errors()
 def revoke(folder: Path, name: str) -> None:
     """Remove a name from the lists: a running router cuts it off within a second."""
-    try:
-        gone = keys.revoke(folder, name)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    gone = keys.revoke(folder, name)
     for path in gone:
         click.echo(f"removed {path}")
 
 
 @keys_command.command("list")
 @click.pass_obj
+@plain_errors()
 def show(folder: Path) -> None:
     """List who is admitted; exit 1 if a file is malformed."""
     try:
@@ -76,8 +71,6 @@ def show(folder: Path) -> None:
         ring, problems = keys.read_ring(folder)
     except OSError as error:
         raise click.ClickException(f"{folder}: cannot be read: {error.strerror}") from error
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from error
     click.echo(f"{'router':<9} {'':<20} {own.public}")
     for role, listed in (("client", ring.clients), ("worker", ring.workers), ("operator", ring.operators)):
         for public, name in sorted(listed.items(), key=lambda item: item[1]):

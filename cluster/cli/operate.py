@@ -23,7 +23,6 @@ from superserve.roles.local import Liveness
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from cluster.operate.operable import Examinable
 
 _COUNT_S = 1.0  # between two reads of the counters: those that grow are faults of now, not of last week
 ROUTER_COSTS = (
@@ -33,7 +32,7 @@ ROUTER_COSTS = (
 
 
 @contextlib.contextmanager
-def opened(name: str) -> Iterator[Examinable]:
+def opened(name: str) -> Iterator[SupervisedCluster]:
     """Give the cluster of that name.
 
     Raises:

@@ -14,10 +14,11 @@ from rich.text import Text
 
 from cluster.remote import record as records
 from cluster.show.top import Sample, page, plain
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
 from superserve.net.connection import ask_status
 from superserve.net.keys import ENVIRONMENT
 from superserve.roles import local
+from superserve.roles.commands import plain_errors
 from superserve.roles.local import DEFAULT_NAME, Liveness
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _ANSWER_S = 2.0  # a router that works answers in milliseconds; longer, the scre
 @click.option("--connect", metavar="HOST:PORT", help="Watch the router of a cluster elsewhere.")
 @click.option("--once", is_flag=True, help="Print one page, of two samples a second apart, as plain text.")
 @click.option("--interval-s", type=click.FloatRange(0.1, 60.0), default=1.0, show_default=True)
+@plain_errors()
 def top(name: str, connect: str | None, once: bool, interval_s: float) -> None:
     """Watch the router and every GPU, once a second, until Ctrl-C.
 
@@ -45,8 +47,6 @@ def top(name: str, connect: str | None, once: bool, interval_s: float) -> None:
             _watch(endpoint, interval_s)
         else:
             _print(endpoint, interval_s)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         return  # Ctrl-C is the way to leave
     except BrokenPipeError:

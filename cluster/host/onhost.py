@@ -53,6 +53,8 @@ from cluster.host.facts import look
 from cluster.host.folder import HeldError, alone, await_end, clean, end, outliving, tidy_unowned
 from cluster.spec.roles import FILLED, KEYS, OPERATOR_KEY, HostPlan, HostRole, Timing
 from superserve.errors import ConfigError, ProcessError, SuperServeError
+from superserve.fields import read_file
+from superserve.files import write_private
 from superserve.net.connection import ask_status
 from superserve.roles.local import ProcessId
 from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
@@ -223,7 +225,7 @@ def _unless(fault: str) -> Iterator[None]:
 
 def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Run exactly the plan's roles, with these files beside them; return what changed of both."""
-    plan = HostPlan.from_dict(asked["plan"])
+    plan = read_file(HostPlan, asked["plan"], PLAN)
     hold = asked.get("hold")
     with alone(folder, wait_s=_LOCK_S if hold is None else 0.0):
         if hold is not None:
@@ -235,7 +237,7 @@ def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
         if before is None:
             (folder / BEFORE).unlink(missing_ok=True)
         else:
-            _put(folder / BEFORE, before)
+            write_private(folder / BEFORE, before.encode())
         return {"changed": _run(folder, plan), "files": files}
 
 
@@ -264,7 +266,7 @@ def undo(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     if before is None:
         return down(folder, asked)
     with alone(folder, wait_s=_LOCK_S):
-        return {"changed": _run(folder, HostPlan.from_dict(json.loads(before)))}
+        return {"changed": _run(folder, read_file(HostPlan, json.loads(before), BEFORE))}
 
 
 def _run(folder: Path, plan: HostPlan) -> dict[str, str]:
@@ -290,12 +292,12 @@ def _run(folder: Path, plan: HostPlan) -> dict[str, str]:
 
 def _write(folder: Path, plan: HostPlan) -> None:
     (folder / "roles").mkdir(mode=0o700, exist_ok=True)
-    _put(folder / PLAN, json.dumps(plan.to_dict()))
+    write_private(folder / PLAN, json.dumps(asdict(plan)).encode())
     for role in plan.roles:
-        _put(folder / "roles" / f"{role.name}.sh", script(role, plan))
+        write_private(folder / "roles" / f"{role.name}.sh", script(role, plan).encode())
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     min_files = _FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, _FILES_WANTED)
-    _put(folder / CONFIG, supervisord_conf(plan, min_files=min_files))
+    write_private(folder / CONFIG, supervisord_conf(plan, min_files=min_files).encode())
 
 
 def _put_files(folder: Path, files: dict[str, bytes]) -> list[str]:
@@ -313,7 +315,7 @@ def _put_files(folder: Path, files: dict[str, bytes]) -> list[str]:
         assert ".." not in path.parts, name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists() or path.read_bytes() != content:
-            _put_bytes(path, content)
+            write_private(path, content)
             changed.append(name)
     return changed
 
@@ -323,19 +325,6 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-
-
-def _put(path: Path, text: str) -> None:
-    _put_bytes(path, text.encode())
-
-
-def _put_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole: readers find the old one or the new one."""
-    new = path.with_name(f".{path.name}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    new.replace(path)
 
 
 def _forget_code(folder: Path) -> None:
@@ -364,7 +353,7 @@ def states(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 def _roles(folder: Path) -> list[HostRole]:
     text = _read(folder / PLAN)
-    return [] if text is None else list(HostPlan.from_dict(json.loads(text)).roles)
+    return [] if text is None else list(read_file(HostPlan, json.loads(text), PLAN).roles)
 
 
 def down(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -396,7 +385,7 @@ def down(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 def _stop_s(folder: Path) -> float:
     """Return how long all roles may take to stop, plus a reserve."""
     text = _read(folder / PLAN)
-    timing = Timing() if text is None else HostPlan.from_dict(json.loads(text)).timing
+    timing = Timing() if text is None else read_file(HostPlan, json.loads(text), PLAN).timing
     return timing.router_stop_s + timing.worker_stop_s + _STOPPED_S
 
 

@@ -36,6 +36,7 @@ from cluster.host.config import CONFIG, KEEP, KEPT, PLAN, SOCKET
 from cluster.host.folder import HeldError, clean, hold
 from cluster.host.watched import READY_FD, WatchedOptions, WatchedProcess
 from cluster.spec.roles import HostPlan
+from superserve.fields import read_file
 from superserve.roles import local
 from superserve.roles.local import LocalCluster, Phase, ProcessId, Role, RoleState
 from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
@@ -281,7 +282,9 @@ def main(fd: int | None) -> int:
         control.settimeout(_SAY_S)
     try:
         with hold(folder):
-            keeper = run(HostPlan.from_dict(json.loads(Path(PLAN).read_text(encoding="utf-8"))), control)
+            keeper = run(
+                read_file(HostPlan, json.loads(Path(PLAN).read_text(encoding="utf-8")), PLAN), control
+            )
             clean(folder)
             if keeper.is_abandoned:  # nothing will ever read its logs
                 shutil.rmtree(folder, ignore_errors=True)

@@ -16,7 +16,8 @@ from cluster.spec.plan import name_option
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from cluster.operate.operable import HostFacts, RoleView
+    from cluster.operate.engine import RoleSeen
+    from cluster.operate.supervised import HostFacts
     from superserve.status import RouterStatus
 
 SLOW = 1.25
@@ -84,7 +85,7 @@ class Seen:
 
     name: str
     is_local: bool
-    roles: tuple[RoleView, ...]
+    roles: tuple[RoleSeen, ...]
     status: RouterStatus | None
     before: RouterStatus | None
     hosts: tuple[HostFacts, ...]

@@ -1,4 +1,4 @@
-"""What starts, shows and stops the roles of a cluster: `ClusterEngine`, and its implementation by supervisor.
+"""What starts, shows and stops the roles of a cluster: an engine, of which supervisor's is the one there is.
 
     with open_cluster("default") as engine:
         for host in engine.roles():
@@ -15,9 +15,9 @@ from __future__ import annotations
 import contextlib
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from cluster.remote import record as records
 from cluster.remote.ask import ASK_S, ask
@@ -26,6 +26,7 @@ from cluster.remote.shell import LocalShell, OpenSsh, RemoteError, parallel
 from cluster.spec.plan import python_path
 from cluster.spec.roles import HERE
 from superserve.errors import ConfigError
+from superserve.fields import KEY, read
 from superserve.roles import local
 from superserve.status import RouterStatus
 
@@ -69,7 +70,7 @@ class RoleSeen:
     state: str
     pid: int | None
     up_s: int
-    exit_code: int
+    exit_code: int = field(metadata={KEY: "exit"})
     log: str
     tail: tuple[str, ...]
     restarts: int = 0
@@ -77,7 +78,7 @@ class RoleSeen:
     metrics: str = ""
 
     @property
-    def is_running(self) -> bool:
+    def is_up(self) -> bool:
         """Whether it is ready."""
         return self.state == "RUNNING"
 
@@ -102,31 +103,6 @@ class HostSeen:
     error: str
     supervisord: int | None
     roles: tuple[RoleSeen, ...]
-
-
-class ClusterEngine(Protocol):
-    """The verbs of an engine. Each raises RemoteError, naming the host, if it cannot be done.
-
-    Slurm, Kubernetes or systemd could implement it as well as supervisor does: no verb determines how or
-    where a process is started.
-    """
-
-    def apply(
-        self, plans: Mapping[str, HostPlan], files: Mapping[str, Mapping[str, str]]
-    ) -> dict[str, Applied]:
-        """Run exactly the plans' roles, by host, with files beside them; touch only what differs."""
-
-    def roles(self) -> tuple[HostSeen, ...]:
-        """Return the state of every role, by host; a host that cannot be reached has an error."""
-
-    def logs(self, role: str, n_lines: int) -> list[str]:
-        """Return the last lines of a role's log."""
-
-    def scale(self, role: str, n: int) -> None:
-        """Run `n` processes of a role, without waiting: with 0 it drains, and does not come back."""
-
-    def stop(self) -> Stopped:
-        """Stop everything, the router first; return when it has ended on every host that can be reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +136,9 @@ class Stopped:
 class SupervisorEngine:
     """A supervisord on each host of a cluster.
 
+    None of its verbs says how a process is started, or where: Slurm, Kubernetes or systemd may stand behind
+    them as well. Each raises RemoteError, naming the host, for what cannot be asked or done.
+
     Attributes:
         record: What is known about the cluster without asking.
     """
@@ -188,10 +167,10 @@ class SupervisorEngine:
     def apply(
         self, plans: Mapping[str, HostPlan], files: Mapping[str, Mapping[str, str]], **more: Any
     ) -> dict[str, Applied]:
-        """Run exactly the plans' roles, on all hosts at once; see `ClusterEngine.apply`."""
+        """Have exactly the plans' roles run, by host, with files beside them; touch only what differs."""
 
         def apply(name: str) -> Applied:
-            plan = plans[name].to_dict()
+            plan = asdict(plans[name])
             try:
                 said = self.ask(name, "apply", timeout_s=_APPLY_S, plan=plan, files=dict(files[name]), **more)
             except RemoteError as error:
@@ -272,14 +251,15 @@ class SupervisorEngine:
 def _seen(host: KnownHost, name: str, role: dict[str, Any] | None) -> RoleSeen:
     """Return a role as its keeper reports it; a role that is missing there counts as stopped."""
     if role is None:
-        kind = "router" if name == "router" else "worker"
-        return RoleSeen(
-            host.name, name, kind, "", "STOPPED", None, 0, 0, str(Path(host.folder) / f"{name}.log"), ()
-        )
-    return RoleSeen(
-        host.name, name, role["kind"], role["serves"], role["state"], role["pid"], role["up_s"],
-        role["exit"], role["log"], tuple(role["tail"]), role["restarts"], role["why"], role["metrics"],
-    )  # fmt: skip
+        return absent(host, name, "STOPPED")
+    return read(RoleSeen, {**role, "host": host.name}, f"{host.name}: {name}")
+
+
+def absent(host: KnownHost, name: str, state: str, why: str = "") -> RoleSeen:
+    """Return a role of which no keeper tells."""
+    kind = "router" if name == "router" else "worker"
+    log = str(Path(host.folder) / f"{name}.log")
+    return RoleSeen(host.name, name, kind, "", state, None, 0, 0, log, (), why=why)
 
 
 # --- which cluster ----------------------------------------------------------------------------

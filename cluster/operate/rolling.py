@@ -10,14 +10,15 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from cluster.operate.operable import chosen
+from cluster.operate.supervised import chosen
 from superserve.clock import SECOND, MonotonicClock
 from superserve.errors import ConfigError, ProcessError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from cluster.operate.operable import Operable, RoleView
+    from cluster.operate.engine import RoleSeen
+    from cluster.operate.supervised import SupervisedCluster
     from superserve.clock import Clock
 
 DRAIN_S = 30.0
@@ -38,7 +39,7 @@ class RollingOperator:
 
     def __init__(
         self,
-        cluster: Operable,
+        cluster: SupervisedCluster,
         say: Callable[[str], None],
         *,
         clock: Clock | None = None,
@@ -114,7 +115,7 @@ class RollingOperator:
 
     # --- steps --------------------------------------------------------------------------------
 
-    def _is_safe(self, groups: Sequence[Sequence[RoleView]]) -> bool:
+    def _is_safe(self, groups: Sequence[Sequence[RoleSeen]]) -> bool:
         """Return whether another live worker is left whenever a group is away, if all come back."""
         there = self._live()
         for group in groups:
@@ -124,7 +125,7 @@ class RollingOperator:
             there |= names
         return True
 
-    def _each(self, groups: Sequence[Sequence[RoleView]], force: bool, timeout_s: float) -> None:
+    def _each(self, groups: Sequence[Sequence[RoleSeen]], force: bool, timeout_s: float) -> None:
         done: list[str] = []
         for i, group in enumerate(groups):
             names = [worker.name for worker in group]
@@ -144,7 +145,7 @@ class RollingOperator:
                 ) from None
             done += names
 
-    def _stop(self, roles: Sequence[RoleView]) -> None:
+    def _stop(self, roles: Sequence[RoleSeen]) -> None:
         """Make roles end, and wait until they have and the router has forgotten them."""
         begin_ns = self._clock.now_ns()
         for role in roles:
@@ -162,7 +163,7 @@ class RollingOperator:
             if waiting:
                 self._pause(_ASK_AGAIN_S)
 
-    def _start(self, roles: Sequence[RoleView], timeout_s: float, workers: Collection[str]) -> None:
+    def _start(self, roles: Sequence[RoleSeen], timeout_s: float, workers: Collection[str]) -> None:
         """Start roles, and wait until the router gives work to `workers`.
 
         Raises:
@@ -207,7 +208,7 @@ class RollingOperator:
         return set() if status is None else set(status.processes())
 
 
-def _nobody_left(workers: Sequence[RoleView]) -> str:
+def _nobody_left(workers: Sequence[RoleSeen]) -> str:
     names = ", ".join(worker.name for worker in workers)
     return (
         f"{names}: expected another live worker beside those taken at once, or --force: without one "

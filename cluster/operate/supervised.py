@@ -1,18 +1,19 @@
-"""A cluster that supervisor runs, on this machine or several, as `cluster.operate.operable.Operable`."""
+"""A running cluster, for those commands that change or judge one role at a time."""
 
 from __future__ import annotations
 
+import difflib
 import time
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.host.facts import Facts
-from cluster.operate.operable import HostFacts, RoleView
+from cluster.operate.engine import absent
 from cluster.remote.shell import RemoteError, parallel
-from superserve.errors import ProcessError
+from superserve.errors import ConfigError, ProcessError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from cluster.operate.engine import RoleSeen, SupervisorEngine
     from cluster.remote.record import KnownHost
@@ -22,8 +23,27 @@ UNREACHABLE = "UNREACHABLE"
 """The state of a role whose host cannot be reached."""
 
 
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What a host of a cluster is like.
+
+    Attributes:
+        host: Its name.
+        error: Why it cannot be asked; "" if it was.
+        facts: What it said; None if it cannot be asked.
+        clock_s: How far its clock is ahead of this machine's, in seconds.
+        clock_error_s: By how much that may be wrong.
+    """
+
+    host: str
+    error: str
+    facts: Facts | None
+    clock_s: float
+    clock_error_s: float
+
+
 class SupervisedCluster:
-    """A cluster, as its keepers and its router report it.
+    """A cluster, as its keepers and its router say. What cannot be asked or told raises a SuperServeError.
 
     Args:
         engine: Reaches its hosts.
@@ -38,16 +58,16 @@ class SupervisedCluster:
         self.is_local = engine.is_here
         self._engine = engine
 
-    def roles(self) -> tuple[RoleView, ...]:
+    def roles(self) -> tuple[RoleSeen, ...]:
         """Return every role as its keeper reports it, or as unreachable if its host is."""
-        found: list[RoleView] = []
+        found: list[RoleSeen] = []
         for known, seen in zip(self._engine.record.hosts, self._engine.roles(), strict=True):
             if seen.error:
-                found += [_unreachable(name, known, seen.error) for name in known.roles]
+                found += [absent(known, name, UNREACHABLE, seen.error) for name in known.roles]
             elif self.is_local and seen.supervisord is None:
                 raise ProcessError(f"cluster {self.name!r}: it ended meanwhile")
             else:
-                found += [_view(role) for role in seen.roles]
+                found += seen.roles
         return tuple(sorted(found, key=lambda role: role.kind != "router"))
 
     def status(self) -> RouterStatus | None:
@@ -65,7 +85,7 @@ class SupervisedCluster:
         """Make a host's keeper start a role."""
         self._engine.scale(role, 1)
 
-    def facts(self, roles: Sequence[RoleView]) -> tuple[HostFacts, ...]:
+    def facts(self, roles: Sequence[RoleSeen]) -> tuple[HostFacts, ...]:
         """Return the facts about each host."""
         pids: dict[str, list[int]] = {}
         for role in roles:
@@ -89,15 +109,28 @@ class SupervisedCluster:
         return HostFacts(host.name, "", facts, facts.time_s - middle_s, half_s)
 
 
-def _view(role: RoleSeen) -> RoleView:
-    why = "" if role.is_running and not role.restarts else role.why
-    return RoleView(
-        role.name, role.kind, role.host, role.state, role.is_running, role.has_ended, role.pid,
-        role.restarts, why, role.log,
-    )  # fmt: skip
+def chosen(roles: Sequence[RoleSeen], names: Iterable[str]) -> list[RoleSeen]:
+    """Return the workers that names of workers and hosts stand for, each once.
+
+    Raises:
+        ConfigError: A name stands for none; says which are near.
+    """
+    workers = [role for role in roles if role.kind == "worker"]
+    found: dict[str, RoleSeen] = {}
+    for name in names:
+        meant = [role for role in workers if name in (role.name, role.host)]
+        if not meant:
+            raise ConfigError(_no_such(name, roles, workers))
+        found |= {role.name: role for role in meant}
+    return [role for role in workers if role.name in found]
 
 
-def _unreachable(name: str, host: KnownHost, why: str) -> RoleView:
-    kind = "router" if name == "router" else "worker"
-    log = str(Path(host.folder) / f"{name}.log")
-    return RoleView(name, kind, host.name, UNREACHABLE, False, False, None, None, why, log)
+def _no_such(name: str, roles: Sequence[RoleSeen], workers: Sequence[RoleSeen]) -> str:
+    if any(role.name == name for role in roles):
+        return f"{name}: expected a worker or a host; `cluster restart --rolling --router` is for the router"
+    if any(role.host == name for role in roles):
+        return f"{name}: expected a host with workers; it has none"
+    known = list(dict.fromkeys([*(role.name for role in workers), *(role.host for role in workers)]))
+    if nearest := difflib.get_close_matches(name, known, n=3):
+        return f"{name}: no such worker or host; did you mean {' or '.join(nearest)}?"
+    return f"{name}: expected a worker or a host, one of {', '.join(known)}"

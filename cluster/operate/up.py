@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -201,7 +201,7 @@ class _Hold:
         (host,) = engine.hosts
         try:
             engine.ask(
-                host, "apply", plan=plan.to_dict(), files={}, hold=self._its.fileno(),
+                host, "apply", plan=asdict(plan), files={}, hold=self._its.fileno(),
                 kept_open=ports.descriptors(),
             )  # fmt: skip
         except RemoteError as error:

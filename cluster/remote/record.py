@@ -10,22 +10,22 @@ machine, `cluster up FILE` writes it again and changes nothing that runs.
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
 from cluster.spec.roles import HERE, Target
 from superserve.errors import ConfigError
+from superserve.fields import check_schema, read_file
+from superserve.files import write_private
 from superserve.roles import local
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
-    from typing import Self
 
 SCHEMA = 1
+_MEND = "remove it, and run `cluster up` with the hosts file again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,6 @@ class KnownHost:
         """Return a command of the host's Python that finds the package, and ignores the current folder."""
         path = ["env", f"PYTHONPATH={self.code}"] if self.code else []
         return [*path, self.interpreter, "-P", *args]
-
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Self:
-        """Read what `asdict` wrote and JSON carried."""
-        return cls(**{**body, "target": Target(**body["target"]), "roles": tuple(body["roles"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,19 +134,14 @@ def load(name: str) -> Record | None:
     path = path_of(name)
     try:
         body = orjson.loads(path.read_bytes())
-        if (schema := body.pop("schema")) != SCHEMA:
-            raise ConfigError(f"{path}: schema: expected {SCHEMA}, got {schema}: written by another version")
-        hosts = tuple(KnownHost.from_dict(host) for host in body.pop("hosts"))
-        slots = tuple((role, int(n)) for role, n in body.pop("slots"))
-        left_out = tuple((name, why) for name, why in body.pop("left_out"))
-        return Record(**body, hosts=hosts, slots=slots, left_out=left_out)
+        check_schema(body, SCHEMA, str(path))
+        return read_file(Record, body, str(path))
     except FileNotFoundError:
         return None
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: expected what `cluster up` writes, got {type(error).__name__}: {error}; "
-            f"remove it, and run `cluster up` with the hosts file again"
-        ) from error
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: expected what `cluster up` writes: {error}; {_MEND}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_MEND}") from error
 
 
 def save(record: Record) -> None:
@@ -161,13 +151,10 @@ def save(record: Record) -> None:
         ConfigError: It cannot be written.
     """
     path = path_of(record.name)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+    body = {"schema": SCHEMA, **asdict(record)}
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(orjson.dumps({"schema": SCHEMA, **asdict(record)}, option=orjson.OPT_INDENT_2))
-        new.replace(path)
+        write_private(path, orjson.dumps(body, option=orjson.OPT_INDENT_2))
     except OSError as error:
         raise ConfigError(f"{path}: expected a file that can be written: {error.strerror}") from error
 

@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.spec.hostkeys import keys_of, operator_key
-from cluster.spec.roles import FILES, HostPlan, HostRole, Target, Wanted, timing
+from cluster.spec.roles import (
+    FILES,
+    HostPlan,
+    Target,
+    Wanted,
+    emulated,
+    resident,
+    router_role,
+    timing,
+    worker_role,
+)
 from profiles.table import load_profile, shipped_profiles
 from superserve.errors import ConfigError
 
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 
     from cluster.spec.hostkeys import HostKeys
     from cluster.spec.hosts import Host, Hosts
+    from cluster.spec.roles import HostRole, Served
 
 _EVERY = "0.0.0.0"  # noqa: S104  every address of IPv4; `_check_security` has allowed it
 
@@ -186,16 +197,13 @@ def _router(hosts: Hosts, host: Host, keys: HostKeys) -> list[HostRole]:
     if host.name != hosts.router.host:
         return []
     bound = _own(hosts) if is_loopback(hosts.router_address) else "::" if _is_ipv6(hosts) else _EVERY
-    argv = (
-        "-m", "router",
-        "--client-endpoint", at(bound, hosts.router.client_port),
-        "--worker-endpoint", at(bound, hosts.router.worker_port),
-        "--policy", hosts.policy, "--margin-ms", f"{hosts.margin_ms:g}",
+    more = (
         *(("--keys", f"{FOLDER}/{keys.ring}") if keys.ring else ()),
         *(("--security", "none") if hosts.security == "none" else ()),
         *_metrics(hosts, hosts.metrics.router),
-    )  # fmt: skip
-    return [HostRole("router", "router", argv, _env(host), f"policy {hosts.policy}")]
+    )
+    client, worker = at(bound, hosts.router.client_port), at(bound, hosts.router.worker_port)
+    return [router_role(client, worker, hosts.policy, hosts.margin_ms, *more, env=_env(host))]
 
 
 def _is_ipv6(hosts: Hosts) -> bool:
@@ -225,23 +233,14 @@ def _workers(hosts: Hosts, host: Host, profile: str, keys: HostKeys) -> list[Hos
     roles = []
     first_port = hosts.metrics.workers
     for i, (name, device) in enumerate(zip(host.worker_names, host.devices, strict=True)):
-        served, serves = _served(hosts, host, profile, device)
         metrics = _metrics(hosts, None if first_port is None else first_port + i)
-        argv = ("-m", "gpu_worker", "--connect", endpoint, "--name", name, *admitted, *served, *metrics)
-        roles.append(HostRole(name, "worker", argv, _env(host), serves))
+        served = _served(hosts, host, profile, device)
+        roles.append(worker_role(name, endpoint, served, *admitted, *metrics, env=_env(host)))
     return roles
 
 
-def _served(hosts: Hosts, host: Host, profile: str, device: str) -> tuple[tuple[str, ...], str]:
-    """Return the arguments for what a worker serves, and that in words."""
+def _served(hosts: Hosts, host: Host, profile: str, device: str) -> Served:
     if hosts.emulate is not None:
-        n = host.gpus_per_worker or 1
-        words = f"{n} emulated GPU{'s' if n > 1 else ''} of {hosts.emulate}"
-        return ("--emulate", profile, "--gpus", str(n)), words
+        return emulated(profile, host.gpus_per_worker or 1, hosts.emulate)
     assert hosts.supernet is not None, "load_hosts fills it in"
-    argv = (
-        "--supernet", hosts.supernet, "--profile", profile, "--device", device,
-        "--threads", str(host.threads or 1),
-        *(() if hosts.weights is None else ("--weights", hosts.weights)),
-    )  # fmt: skip
-    return argv, f"{hosts.supernet} on {device}"
+    return resident(hosts.supernet, profile, device, host.threads or 1, hosts.weights)

@@ -19,16 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 
 from cluster.spec import hostkeys
-from cluster.spec.hosts import (
-    CLIENT_PORT,
-    WORKER_PORT,
-    Host,
-    Hosts,
-    LogBounds,
-    MetricsPorts,
-    RouterPlace,
-    Standby,
-)
+from cluster.spec.hosts import CLIENT_PORT, WORKER_PORT, Host, Hosts, LogBounds, MetricsPorts, RouterPlace
 from cluster.spec.plan import DEFAULT_PROFILE, MAX_WORKERS
 from cluster.spec.yaml_lines import Where, read_located
 from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS
@@ -48,7 +39,7 @@ T = TypeVar("T")
 
 _RESERVED = ("PYTHONPATH", "SUPERSERVE_HOST_FOLDER", "SUPERSERVE_ROLE_DIGEST", "SUPERSERVE_KEYS")
 _SECTIONS: dict[str, type] = {
-    "router": RouterPlace, "hosts[i]": Host, "metrics": MetricsPorts, "log": LogBounds, "standby": Standby,
+    "router": RouterPlace, "hosts[i]": Host, "metrics": MetricsPorts, "log": LogBounds,
 }  # fmt: skip
 _MAX_SHOWN = 60  # of a value in a message: the message should stay one line
 
@@ -255,18 +246,14 @@ def _addresses(data: dict[str, Any]) -> list[Found]:
 
 
 def _router_is_listed(data: dict[str, Any]) -> list[Found]:
-    found: list[Found] = []
     names = list(dict.fromkeys(_names(data)))
+    name = _get(data.get("router"), "host", str)
+    if name is None or not names or name in names:
+        return []
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     known = ", ".join(names)
-    for section in ("router", "standby"):
-        name = _get(data.get(section), "host", str)
-        if name is None:
-            continue
-        if names and name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            found.append(((section, "host"), f"expected the name of a host: {known}, got {name!r}{hint}"))
-    return found
+    return [(("router", "host"), f"expected the name of a host: {known}, got {name!r}{hint}")]
 
 
 def _standby_is_not_there(data: dict[str, Any]) -> list[Found]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.spec.roles import HostRole
+from cluster.spec.roles import HostRole, emulated, resident, router_role, worker_role
 from gpu_worker.cli import MAX_GPUS
 from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS
 from profiles.table import load_profile, shipped_profiles
@@ -21,7 +21,7 @@ from superserve.errors import ConfigError
 from superserve.roles.local import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
 ANY_PORT = 0
 """The system picks a free one."""
@@ -41,16 +41,6 @@ _MAX_MARGIN_MS = 60_000.0  # a larger one is a mistaken unit
 # One of these exists if an NVIDIA driver is loaded; without a driver torch need not be imported to
 # find out, which takes seconds.
 _DRIVER_PATHS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
-
-
-@dataclass(frozen=True, slots=True)
-class RolePlan:
-    """One process to run: its name, its kind ("router" or "worker"), its arguments, and what it serves."""
-
-    name: str
-    kind: str
-    argv: tuple[str, ...]
-    serves: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +93,7 @@ class Plan:
     """
 
     name: str
-    roles: tuple[RolePlan, ...]
+    roles: tuple[HostRole, ...]
     options: dict[str, Any] = field(default_factory=dict)
     ready_timeout_s: float = 60.0
     profile: str = DEFAULT_PROFILE
@@ -120,8 +110,7 @@ class Plan:
             words = {CLIENT: client, WORKER: worker}
             if METRICS_PORT in role.argv:
                 words[METRICS_PORT] = str(port())
-            argv = tuple(words.get(word, word) for word in role.argv)
-            roles.append(HostRole(role.name, role.kind, argv, (), role.serves))
+            roles.append(replace(role, argv=tuple(words.get(word, word) for word in role.argv)))
         return tuple(roles), client, worker
 
 
@@ -144,7 +133,7 @@ def make_plan(name: str, options: Options, ready_timeout_s: float) -> Plan:
     workers, profile, asked = _emulated(options) if options.emulate is not None else _real(options)
     make_policy(options.policy, load_profile(profile))
     router = {name: getattr(options, name) for name in ("policy", "margin_ms", "client_port", "worker_port")}
-    roles = [_router(options), *workers]
+    roles = [router_role(CLIENT, WORKER, options.policy, options.margin_ms), *workers]
     if options.metrics:
         roles = [replace(role, argv=(*role.argv, "--metrics-port", METRICS_PORT)) for role in roles]
         asked["metrics"] = "on"
@@ -159,14 +148,6 @@ def differences(running: Mapping[str, Any], asked: Mapping[str, Any]) -> list[st
         if old != new and not (key.endswith("_port") and new == ANY_PORT):
             lines.append(f"{key}: it runs with {old}, asked for {new}")
     return lines
-
-
-def _router(options: Options) -> RolePlan:
-    argv = (
-        "-m", "router", "--client-endpoint", CLIENT, "--worker-endpoint", WORKER,
-        "--policy", options.policy, "--margin-ms", f"{options.margin_ms:g}",
-    )  # fmt: skip
-    return RolePlan("router", "router", argv, f"policy {options.policy}")
 
 
 def endpoint(port: int) -> str:
@@ -191,7 +172,7 @@ def name_option(name: str) -> str:
 # --- workers ----------------------------------------------------------------------------------
 
 
-def _emulated(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
+def _emulated(options: Options) -> tuple[list[HostRole], str, dict[str, Any]]:
     """Return worker processes that share the emulated GPUs, their profile, and the request in words."""
     assert options.emulate is not None, "the caller checked it"
     for option in ("gpus", "device", "supernet", "weights", "profile", "threads"):
@@ -205,18 +186,15 @@ def _emulated(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
             f"--workers: expected {least} to {n_gpus} processes for {n_gpus} emulated GPUs, got {n_processes}"
         )
     profile = _profile(options.emulate)
-    roles = []
-    for i in range(n_processes):
-        n = n_gpus // n_processes + (i < n_gpus % n_processes)
-        argv = ("--emulate", profile, "--gpus", str(n))
-        words = f"{n} emulated GPU{'s' if n > 1 else ''} of {load_profile(profile).name}"
-        roles.append(_worker(i, argv, words))
+    shares = [n_gpus // n_processes + (i < n_gpus % n_processes) for i in range(n_processes)]
+    name = load_profile(profile).name
+    roles = [worker_role(f"worker-{i}", WORKER, emulated(profile, n, name)) for i, n in enumerate(shares)]
     words = f"{n_gpus} emulated GPU{'s' if n_gpus > 1 else ''} of {profile} in {n_processes}"
     asked = {"workers": f"{words} process{'es' if n_processes > 1 else ''}", "profile": profile}
     return roles, profile, asked
 
 
-def _real(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
+def _real(options: Options) -> tuple[list[HostRole], str, dict[str, Any]]:
     """Return a worker process for each device, their profile, and the request in words."""
     supernet = options.supernet or DIGITS
     if supernet not in SHIPPED_SUPERNETS and ":" not in supernet:
@@ -228,36 +206,13 @@ def _real(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
         raise ConfigError(f"--profile: {supernet} comes without one: expected one, from `profiles search`")
     _check_installed()
     profile = _profile(options.profile or DEFAULT_PROFILE)
-    weights = () if options.weights is None else ("--weights", _weights(options.weights))
+    weights = None if options.weights is None else _weights(options.weights)
     threads = options.threads or 1
     devices = _devices(options)
-    roles = [
-        _worker(
-            i,
-            (
-                "--supernet",
-                supernet,
-                "--profile",
-                profile,
-                "--device",
-                device,
-                "--threads",
-                str(threads),
-                *weights,
-            ),
-            f"{supernet} on {device}",
-        )
-        for i, device in enumerate(devices)
-    ]
-    return roles, profile, {
-        "workers": f"{supernet} on {', '.join(devices)}", "profile": profile, "threads": threads,
-        **({"weights": weights[1]} if weights else {}),
-    }  # fmt: skip
-
-
-def _worker(i: int, argv: Sequence[str], serves: str) -> RolePlan:
-    name = f"worker-{i}"
-    return RolePlan(name, "worker", ("-m", "gpu_worker", "--connect", WORKER, "--name", name, *argv), serves)
+    served = [resident(supernet, profile, device, threads, weights) for device in devices]
+    roles = [worker_role(f"worker-{i}", WORKER, one) for i, one in enumerate(served)]
+    asked = {"workers": f"{supernet} on {', '.join(devices)}", "profile": profile, "threads": threads}
+    return roles, profile, asked if weights is None else {**asked, "weights": weights}
 
 
 def _profile(name: str) -> str:

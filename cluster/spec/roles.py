@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from superserve.errors import ConfigError
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Self
+Environment = tuple[tuple[str, str], ...]
+"""Names and values of variables."""
+Served = tuple[tuple[str, ...], str]
+"""A worker's arguments that say what it serves, and that in words."""
 
 OURS_VARIABLE = "SUPERSERVE_HOST_FOLDER"
 """Environment variable of every role: the folder of its cluster on its host."""
@@ -43,11 +44,39 @@ class HostRole:
     env: tuple[tuple[str, str], ...]
     serves: str
 
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Self:
-        """Read what `asdict` wrote and JSON carried."""
-        env = tuple((str(name), str(value)) for name, value in body["env"])
-        return cls(body["name"], body["kind"], tuple(body["argv"]), env, body["serves"])
+
+def router_role(
+    client: str, worker: str, policy: str, margin_ms: float, *more: str, env: Environment = ()
+) -> HostRole:
+    """Return a router that binds these endpoints."""
+    argv = (
+        "-m", "router", "--client-endpoint", client, "--worker-endpoint", worker,
+        "--policy", policy, "--margin-ms", f"{margin_ms:g}", *more,
+    )  # fmt: skip
+    return HostRole("router", "router", argv, env, f"policy {policy}")
+
+
+def worker_role(name: str, connect: str, served: Served, *more: str, env: Environment = ()) -> HostRole:
+    """Return a worker that connects to a router and serves what `emulated` or `resident` gives."""
+    argv, words = served
+    return HostRole(
+        name, "worker", ("-m", "gpu_worker", "--connect", connect, "--name", name, *argv, *more), env, words
+    )
+
+
+def emulated(profile: str, n: int, name: str) -> Served:
+    """Return a worker's arguments for `n` emulated GPUs, and that in words, with the profile's name."""
+    words = f"{n} emulated GPU{'s' if n > 1 else ''} of {name}"
+    return ("--emulate", profile, "--gpus", str(n)), words
+
+
+def resident(supernet: str, profile: str, device: str, threads: int, weights: str | None) -> Served:
+    """Return a worker's arguments for a real supernet, and that in words."""
+    argv = (
+        "--supernet", supernet, "--profile", profile, "--device", device, "--threads", str(threads),
+        *(() if weights is None else ("--weights", weights)),
+    )  # fmt: skip
+    return argv, f"{supernet} on {device}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +149,6 @@ class HostPlan:
     cwd: str = "/"
     timing: Timing = Timing()
     local: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the input of `from_dict`."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` returned and JSON carried."""
-        roles = tuple(HostRole.from_dict(role) for role in body["roles"])
-        return cls(**{**body, "roles": roles, "timing": Timing(**body["timing"])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,9 @@ import orjson
 from gpu_worker.core.played import AS_PROFILED, Pace
 from superserve.clock import MS
 from superserve.errors import ConfigError
+from superserve.fields import read_file
 from superserve.files import write_all
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -81,24 +83,13 @@ class EventLogHeader:
     pace: Pace = AS_PROFILED
 
     def __post_init__(self) -> None:
-        _check_header(self)
-
-
-def _check_header(header: EventLogHeader) -> None:
-    for field in ("worker", "profile"):
-        if not isinstance(getattr(header, field), str):
-            raise ConfigError(f"{field}: expected a string, got {getattr(header, field)!r}")
-    sizes = header.batch_sizes
-    if not sizes or not _are_whole(sizes) or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-        raise ConfigError(f"batch_sizes: expected ascending integers of at least 1, got {sizes}")
-    for subnet, row in enumerate(header.latency_ns):
-        if len(row) != len(sizes) or not _are_whole(row) or not 0 <= min(row) <= max(row) < 2**63:
-            expected = f"{len(sizes)} integers of 0 to 2^63 - 1"
-            raise ConfigError(f"latency_ns[{subnet}]: expected {expected}, got {row}")
-
-
-def _are_whole(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+        sizes = self.batch_sizes
+        if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+            raise ConfigError(f"batch_sizes: expected ascending integers of at least 1, got {sizes}")
+        for subnet, row in enumerate(self.latency_ns):
+            if len(row) != len(sizes) or not 0 <= min(row) <= max(row) < 2**63:
+                expected = f"{len(sizes)} integers of 0 to 2^63 - 1"
+                raise ConfigError(f"latency_ns[{subnet}]: expected {expected}, got {row}")
 
 
 class EventLogWriter:
@@ -221,39 +212,11 @@ def _decode_header(data: bytes) -> tuple[EventLogHeader, int]:
     offset = _PREFIX.size + blob_length
     if len(data) < offset:
         raise ConfigError(f"expected a header of {offset} bytes, got {len(data)}")
-    return _decode_blob(data[_PREFIX.size : offset]), offset
-
-
-def _decode_blob(blob: bytes) -> EventLogHeader:
     try:
-        fields = orjson.loads(blob)
+        fields = orjson.loads(data[_PREFIX.size : offset])
     except orjson.JSONDecodeError as error:
         raise ConfigError(f"header: expected JSON: {error}") from error
-    expected = {"worker", "profile", "batch_sizes", "latency_ns"}
-    if not isinstance(fields, dict) or set(fields) - {"pace"} != expected:
-        raise ConfigError(f"header: expected an object with {sorted(expected)}, got {str(fields)[:80]}")
-    table = fields["latency_ns"]
-    if not isinstance(fields["batch_sizes"], list):
-        raise ConfigError(f"batch_sizes: expected a list, got {fields['batch_sizes']!r}")
-    if not isinstance(table, list) or not all(isinstance(row, list) for row in table):
-        raise ConfigError("latency_ns: expected a list of lists")
-    return EventLogHeader(
-        worker=fields["worker"],
-        profile=fields["profile"],
-        batch_sizes=tuple(fields["batch_sizes"]),
-        latency_ns=tuple(tuple(row) for row in table),
-        pace=_decode_pace(fields.get("pace", {})),
-    )
-
-
-def _decode_pace(fields: Any) -> Pace:
-    """Return the pace in a header; without one the GPUs are as fast as their profile."""
-    kinds = {"speed": int | float, "drift": int | float, "began_ns": int}
-    if not isinstance(fields, dict) or not all(
-        name in kinds and isinstance(value, kinds[name]) for name, value in fields.items()
-    ):
-        raise ConfigError(f"pace: expected an object with {sorted(kinds)}, got {str(fields)[:80]}")
-    return Pace(**fields)
+    return read_file(EventLogHeader, fields, ""), offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -503,12 +466,10 @@ def _quantile(values: npt.NDArray[np.int64], percent: int) -> int | None:
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.pass_context
+@plain_errors()
 def cli(context: click.Context, files: tuple[Path, ...]) -> None:
     """Check the event logs FILES of one run; exit 1 if a GPU did the impossible."""
-    try:
-        report = check_logs(files)
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from error
+    report = check_logs(files)
     click.echo(report.to_text())
     context.exit(1 if report.violations else 0)
 

@@ -28,17 +28,17 @@ from loadgen.bench.rows.generator import generator_qps
 from loadgen.bench.rows.path import PathShape, path_cost
 from loadgen.bench.rows.row import BenchRow, SkippedError, machine
 from loadgen.bench.senders.offer import Offered, offer_singly
-from loadgen.bench.senders.sender import SinglePlan
 from loadgen.live.calm import await_calm
 from loadgen.live.run import Emulation, RunSettings, emulated, run_emulated, run_trace
+from loadgen.live.sender import SenderPlan
 from loadgen.results.result import quantile_ns
 from loadgen.results.run import in_time
 from loadgen.study.rate_search import Bounds, Probe, confirmed, highest_rate, undisturbed
 from loadgen.traces.trace import load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
-from superserve.errors import SuperServeError
 from superserve.files import write_whole
+from superserve.roles.commands import plain_errors
 from superserve.roles.processes import ProcessGroup
 from superserve.wire import Status
 
@@ -73,8 +73,6 @@ NOISY_NS = 4 * MS
 """A probe that fails while the noise probe's p99.9 is above this is repeated once."""
 REPEAT_PROBES_S, REPEAT_LONG_S = 40.0, 75.0
 """After this long a search repeats no short probe, or no long run: on a noisy machine it must end too."""
-LEAST_SLEEP_NS = MS // 2
-"""Least sleep of a sender with one query in each message, when the highest rate is searched."""
 _ECHO = "pyzmq ROUTER echo"
 _BUDGET = "budget"
 
@@ -107,7 +105,7 @@ class Bench:
     def echo_qps(self) -> BenchRow:
         """The reference itself: the highest rate of the bare echo."""
         with echo_server() as (endpoint, _):
-            plan = SinglePlan("echo", endpoint, "", "", SLO_NS, least_sleep_ns=LEAST_SLEEP_NS)
+            plan = SenderPlan(endpoint, SLO_NS, target="echo")
             found = self._search(lambda rate, s: self._offer(plan, rate, s), start_qps=24_000)
         conditions = self._rate_conditions(found, senders=N_SENDERS, submit="one query a message")
         return _rate_row("echo_qps", found, "itself", found, conditions)
@@ -153,9 +151,7 @@ class Bench:
     def payload_150kb_ratio(self) -> BenchRow:
         """The rate of the whole path with payloads of 150 kB, over that of the echo with the same."""
         with echo_server() as (endpoint, _):
-            plan = SinglePlan(
-                "echo", endpoint, "", "", SLO_NS, payload_bytes=IMAGE_BYTES, least_sleep_ns=LEAST_SLEEP_NS
-            )
+            plan = SenderPlan(endpoint, SLO_NS, IMAGE_BYTES, target="echo")
             echo = self._search(lambda rate, s: self._offer(plan, rate, s, n_senders=1), start_qps=1_000)
         echo_tried = self._rate_conditions(echo)
         found = self._search(
@@ -172,10 +168,8 @@ class Bench:
             "payload_150kb_ratio", value, "x", f"{_ECHO}, same payload", 1.0, conditions, noise_ms
         )
 
-    def _small_clients(self, target: str, endpoint: str) -> SinglePlan:
-        return SinglePlan(
-            target, endpoint, "", "", SLO_NS, least_sleep_ns=LEAST_SLEEP_NS, n_clients=N_CLIENTS // N_SENDERS
-        )
+    def _small_clients(self, target: str, endpoint: str) -> SenderPlan:
+        return SenderPlan(endpoint, SLO_NS, target=target, n_clients=N_CLIENTS // N_SENDERS)
 
     def _offer_small_clients(self, rate_qps: float, seconds: float) -> Probe:
         with emulated(Emulation(PROFILE, n_gpus(rate_qps), RATE_POLICY)) as cluster:
@@ -222,9 +216,9 @@ class Bench:
             may_repeat=until(REPEAT_LONG_S),
         )
 
-    def _offer(self, plan: SinglePlan, rate_qps: float, seconds: float, n_senders: int = N_SENDERS) -> Probe:
+    def _offer(self, plan: SenderPlan, rate_qps: float, seconds: float, n_senders: int = N_SENDERS) -> Probe:
         trace, warm_ns = _poisson(rate_qps, seconds)
-        offered = offer_singly(plan, trace.due_ns, n_senders=n_senders)
+        offered = offer_singly(plan, trace, n_senders=n_senders)
         is_soon = (offered.answered_ns >= 0) & (offered.answered_ns - offered.due_ns <= plan.slo_ns)
         counted = trace.due_ns >= warm_ns
         return _judged(
@@ -233,7 +227,7 @@ class Bench:
 
     def _offer_client(self, target: str, rate_qps: float, seconds: float) -> Probe:
         with emulated(Emulation(PROFILE, n_gpus(rate_qps), RATE_POLICY)) as cluster:
-            plan = SinglePlan(target, cluster.client_endpoint, "", "", SLO_NS, least_sleep_ns=LEAST_SLEEP_NS)
+            plan = SenderPlan(cluster.client_endpoint, SLO_NS, target=target)
             return self._offer(plan, rate_qps, seconds)
 
     def _offer_bulk(self, rate_qps: float, seconds: float, payload_bytes: int = 64) -> Probe:
@@ -316,8 +310,8 @@ class Bench:
     def _echo_at(self, trace: Trace) -> Offered:
         """Offer a trace to the bare echo from one sender, which sleeps until the exact instant."""
         with echo_server() as (endpoint, pid):
-            plan = SinglePlan("echo", endpoint, "", "", SLO_NS)
-            return offer_singly(plan, trace.due_ns, n_senders=1, server_pid=pid)
+            plan = SenderPlan(endpoint, SLO_NS, target="echo", least_sleep_ns=0)
+            return offer_singly(plan, trace, n_senders=1, server_pid=pid)
 
     def gpu_idle_pct(self) -> BenchRow:
         """The share of time between batches, if the queue is never empty.
@@ -567,12 +561,10 @@ def measure(
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out/bench"), show_default=True
 )
+@plain_errors()
 def cli(only: tuple[str, ...], seconds: float, out: Path) -> None:
     """Measure, write OUT/NAME.json for each figure, and print a table."""
-    try:
-        rows = measure(only or tuple(ROWS), seconds, out, click.echo)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    rows = measure(only or tuple(ROWS), seconds, out, click.echo)
     click.echo()
     for line in table(rows):
         click.echo(line)

@@ -52,7 +52,7 @@ solver then takes some thirty times as long.
 """
 
 TIME_LIMIT_S = 600.0
-"""How long the solver may take."""
+"""How long the solver may take for each of two programs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,13 +113,7 @@ class FluidBound:
     is_tight: bool
 
 
-def fluid_bound(
-    workload: BoundWorkload,
-    gpus: Sequence[Profile],
-    *,
-    bin_ns: int | None = None,
-    time_limit_s: float = TIME_LIMIT_S,
-) -> FluidBound:
+def fluid_bound(workload: BoundWorkload, gpus: Sequence[Profile], *, bin_ns: int | None = None) -> FluidBound:
     """Return upper bounds on summed accuracy per query and on attainment.
 
     Args:
@@ -127,7 +121,6 @@ def fluid_bound(
         gpus: The profile of each GPU; equal ones are one kind.
         bin_ns: Width of the bins; narrower ones are tighter, and take longer. None is the shortest
             SLO over `BINS_PER_SLO`.
-        time_limit_s: How long each of the two programs may take.
 
     Raises:
         ConfigError: There is no GPU, a profile lacks a floor's row, a bin has no width, or highspy is
@@ -140,8 +133,8 @@ def fluid_bound(
         raise ConfigError(f"bound: expected GPUs and bins of some width, got {len(gpus)} and {bin_ns} ns")
     if workload.floor.max() >= min(profile.n_subnets for profile in gpus):
         raise ConfigError(f"bound: floor: no profile row is {workload.floor.max()}")
-    summed = _Fluid(workload, gpus, bin_ns, count_only=False).program.maximise(time_limit_s=time_limit_s)
-    served = _Fluid(workload, gpus, bin_ns, count_only=True).program.maximise(time_limit_s=time_limit_s)
+    summed = _Fluid(workload, gpus, bin_ns, count_only=False).program.maximise(time_limit_s=TIME_LIMIT_S)
+    served = _Fluid(workload, gpus, bin_ns, count_only=True).program.maximise(time_limit_s=TIME_LIMIT_S)
     most = max(profile.subnets[-1].accuracy for profile in gpus)
     return FluidBound(
         accuracy=min(summed.upper / workload.n, most),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -16,27 +17,27 @@ from loadgen.cli.simulate import simulate_command
 from loadgen.cli.trace import trace_group
 from loadgen.results.report import load_runs
 from loadgen.results.style import check_installed
-from loadgen.results.tables import check_writable, refuse_bytes, write_page
-from superserve.errors import SuperServeError
+from loadgen.results.tables import check_writable, write_page
+from superserve.files import check_text
+from superserve.roles.commands import plain_errors
 
 
 @click.group()
+@plain_errors()
 def cli() -> None:
     """Open-loop load for SuperServe: latency counts from the instant a query was due."""
-    refuse_bytes()
+    check_text(sys.argv[1:])
 
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", type=options.FILE, required=True, help="The page, as HTML.")
+@plain_errors()
 def report(runs: tuple[Path, ...], output: Path) -> None:
     """Make the page of one saved run, or one that compares several."""
-    try:
-        check_installed()
-        results, labels = load_runs(runs)
-        check_writable(output, "--output")
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    check_installed()
+    results, labels = load_runs(runs)
+    check_writable(output, "--output")
     write_page(output, results, labels)
 
 

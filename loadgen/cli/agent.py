@@ -8,19 +8,18 @@ import signal
 import click
 
 from loadgen.live.agent import Agent
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
+from superserve.roles.commands import plain_errors
 
 
 @click.command("agent")
 @click.option("--listen", default="127.0.0.1:0", show_default=True, metavar="ADDRESS:PORT")
 @click.option("--insecure", is_flag=True, help="Listen beyond loopback: anyone there can make it send load.")
+@plain_errors()
 def agent_command(listen: str, insecure: bool) -> None:
     """Send shares of runs of `loadgen run --generators`, until Ctrl-C or SIGTERM."""
-    try:
-        _check_address(listen, insecure=insecure)
-        agent = Agent(f"tcp://{listen}")
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    _check_address(listen, insecure=insecure)
+    agent = Agent(f"tcp://{listen}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     click.echo(f"listening at {agent.endpoint.removeprefix('tcp://')}")

@@ -13,7 +13,7 @@ from loadgen.live.run import RunSettings
 from loadgen.results.tables import json_line
 from loadgen.traces.trace import load_trace
 from superserve.clock import MS
-from superserve.errors import SuperServeError
+from superserve.roles.commands import plain_errors
 
 
 @click.command("calibrate")
@@ -26,6 +26,7 @@ from superserve.errors import SuperServeError
 @options.senders
 @click.option("--payload-bytes", type=click.IntRange(0, 64 << 20), default=64, show_default=True)
 @click.option("--json-lines", "is_json", is_flag=True, help="Print one JSON object.")
+@plain_errors()
 def calibrate_command(
     spec: str,
     rate: float | None,
@@ -39,12 +40,9 @@ def calibrate_command(
 
     Exit 1 if a run with such a lag would be invalid.
     """
-    try:
-        trace = load_trace(spec, rate_qps=rate, duration_s=None if Path(spec).exists() else seconds)
-        settings = RunSettings(int(slo_ms * MS), senders, payload_bytes)
-        found = calibrate(trace, settings, seconds=seconds)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    trace = load_trace(spec, rate_qps=rate, duration_s=None if Path(spec).exists() else seconds)
+    settings = RunSettings(int(slo_ms * MS), senders, payload_bytes)
+    found = calibrate(trace, settings, seconds=seconds)
     click.echo(json_line(found.to_dict()) if is_json else found.to_line())
     if not found.valid:
         sys.exit(1)

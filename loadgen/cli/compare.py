@@ -21,7 +21,8 @@ from loadgen.study.compare import Cell, Comparison, baselines, headline_lines, l
 from loadgen.study.compare_live import LiveRun, compare_live
 from loadgen.study.verdict import markdown, verdict_lines, verdicts
 from router.policies.registry import make_policy
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     "--judge", "is_judged", is_flag=True,
     help="Exit 1 unless every other policy may replace the first: see loadgen/study/verdict.py.",
 )  # fmt: skip
+@plain_errors()
 def compare_command(
     is_simulated: bool,
     policies: tuple[str, ...],
@@ -83,33 +85,30 @@ def compare_command(
     policy has a private cluster of emulated GPUs, and policies take turns with each seed's queries;
     exit 1 if a run was invalid.
     """
-    try:
-        if not is_simulated and not (traces or chosen):
-            raise ConfigError("compare: live runs take their time: expected --trace or --cell, or --simulate")
-        check_outputs({"--json": json_path, "--markdown": page_path})
-        cluster = parse_cluster(emulate)
-        if with_baselines:
-            policies = (*policies, *(one for one in baselines(cluster[0]) if one not in policies))
-        for policy in policies:
-            make_policy(policy, cluster[0])
-        if traces:
-            cells = [Cell(Path(trace).name, trace, emulate, rate, slo_ms, floor) for trace in traces]
-        else:
-            cells = _paper_cells(emulate, maf, slo_ms)
-        if chosen:
-            cells = [cell for cell in cells if any(text in cell.name for text in chosen)]
-        if not cells:
-            raise ConfigError(f"--cell: no cell's name holds {' or '.join(chosen)}")
-        comparison = Comparison(policies, tuple(range(seeds)), duration, with_bound, SimSettings(pace=pace))
-        say = _progress()
-        live: list[LiveRun] = []
-        if is_simulated:
-            n_processes = processes or len(os.sched_getaffinity(0))
-            results = comparison.run(cells, n_processes=n_processes, say=say)
-        else:
-            results, live = compare_live(comparison, cells, say)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    if not is_simulated and not (traces or chosen):
+        raise ConfigError("compare: live runs take their time: expected --trace or --cell, or --simulate")
+    check_outputs({"--json": json_path, "--markdown": page_path})
+    cluster = parse_cluster(emulate)
+    if with_baselines:
+        policies = (*policies, *(one for one in baselines(cluster[0]) if one not in policies))
+    for policy in policies:
+        make_policy(policy, cluster[0])
+    if traces:
+        cells = [Cell(Path(trace).name, trace, emulate, rate, slo_ms, floor) for trace in traces]
+    else:
+        cells = _paper_cells(emulate, maf, slo_ms)
+    if chosen:
+        cells = [cell for cell in cells if any(text in cell.name for text in chosen)]
+    if not cells:
+        raise ConfigError(f"--cell: no cell's name holds {' or '.join(chosen)}")
+    comparison = Comparison(policies, tuple(range(seeds)), duration, with_bound, SimSettings(pace=pace))
+    say = _progress()
+    live: list[LiveRun] = []
+    if is_simulated:
+        n_processes = processes or len(os.sched_getaffinity(0))
+        results = comparison.run(cells, n_processes=n_processes, say=say)
+    else:
+        results, live = compare_live(comparison, cells, say)
     for line in (*lines(results), "", *headline_lines(results), *verdict_lines(results)):
         echo(line)
     if json_path is not None:

@@ -25,7 +25,8 @@ from loadgen.results.tables import check_outputs, echo, json_line, table, write,
 from loadgen.results.timeline import recorded
 from loadgen.traces.trace import load_trace
 from superserve.clock import MS
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,15 +47,15 @@ _CALIBRATED_FROM_NS = 10_000 * MS
 @options.trace
 @options.connect
 @options.keys
-@click.option("--emulate", metavar="PROFILE:N", help="Start a private router and N emulated GPUs instead.")
+@options.emulate
 @pace_options
 @options.rate
 @options.duration
 @options.slo_ms
-@click.option("--policy", help=f"Policy of the private router.  [default: {options.DEFAULT_POLICY}]")
+@options.policy
 @options.senders
 @options.payload_bytes
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random arrivals.")
+@options.seed
 @options.json_file
 @click.option(
     "--json-lines", "is_json", is_flag=True,
@@ -67,6 +68,7 @@ _CALIBRATED_FROM_NS = 10_000 * MS
     "--calibrate/--no-calibrate", "is_calibrated", default=None,
     help="First send a second's worth to a null sink.  [default: if the run takes 10 s or more]",
 )  # fmt: skip
+@plain_errors()
 def run_command(
     spec: str,
     connect: str | None,
@@ -98,7 +100,7 @@ def run_command(
     """
     say = partial(echo, err=is_json)
     endings = _begun()
-    watch = Watch(partial(_show_second, is_json=is_json, endings=endings), endings.stop, endings.signals)
+    watch = Watch(partial(_show_second, is_json=is_json, endings=endings), endings)
     try:
         slo_ns = options.slo_ns_of(slo_ms)
         check_outputs({"--json": json_path, "--report": page_path})
@@ -120,8 +122,6 @@ def run_command(
         agents = () if generators is None else tuple(generators.split(","))
         measured, report = _offer(trace, settings, target, agents, watch, is_json=is_json)
         endings.finish()
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         say("Interrupted before there was anything to report")
         sys.exit(endings.exit_code)
@@ -205,7 +205,7 @@ def _offer_across(
             if not echo("".join(f"  {what} {n:>10,}" for what, n in total.items())):
                 watch.stop.set()
 
-    with watch.interrupts():
+    with watch.endings.gently():
         return Head(agents, watch.stop).run(trace, settings, endpoint, on_progress)
 
 

@@ -21,7 +21,8 @@ from loadgen.traces.arrivals import MAX_RATE_QPS, check_positive
 from loadgen.traces.azure import Invocations
 from loadgen.traces.trace import Trace, open_source
 from router.policies.registry import make_policy
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,11 +40,11 @@ _DRAWN_S = 5.0  # of a spec, for each probe
 )
 @options.connect
 @options.keys
-@click.option("--emulate", metavar="PROFILE:N", help="Use a private router and N emulated GPUs.")
+@options.emulate
 @click.option(
     "--simulate", "is_simulated", is_flag=True, help="Use a virtual clock; PROFILE:N[,PROFILE:N...]."
 )
-@click.option("--policy", help=f"Of the private or simulated router.  [default: {options.DEFAULT_POLICY}]")
+@options.policy
 @options.slo_ms
 @click.option(
     "--duration", type=float,
@@ -59,8 +60,9 @@ _DRAWN_S = 5.0  # of a spec, for each probe
 @click.option("--max-probes", type=click.IntRange(1, 100), default=20, show_default=True, help="Rates tried.")
 @options.senders
 @options.payload_bytes
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals.")
+@options.seed
 @options.json_file
+@plain_errors()
 def search_command(
     attainment: float,
     spec: str,
@@ -87,21 +89,18 @@ def search_command(
     holds, or an event log shows a violation.
     """
     reports: list[EventLogReport] = []
-    try:
-        check_outputs({"--json": json_path})
-        bounds = _bounds(start, lowest, highest, tolerance, max_probes)
-        search = _search(spec, attainment, slo_ms, duration, seed, bounds)
-        if is_simulated:
-            answer = _simulated(search, connect, emulate, policy or options.DEFAULT_POLICY)
-        else:
-            target = target_of(connect, emulate, policy, None)
-            shown = keys_of(target, keys)
-            if payload_bytes is None:
-                payload_bytes = payload_bytes_of(target, shown)
-            settings = RunSettings(search.slo_ns, senders, payload_bytes, keys=shown)
-            answer = _live(search, target, settings, reports)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    check_outputs({"--json": json_path})
+    bounds = _bounds(start, lowest, highest, tolerance, max_probes)
+    search = _search(spec, attainment, slo_ms, duration, seed, bounds)
+    if is_simulated:
+        answer = _simulated(search, connect, emulate, policy or options.DEFAULT_POLICY)
+    else:
+        target = target_of(connect, emulate, policy, None)
+        shown = keys_of(target, keys)
+        if payload_bytes is None:
+            payload_bytes = payload_bytes_of(target, shown)
+        settings = RunSettings(search.slo_ns, senders, payload_bytes, keys=shown)
+        answer = _live(search, target, settings, reports)
     for line in (*answer.to_lines(search), *(report.to_text() for report in reports)):
         echo(line)
     if json_path is not None:

@@ -21,7 +21,8 @@ from loadgen.simulator.workloads import mixed_workload, parse_cluster, parse_flo
 from loadgen.traces.trace import load_trace
 from router.policies.registry import make_policy
 from superserve.clock import MS
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
     "--slo-ms", default="36", show_default=True, metavar="MS[:WEIGHT],...", help="One SLO, or a mix of them."
 )
 @click.option("--floor", metavar="ACCURACY[:SHARE]", help="An accuracy floor for a share of the queries.")
-@click.option("--policy", default=options.DEFAULT_POLICY, show_default=True, help="The router's policy.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals, mix and network.")
+@options.policy
+@options.seed
 @click.option("--faults", "faults_path", type=options.FILE, help="A fault file: see docs/simulator.md.")
 @click.option("--fault-seed", type=click.IntRange(0), help="Draw faults from this seed instead.")
 @click.option("--save-faults", type=options.FILE, help="Write the faults to a file that --faults reads.")
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @options.json_file
 @options.report_file
+@plain_errors()
 def simulate_command(
     spec: str,
     emulate: str,
@@ -73,7 +75,7 @@ def simulate_command(
     duration: float | None,
     slo_ms: str,
     floor: str | None,
-    policy: str,
+    policy: str | None,
     seed: int,
     faults_path: Path | None,
     fault_seed: int | None,
@@ -89,32 +91,30 @@ def simulate_command(
 
     Equal options give equal results, byte for byte: compare the digest.
     """
-    try:
-        check_outputs({"--json": json_path, "--report": page_path, "--save-faults": save_faults})
-        cluster = parse_cluster(emulate)
-        for profile in {id(profile): profile for profile in cluster}.values():
-            make_policy(policy, profile)
-        settings = SimSettings(
-            actuation_ns=int(actuation_ms * MS), n_clients=clients, gpus_per_process=gpus_per_process,
-            pace=pace,
-        )  # fmt: skip
-        trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
-        if like_folder is not None:
-            settings = settings.like(load_machine(like_folder, trace))
-        workload = mixed_workload(
-            trace, parse_slos(slo_ms), None if floor is None else parse_floor(floor), seed=seed
-        )
-        n_processes = -(-len(cluster) // gpus_per_process)
-        faults = _faults(
-            faults_path, fault_seed, n_processes=n_processes, n_clients=clients, duration_ns=trace.duration_ns
-        )
-        echo(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, {emulate}")
-        echo(f"  {trace.provenance}")
-        began_s = time.monotonic()
-        found = simulate(workload, cluster, policy=policy, seed=seed, faults=faults, settings=settings)
-        took_s = time.monotonic() - began_s
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    check_outputs({"--json": json_path, "--report": page_path, "--save-faults": save_faults})
+    policy = policy or options.DEFAULT_POLICY
+    cluster = parse_cluster(emulate)
+    for profile in {id(profile): profile for profile in cluster}.values():
+        make_policy(policy, profile)
+    settings = SimSettings(
+        actuation_ns=int(actuation_ms * MS), n_clients=clients, gpus_per_process=gpus_per_process,
+        pace=pace,
+    )  # fmt: skip
+    trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
+    if like_folder is not None:
+        settings = settings.like(load_machine(like_folder, trace))
+    workload = mixed_workload(
+        trace, parse_slos(slo_ms), None if floor is None else parse_floor(floor), seed=seed
+    )
+    n_processes = -(-len(cluster) // gpus_per_process)
+    faults = _faults(
+        faults_path, fault_seed, n_processes=n_processes, n_clients=clients, duration_ns=trace.duration_ns
+    )
+    echo(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, {emulate}")
+    echo(f"  {trace.provenance}")
+    began_s = time.monotonic()
+    found = simulate(workload, cluster, policy=policy, seed=seed, faults=faults, settings=settings)
+    took_s = time.monotonic() - began_s
     _show(found, trace.duration_ns / 1e9, took_s, faults)
     if save_faults is not None:
         write(save_faults, faults_json(faults))

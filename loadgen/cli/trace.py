@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
+from loadgen import options
 from loadgen.results.tables import check_writable
 from loadgen.traces.cut import Cut, describe, make_trace
-from superserve.errors import SuperServeError
+from superserve.roles.commands import plain_errors
 
-_SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 _DURATION = click.option("--duration", type=float, help="Seconds to draw a spec for.")
 _FUNCTIONS = click.option(
     "--functions", metavar="top:N|NAMES", help="Of an Azure Functions file, the busiest N or the named ones."
@@ -31,14 +31,12 @@ def trace_group() -> None:
 @_WINDOW
 @_FUNCTIONS
 @_DURATION
-@_SEED
+@options.seed
+@plain_errors()
 def info(spec: str, window: str | None, functions: str | None, duration: float | None, seed: int) -> None:
     """Print a trace's kind, counts, rates and burstiness, and a picture of its rate."""
     cut = Cut(window=window, functions=functions, duration_s=duration, seed=seed)
-    try:
-        made = make_trace(spec, cut)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    made = make_trace(spec, cut)
     for line in (made.trace.name, *describe(made)):
         click.echo(line)
 
@@ -55,7 +53,8 @@ def info(spec: str, window: str | None, functions: str | None, duration: float |
 @click.option("--speed-up", type=float, metavar="X", help="This many times as fast.")
 @click.option("--rate", type=float, metavar="Q", help="To this mean rate, queries per second.")
 @_DURATION
-@_SEED
+@options.seed
+@plain_errors()
 def make(
     spec: str,
     out: Path,
@@ -72,12 +71,9 @@ def make(
     All recorded queries are kept, and every gap is multiplied by one factor, so the shape stays.
     """
     cut = Cut(window, functions, squeeze_to_s, speed_up, rate, duration, seed)
-    try:
-        made = make_trace(spec, cut)
-        check_writable(out, "--out")
-        made.trace.save(out)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    made = make_trace(spec, cut)
+    check_writable(out, "--out")
+    made.trace.save(out)
     for line in (made.trace.name, *describe(made)):
         click.echo(line)
     click.echo(f"  written          {out}: {out.stat().st_size:,} bytes")

@@ -141,11 +141,6 @@ class DemoComparison:
     n_same: int
     n_telling: int
 
-    @property
-    def is_proof(self) -> bool:
-        """Whether every answer is this subnet's and could not be a neighbour's."""
-        return self.n == self.n_same == self.n_telling
-
 
 def compare(
     name: str,

@@ -50,8 +50,9 @@ from loadgen.results.timeline import recorded
 from profiles.measuring.measure import Device, Measurement, Setting, measure_supernet, save_measurement
 from profiles.table import load_profile
 from superserve.clock import SECOND, MonotonicClock
-from superserve.errors import ConfigError, SuperServeError
+from superserve.errors import ConfigError
 from superserve.files import write_whole
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -202,12 +203,10 @@ def demo(out: Path, seconds: float, slo_ms: float | None, seed: int) -> DemoVerd
     help="[default: 150, or five full batches of the largest subnet]",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the arrivals.")
+@plain_errors(OSError)
 def cli(out: Path, seconds: float, slo_ms: float | None, seed: int) -> None:
     """Serve a burst on this machine, adaptively and not, and check the answers."""
-    try:
-        verdict = demo(out, seconds, slo_ms, seed)
-    except (SuperServeError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    verdict = demo(out, seconds, slo_ms, seed)
     written = ("searched.json", "profile.json", *FILES.values(), "report.html")
     click.echo(f"\nWritten: {', '.join(str(out / name) for name in written)}")
     _say(verdict.lines())

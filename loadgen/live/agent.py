@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zmq
 
-from loadgen.live.run import Hooks, RunSettings, run_trace
+from loadgen.live.coordinator import Hooks
+from loadgen.live.run import RunSettings, run_trace
 from loadgen.live.sender import COLUMNS
 from loadgen.traces.trace import Trace
 from superserve import wire
@@ -98,7 +99,7 @@ class _Share:
 
 def _report(run: Run) -> RunReport:
     return RunReport(
-        subnets=list(run.subnets),
+        subnets=tuple(run.subnets),
         reasons=run.reasons,
         duplicates=run.n_duplicates,
         duration_ns=round(run.result.duration_s * SECOND),

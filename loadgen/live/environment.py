@@ -13,8 +13,9 @@ from typing import Any
 
 import zmq
 
+from superserve.roles.version import cpu_name
+
 _PACKAGES = ("superserve", "numpy", "pyzmq", "torch")
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 def environment_of(**more: Any) -> dict[str, Any]:
@@ -44,18 +45,11 @@ def machine() -> dict[str, Any]:
     """Return this machine's name, CPU, cores, memory and system."""
     return {
         "host": platform.node(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
     }
-
-
-def _cpu() -> str:
-    """Return the CPU's name; its architecture if the system gives none."""
-    lines = _CPUINFO.read_text(encoding="utf-8").splitlines() if _CPUINFO.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def versions() -> dict[str, str]:

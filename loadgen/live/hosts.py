@@ -215,7 +215,7 @@ class Head:
             n = int(np.searchsorted(trace.due_ns, duration_ns))
             trace = trace.scaled(duration_s=duration_ns / SECOND)
             columns = {name: column[:n] for name, column in columns.items()}
-        subnets = done[0].subnets
+        subnets = list(done[0].subnets)
         noise = [report.noise_ns for report in done if report.noise_ns is not None]
         result = summarise(trace, settings.slo_ns, policy, columns, subnets, max(noise, default=None))
         lost = [one for one in self._generators if one.is_lost]

@@ -124,17 +124,19 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Endings:
-    """The signals that may end a command early: SIGTERM and SIGHUP interrupt it like Ctrl-C.
+    """What may end a command early: Ctrl-C, and SIGTERM and SIGHUP as it does.
+
+    A signal interrupts; within `gently` only the second one does, and after `finish` none.
 
     Attributes:
-        stop: Once set, nothing more is sent; see `Watch`.
+        stop: Once set, nothing more is sent; the run is reported up to there.
         signals: The numbers of the signals that came.
     """
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.signals: list[int] = []
-        self._is_finishing = False
+        self._is_gentle = self._is_finishing = False
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -146,7 +148,7 @@ class Endings:
         """Handle the signals from now on; in the main thread only."""
         if threading.current_thread() is threading.main_thread():
             for number in _ENDING:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
                     self._before[number] = signal.signal(number, self._handle)
 
     def end(self) -> None:
@@ -155,55 +157,44 @@ class Endings:
             signal.signal(number, handler)
         self._before.clear()
 
+    @contextlib.contextmanager
+    def gently(self) -> Iterator[None]:
+        """Have the first signal set `stop`, and the next one interrupt."""
+        is_alone = not self._before  # no command has begun
+        if is_alone:
+            self.begin()
+        self._is_gentle = True
+        try:
+            yield
+        finally:
+            self._is_gentle = False
+            if is_alone:
+                self.end()
+
     def finish(self) -> None:
         """Ignore interrupts from now on: there is a result to show and write."""
         self._is_finishing = True
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.signals.append(number)
-        if not self._is_finishing:
+        if self._is_finishing:
+            return
+        if not self._is_gentle or self.stop.is_set():
             raise KeyboardInterrupt
+        self.stop.set()
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Follows a run.
-
-    Attributes:
-        on_second: Receives each second.
-        stop: Once set, nothing more is sent; the run is reported up to there.
-        signals: The numbers of the signals that came.
-    """
+    """Follows a run: `on_second` is told of each second, and `endings` may end it early."""
 
     on_second: Callable[[Second], None]
-    stop: threading.Event = field(default_factory=threading.Event)
-    signals: list[int] = field(default_factory=list)
+    endings: Endings = field(default_factory=Endings)
 
-    @contextlib.contextmanager
-    def interrupts(self) -> Iterator[None]:
-        """Make the first SIGINT, SIGTERM or SIGHUP set `stop`, and the next one interrupt.
-
-        In the main thread only.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in _ENDING}
-
-        def handle(number: int, _frame: FrameType | None) -> None:
-            self.signals.append(number)
-            if self.stop.is_set():
-                raise KeyboardInterrupt
-            self.stop.set()
-
-        try:
-            for number, handler in before.items():
-                if handler is not signal.SIG_IGN:  # `nohup` ignores SIGHUP, and that must stay
-                    signal.signal(number, handle)
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    @property
+    def stop(self) -> threading.Event:
+        """Once set, nothing more is sent."""
+        return self.endings.stop
 
 
 class _Feed:

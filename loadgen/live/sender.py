@@ -1,13 +1,18 @@
-"""One open-loop sender: a process that sends its share of a schedule at the instants it was given.
+"""The open-loop sender: a process that sends its share of a schedule at the instants it was given.
 
 The schedule is computed before the run; nothing that happens in it moves a query. When the
 sender wakes late it sends everything that is due at once, and the lag is on record: latency
 is counted from the instant a query was *due*, so a slow sender can only make results worse.
-It sleeps between sends, never spins, and sends what has gathered as one message.
+It sleeps between sends, never spins.
+
+`Sender` keeps the schedule; a `SenderTarget` is where queries go and answers come from. `BulkTarget` sends
+what has gathered as one message to a router; those of `loadgen.bench.senders` send one query at a time, as
+applications do.
 """
 
 from __future__ import annotations
 
+import abc
 import gc
 import sys
 import time
@@ -20,6 +25,7 @@ import orjson
 import zmq
 
 from superserve import wire
+from superserve.clock import MS
 from superserve.errors import ConfigError, SuperServeError, WireError
 from superserve.net.connection import Connection
 from superserve.net.keys import peer_keys
@@ -40,17 +46,16 @@ from superserve.wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     import numpy.typing as npt
 
     from superserve.wire import Group
 
-MS = 1_000_000
+    Steps = Generator[int, None, None]
+    """Yields how long there is nothing to do, in ns: whoever runs it waits, or sleeps, for so long."""
+
 _PROGRESS_NS = 250 * MS
-_RESOLUTION_NS = 500_000
-"""A sender wakes to send at most this often: finer than a timer's usual lateness is wasted, and the
-lag it adds is on record like any other."""
 _SETTLE_AT = 128
 """Groups of answers entered at once, at most."""
 _SETTLE_QUERIES = 1_024
@@ -74,29 +79,36 @@ class SenderPlan:
     """What one sender is to do; travels as JSON beside the arrays.
 
     Attributes:
-        endpoint: The router's client endpoint.
-        control: Where the coordinator listens.
-        name: This sender's name.
-        folder: Holds `<name>-due.npy` (int64 ns offsets, ascending) and, where payloads are
-            real, `payloads.npy` (uint8, shape (n, n_bytes)) and `<name>-pick.npy`.
+        endpoint: Where to: a router's client endpoint, or an echo's.
         slo_ns: From due to deadline.
         payload_bytes: Bytes of each payload where they are not real.
         grace_ns: How long after the last deadline answers are awaited.
         keep_outputs: Whether outputs are written too.
         is_watched: Whether rows are written while it runs: see `loadgen.live.progress`.
         keys: As `RunSettings` has it.
+        target: What of `loadgen.bench.senders` sends; "" for `BulkTarget`.
+        n_clients: Sockets, where the target has many.
+        least_sleep_ns: It wakes to send at most this often: finer than a timer's usual lateness is wasted,
+            and the lag it adds is on record like any other. With 0 it wakes for each query.
+        control: Where the coordinator listens, which fills in this and what follows.
+        name: This sender's name.
+        folder: Holds `<name>-due.npy` (int64 ns offsets, ascending) and, where payloads are
+            real, `payloads.npy` (uint8, shape (n, n_bytes)) and `<name>-pick.npy`.
     """
 
     endpoint: str
-    control: str
-    name: str
-    folder: str
     slo_ns: int
-    payload_bytes: int
-    grace_ns: int
+    payload_bytes: int = 64
+    grace_ns: int = 500 * MS
     keep_outputs: bool = False
     is_watched: bool = False
     keys: str = ""
+    target: str = ""
+    n_clients: int = 1
+    least_sleep_ns: int = MS // 2
+    control: str = ""
+    name: str = ""
+    folder: str = ""
 
     @property
     def live_path(self) -> Path:
@@ -243,63 +255,145 @@ class Records:
             np.save(plan.path("outputs"), self.outputs)
 
 
-class Sender:
-    """Sends a schedule over one connection; `run` returns when all is answered or given up."""
+class SenderTarget(abc.ABC):
+    """Where queries go and answers come from; both are entered in `records`.
 
-    def __init__(self, plan: SenderPlan, connection: Connection, due_ns: npt.NDArray[np.int64]) -> None:
+    Attributes:
+        at_once: Queries sent in a row, at most, before answers have their turn.
+        idle_ns: How long to wait at a time once all is sent; short where `wait` does not end with an answer.
+        subnets: Name and accuracy of each row of the profile, as far as it is known.
+    """
+
+    at_once = MAX_QUERIES
+    idle_ns = 20 * MS
+
+    def __init__(self, plan: SenderPlan, records: Records) -> None:
         self.plan = plan
+        self.records = records
+        self.subnets: list[tuple[str, float]] = []
+
+    @abc.abstractmethod
+    def send(self, lo: int, slacks_ns: npt.NDArray[np.int64], now_ns: int) -> int:
+        """Send the queries from `lo` on that have so much slack left; return how many were taken."""
+
+    @abc.abstractmethod
+    def take(self) -> None:
+        """Receive what has come."""
+
+    @abc.abstractmethod
+    def settle(self) -> None:
+        """Enter all that was received."""
+
+    def tick(self, now_ns: int) -> None:  # noqa: B027  most have nothing to do
+        """Do what is due now and then, such as heartbeats."""
+
+    @abc.abstractmethod
+    def wait(self, duration_ns: int) -> None:
+        """Wait for so long, or until there is something to take."""
+
+
+class BulkTarget(SenderTarget):
+    """A router that is given what is due at one wake-up in one message, over one connection."""
+
+    def __init__(self, plan: SenderPlan, records: Records, connection: Connection) -> None:
+        super().__init__(plan, records)
         self.connection = connection
-        self.records = Records(len(due_ns))
+        self.payloads = Payloads(plan)
+        self._waiter = Waiter((connection.socket,))
+
+    def send(self, lo: int, slacks_ns: npt.NDArray[np.int64], now_ns: int) -> int:
+        """Send the queries as one message; a connection that is full takes none."""
+        n, hi = len(slacks_ns), lo + len(slacks_ns)
+        ids = np.arange(lo, hi, dtype="<u8").tobytes()
+        message = Queries(
+            self.connection.epoch or 0, now_ns, n, ids, slacks_ns.tobytes(),
+            self.payloads.each, self.payloads.buffers(lo, hi), self.payloads.framed,
+        )  # fmt: skip
+        if not self.connection.send_queries(message):
+            return 0
+        self.records.sent_ns[lo:hi] = now_ns
+        return n
+
+    def take(self) -> None:
+        """Gather the answers that have come."""
+        for results in self.connection.receive():
+            arrived_ns = time.monotonic_ns()
+            for group in results.groups:
+                if self.records.gather(group, arrived_ns):
+                    self.settle()
+
+    def settle(self) -> None:
+        """Enter what was gathered."""
+        self.records.settle(keep_outputs=self.plan.keep_outputs)
+
+    def wait(self, duration_ns: int) -> None:
+        """Wait for answers."""
+        self._waiter.wait(duration_ns)
+
+    def tick(self, now_ns: int) -> None:
+        """Keep the connection."""
+        self.connection.tick(now_ns)
+        self.subnets = self.connection.subnets
+
+
+class Sender:
+    """Sends a schedule to a target; `run` returns when all is answered or given up."""
+
+    def __init__(self, target: SenderTarget, due_ns: npt.NDArray[np.int64]) -> None:
+        self.plan = target.plan
+        self.records = target.records
         self.n_sent = 0
-        self.n_refused = 0
+        self.target = target
         self._due_ns = due_ns
         self._n_written = 0
-        self._payloads = Payloads(plan)
 
     def run(self, start_ns: int, on_progress: Callable[[int], int | None]) -> None:
+        """Send every query at `start_ns` plus its offset, and gather the answers; see `steps`."""
+        for duration_ns in self.steps(start_ns, on_progress):
+            self.target.wait(duration_ns)
+
+    def steps(self, start_ns: int, on_progress: Callable[[int], int | None]) -> Steps:
         """Send every query at `start_ns` plus its offset, and gather the answers.
 
         `on_progress` is told how many were due; it may return the offset at which the schedule ends early.
         """
-        plan, connection, records = self.plan, self.connection, self.records
-        due_ns = self._due_ns
+        plan, target, records, due_ns = self.plan, self.target, self.records, self._due_ns
         n, i = len(due_ns), 0
         next_due_ns = start_ns + int(due_ns[0]) if n else 0
         patience_ns = plan.slo_ns + plan.grace_ns
         give_up_ns = start_ns + (int(due_ns[-1]) if n else 0) + patience_ns
         next_progress_ns = start_ns
-        waiter = Waiter((connection.socket,))
         while True:
             now_ns = time.monotonic_ns()
             if i < n and next_due_ns <= now_ns:
-                end = i + int(due_ns[i : min(n, i + MAX_QUERIES)].searchsorted(now_ns - start_ns, "right"))
-                self._send(i, end, start_ns, now_ns)
-                i = end
+                part_ns = due_ns[i : min(n, i + target.at_once)]
+                part_ns = part_ns[: part_ns.searchsorted(now_ns - start_ns, "right")]
+                # What is refused is unsent: an open loop does not wait for a router that takes no more.
+                self.n_sent += target.send(i, part_ns + (start_ns + plan.slo_ns - now_ns), now_ns)
+                i += len(part_ns)
                 next_due_ns = start_ns + int(due_ns[i]) if i < n else 0
-            for results in connection.receive():
-                arrived_ns = time.monotonic_ns()
-                for group in results.groups:
-                    if records.gather(group, arrived_ns):
-                        records.settle(keep_outputs=plan.keep_outputs)
+            target.take()
             if now_ns >= next_progress_ns:
                 next_progress_ns = now_ns + _PROGRESS_NS
-                connection.tick(now_ns)
+                target.tick(now_ns)
                 stop_ns = on_progress(i)
                 if stop_ns is not None:
                     n = max(i, min(n, int(due_ns.searchsorted(stop_ns))))
                     give_up_ns = max(now_ns, start_ns + (int(due_ns[n - 1]) if n else 0)) + patience_ns
             if i >= n and (records.n_ended >= self.n_sent or now_ns >= give_up_ns):
-                records.settle(keep_outputs=plan.keep_outputs)
-                if records.n_answered >= self.n_sent or now_ns >= give_up_ns:
+                target.settle()  # which may find that some were duplicates
+                if records.n_ended >= self.n_sent or now_ns >= give_up_ns:
                     return
-            # Waking for every query would cost more than sending it: see _RESOLUTION_NS.
-            next_ns = max(next_due_ns, now_ns + _RESOLUTION_NS) if i < n else now_ns + 20 * MS
-            waiter.wait(min(next_ns, next_progress_ns) - time.monotonic_ns())
+            # Waking for every query would cost more than sending it: see `least_sleep_ns`.
+            next_ns = max(next_due_ns, now_ns + plan.least_sleep_ns) if i < n else now_ns + target.idle_ns
+            left_ns = min(next_ns, next_progress_ns) - time.monotonic_ns()
+            if left_ns > 0 and not (i < n and next_due_ns <= now_ns):
+                yield left_ns
 
     def write_rows(self, until_ns: int | None) -> int:
         """Write the rows of what is due before this offset, None for all; return how many there are now."""
         records, low = self.records, self._n_written
-        records.settle(keep_outputs=self.plan.keep_outputs)
+        self.target.settle()
         high = len(self._due_ns) if until_ns is None else int(np.searchsorted(self._due_ns, until_ns))
         if high > low:
             rows = np.empty(high - low, LIVE_ROW)
@@ -310,19 +404,49 @@ class Sender:
             self._n_written = high
         return self._n_written
 
-    def _send(self, lo: int, hi: int, start_ns: int, now_ns: int) -> None:
-        payloads = self._payloads
-        slacks = (self._due_ns[lo:hi] + (start_ns + self.plan.slo_ns - now_ns)).tobytes()
-        ids = np.arange(lo, hi, dtype="<u8").tobytes()
-        message = Queries(
-            self.connection.epoch or 0, now_ns, hi - lo, ids, slacks,
-            payloads.each, payloads.buffers(lo, hi), payloads.framed,
-        )  # fmt: skip
-        if self.connection.send_queries(message):
-            self.records.sent_ns[lo:hi] = now_ns
-            self.n_sent += hi - lo
-        else:
-            self.n_refused += hi - lo  # an open loop does not wait for a router that takes no more
+    # --- on a coordinator's orders ------------------------------------------------------------
+
+    def play(self, context: zmq.Context[zmq.Socket[bytes]]) -> Steps:
+        """Report that all is ready, start when ordered to, send; then write what came of it, and report."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # what is kept until the end of the run would be walked again and again
+        announce_ready({"name": self.plan.name})
+        control = connect_dealer(context, self.plan.control)
+        try:
+            while not send(control, encode_run(RunReady(self.plan.name))):
+                yield 5 * MS
+            while (frames := receive(control)) is None:
+                self.target.tick(time.monotonic_ns())
+                self.target.take()
+                yield 20 * MS
+            order = decode_run(frames)
+            assert isinstance(order, RunStart), "the first order is to start"
+            assert order.at_ns is not None, "the coordinator of a sender shares its clock"
+            start_ns = order.at_ns
+            yield from self.steps(start_ns, lambda i: self._report(control, i, start_ns))
+            rows = self.write_rows(None) if self.plan.is_watched else 0
+            self.records.save(self.plan)
+            reasons, n_duplicates = self.records.reasons, self.records.n_duplicates
+            report = RunReport(tuple(self.target.subnets), reasons, n_duplicates, self.plan.name, rows)
+            send(control, encode_run(report))
+        finally:
+            control.close(linger=2_000)
+
+    def _report(self, control: zmq.Socket[bytes], i: int, start_ns: int) -> int | None:
+        """Report what was due, sent and answered so far. Return when to stop, if so ordered."""
+        rows, until_ns = None, 0
+        if self.plan.is_watched:
+            until_ns = max(0, time.monotonic_ns() - start_ns - self.plan.slo_ns - LATE_NS)
+            rows = self.write_rows(until_ns)
+        progress = RunProgress(i, self.n_sent, self.records.n_ended, self.plan.name, rows, until_ns)
+        send(control, encode_run(progress))
+        frames = receive(control)
+        if frames is None:
+            return None
+        message = decode_run(frames)
+        assert isinstance(message, RunStop), "a sender that has started is only ordered to stop"
+        return message.after_ns
 
 
 def _await_welcome(connection: Connection) -> None:
@@ -345,78 +469,31 @@ def run_sender(plan: SenderPlan) -> None:
     Raises:
         SuperServeError: The router is absent, or the plan's files are not what they should be.
     """
+    due_ns = np.load(plan.path("due"))
+    records = Records(len(due_ns))
     with zmq.Context() as context:
         connection = Connection(plan.endpoint, context, peer_keys(plan.keys))
-        control = connect_dealer(context, plan.control)
         try:
             _await_welcome(connection)
-            sender = Sender(plan, connection, np.load(plan.path("due")))
+            target = BulkTarget(plan, records, connection)
             expected = None if connection.model is None else connection.model.input
-            if expected is not None and expected.n_bytes != sender._payloads.each:
-                got = sender._payloads.each
+            if expected is not None and expected.n_bytes != target.payloads.each:
                 raise ConfigError(
                     f"payload: the model takes {expected.n_bytes} bytes a query "
-                    f"({expected.dtype} {expected.shape}), got {got}: use --payload-bytes"
+                    f"({expected.dtype} {expected.shape}), got {target.payloads.each}: use --payload-bytes"
                 )
-            gc.collect()
-            gc.freeze()
-            gc.disable()
-            start_ns = _await_start(connection, control, plan)
-            sender.run(start_ns, lambda i: _report(control, plan, sender, i, start_ns))
-            rows = sender.write_rows(None) if plan.is_watched else 0
-            sender.records.save(plan)
-            report = RunReport(
-                connection.subnets, sender.records.reasons, sender.records.n_duplicates, plan.name, rows
-            )
-            send(control, encode_run(report))
+            for duration_ns in Sender(target, due_ns).play(context):
+                target.wait(duration_ns)
         finally:
             connection.close()
-            control.close(linger=2_000)
 
 
-def _await_start(connection: Connection, control: zmq.Socket[bytes], plan: SenderPlan) -> int:
-    """Report to the coordinator that we are ready, and return the instant at which it orders us to start."""
-    announce_ready({"name": plan.name})
-    is_announced = False
-    while True:
-        if not is_announced:
-            is_announced = send(control, encode_run(RunReady(plan.name)))
-        connection.tick(time.monotonic_ns())
-        wait((control, connection.socket), 50 * MS if is_announced else 5 * MS)
-        for _ in connection.receive():
-            pass
-        frames = receive(control)
-        if frames is not None:
-            message = decode_run(frames)
-            assert isinstance(message, RunStart), "the first order is to start"
-            assert message.at_ns is not None, "the coordinator of a sender shares its clock"
-            return message.at_ns
-
-
-def _report(
-    control: zmq.Socket[bytes], plan: SenderPlan, sender: Sender, i: int, start_ns: int
-) -> int | None:
-    """Report what was due, sent and answered so far. Return when to stop, if so ordered."""
-    rows, until_ns = None, 0
-    if plan.is_watched:
-        until_ns = max(0, time.monotonic_ns() - start_ns - plan.slo_ns - LATE_NS)
-        rows = sender.write_rows(until_ns)
-    progress = RunProgress(i, sender.n_sent, sender.records.n_ended, plan.name, rows, until_ns)
-    send(control, encode_run(progress))
-    frames = receive(control)
-    if frames is None:
-        return None
-    message = decode_run(frames)
-    assert isinstance(message, RunStop), "a sender that has started is only ordered to stop"
-    return message.after_ns
-
-
-def main(argv: list[str]) -> int:
+def main(argv: list[str], run: Callable[[SenderPlan], None] = run_sender) -> int:
     """Run the sender whose plan is the JSON file named on the command line."""
     die_with_parent()
     plan = SenderPlan(**orjson.loads(Path(argv[0]).read_bytes()))
     try:
-        run_sender(plan)
+        run(plan)
     except SuperServeError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 1

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from superserve import wire
+from superserve.clock import MS
 from superserve.errors import VersionError, WireError
 from superserve.hello import ClientWelcome, ModelSpec
 from superserve.net.sockets import bind_router, receive, send, wait
@@ -39,7 +40,6 @@ from superserve.wire import Control, Group, Kind, Ping, Pong, Queries, Results, 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MS = 1_000_000
 POLICY = "null sink"
 """The sink's policy name, which distinguishes the result of a run against it from a cluster's."""
 _WAIT_NS = 200 * MS  # how soon it notices a stop; queries wake it at once

@@ -24,7 +24,7 @@ from loadgen.study.compare import MAF_QPS
 from loadgen.traces.trace import load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
-from superserve.errors import SuperServeError
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -152,18 +152,16 @@ def _json(points: list[Point], **more: Any) -> str:
 @click.option("--policy", default="slackfit", show_default=True)
 @click.option("--duration", type=float, default=60.0, show_default=True, help="Seconds of the MAF runs.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out/figures"))
+@plain_errors()
 def main(maf: str | None, name: str, policy: str, duration: float, out: Path) -> None:
     """Simulate both figures, write them to OUT, and print the results."""
-    try:
-        check_installed()
-        check_writable(out / "actuation-ablation.svg", "--out")
-        profile = load_profile(name)
-        trace = maf or f"maf-like:rate={MAF_QPS:g}"
-        delays = list(ablation(profile, trace, duration_s=duration, policy=policy))
-        policies = (policy, *(f"fixed:{subnet.name}" for subnet in profile.subnets))
-        rates = list(throughput_range(profile, duration_s=duration / 6, policies=policies))
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    check_installed()
+    check_writable(out / "actuation-ablation.svg", "--out")
+    profile = load_profile(name)
+    trace = maf or f"maf-like:rate={MAF_QPS:g}"
+    delays = list(ablation(profile, trace, duration_s=duration, policy=policy))
+    policies = (policy, *(f"fixed:{subnet.name}" for subnet in profile.subnets))
+    rates = list(throughput_range(profile, duration_s=duration / 6, policies=policies))
     arrivals = "MAF" if maf is not None else "maf-like"
     click.echo(f"actuation delay, {policy}, {arrivals} at {MAF_QPS:g} q/s, {N_GPUS} GPUs of {name}:")
     for point in delays:

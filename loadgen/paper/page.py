@@ -66,8 +66,8 @@ def _share_and_accuracy(runs: Sequence[Mapping[str, float | None]]) -> str:
     return f"{mean(runs, 'attainment'):.5f}, {mean(runs, 'accuracy'):.2f} %"
 
 
-def _signed(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:+.2f}{unit}"
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
 
 
 def _gains(cell: Found, policy: str) -> str:

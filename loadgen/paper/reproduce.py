@@ -27,8 +27,8 @@ from loadgen.paper.page import page
 from loadgen.paper.pictures import pictures
 from loadgen.results.style import check_installed
 from loadgen.results.tables import check_writable, write
-from superserve.errors import SuperServeError
 from superserve.files import write_whole
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,31 +102,29 @@ def load(path: Path) -> dict[str, Any]:
     "--page", "folder", type=click.Path(file_okay=False, path_type=Path),
     help="Where results.md and its pictures go.  [default: OUT]",
 )  # fmt: skip
+@plain_errors()
 def main(maf: str | None, only: tuple[str, ...], quick: bool, out: Path, folder: Path | None) -> None:
     """Make the paper's results again, and write them as figures, pictures and a page."""
     path, folder = out / "results.json", folder or out
     effort = ExperimentEffort(
         maf, len(os.sched_getaffinity(0)), 1 if quick else _SEEDS, 0.1 if quick else 1.0, say
     )
-    try:
-        check_installed()
-        check_writable(path, "--out")
-        check_writable(folder / "results.md", "--page")
-        found = load(path) if only else load(Path(os.devnull))
-        began_s = last_s = time.monotonic()
-        how = {"environment": environment_of(), "has_maf": maf is not None, "share": effort.share}
+    check_installed()
+    check_writable(path, "--out")
+    check_writable(folder / "results.md", "--page")
+    found = load(path) if only else load(Path(os.devnull))
+    began_s = last_s = time.monotonic()
+    how = {"environment": environment_of(), "has_maf": maf is not None, "share": effort.share}
 
-        def keep(name: str, figures: dict[str, Any]) -> None:
-            nonlocal last_s
-            now_s = time.monotonic()
-            found[name] = figures
-            found["made"][name] = how | {"took_s": now_s - last_s}
-            last_s = now_s
-            write_whole(path, orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    def keep(name: str, figures: dict[str, Any]) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        found[name] = figures
+        found["made"][name] = how | {"took_s": now_s - last_s}
+        last_s = now_s
+        write_whole(path, orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
-        reproduce(effort, only or NAMES, keep)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    reproduce(effort, only or NAMES, keep)
     click.echo(f"  written          {path}")
     for stem, draw in pictures(found).items():
         write(folder / f"{stem}.svg", svg_of(draw))

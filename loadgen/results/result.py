@@ -7,12 +7,11 @@ lateness is compared with a probe that measures how late this machine wakes any 
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from array import array
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping  # noqa: TC003  read at run time: the fields' types are the format
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ import orjson
 from loadgen.results.histogram import Histogram, rank
 from superserve.clock import MS
 from superserve.errors import ConfigError
+from superserve.fields import OMITTED, Count, body_of, check_schema, read_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,6 +101,15 @@ def quantiles_ms(
     return {name: int(ordered[one - 1]) / MS if len(ns) else None for name, one in ranks.items()}
 
 
+def _kept() -> Any:
+    """Return a field of the file that is left out where a run has not kept it."""
+    return field(default=None, metadata=OMITTED)
+
+
+_KEYS = {"queries": ("total", *OUTCOMES), "latency_ms": LATENCY_QUANTILES, "send_lag_ms": LAG_QUANTILES}
+"""What a field has a figure for."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
     """What a run measured: the fields of the run result file, in its order.
@@ -145,7 +154,7 @@ class RunResult:
     offered_qps: float
     realised_qps: float
     realised_cv2: float | None
-    queries: Mapping[str, int]
+    queries: Mapping[str, Count]
     slo_attainment: float | None
     mean_accuracy: float | None
     goodput_qps: float
@@ -156,19 +165,18 @@ class RunResult:
     valid: bool
     invalid_because: tuple[str, ...]
     disturbed: bool = False
-    partial: bool | None = None
-    reasons: Mapping[str, str] | None = None
-    timeline: Mapping[str, Any] | None = None
-    environment: Mapping[str, Any] | None = None
-    calibration: Mapping[str, Any] | None = None
-    quantiles: str | None = None
-    generators: tuple[Mapping[str, Any], ...] | None = None
-    gaps: tuple[Mapping[str, Any], ...] | None = None
+    partial: bool | None = _kept()
+    reasons: Mapping[str, str] | None = _kept()
+    timeline: Mapping[str, Any] | None = _kept()
+    environment: Mapping[str, Any] | None = _kept()
+    calibration: Mapping[str, Any] | None = _kept()
+    quantiles: str | None = _kept()
+    generators: tuple[Mapping[str, Any], ...] | None = _kept()
+    gaps: tuple[Mapping[str, Any], ...] | None = _kept()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the file's fields, in its order; optional ones only if they are set."""
-        found = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
-        return {name: value for name, value in found.items() if value is not None or name in _FIELDS}
+        return body_of(self)
 
     def to_json(self) -> str:
         """Return the file's text; a series of the timeline takes one line."""
@@ -182,15 +190,8 @@ class RunResult:
 
     def check(self) -> None:
         """Raise ConfigError, naming the field, unless types, sums and shares agree."""
-        for name, (expected, holds) in (_FIELDS | _OPTIONAL).items():
-            value = getattr(self, name)
-            if not holds(value):
-                raise ConfigError(f"{name}: expected {expected}, got {value!r:.80}")
-        _check_counts(self.queries, self.slo_attainment)
-        if self.valid == bool(self.invalid_because):
-            raise ConfigError(
-                f"invalid_because: expected reasons exactly if valid is false, got {self.invalid_because}"
-            )
+        # By way of JSON: NumPy's numbers become plain there, and NaN, which no file can hold, nothing.
+        _checked(orjson.loads(orjson.dumps(self.to_dict(), option=orjson.OPT_SERIALIZE_NUMPY)))
 
 
 def load_run(path: Path) -> RunResult:
@@ -200,29 +201,28 @@ def load_run(path: Path) -> RunResult:
         ConfigError: Missing, malformed or inconsistent; the error names file and field.
     """
     try:
-        run = _from_json(path.read_bytes())
-        run.check()
+        return _checked(orjson.loads(path.read_bytes()))
     except OSError as error:
         raise ConfigError(f"{path}: expected a readable run result: {error}") from error
+    except orjson.JSONDecodeError as error:
+        raise ConfigError(f"{path}: expected JSON: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _checked(body: object) -> RunResult:
+    """Return the result that a file's object describes."""
+    check_schema(body, SCHEMA, "")
+    run = read_file(RunResult, body, "")
+    for name, keys in _KEYS.items():
+        if set(found := getattr(run, name)) != set(keys):
+            raise ConfigError(f"{name}: expected {', '.join(keys)}, got {', '.join(found)}")
+    _check_counts(run.queries, run.slo_attainment)
+    if run.valid == bool(run.invalid_because):
+        raise ConfigError(
+            f"invalid_because: expected reasons exactly if valid is false, got {run.invalid_because}"
+        )
     return run
-
-
-def _from_json(text: bytes) -> RunResult:
-    try:
-        raw = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise ConfigError(f"expected JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"expected an object, got {type(raw).__name__}")
-    raw.setdefault("disturbed", False)  # other writers leave it out of undisturbed runs
-    missing = [field for field in _FIELDS if field not in raw]
-    if missing:
-        raise ConfigError(f"{missing[0]}: expected {_FIELDS[missing[0]][0]}, got nothing")
-    if isinstance(raw["invalid_because"], list):
-        raw["invalid_because"] = tuple(raw["invalid_because"])
-    return RunResult(**{name: raw[name] for name in (*_FIELDS, *_OPTIONAL) if name in raw})
 
 
 def _check_counts(queries: Mapping[str, int], attainment: float | None) -> None:
@@ -235,120 +235,6 @@ def _check_counts(queries: Mapping[str, int], attainment: float | None) -> None:
         raise ConfigError(f"slo_attainment: expected {share}, got {attainment}")
     if share is not None and attainment is not None and abs(share - attainment) > _ATTAINMENT_TOLERANCE:
         raise ConfigError(f"slo_attainment: expected ok / total, {share}, got {attainment}")
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _is_number(value: object) -> bool:
-    # NumPy's scalars pass; NaN and infinity are not JSON.
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        return False
-    return math.isfinite(value)
-
-
-def _is_number_or_none(value: object) -> bool:
-    return value is None or _is_number(value)
-
-
-def _is_count(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        return False
-    return bool(value >= 0)
-
-
-def _is_string(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_counts(value: object) -> bool:
-    keys = {"total", *OUTCOMES}
-    return isinstance(value, Mapping) and set(value) == keys and all(map(_is_count, value.values()))
-
-
-def _is_quantiles(names: tuple[str, ...]) -> Callable[[object], bool]:
-    def holds(value: object) -> bool:
-        return (
-            isinstance(value, Mapping)
-            and set(value) == set(names)
-            and all(map(_is_number_or_none, value.values()))
-        )
-
-    return holds
-
-
-def _is_shares(value: object) -> bool:
-    return isinstance(value, Mapping) and all(
-        _is_string(name) and _is_number(share) for name, share in value.items()
-    )
-
-
-def _is_texts_or_none(value: object) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, Mapping) and all(_is_string(text) for pair in value.items() for text in pair)
-
-
-def _is_object_or_none(value: object) -> bool:
-    return value is None or isinstance(value, Mapping)
-
-
-def _is_objects_or_none(value: object) -> bool:
-    return value is None or (
-        isinstance(value, tuple | list) and all(isinstance(one, Mapping) for one in value)
-    )
-
-
-def _is_strings(value: object) -> bool:
-    return isinstance(value, tuple) and all(map(_is_string, value))
-
-
-_NUMBER = ("a number", _is_number)
-_NUMBER_OR_NULL = ("a number or null", _is_number_or_none)
-_STRING = ("a string", _is_string)
-_BOOL = ("true or false", _is_bool)
-
-# What each field must be, in words and as a test; the keys are RunResult's.
-_FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "schema": (str(SCHEMA), lambda value: _is_count(value) and value == SCHEMA),
-    "trace": _STRING,
-    "policy": _STRING,
-    "slo_ms": _NUMBER,
-    "duration_s": _NUMBER,
-    "offered_qps": _NUMBER,
-    "realised_qps": _NUMBER,
-    "realised_cv2": _NUMBER_OR_NULL,
-    "queries": (f"counts of total, {', '.join(OUTCOMES)}", _is_counts),
-    "slo_attainment": _NUMBER_OR_NULL,
-    "mean_accuracy": _NUMBER_OR_NULL,
-    "goodput_qps": _NUMBER,
-    "latency_ms": (f"numbers or nulls for {', '.join(LATENCY_QUANTILES)}", _is_quantiles(LATENCY_QUANTILES)),
-    "send_lag_ms": (f"numbers or nulls for {', '.join(LAG_QUANTILES)}", _is_quantiles(LAG_QUANTILES)),
-    "batch_size_mean": _NUMBER_OR_NULL,
-    "subnet_share": ("shares by subnet name", _is_shares),
-    "valid": _BOOL,
-    "invalid_because": ("a list of strings", _is_strings),
-    "disturbed": _BOOL,
-}
-
-# Older files, and files by other writers, may lack these.
-_OPTIONAL: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "partial": ("true or false, or null", lambda value: value is None or _is_bool(value)),
-    "reasons": ("reasons by status, or null", _is_texts_or_none),
-    "timeline": ("an object or null", _is_object_or_none),
-    "environment": ("an object or null", _is_object_or_none),
-    "calibration": ("an object or null", _is_object_or_none),
-    "quantiles": ("a string or null", lambda value: value is None or _is_string(value)),
-    "generators": ("a list of objects or null", _is_objects_or_none),
-    "gaps": ("a list of objects or null", _is_objects_or_none),
-}
 
 
 class Validity(NamedTuple):

@@ -13,8 +13,8 @@ import orjson
 from loadgen.results.report import write_report
 from loadgen.results.result import OUTCOMES
 from loadgen.results.style import check_installed
-from superserve.errors import ConfigError, SuperServeError
-from superserve.files import check_text, write_whole
+from superserve.errors import ConfigError
+from superserve.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -91,14 +91,6 @@ def check_outputs(paths: Mapping[str, Path | None]) -> None:
             check_writable(path, option)
 
 
-def refuse_bytes() -> None:
-    """Refuse a command line that no result file could contain, before anything runs."""
-    try:
-        check_text(sys.argv[1:])
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from error
-
-
 _unread: set[bool] = set()
 """Streams whose reader has gone: False is stdout, True stderr."""
 
@@ -139,8 +131,5 @@ def write_page(
     say: Callable[[str], object] = echo,
 ) -> None:
     """Write the page of runs, and print that it was written."""
-    try:
-        write_report(path, results, labels)
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    write_report(path, results, labels)
     say(f"  written          {path}")

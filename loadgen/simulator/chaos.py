@@ -30,7 +30,6 @@ from array import array
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -461,12 +460,6 @@ def run_schedules(first: int, n: int, *, n_processes: int = 1) -> Tally:
         for outcome in pool.map(run_schedule, seeds, chunksize=50):
             tally.add(outcome)
     return tally
-
-
-def find_violation(make_core: Callable[..., RouterCore], *, at_most: int) -> ScheduleOutcome | None:
-    """Return the first schedule, from seed 0, on which a core breaks a promise; None if none shows it."""
-    found = map(partial(run_schedule, make_core=make_core), range(at_most))
-    return next((outcome for outcome in found if outcome.violation is not None), None)
 
 
 @click.command()

@@ -72,7 +72,6 @@ class SessionClient:
     ) -> None:
         self.key = self.number = number
         self.queries = queries
-        self.n_resubmitted = 0
         self._simulation = simulation
         self._session = Session[SimQuery](
             contextlib.nullcontext(), "no router", max_outstanding=1 << 20, max_bytes=1 << 40
@@ -189,8 +188,6 @@ class SessionClient:
             if self._session.has_outbound:
                 self._next_send_ns = now_ns + SPACING_NS
             for message in self._session.outbound(now_ns):
-                if isinstance(message, Queries) and message.resubmitted:
-                    self.n_resubmitted += message.n
                 self._put(message, now_ns)
             if self._session.wants_ping:
                 self._session.wants_ping = False
@@ -203,7 +200,6 @@ class SessionClient:
         for i, at_ns in enumerate(instants):
             if i and isinstance(message, Queries):
                 message = _again(message)
-                self.n_resubmitted += message.n
             self._way.append((at_ns, message))
 
     def _look(self, now_ns: int) -> None:

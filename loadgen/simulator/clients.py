@@ -231,7 +231,6 @@ class _Answers:
     def __init__(self, n: int) -> None:
         self.reasons: dict[str, str] = {}
         self._rows: list[tuple[int, int, int, int, int, int, float, int, int]] = []
-        self._blocks: list[npt.NDArray[np.float64]] = []
         self._answered_ns = np.full(n, -1, np.int64)
         self._status = np.full(n, UNANSWERED, np.uint8)
         self._subnet = np.zeros(n, np.uint16)

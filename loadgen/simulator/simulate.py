@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from loadgen.simulator.faults import Fault
     from loadgen.traces.trace import Trace
     from profiles.table import Profile
-    from router.core.settings import CoreSettings
 
 __all__ = ("START_NS", "SimSettings", "Simulated", "Simulation", "Workload", "simulate", "slowed")
 
@@ -84,32 +83,26 @@ def simulate(
     *,
     policy: str = "slackfit",
     slo_ns: int | npt.NDArray[np.int64] = 36 * MS,
-    min_accuracy: npt.NDArray[np.float32] | None = None,
-    priority: npt.NDArray[np.uint8] | None = None,
     seed: int = 0,
     faults: Iterable[Fault] = (),
     settings: SimSettings | None = None,
-    core: CoreSettings | None = None,
 ) -> Simulated:
     """Serve a trace on a simulated cluster and return the result.
 
     Args:
-        trace: When the queries are due; or a `Workload`, which contains the next three arguments too.
+        trace: When the queries are due; or a `Workload`, which brings SLOs, floors and classes with it.
         cluster: A profile for each GPU; equal ones share a policy.
         policy: As `router.policies.registry.make_policy` takes it.
         slo_ns: From due to deadline: one for all, or shape (n,).
-        min_accuracy: Accuracy floors, percent, shape (n,); None without floors.
-        priority: Priority classes, shape (n,); None without classes.
         seed: Of the network's delays.
         faults: What goes wrong, and when.
         settings: The delays of machine and network.
-        core: The core's settings.
 
     Raises:
         ConfigError: The policy is unknown, a column has the wrong length, or a fault's peer does not exist.
     """
-    workload = trace if isinstance(trace, Workload) else Workload(trace, slo_ns, min_accuracy, priority)
-    found = Simulation(cluster, policy=policy, seed=seed, faults=faults, settings=settings, core=core)
+    workload = trace if isinstance(trace, Workload) else Workload(trace, slo_ns)
+    found = Simulation(cluster, policy=policy, seed=seed, faults=faults, settings=settings)
     clients = found.offer(workload)
     with _uncollected():
         found.run()

@@ -65,7 +65,7 @@ def slowed(profile: Profile, factor: float) -> Profile:
     return replace(profile, name=f"{profile.name}*{factor:g}", provenance=provenance, subnets=tuple(subnets))
 
 
-def parse_cluster(text: str, option: str = "--emulate") -> list[Profile]:
+def parse_cluster(text: str) -> list[Profile]:
     """Return a profile for each GPU of `PROFILE:N[,PROFILE:N...]`.
 
     `PROFILE*F` is the profile of a device on which everything takes F times as long. Equal parts
@@ -76,32 +76,32 @@ def parse_cluster(text: str, option: str = "--emulate") -> list[Profile]:
     """
     gpus: list[Profile] = []
     for part in text.split(","):
-        spec, n_gpus = profile_and_n(part, option, most=MAX_GPUS)
+        spec, n_gpus = profile_and_n(part, most=MAX_GPUS)
         name, star, factor = spec.partition("*")
         profile = load_profile(name)
         if star:
-            profile = slowed(profile, _number(factor, option, part, most=1_000.0))
+            profile = slowed(profile, _number(factor, "--emulate", part, most=1_000.0))
         gpus += [profile] * n_gpus
     if len(gpus) > MAX_GPUS:
-        raise ConfigError(f"{option}: expected at most {MAX_GPUS} GPUs, got {len(gpus)}")
+        raise ConfigError(f"--emulate: expected at most {MAX_GPUS} GPUs, got {len(gpus)}")
     return gpus
 
 
-def parse_slos(text: str, option: str = "--slo-ms") -> list[tuple[int, float]]:
+def parse_slos(text: str) -> list[tuple[int, float]]:
     """Return (SLO in ns, share) of each part of `MS[:WEIGHT][,MS[:WEIGHT]...]`; the shares sum to 1."""
     found = []
     for part in text.split(","):
         slo, _, weight = part.partition(":")
-        slo_ms = _number(slo, option, part, most=_LONGEST_MS)
-        found.append((int(slo_ms * MS), _number(weight or "1", option, part, most=1e6)))
+        slo_ms = _number(slo, "--slo-ms", part, most=_LONGEST_MS)
+        found.append((int(slo_ms * MS), _number(weight or "1", "--slo-ms", part, most=1e6)))
     total = sum(weight for _, weight in found)
     return [(slo_ns, weight / total) for slo_ns, weight in found]
 
 
-def parse_floor(text: str, option: str = "--floor") -> tuple[float, float]:
+def parse_floor(text: str) -> tuple[float, float]:
     """Return (accuracy, share of the queries) of `ACCURACY[:SHARE]`."""
     accuracy, _, share = text.partition(":")
-    return (_number(accuracy, option, text, most=100.0), _number(share or "1", option, text, most=1.0))
+    return _number(accuracy, "--floor", text, most=100.0), _number(share or "1", "--floor", text, most=1.0)
 
 
 def _number(text: str, option: str, part: str, *, most: float) -> float:

@@ -25,7 +25,7 @@ from loadgen.study.compare import MAF_QPS
 from loadgen.traces.trace import load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
-from superserve.errors import SuperServeError
+from superserve.roles.commands import plain_errors
 
 if TYPE_CHECKING:
     from loadgen.results.result import RunResult
@@ -103,20 +103,18 @@ def agreement(trace: Trace, emulation: Emulation, slo_ns: int) -> Agreement:
 @click.option("--profile", default="cnn-8gpu-modelled", show_default=True)
 @click.option("--gpus", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--slo-ms", type=click.FloatRange(0.1, 60_000), default=36.0, show_default=True)
+@plain_errors()
 def main(maf: str | None, duration: float, profile: str, gpus: int, slo_ms: float) -> None:
     """Run MAF at 6,400 q/s and a bursty trace live and simulated. Exit 1 unless both agree."""
     holds = True
-    try:
-        maf_trace = load_trace(maf or f"maf-like:rate={MAF_QPS:g}", rate_qps=MAF_QPS, duration_s=duration)
-        for trace in (maf_trace, load_trace(BURSTY, duration_s=duration)):
-            with tempfile.TemporaryDirectory(prefix="superserve-") as folder:
-                emulation = Emulation(profile, gpus, folder=Path(folder), record=True)
-                found = agreement(trace, emulation, int(slo_ms * MS))
-            for line in found.lines():
-                click.echo(line)
-            holds = holds and found.holds
-    except SuperServeError as error:
-        raise click.ClickException(str(error)) from error
+    maf_trace = load_trace(maf or f"maf-like:rate={MAF_QPS:g}", rate_qps=MAF_QPS, duration_s=duration)
+    for trace in (maf_trace, load_trace(BURSTY, duration_s=duration)):
+        with tempfile.TemporaryDirectory(prefix="superserve-") as folder:
+            emulation = Emulation(profile, gpus, folder=Path(folder), record=True)
+            found = agreement(trace, emulation, int(slo_ms * MS))
+        for line in found.lines():
+            click.echo(line)
+        holds = holds and found.holds
     verdict = "agree" if holds else "do NOT agree"
     click.echo(f"live and simulated {verdict} within {ACCURACY_POINTS} points and {ATTAINMENT} of attainment")
     sys.exit(0 if holds else 1)

@@ -216,13 +216,7 @@ Source: TypeAlias = Spec | azure.MinuteCounts | azure.Invocations | Trace
 
 
 def load_trace(
-    spec: str,
-    *,
-    rate_qps: float | None = None,
-    duration_s: float | None = None,
-    seed: int = 0,
-    start_minute: int | None = None,
-    minutes: int | None = None,
+    spec: str, *, rate_qps: float | None = None, duration_s: float | None = None, seed: int = 0
 ) -> Trace:
     """Return the trace that `spec` names, at the requested rate and duration.
 
@@ -246,19 +240,11 @@ def load_trace(
         rate_qps: Mean rate; by default the trace's own.
         duration_s: Length; by default the trace's own.
         seed: Of everything random, at least 0. Equal arguments give equal traces.
-        start_minute: First minute to use, as numbered in a Functions 2019 file's header.
-        minutes: Number of minutes to use, of a Functions 2019 file.
 
     Raises:
         TraceError: The file or spec is invalid, or does not contain what was requested.
     """
     source = open_source(spec, rate_qps=rate_qps)
-    if start_minute is not None or minutes is not None:
-        if not isinstance(source, azure.MinuteCounts):
-            raise TraceError(
-                f"trace {spec!r}: start_minute and minutes: only Functions 2019 counts by minute"
-            )
-        source = source.window(start_minute, minutes, source=spec)
     return trace_of(source, spec, rate_qps=rate_qps, duration_s=duration_s, seed=seed)
 
 

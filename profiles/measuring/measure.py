@@ -12,7 +12,6 @@ import itertools
 import platform
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,10 +20,12 @@ import orjson
 from profiles.table import Profile, SubnetProfile, evenly, statistics_path
 from superserve.errors import ConfigError
 from superserve.files import write_whole
+from superserve.roles.version import cpu_name
 from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import numpy.typing as npt
 
@@ -326,22 +327,13 @@ def torch_place(device: str, threads: int, precision: str = "float32") -> Place:
     if torch.device(device).type == "cuda":
         words = torch.cuda.get_device_name(device)
     else:
-        words = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+        words = f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     if precision != "float32":
         words += f", {precision}"
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda
     return Place(words, versions)
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _provenance(rounds: int) -> str:

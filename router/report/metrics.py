@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from router.core.events import Dispatch
@@ -213,7 +212,7 @@ def fill(families: Families, snapshot: Snapshot, waited_s: float) -> None:
     now = snapshot.summary
     router, queries, queue, batches = now.router, now.queries, now.queue, now.batches
     python = ".".join(map(str, sys.version_info[:3]))
-    families.add(_PREFIX + "build", {"version": _version(), "python": python, "policy": router.policy})
+    families.add(_PREFIX + "build", {"version": router.version, "python": python, "policy": router.policy})
     for status, n in queries.answered.items():
         families.add(_PREFIX + "queries_answered", n, status)
     families.summary(_PREFIX + "accuracy_ratio", queries.answered.ok, queries.ok_accuracy / 100)
@@ -275,10 +274,3 @@ def fill_workers(families: Families, gpus: Sequence[GpuStatus]) -> None:
             "execution_seconds": sum(gpu.busy_s for gpu in of),
         }.items():
             families.add(f"{_PREFIX}worker_{metric}", value, name)
-
-
-def _version() -> str:
-    try:
-        return version("superserve")
-    except PackageNotFoundError:  # run from a checkout
-        return "unknown"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from router.report.load import fleet, workers_needed
+from superserve.clock import MS
 from superserve.roles.version import version
 from superserve.status import (
     LONG_S,
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from router.report.load import Load
     from superserve.hello import ModelSpec
     from superserve.status import ListedKeys
-
-MS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)

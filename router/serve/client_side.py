@@ -11,6 +11,7 @@ from router.serve.directives import group_of, results_of
 from router.serve.gate import CLIENT_DOMAIN
 from router.serve.side import RouterSide
 from superserve import wire
+from superserve.clock import MS
 from superserve.errors import WireError
 from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.sockets import send
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("router")
 
-MS = 1_000_000
 _PING_NS = 1_000 * MS  # the way to a client changes slowly, and with a thousand clients each PING costs
 _GONE_NS = 10_000 * MS  # ten PINGs: a busy application may pause for seconds, and keeps its queries meanwhile
 _NEAR_NS = 20 * MS  # a client that is near answers sooner, unless it is busy

@@ -18,6 +18,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from superserve.clock import MS
 from superserve.net.context import has_descriptors
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("router")
 
-MS = 1_000_000
 _LOOK_NS = 20 * MS  # between two checks: each makes and closes a descriptor
 _SHUT_NS = 1_000 * MS
 """Doors stay shut for at least this long, so that they do not flap."""

@@ -27,6 +27,7 @@ from router.serve.doors import Doors
 from router.serve.gate import Gate, check_reach
 from router.serve.side import Serving
 from router.serve.worker_side import WorkerSide
+from superserve.clock import MS
 from superserve.errors import ConfigError, WireError
 from superserve.net.sockets import Waiter, receive, rest
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from router.serve.recording import Recorder
     from superserve.status import RouterStatus
 
-MS = 1_000_000
 _GOODBYE_MS = 1_000
 """Most time that a stopping router waits for its last answers and BYEs to leave this machine."""
 _COLLECT_NS = 100 * MS  # least time between two collections of garbage by idle passes

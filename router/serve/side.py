@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from router.core.estimates import TransitClock, WindowedMin
 from superserve import wire
+from superserve.clock import MS
 from superserve.errors import VersionError, WireError
 from superserve.net.sockets import bind_router, is_readable, receive, send
 from superserve.wire import Control, Kind, Ping
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("router")
 
-MS = 1_000_000
 _DRAIN_NS = 2 * MS
 """Longest time spent on one socket before the core decides: a flood must not delay what is due."""
 _PINGS_AT_ONCE = 16

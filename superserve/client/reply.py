@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from superserve.clock import MS
 from superserve.errors import (
     CancelledQueryError,
     DrainingError,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from superserve.subnet import TensorSpec
     from superserve.wire import Group
 
-MS = 1_000_000
 
 ERRORS: dict[int, type[QueryError]] = {
     Status.EXPIRED: ExpiredError,

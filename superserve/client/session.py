@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from superserve.client.reply import Answers
+from superserve.clock import MS
 from superserve.errors import DrainingError, InvalidQueryError, OverloadedError, UnansweredError
 from superserve.wire import MAX_QUERIES, VARIED, Cancel, Queries
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from superserve.subnet import TensorSpec
     from superserve.wire import Results
 
-MS = 1_000_000
 
 SPACING_NS = MS
 """Least time between two messages while answers are outstanding. Each message costs the router and the

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from superserve import wire
+from superserve.clock import MS
 from superserve.errors import ConfigError, VersionError, WireError
 from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.context import check_descriptors
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("superserve")
 
-MS = 1_000_000
 HELLO_EVERY_NS = 100 * MS
 """Time between the first two HELLOs; it doubles with each one that gets no answer."""
 HELLO_EVERY_AT_MOST_NS = 1_000 * MS
@@ -78,7 +78,6 @@ class Connection:
         self.model: ModelSpec | None = None
         self.subnets: list[tuple[str, float]] = []
         self.refusals: list[str] = []
-        self.said_bye = False
         self.n_malformed = 0
         self.mismatch: VersionError | None = None
         self.status: RouterStatus | WireError | None = None
@@ -228,7 +227,7 @@ class Connection:
             else:
                 log.warning("%s refused a message: %s", self.endpoint, body.get("reason"))
         elif message.kind is Kind.BYE:
-            self.epoch, self.said_bye = None, True
+            self.epoch = None
         elif message.kind is Kind.STATUS:
             try:
                 self.status = RouterStatus.from_body(body)
@@ -243,7 +242,6 @@ class Connection:
         self.epoch = welcome.epoch
         self._ping_ns = self.heard_ns
         self._hello_every_ns = HELLO_EVERY_NS
-        self.said_bye = False
         self.model = welcome.model
         self.subnets = list(welcome.subnets)
 

@@ -24,18 +24,14 @@ _MAX_SOCKETS = 65_535
 """ZeroMQ's own limit. Its default of 1,023 is reached at 341 clients, as a ZMQError that names no limit."""
 
 
-def check_descriptors(what: str, n: int = CONNECTION_DESCRIPTORS) -> None:
-    """Raise ConfigError unless this process can open `n` more file descriptors.
-
-    Args:
-        what: What needs them, for the error.
-        n: How many.
-    """
-    if not has_descriptors(n):
+def check_descriptors(what: str) -> None:
+    """Raise ConfigError, about `what`, unless this process can open the descriptors of a connection."""
+    if not has_descriptors(CONNECTION_DESCRIPTORS):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise ConfigError(
-            f"{what}: needs {n} file descriptors, and fewer are left: this process may open {soft}"
-            f" (RLIMIT_NOFILE; it may ask for {hard}): close some, or raise the limit with `ulimit -n`"
+            f"{what}: needs {CONNECTION_DESCRIPTORS} file descriptors, and fewer are left: this process may"
+            f" open {soft} (RLIMIT_NOFILE; it may ask for {hard}): close some, or raise the limit with"
+            " `ulimit -n`"
         )
 
 

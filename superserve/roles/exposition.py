@@ -44,16 +44,6 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
 
-    def exported(self) -> tuple[str, ...]:
-        """Return the names that a query language uses."""
-        suffixes = {
-            "counter": ("_total",),
-            "histogram": ("_bucket", "_sum", "_count"),
-            "summary": ("_sum", "_count"),
-            "info": ("_info",),
-        }
-        return tuple(self.name + suffix for suffix in suffixes.get(self.kind, ("",)))
-
 
 class MetricHistogram:
     """Counts by bucket, and the sum; for one writer.

@@ -23,14 +23,15 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from superserve.errors import ConfigError
+from superserve.fields import body_of, check_schema, read_file
+from superserve.files import write_private
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import Self
 
 STATE_VARIABLE = "SUPERSERVE_STATE"
@@ -48,7 +49,6 @@ _FILE = "state.json"
 _LOOK_S = 0.01  # between two checks of a process for which the kernel gives no descriptor
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_BYTES = 4 << 20  # a thousand roles, each with the end of its log, take less
-T = TypeVar("T")
 
 
 class Phase(enum.StrEnum):
@@ -235,7 +235,7 @@ class LocalCluster:
 
     def to_json(self) -> bytes:
         """Return the state file's text."""
-        return orjson.dumps({"schema": SCHEMA, **_plain(self)}, option=orjson.OPT_INDENT_2)
+        return orjson.dumps({"schema": SCHEMA, **body_of(self)}, option=orjson.OPT_INDENT_2)
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> Self:
@@ -248,77 +248,19 @@ class LocalCluster:
             body = orjson.loads(text)
         except orjson.JSONDecodeError as error:
             raise ConfigError(f"{where}: expected JSON: {error}") from error
-        if not isinstance(body, dict):
-            raise ConfigError(f"{where}: expected an object, got {type(body).__name__}")
-        if (schema := _take(body, "schema", int, where)) != SCHEMA:
-            raise ConfigError(f"{where}: schema: expected {SCHEMA}, got {schema}: written by another version")
-        roles = _take(body, "roles", list, where)
-        return cls(
-            name=_take(body, "name", str, where),
-            phase=_one_of(Phase, body, "phase", where),
-            host=_take(body, "host", str, where),
-            boot_id=_take(body, "boot_id", str, where),
-            keeper=_process(_take(body, "keeper", dict, where), f"{where}: keeper"),
-            since=_take(body, "since", str, where),
-            options=_take(body, "options", dict, where),
-            client_endpoint=_take(body, "client_endpoint", str, where),
-            worker_endpoint=_take(body, "worker_endpoint", str, where),
-            roles=tuple(_role(role, f"{where}: roles[{i}]") for i, role in enumerate(roles)),
-        )
+        check_schema(body, SCHEMA, where)
+        cluster = read_file(cls, body, where)
+        named = {"keeper": cluster.keeper, **{role.name: role.process for role in cluster.roles}}
+        for name, process in named.items():
+            if process is not None and process.pid <= 1:  # groups to kill(2), and nobody's keeper is init
+                raise ConfigError(f"{where}: {name}: pid: expected a number above 1, got {process.pid}")
+        return cluster
 
     def liveness(self) -> Liveness:
         """Return whether its keeper lives."""
         if self.boot_id != boot_id():
             return Liveness.GONE if self.host == platform.node() else Liveness.ELSEWHERE
         return Liveness.ALIVE if self.keeper.is_alive() else Liveness.GONE
-
-
-def _plain(cluster: LocalCluster) -> dict[str, Any]:
-    plain: dict[str, Any] = orjson.loads(orjson.dumps(cluster))
-    return plain
-
-
-def _take(body: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
-    value = body.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        got = "nothing" if key not in body else repr(value)[:60]
-        raise ConfigError(f"{where}: {key}: expected {kind.__name__}, got {got}")
-    return value
-
-
-_E = TypeVar("_E", bound=enum.StrEnum)
-
-
-def _one_of(kind: type[_E], body: Mapping[str, Any], key: str, where: str) -> _E:
-    value = _take(body, key, str, where)
-    try:
-        return kind(value)
-    except ValueError:
-        raise ConfigError(f"{where}: {key}: expected one of {', '.join(kind)}, got {value!r}") from None
-
-
-def _process(body: Mapping[str, Any], where: str) -> ProcessId:
-    pid = _take(body, "pid", int, where)
-    if pid <= 1:  # kill(2) takes 0 and below as groups of processes, and 1 is init
-        raise ConfigError(f"{where}: pid: expected a number above 1, got {pid}")
-    return ProcessId(pid, _take(body, "start_ticks", int, where))
-
-
-def _role(body: object, where: str) -> Role:
-    if not isinstance(body, dict):
-        raise ConfigError(f"{where}: expected an object, got {type(body).__name__}")
-    has_process = body.get("process") is not None
-    return Role(
-        name=_take(body, "name", str, where),
-        kind=_take(body, "kind", str, where),
-        state=_one_of(RoleState, body, "state", where),
-        serves=_take(body, "serves", str, where),
-        log=_take(body, "log", str, where),
-        process=_process(_take(body, "process", dict, where), f"{where}: process") if has_process else None,
-        restarts=_take(body, "restarts", int, where),
-        why=_take(body, "why", str, where),
-        metrics=_take({"metrics": "", **body}, "metrics", str, where),  # older files lack it
-    )
 
 
 def boot_id() -> str:
@@ -348,7 +290,7 @@ def state_folder() -> Path:
         ) from None
 
 
-def cluster_folder(name: str, base: Path | None = None) -> Path:
+def cluster_folder(name: str) -> Path:
     """Return the folder of the cluster `name`, whether or not it exists.
 
     Raises:
@@ -359,7 +301,7 @@ def cluster_folder(name: str, base: Path | None = None) -> Path:
             f"--name: expected up to 64 letters, digits, '.', '_' or '-', not beginning with one of "
             f"the last three, got {name!r}"
         )
-    return (state_folder() if base is None else base) / name
+    return state_folder() / name
 
 
 def load(folder: Path) -> LocalCluster | None:
@@ -389,17 +331,12 @@ def save(cluster: LocalCluster, folder: Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    new = folder / f"{_FILE}.new"
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(cluster.to_json())
-    new.replace(folder / _FILE)
+    write_private(folder / _FILE, cluster.to_json())
 
 
 def forget(folder: Path) -> None:
     """Remove the state file, if it exists."""
-    for path in (folder / f"{_FILE}.new", folder / _FILE):
-        path.unlink(missing_ok=True)
+    (folder / _FILE).unlink(missing_ok=True)
 
 
 def names(base: Path | None = None) -> list[str]:

@@ -406,13 +406,9 @@ class ProcessGroup:
 
     At the end of the block every role is stopped, the last one first, however the block
     ended. A second Ctrl-C while they stop kills those that are left.
-
-    Attributes:
-        stop_timeout_s: Seconds that each role has to end after SIGTERM.
     """
 
-    def __init__(self, *, stop_timeout_s: float = STOP_TIMEOUT_S) -> None:
-        self.stop_timeout_s = stop_timeout_s
+    def __init__(self) -> None:
         self._processes: list[RoleProcess] = []
 
     @property
@@ -450,7 +446,7 @@ class ProcessGroup:
         """Stop every role, the last one first; do nothing to those that have ended."""
         try:
             for process in reversed(self._processes):
-                process.stop(self.stop_timeout_s)
+                process.stop()
         finally:
             # A no-op unless the loop above was interrupted.
             for process in reversed(self._processes):

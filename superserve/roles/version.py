@@ -1,4 +1,4 @@
-"""Which code a process runs: the release, and a digest of the source that it was started from.
+"""Which code a process runs, the release and a digest of the source it was started from; and on what.
 
 Two hosts with the same release may run different code, for example a checkout with changes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import platform
 from importlib import metadata
 from pathlib import Path
 
@@ -35,3 +36,11 @@ def digest(root: Path) -> str:
             found.update(f"{path.relative_to(root).as_posix()}\0".encode())
             found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def cpu_name() -> str:
+    """Return the name of this machine's processor; its architecture where the system does not say."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -2,7 +2,7 @@
 
 `layout` holds the numbers and fixed parts, `messages` the dataclasses, `encode` and `decode` one function
 for each kind, `versions` the agreement on a version, `runs` the messages between load generators. Imports
-only `superserve.errors`.
+`superserve.errors` and, for what is not on the hot path, `superserve.fields`.
 
 Every message is a list of ZeroMQ frames. Frame 0 begins with the prelude
 
@@ -177,64 +177,3 @@ from superserve.wire.runs import (
     encode_run,
 )
 from superserve.wire.versions import agreed, refusal, version_refused
-
-__all__ = [
-    "GATHER_BYTES",
-    "HAS_OUTPUT",
-    "HIGHEST",
-    "LOWEST",
-    "MAX_FRAMES",
-    "MAX_JSON_BYTES",
-    "MAX_QUERIES",
-    "MAX_SLACK_NS",
-    "OURS",
-    "RUN_COLUMNS",
-    "RUN_KINDS",
-    "STATUSES",
-    "VARIED",
-    "Buffer",
-    "Cancel",
-    "Control",
-    "Directive",
-    "Done",
-    "DoneRow",
-    "Group",
-    "Kind",
-    "Message",
-    "Ping",
-    "Pong",
-    "Pull",
-    "PullRow",
-    "Queries",
-    "Results",
-    "RunFailed",
-    "RunMessage",
-    "RunProgress",
-    "RunReady",
-    "RunReport",
-    "RunShare",
-    "RunStart",
-    "RunStop",
-    "Segment",
-    "Status",
-    "agreed",
-    "decode",
-    "decode_run",
-    "encode",
-    "encode_cancel",
-    "encode_control",
-    "encode_directive",
-    "encode_done",
-    "encode_ping",
-    "encode_pong",
-    "encode_pull",
-    "encode_queries",
-    "encode_results",
-    "encode_run",
-    "kind_of",
-    "pack_queued_us",
-    "queued_us_of",
-    "refusal",
-    "uint64s",
-    "version_refused",
-]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -39,16 +40,18 @@ from superserve.wire.messages import (
     Control,
     Directive,
     Done,
+    DoneRow,
     Ping,
     Pong,
     Pull,
+    PullRow,
     Queries,
     Results,
     queued_us_of,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from superserve.wire.layout import Buffer
     from superserve.wire.messages import Group, Message
@@ -71,6 +74,9 @@ _PONG = _preludes(Kind.PONG)[0]
 _RESULTS_HEADER = layout.RESULTS.pack
 _GROUP = GROUP.pack
 _GROUP_BYTES = GROUP.size
+# The fields that a row's fixed part holds, in its order, which is the dataclass's own.
+_PULL_FIELDS = attrgetter(*PullRow.__slots__)
+_DONE_FIELDS = attrgetter(*DoneRow.__slots__[: DoneRow.__slots__.index("output")])
 _LATE = int(Status.LATE)  # an IntEnum compares at half the speed
 
 
@@ -169,21 +175,7 @@ def encode_cancel(message: Cancel) -> list[Buffer]:
 def encode_pull(message: Pull) -> list[Buffer]:
     """Return the frames of a PULL message."""
     parts = [_PULL, PULL.pack(message.epoch, len(message.rows), PULL_ROW.size)]
-    parts += [
-        PULL_ROW.pack(
-            r.slot,
-            r.credit,
-            r.held,
-            r.running,
-            r.last_batch,
-            r.running_batch,
-            r.running_for_ns,
-            r.memory_bytes,
-            r.utilisation,
-            r.temperature_c,
-        )
-        for r in message.rows
-    ]
+    parts += [PULL_ROW.pack(*_PULL_FIELDS(row)) for row in message.rows]
     return [b"".join(parts)]
 
 
@@ -213,23 +205,7 @@ def encode_done(message: Done) -> list[Buffer]:
     """Return the frames of a DONE message."""
     rows = message.rows
     parts: list[Buffer] = [DONE.pack(message.epoch, len(rows), DONE_ROW.size)]
-    parts += [
-        DONE_ROW.pack(
-            r.batch_id,
-            r.slot,
-            r.credit,
-            r.held,
-            r.n,
-            r.waited_ns,
-            r.executing_ns,
-            r.last_batch,
-            r.running_batch,
-            r.running_for_ns,
-            r.output_bytes,
-            0 if r.statuses is None else ROW_MIXED,
-        )
-        for r in rows
-    ]
+    parts += [DONE_ROW.pack(*_DONE_FIELDS(r), 0 if r.statuses is None else ROW_MIXED) for r in rows]
     for r in rows:
         if r.statuses is not None:
             parts.append(r.statuses)
@@ -260,24 +236,13 @@ def encode_control(message: Control) -> list[Buffer]:
     return [prelude, orjson.dumps(message.body, option=orjson.OPT_SERIALIZE_NUMPY)]
 
 
+_ENCODERS: dict[type, Callable[[Any], list[Buffer]]] = {
+    Queries: encode_queries, Results: encode_results, Cancel: encode_cancel, Pull: encode_pull,
+    Directive: encode_directive, Done: encode_done, Ping: encode_ping, Pong: encode_pong,
+    Control: encode_control,
+}  # fmt: skip
+
+
 def encode(message: Message) -> list[Buffer]:
     """Return the frames of any message except a load generator's."""
-    match message:
-        case Queries():
-            return encode_queries(message)
-        case Results():
-            return encode_results(message)
-        case Cancel():
-            return encode_cancel(message)
-        case Pull():
-            return encode_pull(message)
-        case Directive():
-            return encode_directive(message)
-        case Done():
-            return encode_done(message)
-        case Ping():
-            return encode_ping(message)
-        case Pong():
-            return encode_pong(message)
-        case Control():
-            return encode_control(message)
+    return _ENCODERS[type(message)](message)

@@ -6,19 +6,21 @@ the hot path. `decode` refuses these messages, so no router, worker or client ac
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import orjson
 
 from superserve.errors import WireError
+from superserve.fields import AtLeast, Count, read, shown
 from superserve.wire.decode import decode, decode_json, kind_in
 from superserve.wire.layout import HIGHEST, MAGIC, PRELUDE, RUN_KINDS, Kind
 from superserve.wire.messages import Control, Ping, Pong
 from superserve.wire.versions import version_refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Sequence
 
     from superserve.wire.layout import Buffer
 
@@ -28,7 +30,8 @@ RUN_COLUMNS: dict[str, str] = {
 }  # fmt: skip
 """The columns of a run and their NumPy types; the last character is the bytes of an entry."""
 MAX_COLUMNS = 64  # a bound on the frames of one message; this release knows nine
-_MOST = 2**63 - 1  # columns are int64
+Signed = Annotated[int, AtLeast(-(2**63) + 1)]
+Column = Any  # a `Buffer`: which of its types is ZeroMQ's affair, and nothing to be checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,13 @@ class RunShare:
     trace: str
     provenance: str
     endpoint: str
-    duration_ns: int
-    slo_ns: int
-    grace_ns: int
-    n_senders: int
-    payload_bytes: int
-    seed: int
-    due_ns: Buffer
+    duration_ns: Count
+    slo_ns: Count
+    grace_ns: Count
+    n_senders: Count
+    payload_bytes: Count
+    seed: Count
+    due_ns: Column
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,8 @@ class RunStart:
 
     kind: ClassVar[Kind] = Kind.RUN_START
 
-    at_ns: int | None = None
-    in_ns: int | None = None
+    at_ns: Count | None = None
+    in_ns: Signed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class RunStop:
 
     kind: ClassVar[Kind] = Kind.RUN_STOP
 
-    after_ns: int | None = None
+    after_ns: Count | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +107,12 @@ class RunProgress:
 
     kind: ClassVar[Kind] = Kind.RUN_PROGRESS
 
-    due: int
-    sent: int
-    answered: int
+    due: Count
+    sent: Count
+    answered: Count
     name: str = ""
-    rows: int | None = None
-    until_ns: int = 0
+    rows: Count | None = None
+    until_ns: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +131,14 @@ class RunReport:
 
     kind: ClassVar[Kind] = Kind.RUN_REPORT
 
-    subnets: list[tuple[str, float]]
+    subnets: tuple[tuple[str, float], ...]
     reasons: dict[str, str]
-    duplicates: int
+    duplicates: Count
     name: str = ""
-    rows: int | None = None
-    duration_ns: int = 0
-    noise_ns: int | None = None
-    columns: Mapping[str, Buffer] = field(default_factory=dict)
+    rows: Count | None = None
+    duration_ns: Count = 0
+    noise_ns: Count | None = None
+    columns: dict[str, Column] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +151,12 @@ class RunFailed:
 
 
 RunMessage = RunShare | RunReady | RunStart | RunStop | RunProgress | RunReport | RunFailed
+_MESSAGES: dict[Kind, Any] = {message.kind: message for message in typing.get_args(RunMessage)}
 
 
 def encode_run(message: RunMessage) -> list[Buffer]:
     """Return the frames of a message between load generators."""
-    columns: Mapping[str, Buffer] = {}
+    columns: dict[str, Buffer] = {}
     if isinstance(message, RunShare):
         columns = {"due_ns": message.due_ns}
     elif isinstance(message, RunReport):
@@ -180,142 +184,34 @@ def decode_run(frames: Sequence[Buffer]) -> RunMessage | Ping | Pong:
         return message
     if len(frames[0]) != at:
         raise WireError(f"{kind.name.lower()}: {len(frames[0]) - at} bytes follow the header")
-    body = _Body(kind, decode_json(kind, frames))
-    return _DECODERS[kind](body, _columns(body, frames))
+    name, body = kind.name.lower(), decode_json(kind, frames)
+    columns = _columns(name, body, frames)
+    if kind is Kind.RUN_SHARE and "due_ns" not in columns:
+        raise WireError(f"{name}: columns: expected due_ns, got {shown(body['columns'])}")
+    found: RunMessage = read(_MESSAGES[kind], {**body, "columns": columns, **columns}, name)
+    if isinstance(found, RunStart) and (found.at_ns is None) == (found.in_ns is None):
+        raise WireError(f"{name}: at_ns: expected either at_ns or in_ns")
+    return found
 
 
-class _Body:
-    """The JSON object of a message; each value is checked when it is read."""
-
-    __slots__ = ("_kind", "_values")
-
-    def __init__(self, kind: Kind, values: dict[str, Any]) -> None:
-        self._kind = kind
-        self._values = values
-
-    def wrong(self, name: str, expected: str) -> WireError:
-        got = repr(self._values.get(name))[:100]
-        return WireError(f"{self._kind.name.lower()}: {name}: expected {expected}, got {got}")
-
-    def integer(self, name: str, least: int = 0) -> int:
-        value = self._values.get(name)
-        if type(value) is not int or not least <= value <= _MOST:
-            raise self.wrong(name, f"an integer from {least} on")
-        return value
-
-    def integer_or_none(self, name: str, least: int = 0) -> int | None:
-        return None if self._values.get(name) is None else self.integer(name, least)
-
-    def text(self, name: str) -> str:
-        value = self._values.get(name)
-        if not isinstance(value, str):
-            raise self.wrong(name, "a text")
-        return value
-
-    def texts(self, name: str) -> list[str]:
-        value = self._values.get(name)
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            raise self.wrong(name, "a list of texts")
-        return value
-
-    def reasons(self) -> dict[str, str]:
-        value = self._values.get("reasons")
-        if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
-            raise self.wrong("reasons", "an object of texts")
-        return value
-
-    def subnets(self) -> list[tuple[str, float]]:
-        value = self._values.get("subnets")
-        try:
-            return [(str(name), float(accuracy)) for name, accuracy in value or ()]
-        except (TypeError, ValueError, OverflowError):
-            raise self.wrong("subnets", "pairs of name and accuracy") from None
-
-
-def _columns(body: _Body, frames: Sequence[Buffer]) -> dict[str, Buffer]:
+def _columns(name: str, body: dict[str, Any], frames: Sequence[Buffer]) -> dict[str, Buffer]:
     """Return the known columns, all of the same length."""
-    names = body.texts("columns")
+    names = body.get("columns")
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise WireError(f"{name}: columns: expected a list of texts, got {shown(names)}")
     if len(set(names)) < len(names) or len(names) > MAX_COLUMNS or len(frames) != 2 + len(names):
-        raise body.wrong("columns", f"at most {MAX_COLUMNS} names, each once, and a frame for each")
+        raise WireError(
+            f"{name}: columns: expected at most {MAX_COLUMNS} names, each once, and a frame for each, "
+            f"got {shown(names)}"
+        )
     columns: dict[str, Buffer] = {}
     counts = set()
-    for name, frame in zip(names, frames[2:], strict=True):
-        if name not in RUN_COLUMNS:
+    for one, frame in zip(names, frames[2:], strict=True):
+        if one not in RUN_COLUMNS:
             continue  # of a later release
-        columns[name] = memoryview(frame)  # the frame may be ZeroMQ's own object
-        n, rest = divmod(len(frame), int(RUN_COLUMNS[name][-1]))
+        columns[one] = memoryview(frame)  # which may be ZeroMQ's own object
+        n, rest = divmod(len(frame), int(RUN_COLUMNS[one][-1]))
         counts.add(n)
         if rest or len(counts) > 1:
-            raise body.wrong("columns", f"{name} as long as the others, in whole entries")
+            raise WireError(f"{name}: columns: expected {one} as long as the others, in whole entries")
     return columns
-
-
-def _share(body: _Body, columns: dict[str, Buffer]) -> RunShare:
-    if "due_ns" not in columns:
-        raise body.wrong("columns", "due_ns")
-    return RunShare(
-        trace=body.text("trace"),
-        provenance=body.text("provenance"),
-        endpoint=body.text("endpoint"),
-        duration_ns=body.integer("duration_ns"),
-        slo_ns=body.integer("slo_ns"),
-        grace_ns=body.integer("grace_ns"),
-        n_senders=body.integer("n_senders"),
-        payload_bytes=body.integer("payload_bytes"),
-        seed=body.integer("seed"),
-        due_ns=columns["due_ns"],
-    )
-
-
-def _ready(body: _Body, _columns: dict[str, Buffer]) -> RunReady:
-    return RunReady(body.text("name"))
-
-
-def _start(body: _Body, _columns: dict[str, Buffer]) -> RunStart:
-    at_ns, in_ns = body.integer_or_none("at_ns"), body.integer_or_none("in_ns", -_MOST)
-    if (at_ns is None) == (in_ns is None):
-        raise body.wrong("at_ns", "either at_ns or in_ns")
-    return RunStart(at_ns, in_ns)
-
-
-def _stop(body: _Body, _columns: dict[str, Buffer]) -> RunStop:
-    return RunStop(body.integer_or_none("after_ns"))
-
-
-def _progress(body: _Body, _columns: dict[str, Buffer]) -> RunProgress:
-    return RunProgress(
-        due=body.integer("due"),
-        sent=body.integer("sent"),
-        answered=body.integer("answered"),
-        name=body.text("name"),
-        rows=body.integer_or_none("rows"),
-        until_ns=body.integer("until_ns"),
-    )
-
-
-def _report(body: _Body, columns: dict[str, Buffer]) -> RunReport:
-    return RunReport(
-        subnets=body.subnets(),
-        reasons=body.reasons(),
-        duplicates=body.integer("duplicates"),
-        name=body.text("name"),
-        rows=body.integer_or_none("rows"),
-        duration_ns=body.integer("duration_ns"),
-        noise_ns=body.integer_or_none("noise_ns"),
-        columns=columns,
-    )
-
-
-def _failed(body: _Body, _columns: dict[str, Buffer]) -> RunFailed:
-    return RunFailed(body.text("why"))
-
-
-_DECODERS: dict[Kind, Callable[[_Body, dict[str, Buffer]], RunMessage]] = {
-    Kind.RUN_SHARE: _share,
-    Kind.RUN_READY: _ready,
-    Kind.RUN_START: _start,
-    Kind.RUN_STOP: _stop,
-    Kind.RUN_PROGRESS: _progress,
-    Kind.RUN_REPORT: _report,
-    Kind.RUN_FAILED: _failed,
-}

@@ -5,22 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cluster.operate.operable import RoleView
-from superserve.clock import VirtualClock
+from cluster.operate.engine import RoleSeen
+from cluster.operate.supervised import SupervisedCluster
 from superserve.errors import ProcessError
+from tests.clock import VirtualClock
 from tests.superserve import statuses
 
 if TYPE_CHECKING:
     from superserve.status import RouterStatus
 
 
-def role(name: str, host: str = "a", **other: Any) -> RoleView:
+def role(name: str, host: str = "a", **other: Any) -> RoleSeen:
     """Return a role that is well."""
     kind = "router" if name == "router" else "worker"
-    return replace(RoleView(name, kind, host, "RUNNING", True, False, 100, 0, "", f"/{name}.log"), **other)
+    return replace(RoleSeen(host, name, kind, "", "RUNNING", 100, 0, 0, f"/{name}.log", ()), **other)
 
 
-class FakeCluster:
+class FakeCluster(SupervisedCluster):
     """Workers that take a while to end and to come back.
 
     Attributes:
@@ -30,7 +31,7 @@ class FakeCluster:
         always_live: The fewest workers that were ever live.
     """
 
-    def __init__(self, *roles: RoleView) -> None:
+    def __init__(self, *roles: RoleSeen) -> None:
         self.name = "test"
         self.clock = VirtualClock()
         self.did: list[str] = []
@@ -38,7 +39,7 @@ class FakeCluster:
         self.stuck: set[str] = set()
         self.is_silent = False
         self._roles = {role.name: role for role in roles}
-        self._due: dict[str, tuple[int, RoleView]] = {}
+        self._due: dict[str, tuple[int, RoleSeen]] = {}
         self.always_live = len(self._live())
 
     def pause(self, seconds: float) -> None:
@@ -53,7 +54,7 @@ class FakeCluster:
     def _live(self) -> list[str]:
         return [role.name for role in self._roles.values() if role.kind == "worker" and role.is_up]
 
-    def roles(self) -> tuple[RoleView, ...]:
+    def roles(self) -> tuple[RoleSeen, ...]:
         """Return every role."""
         return tuple(self._roles.values())
 
@@ -66,9 +67,9 @@ class FakeCluster:
     def stop(self, name: str) -> None:
         """Have a role end in 0.4 s."""
         self.did.append(f"stop {name}")
-        self._roles[name] = replace(self._roles[name], state="STOPPING", is_up=False)
+        self._roles[name] = replace(self._roles[name], state="STOPPING")
         if name not in self.stuck:
-            ended = replace(self._roles[name], state="STOPPED", has_ended=True, pid=None)
+            ended = replace(self._roles[name], state="STOPPED", pid=None)
             self._due[name] = (self.clock.now_ns() + 400_000_000, ended)
 
     def start(self, name: str) -> None:
@@ -76,9 +77,9 @@ class FakeCluster:
         if not self._roles[name].has_ended:
             raise ProcessError(f"{name}: runs")
         self.did.append(f"start {name}")
-        starting = replace(self._roles[name], state="STARTING", has_ended=False, pid=200)
+        starting = replace(self._roles[name], state="STARTING", pid=200)
         self._roles[name] = starting
-        up = replace(starting, state="RUNNING", is_up=True)
+        up = replace(starting, state="RUNNING")
         if name in self.wont:
-            up = replace(starting, state="FATAL", has_ended=True, pid=None, why=self.wont[name])
+            up = replace(starting, state="FATAL", pid=None, why=self.wont[name])
         self._due[name] = (self.clock.now_ns() + 1_200_000_000, up)

@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from gpu_worker.serve.metrics import METRICS as OF_WORKERS
 from router.report.metrics import METRICS as OF_ROUTER
+from tests.metrics import exported
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "cluster" / "dashboards"
 DASHBOARD = json.loads((FOLDER / "superserve.json").read_text())
 METRICS = {metric.name: metric for metric in (*OF_ROUTER, *OF_WORKERS)}
-LABELS = {name: set(metric.labels) for metric in METRICS.values() for name in metric.exported()}
+LABELS = {name: set(metric.labels) for metric in METRICS.values() for name in exported(metric)}
 EXPORTED = set(LABELS)
 # What an expression may hold beside names: functions, keywords, and labels that Prometheus adds.
 LANGUAGE = {

@@ -19,15 +19,16 @@ from superserve.clock import MS
 if TYPE_CHECKING:
     from gpu_worker.supernet.supernet import Supernet
 
+_ACTUATIONS = 100_000
 _CALLS = 1_000  # between two readings of the clock, so that reading it costs nothing
 
 
-def decision_us(policy: str, profile: Profile, *, n_rounds: int = 200, seed: int = 0) -> float:
+def decision_us(policy: str, profile: Profile, *, n_rounds: int = 200) -> float:
     """Return the median over rounds of how long a policy's decision takes, in microseconds.
 
     The demand is that of 6,400 queries a second, each with 36 ms, on eight GPUs.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     choose = make_policy(policy, profile).choose
     worker = WorkerView(free_at_ns=0, allowance_ns=MS // 2, slowdown=1.0)
     demand = Demand(rate=6.4e-6, slack_ns=36 * MS, capacity=8 / profile.unit_cost_ns)
@@ -91,11 +92,11 @@ def wide_profile(n_subnets: int) -> Profile:
     )
 
 
-def actuation_ns(supernet: Supernet, *, n: int = 100_000, seed: int = 0) -> tuple[int, int]:
+def actuation_ns(supernet: Supernet) -> tuple[int, int]:
     """Return the p50 and p99 of one `actuate` to a random row, including the cost of the clock."""
-    rng = random.Random(seed)
-    rows = [rng.randrange(len(supernet.subnets)) for _ in range(n)]
-    taken_ns = np.empty(n, np.int64)
+    rng = random.Random(0)
+    rows = [rng.randrange(len(supernet.subnets)) for _ in range(_ACTUATIONS)]
+    taken_ns = np.empty(_ACTUATIONS, np.int64)
     for i, row in enumerate(rows):
         began_ns = time.perf_counter_ns()
         actuate(supernet, row)

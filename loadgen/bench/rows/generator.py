@@ -37,14 +37,14 @@ def is_kept(found: Calibration) -> bool:
     return found.unsent == 0 and lag_ms is not None and lag_ms < LAG_P99_MS
 
 
-def generator_rate(*, seconds: float, n_senders: int = N_SENDERS, payload_bytes: int = 64) -> Generated:
+def generator_rate(seconds: float) -> Generated:
     """Offer ever higher rates of Poisson arrivals to a null sink, until one is not sustained.
 
     The sink drops what it receives: the row measures sending. A rate that was not sustained is tried again,
     up to three times in all, because other processes can only make the generator look slower. Every try is
     returned, with the noise probe's figures.
     """
-    settings = RunSettings(36_000_000, n_senders, payload_bytes)
+    settings = RunSettings(36_000_000, N_SENDERS)
     best, tried = None, []
     for rate in _RATES_QPS:
         trace = load_trace(f"poisson:rate={rate:g}", duration_s=seconds)
@@ -61,7 +61,7 @@ def generator_rate(*, seconds: float, n_senders: int = N_SENDERS, payload_bytes:
 
 def generator_qps(seconds: float) -> BenchRow:
     """Return the row of the generator's highest rate, with its budget."""
-    found = generator_rate(seconds=seconds)
+    found = generator_rate(seconds)
     conditions = {
         "senders": N_SENDERS,
         "sink": "drops the queries",

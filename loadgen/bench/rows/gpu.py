@@ -208,12 +208,10 @@ def _halved(model: nn.Module) -> nn.Module:
     return model
 
 
-def _execute_us(
-    executor: TorchExecutor, rows: Sequence[int], batch: npt.NDArray[Any], rounds: int = _ROUNDS
-) -> list[float]:
+def _execute_us(executor: TorchExecutor, rows: Sequence[int], batch: npt.NDArray[Any]) -> list[float]:
     """Return the microseconds of batches that run on `rows` in turn, including copies in both directions."""
     took_us = []
-    for number in range(_WARM_UP + rounds):
+    for number in range(_WARM_UP + _ROUNDS):
         began_ns = time.perf_counter_ns()
         executor.execute(rows[number % len(rows)], batch)
         took_us.append((time.perf_counter_ns() - began_ns) / 1e3)

@@ -67,13 +67,11 @@ class PathCost:
     Attributes:
         stages_us: Microseconds a query, by stage.
         mean_batch_size: Queries a batch.
-        ok_share: Share of the queries that ended OK.
         worst_advance_us: The longest single decision pass.
     """
 
     stages_us: dict[str, float]
     mean_batch_size: float
-    ok_share: float
     worst_advance_us: float
 
     @property
@@ -92,7 +90,7 @@ class _Path:
         self.core = RouterCore(partial(make_policy, shape.policy), settings)
         self.taken_ns = dict.fromkeys(STAGES, 0)
         self.worst_advance_ns = 0
-        self.n_answered = self.n_batches = self.n_ok = 0
+        self.n_answered = self.n_batches = 0
         self._query_id = self._n_messages = 0
         each = shape.gpus_per_process
         self._processes = {
@@ -185,7 +183,6 @@ class _Path:
             if isinstance(action, Answer):
                 answers.setdefault(action.client, []).append(action)
                 self.n_answered += action.n
-                self.n_ok += action.n if action.status == wire.Status.OK else 0
             elif isinstance(action, Dispatch):
                 dispatches.append(action)
         for of_client in answers.values():
@@ -218,7 +215,7 @@ def path_cost(shape: PathShape, n_queries: int) -> PathCost:
     path = _Path(shape)
     path.run(n_queries // 4)  # warm up: caches, and the estimates of the core
     path.taken_ns = dict.fromkeys(STAGES, 0)
-    path.worst_advance_ns = path.n_answered = path.n_batches = path.n_ok = 0
+    path.worst_advance_ns = path.n_answered = path.n_batches = 0
     gc.collect()
     gc.disable()
     try:
@@ -228,5 +225,5 @@ def path_cost(shape: PathShape, n_queries: int) -> PathCost:
     path.core.check()
     return PathCost(
         {stage: taken / path.n_answered / 1e3 for stage, taken in path.taken_ns.items()},
-        path.n_answered / max(1, path.n_batches), path.n_ok / path.n_answered, path.worst_advance_ns / 1e3,
+        path.n_answered / max(1, path.n_batches), path.worst_advance_ns / 1e3,
     )  # fmt: skip

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import functools
 import os
 import platform
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
+
+from superserve.roles.version import cpu_name
 
 
 class SkippedError(Exception):
@@ -58,9 +58,5 @@ class BenchRow:
 @functools.cache
 def machine() -> str:
     """Return the machine in words: processor, cores, system, Python."""
-    model = platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), model)
     cores = len(os.sched_getaffinity(0))
-    return f"{model}, {cores} cores, {platform.system()}, Python {platform.python_version()}"
+    return f"{cpu_name()}, {cores} cores, {platform.system()}, Python {platform.python_version()}"

@@ -32,17 +32,15 @@ class Speed:
     us_per_query: float
 
 
-def speed(
-    *, rate_qps: float = RATE_QPS, n_gpus: int = N_GPUS, seconds: float = 20.0, policy: str = "slackfit"
-) -> Speed:
+def speed(seconds: float) -> Speed:
     """Simulate Poisson arrivals on the modelled CNN profile, and return how fast that was.
 
     In CPU time, not wall-clock time: on a shared machine that is what a dedicated processor would take.
     """
-    trace = load_trace(f"poisson:rate={rate_qps:g}", duration_s=seconds)
-    cluster = [load_profile("cnn-8gpu-modelled")] * n_gpus
+    trace = load_trace(f"poisson:rate={RATE_QPS:g}", duration_s=seconds)
+    cluster = [load_profile("cnn-8gpu-modelled")] * N_GPUS
     began_s = time.process_time()
-    found = simulate(trace, cluster, policy=policy)
+    found = simulate(trace, cluster)
     took_s = time.process_time() - began_s
     return Speed(
         seconds / took_s, trace.n, found.n_batches, found.result.slo_attainment or 0.0, 1e6 * took_s / trace.n
@@ -51,4 +49,4 @@ def speed(
 
 def fastest(*, seconds: float, n_times: int = 3) -> Speed:
     """Return the fastest of a few simulations, because other load on the machine only slows them down."""
-    return max((speed(seconds=seconds) for _ in range(n_times)), key=lambda found: found.x_realtime)
+    return max((speed(seconds) for _ in range(n_times)), key=lambda found: found.x_realtime)

@@ -7,6 +7,7 @@ during it, neither of the two costs the generator more than the other.
 
 from __future__ import annotations
 
+import abc
 import select
 import struct
 import time
@@ -14,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import zmq
 
+from loadgen.live.sender import SenderTarget
 from superserve import wire
+from superserve.clock import MS
 from superserve.errors import ConfigError
 from superserve.net.connection import Connection, no_router
 from superserve.net.sockets import connect_dealer
 from superserve.wire import HAS_OUTPUT, Kind, Queries, Results
 
 if TYPE_CHECKING:
-    from loadgen.bench.senders.sender import SinglePlan
+    import numpy as np
+    import numpy.typing as npt
+
+    from loadgen.live.sender import Records, SenderPlan
 
 _WELCOME_NS = 20_000_000_000
 _POLLIN = int(zmq.POLLIN)
@@ -30,17 +36,54 @@ _AT_ONCE = 256
 """Sockets drained in a row before the senders' turn."""
 
 
-class ManyTarget:
-    """Query i goes out over socket i modulo `plan.n_clients`; see `bench_sender.Target`.
+class SingleTarget(SenderTarget):
+    """What the targets have in common to which each query is a call of its own."""
+
+    at_once = 128
+    idle_ns = MS
+
+    @abc.abstractmethod
+    def send_one(self, i: int, slack_ns: int) -> bool:
+        """Send query `i`; False if it was refused."""
+
+    @abc.abstractmethod
+    def answered_ns(self) -> list[int]:
+        """Return when each query's answer came; -1 where none did."""
+
+    def send(self, lo: int, slacks_ns: npt.NDArray[np.int64], now_ns: int) -> int:
+        """Send the queries, each by itself; return how many were taken."""
+        taken = [i for i, slack_ns in enumerate(slacks_ns.tolist(), lo) if self.send_one(i, slack_ns)]
+        self.records.sent_ns[taken] = now_ns
+        return len(taken)
+
+    def settle(self) -> None:
+        """Enter when answers came: nothing else is asked of them."""
+        self.records.answered_ns[:] = self.answered_ns()
+
+    def wait(self, duration_ns: int) -> None:
+        """Sleep; where the sender is to wake for each query, it wakes for answers too."""
+        if self.plan.least_sleep_ns:
+            time.sleep(duration_ns / 1e9)
+        else:
+            self.wait_for_answers(duration_ns)
+
+    def wait_for_answers(self, duration_ns: int) -> None:
+        """Wait until something has come; where another thread takes it in, sleep."""
+        time.sleep(duration_ns / 1e9)
+
+
+class ManyTarget(SingleTarget):
+    """Query i goes out over socket i modulo `plan.n_clients`.
 
     Args:
         plan: `target` is "many-echo" or "many".
+        records: Where the outcome is entered.
         context: Of all the sockets.
     """
 
-    def __init__(self, plan: SinglePlan, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(self, plan: SenderPlan, records: Records, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        super().__init__(plan, records)
         context.set(zmq.MAX_SOCKETS, max(1023, 4 * plan.n_clients + 16))
-        self.n_ended = 0
         self._is_echo = plan.target == "many-echo"
         self._payload = bytes(plan.payload_bytes)
         self._endpoint = plan.endpoint
@@ -85,7 +128,7 @@ class ManyTarget:
             time.sleep(0.005)
         self._epoch = self._connections[0].epoch or 0
 
-    def send(self, i: int, slack_ns: int) -> bool:
+    def send_one(self, i: int, slack_ns: int) -> bool:
         """Send query `i` as one message."""
         socket = self._sockets[i % len(self._sockets)]
         message = Queries(
@@ -95,7 +138,6 @@ class ManyTarget:
         try:
             socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
-            self.n_ended += 1
             return False
         if int(socket.getsockopt(zmq.EVENTS)) & _POLLIN:  # sending may swallow the descriptor's edge
             self._ready.append(socket)
@@ -112,20 +154,20 @@ class ManyTarget:
                 while True:
                     frame = receive(zmq.NOBLOCK)
                     self._arrived.append((time.monotonic_ns(), frame))
-                    self.n_ended += 1 if self._is_echo or wire.kind_of(frame) == Kind.RESULTS else 0
+                    self.records.n_answered += (
+                        1 if self._is_echo or wire.kind_of(frame) == Kind.RESULTS else 0
+                    )
             except zmq.Again:
                 pass
 
-    def sleep(self, duration_ns: int, *, least_ns: int) -> None:
-        """Sleep at least the least time, or until something has come back."""
-        if least_ns:
-            time.sleep(max(duration_ns, least_ns) / 1e9)
-        elif not self._ready:
+    def wait_for_answers(self, duration_ns: int) -> None:
+        """Wait until something has come back."""
+        if not self._ready:
             self._ready.extend([self._of_fd[fd] for fd, _ in self._poller.poll(duration_ns / 1e9, _AT_ONCE)])
 
-    def answered_ns(self, n: int) -> list[int]:
+    def answered_ns(self) -> list[int]:
         """Return when each query's answer came, -1 where none with an output did."""
-        answered_ns = [-1] * n
+        answered_ns = [-1] * len(self.records.sent_ns)
         for now_ns, frame in self._arrived:
             if wire.kind_of(frame) not in (Kind.QUERIES, Kind.RESULTS):
                 continue  # heartbeats

@@ -201,7 +201,7 @@ def test_a_mangled_state_file_is_named(base: Path) -> None:
     for args in (("up", *EMULATE), ("status",), ("down",)):
         result = CliRunner().invoke(cli, args)
         assert result.exit_code == 1
-        assert f"{path}: roles: expected list, got nothing" in result.stderr
+        assert f"{path}: name: expected text, got 7" in result.stderr
     assert path.exists()
 
 

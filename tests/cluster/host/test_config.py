@@ -5,11 +5,12 @@ from __future__ import annotations
 import configparser
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from cluster.host.config import script, supervisord_conf
 from cluster.spec.roles import HostPlan, HostRole
+from superserve.fields import read_file
 
 PRINT = "import os, sys; print(sys.argv[1:], os.environ['A'], os.environ['PYTHONPATH'])"
 HOSTILE = ("a b", "c'd", "$(exit 3)", "%(here)s", "; rm", '"', "*")
@@ -53,7 +54,7 @@ def test_logs_are_bounded_and_only_a_crash_is_started_again() -> None:
 
 def test_a_plan_survives_the_way_to_the_host() -> None:
     """It is read there as it was written here."""
-    assert HostPlan.from_dict(PLAN.to_dict()) == PLAN
+    assert read_file(HostPlan, asdict(PLAN), "plan") == PLAN
 
 
 def test_a_role_runs_where_it_is_told_to_and_finds_no_module_there(tmp_path: Path) -> None:

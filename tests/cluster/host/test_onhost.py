@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +56,8 @@ class OneHost:
             HostRole(name, "router" if name == "router" else "worker", ("-c", code), (), "waiting")
             for name, code in codes.items()
         )
-        return HostPlan(
-            str(self.folder), sys.executable, str(ROOT), roles, 1 << 20, 1, timing=self.timing
-        ).to_dict()
+        plan = HostPlan(str(self.folder), sys.executable, str(ROOT), roles, 1 << 20, 1, timing=self.timing)
+        return asdict(plan)
 
     def ask(self, verb: str, **asked: Any) -> dict[str, Any]:
         """Do a verb, in a process of its own as over ssh."""

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.host.facts import Facts, look
 from cluster.operate.doctor import Finding, Seen, Verdict, examine
-from cluster.operate.operable import HostFacts
+from cluster.operate.supervised import HostFacts
 from superserve.status import GpusNeeded, QueueStatus
 from tests.cluster.operated import role
 from tests.superserve import statuses
@@ -65,9 +65,9 @@ def test_a_cluster_that_is_well_has_a_line_for_each_check() -> None:
     ]  # fmt: skip
 
 
-GIVEN_UP: dict[str, Any] = {"is_up": False, "has_ended": True, "state": "FATAL", "why": "ended:\nno memory"}
-STOPPED: dict[str, Any] = {"is_up": False, "has_ended": True, "state": "STOPPED"}
-WAITING: dict[str, Any] = {"is_up": False, "state": "BACKOFF"}
+GIVEN_UP: dict[str, Any] = {"state": "FATAL", "why": "ended:\nno memory"}
+STOPPED: dict[str, Any] = {"state": "STOPPED"}
+WAITING: dict[str, Any] = {"state": "BACKOFF"}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_what_is_wrong_is_told_with_what_to_type(
 
 def test_a_role_of_a_host_that_cannot_be_asked_is_not_told_of_twice() -> None:
     """The host is what is wrong."""
-    away = {"is_up": False, "state": "UNREACHABLE"}
+    away = {"state": "UNREACHABLE"}
     seen = replace(
         WELL,
         roles=(*WELL.roles[:2], role("w1", host="b", **away)),

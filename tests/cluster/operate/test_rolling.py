@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from cluster.operate.operable import chosen
 from cluster.operate.rolling import RollingOperator
+from cluster.operate.supervised import chosen
 from superserve.errors import ConfigError, ProcessError
 from tests.cluster.operated import FakeCluster, role
 
-GONE: dict[str, Any] = {"state": "STOPPED", "is_up": False, "has_ended": True, "pid": None}
+GONE: dict[str, Any] = {"state": "STOPPED", "pid": None}
 
 
 class Scene:

@@ -114,7 +114,7 @@ profile: digits-cpu
     assert [line.removeprefix(f"{path}:") for line in lines] == [
         "1: router.clientport: unknown key; did you mean 'client_port'?",
         "1: router.host: expected the name of a host: a, got 'z'",
-        "2: client_port: unknown key here; it belongs in router or standby",
+        "2: client_port: unknown key here; it belongs in router",
         "4: hosts[0].gpus: expected each device once, got 0 twice",
         "5: hosts[1].name: expected each host once, and hosts[0] is 'a' too",
         "6: hosts[1].address: expected each address once, and hosts[0] has '10.0.0.1' too",

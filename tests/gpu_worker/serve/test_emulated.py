@@ -18,9 +18,10 @@ from gpu_worker.core.queue import CAPACITY, MAX_OUTSTANDING
 from gpu_worker.serve.compute import ComputeGpu, run_batch
 from gpu_worker.serve.emulated import emulated_gpus, outcome_of
 from profiles.table import load_profile
-from superserve.clock import MS, SECOND, VirtualClock
+from superserve.clock import MS, SECOND
 from superserve.subnet import TensorSpec
 from superserve.wire import VARIED, Directive, Done, Segment, Status, decode, encode_done
+from tests.clock import VirtualClock
 
 if TYPE_CHECKING:
     from gpu_worker.core.batches import EndedBatch

@@ -11,8 +11,9 @@ import pytest
 
 from gpu_worker.serve.compute import ComputeGpu
 from profiles.table import load_profile
-from superserve.clock import MS, SECOND, VirtualClock
+from superserve.clock import MS, SECOND
 from superserve.wire import Status
+from tests.clock import VirtualClock
 from tests.gpu_worker.serve.test_emulated import WAIT_S, Doubler, directive, payload
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -183,15 +182,16 @@ def test_the_seconds_of_a_run_sum_to_its_result() -> None:
 def test_a_run_that_is_stopped_reports_the_trace_up_to_there() -> None:
     """Nothing due before that instant is unsent or unanswered, and nothing due later counts."""
     told: list[Second] = []
-    stop = threading.Event()
 
     def on_second(second: Second) -> None:
         told.append(second)
-        stop.set()
+        watch.stop.set()
+
+    watch = Watch(on_second)
 
     trace = load_trace("constant:rate=300", duration_s=50)
     run, report = run_emulated(
-        trace, RunSettings(500 * MS, 2), Emulation("cnn-8gpu-modelled", 2), watch=Watch(on_second, stop)
+        trace, RunSettings(500 * MS, 2), Emulation("cnn-8gpu-modelled", 2), watch=watch
     )
     result = run.result
 

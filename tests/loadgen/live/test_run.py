@@ -12,17 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadgen.live.run import (
-    Emulation,
-    RunSettings,
-    _merge,
-    _plan,
-    emulated,
-    run_emulated,
-    run_trace,
-    summarise,
-)
-from loadgen.live.sender import COLUMNS, UNANSWERED
+from loadgen.live.coordinator import Offering, deal, merge
+from loadgen.live.run import Emulation, RunSettings, emulated, run_emulated, run_trace, summarise
+from loadgen.live.sender import COLUMNS, UNANSWERED, SenderPlan
 from loadgen.results.result import OUTCOMES, load_run
 from loadgen.results.run import in_time
 from loadgen.traces.trace import Trace, load_trace
@@ -94,8 +86,8 @@ def test_what_the_senders_saw_is_put_back_into_the_traces_order(
     due_ns = np.arange(n, dtype=np.int64) * 3
     trace = Trace("steps", due_ns, 3 * n, "made for a test")
     payloads = np.arange(20, dtype=np.uint8).reshape(5, 4)
-    settings = RunSettings(SLO_NS, n_senders, payloads=payloads, keep_outputs=True)
-    plans = _plan(trace, settings, "", "", tmp_path)
+    schedule = Offering(trace, n_senders, payloads)
+    plans = deal(SenderPlan("", SLO_NS, keep_outputs=True, folder=str(tmp_path)), schedule)
     for plan in plans:
         due = np.load(plan.path("due"))
         for name in COLUMNS:
@@ -104,7 +96,7 @@ def test_what_the_senders_saw_is_put_back_into_the_traces_order(
         np.save(plan.path("answered_ns"), never)
         np.save(plan.path("outputs"), payloads[np.load(plan.path("pick"))])
 
-    merged = _merge(trace, settings, plans, start_ns)
+    merged = merge(plans, schedule, start_ns)
     assert merged["due_ns"].tolist() == merged["sent_ns"].tolist() == due_ns.tolist()
     assert merged["answered_ns"].tolist() == [-1 if due == 3 else due for due in due_ns]
     assert (merged["outputs"] == payloads[merged["payload"]]).all()

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadgen.live.run import summarise
-from loadgen.live.sender import COLUMNS, UNANSWERED, Records, Sender, SenderPlan
+from loadgen.live.sender import COLUMNS, UNANSWERED, BulkTarget, Records, Sender, SenderPlan
 from loadgen.traces.trace import Trace
 from superserve.net.connection import Connection
 from superserve.wire import Kind, Queries, Status
@@ -50,7 +50,7 @@ def sending(
     router: FakeRouter, folder: Path, *, grace_ns: int = 20_000 * MS
 ) -> Iterator[tuple[Sender, Callable[[], concurrent.futures.Future[None]]]]:
     """Yield a welcomed sender, and what starts it in a thread of its own."""
-    plan = SenderPlan(router.endpoint, "", "sender", str(folder), SLO_NS, 8, grace_ns)
+    plan = SenderPlan(router.endpoint, SLO_NS, 8, grace_ns, name="sender", folder=str(folder))
     with zmq.Context() as context, concurrent.futures.ThreadPoolExecutor(1) as pool:
         connection = Connection(router.endpoint, context)
 
@@ -60,7 +60,7 @@ def sending(
             return connection.epoch is not None
 
         router.serve(is_welcome)
-        sender = Sender(plan, connection, DUE_NS)
+        sender = Sender(BulkTarget(plan, Records(N), connection), DUE_NS)
         start_ns = time.monotonic_ns()
         try:
             yield sender, lambda: pool.submit(sender.run, start_ns, lambda _i: None)
@@ -126,7 +126,9 @@ def test_queries_that_could_not_be_sent_are_unsent_and_spoil_the_run(tmp_path: P
     gone = FakeRouter()
     with sending(gone, tmp_path) as (sender, start):
         gone.close()
-        poll(lambda: not sender.connection.send_control(Kind.STATUS))
+        target = sender.target
+        assert isinstance(target, BulkTarget)
+        poll(lambda: not target.connection.send_control(Kind.STATUS))
         start().result(WAIT_S)
     result = result_of(sender.records)
 

@@ -162,7 +162,7 @@ def test_a_run_result_has_the_fields_that_others_read() -> None:
     )
 
     assert " ".join(orjson.loads(RUN.to_json())) == in_the_design
-    assert RUN.to_dict() == orjson.loads(RUN.to_json())
+    assert orjson.loads(orjson.dumps(RUN.to_dict())) == orjson.loads(RUN.to_json())
 
 
 def test_numpys_numbers_are_numbers() -> None:
@@ -208,9 +208,9 @@ def test_a_wrong_field_is_an_error_that_names_it(field: str, value: Any, tmp_pat
     path = tmp_path / "run.json"
     path.write_bytes(orjson.dumps(wrong))
 
-    with pytest.raises(ConfigError, match=f"^{field}: expected"):
+    with pytest.raises(ConfigError, match=f"^{field}.*: expected"):
         replace(RUN, **{field: value}).check()
-    with pytest.raises(ConfigError, match=rf"run\.json: {field}: expected"):
+    with pytest.raises(ConfigError, match=rf"run\.json: {field}.*: expected"):
         load_run(path)
 
 
@@ -241,7 +241,7 @@ def test_further_fields_are_left_to_their_readers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("", "expected JSON"), ("{", "expected JSON"), ("[]", "an object, got list")]
+    ("text", "expected"), [("", "expected JSON"), ("{", "expected JSON"), ("[]", r"an object, got \[\]")]
 )
 def test_a_file_that_holds_no_run_is_an_error_that_names_it(text: str, expected: str, tmp_path: Path) -> None:
     """As is a file that is not there."""

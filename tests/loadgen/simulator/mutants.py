@@ -10,7 +10,7 @@ from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
-from loadgen.simulator.chaos import find_violation
+from loadgen.simulator.chaos import ScheduleOutcome, run_schedule
 from router.core import RouterCore
 from router.core.admission import Admission
 from router.core.dispatch import Dispatcher
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from router.core.events import Key, Ran
     from router.core.model import Model
     from router.core.workers import Batch, Peer, Worker
+
+
+def find_violation(make_core: Callable[..., RouterCore], *, at_most: int) -> ScheduleOutcome | None:
+    """Return the first schedule, from seed 0, on which a core breaks a promise; None if none shows it."""
+    found = map(partial(run_schedule, make_core=make_core), range(at_most))
+    return next((outcome for outcome in found if outcome.violation is not None), None)
 
 
 class DropsRedispatch(Ledger):

@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from loadgen.simulator import chaos
-from loadgen.simulator.chaos import find_violation, run_schedule, run_schedules
-from tests.loadgen.simulator.mutants import MUTANTS
+from loadgen.simulator.chaos import run_schedule, run_schedules
+from tests.loadgen.simulator.mutants import MUTANTS, find_violation
 
 
 @pytest.mark.parametrize("first", range(0, 300, 60))

@@ -7,7 +7,7 @@ import pytest
 
 from loadgen.bound.fluid import fluid_bound, uniform
 from loadgen.simulator.simulate import simulate, slowed
-from loadgen.simulator.workloads import mixed_workload, parse_floor, parse_slos
+from loadgen.simulator.workloads import Workload, mixed_workload, parse_floor, parse_slos
 from loadgen.traces.trace import Trace, load_trace
 from profiles.table import Profile, SubnetProfile, load_profile
 from superserve.clock import MS
@@ -63,7 +63,7 @@ def test_in_overload_the_lowest_class_gives_way() -> None:
     """With a third of the queries in a higher class and twice the load, that third is served."""
     trace = load_trace(f"poisson:rate={2 * FULL_QPS}", duration_s=1, seed=1)
     priority = np.where(np.arange(trace.n) % 3 == 0, 5, 0).astype(np.uint8)
-    found = simulate(trace, EVEN, policy="demandfit", priority=priority)
+    found = simulate(Workload(trace, priority=priority), EVEN, policy="demandfit")
     is_ok = found.columns["status"] == Status.OK
     assert is_ok[priority == 5].mean() > 0.97
     assert 0.1 < is_ok[priority == 0].mean() < 0.5

@@ -140,6 +140,17 @@ def test_a_window_of_minutes_goes_by_their_numbers(maf: str) -> None:
     assert make_trace(maf, Cut(window=":481")).trace.n == 300
 
 
+def test_a_window_of_minutes_lasts_as_long_and_holds_some_queries(maf: str) -> None:
+    """One that is empty, or beyond the file, is an error that names its minutes."""
+    made = make_trace(maf, Cut(window="482:483"))
+
+    assert (made.trace.n, made.trace.duration_ns) == (600, 60 * SECOND)
+    with pytest.raises(TraceError, match="no invocations in minutes 481 to 481"):
+        make_trace(maf, Cut(window="481:482", functions="top:1"))
+    with pytest.raises(TraceError, match="expected a window within minutes 480 to 482"):
+        make_trace(maf, Cut(window="479:"))
+
+
 def test_a_window_of_seconds_starts_anew_at_its_beginning(llm: str) -> None:
     """What is due at the end of the window is not in it."""
     made = make_trace(llm, Cut(window="1:11"))

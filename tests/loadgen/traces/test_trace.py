@@ -249,25 +249,6 @@ def test_minute_counts_are_squeezed_into_the_duration(maf: str) -> None:
     assert (real_time.n, real_time.duration_ns) == (9000, 180 * SECOND)
 
 
-def test_a_window_of_minutes_is_loaded(maf: str) -> None:
-    """Its length in real time is its minutes."""
-    loaded = load_trace(maf, start_minute=482, minutes=1)
-
-    assert (loaded.n, loaded.duration_ns) == (600, 60 * SECOND)
-    with pytest.raises(TraceError, match="no invocations in minutes 481 to 481"):
-        load_trace(maf, start_minute=481, minutes=1)
-    with pytest.raises(TraceError, match=r"maf\.csv\.gz: expected a window within minutes 480 to 482"):
-        load_trace(maf, start_minute=479)
-
-
-def test_a_window_of_a_trace_without_minutes_is_an_error(llm: str, tmp_path: Path) -> None:
-    """A spec, a saved trace and one with its own instants have none."""
-    load_trace(llm).save(tmp_path / "saved")
-    for spec in ("poisson:rate=5", llm, str(tmp_path / "saved")):
-        with pytest.raises(TraceError, match="only Functions 2019 counts by minute"):
-            load_trace(spec, duration_s=1, start_minute=1)
-
-
 def test_recorded_arrivals_are_squeezed_to_a_rate(llm: str) -> None:
     """Ten requests four seconds apart at 10 q/s are ten requests a tenth of a second apart."""
     loaded = load_trace(llm, rate_qps=10)

@@ -26,9 +26,10 @@ from profiles.measuring.flops import (
     relative_errors,
     spread,
 )
-from superserve.clock import MS, VirtualClock
+from superserve.clock import MS
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet, TensorSpec
+from tests.clock import VirtualClock
 from tests.profiles.measuring.test_accuracy import TINY
 
 if TYPE_CHECKING:

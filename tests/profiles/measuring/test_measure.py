@@ -25,9 +25,10 @@ from profiles.measuring.measure import (
     thinned,
 )
 from profiles.table import SubnetProfile, load_profile
-from superserve.clock import MS, VirtualClock
+from superserve.clock import MS
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet, TensorSpec
+from tests.clock import VirtualClock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -239,7 +239,7 @@ def test_a_small_space_is_searched_to_its_end() -> None:
     toy = Toy(space)
     front = search(space, toy, counter, SearchEffort(population=30, generations=12))
 
-    assert front.n_judged == len(toy.seen) <= counter.supernet.controls.space.n_tuples == 36
+    assert front.n_judged == len(toy.seen) <= 36  # as many tuples as the space has
     assert front.n_judged > 30
     assert len(front.candidates) + len(front.others) <= front.n_judged
     both = [one.control for one in (*front.candidates, *front.others)]

@@ -208,7 +208,7 @@ RUN_MESSAGES: st.SearchStrategy[wire.RunMessage] = st.one_of(
     ),
     st.builds(
         wire.RunReport,
-        subnets=st.lists(st.tuples(RUN_TEXT, FRACTION), max_size=2),
+        subnets=st.lists(st.tuples(RUN_TEXT, FRACTION), max_size=2).map(tuple),
         reasons=st.dictionaries(RUN_TEXT, RUN_TEXT, max_size=2),
         duplicates=RUN_INTEGER,
         name=RUN_TEXT,

@@ -19,7 +19,9 @@ from tests.superserve.wire.messages import RUN_MESSAGES, frames_of
 if TYPE_CHECKING:
     from superserve.wire import RunMessage
 
-REPORT = wire.RunReport([("small", 70.0)], {"FAILED": "why"}, 2, columns={"status": b"ab", "subnet": b"1234"})
+REPORT = wire.RunReport(
+    (("small", 70.0),), {"FAILED": "why"}, 2, columns={"status": b"ab", "subnet": b"1234"}
+)
 SHARE = wire.RunShare("t", "p", "tcp://a:1", 10, 20, 30, 1, 4, 0, bytes(16))
 
 
@@ -91,15 +93,15 @@ def test_what_a_later_release_adds_to_a_run_is_skipped() -> None:
         (changed(REPORT, columns=7), "columns: expected a list of texts, got 7"),
         (changed(REPORT, duplicates=-1), "duplicates: expected an integer from 0 on, got -1"),
         (changed(REPORT, duplicates=True), "duplicates: expected an integer from 0 on, got True"),
-        (changed(REPORT, reasons={"a": 1}), "reasons: expected an object of texts"),
-        (changed(REPORT, subnets=[["a"]]), "subnets: expected pairs of name and accuracy"),
-        (changed(REPORT, subnets=5), "subnets: expected pairs of name and accuracy"),
+        (changed(REPORT, reasons={"a": 1}), "reasons: a: expected text, got 1"),
+        (changed(REPORT, subnets=[["a"]]), r"subnets\[0\]: expected a list of 2"),
+        (changed(REPORT, subnets=5), "subnets: expected a list, got 5"),
         ([*sent(REPORT)[:3], b"12345"], "columns: expected subnet as long as the others"),
         ([*sent(REPORT)[:3], b"123456"], "columns: expected subnet as long as the others"),
         (changed(SHARE, columns=["sent_ns"]), "run_share: columns: expected due_ns"),
         (changed(SHARE, slo_ns="20"), "run_share: slo_ns: expected an integer from 0 on, got '20'"),
         (changed(SHARE, seed=2**63), "run_share: seed: expected an integer"),
-        (changed(SHARE, endpoint=None), "run_share: endpoint: expected a text, got None"),
+        (changed(SHARE, endpoint=None), "run_share: endpoint: expected text, got None"),
         (changed(wire.RunStart(at_ns=1), in_ns=1), "run_start: at_ns: expected either at_ns or in_ns"),
         (changed(wire.RunStart(at_ns=1), at_ns=None), "run_start: at_ns: expected either at_ns or in_ns"),
         (sent(REPORT)[:1], "run_report: expected 2 frames, got 1"),
