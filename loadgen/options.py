@@ -32,9 +32,9 @@ connect = click.option(
     "--connect", metavar="HOST:PORT", help="Of a router.  [default: the cluster running on this machine]"
 )
 keys = click.option("--keys", envvar=ENVIRONMENT, help="A client's key file, for a router with keys.")
-emulate = click.option("--emulate", metavar="PROFILE:N", help="A private router and N emulated GPUs instead.")
-policy = click.option("--policy", help=f"Of a private or simulated router.  [default: {DEFAULT_POLICY}]")
-seed = click.option("--seed", type=int, default=0, show_default=True, help="Draws whatever is random.")
+emulate = click.option("--emulate", metavar="PROFILE:N", help="Use a private router and N emulated GPUs.")
+policy = click.option("--policy", help=f"Of the private or simulated router.  [default: {DEFAULT_POLICY}]")
+seed = click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 slo_ms = click.option("--slo-ms", type=float, default=36.0, show_default=True, help="From due to deadline.")
 senders = click.option(
     "--senders", type=click.IntRange(1, 64), default=1, show_default=True, help="Sender processes."

@@ -418,7 +418,7 @@ def _subnet(row: _SubnetFile, where: str) -> SubnetProfile:
 
 
 def _latencies_ns(latencies_ms: tuple[float, ...], where: str) -> tuple[int, ...]:
-    """Turn milliseconds into whole nanoseconds."""
+    """Convert milliseconds to integer nanoseconds."""
     for latency_ms in latencies_ms:
         if not 0 < latency_ms < _MAX_LATENCY_MS:  # false for NaN, too
             raise ProfileError(

@@ -1,7 +1,7 @@
 """Read JSON objects into dataclasses, once, where they arrive; errors name the field at fault.
 
 The class is the schema: each field's name is the key, its type the expected type, and a field with a
-a default may be missing. Unknown keys are ignored, so that a newer peer can say more. `Annotated` with an
+default may be missing. Unknown keys are ignored, so that a newer peer can send more. `Annotated` with an
 `AtLeast` bounds a number.
 """
 
@@ -36,7 +36,7 @@ OMITTED = {"omitted": True}
 
 
 class AtLeast(NamedTuple):
-    """The least integer that a field takes; the most is what 64 bits hold."""
+    """The least integer that a field accepts; the most is what 64 bits hold."""
 
     least: int
 
@@ -82,7 +82,7 @@ def read(kind: type[T], body: object, where: str) -> T:
 
 
 def read_file(kind: type[T], body: object, where: str) -> T:
-    """Return the same of a file: what is wrong there is a ConfigError."""
+    """Like `read`, for the object in a file: an error is a ConfigError."""
     try:
         return read(kind, body, where)
     except WireError as error:
@@ -90,7 +90,7 @@ def read_file(kind: type[T], body: object, where: str) -> T:
 
 
 def check_schema(body: object, expected: int, where: str) -> None:
-    """Raise ConfigError unless a file's object states the version of its form that this release reads."""
+    """Raise ConfigError unless a file's object has the schema version that this release reads."""
     found = body.get("schema", "nothing") if isinstance(body, dict) else expected
     if found != expected or isinstance(found, bool):
         raise ConfigError(_at(where, f"schema: expected {expected}, got {found}: written by another version"))

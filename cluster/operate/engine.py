@@ -1,4 +1,4 @@
-"""What starts, shows and stops the roles of a cluster: an engine, of which supervisor's is the one there is.
+"""What starts, shows and stops the roles of a cluster: an engine, so far only supervisor's.
 
     with open_cluster("default") as engine:
         for host in engine.roles():
@@ -136,8 +136,8 @@ class Stopped:
 class SupervisorEngine:
     """A supervisord on each host of a cluster.
 
-    None of its verbs says how a process is started, or where: Slurm, Kubernetes or systemd may stand behind
-    them as well. Each raises RemoteError, naming the host, for what cannot be asked or done.
+    Slurm, Kubernetes or systemd could implement the same verbs: none determines how or where a process is
+    started. Each raises RemoteError, naming the host, if it cannot be done.
 
     Attributes:
         record: What is known about the cluster without asking.
@@ -167,7 +167,7 @@ class SupervisorEngine:
     def apply(
         self, plans: Mapping[str, HostPlan], files: Mapping[str, Mapping[str, str]], **more: Any
     ) -> dict[str, Applied]:
-        """Have exactly the plans' roles run, by host, with files beside them; touch only what differs."""
+        """Run exactly the plans' roles, by host, with files beside them; touch only what differs."""
 
         def apply(name: str) -> Applied:
             plan = asdict(plans[name])
@@ -256,7 +256,7 @@ def _seen(host: KnownHost, name: str, role: dict[str, Any] | None) -> RoleSeen:
 
 
 def absent(host: KnownHost, name: str, state: str, why: str = "") -> RoleSeen:
-    """Return a role of which no keeper tells."""
+    """Return a role that no keeper reports."""
     kind = "router" if name == "router" else "worker"
     log = str(Path(host.folder) / f"{name}.log")
     return RoleSeen(host.name, name, kind, "", state, None, 0, 0, log, (), why=why)

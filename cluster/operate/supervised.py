@@ -25,14 +25,14 @@ UNREACHABLE = "UNREACHABLE"
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What a host of a cluster is like.
+    """The facts about a host of a cluster.
 
     Attributes:
         host: Its name.
-        error: Why it cannot be asked; "" if it was.
-        facts: What it said; None if it cannot be asked.
+        error: Why it cannot be reached; "" if it was.
+        facts: Its answer; None if it cannot be reached.
         clock_s: How far its clock is ahead of this machine's, in seconds.
-        clock_error_s: By how much that may be wrong.
+        clock_error_s: How far off that value may be.
     """
 
     host: str
@@ -43,7 +43,7 @@ class HostFacts:
 
 
 class SupervisedCluster:
-    """A cluster, as its keepers and its router say. What cannot be asked or told raises a SuperServeError.
+    """A cluster, as its keepers and its router report it; SuperServeError if they cannot be reached.
 
     Args:
         engine: Reaches its hosts.
@@ -110,10 +110,10 @@ class SupervisedCluster:
 
 
 def chosen(roles: Sequence[RoleSeen], names: Iterable[str]) -> list[RoleSeen]:
-    """Return the workers that names of workers and hosts stand for, each once.
+    """Return the workers that names of workers and hosts mean, each once.
 
     Raises:
-        ConfigError: A name stands for none; says which are near.
+        ConfigError: A name means none; the error suggests the nearest ones.
     """
     workers = [role for role in roles if role.kind == "worker"]
     found: dict[str, RoleSeen] = {}

@@ -1,4 +1,4 @@
-"""The coordinator of a host's senders: deals a schedule out, starts them together, merges what they saw."""
+"""The coordinator of a host's senders: splits a schedule, starts them together, merges their records."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from superserve.wire import Ping, Pong, RunMessage
 
 SENDER = "loadgen.live.sender"
-"""The module that is a sender's process."""
+"""The module that a sender's process runs."""
 _START_AFTER_NS = 300 * MS
-"""From the order to start until the first instant: every sender has it by then."""
+"""From the order to start until the first instant: by then every sender has the order."""
 _STOP_AFTER_NS = 400 * MS
-"""From the order to stop until that instant: a sender looks for orders four times a second."""
+"""From the order to stop until that instant: a sender reads orders four times a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What a run that is part of a larger one leaves to that.
+    """What a run that is part of a larger one leaves to the larger one.
 
     Attributes:
         start: Called once every sender is ready; returns the instant to start at, of this host's clock.
@@ -55,11 +55,11 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True)
 class Offering:
-    """What senders are to send.
+    """What the senders send.
 
     Attributes:
         trace: When each query is due after the start.
-        n_senders: It is dealt out to so many, query by query.
+        n_senders: Number of senders; the queries go to them in turn.
         payloads: Real payloads, uint8, shape (n_payloads, n_bytes); each query draws one.
         seed: Of that draw.
     """
@@ -79,7 +79,7 @@ def coordinated(
     watch: Watch | None = None,
     module: str = SENDER,
 ) -> Iterator[Coordinator]:
-    """Start the senders of a schedule, and give what orders them; they and their files go with the block.
+    """Start the senders of a schedule, and yield their coordinator; they and their files end with the block.
 
     Raises:
         ProcessError: A sender did not start.
@@ -100,7 +100,7 @@ def coordinated(
 
 
 def deal(plan: SenderPlan, schedule: Offering) -> list[SenderPlan]:
-    """Deal a schedule out, and write what each sender needs."""
+    """Split a schedule among senders, and write each one's files."""
     folder, pick = Path(plan.folder), None
     if schedule.payloads is not None:
         np.save(folder / "payloads.npy", schedule.payloads)
@@ -142,8 +142,8 @@ class Coordinator:
 
     Attributes:
         start_ns: The instant, of this host's clock; 0 before `start`.
-        stop_ns: After the start, from when on nothing was sent; None if all was.
-        subnets: Name and accuracy of each row of the profile, as the senders were told.
+        stop_ns: When sending ended early, from the start; None if everything was sent.
+        subnets: Name and accuracy of each row of the profile, as the senders received them.
         reasons: For each status without an output, one of the router's reasons.
         n_duplicates: Answers beyond the first of a query.
         noise: When the noise probe woke, from the start, and how late; once `follow` has returned.
@@ -177,7 +177,7 @@ class Coordinator:
         self._seconds: Seconds | None = None
 
     def start(self) -> None:
-        """Wait for every sender, then tell all of them the instant to start at."""
+        """Wait for every sender, then send all of them the instant to start at."""
         while len(self._senders) < len(self._plans):
             for key, message in self._messages():
                 if isinstance(message, RunReady):
@@ -190,7 +190,7 @@ class Coordinator:
             self._seconds = self._told(self._watch)
 
     def _told(self, watch: Watch) -> Seconds:
-        """Return what reads the senders' rows while they run."""
+        """Return the reader of the senders' rows while they run."""
         trace, n = self._schedule.trace, self._schedule.n_senders
         feeds = {plan.name: (plan.live_path, trace.due_ns[i::n]) for i, plan in enumerate(self._plans)}
         return Seconds(
@@ -204,14 +204,14 @@ class Coordinator:
             send(self._control, [key, *order])
 
     def _stop(self) -> None:
-        """Tell every sender the one instant from which on nothing is sent; it is when all know of it."""
+        """Send every sender one instant at which all stop, late enough that each has read it by then."""
         self.stop_ns = max(0, time.monotonic_ns() - self.start_ns) + _STOP_AFTER_NS
         if self._seconds is not None:
             self._seconds.duration_ns = min(self._seconds.duration_ns, self.stop_ns)
         self._order(RunStop(self.stop_ns))
 
     def follow(self, on_progress: Callable[[dict[str, int]], None] | None = None) -> None:
-        """Pass progress on until every sender is done."""
+        """Forward progress until every sender is done."""
         stopper = self._watch or self._hooks
         while self._n_done < len(self._plans):
             if stopper is not None and stopper.stop.is_set() and self.stop_ns is None:
@@ -227,7 +227,7 @@ class Coordinator:
         self.noise = (self._probe.woke_ns - self.start_ns, late_ns)
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """Return what the senders saw, once `follow` has returned."""
+        """Return the senders' records, once `follow` has returned."""
         return merge(self._plans, self._schedule, self.start_ns)
 
     def _finish(self, report: RunReport) -> None:

@@ -124,7 +124,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Endings:
-    """What may end a command early: Ctrl-C, and SIGTERM and SIGHUP as it does.
+    """The signals that may end a command early: Ctrl-C, and SIGTERM and SIGHUP, which act like it.
 
     A signal interrupts; within `gently` only the second one does, and after `finish` none.
 
@@ -148,7 +148,9 @@ class Endings:
         """Handle the signals from now on; in the main thread only."""
         if threading.current_thread() is threading.main_thread():
             for number in _ENDING:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+                if (
+                    signal.getsignal(number) is not signal.SIG_IGN
+                ):  # `nohup` ignores SIGHUP, and that must stay
                     self._before[number] = signal.signal(number, self._handle)
 
     def end(self) -> None:
@@ -159,7 +161,7 @@ class Endings:
 
     @contextlib.contextmanager
     def gently(self) -> Iterator[None]:
-        """Have the first signal set `stop`, and the next one interrupt."""
+        """Make the first signal set `stop`, and the next one interrupt."""
         is_alone = not self._before  # no command has begun
         if is_alone:
             self.begin()
@@ -186,7 +188,7 @@ class Endings:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Follows a run: `on_second` is told of each second, and `endings` may end it early."""
+    """Follows a run: `on_second` receives each second, and `endings` may end it early."""
 
     on_second: Callable[[Second], None]
     endings: Endings = field(default_factory=Endings)

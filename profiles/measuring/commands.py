@@ -42,7 +42,7 @@ _NS_PER_S = 1_000_000_000
 _WIDTH = 80  # of output that is not a terminal
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-_QUICK_ROUNDS = 40
+_QUICK_ROUNDS = 40  # enough for a median; the tail needs the full number
 _QUICK_BUDGET_NS = 6_000_000_000  # with torch's import and the warm-up, under 15 s in all
 # Population and generations: a prediction costs microseconds, a measurement most of a second.
 _EFFORT_PREDICTED = (100, 40)
@@ -87,10 +87,10 @@ _batch_sizes = click.option(
     "--subnets",
     "source",
     metavar="PROFILE",
-    help="Measure those of this profile, searched or measured elsewhere.",
+    help="Measure the subnets of this profile, which was searched or measured elsewhere.",
 )
 @click.option(
-    "--at-most", type=click.IntRange(2), help="Measure so many of them, evenly spread.  [default: all]"
+    "--at-most", type=click.IntRange(2), help="Measure this many of them, evenly spread.  [default: all]"
 )
 @_weights
 @_device
@@ -127,7 +127,7 @@ def measure_command(
 
 
 def _profile_of(supernet: str) -> str:
-    """Return the profile that a supernet comes with."""
+    """Return the shipped profile of a supernet."""
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  it imports torch
 
     kind = supernet_kind(supernet)

@@ -31,7 +31,7 @@ RUN_COLUMNS: dict[str, str] = {
 """The columns of a run and their NumPy types; the last character is the bytes of an entry."""
 MAX_COLUMNS = 64  # a bound on the frames of one message; this release knows nine
 Signed = Annotated[int, AtLeast(-(2**63) + 1)]
-Column = Any  # a `Buffer`: which of its types is ZeroMQ's affair, and nothing to be checked
+Column = Any  # a `Buffer`: ZeroMQ chooses which of its types, so there is nothing to check
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ def _columns(name: str, body: dict[str, Any], frames: Sequence[Buffer]) -> dict[
     for one, frame in zip(names, frames[2:], strict=True):
         if one not in RUN_COLUMNS:
             continue  # of a later release
-        columns[one] = memoryview(frame)  # which may be ZeroMQ's own object
+        columns[one] = memoryview(frame)  # the frame may be ZeroMQ's own object
         n, rest = divmod(len(frame), int(RUN_COLUMNS[one][-1]))
         counts.add(n)
         if rest or len(counts) > 1:
