@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(30)
 
 @contextlib.contextmanager
 def full_after(n_bytes: int) -> Iterator[None]:
-    """Let no file grow beyond so many bytes, as a full disk does not."""
+    """Limit files to this many bytes, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
     try:
