@@ -12,11 +12,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test check bench chaos mutants reproduce demo train wheel clean
+.PHONY: help install lint test test-full check bench chaos mutants reproduce demo train wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
 
 install: $(INSTALLED) ## make .venv and install the project with its tools
 
@@ -32,17 +32,26 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	@touch $@
 
+# Files of tests go to processes as wholes, in the order that tests/conftest.py gives them: the longest first.
+# Three on two cores, since many tests wait for processes that they have started.
+JOBS ?= 3
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 lint: $(INSTALLED) ## format, lint and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 # pytest comes last, so that its summary is what one reads.
-test: lint ## what CI runs: lint, types and every test
-	$(BIN)/pytest
+test: lint ## lint, types and every test that is not slow; some five minutes on two cores
+	$(BIN)/pytest -m "not slow" $(SIDE_BY_SIDE)
 
-check: lint ## the same without the slow tests
-	$(BIN)/pytest -m "not slow"
+# One after the other: what is judged live shall not be slowed down by the next test.
+test-full: $(INSTALLED) ## the slow tests, which `make test` leaves out
+	$(BIN)/pytest -m slow
+
+check: lint ## lint, types and the tests that start no process; a minute
+	$(BIN)/pytest -m "not slow and not e2e" $(SIDE_BY_SIDE)
 
 bench: $(INSTALLED) ## run the benchmarks; out/bench/*.json and a table
 	$(BIN)/python -m loadgen.bench

@@ -1,4 +1,4 @@
-"""Clocks: integer nanoseconds from a monotonic source."""
+"""Clocks: integer nanoseconds, from the system's monotonic clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECOND = 1_000_000_000
 
 
 class Clock(Protocol):
-    """Anything that tells the time in integer nanoseconds and never runs backwards."""
+    """A source of integer nanoseconds that never runs backwards."""
 
     def now_ns(self) -> int:
         """Return the present instant; only differences mean anything."""

@@ -2,15 +2,22 @@
 
 Processes that tests start find the packages of this checkout, wherever the environment's install points:
 they do not look for them in the working folder (see `superserve.plugins`).
+
+Files whose tests start processes come first: they take longest, and of tests that run side by side the long
+ones must not be the last.
 """
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.paths import ROOT
+
+if TYPE_CHECKING:
+    import pytest
 
 settings.register_profile("superserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # For `make mutants`: the same examples each time, and none made smaller, since only whether one fails counts.
@@ -25,3 +32,9 @@ settings.load_profile("superserve")
 
 _PATHS = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(_PATHS))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with tests that start processes first, in whatever order they are."""
+    longest = {item.path for item in items if item.get_closest_marker("e2e")}
+    items.sort(key=lambda item: item.path not in longest)

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from superserve.status import RouterStatus
 
 UNREACHABLE = "UNREACHABLE"
-"""The state of a role whose host cannot be asked."""
+"""The state of a role whose host cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What a host of a cluster is like.
+    """The facts about a host of a cluster.
 
     Attributes:
         host: Its name.
-        error: Why it cannot be asked; "" if it was.
-        facts: What it said; None if it cannot be asked.
+        error: Why it cannot be reached; "" if it was.
+        facts: Its answer; None if it cannot be reached.
         clock_s: How far its clock is ahead of this machine's, in seconds.
-        clock_error_s: By how much that may be wrong.
+        clock_error_s: How far off that value may be.
     """
 
     host: str
@@ -43,14 +43,14 @@ class HostFacts:
 
 
 class SupervisedCluster:
-    """A cluster, as its keepers and its router say. What cannot be asked or told raises a SuperServeError.
+    """A cluster, as its keepers and its router report it; what cannot be done raises a SuperServeError.
 
     Args:
-        engine: Its hosts, as they are reached.
+        engine: Reaches its hosts.
 
     Attributes:
         name: The cluster's.
-        is_local: Whether it is one of this machine.
+        is_local: Whether it is a cluster of this machine.
     """
 
     def __init__(self, engine: SupervisorEngine) -> None:
@@ -59,7 +59,7 @@ class SupervisedCluster:
         self._engine = engine
 
     def roles(self) -> tuple[RoleSeen, ...]:
-        """Return every role as its keeper sees it, or as unreachable where its host cannot be asked."""
+        """Return every role as its keeper reports it, or as unreachable if its host is."""
         found: list[RoleSeen] = []
         for known, seen in zip(self._engine.record.hosts, self._engine.roles(), strict=True):
             if seen.error:
@@ -74,19 +74,19 @@ class SupervisedCluster:
         """Return the router's STATUS; None if it or its host does not answer."""
         try:
             return self._engine.router_status()
-        except RemoteError:  # the roles say why
+        except RemoteError:  # the roles contain the reason
             return None
 
     def stop(self, role: str) -> None:
-        """Have a host's keeper stop a role."""
+        """Make a host's keeper stop a role."""
         self._engine.scale(role, 0)
 
     def start(self, role: str) -> None:
-        """Have a host's keeper start a role."""
+        """Make a host's keeper start a role."""
         self._engine.scale(role, 1)
 
     def facts(self, roles: Sequence[RoleSeen]) -> tuple[HostFacts, ...]:
-        """Return what is known of each host."""
+        """Return the facts about each host."""
         pids: dict[str, list[int]] = {}
         for role in roles:
             if role.pid is not None:
@@ -104,16 +104,16 @@ class SupervisedCluster:
         after_s = time.time()
         files = {pid: (int(n), int(most)) for pid, (n, most) in said.pop("open_files").items()}
         facts = Facts(**said, open_files=files)
-        # It looked at its clock in between, nobody knows when: the middle is wrong by half at most.
+        # The host read its clock at some point in between: the middle is off by at most half.
         middle_s, half_s = (before_s + after_s) / 2, (after_s - before_s) / 2
         return HostFacts(host.name, "", facts, facts.time_s - middle_s, half_s)
 
 
 def chosen(roles: Sequence[RoleSeen], names: Iterable[str]) -> list[RoleSeen]:
-    """Return the workers that names of workers and hosts stand for, each once.
+    """Return the workers that names of workers and hosts mean, each once.
 
     Raises:
-        ConfigError: A name stands for none; says which are near.
+        ConfigError: A name means none; the error suggests the nearest ones.
     """
     workers = [role for role in roles if role.kind == "worker"]
     found: dict[str, RoleSeen] = {}

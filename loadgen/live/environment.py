@@ -1,4 +1,4 @@
-"""Where, when and by which command a run was made: what one needs to make it again."""
+"""Where, when and by which command a run was made: what you need to repeat it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PACKAGES = ("superserve", "numpy", "pyzmq", "torch")
 
 
 def environment_of(**more: Any) -> dict[str, Any]:
-    """Return the result file's `environment`: date, command, machine, versions, and what else is given.
+    """Return the result file's `environment`: date, command, machine, versions, and further facts.
 
     Args:
-        more: What only the caller knows, as JSON; None is left out.
+        more: Facts that only the caller has, as JSON; None is left out.
     """
     found = {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -34,7 +34,7 @@ def environment_of(**more: Any) -> dict[str, Any]:
 
 
 def command_line(argv: list[str]) -> str:
-    """Return the command that runs now, as one would type it."""
+    """Return the command that runs now, as you would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None:
         return shlex.join([Path(argv[0]).name, *argv[1:]])

@@ -1,6 +1,6 @@
-"""Which code a process runs, the release and a digest of the source it was started from; and on what.
+"""Which code a process runs, the release and a digest of the source that it was started from; and on what.
 
-Two hosts with the same release may run different code, say a checkout in the midst of a change.
+Two hosts with the same release may run different code, for example a checkout with changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SERVING = ("superserve", "router", "gpu_worker", "profiles")  # what a router o
 
 @functools.cache
 def version() -> str:
-    """Return this process's version, such as "0.1.0+3f9c21aa"; it reads some 90 files, once."""
+    """Return this process's version, such as "0.1.0+3f9c21aa"; reads some 90 files, once."""
     try:
         release = metadata.version("superserve")
     except metadata.PackageNotFoundError:  # run from a folder
@@ -27,8 +27,8 @@ def version() -> str:
 def digest(root: Path) -> str:
     """Return a digest of the Python files below `root` that a router or a worker may run, in hex.
 
-    A file's path counts as well as its content, at any depth: a module moved to a sub-folder
-    is another program.
+    A file's path counts as well as its content: a module moved to another folder makes another
+    program.
     """
     found = hashlib.sha256()
     for package in _SERVING:
@@ -39,7 +39,7 @@ def digest(root: Path) -> str:
 
 
 def cpu_name() -> str:
-    """Return the name of this machine's processor; its architecture where the system does not say."""
+    """Return the name of this machine's processor; its architecture if the system gives none."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

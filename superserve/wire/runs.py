@@ -1,7 +1,7 @@
 """Messages between load generators: the coordinator of a run, its agents on other hosts, and senders.
 
 All have one form: the prelude, a JSON object, and a frame for each column that the object names. This is not
-the hot path. `decode` refuses these messages, so no router, worker or client takes one.
+the hot path. `decode` refuses these messages, so no router, worker or client accepts one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RUN_COLUMNS: dict[str, str] = {
     "due_ns": "<i8", "sent_ns": "<i8", "answered_ns": "<i8", "status": "<u1", "subnet": "<u2",
     "batch_size": "<u2", "accuracy": "<f4", "queued_ns": "<i8", "executing_ns": "<i8",
 }  # fmt: skip
-"""The columns of a run and their types, as NumPy writes them; the last character is the bytes of an entry."""
+"""The columns of a run and their NumPy types; the last character is the bytes of an entry."""
 MAX_COLUMNS = 64
 Signed = Annotated[int, AtLeast(-(2**63) + 1)]
 Column = Any  # a `Buffer`: which of its types is ZeroMQ's affair, and nothing to be checked
@@ -40,9 +40,9 @@ class RunShare:
 
     Attributes:
         trace: The trace's name.
-        provenance: Where it comes from.
+        provenance: Where the trace comes from.
         endpoint: The router's client endpoint.
-        due_ns: When each query is due after the start, n i64 ns as bytes, ascending.
+        due_ns: When each query is due, counted from the start, n i64 ns as bytes, ascending.
     """
 
     kind: ClassVar[Kind] = Kind.RUN_SHARE
@@ -61,7 +61,7 @@ class RunShare:
 
 @dataclass(frozen=True, slots=True)
 class RunReady:
-    """Sender or agent to coordinator: all is prepared. `name` is a sender's; an agent has none."""
+    """Sender or agent to coordinator: ready to start. `name` is a sender's; an agent has none."""
 
     kind: ClassVar[Kind] = Kind.RUN_READY
 
@@ -70,11 +70,11 @@ class RunReady:
 
 @dataclass(frozen=True, slots=True)
 class RunStart:
-    """Coordinator to sender or agent: start. One of the two is given.
+    """Coordinator to sender or agent: start. Exactly one of the fields is given.
 
     Attributes:
-        at_ns: For a sender: an instant of the clock that the processes of one host share.
-        in_ns: For an agent: how long from now. Instants do not cross hosts.
+        at_ns: For a sender: an instant of the clock that the processes of a host share.
+        in_ns: For an agent: the delay from now, because instants do not cross hosts.
     """
 
     kind: ClassVar[Kind] = Kind.RUN_START
@@ -102,7 +102,7 @@ class RunProgress:
 
     Attributes:
         rows: How many rows a watched sender has written; None if it is not watched.
-        until_ns: All that is due before this offset is among these rows.
+        until_ns: These rows include every query that is due before this offset.
     """
 
     kind: ClassVar[Kind] = Kind.RUN_PROGRESS
@@ -125,8 +125,8 @@ class RunReport:
         duplicates: Answers beyond the first.
         rows: As in RunProgress; a sender's.
         duration_ns: How much of the trace was offered; an agent's.
-        noise_ns: p99.9 of its noise probe; None if it has none.
-        columns: Each of RUN_COLUMNS but the due instants, as bytes; an agent's. A sender writes files.
+        noise_ns: p99.9 of its noise probe; None without a probe.
+        columns: Each of RUN_COLUMNS except the due instants, as bytes; an agent's. A sender writes files.
     """
 
     kind: ClassVar[Kind] = Kind.RUN_REPORT
@@ -143,7 +143,7 @@ class RunReport:
 
 @dataclass(frozen=True, slots=True)
 class RunFailed:
-    """Agent to coordinator: its share cannot be run, or failed."""
+    """Agent to coordinator: it cannot run its share, or the share failed."""
 
     kind: ClassVar[Kind] = Kind.RUN_FAILED
 
@@ -155,7 +155,7 @@ _MESSAGES: dict[Kind, Any] = {message.kind: message for message in typing.get_ar
 
 
 def encode_run(message: RunMessage) -> list[Buffer]:
-    """Return the frames of a load generator's message."""
+    """Return the frames of a message between load generators."""
     columns: dict[str, Buffer] = {}
     if isinstance(message, RunShare):
         columns = {"due_ns": message.due_ns}
@@ -168,11 +168,11 @@ def encode_run(message: RunMessage) -> list[Buffer]:
 
 
 def decode_run(frames: Sequence[Buffer]) -> RunMessage | Ping | Pong:
-    """Return the message in `frames`, which is between load generators.
+    """Return the message between load generators in `frames`.
 
     Raises:
         VersionError: Its sender speaks no wire version that this release speaks.
-        WireError: The frames do not follow the protocol, or are of another kind.
+        WireError: The frames break the protocol, or are of another kind.
     """
     kind, _, at = kind_in(frames)
     if kind not in RUN_KINDS:
@@ -195,7 +195,7 @@ def decode_run(frames: Sequence[Buffer]) -> RunMessage | Ping | Pong:
 
 
 def _columns(name: str, body: dict[str, Any], frames: Sequence[Buffer]) -> dict[str, Buffer]:
-    """Return the known columns, all of as many entries."""
+    """Return the known columns, all of the same length."""
     names = body.get("columns")
     if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
         raise WireError(f"{name}: columns: expected a list of texts, got {shown(names)}")
@@ -209,7 +209,7 @@ def _columns(name: str, body: dict[str, Any], frames: Sequence[Buffer]) -> dict[
     for one, frame in zip(names, frames[2:], strict=True):
         if one not in RUN_COLUMNS:
             continue  # of a later release
-        columns[one] = memoryview(frame)  # which may be ZeroMQ's own object
+        columns[one] = memoryview(frame)  # the frame may be ZeroMQ's own object
         n, rest = divmod(len(frame), int(RUN_COLUMNS[one][-1]))
         counts.add(n)
         if rest or len(counts) > 1:
