@@ -1,7 +1,7 @@
 """Read JSON objects into dataclasses, once, where they arrive; errors name the field at fault.
 
 The class is the schema: each field's name is the key, its type the expected type, and a field with a
-a default may be missing. Unknown keys are ignored, so that a newer peer can say more. `Annotated` with an
+default may be missing. Unknown keys are ignored, so that a newer peer can send more. `Annotated` with an
 `AtLeast` bounds a number.
 """
 

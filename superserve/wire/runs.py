@@ -29,7 +29,7 @@ RUN_COLUMNS: dict[str, str] = {
     "batch_size": "<u2", "accuracy": "<f4", "queued_ns": "<i8", "executing_ns": "<i8",
 }  # fmt: skip
 """The columns of a run and their NumPy types; the last character is the bytes of an entry."""
-MAX_COLUMNS = 64
+MAX_COLUMNS = 64  # a bound on the frames of one message; this release knows nine
 Signed = Annotated[int, AtLeast(-(2**63) + 1)]
 Column = Any  # a `Buffer`: which of its types is ZeroMQ's affair, and nothing to be checked
 
