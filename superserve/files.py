@@ -57,7 +57,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that is for its user alone: a reader sees the old one or the new one, never a part.
+    """Write a file for its user alone, whole: readers find the old one or the new one.
 
     Raises:
         OSError: It cannot be written.

@@ -1,4 +1,4 @@
-"""What starts, shows and stops the roles of a cluster: an engine, so far only supervisor's.
+"""What starts, shows and stops the roles of a cluster: an engine, implemented by supervisor.
 
     with open_cluster("default") as engine:
         for host in engine.roles():
@@ -136,8 +136,8 @@ class Stopped:
 class SupervisorEngine:
     """A supervisord on each host of a cluster.
 
-    Slurm, Kubernetes or systemd could implement the same verbs: none determines how or where a process is
-    started. Each raises RemoteError, naming the host, if it cannot be done.
+    No verb determines how or where a process is started: Slurm, Kubernetes or systemd could implement them
+    as well. Each raises RemoteError, naming the host, if it cannot be done.
 
     Attributes:
         record: What is known about the cluster without asking.

@@ -90,7 +90,7 @@ def simulate(
     """Serve a trace on a simulated cluster and return the result.
 
     Args:
-        trace: When the queries are due; or a `Workload`, which brings SLOs, floors and classes with it.
+        trace: When the queries are due; or a `Workload`, which contains SLOs, floors and classes too.
         cluster: A profile for each GPU; equal ones share a policy.
         policy: As `router.policies.registry.make_policy` takes it.
         slo_ns: From due to deadline: one for all, or shape (n,).

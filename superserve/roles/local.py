@@ -252,7 +252,7 @@ class LocalCluster:
         cluster = read_file(cls, body, where)
         named = {"keeper": cluster.keeper, **{role.name: role.process for role in cluster.roles}}
         for name, process in named.items():
-            if process is not None and process.pid <= 1:  # groups to kill(2), and init is no keeper
+            if process is not None and process.pid <= 1:  # kill(2) takes 0 and below as groups, and 1 is init
                 raise ConfigError(f"{where}: {name}: pid: expected a number above 1, got {process.pid}")
         return cluster
 
