@@ -1,4 +1,4 @@
-"""What the commands of every role have in common: our own errors are one line on stderr, and exit code 1."""
+"""What the commands of every role share: a SuperServeError is one line on stderr, and exit code 1."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def plain_errors(*more: type[Exception]) -> Iterator[None]:
-    """Make a command print errors without a traceback; the innermost decorator of its function.
+    """Print a command's errors without a traceback; the innermost decorator of its function.
 
     Args:
-        more: Errors besides SuperServeError that the user can fix.
+        more: Other errors that the user can fix.
     """
     errors: tuple[type[Exception], ...] = (SuperServeError, *more)
     try:
@@ -24,6 +24,6 @@ def plain_errors(*more: type[Exception]) -> Iterator[None]:
     except BrokenPipeError:
         raise  # an OSError that no user can fix: click ends the command
     except errors as error:
-        import click  # noqa: PLC0415  applications that embed the client have none
+        import click  # noqa: PLC0415  applications that embed the client may not have it
 
         raise click.ClickException(str(error)) from error

@@ -1,4 +1,4 @@
-"""Hosts for a test: network namespaces with addresses of their own, each with its own sshd.
+"""Hosts for a test: network namespaces with own addresses and an own sshd each.
 
 A namespace more is the operator's, and holds the bridge that joins them all: nothing is in
 the machine's own network, so runs beside each other need no addresses of their own. Files are

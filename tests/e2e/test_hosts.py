@@ -135,7 +135,7 @@ def test_logs_are_followed_until_ctrl_c(hosts: Net) -> None:
 
 
 def test_up_changes_only_what_differs(hosts: Net) -> None:
-    """A second `up` changes nothing and says so; a host more, or less, starts or stops only that one's."""
+    """A second `up` reports no change; one host more or less starts or stops only that host's roles."""
     file = write(hosts, "a", "b")
     up(hosts, file)
     first = pids(hosts)
@@ -195,7 +195,7 @@ def kill_tree(launcher: subprocess.Popen[str]) -> None:
 
 
 def test_the_roles_of_a_host_die_with_their_supervisor(hosts: Net) -> None:
-    """`kill -9` of a host's supervisord leaves no role of its own; `status` says so, `up` mends it."""
+    """`kill -9` of a host's supervisord leaves none of its roles; `status` reports it, `up` repairs it."""
     file = write(hosts, "a", "b")
     up(hosts, file)
     before = pids(hosts)
@@ -241,7 +241,7 @@ def test_an_unreachable_host_is_named_and_the_others_run(hosts: Net) -> None:
 
 
 def test_a_wrong_key_is_named(hosts: Net) -> None:
-    """A host that does not let the operator in says so; under --rollback nothing is started at all."""
+    """A host that refuses the operator is reported; with --rollback nothing starts at all."""
     write(hosts, "a", "b", "c")
     hosts.ssh_config = hosts.strangers_config("c")
     code, output = hosts.cluster("up", str(hosts.folder / "hosts.yaml"), "--rollback")
@@ -251,7 +251,7 @@ def test_a_wrong_key_is_named(hosts: Net) -> None:
 
 
 def test_a_taken_port_keeps_everything_from_starting(hosts: Net) -> None:
-    """The router's port is somebody else's: it is named with its process, and nothing is started."""
+    """Another process has the router's port: the error names it, and nothing starts."""
     listen = (
         "import socket; s = socket.create_server(('0.0.0.0', 5556)); print('listens', flush=True); s.accept()"
     )

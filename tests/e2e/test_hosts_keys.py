@@ -1,4 +1,4 @@
-"""A cluster on two hosts with keys: who is listed is served, nobody else is, and `up` sends new lists."""
+"""A cluster on two hosts with keys: only listed clients are served, and `up` sends new lists."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_a_shell_that_prints_is_no_obstacle(hosts: Net) -> None:
 
 
 def test_a_drained_host_stays_away_until_it_is_asked_back(hosts: Net) -> None:
-    """Drain a host, and again; the doctor says what to type; what it says, and `up`, bring it back."""
+    """Drain a host twice; the doctor's command, and also `up`, bring it back."""
     file = write(hosts, "a", "b")
     up(hosts, file)
     code, output = hosts.cluster("drain", "b")

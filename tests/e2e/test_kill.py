@@ -82,14 +82,14 @@ def test_a_killed_worker_costs_seconds_of_attainment_and_no_query() -> None:
 
     check_all_answered_once(run)
     seconds = attainment_by_second(run)
-    # Progress is told four times a second: the fault came in this second or the next.
+    # Progress comes four times a second: the fault came in this second or the next.
     recovered = seconds[int(FAULT_S) + 1 + RECOVERY_S :]
     assert len(recovered) >= 2
     assert min(recovered) > 0.99, f"attainment by second: {seconds}; ends: {run.result.queries}"
 
 
 def test_a_stopped_worker_that_comes_back_answers_nothing_twice() -> None:
-    """SIGSTOP, SIGCONT: fenced or recovered, its late answers count for nobody a second time."""
+    """SIGSTOP, SIGCONT: fenced or recovered; its late answers are never counted twice."""
 
     def stop_and_continue(cluster: Cluster) -> None:
         pid = cluster.workers[3].pid

@@ -1,4 +1,4 @@
-"""/metrics scraped after a run says what the run's own result says."""
+"""/metrics scraped after a run agrees with the run's result."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_what_is_scraped_after_a_run_agrees_with_its_result(
 
 
 def test_a_router_that_crashed_serves_metrics_where_it_did(here: Machine) -> None:
-    """What scrapes it is not told of a new port."""
+    """Scrapers do not learn of a new port."""
     cluster = here.up("--metrics")
     router = cluster.roles[0]
     assert f"http://{router.metrics}/metrics" in here.run("up", *AS_BEFORE, "--metrics")[1]

@@ -1,4 +1,4 @@
-"""The FastAPI example answers rightly or says why not, in time, whatever happens behind it."""
+"""The FastAPI example answers correctly or gives a reason, in time, whatever happens behind it."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_wrong_query_is_the_callers_fault(url: str) -> None:
 
 @live
 def test_too_little_time_is_a_504_and_health_is_a_query(url: str) -> None:
-    """What no subnet can do is refused with the reason; a healthy cluster says who answered."""
+    """An impossible SLO is refused with the reason; a healthy cluster names the subnet that answered."""
     with httpx.Client(base_url=url, timeout=HANGS_S) as client:
         refused = ask(client, slo_ms=0.05)
         healthy = client.get("/health")

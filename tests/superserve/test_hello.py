@@ -107,7 +107,7 @@ def test_a_workers_hello_that_is_wrong_is_named_with_the_worker(change: dict[str
 
 
 def test_a_worker_without_a_name_has_that_of_its_connection() -> None:
-    """Where it says none, or an empty one."""
+    """If it states none, or an empty one."""
     for body in ({}, {"name": ""}, {"name": None}):
         assert WorkerHello.from_body({"n_slots": 1, "profiles": [{}], **body}, "c0ffee").name == "c0ffee"
 

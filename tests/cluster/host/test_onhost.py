@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow]
 
 ROOT = Path(__file__).parents[3]
 WAIT_S = 40.0
-# As every role: it dies with its parent, and ends with code 0 when it is told to.
+# Like every role: it dies with its parent, and ends with code 0 on SIGTERM.
 BEGINS = (
     "import os, signal, sys, time; from superserve.roles.processes import announce_ready, die_with_parent; "
     "die_with_parent(); "
@@ -88,7 +88,7 @@ class OneHost:
         return found
 
     def state(self, name: str, wanted: str) -> dict[str, Any]:
-        """Wait until supervisor has a word for a role; return what is said of it."""
+        """Wait until supervisor reports this state of a role; return its report."""
         give_up_s = time.monotonic() + WAIT_S
         while True:
             roles: list[dict[str, Any]] = self.ask("states")["roles"]
@@ -144,7 +144,7 @@ def test_what_ran_before_comes_back(host: OneHost) -> None:
 
 
 def test_down_ends_every_process_and_says_which(host: OneHost) -> None:
-    """The router alone first, if so told; then all, supervisord too; and again, nothing."""
+    """Only the router first, if asked; then all, supervisord included; a second time changes nothing."""
     host.apply(router=WAITS, one=WAITS)
     pids = host.running("router", "one")
     supervisord = host.ask("states")["supervisord"]
@@ -236,7 +236,7 @@ def test_what_concerns_the_keeper_alone_is_closed_to_roles(host: OneHost) -> Non
 
 
 def test_roles_die_with_their_supervisor_even_by_sigkill(host: OneHost) -> None:
-    """No orphan is left to hold a port or a GPU, and the next `apply` starts anew."""
+    """No orphan holds a port or a GPU, and the next `apply` starts all roles again."""
     host.apply(one=WAITS)
     pid = host.running("one")["one"]
     role = ProcessId.of(pid)

@@ -1,4 +1,4 @@
-"""A cluster of this machine whose roles keep crashing, or whose disk is full: said, and nothing is left."""
+"""A local cluster whose roles keep crashing, or whose disk is full: reported, and nothing is left."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def fill(path: Path) -> None:
 
 
 def test_a_cluster_outlives_a_full_disk(here: Machine, small_disk: Path) -> None:
-    """Roles are started again, `status` tells the truth, and `down` leaves nothing."""
+    """Roles are restarted, `status` is right, and `down` leaves nothing."""
     here.up()
     fill(small_disk)
     before = roles(here)

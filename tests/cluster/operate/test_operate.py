@@ -62,7 +62,7 @@ def test_a_rolling_restart_under_load_fails_no_query(here: Machine, tmp_path: Pa
 
 
 def test_drained_is_away_until_it_is_asked_back(here: Machine) -> None:
-    """Drain twice, status, restart by name, drain again, up: each says what it did."""
+    """Drain twice, status, restart by name, drain again, up: each prints what it did."""
     cluster = here.up()
 
     code, output = here.run("drain", "worker-0")
@@ -111,7 +111,7 @@ def test_a_worker_that_cannot_start_ends_a_rolling_restart(here: Machine) -> Non
 
 
 def test_the_doctor_finds_nothing_wrong_with_a_cluster_that_is_well(here: Machine) -> None:
-    """And another version of a worker, once one is started: exit 1, and JSON that says the same."""
+    """Doctor also finds a worker of another version: exit 1, and the same in JSON."""
     here.up()
     code, output = here.run("doctor")
     assert code == 0, output
@@ -131,7 +131,7 @@ def test_the_doctor_finds_nothing_wrong_with_a_cluster_that_is_well(here: Machin
 
 
 def test_the_router_is_restarted_only_if_asked_for(here: Machine) -> None:
-    """It comes back on its ports, its workers find it, and what that costs is said."""
+    """It comes back on its ports, its workers find it, and the command prints what that costs."""
     cluster = here.up()
     before = {name: here.pid(name) for name in ("router", "worker-0", "worker-1")}
 

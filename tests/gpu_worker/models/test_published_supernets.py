@@ -229,7 +229,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_tensors_name(
 
 
 def test_a_file_of_another_model_is_told_in_a_few_lines(tmp_path: Path) -> None:
-    """Hundreds of faults are counted, and only the first told."""
+    """Hundreds of faults are counted, and only the first is shown."""
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
     with torch.device("meta"):
@@ -243,7 +243,7 @@ def test_a_file_of_another_model_is_told_in_a_few_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"not tensors", b""])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_what_is_no_checkpoint_is_refused(content: bytes, suffix: str, tmp_path: Path) -> None:
-    """Mere bytes, nothing at all and a missing file are said to be none."""
+    """Random bytes, an empty file and a missing file are refused as no checkpoint."""
     path = tmp_path / f"junk{suffix}"
     path.write_bytes(content)
     for candidate in (path, tmp_path / f"absent{suffix}"):

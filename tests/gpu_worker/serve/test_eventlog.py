@@ -74,7 +74,7 @@ def test_what_was_added_is_read_back(entries: list[Entry], tmp_path_factory: pyt
 
 
 def test_a_full_disk_ends_the_log_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The worker goes on; it is said once, and the log is read up to there."""
+    """The worker goes on and logs it once; the event log is readable up to there."""
     path = tmp_path / "w.log"
     with full_after(300_000), EventLogWriter(path, HEADER) as log:
         for batch_id in range(20_000):

@@ -260,7 +260,7 @@ def test_the_digits_supernet_is_served(router: FakeRouter) -> None:
 
 @pytest.mark.e2e
 def test_a_drain_and_the_bye_right_behind_it_end_in_a_bye(router: FakeRouter) -> None:
-    """A router with nothing on a worker says both at once; the worker was drained, not lost."""
+    """A router without batches on a worker sends both at once; the worker was drained, not lost."""
     with worker(router, "--name", "w", "--emulate", PROFILE) as process:
         router.control(Kind.HELLO)
         router.welcome()

@@ -66,7 +66,7 @@ def test_the_search_is_bounded_and_returns_what_it_tried(limit_qps: float, max_p
 
 
 def test_nothing_holds_and_everything_holds() -> None:
-    """The search says None if even the lowest rate fails, and stops at the highest one."""
+    """The search returns None if even the lowest rate fails, and stops at the highest one."""
     assert highest_rate(lambda _: False, BOUNDS) is None
     assert highest_rate(lambda _: True, BOUNDS) == BOUNDS.highest_qps
 

@@ -1,4 +1,4 @@
-"""A null sink answers every query, and calibration says what the generator does alone."""
+"""A null sink answers every query, and calibration measures the generator alone."""
 
 from __future__ import annotations
 

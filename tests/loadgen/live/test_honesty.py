@@ -27,7 +27,7 @@ FREEZE_NS = 500 * MS
 def serve_with_a_freeze(
     socket: zmq.Socket[bytes], freeze: threading.Event, stop: threading.Event
 ) -> None:  # fmt: skip
-    """Answer as the sink does, and stand still once for `FREEZE_NS` when told to."""
+    """Answer like the sink, and stand still once for `FREEZE_NS` on request."""
     sink = Sink(socket)
     while not stop.is_set():
         if freeze.is_set():

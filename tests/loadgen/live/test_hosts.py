@@ -126,7 +126,7 @@ def test_a_run_across_hosts_that_is_stopped_is_reported_up_to_there() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_generator_that_cannot_begin_is_named_with_the_reason() -> None:
-    """The agent checks what it is given, says what is wrong with it, and lives."""
+    """The agent checks its orders, reports what is wrong, and goes on."""
     trace = load_trace("poisson:rate=100", duration_s=1.0, seed=8)
     with agents(1) as only, sink_server() as endpoint:
         name = only[0][1]

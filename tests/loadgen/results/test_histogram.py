@@ -50,7 +50,7 @@ def test_merged_parts_are_the_whole(parts: list[list[int]]) -> None:
 
 @given(ns=DURATIONS)
 def test_the_maximum_is_exact(ns: list[int]) -> None:
-    """The longest stall is told as it was."""
+    """The longest stall is reported exactly."""
     assert histogram_of(ns).quantile_ns(1000) == (max(ns) if ns else None)
 
 

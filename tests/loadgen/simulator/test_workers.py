@@ -100,12 +100,12 @@ def test_a_simulated_process_says_what_an_emulated_one_does(seed: int) -> None:
 
 
 def said(messages: list[Message]) -> list[object]:
-    """Return what is said, but for outputs, which are not simulated."""
+    """Return the messages without outputs, which are not simulated."""
     return [[told(row) for row in one.rows] if isinstance(one, Done) else repr(one) for one in messages]
 
 
 def told(row: DoneRow) -> tuple[object, ...]:
-    """Return what a report says, but for outputs."""
+    """Return a report without its outputs."""
     return (
         row.batch_id, row.slot, row.credit, row.held, row.n, row.waited_ns, row.executing_ns, row.last_batch,
         row.running_batch, row.running_for_ns, None if row.statuses is None else bytes(row.statuses),

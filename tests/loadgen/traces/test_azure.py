@@ -390,6 +390,6 @@ def test_the_2019_sample_squeezed_keeps_its_shape() -> None:
 
 @needs_traces
 def test_the_durations_table_is_no_trace() -> None:
-    """It has no arrivals, and its header says so."""
+    """It has no arrivals, and its header shows that."""
     with pytest.raises(TraceError, match="unknown header 'HashOwner,HashApp,HashFunction,Average"):
         load_trace(str(DURATIONS))

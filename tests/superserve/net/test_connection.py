@@ -51,7 +51,7 @@ def connection(router: FakeRouter) -> Iterator[Connection]:
 
 
 def is_connected(connection: Connection) -> bool:
-    """Look, and tell whether a router is connected."""
+    """Process events, and return whether a router is connected."""
     for _ in connection.receive():
         pass
     connection.look()
@@ -102,7 +102,7 @@ def test_without_a_connection_nothing_is_said_and_nothing_queued() -> None:
 
 
 def test_a_broken_connection_is_noticed_without_a_word(connection: Connection, router: FakeRouter) -> None:
-    """Long before the heartbeat would tell."""
+    """Long before the heartbeat would show it."""
     welcome(connection, router, 10**9)
     router.close()
     poll(lambda: not is_connected(connection))

@@ -172,7 +172,7 @@ def test_a_key_that_is_replaced_changes_the_signature(folder: Path) -> None:
 
 
 def test_a_router_key_is_no_peers(folder: Path) -> None:
-    """Whoever gives the router's own secret to a client is told."""
+    """Giving the router's own secret to a client is an error."""
     with pytest.raises(ConfigError, match="the router's own secret"):
         keys.peer_keys(folder / "router.key")
     (folder / "router.key").write_text((folder / "operator.key").read_text())

@@ -154,7 +154,7 @@ def test_a_role_that_ends_before_it_is_ready_is_an_error_with_its_last_words(tmp
 
 
 def test_a_role_killed_before_it_is_ready_is_named_with_its_signal() -> None:
-    """An exit by a signal is told by the signal's name."""
+    """An exit by a signal is reported with the signal's name."""
     role = start("worker", ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
 
     with pytest.raises(ProcessError, match="SIGKILL"):
@@ -409,7 +409,7 @@ def test_the_first_role_to_fail_is_the_one_reported() -> None:
 
 
 def test_all_late_roles_are_named() -> None:
-    """One error tells of every role that was not ready in time."""
+    """One error lists every role that was not ready in time."""
     with pytest.raises(ProcessError, match=r"worker-0 .*nor: worker-1"):
         _wait_for_group({"worker-0": SILENT, "worker-1": SILENT}, 0.2)
 
