@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test check bench chaos mutants reproduce demo train wheel clean
+.PHONY: help install lint test check bench chaos mutants environments reproduce demo train wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -53,6 +53,9 @@ chaos: $(INSTALLED) ## 10,000 fault schedules through the real core on a virtual
 
 mutants: $(INSTALLED) ## break one line after the other; the unit tests must notice each; some minutes
 	$(BIN)/python -m tests.mutants
+
+environments: $(INSTALLED) ## 1,000 commands in hostile environments; half an hour
+	$(BIN)/python -m tests.environments
 
 # MAF is a day of Azure Functions 2019, which docs/traces.md says where to find: make reproduce MAF=FILE.
 reproduce: $(INSTALLED) ## the paper's results made again, in twenty minutes; out/reproduce/results.md
