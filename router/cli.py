@@ -88,6 +88,7 @@ def cli(
         client_endpoint, worker_endpoint, policy, core, keys=keys, is_open=security == "none"
     )
     metrics = None if metrics_port is None else RouterMetrics()
+    recorder = None
     with ExitStack() as stack:
         try:
             if keys is not None and security == "none":
@@ -108,6 +109,8 @@ def cli(
                 signal.signal(number, lambda *_: server.stop())
             server.open()
         except SuperServeError as error:
+            if recorder is not None:
+                recorder.abandon()
             raise click.ClickException(str(error)) from error
         _serve(server, where)
 

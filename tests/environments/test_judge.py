@@ -13,7 +13,8 @@ from tests.environments.judge import Seen, complaints
 STEP = step("loadgen simulate", "digest", files={"r.json": JSON})
 HOSTILE = Hostile("a full disk", excuse="No space left")
 WORKED = Seen(0, "digest", "", files={"out/r.json": 9}, contents={"r.json": "{}"})
-REFUSED = Seen(1, "", "Error: /disk: No space left on device\n")
+LINE = "Error: /disk: No space left on device\n"
+REFUSED = Seen(1, "", LINE)
 USAGE = "Usage: loadgen simulate [OPTIONS]\nTry 'loadgen simulate --help' for help.\n\n"
 TRACEBACK = (
     'Traceback (most recent call last):\n  File "superserve/roles/command.py"\nOSError: No space left\n'
@@ -26,7 +27,7 @@ def judged(seen: Seen, hostile: Hostile = HOSTILE) -> str:
 
 
 @pytest.mark.parametrize(
-    "seen", [WORKED, REFUSED, replace(REFUSED, stderr=USAGE + REFUSED.stderr), replace(REFUSED, stderr=None)]
+    "seen", [WORKED, REFUSED, replace(REFUSED, stderr=USAGE + LINE), replace(REFUSED, stderr=None)]
 )
 def test_what_works_or_refuses_in_one_line_is_right(seen: Seen) -> None:
     """With a command's usage before the line, too, or with nobody to read it."""
@@ -43,8 +44,8 @@ def test_what_works_or_refuses_in_one_line_is_right(seen: Seen) -> None:
         (replace(REFUSED, code=-11, stderr=""), "ended by signal 11"),
         (replace(REFUSED, stderr=""), "failed without a word"),
         (replace(REFUSED, stderr="No space left on device\n"), "0 lines begin with 'Error: '"),
-        (replace(REFUSED, stderr=REFUSED.stderr + "and more\n"), "more than one line: 'and more'"),
-        (replace(REFUSED, stderr="dear me\n" + (REFUSED.stderr or "")), "more than its error on stderr"),
+        (replace(REFUSED, stderr=LINE + "and more\n"), "more than one line: 'and more'"),
+        (replace(REFUSED, stderr="dear me\n" + LINE), "more than its error on stderr"),
         (replace(REFUSED, stderr="Error: something is wrong\n"), "does not speak of 'No space left'"),
         (replace(REFUSED, code=0), "exit code 0, and no 'digest' in its output"),
         (replace(REFUSED, contents={"r.json": "{"}), "wrote r.json, and failed"),

@@ -32,11 +32,12 @@ def run(
         for number in closed:
             os.close(number)
 
-    return subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         [sys.executable, "-P", "-c", words], env=env, text=True, timeout=WAIT_S, check=False,
         stdin=subprocess.DEVNULL, stdout=options.get("stdout", subprocess.PIPE), stderr=subprocess.PIPE,
         preexec_fn=close if closed else options.get("preexec_fn"),
-    )  # type: ignore[call-overload, no-any-return]  # fmt: skip
+    )  # type: ignore[call-overload]  # fmt: skip
+    return done
 
 
 @pytest.mark.parametrize(
