@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-full check bench chaos mutants gate reproduce demo train docs wheel clean
+.PHONY: help install lint test test-full check bench chaos mutants environments gate reproduce demo train docs \
+	wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -62,6 +63,9 @@ chaos: $(INSTALLED) ## 10,000 fault schedules through the real core on a virtual
 
 mutants: $(INSTALLED) ## break one line after the other; the unit tests must notice each; some minutes
 	$(BIN)/python -m tests.mutants
+
+environments: $(INSTALLED) ## 1,000 commands in hostile environments; half an hour
+	$(BIN)/python -m tests.environments
 
 # TRACES is a folder with Azure's files, which docs/traces.md says where to find; POLICY is who is judged. Every
 # judgement is listed, so try a policy with `loadgen gate` first: see docs/gate.md.

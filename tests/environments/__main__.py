@@ -37,6 +37,8 @@ def main() -> int:
     with inputs() as folder:
         verdicts = run_all(chosen.values(), folder, asked.at_once)
         for number, verdict in zip(chosen, verdicts, strict=True):
+            if sys.stderr.isatty() or counts.total() % 100 == 99:
+                click.echo(f"{counts.total() + 1} of {len(chosen)}", err=True)
             counts["skipped" if verdict.skipped else "failed" if verdict.complaints else "passed"] += 1
             if verdict.skipped:
                 counts[f"skipped: {verdict.skipped}"] += 1

@@ -153,10 +153,10 @@ def _one_line(text: str) -> list[str]:
     lines = [line for line in said.splitlines() if line.strip() and not _LOG_LINE.match(line)]
     if not lines:
         return ["failed without a word"]
+    if of_library := [line for line in lines if line.startswith(_OF_LIBRARIES)]:
+        # All that there is where it ends the process itself.
+        lines = [line for line in lines if line not in of_library] or [f"Error: {of_library[0]}"]
     errors = [line for line in lines if line.startswith(("Error: ", "Aborted!"))]
-    if errors != lines[:1]:  # below a library's own words, which may be all where it ends the process
-        lines = [line for line in lines if not line.startswith(_OF_LIBRARIES)] or [f"Error: {lines[0]}"]
-        errors = errors or lines[:1]
     if len(errors) != 1:
         return [f"{len(errors)} lines begin with 'Error: '"]
     # What a role had said before it ended is quoted below the error that names it.

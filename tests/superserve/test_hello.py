@@ -149,3 +149,12 @@ def test_a_clients_hello_needs_a_session(session: object) -> None:
     """It is what the router knows the client by."""
     with pytest.raises(WireError, match="hello: session: expected an integer, got "):
         ClientHello.from_body({} if session is ... else {"session": session})
+
+
+def test_who_comes_to_the_others_endpoint_hears_so() -> None:
+    """A router has an endpoint for each, and their ports are easily taken for each other."""
+    client = over_json(ClientHello(session=7).body())
+    with pytest.raises(WireError, match="a client came to the endpoint of workers"):
+        WorkerHello.from_body(client, "w")
+    with pytest.raises(WireError, match="a worker came to the endpoint of clients"):
+        ClientHello.from_body({"role": "worker", "name": "w"})

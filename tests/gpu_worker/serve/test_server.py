@@ -308,3 +308,14 @@ def test_wrong_options_are_named_in_one_line(options: list[str], says: str) -> N
     assert result.exit_code == 1
     assert says in result.output
     assert result.output.count("\n") == 1
+
+
+def test_a_worker_that_cannot_begin_leaves_no_log(tmp_path: Path) -> None:
+    """A header alone is no log."""
+    path = tmp_path / "gpus.log"
+    result = CliRunner().invoke(
+        cli, ["--connect", "nowhere", "--emulate", "cnn-8gpu-modelled", "--event-log", str(path)]
+    )
+    assert result.exit_code == 1
+    assert "expected tcp://HOST:PORT" in result.output
+    assert not path.exists()

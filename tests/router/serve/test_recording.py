@@ -208,3 +208,16 @@ def test_a_log_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
     """Said before anything is served."""
     with pytest.raises(ConfigError, match="expected a path that can be written: No such file"):
         Recorder(tmp_path / "no" / "log", "slackfit", CoreSettings())
+
+
+def test_a_router_that_cannot_begin_leaves_no_log(tmp_path: Path) -> None:
+    """Nothing was served, so there is nothing to replay; what lay there before is not removed."""
+    new, old = tmp_path / "new.jsonl", tmp_path / "old.jsonl"
+    old.write_text("kept by name\n")
+    for path in (new, old):
+        result = CliRunner().invoke(
+            router, ["--record", str(path), "--client-endpoint", f"ipc://{tmp_path}/none/socket"]
+        )
+        assert result.exit_code == 1
+    assert not new.exists()
+    assert old.exists()

@@ -217,3 +217,19 @@ def test_asking_such_a_router_for_status_fails_at_once(
         router.send(refused)
         with pytest.raises(ConfigError, match=f"wire version: expected 2, got {theirs}: "):
             asked.result(WAIT_S)
+
+
+def test_why_a_router_refuses_is_said_once_and_kept(
+    connection: Connection, router: FakeRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refusal comes with each HELLO; who gives up waiting hears it, and not that nobody answers."""
+    assert "no router answers" in connection.absence
+    router.welcome = lambda: None  # type: ignore[method-assign]  # this one refuses
+    connection.tick(10**9)
+    router._next(10**9)
+    for _ in range(3):
+        router.send(Control(Kind.REFUSED, {"code": "refused", "reason": "expected that of clients"}))
+    poll(lambda: is_connected(connection) and len(connection.refusals) == 3)
+
+    assert connection.absence == f"{router.endpoint} refused this client: expected that of clients"
+    assert caplog.text.count("expected that of clients") == 1

@@ -23,7 +23,15 @@ WAIT_S = 20.0  # far more than any child here takes; reached only when something
 PRELUDE = "import os, signal, sys\nfrom superserve.roles.processes import announce_ready, die_with_parent\n"
 OBEDIENT = PRELUDE + "die_with_parent()\nannounce_ready({'pid': os.getpid()})\nsignal.pause()\n"
 SILENT = PRELUDE + "die_with_parent()\nprint('still loading')\nsignal.pause()\n"
-DEAF = PRELUDE + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nannounce_ready({})\nsignal.pause()\n"
+DEAF = (
+    PRELUDE
+    + """
+print("deaf", flush=True)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+announce_ready({})
+signal.pause()
+"""
+)
 # Notes in a file that it was asked to stop, then obeys.
 NOTING = (
     PRELUDE
