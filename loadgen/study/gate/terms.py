@@ -101,7 +101,7 @@ def slos_family() -> list[GateCell]:
 def mixes_family() -> list[GateCell]:
     """Return queries of several SLOs."""
     three = "29.4:7.5,381.5:3,499.8:0.36"
-    ramps = "ramp-crash:from=200,to=16000,ramp=0.07,rest=0.05"
+    ramps = "ramp-crash:from=50,to=17000,ramp=0.096,rest=0.265"
     mixes = [
         ("29/382/500 on ramps", ramps, three),
         ("29/382/500 at 50%", _poisson(0.5), three),
