@@ -64,6 +64,8 @@ _START_AFTER_NS = 300 * MS
 """From the order to start until the first instant: every sender has it by then."""
 _STOP_AFTER_NS = 400 * MS
 """From the order to stop until that instant: a sender looks for orders four times a second."""
+_LAST_WORDS_MS = 1_000
+"""What an ended sender sent last comes within this, however busy the machine: it was sent before it ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,9 +398,9 @@ class _Coordinator:
             yield bytes(frames[0]), decode_run(frames[1:])
 
     def _check_senders(self) -> None:
-        """Raise ProcessError if a sender died; one that is done may have ended already."""
+        """Raise ProcessError if a sender died; one that is done may have ended, its report on the way."""
         n_running = sum(process.poll() is None for process in self._group.processes)
-        if n_running < self._n_senders - self._n_done:
+        if n_running < self._n_senders - self._n_done and not self._control.poll(_LAST_WORDS_MS):
             self._group.check()
 
 

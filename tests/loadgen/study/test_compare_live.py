@@ -27,7 +27,6 @@ def test_what_cannot_be_offered_live_is_refused_before_anything_starts(cell: Cel
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_policies_take_turns_on_the_same_queries() -> None:
     """Each policy has its figures for each seed, in the order of the rounds, and what each run said."""
