@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml
 # Files of tests go to processes as wholes, in the order that tests/conftest.py gives them: the longest first.
 # Three on two cores, since many tests wait for processes that they have started.
 JOBS ?= 3
-SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder --hypothesis-profile quick
 
 lint: $(INSTALLED) ## format, lint and types
 	$(BIN)/ruff format --check
@@ -47,8 +47,8 @@ test: lint ## lint, types and every test that is not slow; some five minutes on 
 	$(BIN)/pytest -m "not slow" $(SIDE_BY_SIDE)
 
 # One after the other: what is judged live shall not be slowed down by the next test.
-test-full: $(INSTALLED) ## the slow tests, which `make test` leaves out
-	$(BIN)/pytest -m slow
+test-full: $(INSTALLED) ## what `make test` leaves out: the slow tests, and more examples of each property
+	$(BIN)/pytest -m "slow or hypothesis"
 
 check: lint ## lint, types and the tests that start no process; a minute
 	$(BIN)/pytest -m "not slow and not e2e" $(SIDE_BY_SIDE)

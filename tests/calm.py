@@ -1,4 +1,4 @@
-"""A judgement of what is measured live counts on a calm machine; on a busy one it is repeated, and given up."""
+"""What is judged live counts on a calm machine; on a busy one it is repeated, and given up at last."""
 
 from __future__ import annotations
 

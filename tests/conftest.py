@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.effort import QUICK
 from tests.paths import ROOT
 
 if TYPE_CHECKING:
     import pytest
 
 settings.register_profile("superserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", settings.get_profile("superserve"), max_examples=QUICK)
 # For `make mutants`: the same examples each time, and none made smaller, since only whether one fails counts.
 settings.register_profile(
     "mutants",
@@ -32,6 +34,8 @@ settings.load_profile("superserve")
 
 _PATHS = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(_PATHS))
+# Torch on one thread, here and in what tests start: small batches on several wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
