@@ -32,6 +32,9 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	@touch $@
 
+# Hundreds of Pythons start in a run: each reads what the first has compiled, whatever the shell says of that.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Files of tests go to processes as wholes, in the order that tests/conftest.py gives them: the longest first.
 # Three on two cores, since many tests wait for processes that they have started.
 JOBS ?= 3

@@ -34,6 +34,8 @@ settings.load_profile("superserve")
 
 _PATHS = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(_PATHS))
+# Hundreds of them start in a run: each reads what the first has compiled, whatever the shell says of that.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Torch on one thread, here and in what tests start: small batches on several wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
