@@ -3,8 +3,7 @@
 Processes that tests start find the packages of this checkout, wherever the environment's install points:
 they do not look for them in the working folder (see `superserve.plugins`).
 
-Files whose tests start processes come first: they take longest, and of tests that run side by side the long
-ones must not be the last.
+What takes longest comes first, since of tests that run side by side a long one must not be the last.
 """
 
 from __future__ import annotations
@@ -41,6 +40,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files with tests that start processes first, in whatever order they are."""
+    """Put mypy first, then the files with tests that start processes; beyond that order is random."""
     longest = {item.path for item in items if item.get_closest_marker("e2e")}
-    items.sort(key=lambda item: item.path not in longest)
+    items.sort(key=lambda item: (item.path.name != "test_types.py", item.path not in longest))
