@@ -66,7 +66,7 @@ class OneHost:
         """Do a verb; what starts a keeper, in a process of its own as over ssh: the keeper outlives it."""
         asked = {"folder": str(self.folder), **asked}
         if verb != "apply":
-            return checked("here", do(verb, asked))
+            return checked("here", json.loads(json.dumps(do(verb, asked))))
         done = subprocess.run(
             [sys.executable, "-P", "-m", "cluster.host.onhost", verb], cwd=ROOT, text=True, check=True,
             input=json.dumps(asked), capture_output=True,
