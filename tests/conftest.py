@@ -9,15 +9,17 @@ What takes longest comes first, since of tests that run side by side a long one 
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.effort import QUICK
 from tests.paths import ROOT
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Iterator
 
 settings.register_profile("superserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("quick", settings.get_profile("superserve"), max_examples=QUICK)
@@ -43,3 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put mypy first, then the files with tests that start processes; beyond that order is random."""
     longest = {item.path for item in items if item.get_closest_marker("e2e")}
     items.sort(key=lambda item: (item.path.name != "test_types.py", item.path not in longest))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heed_ctrl_c() -> Iterator[None]:
+    """A signal that is ignored stays so in children, and a suite in a shell's background ignores Ctrl-C."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
