@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tests.e2e.netns import Net
 
 __all__ = ["hosts"]  # the fixture
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @judged_live
