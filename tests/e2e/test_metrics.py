@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 AS_BEFORE = ("--emulate", "cnn-8gpu-modelled:2", "--workers", "2")  # as `Machine.up` asks for
 Samples = dict[tuple[str, ...], float]
@@ -65,7 +65,14 @@ def ended(samples: Samples) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize(("rate_qps", "policy"), [(800, "slackfit"), (6_000, "slackfit"), (6_000, "maxacc")])
+@pytest.mark.parametrize(
+    ("rate_qps", "policy"),
+    [
+        (800, "slackfit"),
+        pytest.param(6_000, "slackfit", marks=pytest.mark.slow),
+        pytest.param(6_000, "maxacc", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_scraped_after_a_run_agrees_with_its_result(
     here: Machine, tmp_path: Path, rate_qps: int, policy: str
 ) -> None:

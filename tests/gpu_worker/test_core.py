@@ -19,6 +19,7 @@ from profiles.table import load_profile
 from superserve.clock import MS, SECOND
 from superserve.errors import ConfigError, WireError
 from superserve.wire import Control, Done, Kind, Ping, Pong, Pull, PullRow, Status
+from tests.effort import examples
 
 if TYPE_CHECKING:
     from superserve.wire import DoneRow, Message
@@ -174,7 +175,7 @@ def play(router: Router, step: tuple[str | int, ...]) -> None:
                 router.sent.clear()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(steps=STEPS)
 def test_whatever_comes_the_core_keeps_its_word(steps: list[tuple[str | int, ...]]) -> None:
     """Each batch of the present epoch ends once and in order, credit is bounded, old epochs are silent."""

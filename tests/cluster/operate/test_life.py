@@ -110,7 +110,6 @@ def test_a_cluster_is_ready_when_up_returns_and_gone_when_down_does(here: Machin
     assert "worker-1 joined" in output
 
 
-@pytest.mark.slow
 def test_a_plain_up_serves_digits_and_load_sends_what_they_take(here: Machine, tmp_path: Path) -> None:
     """Without options the shipped supernet is up, and a plain load has payloads of the model's size."""
     code, output = here.run("up", "--device", "cpu")
@@ -128,7 +127,6 @@ def test_a_plain_up_serves_digits_and_load_sends_what_they_take(here: Machine, t
     assert here.processes() == []
 
 
-@pytest.mark.slow
 def test_down_answers_what_is_queued(here: Machine) -> None:
     """Queries that the router has taken are served before it ends, in order."""
     code, output = here.run("up", "--emulate", "transformer-8gpu-modelled:1")
@@ -145,7 +143,6 @@ def test_down_answers_what_is_queued(here: Machine) -> None:
         assert [future.result(WAIT_S).is_late for future in futures] == [False] * 100
 
 
-@pytest.mark.slow
 def test_clusters_of_two_names_run_side_by_side(here: Machine) -> None:
     """Each goes down alone; what to type next names the one that is not the default."""
     here.up()
@@ -206,7 +203,6 @@ def test_a_worker_that_is_not_ready_in_time_is_named(here: Machine) -> None:
     assert here.processes() == []
 
 
-@pytest.mark.slow
 def test_a_port_that_is_taken_is_told_from_the_routers_log(here: Machine) -> None:
     """The router cannot bind, and names the port."""
     cluster = here.up()
@@ -294,7 +290,6 @@ def test_a_cluster_that_starts_can_be_stopped_from_elsewhere(here: Machine) -> N
 # --- what dies later --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["worker-1", "router"])
 def test_a_role_that_is_killed_is_started_again_and_status_says_so(here: Machine, name: str) -> None:
     """The others stay; a router gets its ports again, so that all find it."""
@@ -319,7 +314,6 @@ def test_a_role_that_is_killed_is_started_again_and_status_says_so(here: Machine
     assert here.processes() == []
 
 
-@pytest.mark.slow
 def test_a_worker_that_waits_for_its_restart_makes_status_unwell(here: Machine) -> None:
     """Exit 1, with its state and its last lines."""
     here.up()
@@ -356,7 +350,6 @@ def test_an_unwell_cluster_is_not_what_up_asks_for(here: Machine) -> None:
     assert here.processes() == []
 
 
-@pytest.mark.slow
 def test_a_killed_keeper_takes_all_with_it_and_the_next_up_recovers(here: Machine) -> None:
     """No process stays; status and load report what happened; up removes the remains and reports that."""
     cluster = here.up()
@@ -378,7 +371,6 @@ def test_a_killed_keeper_takes_all_with_it_and_the_next_up_recovers(here: Machin
     assert here.run("down")[0] == 0
 
 
-@pytest.mark.slow
 def test_down_tidies_up_after_a_killed_keeper(here: Machine) -> None:
     """It reports that, and removes the file."""
     cluster = here.up()
@@ -392,7 +384,6 @@ def test_down_tidies_up_after_a_killed_keeper(here: Machine) -> None:
     assert here.files() == set()
 
 
-@pytest.mark.slow
 def test_a_keeper_that_does_not_stop_is_killed_and_its_roles_with_it(here: Machine) -> None:
     """Stopped by SIGSTOP, it handles no SIGTERM; down reports that it was killed."""
     cluster = here.up()

@@ -62,7 +62,6 @@ def test_the_smallest_subnet_is_as_accurate_as_the_profile_says() -> None:
     assert measured_accuracy(0) == pytest.approx(PROFILE.subnets[0].accuracy, abs=0.1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("row", range(1, LARGEST + 1))
 def test_every_subnet_is_as_accurate_as_the_profile_says(row: int) -> None:
     """So do all the larger subnets."""

@@ -60,7 +60,6 @@ def agents(n: int) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_two_generators_give_the_result_of_one() -> None:
     """Every query of the trace is sent and answered once, in the trace's order, by two at one instant."""
@@ -81,11 +80,10 @@ def test_two_generators_give_the_result_of_one() -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_a_generator_that_is_killed_leaves_a_marked_gap() -> None:
     """What the others saw counts; the lost one's queries are unsent, named, and spoil the run."""
-    trace = load_trace("poisson:rate=100", duration_s=8.0, seed=6)
+    trace = load_trace("poisson:rate=100", duration_s=4.0, seed=6)
     with agents(2) as both, sink_server() as endpoint:
         (victim, lost), (_, kept) = both
 
@@ -106,7 +104,6 @@ def test_a_generator_that_is_killed_leaves_a_marked_gap() -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_a_run_across_hosts_that_is_stopped_is_reported_up_to_there() -> None:
     """All stop; the result is partial, and every query before the end is accounted for."""
@@ -123,7 +120,6 @@ def test_a_run_across_hosts_that_is_stopped_is_reported_up_to_there() -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_generator_that_cannot_begin_is_named_with_the_reason() -> None:
     """The agent checks its orders, reports what is wrong, and goes on."""

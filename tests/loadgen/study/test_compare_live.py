@@ -40,7 +40,6 @@ def test_a_policy_on_slower_gpus_is_not_compared_live() -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_policies_take_turns_on_the_same_queries() -> None:
     """Each policy has its figures for each seed, in the order of the rounds, and what each run said."""

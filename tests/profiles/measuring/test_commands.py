@@ -225,7 +225,6 @@ def test_show_prints_a_heat_map_or_draws_it(tmp_path: Path) -> None:
     assert "did you mean 'cnn-8gpu-modelled'?" in refused.output
 
 
-@pytest.mark.slow
 def test_without_subnet_norm_small_digits_subnets_guess(tmp_path: Path) -> None:
     """The shipped digits: the smallest is right on most images; with the largest's statistics, on few."""
     shipped = load_profile("digits-cpu")

@@ -17,7 +17,7 @@ from superserve.roles.processes import ProcessGroup, RoleProcess, start, wait_re
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = [pytest.mark.timeout(30), pytest.mark.e2e]
 
 WAIT_S = 20.0  # far more than any child here takes; reached only when something is broken
 PRELUDE = "import os, signal, sys\nfrom superserve.roles.processes import announce_ready, die_with_parent\n"
