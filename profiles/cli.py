@@ -8,7 +8,7 @@ import click
 
 from profiles.measuring import commands
 from superserve.files import check_text
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 
 @click.group()

@@ -20,7 +20,7 @@ from router.serve.loop import RouterServer, ServerSettings
 from router.serve.recording import Recorder, replay
 from superserve.clock import MS
 from superserve.errors import ConfigError, SuperServeError
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version

@@ -34,7 +34,7 @@ from superserve.clock import MS
 from superserve.errors import ConfigError
 from superserve.fields import read_file
 from superserve.files import write_all
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -28,7 +28,7 @@ from profiles.show import draw_heat_map, flops, flops_unit, print_heat_map
 from profiles.table import load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 from superserve.subnet import Subnet
 
 if TYPE_CHECKING:

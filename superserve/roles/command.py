@@ -1,8 +1,9 @@
 """How each command begins and ends, whatever its environment: `run`, which every entry point calls.
 
-It imports nothing but Python's own modules, and the command itself inside its guard: what is wrong with an
-environment often shows while numpy, ZeroMQ or torch are loaded. An error of the system then ends the command
-in one line on stderr. Errors of our own keep their traceback.
+It imports only Python's own modules and `superserve.errors`, and the command itself inside its guard: a
+broken environment often shows while numpy, ZeroMQ or torch are loaded. An error of the system then ends the
+command in one line on stderr. So does a SuperServeError, by `plain_errors` around the command's function.
+Bugs keep their traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
+
+from superserve.errors import SuperServeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +45,24 @@ def run(module: str, name: str | None = None) -> NoReturn:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     sys.exit(_flushed(code))
+
+
+@contextlib.contextmanager
+def plain_errors(*more: type[Exception]) -> Iterator[None]:
+    """Print a command's errors without a traceback; the innermost decorator of its function.
+
+    Args:
+        more: Other errors that the user can fix.
+    """
+    errors: tuple[type[Exception], ...] = (SuperServeError, *more)
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # an OSError that no user can fix: click ends the command
+    except errors as error:
+        import click  # noqa: PLC0415  applications that embed the client may not have it
+
+        raise click.ClickException(str(error)) from error
 
 
 def begin() -> None:

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from superserve.errors import ConfigError, ProcessError
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 pytestmark = pytest.mark.timeout(30)
 
