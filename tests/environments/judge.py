@@ -26,7 +26,8 @@ _USAGE = re.compile(r"Usage: [^\n]*\n(?:  [^\n]*\n)*Try [^\n]*\n\n(?=Error: )")
 _TEMPORARY = re.compile(r"\.part$|\.tmp$|^tmp[a-z0-9_]{6,}$|^\.|~$|superserve-")
 _KEPT = "home/.local"
 _OF_LIBRARIES = "OpenBLAS "  # it prints, and ends the process or has it interrupted
-_LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+_LOG_LINE = re.compile(r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\s+[\d.]+ s  \w)")
+"""Of a server, and of a command that says how far it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +158,16 @@ def _one_line(text: str) -> list[str]:
         # All that there is where it ends the process itself.
         lines = [line for line in lines if line not in of_library] or [f"Error: {of_library[0]}"]
     errors = [line for line in lines if line.startswith(("Error: ", "Aborted!"))]
+    # What a role had said before it ended is quoted below the error that names it.
+    is_quoting = errors[:1] == lines[:1] and lines[0].rstrip().endswith(":")
+    if is_quoting:
+        errors, lines = errors[:1], lines[:1]
     if len(errors) != 1:
         return [f"{len(errors)} lines begin with 'Error: '"]
-    # What a role had said before it ended is quoted below the error that names it.
-    after = lines[lines.index(errors[0]) + 1 :]
+    after = lines[1:]
     if lines[0] != errors[0]:
         return [f"more than its error on stderr: {lines[0][:200]!r}"]
-    if after and not errors[0].rstrip().endswith(":"):
+    if after:
         return [f"more than one line: {after[0][:200]!r}"]
     return [f"a line of {len(errors[0])} characters"] if len(errors[0]) > _LINE else []
 

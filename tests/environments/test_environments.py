@@ -35,6 +35,7 @@ def test_the_sample_has_every_family_and_every_command() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(180)  # a cluster is started, asked and stopped where processors may be busy
 @pytest.mark.parametrize("pair", sample(), ids=str)
 def test_a_command_works_or_says_in_one_line_why_not(pair: Pair, folder: Path) -> None:
     """It leaves no process, no empty file and no temporary one."""

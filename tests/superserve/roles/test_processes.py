@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from superserve.errors import ProcessError
+from superserve.roles import processes
 from superserve.roles.processes import ProcessGroup, RoleProcess, start, wait_ready
 
 if TYPE_CHECKING:
@@ -171,9 +173,11 @@ def test_a_role_killed_before_it_is_ready_is_named_with_its_signal() -> None:
 
 def test_a_role_that_stays_silent_is_killed_when_its_time_is_up(tmp_path: Path) -> None:
     """Time out: an error that names the limit, and no process left."""
-    role = start("router", ["-c", SILENT])
+    role = start("router", ["-c", "import signal; signal.pause()"])
 
-    with pytest.raises(ProcessError, match=r"router .*was not ready within 0.2 s"):
+    with pytest.raises(
+        ProcessError, match=r"router .*was not ready within 0.2 s; it wrote nothing to its log"
+    ):
         wait_ready(role, 0.2)
 
     assert role.poll() == -signal.SIGKILL
@@ -432,3 +436,40 @@ def test_a_group_tells_when_a_role_has_ended() -> None:
 
         with pytest.raises(ProcessError, match=r"worker .*SIGKILL.* while it was needed"):
             group.check()
+
+
+@pytest.mark.parametrize("how", ["ignored", "blocked"])
+def test_a_role_can_be_stopped_wherever_its_parent_runs(how: str) -> None:
+    """A parent that ignores or blocks SIGTERM hands that down, and is the one that sends it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        if how == "ignored":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        else:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        role = start("router", ["-c", OBEDIENT])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    wait_ready(role, WAIT_S)
+    assert role.stop(timeout_s=WAIT_S) == -signal.SIGTERM
+
+
+def test_garbage_in_our_variables_is_no_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was started by hand, where somebody has set them, serves all the same."""
+    monkeypatch.setenv("SUPERSERVE_READY_FD", "garbage")
+    monkeypatch.setenv("SUPERSERVE_PARENT_PID", "garbage")
+    processes.die_with_parent()
+    processes.announce_ready({"port": 1})
+
+
+def test_a_role_that_could_write_nothing_on_a_full_disk_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty log alone would tell nobody why it ended."""
+    real = os.statvfs
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: SimpleNamespace(f_bavail=0) if path == tmp_path else real(path)
+    )
+    with pytest.raises(ProcessError, match=rf"it wrote nothing, as no space is left in {tmp_path}"):
+        wait_ready(start("worker", ["-c", "raise SystemExit(1)"]), WAIT_S)
