@@ -237,7 +237,7 @@ class Comparison:
 
     Attributes:
         policies: As `--policy` takes them, `@SPEED` included; the first is what the others are compared with.
-        duration_s: Of the cells without an own length; None is 30 s, or all that was recorded.
+        duration_s: Of cells that have no length; None is 30 s, or all that was recorded.
         with_bound: Whether the bound is computed too.
     """
 
