@@ -24,7 +24,7 @@ KILL = Fault("kill", 0, "worker:0")
         (Cell("e", "poisson:rate=10", TWO, faults=(KILL,)), "cell e: faults, jitter, .* are only simulated"),
         (Cell("f", "poisson:rate=10", TWO, priority="1:0.5"), "cell f: .*priorities"),
         (Cell("g", "poisson:rate=10", TWO, n_clients=2), "cell g: .*several clients"),
-        (Cell("h", "poisson:rate=10", TWO, speed=0.5), "cell h: .*a speed of its own"),
+        (Cell("h", "poisson:rate=10", TWO, speed=0.5), "cell h: .*other speeds"),
     ],
 )
 def test_what_cannot_be_offered_live_is_refused_before_anything_starts(cell: Cell, message: str) -> None:
