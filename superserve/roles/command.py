@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _HEARD = (*_ENDING, signal.SIGINT, signal.SIGCHLD)
+_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 _NO_THREAD = "can't start new thread"  # Python's only word for it: a plain RuntimeError
 _TEXT = 500  # characters of a message; some libraries put a page into theirs
 
@@ -40,6 +41,7 @@ def run(module: str, name: str | None = None) -> NoReturn:
     try:
         with _one_line():
             command = importlib.import_module(module).cli
+            _unwind_on_signals()
             command(prog_name=name)
             code = 0
     except SystemExit as end:
@@ -77,10 +79,23 @@ def begin() -> None:
     os.environ["MPLBACKEND"] = "agg"
     # Ignored, it has the kernel forget how children ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # Until the command is loaded there is nothing to tidy, and an exception in the midst of a library's own
+    # initialisation may crash it. What the user has ignored, as nohup does, stays so.
+    for number in (*_ENDING, signal.SIGINT):
+        if signal.getsignal(number) in _DEFAULTS:
+            signal.signal(number, _end_at_once)
+
+
+def _end_at_once(number: int, _frame: FrameType | None) -> NoReturn:
+    os._exit(128 + number)
+
+
+def _unwind_on_signals() -> None:
+    """Have signals that end Python unwind first: a command has promised to remove files and to stop roles."""
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in _ENDING:
-        # By default these end Python at once, and with it every promise to remove files and stop roles.
-        # What the user has ignored, as nohup does, stays so.
-        if signal.getsignal(number) is signal.SIG_DFL:
+        if signal.getsignal(number) is _end_at_once:
             signal.signal(number, _end)
 
 

@@ -149,3 +149,22 @@ def test_a_terminal_without_the_characters_gets_question_marks(
     monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
     done = run(tmp_path, "print('a \\u2500 b')\n")
     assert (done.returncode, done.stdout) == (0, "a ? b\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_a_command_is_loaded_ends_it_without_a_word(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """An exception in the midst of a library's initialisation may crash it; there is nothing to tidy yet."""
+    (tmp_path / "mine.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\nprint('loaded')\n")
+    words = "from superserve.roles.command import run; run('mine', 'mine')"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", words],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
