@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.e2e
 
 AS_BEFORE = ("--emulate", "cnn-8gpu-modelled:2", "--workers", "2")  # as `Machine.up` asks for
 Samples = dict[tuple[str, ...], float]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loadgen.live.run import Cluster
     from superserve.client.reply import Reply
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.e2e
 
 PROFILE = load_profile("cnn-8gpu-modelled")
 SLO_MS = 20_000.0

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(30)
-
 
 @contextlib.contextmanager
 def full_after(n_bytes: int) -> Iterator[None]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tests.cluster.machine import Machine
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.e2e
 
 EMULATE = ("--emulate", "cnn-8gpu-modelled:1")
 

@@ -33,7 +33,7 @@ import superserve.roles.version
 superserve.roles.version.version = lambda: "0.0.9+old"
 """
 PAGE = "operating.md"
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.slow

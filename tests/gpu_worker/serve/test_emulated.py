@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,10 +25,9 @@ from tests.clock import VirtualClock
 if TYPE_CHECKING:
     from gpu_worker.core.batches import EndedBatch
 
-pytestmark = pytest.mark.timeout(30)
 
 PROFILE = load_profile("cnn-8gpu-modelled")
-WAIT_S = 20.0  # reached only when something is broken
+WAIT_S = 60.0  # reached only when something is broken
 
 
 class Step(NamedTuple):

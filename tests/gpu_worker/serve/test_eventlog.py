@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from gpu_worker.core.batches import EndedBatch
 
-pytestmark = pytest.mark.timeout(30)
 
 HEADER = EventLogHeader(
     worker="worker-0", profile="toy", batch_sizes=(1, 4, 16), latency_ns=((10, 20, 40), (30, 60, 120))

@@ -18,8 +18,6 @@ from superserve.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def model() -> nn.Module:
     """Return a model of four tensors whose names begin differently."""

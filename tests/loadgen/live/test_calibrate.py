@@ -28,7 +28,6 @@ from superserve.wire import Control, Kind, Queries, Results, Status
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(60)
 
 FOUND = Calibration(
     seconds=1.0,

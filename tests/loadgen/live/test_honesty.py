@@ -18,8 +18,6 @@ from loadgen.traces.trace import Trace, load_trace
 from superserve.clock import MS
 from superserve.net.sockets import bind_router, wait
 
-pytestmark = pytest.mark.timeout(60)
-
 SLO_NS = 36 * MS
 FREEZE_NS = 500 * MS
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-pytestmark = pytest.mark.timeout(60)
 
 SLO_NS = 36 * MS
 START_NS = 7_000_000_000_000

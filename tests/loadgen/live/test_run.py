@@ -25,7 +25,6 @@ from tests.superserve.client.fakes import FakeRouter
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(60)
 
 MS = 1_000_000
 SLO_NS = 36 * MS

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from loadgen.results.result import RunResult
 
-pytestmark = pytest.mark.timeout(40)
 
 MS = 1_000_000
 N = 20

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loadgen.results.histogram import LONGEST_NS, RELATIVE_ERROR, Histogram
 from loadgen.results.result import quantile_ns, quantiles_ms
-
-pytestmark = pytest.mark.timeout(60)
 
 DURATIONS = st.lists(st.one_of(st.integers(0, 2_000), st.integers(0, LONGEST_NS)), max_size=300)
 PERMILLES = (1, 500, 900, 990, 999, 1000)

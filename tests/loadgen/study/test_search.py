@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from loadgen.results.result import RunResult
     from loadgen.traces.trace import Trace
 
-pytestmark = pytest.mark.timeout(60)
 
 CNN = load_profile("cnn-8gpu-modelled")
 BOUNDS = Bounds(1000, lowest_qps=100, highest_qps=20_000, tolerance=0.03, max_probes=20)

@@ -20,7 +20,6 @@ from superserve.errors import TraceError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.timeout(30)
 
 SEEDS = st.integers(0, 2**70)
 RATES = st.floats(0.1, 5_000)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-pytestmark = pytest.mark.timeout(30)
-
 TRACES = SHARED / "traces"
 MAF = TRACES / "invocations_per_function_md.anon.sample500.m0480-0959.csv.gz"
 MAF_DAY = TRACES / "invocations_per_function_md.anon.head9.csv.gz"

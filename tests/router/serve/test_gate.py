@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from superserve.roles.processes import RoleProcess
     from superserve.status import RouterStatus
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.e2e]
+pytestmark = pytest.mark.e2e
 
 SEED = 40_961
 

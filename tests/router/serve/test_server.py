@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from superserve.roles.processes import ProcessGroup, RoleProcess
     from superserve.wire import Buffer, Message
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.e2e]
+pytestmark = pytest.mark.e2e
 
 PROFILE = load_profile("cnn-8gpu-modelled")
 SEED = 20_251

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from superserve.wire import Buffer
 
-WAIT_S = 20.0  # reached only when something is broken
+WAIT_S = 60.0  # reached only when something is broken
 SUBNETS = [["small", 70.0], ["large", 80.0]]
 M = TypeVar("M", bound=Message)
 

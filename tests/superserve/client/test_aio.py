@@ -29,7 +29,6 @@ from tests.superserve.client.fakes import WAIT_S, FakeRouter, group, ids_of
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
-pytestmark = pytest.mark.timeout(40)
 
 SLO_MS = 20_000.0  # no answer of these tests is late on its own account
 M = TypeVar("M", bound=Message)

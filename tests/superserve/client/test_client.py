@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from superserve.client.futures import QueryFuture
 
-pytestmark = pytest.mark.timeout(40)
 
 SLO_MS = 20_000.0  # no answer of these tests is late on its own account
 

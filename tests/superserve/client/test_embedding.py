@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from superserve.client.futures import QueryFuture
 
-pytestmark = [pytest.mark.timeout(40), pytest.mark.e2e]
+pytestmark = pytest.mark.e2e
 
 SLO_MS = 20_000.0
 

@@ -23,7 +23,6 @@ from tests.superserve.client.fakes import WAIT_S, group
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.timeout(40)
 
 N = 300  # futures of a race: enough for some of each outcome, within a second
 
