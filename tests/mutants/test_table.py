@@ -66,7 +66,7 @@ def little(old: str, new: str) -> Mutant:
     return Mutant(f"{old} to {new}", "little/__init__.py", old, new, ("tests/test_half.py",))
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_the_runner_reports_how_each_mutant_fared(tree: Path) -> None:
     """Noticed, passed unnoticed, not applicable, and broken altogether: only the first is good."""
     mutants = (
@@ -89,6 +89,7 @@ def test_the_runner_reports_how_each_mutant_fared(tree: Path) -> None:
     assert (tree / "little" / "__init__.py").read_text() == HALF
 
 
+@pytest.mark.e2e
 def test_the_runner_wants_tests_that_pass(tree: Path) -> None:
     """Tests that fail anyway cannot show that a mutant was noticed."""
     assert baseline(["tests/test_half.py"], tree) is None

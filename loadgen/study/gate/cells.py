@@ -2,7 +2,7 @@
 
 A family asks one question. Loads are shares of what the cluster's GPUs do on the smallest subnet in full
 batches. Every second cell of a family is held out: a policy is tuned on the others, so that a judgement also
-says whether it holds where nobody looked.
+says whether it holds where it was not tuned.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from router.core.edf import ANSWERED, DISPATCHED, QUEUED, Cohort, EdfQueue
 from router.core.lanes import LaneQueue
+from tests.effort import examples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,7 +142,7 @@ class Model(RuleBasedStateMachine):
         assert (None if head is None else head[0]) == earliest
 
 
-Model.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+Model.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=25, deadline=None)
 TestLaneQueue = Model.TestCase
 
 

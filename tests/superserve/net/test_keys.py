@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from typing import TYPE_CHECKING
 
@@ -172,9 +174,21 @@ def test_a_key_that_is_replaced_changes_the_signature(folder: Path) -> None:
 
 
 def test_a_router_key_is_no_peers(folder: Path) -> None:
-    """Whoever gives the router's own secret to a client is told."""
+    """Giving the router's own secret to a client is an error."""
     with pytest.raises(ConfigError, match="the router's own secret"):
         keys.peer_keys(folder / "router.key")
     (folder / "router.key").write_text((folder / "operator.key").read_text())
     with pytest.raises(ConfigError, match="role: expected router"):
         keys.router_keys(folder)
+
+
+def test_a_key_that_cannot_be_written_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: neither the file nor what was to become it."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        keys.make_ring(tmp_path / "keys")
+    assert not [path for path in (tmp_path / "keys").rglob("*") if path.is_file()]
