@@ -7,6 +7,7 @@ arrived, lets the core decide once, carries out the actions, and rests if there 
 
 from __future__ import annotations
 
+import logging
 import random
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from router.core.events import (
     Answer,
     ClientJoined,
     ClientLeft,
+    Complaint,
     Dispatch,
     DrainWorker,
     Fence,
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from router.core.settings import CoreSettings
     from router.policies import Policy
     from superserve.wire import Message
+
+log = logging.getLogger("router")
 
 START_NS = 1_000 * MS
 """The router's clock when the trace begins; workers have joined by then."""
@@ -366,6 +370,8 @@ class Simulation:
                 self._say(action.peer, _SAY_HELLO, now_ns)
             elif isinstance(action, Released):
                 self._release(action.peer, now_ns)
+            elif isinstance(action, Complaint):
+                log.error("%s", action.reason)
         for key in lost:
             self._lose(key, now_ns)
         for key in gone:

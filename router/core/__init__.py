@@ -207,6 +207,11 @@ class RouterCore:
         return self.fleet.n_lost_peers
 
     @property
+    def n_wrong_choices(self) -> int:
+        """Answers of policies that could not be carried out."""
+        return self.dispatcher.n_wrong
+
+    @property
     def n_stale(self) -> int:
         """Reports of workers that were ignored as stale."""
         return self.fleet.n_stale

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING
 
+from router.core.events import Complaint
 from router.core.lanes import LaneQueue
 from router.core.workers import Batch, PeerState, Worker, WorkerState
 from router.policies import Choice, QueueView, Shed, WorkerView, usable_slack_ns
@@ -31,11 +32,14 @@ class Dispatcher:
         ledger: Where queries are dispatched and refused.
         fleet: The workers.
         slack: The formulas.
+
+    Attributes:
+        n_wrong: Answers of policies that cannot be carried out.
     """
 
     __slots__ = (
-        "_awaited", "_awaited_until_ns", "_fleet", "_ledger", "_model", "_queue_view", "_slack",
-        "_soonest_ns", "_worker_view",
+        "_awaited", "_awaited_until_ns", "_fleet", "_ledger", "_model", "_named", "_queue_view", "_slack",
+        "_soonest_ns", "_worker_view", "n_wrong",
     )  # fmt: skip
 
     def __init__(self, ledger: Ledger, fleet: Fleet, slack: Slack) -> None:
@@ -46,6 +50,8 @@ class Dispatcher:
         self._awaited: Worker | None = None
         self._awaited_until_ns = 0
         self._soonest_ns: dict[int, int] = {}
+        self.n_wrong = 0
+        self._named: set[str] = set()  # policies that a complaint has named
         # Reused for each decision, so that none allocates.
         self._queue_view = QueueView(0, 0, 0)
         self._worker_view = WorkerView(0, 0, 1.0)
@@ -189,7 +195,7 @@ class Dispatcher:
         # The policy sees one slowdown, but subnets differ. If the chosen subnet is slower here and the batch
         # does not fit, ask again with its ratio. Three times at most: a decision must end.
         for _ in range(3):
-            choice = worker.policy.choose(queue, view, now_ns)
+            choice = self._sound(worker.policy.choose(queue, view, now_ns), worker, now_ns)
             if (
                 not isinstance(choice, Choice)
                 or (corrected := worker.corrected(choice.subnet)) <= view.slowdown
@@ -200,6 +206,50 @@ class Dispatcher:
                 return choice
             view.slowdown = corrected
         return choice
+
+    def _sound(self, choice: Choice | Shed | None, worker: Worker, now_ns: int) -> Choice | Shed | None:
+        """Return a policy's answer; in place of one that cannot be carried out, one that can.
+
+        Policies come from other packages too, and the router serves on whatever they return.
+        """
+        if choice is None:
+            return None
+        queue, profile = self._queue_view, worker.profile
+        if type(choice) is Choice:
+            row, size, above = choice.subnet, choice.batch_size, choice.first_above
+            # By type: a numpy integer would go into a message, and True is no row.
+            if (
+                type(row) is type(size) is int
+                and queue.head_floor <= row < len(profile.subnets)
+                and 0 < size <= profile.batch_sizes[-1]
+                and (above is None or type(above) is int)
+            ):
+                return choice
+        elif type(choice) is Shed:
+            before_ns, n = choice.before_ns, choice.n
+            is_sound = type(before_ns) is type(n) is int and before_ns > queue.head_deadline_ns and n > 0
+            if is_sound and self._model.demand is not None:
+                return choice
+        self.n_wrong += 1
+        self._complain(choice, worker)
+        size = profile.largest_batch(queue.head_floor, usable_slack_ns(queue, self._worker_view, now_ns))
+        return None if size is None else Choice(queue.head_floor, size)
+
+    def _complain(self, wrong: object, worker: Worker) -> None:
+        """Name a policy whose answer is wrong, once."""
+        name, floor, profile = worker.policy.name, self._queue_view.head_floor, worker.profile
+        if name in self._named:
+            return
+        self._named.add(name)
+        shed = ", a Shed after the head's deadline" if self._model.demand is not None else ""
+        self._ledger.actions.append(
+            Complaint(
+                f"policy {name!r}: expected a Choice of a row from {floor} (the head's floor) to "
+                f"{profile.n_subnets - 1} and of 1 to {profile.max_batch_size} queries{shed}, or None; "
+                f"got {repr(wrong)[:200]}. Served on {profile.subnets[floor].name} instead; further ones "
+                f"are only counted"
+            )
+        )
 
     def _shed(self, shed: Shed, now_ns: int) -> None:
         """Refuse what the policy sheds."""

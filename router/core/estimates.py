@@ -24,6 +24,9 @@ as slow, 2 queries in 100 of the next seconds are late, and 3 in 100 if the doub
 _DOUBT = 0.6
 """What each measurement leaves of the doubt: 2.5, 1.9, 1.54, 1.32, ... At 0.4 queries of a slow GPU are late,
 at 0.8 sixty-four GPUs serve their first half second 0.1 points worse."""
+_EASE, _FIRST_EASE = 1 / 8, 1 / 2
+"""What an idle GPU forgets of its slowdown at each heartbeat; the second while only the first two batches,
+which count for so much, speak of it: a stall of one refuses what fits for three heartbeats, not nine."""
 _LEAST, _MOST = 0.25, 16.0  # bounds of a ratio, whatever a worker reports
 _AS_PROFILED = 1.001
 """A slowdown below this counts as none, so that easing ends."""
@@ -135,7 +138,9 @@ class Correction:
     follows the GPU: a device that throttles is slow on all of them.
 
     A ratio far above the estimate counts as `_FAR` times the estimate: a stall of the process is no property
-    of the device, and must not refuse queries that fit. A lasting slowdown is followed all the same.
+    of the device, and must not refuse queries that fit. A lasting slowdown is followed all the same. The
+    first two batches count for more, since nothing else is known: a stall of one is forgotten with the next
+    sound batch, or soon if none comes.
 
     Attributes:
         overall: Measured over profiled latency of the whole GPU; 1.0 means as profiled.
@@ -187,11 +192,12 @@ class Correction:
         self.overall = _bounded(overall)
 
     def ease(self) -> None:
-        """Move each slowdown an eighth of the way back to 1."""
+        """Move each slowdown an eighth of the way back to 1; half of it while few batches were measured."""
         if not self._is_slow:
             return
-        self.overall -= max(0.0, self.overall - 1.0) / 8
-        self._differs = [ratio - max(0.0, ratio - 1.0) / 8 for ratio in self._differs]
+        part = _EASE if self.n > _N_FIRST else _FIRST_EASE
+        self.overall -= max(0.0, self.overall - 1.0) * part
+        self._differs = [ratio - max(0.0, ratio - 1.0) * part for ratio in self._differs]
         self._is_slow = max(self.overall, *self._differs) > _AS_PROFILED
 
 

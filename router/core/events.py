@@ -201,4 +201,11 @@ class Released:
     peer: Key
 
 
-Action = Dispatch | Answer | Fence | Released
+@dataclass(slots=True)
+class Complaint:
+    """Log that a policy's answer is wrong: once for each policy."""
+
+    reason: str
+
+
+Action = Dispatch | Answer | Fence | Released | Complaint

@@ -188,7 +188,11 @@ class Fleet:
         worker.peer.sample_way(transport_ns, now_ns)
         if row.statuses is None:  # otherwise a part was not run, and the time means nothing
             worker.measure(batch.subnet, batch.profiled_ns, row.executing_ns)
-            if self._model.demand is not None and worker.pace.is_stale(worker.slowdown):
+            if (
+                self._model.demand is not None
+                and worker.machine.state is WorkerState.READY  # one that drains counts for nothing
+                and worker.pace.is_stale(worker.slowdown)
+            ):
                 self.supply.reset(worker.pace, worker.profile, worker.slowdown)
         worker.busy_ns += row.executing_ns
         return transport_ns

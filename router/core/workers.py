@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from router.core.estimates import Correction, RecentQuantiles
-from router.policies.supply import Pace
+from router.policies.supply import GpuPace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -278,7 +278,7 @@ class Worker:
         self.busy_ns = 0
         self.last_subnet: int | None = None
         self.gauges: dict[str, float] = {}
-        self.pace = Pace()
+        self.pace = GpuPace()
 
     @property
     def may_take(self) -> bool:
@@ -332,7 +332,7 @@ class Worker:
         return self.correction.doubt(self.peer.n_measured)
 
     def ease(self) -> None:
-        """Move the slowdown an eighth of the way back to where it began.
+        """Move the slowdown part of the way back to where it began: see `Correction.ease`.
 
         For an idle worker: if its estimates refused every query, it would never be measured
         again.

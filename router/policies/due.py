@@ -12,10 +12,7 @@ one with an accuracy floor weighs as much more as its subnet takes longer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from router.core.edf import Cohort
+from typing import Protocol
 
 UNIT = 16
 """What a query without a floor weighs. Weights are integers, so that a bucket that empties is exactly 0."""
@@ -31,6 +28,18 @@ _NEAR = 8
 
 _FAR = 40
 """Coarse buckets read at most: a decision must not cost more because a client set an SLO of an hour."""
+
+
+class Message(Protocol):
+    """The queries of one message, as far as they are counted here: `router.core.edf.Cohort` in the router.
+
+    Attributes:
+        deadlines_ns: Instants, length n.
+        floors: The smallest row allowed for each; None if any row will do.
+    """
+
+    deadlines_ns: list[int]
+    floors: list[int] | None
 
 
 class Due:
@@ -54,11 +63,11 @@ class Due:
         self.total = 0
         self.floors: dict[int, int] = {}
 
-    def add(self, cohort: Cohort, lo: int, hi: int) -> None:
+    def add(self, cohort: Message, lo: int, hi: int) -> None:
         """Count queries lo to hi of `cohort`."""
         self._count(cohort, lo, hi, 1)
 
-    def remove(self, cohort: Cohort, lo: int, hi: int) -> None:
+    def remove(self, cohort: Message, lo: int, hi: int) -> None:
         """Deduct queries lo to hi of `cohort`, which were counted."""
         self._count(cohort, lo, hi, -1)
 
@@ -97,7 +106,7 @@ class Due:
         if left:
             found.append((end << _COARSE, total))
 
-    def _count(self, cohort: Cohort, lo: int, hi: int, sign: int) -> None:
+    def _count(self, cohort: Message, lo: int, hi: int, sign: int) -> None:
         deadlines_ns, floors = cohort.deadlines_ns, cohort.floors
         if floors is None:
             if hi - lo == 1:

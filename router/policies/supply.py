@@ -7,7 +7,7 @@ begin and end.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,8 +26,11 @@ never do."""
 _NOISE = 0.05
 """A change of slowdown below this is the timer's noise, and not worth another pace."""
 
+_FEW_ENDS = 64
+"""So many entries are kept, and two for each GPU, before those that count no more are removed."""
 
-class Pace:
+
+class GpuPace:
     """What one GPU can serve at best.
 
     Attributes:
@@ -81,7 +84,9 @@ class Supply:
         limit_ns: How long a full batch may take.
     """
 
-    __slots__ = ("_busy_paces", "_busy_until", "_ends", "_n_entries", "limit_ns", "places", "rate")
+    __slots__ = (
+        "_busy_paces", "_busy_until", "_ends", "_ends_at_most", "_n_entries", "limit_ns", "places", "rate",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.rate = 0.0
@@ -91,7 +96,8 @@ class Supply:
         # end: one that hangs would otherwise count as more and more time that it does not have.
         self._busy_paces = 0
         self._busy_until = 0
-        self._ends: list[tuple[int, int, Pace]] = []
+        self._ends: list[tuple[int, int, GpuPace]] = []
+        self._ends_at_most = _FEW_ENDS
         self._n_entries = 0
 
     def busy(self, now_ns: int) -> float:
@@ -106,7 +112,7 @@ class Supply:
                 self._busy_until -= until
         return max(0, self._busy_until - self._busy_paces * now_ns) / _SCALE
 
-    def note(self, pace: Pace, until_ns: int | None) -> None:
+    def note(self, pace: GpuPace, until_ns: int | None) -> None:
         """Count what a GPU runs from now on in place of what it ran.
 
         Args:
@@ -125,15 +131,23 @@ class Supply:
         self._busy_paces += per_ns
         self._busy_until += until
         heappush(self._ends, (until_ns, self._n_entries, pace))
+        if len(self._ends) > self._ends_at_most:
+            self._drop_stale()
 
-    def reset(self, pace: Pace, profile: Profile, slowdown: float) -> None:
+    def _drop_stale(self) -> None:
+        """Remove the entries that count no more: `busy` does it too, but not every policy asks for that."""
+        self._ends = [end for end in self._ends if end[2].work[0] == end[1]]
+        heapify(self._ends)
+        self._ends_at_most = _FEW_ENDS + 2 * len(self._ends)
+
+    def reset(self, pace: GpuPace, profile: Profile, slowdown: float) -> None:
         """Set a GPU's pace again, and count it so: a GPU found to be slow must not wait for a heartbeat."""
         before, place = pace.per_ns, pace.place
         pace.set(profile, slowdown, self.limit_ns)
         self.rate += (pace.per_ns - before) / _SCALE
         self.places += pace.place - place
 
-    def restate(self, paces: Iterable[Pace]) -> None:
+    def restate(self, paces: Iterable[GpuPace]) -> None:
         """Sum up what the GPUs can serve."""
         rate = places = 0
         for pace in paces:

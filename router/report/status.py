@@ -126,7 +126,7 @@ def _summary(core: RouterCore, loop: LoopFacts, now_ns: int) -> dict[str, Any]:
         "lost_processes": core.n_lost_peers,
         "model": loop.model,
         "clients": loop.n_clients,
-        "counts": dict(loop.counts),
+        "counts": dict(loop.counts) | {"wrong_choices": core.n_wrong_choices},
         "recent": past,
         "workers_ready": gpus.ready,
         "workers_needed": workers_needed(past.short, gpus),

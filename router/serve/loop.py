@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from router.core import RouterCore
-from router.core.events import Answer, Dispatch, DrainRouter, Fence, Released
+from router.core.events import Answer, Complaint, Dispatch, DrainRouter, Fence, Released
 from router.core.settings import CoreSettings
 from router.policies.registry import make_policy
 from router.report.load import Load
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from router.report.metrics import RouterMetrics
     from router.serve.recording import Recorder
     from superserve.status import RouterStatus
+
+log = logging.getLogger("router")
 
 _GOODBYE_MS = 1_000
 """Most time that a stopping router waits for its last answers and BYEs to leave this machine."""
@@ -262,6 +265,8 @@ class RouterServer:
                 workers.refuse(action.peer, "say-hello", action.reason)
             elif isinstance(action, Released):
                 workers.release(action.peer)
+            elif isinstance(action, Complaint):
+                log.error("%s", action.reason)
         send_results = self.clients.send_results
         for client, of_client in answers.items():
             send_results(client, of_client)

@@ -7,6 +7,7 @@ from tests.mutants.mutant import Mutant
 _POLICIES = "router/policies/__init__.py"
 _ROUTER = "router/core"
 _POLICY = "router/policies"
+_DEMANDFIT = "router/policies/demandfit.py"
 
 _PRICES = ("tests/router/policies/test_demandfit.py",)
 _WORTH = ("tests/router/policies/test_worth.py",)
@@ -84,7 +85,7 @@ POLICIES = (
     ),
     Mutant(
         "late heads are never shed",
-        _POLICY,
+        _DEMANDFIT,
         "return Shed(max(before_ns, queue.head_deadline_ns + 1), n)",
         "return None",
         _PRICES,
@@ -98,7 +99,7 @@ POLICIES = (
     ),
     Mutant(
         "patience counts the way twice",
-        _POLICY,
+        _DEMANDFIT,
         "max(1.0, demand.slack_ns - worker.allowance_ns)",
         "max(1.0, demand.slack_ns - 9 * worker.allowance_ns)",
         _PRICES,
@@ -119,7 +120,7 @@ POLICIES = (
     ),
     Mutant(
         "of equal batches the smaller is run",
-        _POLICY,
+        _DEMANDFIT,
         "if worth >= best_worth:",
         "if worth > best_worth:",
         _WORTH,

@@ -376,7 +376,25 @@ CORE = (
         _UNITS,
     ),
     Mutant(
-        "one measurement is believed at once", _ROUTER, "step ** max(_GAIN, 0.5 / self._n)", "step", _UNITS
+        "one measurement is believed at once",
+        _ROUTER,
+        "step ** max(_GAIN, _FIRST_GAIN / self.n)",
+        "step",
+        _UNITS,
+    ),
+    Mutant(
+        "a stall of the first batch is kept as long as a slow GPU",
+        _ROUTER,
+        "_EASE if self.n > _N_FIRST else _FIRST_EASE",
+        "_EASE",
+        _SLOW,
+    ),
+    Mutant(
+        "every batch counts like the first two",
+        _ROUTER,
+        "if self.n > _N_FIRST else _FIRST_FAR",
+        "+ 0.9",
+        _UNITS,
     ),
     Mutant(
         "noise is a slowdown",
@@ -466,8 +484,8 @@ CORE = (
     Mutant(
         "a lane is served on a subnet below its floor",
         _ROUTER,
-        "if lane[1] <= subnet]",
-        "if lane[1] <= subnet + 1]",
+        "if lane[1] <= subnet]\n        return",
+        "if lane[1] <= subnet + 1]\n        return",
         _QUEUES,
     ),
 )

@@ -19,6 +19,7 @@ from router.core.events import (
     CancelAsked,
     ClientJoined,
     ClientLeft,
+    Complaint,
     Dispatch,
     Event,
     Fence,
@@ -342,7 +343,7 @@ class World:
                     self._receive(action)
                 case Answer():
                     self._record(action)
-                case Fence() | Released():
+                case Fence() | Released() | Complaint():
                     pass
         self._check_order([action.batch for action in actions if isinstance(action, Dispatch)])
         return actions

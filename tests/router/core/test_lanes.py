@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from router.core.edf import ANSWERED, DISPATCHED, QUEUED, Cohort, EdfQueue
 from router.core.lanes import LaneQueue
+from router.policies.due import UNIT
 from tests.effort import examples
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ QUERIES = st.lists(
 """Deadline, floor and class of each query of a message."""
 
 Query = tuple[int, int]
+
+WEIGHTS = (UNIT, 20, 37)
+"""What a query of each floor weighs."""
 
 
 def make_cohort(
@@ -48,7 +52,7 @@ class Model(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue = LaneQueue()
+        self.queue = LaneQueue(weights=WEIGHTS)
         self.cohorts: dict[int, Cohort] = {}
         self.queued: dict[Query, tuple[int, int, int]] = {}  # deadline, floor, class
         self.dispatched: dict[Query, tuple[int, int, int]] = {}
@@ -77,6 +81,23 @@ class Model(RuleBasedStateMachine):
         assert [self.queued[query][0] for query in taken] == expected
         assert n == len(expected)
         assert all(self.queued[query][1] <= subnet for query in taken)
+        self._mark(stretches, DISPATCHED)
+
+    @rule(k=st.integers(1, 6), subnet=st.integers(0, 2), first_above=st.integers(0, 2))
+    def take_packed(self, k: int, subnet: int, first_above: int) -> None:
+        """Those of a high floor first, each group by deadline; never a floor above the subnet."""
+        floors = {query: floor for query, (_, floor, _) in self.queued.items() if floor <= subnet}
+        high = sorted(self.queued[query][0] for query, floor in floors.items() if floor > first_above)
+        low = sorted(self.queued[query][0] for query, floor in floors.items() if floor <= first_above)
+
+        stretches, n = self.queue.take_packed(k, subnet, first_above)
+
+        taken = flat(stretches)
+        assert [self.queued[query][0] for query in taken] == (high + low)[:k]
+        assert n == len(taken) == len(set(taken))
+        assert set(taken) <= set(floors)
+        is_high = [floors[query] > first_above for query in taken]
+        assert is_high == sorted(is_high, reverse=True)
         self._mark(stretches, DISPATCHED)
 
     @rule(limit=st.integers(0, 13))
@@ -140,6 +161,16 @@ class Model(RuleBasedStateMachine):
         head = self.queue.head()
         earliest = min((deadline for deadline, _, _ in self.queued.values()), default=None)
         assert (None if head is None else head[0]) == earliest
+
+    @invariant()
+    def what_is_due_is_what_is_queued(self) -> None:
+        """However queries came and went, their work and floors are counted, to the last."""
+        due, floors = self.queue.due, [floor for _, floor, _ in self.queued.values()]
+        assert due.total == sum(WEIGHTS[floor] for floor in floors)
+        assert [due.floored(row - 1, row) for row in (1, 2)] == [floors.count(1), floors.count(2)]
+        head = self.queue.head()
+        if head is not None:
+            assert due.steps(head[0])[-1][1] == due.total
 
 
 Model.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=25, deadline=None)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from profiles.table import load_profile
 from router.policies import Choice, QueueView, Shed, WorkerView
 from router.policies.demand import Demand
-from router.policies.demandfit import DemandFit, make_prices, make_size
+from router.policies.demandfit import DemandFit
 from superserve.clock import MS
 from superserve.errors import ConfigError
 from tests.router.core.random_profiles import profiles
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from profiles.table import Profile
 
 CNN = load_profile("cnn-8gpu-modelled")
-TRANSFORMER = load_profile("transformer-8gpu-modelled")
 IDLE = WorkerView(free_at_ns=0, allowance_ns=MS, slowdown=1.0)
 
 
@@ -137,38 +136,6 @@ def test_what_is_chosen_fits_whatever_the_demand(
     else:
         slack_ns = queue.head_deadline_ns - begin_ns - worker.allowance_ns
         assert profile.latency_p99_ns(queue.head_floor, 1) > math.floor(slack_ns / slowdown)
-
-
-@given(
-    price=st.floats(0, 1e-4),
-    floor=st.integers(0, 5),
-    slack_ns=st.integers(MS, 40 * MS),
-    column=st.integers(0, 4),
-    profile=st.sampled_from([CNN, TRANSFORMER]),
-)
-def test_the_row_of_a_size_is_worth_as_much_as_any_that_fits(
-    price: float, floor: int, slack_ns: int, column: int, profile: Profile
-) -> None:
-    """On the shipped profiles the look-up equals trying every row."""
-    size = make_size(profile, column)
-    accuracies = tuple(subnet.accuracy for subnet in profile.subnets)
-    rows = [row for row in range(floor, profile.n_subnets) if size.p99_ns[row] <= slack_ns]
-    worth = {row: accuracies[row] - price * size.latency_ns[row] for row in rows}
-
-    row = size.best(price, floor, slack_ns, accuracies)
-
-    assert (row is None) == (not rows)
-    if row is not None:
-        assert worth[row] >= max(worth.values()) - 0.05
-
-
-@given(profile=profiles(), budgets=st.lists(st.floats(0, 1e6), min_size=2, max_size=2))
-def test_more_time_for_a_query_never_raises_the_price_of_time(profile: Profile, budgets: list[float]) -> None:
-    """Prices fall with the budget, from something to nothing."""
-    prices = make_prices(profile, profile.subnets[-1].latency_ns[-1])
-    less, more = sorted(budgets)
-    assert prices.at(less) >= prices.at(more) >= 0
-    assert prices.at(0) > 0 == prices.at(1e12)
 
 
 def test_it_takes_no_argument() -> None:

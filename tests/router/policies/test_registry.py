@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from profiles.table import Profile, load_profile
 from router.policies import Choice, QueueView, Shed, WorkerView, registry
 from router.policies.baselines import Fixed, MaxAcc, MaxBatch, MinCost
+from router.policies.planfit import PlanFit
 from router.policies.registry import ENTRY_POINT_GROUP, known_policies, make_policy
 from router.policies.slackfit import SlackFit
 from superserve.clock import MS
@@ -24,6 +25,7 @@ SPECS = (
     "slackfit",
     "slackfit:16",
     "demandfit",
+    "planfit",
     "maxacc",
     "maxbatch",
     "fixed:smallest",
@@ -75,6 +77,7 @@ def plugged_in(monkeypatch: pytest.MonkeyPatch) -> None:
         ("maxbatch", MaxBatch),
         ("fixed:cnn-78.25", Fixed),
         ("mincost", MinCost),
+        ("planfit", PlanFit),
     ],
 )
 @pytest.mark.usefixtures("plugged_in")
@@ -141,7 +144,8 @@ def test_the_chosen_batch_ends_by_the_deadline(spec: str, data: st.DataObject, s
 
 
 @pytest.mark.parametrize(
-    "spec", ["slackfit", "slackfit:1", "demandfit", "maxacc", "maxbatch", "fixed:smallest", "mincost"]
+    "spec",
+    ["slackfit", "slackfit:1", "demandfit", "planfit", "maxacc", "maxbatch", "fixed:smallest", "mincost"],
 )
 @given(data=st.data())
 def test_a_feasible_head_is_never_left(spec: str, data: st.DataObject) -> None:

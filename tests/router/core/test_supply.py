@@ -1,0 +1,149 @@
+"""The supply that the fleet keeps, against each GPU that takes work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from router.core.events import DrainWorker
+from router.core.workers import PeerState, WorkerState
+from router.policies.planfit import PlanFit
+from router.policies.supply import FULL
+from superserve.clock import MS
+from tests.router.core.books import hang, run_at, slower
+from tests.router.core.harness import CNN, World
+
+if TYPE_CHECKING:
+    from router.core.workers import Worker
+
+PLANNED = 36.0 - 1.5
+"""About how long a query of 36 ms may wait and run, in milliseconds: the way takes the rest."""
+
+
+def pace_of(worker: Worker, limit_ns: float) -> float:
+    """Return the queries a nanosecond of a GPU that takes work, else 0."""
+    if worker.machine.state is not WorkerState.READY or worker.peer.machine.state is not PeerState.LIVE:
+        return 0.0
+    profile, slowdown = worker.profile, worker.slowdown
+    n = profile.largest_batch(0, int(limit_ns / slowdown))
+    return 0.0 if n is None else n / (profile.latency_p99_ns(0, n) * slowdown)
+
+
+def check(world: World) -> None:
+    """Assert that the supply is the sum over the GPUs; their slowdowns may differ by the noise."""
+    supply = world.core.fleet.supply
+    naive = sum(pace_of(worker, supply.limit_ns) for worker in world.core.workers())
+    assert supply.rate == pytest.approx(naive, rel=0.06, abs=1e-12)
+
+
+def served(world: World, n: int = 10, slack_ms: float = 36.0) -> None:
+    """Let some messages come and be served."""
+    for _ in range(n):
+        world.submit(*[slack_ms] * 4)
+        world.run(5)
+
+
+def make_world(*factors: int) -> World:
+    """Return a world with a process of one GPU for each factor, and a first query seen."""
+    world = World(make_policy=PlanFit)
+    for i, factor in enumerate(factors):
+        world.join(f"w{i}", CNN if factor == 1 else slower(CNN, factor))
+    served(world)
+    return world
+
+
+def test_gpus_that_join_and_leave_are_counted_at_once() -> None:
+    """The limit is half of what a query may wait; each GPU counts by its own profile."""
+    world = make_world(1, 1)
+    assert world.core.fleet.supply.limit_ns == pytest.approx(FULL * PLANNED * MS, rel=0.2)
+    check(world)
+    rate = world.core.fleet.supply.rate
+    world.join("late", slower(CNN, 2))
+    check(world)
+    assert world.core.fleet.supply.rate > 1.2 * rate
+    world.kill("late", seen=True)
+    check(world)
+    assert world.core.fleet.supply.rate == pytest.approx(rate, rel=0.06)
+
+
+def test_a_gpu_that_drains_counts_no_more() -> None:
+    """Nor when it ends the batch that it held, or a heartbeat later."""
+    world = make_world(1, 1)
+    world.do(DrainWorker("w1", 0))
+    world.run(120)
+    check(world)
+    world = World(make_policy=PlanFit)
+    world.join("pair", CNN, CNN)
+    served(world)
+    run_at(world, "pair", 1.0)
+    world.processes["pair"].gpus[1].factor = 40.0
+    world.submit(*[400.0] * 40)  # both GPUs hold a batch; the second one's takes a second
+    world.do(DrainWorker("pair", 1))
+    world.run(150)  # its pace has stopped by now
+    check(world)
+    for _ in range(120):
+        world.run(10)
+        check(world)
+    assert not world.worker("pair", 1).outstanding
+
+
+def test_a_gpu_that_overruns_counts_no_more_until_it_answers() -> None:
+    """Its time is not taken either: it hangs, and what it would run is run by others."""
+    world = make_world(1, 1)
+    hang(world, "w1")
+    world.submit(*[400.0] * 64)
+    world.run(350)
+    assert world.worker("w1").machine.state is WorkerState.OVERRUN
+    check(world)
+    assert world.core.fleet.supply.rate == pytest.approx(
+        pace_of(world.worker("w0"), FULL * 380 * MS), rel=0.3
+    )
+    world.revive(world.processes["w1"])
+    world.run(200)
+    assert world.worker("w1").machine.state is WorkerState.READY
+    check(world)
+
+
+def test_a_gpu_found_to_be_slow_is_counted_so_before_the_next_heartbeat() -> None:
+    """Its first batches take twice their profile: 20 ms later the supply knows."""
+    world = World(make_policy=PlanFit)
+    world.join("w0", CNN, speed=2.0)
+    world.submit(36)
+    rate = world.core.fleet.supply.rate
+    world.run(20)
+    check(world)
+    assert world.core.fleet.supply.rate < 0.8 * rate
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_the_supply_is_the_sum_whatever_happens(data: st.DataObject) -> None:
+    """Processes join, drain, die, hang and slow down, in any order; one heartbeat later the sums agree."""
+    world = make_world(1, 1)
+    n = 2
+    for _ in range(data.draw(st.integers(1, 6))):
+        live = sorted(world.core.peers)
+        what = data.draw(st.sampled_from(["join", "drain", "die", "hang", "slow", "serve"]))
+        if what == "join" or not live:
+            factor = data.draw(st.sampled_from([1, 2, 6]))
+            world.join(f"w{n}", CNN if factor == 1 else slower(CNN, factor))
+            n += 1
+            continue
+        key = data.draw(st.sampled_from(live))
+        if what == "drain":
+            world.do(DrainWorker(key, 0))
+        elif what == "die":
+            world.kill(key, seen=data.draw(st.booleans()))
+        elif what == "hang":
+            hang(world, key)
+        elif what == "slow":
+            run_at(world, key, data.draw(st.sampled_from([0.7, 1.4, 2.5])))
+        served(world, 4)
+    world.run(1_000)  # the dead are known to be dead, and what hung has overrun
+    served(world, 4)
+    world.run(210)
+    check(world)
+    assert world.core.fleet.supply.busy(world.now_ns) == 0.0

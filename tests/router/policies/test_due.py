@@ -1,0 +1,139 @@
+"""What is due by when, against a list of the queries that are counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from router.policies.due import UNIT, Due, weights_of
+from superserve.clock import MS
+
+WEIGHTS = (UNIT, 24, 40)
+FINE_NS, COARSE_NS = 1 << 21, 1 << 25
+HORIZON_NS = 40 * COARSE_NS
+"""What is due later than this counts as due then."""
+
+INSTANTS = st.integers(0, 60 * MS) | st.integers(0, 3_000 * MS) | st.just(3_600_000 * MS)
+QUERIES = st.lists(st.tuples(INSTANTS, st.integers(0, 4)), min_size=1, max_size=6)
+"""Deadline and floor of each query of a message; floors beyond the last weight weigh as much as that."""
+
+
+@dataclass
+class Terms:
+    """A message's queries."""
+
+    deadlines_ns: list[int]
+    floors: list[int] | None
+
+
+class Model(RuleBasedStateMachine):
+    """Stretches of messages come and go in any order, beside a list of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.due = Due(WEIGHTS)
+        self.counted: list[tuple[Terms, int]] = []
+
+    @rule(queries=QUERIES, is_plain=st.booleans())
+    def add(self, queries: list[tuple[int, int]], is_plain: bool) -> None:
+        """A message is counted whole."""
+        floors = None if is_plain else [floor for _, floor in queries]
+        terms = Terms([deadline for deadline, _ in queries], floors)
+        self.due.add(terms, 0, len(queries))
+        self.counted += [(terms, i) for i in range(len(queries))]
+
+    @rule(n=st.integers(2, 40), at=INSTANTS, width=st.integers(0, 5 * MS))
+    def add_burst(self, n: int, at: int, width: int) -> None:
+        """Many queries that are due at nearly the same instant."""
+        terms = Terms([at + width * i // n for i in range(n)], None)
+        self.due.add(terms, 0, n)
+        self.counted += [(terms, i) for i in range(n)]
+
+    @precondition(lambda self: self.counted)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        """A stretch of what is still counted of a message goes."""
+        terms, lo = data.draw(st.sampled_from(self.counted))
+        hi = lo + 1
+        while any(one is terms and i == hi for one, i in self.counted) and data.draw(st.booleans()):
+            hi += 1
+        self.due.remove(terms, lo, hi)
+        self.counted = [(one, i) for one, i in self.counted if one is not terms or not lo <= i < hi]
+
+    @precondition(lambda self: self.counted)
+    @rule()
+    def remove_all(self) -> None:
+        """Everything goes, one by one."""
+        for terms, i in self.counted:
+            self.due.remove(terms, i, i + 1)
+        self.counted = []
+
+    @invariant()
+    def totals_are_right(self) -> None:
+        """Work, queries of each floor, and nothing at all when nothing is queued."""
+        floors = [0 if terms.floors is None else terms.floors[i] for terms, i in self.counted]
+        assert self.due.total == sum(WEIGHTS[min(floor, 2)] for floor in floors)
+        for above in range(4):
+            for up_to in range(5):
+                assert self.due.floored(above, up_to) == sum(above < floor <= up_to for floor in floors)
+        if not self.counted:
+            assert self.due.total == 0
+            assert not any(self.due.floors.values())
+            assert self.due.steps(0) == []
+
+    @invariant()
+    def steps_miss_nothing(self) -> None:
+        """At each step all that is due by then is counted, and nothing that is due much later."""
+        if not self.counted:
+            return
+        works = [
+            (terms.deadlines_ns[i], WEIGHTS[0 if terms.floors is None else min(terms.floors[i], 2)])
+            for terms, i in self.counted
+        ]
+        head_ns = min(works)[0]
+        steps = self.due.steps(head_ns)
+        assert steps == sorted(steps)
+        assert len(steps) <= 24 + 40 + 1
+        assert steps[-1][1] == self.due.total
+        last_ns = 0
+        for at_ns, work in steps[:-1]:
+            assert work >= sum(one for due_ns, one in works if due_ns <= at_ns)
+            far = at_ns - head_ns > 8 * FINE_NS
+            late_ns = at_ns + (COARSE_NS if far else FINE_NS) // 2
+            assert work <= sum(one for due_ns, one in works if due_ns < late_ns)
+            assert at_ns > last_ns
+            last_ns = at_ns
+        # What is far ahead counts too early, never too late by more than half a bucket.
+        assert steps[-1][0] <= max(works)[0] + COARSE_NS // 2
+        assert steps[-1][0] <= head_ns + HORIZON_NS + 2 * COARSE_NS
+
+
+Model.TestCase.settings = settings(max_examples=120, stateful_step_count=20, deadline=None)
+TestDue = Model.TestCase
+
+
+def test_near_deadlines_are_told_apart_by_two_milliseconds_far_ones_by_thirty() -> None:
+    """Within 17 ms of the head a step each 2.1 ms, behind that one each 33.6 ms."""
+    due = Due()
+    near, far = [10 * MS, 13 * MS, 16 * MS], [203 * MS, 207 * MS, 300 * MS]
+    due.add(Terms([*near, *far], None), 0, 6)
+
+    steps = due.steps(10 * MS)
+
+    assert [work // UNIT for _, work in steps] == [1, 2, 3, 5, 6]
+    assert all(abs(at_ns - due_ns) <= FINE_NS // 2 for (at_ns, _), due_ns in zip(steps, near, strict=False))
+    assert all(abs(steps[i][0] - due_ns) <= COARSE_NS // 2 for i, due_ns in ((3, far[1]), (4, far[2])))
+
+
+@given(costs=st.lists(st.floats(1.0, 1e6), min_size=1, max_size=6))
+def test_a_query_weighs_what_its_floor_costs(costs: list[float]) -> None:
+    """In proportion to the smallest row, within a half; never less than one without a floor."""
+    ascending = sorted(costs)
+    weights = weights_of(ascending)
+    assert weights[0] == UNIT
+    assert all(type(weight) is int and weight >= UNIT for weight in weights)
+    for weight, cost in zip(weights, ascending, strict=True):
+        assert abs(weight - UNIT * cost / ascending[0]) <= 0.5 + 1e-9 * weight
