@@ -376,26 +376,16 @@ CORE = (
         _UNITS,
     ),
     Mutant(
-        "one measurement is believed at once",
-        _ROUTER,
-        "step ** max(_GAIN, _FIRST_GAIN / self.n)",
-        "step",
-        _UNITS,
+        "one measurement is believed at once", _ROUTER, "step ** max(_GAIN, _FIRST_GAIN / n)", "step", _UNITS
     ),
     Mutant(
         "a stall of the first batch is kept as long as a slow GPU",
         _ROUTER,
-        "_EASE if self.n > _N_FIRST else _FIRST_EASE",
+        "_EASE if self._n_all > _N_FIRST else _FIRST_EASE",
         "_EASE",
         _SLOW,
     ),
-    Mutant(
-        "every batch counts like the first two",
-        _ROUTER,
-        "if self.n > _N_FIRST else _FIRST_FAR",
-        "+ 0.9",
-        _UNITS,
-    ),
+    Mutant("every batch counts like the first two", _ROUTER, "if n <= _N_FIRST:", "if n <= 99:", _UNITS),
     Mutant(
         "noise is a slowdown",
         _ROUTER,

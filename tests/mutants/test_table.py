@@ -55,7 +55,7 @@ def tree(tmp_path: Path) -> Path:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text(text)
     (tmp_path / "tests" / "test_half.py").write_text(TEST)
-    for name in ("conftest.py", "paths.py"):
+    for name in ("conftest.py", "effort.py", "paths.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = ["-ra"]\n')
     return tmp_path
