@@ -272,10 +272,10 @@ class World:
         self._advance()
 
     def _is_awake_early(self, early_ns: int) -> bool:
-        """Return whether the core acts at an instant at which it asked for none; only shedding may be a reason.
+        """Return whether the core acts before the wake that it asked for; only shedding may be a reason.
 
-        A policy that sheds may find a head late while that waits for a better GPU. It says so when it is asked,
-        and need not say in advance when that would be.
+        A policy that sheds may find a head late while that waits for a better GPU. It does so when it is
+        asked, and need not know in advance when that will be.
         """
         waited_ns, self.now_ns = self.now_ns, early_ns
         early = self._advance()
