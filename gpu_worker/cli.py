@@ -45,15 +45,15 @@ if TYPE_CHECKING:
     from superserve.subnet import TensorSpec
 
 SWITCH_S = 0.0005
-"""How long a thread of a worker with a real device may compute before another one gets the interpreter:
-Python's own 5 ms would keep a finished batch waiting for the thread that attends the sockets."""
+"""How long a thread of a worker with a real device may compute before another gets the interpreter: with
+Python's default of 5 ms a finished batch would wait for the thread that serves the sockets."""
 
 MAX_GPUS = 1_024
-"""Emulated GPUs in one process, at most; one loop attends them all."""
+"""Most emulated GPUs in one process; one loop serves them all."""
 
 
 class WorkerDevice(NamedTuple):
-    """What a worker process serves, and what it says of it."""
+    """What a worker process serves, and how it describes it."""
 
     gpus: Gpus[Directive]
     profile: Profile
@@ -66,12 +66,12 @@ class WorkerDevice(NamedTuple):
 @click.command()
 @click.option("--connect", "endpoint", required=True, metavar="tcp://HOST:PORT", help="The router.")
 @click.option(
-    "--name", help="What the cluster calls this worker; host, process number and a random end if not given."
+    "--name", help="The worker's name in the cluster.  [default: host, process number and a random end]"
 )
 @click.option(
     "--keys",
     type=click.Path(path_type=Path),
-    help="Its key file, for a router with keys; or a folder with worker.key.",
+    help="The worker's key file, for a router with keys; or a folder with worker.key.",
 )
 @click.option("--emulate", metavar="PROFILE", help="Emulate GPUs: a shipped profile's name, or a file.")
 @click.option("--gpus", type=click.IntRange(1, MAX_GPUS), help="Emulated GPUs in this process.  [default: 1]")
@@ -79,36 +79,36 @@ class WorkerDevice(NamedTuple):
     "--metrics-port", type=click.IntRange(0, 65_535),
     help="Serve /metrics to Prometheus here; 0 is any free port.  [default: off]",
 )  # fmt: skip
-@click.option("--metrics-address", default=LOOPBACK, show_default=True, help="Where that listens.")
+@click.option("--metrics-address", default=LOOPBACK, show_default=True, help="Where /metrics listens.")
 @click.option(
     "--speed", type=click.FloatRange(*SPEEDS),
-    help="Times as fast as their profile; 0.67 is 1.5 x slower.  [default: 1]",
+    help="Speed as a multiple of the profile's; 0.67 is 1.5 x slower.  [default: 1]",
 )  # fmt: skip
 @click.option(
     "--drift", type=click.FloatRange(-1, 1),
-    help="Share of that speed added a minute; negative is throttling.  [default: 0]",
+    help="Share of that speed added each minute; negative throttles.  [default: 0]",
 )  # fmt: skip
-@click.option("--event-log", type=click.Path(dir_okay=False, path_type=Path), help="What they ran and when.")
+@click.option(
+    "--event-log", type=click.Path(dir_okay=False, path_type=Path), help="Log what they ran and when."
+)
 @click.option(
     "--supernet",
     metavar="NAME",
     help=f"Serve a supernet: {', '.join(SHIPPED_SUPERNETS)}, or module:attribute.",
 )
-@click.option(
-    "--weights", metavar="FILE", help='Its checkpoint, or "random".  [default: the one it comes with]'
-)
+@click.option("--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]')
 @click.option(
     "--statistics",
     type=click.Path(dir_okay=False, path_type=Path),
     help="SubnetNorm's, for the profile's subnets.  [default: those beside the profile, if any]",
 )
-@click.option("--profile", help="Its profile here.  [default: the one it comes with]")
+@click.option("--profile", help="The supernet's profile on this device.  [default: the shipped one]")
 @click.option("--device", help="cpu, cuda or cuda:<n>.  [default: cpu]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.  [default: one a core, or 1]")
 @click.option("--cores", metavar="LIST", help="Pin the process to these cores, such as 0,2 or 0-3.")
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
-    help="What it computes in; auto is float16 on CUDA if it holds.  [default: auto]",
+    help="Precision to compute in; auto is float16 on CUDA if it holds.  [default: auto]",
 )  # fmt: skip
 @click.option("--eager", is_flag=True, default=None, help="Capture no CUDA graphs.")
 def cli(
@@ -153,7 +153,7 @@ def cli(
 def _given(
     gpus: int | None, speed: float | None, drift: float | None, event_log: Path | None
 ) -> dict[str, object]:
-    """Return what goes with --emulate alone."""
+    """Return the options that require --emulate."""
     return {"--gpus": gpus, "--speed": speed, "--drift": drift, "--event-log": event_log}
 
 
@@ -188,7 +188,7 @@ def emulated(
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a worker with a real supernet was asked for; None is the default."""
+    """The options of a worker with a real supernet; None is the default."""
 
     supernet: str
     profile: str | None = None
@@ -206,14 +206,14 @@ def resident(asked: Asked, waker: Waker) -> Iterator[WorkerDevice]:
     """Give one real device with a resident supernet, warmed up; its threads end with the block.
 
     Raises:
-        ConfigError: The supernet, the device or the profile is not what it should be.
+        ConfigError: The supernet, the device or the profile is invalid.
     """
     cores = None if asked.cores is None else pin(asked.cores)
     threads = asked.threads or len(cores or (0,))
-    # For OpenMP a count set by torch holds for the thread that sets it: without this, which must
-    # precede torch's import, the compute thread would take every core.
+    # With OpenMP a count set by torch applies only to the thread that sets it: without this, which must
+    # precede torch's import, the compute thread would use every core.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    # torch takes seconds to import: emulated GPUs do without.
+    # torch takes seconds to import, and emulated GPUs do not need it.
     from gpu_worker.serve.compute import ComputeGpu  # noqa: PLC0415
 
     profile, executor = load_executor(asked, threads)
@@ -298,7 +298,7 @@ def serve(
     """Serve a device to the router at `endpoint` until a signal; metrics at address and port `exports`.
 
     Raises:
-        SuperServeError: The endpoint is malformed, the port taken, or the router will not have this worker.
+        SuperServeError: The endpoint is malformed, the port taken, or the router has refused this worker.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
@@ -330,7 +330,7 @@ def serve(
 
 
 def hello(name: str, device: WorkerDevice) -> WorkerHello:
-    """Return HELLO: who this worker is, and what its GPUs run and how fast."""
+    """Return HELLO: the worker's name, and what its GPUs run and how fast."""
     return WorkerHello(
         name=name,
         host=platform.node(),

@@ -1,7 +1,7 @@
-"""Options that several commands share, each declared once, and how their values are read.
+"""Options that several commands share, each declared once, and the parsing of their values.
 
-Here and not in `loadgen.cli`, since programs on lower floors (`loadgen.study.agreement`,
-`loadgen.paper.figures`, `loadgen.simulator.chaos`) share them too.
+They are here and not in `loadgen.cli`, because programs on lower floors (`loadgen.study.agreement`,
+`loadgen.paper.figures`, `loadgen.simulator.chaos`) use them too.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from superserve.errors import ConfigError
 from superserve.net.keys import ENVIRONMENT
 
 DEFAULT_POLICY = "demandfit"
-"""Of private and simulated routers, and of the demo; `router` and `cluster` name the same."""
+"""Of private and simulated routers, and of the demo; `router` and `cluster` have the same default."""
 
-_MAX_SLO_MS = 86_400_000
+_MAX_SLO_MS = 86_400_000  # a day, the wire's limit for a slack
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -26,7 +26,7 @@ trace = click.option(
     "--trace", "spec", required=True, help="A trace file, or a spec such as poisson:rate=2000."
 )
 rate = click.option("--rate", type=float, help="Scale the trace to this mean rate, queries per second.")
-duration = click.option("--duration", type=float, help="Squeeze or cut the trace to so many seconds.")
+duration = click.option("--duration", type=float, help="Squeeze or cut the trace to this many seconds.")
 maf = click.option("--maf", type=click.Path(exists=True, dir_okay=False), help="A Functions 2019 file.")
 connect = click.option(
     "--connect", metavar="HOST:PORT", help="Of a router.  [default: the cluster running on this machine]"

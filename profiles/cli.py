@@ -28,7 +28,7 @@ from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError, SuperServeError
 from superserve.files import check_text
 
-_QUICK_ROUNDS = 40
+_QUICK_ROUNDS = 40  # enough for a median; the tail needs the full number
 _QUICK_BUDGET_NS = 6_000_000_000  # with torch's import and the warm-up, under 15 s in all
 
 
@@ -53,14 +53,12 @@ for _command in (search_command, show_command, calibrate_command, accuracy_comma
     "--subnets",
     "source",
     metavar="PROFILE",
-    help="Measure those of this profile, searched or measured elsewhere.",
+    help="Measure the subnets of this profile, which was searched or measured elsewhere.",
 )
 @click.option(
-    "--at-most", type=click.IntRange(2), help="Measure so many of them, evenly spread.  [default: all]"
+    "--at-most", type=click.IntRange(2), help="Measure this many of them, evenly spread.  [default: all]"
 )
-@click.option(
-    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the one it comes with]'
-)
+@click.option("--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]')
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:<n>.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
 @click.option("--precision", default="auto", show_default=True, help="auto, float32, float16 or bfloat16.")
@@ -99,7 +97,7 @@ def measure_command(
 
 
 def _profile_of(supernet: str) -> str:
-    """Return the profile that a supernet comes with."""
+    """Return the shipped profile of a supernet."""
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  it imports torch
 
     kind = supernet_kind(supernet)

@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from profiles.table import Profile, SubnetProfile
 
 PICTURES = (".svg", ".png")
-"""Suffixes that a picture may have."""
+"""Suffixes of picture files."""
 
-# From quick to slow: viridis, whose steps look alike and which the colour-blind can read.
+# From fast to slow: viridis, whose steps look even and which colour-blind people can read.
 _COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 _NS_PER_MS = 1_000_000
-_MANY = 0.1  # billions of multiply-adds; where no subnet has so many, they are shown in millions
+_MANY = 0.1  # billions of multiply-adds; if no subnet has this many, they are shown in millions
 
 
 def heat(latency_ns: int, profile: Profile) -> float:
-    """Return where a latency lies between the profile's least and longest median, 0 to 1, in logarithms."""
+    """Return the place of a latency between the profile's least and longest median, 0 to 1, logarithmic."""
     least, longest = _ends_ns(profile)
     if longest == least:
         return 0.0
@@ -62,9 +62,9 @@ def _is_light(share: float) -> bool:
 
 
 def print_heat_map(profile: Profile, console: Console) -> None:
-    """Print a profile; where it does not fit side by side, batch sizes go on in a further table.
+    """Print a profile; if it does not fit side by side, further batch sizes follow in another table.
 
-    Each cell is the median, then by how much the p99 is longer. Colours need a terminal.
+    Each cell is the median, then how much longer the p99 is. Colours need a terminal.
     """
     console.print(Text(f"{profile.name}: {profile.supernet} on {profile.device}, {profile.source}"))
     columns = range(len(profile.batch_sizes))
@@ -100,7 +100,7 @@ def _cell(profile: Profile, subnet: SubnetProfile, column: int) -> Text:
 
 
 def _longer(ratio: float) -> str:
-    """Return by how much a p99 is above its median, in four characters for any ratio below 100."""
+    """Return how much a p99 is above its median, in four characters for any ratio below 100."""
     return f"+{100 * (ratio - 1):.0f}%" if ratio < 1.995 else f"x{ratio:.2g}"
 
 
@@ -115,14 +115,14 @@ def flops_unit(profile: Profile) -> str:
 
 
 def flops(subnet: SubnetProfile, profile: Profile) -> str:
-    """Return a query's multiply-adds with three digits that count; a dash if unknown."""
+    """Return a query's multiply-adds with three significant digits; a dash if unknown."""
     if subnet.gflops is None:
         return "-"
     return f"{subnet.gflops * (1000 if _is_light_model(profile) else 1):.3g}"
 
 
 def _ms(latency_ns: int) -> str:
-    """Return milliseconds in four characters, or as many as stand before the point."""
+    """Return milliseconds in four characters, or as many as there are before the point."""
     ms = latency_ns / _NS_PER_MS
     if ms >= 100 or ms < 0.1:
         return f"{ms:.0f}" if ms >= 100 else f"{ms:.2g}"
@@ -133,17 +133,17 @@ def _ms(latency_ns: int) -> str:
 
 _RC: Any = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "superserve",  # else every drawing of one profile differs
-    "text.parse_math": False,  # a dollar sign in a name is one
+    "svg.hashsalt": "superserve",  # otherwise each drawing of a profile would differ
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "font.size": 9.0,
 }
 
 
 def draw_heat_map(profile: Profile, path: Path) -> None:
-    """Write a profile as a picture, SVG or PNG by the path's suffix; one profile always gives one file.
+    """Write a profile as a picture, SVG or PNG by the path's suffix; the same profile gives the same file.
 
     Raises:
-        ConfigError: If the suffix is another, or matplotlib is not installed.
+        ConfigError: The suffix is another, or matplotlib is not installed.
     """
     if path.suffix not in PICTURES:
         raise ConfigError(f"{path}: expected a name that ends in {' or '.join(PICTURES)}")
@@ -159,7 +159,7 @@ def draw_heat_map(profile: Profile, path: Path) -> None:
         axes.imshow(
             [[colour(heat(median, profile)) for median in subnet.latency_ns] for subnet in profile.subnets],
             aspect="auto",
-            origin="lower",  # as in a stack of subnets, the smallest lies below
+            origin="lower",  # the smallest subnet at the bottom
         )
         for row, subnet in enumerate(profile.subnets):
             for column in range(columns):

@@ -7,15 +7,15 @@ A profile is a JSON file (schema 1), measured on a GPU by `profiles.measuring.me
      "subnets": [{"name", "control": {...} | null, "accuracy", "gflops": number | null,
                   "latency_ms": [one per batch size], "latency_ms_p99": [the same]}]}
 
-`latency_ms` is the median. Every key is needed; "raw" may be added to the profile or to a
+`latency_ms` is the median. Every key is required; "raw" may be added to the profile or to a
 subnet for the figures behind it, and is not kept in memory. In memory latencies are
-integer nanoseconds. A `Profile` that exists is sound, so that policies may bisect in it:
+integer nanoseconds. A `Profile` that exists is valid, so policies may bisect in it:
 
 - batch sizes ascend strictly, and each latency is at least that of the size before (P1);
 - accuracy ascends strictly from row to row, within 0 to 100;
 - pareto: at every batch size a row's median and p99 are at least those of the row before
-  (P2), and its median is longer at one batch size at least. A row that is as fast
-  everywhere as a less accurate one makes that one pointless: leave it out.
+  (P2), and its median is longer for at least one batch size. A row that is everywhere as
+  fast as a less accurate one makes the latter useless: leave that out.
 
 P1 and P2 are the properties that SlackFit rests on (SuperServe, NSDI '25).
 """
@@ -43,10 +43,10 @@ SCHEMA = 1
 """The version of the file format that this module reads and writes."""
 
 MAX_BATCH_SIZE = 65_536
-"""The largest batch size a profile may hold: look-up tables have an entry for each up to it."""
+"""The largest batch size of a profile: look-up tables have an entry for each size up to it."""
 
 _NS_PER_MS = 1_000_000
-_MAX_LATENCY_MS = 1e9  # eleven days: beyond it a figure is in the wrong unit
+_MAX_LATENCY_MS = 1e9  # eleven days: a larger figure is in the wrong unit
 _DATA = Path(__file__).with_name("data")
 _SUBNET_KEYS = ("name", "control", "accuracy", "gflops", "latency_ms", "latency_ms_p99")
 _PROFILE_KEYS = (
@@ -65,7 +65,7 @@ class SubnetProfile:
         accuracy: Percent, 0 to 100.
         gflops: Billions of multiply-adds for one query; None if unknown.
         latency_ns: Median latency of a batch, one for each of the profile's batch sizes.
-        latency_p99_ns: 99th percentile of the same.
+        latency_p99_ns: 99th percentile of the latency, for each batch size.
     """
 
     name: str
@@ -83,16 +83,16 @@ class Profile:
     Subnets are known by their row: 0 is the least accurate and the fastest.
 
     Attributes:
-        name: What the profile is called; the file's name without .json when shipped.
+        name: The profile's name; the file's name without .json if it is shipped.
         supernet: The supernet it belongs to.
         device: The GPU or CPU it was measured on or is modelled after.
         source: Whether the latencies were measured or modelled.
-        provenance: How the figures came about, in words.
+        provenance: How the figures were made, in words.
         versions: Versions of what the figures depend on, such as torch and the driver.
         date: When it was made, ISO 8601.
         batch_sizes: Profiled batch sizes, ascending.
         subnets: Rows, by ascending accuracy.
-        unit_cost_ns: What a query costs at least, averaged over the rows: a GPU of half the unit cost
+        unit_cost_ns: The least cost of a query, averaged over the rows: a GPU with half the unit cost
             counts twice. Derived.
 
     Raises:
@@ -109,7 +109,7 @@ class Profile:
     batch_sizes: tuple[int, ...]
     subnets: tuple[SubnetProfile, ...]
     unit_cost_ns: float = field(init=False, repr=False, compare=False)
-    # Derived; the router looks latencies up on its hot path.
+    # Derived, because the router looks up latencies on its hot path.
     _column: tuple[int, ...] = field(init=False, repr=False, compare=False)  # of each batch size from 0
     _median: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)  # by row
     _p99: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)  # by row
@@ -131,7 +131,7 @@ class Profile:
         self._derive("_rows", {subnet.name: row for row, subnet in enumerate(self.subnets)})
 
     def _derive(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the one way to set a frozen dataclass's field
+        object.__setattr__(self, name, value)  # the only way to set a frozen dataclass's field
 
     @property
     def n_subnets(self) -> int:
@@ -203,7 +203,7 @@ class Profile:
         """Return the row of the subnet called `name`.
 
         Raises:
-            ProfileError: There is none; the message names the nearest.
+            ProfileError: There is none; the message suggests the nearest name.
         """
         row = self._rows.get(name)
         if row is None:
@@ -212,20 +212,20 @@ class Profile:
         return row
 
     def floor_row(self, min_accuracy: float) -> int | None:
-        """Return the smallest row at least `min_accuracy` percent accurate; None if none is."""
+        """Return the smallest row with at least `min_accuracy` percent; None if there is none."""
         row = bisect_left(self._accuracies, min_accuracy)
         return row if row < len(self._accuracies) else None
 
     def frontier(self, *, floor: int = 0, limit_ns: int | None = None) -> tuple[tuple[int, float], ...]:
-        """Return the rows worth running, and what each costs a query at least: (row, nanoseconds).
+        """Return the rows worth running, and the least cost of a query on each: (row, nanoseconds).
 
-        A query's cost is its share of a batch's median latency, at the batch size that makes it least.
+        A query's cost is its share of a batch's median latency, at the batch size that minimises it.
         A row below the concave hull of accuracy over cost is left out: a mix of its neighbours is as
         accurate for less.
 
         Args:
             floor: The smallest row allowed.
-            limit_ns: Batches that take longer do not count; None if any does.
+            limit_ns: Batches that take longer do not count; None for no limit.
         """
         hull: list[tuple[int, float]] = []
         for row, subnet in enumerate(self.subnets[floor:], floor):
@@ -243,14 +243,14 @@ class Profile:
     def _is_pointless(
         self, below: tuple[int, float] | None, point: tuple[int, float], above: tuple[int, float]
     ) -> bool:
-        """Tell whether `point` lies on or below the line from `below`, None for no service, to `above`."""
+        """Return whether `point` lies on or below the line from `below`, None for no service, to `above`."""
         row, cost_ns = below or (None, 0.0)
         worth = 0.0 if row is None else self._accuracies[row]
         rise = (self._accuracies[point[0]] - worth) * (above[1] - point[1])
         return rise <= (self._accuracies[above[0]] - self._accuracies[point[0]]) * (point[1] - cost_ns)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the profile as its file holds it: see the module's docstring."""
+        """Return the profile in the form of its file: see the module's docstring."""
         return {
             "schema": SCHEMA,
             "name": self.name,
@@ -274,10 +274,10 @@ class Profile:
 
         Args:
             data: What `to_dict` returns; anything else is refused.
-            where: What messages call the source of `data`, such as its file name.
+            where: The source of `data` in messages, such as its file name.
 
         Raises:
-            ProfileError: A key is missing or unknown, or a value is not what it should be.
+            ProfileError: A key is missing or unknown, or a value is invalid.
         """
         fields = _object(data, _PROFILE_KEYS, where)
         if fields["schema"] != SCHEMA or isinstance(fields["schema"], bool):
@@ -324,25 +324,25 @@ def load_profile(name_or_path: str | Path) -> Profile:
 
 
 def evenly(n: int, most: int) -> list[int]:
-    """Return at most `most` of the rows below `n`, evenly spread, the first and the last among them."""
+    """Return at most `most` of the rows below `n`, evenly spread, including the first and the last."""
     if most >= n:
         return list(range(n))
     return [round(i * (n - 1) / (most - 1)) for i in range(most)]
 
 
 def profile_path(name_or_path: str | Path) -> Path:
-    """Return the file that `load_profile` reads; it need not be there."""
+    """Return the file that `load_profile` reads, whether or not it exists."""
     shipped = isinstance(name_or_path, str) and name_or_path in shipped_profiles()
     return _DATA / f"{name_or_path}.json" if shipped else Path(name_or_path)
 
 
 def statistics_path(profile: str | Path) -> Path:
-    """Return where SubnetNorm's statistics of a profile's subnets lie: a file beside the profile's own."""
+    """Return the path of SubnetNorm's statistics for a profile's subnets: a file beside the profile."""
     return profile_path(profile).with_suffix(".statistics.safetensors")
 
 
 def _no_profile(name: str, error: OSError) -> str:
-    """Say why `name` could not be read, and what could."""
+    """Return why `name` could not be read, and what can be."""
     names = shipped_profiles()
     reason = error.strerror or str(error)
     return (
@@ -357,7 +357,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _subnet_dict(subnet: SubnetProfile) -> dict[str, Any]:
-    """Return one row as the file holds it."""
+    """Return one row in the form of the file."""
     return {
         "name": subnet.name,
         "control": None if subnet.control is None else dict(subnet.control),
@@ -424,7 +424,7 @@ def _batch_size(value: object, where: str) -> int:
 
 
 def _subnet(value: object, where: str) -> SubnetProfile:
-    """Return the row that `value` describes; `where` gains its name as soon as it is known."""
+    """Return the row that `value` describes; `where` includes its name as soon as it is known."""
     fields = _object(value, _SUBNET_KEYS, where)
     name = _text(fields, "name", where)
     where = f"{where} {name!r}"
@@ -442,7 +442,7 @@ def _subnet(value: object, where: str) -> SubnetProfile:
 
 
 def _latencies_ns(value: object, where: str) -> tuple[int, ...]:
-    """Turn a list of milliseconds into whole nanoseconds."""
+    """Convert a list of milliseconds to integer nanoseconds."""
     latencies_ms = [_number(entry, where) for entry in _list(value, where)]
     for latency_ms in latencies_ms:
         if not 0 < latency_ms < _MAX_LATENCY_MS:  # false for NaN, too
@@ -494,7 +494,7 @@ def _check_names(subnets: tuple[SubnetProfile, ...]) -> None:
 
 
 def _check_subnet(subnet: SubnetProfile, batch_sizes: tuple[int, ...]) -> None:
-    """Check one row by itself."""
+    """Check one row on its own."""
     where = f"subnet {subnet.name!r}"
     if not subnet.name:
         raise ProfileError(f"{where}: name: expected a name")

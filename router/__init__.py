@@ -2,7 +2,7 @@
 
 from superserve.moved import moved
 
-# Names that docs/ or README have shown, or that a user's own policy imports.
+# Names that docs/ or README have shown, or that users' policies import.
 moved(
     __name__,
     {

@@ -23,7 +23,7 @@ from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 
 MS = 1_000_000
-_MAX_MARGIN_MS = 60_000.0
+_MAX_MARGIN_MS = 60_000.0  # a larger one is a mistaken unit
 _LOOPBACK = "tcp://127.0.0.1:*"
 
 
@@ -46,12 +46,12 @@ _LOOPBACK = "tcp://127.0.0.1:*"
     show_default=True,
     help="Payload bytes held, at most.",
 )
-@click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back for the unforeseen.")
+@click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back as a safety margin.")
 @click.option(
     "--metrics-port", type=click.IntRange(0, 65_535),
     help="Serve /metrics to Prometheus here; 0 is any free port.  [default: off]",
 )  # fmt: skip
-@click.option("--metrics-address", default=LOOPBACK, show_default=True, help="Where that listens.")
+@click.option("--metrics-address", default=LOOPBACK, show_default=True, help="Where /metrics listens.")
 @click.option(
     "--keys",
     type=click.Path(file_okay=False, path_type=Path),
@@ -80,7 +80,7 @@ def cli(
     die_with_parent()
     raise_limit()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
-    if not 0 <= margin_ms <= _MAX_MARGIN_MS:  # NaN passes a FloatRange
+    if not 0 <= margin_ms <= _MAX_MARGIN_MS:  # a FloatRange lets NaN pass
         raise click.ClickException(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {margin_ms}")
     core = CoreSettings(max_queries=max_queries, max_bytes=max_bytes, margin_ns=int(margin_ms * MS))
     settings = ServerSettings(
@@ -110,9 +110,9 @@ def cli(
 
 
 def _serve(server: RouterServer, metrics: str) -> None:
-    """Announce and run; `metrics` is HOST:PORT of the exporter, "" without."""
+    """Announce and run; `metrics` is HOST:PORT of the exporter, "" without one."""
     ends = {"client": server.client_endpoint, "worker": server.worker_endpoint}
-    version()  # kept: read now, as the code is that runs, and not in the loop at the first STATUS
+    version()  # cached: read the code now, while it is what runs, and not in the loop at the first STATUS
     announce_ready(ends | ({"metrics": metrics} if metrics else {}))
     click.echo(
         f"clients: {server.client_endpoint}  workers: {server.worker_endpoint}  "
@@ -123,7 +123,7 @@ def _serve(server: RouterServer, metrics: str) -> None:
 
 
 def _check_policy(policy: str) -> None:
-    """Refuse an unknown policy now; but which subnets `fixed:` may name, only a worker can tell."""
+    """Refuse an unknown policy now. Which subnets `fixed:` may name is only known once a worker joins."""
     name, _, subnet = policy.partition(":")
     if name != "fixed" or not subnet:
         make_policy(policy, load_profile("cnn-8gpu-modelled"))
@@ -132,7 +132,7 @@ def _check_policy(policy: str) -> None:
 @cli.command("replay")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def replay_command(file: Path) -> None:
-    """Feed a recorded event log through a fresh core; exit 1 if it decides otherwise."""
+    """Pass a recorded event log through a fresh core; exit 1 if it decides differently."""
     try:
         result = replay(file)
     except SuperServeError as error:

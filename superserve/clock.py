@@ -1,4 +1,4 @@
-"""Clocks: integer nanoseconds from a monotonic source, or from a test's hand."""
+"""Clocks: integer nanoseconds, from the system's monotonic clock or set by a test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECOND = 1_000_000_000
 
 
 class Clock(Protocol):
-    """Anything that tells the time in integer nanoseconds and never runs backwards."""
+    """A source of integer nanoseconds that never runs backwards."""
 
     def now_ns(self) -> int:
         """Return the present instant; only differences mean anything."""
@@ -31,7 +31,7 @@ class MonotonicClock:
 
 
 class VirtualClock:
-    """A clock that moves only when told to: for tests and the simulator."""
+    """A clock that moves only by `advance`: for tests and the simulator."""
 
     __slots__ = ("_now_ns",)
 

@@ -6,9 +6,9 @@
     ├── ConfigError            a file, option or field that is not what it should be
     │   ├── ProfileError       a profile that is malformed or not monotone
     │   └── TraceError         a trace that is missing, malformed or impossible
-    ├── ProcessError           a role of ours that did not start, or stopped
-    ├── UsageError             a client used from where it cannot work: a fork, a loop, a thread
-    └── QueryError             a query that got no OK answer; its `status` says which
+    ├── ProcessError           a role that did not start, or stopped
+    ├── UsageError             a client used where it cannot work: after a fork, on a loop, in a thread
+    └── QueryError             a query without an OK answer; the class names its status
         ├── InvalidQueryError      INVALID       the query is not what the model takes
         ├── InfeasibleError        INFEASIBLE    no subnet can meet the slack, even alone
         ├── OverloadedError        OVERLOADED    a bound on outstanding work is reached
@@ -19,7 +19,7 @@
         ├── DrainingError          DRAINING      the router or the client is shutting down
         └── UnansweredError        (local)       the router gave no answer in time, or is absent
 
-A message names the field, file, host or query at fault and says what was expected.
+A message names the field, file, host or query at fault and what was expected.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class VersionError(WireError):
 
     Args:
         ours: The lowest and the highest wire version that this release speaks.
-        theirs: Those of the peer, as far as is known.
-        version: The one that the peer wrote in: it reads a REFUSED in this one.
+        theirs: The peer's lowest and highest, as far as known.
+        version: The version that the peer wrote in: it can read a REFUSED in this version.
     """
 
     def __init__(self, ours: tuple[int, int], theirs: tuple[int, int], version: int) -> None:
@@ -70,15 +70,15 @@ class TraceError(ConfigError):
 
 
 class ProcessError(SuperServeError):
-    """A process of ours did not start, or stopped when it should not have."""
+    """A role's process did not start, or stopped when it should not have."""
 
 
 class UsageError(SuperServeError):
-    """A client used from where it cannot work: after a fork, on a running loop, from another one."""
+    """A client used where it cannot work: after a fork, on a running event loop, from another loop."""
 
 
 class QueryError(SuperServeError):
-    """A query that got no OK answer."""
+    """A query without an OK answer."""
 
 
 class InvalidQueryError(QueryError):

@@ -1,7 +1,7 @@
-"""JSON objects read into dataclasses, once, where they come in: what is wrong is named by its field.
+"""Read JSON objects into dataclasses, once, where they arrive; errors name the field at fault.
 
-A class is its own description: each field's name is the key, its type what is expected, and a field with
-a default may be missing. Unknown keys are ignored, so that a newer peer can say more.
+The class is the schema: each field's name is the key, its type the expected type, and a field with a
+default may be missing. Unknown keys are ignored, so that a newer peer can send more.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_SHOWN = 200
-"""Characters of a wrong value that an error quotes."""
+"""Most characters of a wrong value that an error quotes."""
 
 KEY = "key"
-"""In a field's metadata: the key that it is read from, where that is not its name."""
+"""In a field's metadata: the key to read it from, if that is not the field's name."""
 OMITTED = {"omitted": True}
-"""Metadata of a field that is None where unknown, and then has no key in the object."""
+"""Metadata of a field that is None if unknown, and then has no key in the object."""
 
 
 def body_of(message: Any) -> dict[str, Any]:
-    """Return the JSON object of a dataclass; its parts are left to orjson, which writes dataclasses."""
+    """Return the JSON object of a dataclass; nested dataclasses stay, since orjson writes them."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
@@ -47,11 +47,11 @@ def read(kind: type[T], body: object, where: str) -> T:
 
     Args:
         kind: The class.
-        body: What JSON was parsed to.
-        where: What it is, for errors: they read `where: field: expected ..., got ...`.
+        body: The parsed JSON.
+        where: What the object is; errors read `where: field: expected ..., got ...`.
 
     Raises:
-        WireError: A field without a default is missing, or one has another type; names it.
+            WireError: A field without a default is missing, or one has another type; the error names it.
     """
     if not isinstance(body, dict):
         raise WireError(f"{where}: expected an object, got {shown(body)}")
@@ -68,17 +68,17 @@ def read(kind: type[T], body: object, where: str) -> T:
 
 
 def shown(value: object) -> str:
-    """Return a value for an error, cut where it is long."""
+    """Return a value for an error, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 _PLANS: dict[Any, tuple[tuple[str, str, Reader, bool], ...]] = {}
-"""What `_readers` found, by class: a STATUS of a thousand GPUs asks a thousand times."""
+"""The result of `_readers`, by class: a STATUS of a thousand GPUs reads the same class a thousand times."""
 
 
 def _readers(kind: type[Any]) -> tuple[tuple[str, str, Reader, bool], ...]:
-    """Return each field of a class: its name, its key, what reads it, and whether it may be missing."""
+    """Return each field of a class: its name, its key, its reader, and whether it may be missing."""
     hints = typing.get_type_hints(kind)
     return tuple(
         (
@@ -92,7 +92,7 @@ def _readers(kind: type[Any]) -> tuple[tuple[str, str, Reader, bool], ...]:
 
 
 def _reader(hint: Any) -> Reader:
-    """Return what reads a value of a type: a scalar, a dataclass, or a tuple, dict or optional of those."""
+    """Return the reader of a type: a scalar, a dataclass, or a tuple, dict or optional of those."""
     if hint in _SCALARS:
         return _SCALARS[hint]
     if hint is Any:
@@ -139,7 +139,7 @@ def _integer(value: object, where: str) -> int:
 def _number(value: object, where: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise _wrong(_number, value, where)
-    return value  # as it is: a whole number stays one, and is written as one again
+    return value  # unconverted: an integer stays an integer when it is written again
 
 
 def _flag(value: object, where: str) -> bool:
@@ -154,7 +154,7 @@ def _anything(value: object, where: str) -> object:
 
 
 def _spec(value: object, where: str) -> TensorSpec:
-    """Read a tensor's dtype and shape; a dtype that NumPy does not know is as wrong as none."""
+    """Read a tensor's dtype and shape; a dtype unknown to NumPy is an error like a missing one."""
     try:
         if isinstance(value, dict):
             shape = _list(_integer, value.get("shape"), "shape")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and command lines that can be written into them."""
+"""Write files whole or not at all, and check that command lines can be written into them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from typing import IO
 
 _IN_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
-"""A folder where no file may be made, or a single file that is mounted: it can be written, not replaced."""
+"""No new file may be made in the folder, or the file is a mount: it can be written, but not replaced."""
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a process that dies meanwhile, leaves the old one or the new one.
+    """Write a file so that readers, and a process that dies meanwhile, find the old one or the new one.
 
-    A file beside it is written and takes its name. What is no plain file (a pipe, a device) is written as
-    it is, and so is one whose folder takes no new file.
+    A temporary file beside it is written and renamed. Anything but a regular file (a pipe, a device) is
+    written in place, and so is a file whose folder accepts no new file.
 
     Raises:
-        OSError: It cannot be written; what was there is there still.
+        OSError: It cannot be written; the old content is still there.
     """
     content = data.encode() if isinstance(data, str) else data
     target = Path(os.path.realpath(path))
@@ -43,7 +43,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
         with part.open("xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename: after a power cut the new name must not be empty
         if mode is not None:
             part.chmod(stat.S_IMODE(mode))
         part.replace(target)
@@ -57,10 +57,10 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def write_all(file: IO[bytes], data: bytes | bytearray) -> None:
-    """Write all of `data` to an unbuffered file, which may take a part at a time.
+    """Write all of `data` to an unbuffered file, which may accept a part at a time.
 
     Raises:
-        OSError: It does not take all.
+        OSError: It does not accept all of it.
     """
     view = memoryview(data)
     while view:
@@ -68,7 +68,7 @@ def write_all(file: IO[bytes], data: bytes | bytearray) -> None:
 
 
 def check_text(words: Sequence[str]) -> None:
-    """Raise ConfigError at a word of the command line that is not UTF-8: no result could tell of it."""
+    """Raise ConfigError at a word of the command line that is not UTF-8: results could not record it."""
     for word in words:
         try:
             word.encode()

@@ -1,7 +1,7 @@
 """HELLO and WELCOME: how client, worker and router introduce themselves, as dataclasses.
 
-They travel as the JSON objects of Control messages. Each is decoded once, where it comes in, and
-encoded from here; `superserve.fields` says how missing and wrong fields are named.
+They travel as the JSON objects of Control messages. The receiver decodes each once, at its socket;
+`superserve.fields` reports missing and wrong fields by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 MAX_SLOTS = 4096
-"""GPUs of one worker process, at most."""
+"""Most GPUs of one worker process: a bound on what one HELLO makes the router allocate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientHello:
-    """What a client says first.
+    """The first message of a client.
 
     Attributes:
-        session: Names the client beyond its connection: under another one it goes on with what it sent.
-        wire: The lowest and highest version of the wire that it speaks; None where it does not say.
+        session: Identifies the client beyond its connection: it keeps its queries across reconnects.
+        wire: The lowest and highest wire version that it speaks; None if it does not state them.
     """
 
     role: str = "client"
@@ -62,21 +62,21 @@ class ClientHello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerHello:
-    """What a worker process says first: who it is, and what its GPUs run and how fast.
+    """The first message of a worker process: its name, and what its GPUs run and how fast.
 
     Attributes:
-        name: Unique in the cluster; "" has the router name it by its connection.
+        name: Unique in the cluster; with "" the router names it after its connection.
         n_slots: How many GPUs it has, 1 to `MAX_SLOTS`.
         profiles: One for all GPUs or one for each, as `Profile.to_dict` gives it.
-        input: What one query takes; None takes any bytes.
-        output: What one query gives; None gives any bytes.
-        host: The machine that it runs on; "" where it does not say.
-        version: The version of the code that it runs; "" where it does not say.
-        pid: Its process; 0 where it does not say.
-        life: Tells this process from every other, also of the same name; "" where it does not say.
+        input: What one query takes; None means any bytes.
+        output: What one query gives; None means any bytes.
+        host: The machine that it runs on; "" if not stated.
+        version: The version of the code that it runs; "" if not stated.
+        pid: Its process; 0 if not stated.
+        life: Distinguishes this process from every other of the same name; "" if not stated.
         device: What its GPUs are, in words.
-        fingerprint: Of the weights; "" where there are none.
-        wire: As for `ClientHello`; older workers say one number, which is both.
+        fingerprint: Of the weights; "" if there are none.
+        wire: As for `ClientHello`; older workers send one number, which is both.
     """
 
     role: str = "worker"
@@ -95,11 +95,11 @@ class WorkerHello:
 
     @classmethod
     def from_body(cls, body: dict[str, Any], name: str) -> Self:
-        """Read the body of a worker's HELLO; errors begin with its name.
+        """Read the body of a worker's HELLO; errors begin with the worker's name.
 
         Args:
-            body: As it came.
-            name: What to call a worker that gives no name.
+            body: As received.
+            name: What to call a worker without a name.
 
         Raises:
             WireError: A field is missing or not what it should be.
@@ -119,21 +119,21 @@ class WorkerHello:
 
 
 def _with_range(body: dict[str, Any]) -> dict[str, Any]:
-    """Return a body whose `wire` is a range: the one number of older workers stands for both ends."""
+    """Return a body whose `wire` is a range: the single number of older workers is both ends."""
     wire = body.get("wire")
     return {**body, "wire": [wire, wire]} if isinstance(wire, int) else body
 
 
 @dataclass(frozen=True, slots=True)
 class ClientWelcome:
-    """The router's answer to a client's HELLO; said again when the model changes.
+    """The router's answer to a client's HELLO; sent again when the model changes.
 
     Attributes:
-        epoch: The router's life: another one has forgotten what was sent under this.
-        model: What the workers serve; None before one has joined.
+        epoch: The router's life. Another router has none of the queries sent under this one.
+        model: What the workers serve; None before a worker has joined.
         subnets: Name and accuracy (percent) of each row of the profile.
-        policy: By which batches are chosen, as `--policy` takes it.
-        wire: The version of the wire to speak from now on; None where there is only one.
+        policy: What chooses the batches, as `--policy` takes it.
+        wire: The wire version to speak from now on; None if there is only one.
     """
 
     epoch: int
@@ -161,8 +161,8 @@ class WorkerWelcome:
     """The router's answer to a worker's HELLO.
 
     Attributes:
-        epoch: This worker's: what it says under an older one is dropped. 0 to 2^64 - 1.
-        router: The router's own life; 0 where it does not say.
+        epoch: This worker's: the router drops what comes under an older one. 0 to 2^64 - 1.
+        router: The router's own life; 0 if not stated.
         wire: As for `ClientWelcome`.
     """
 

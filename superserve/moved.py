@@ -2,8 +2,8 @@
 
     router.policy  ->  router.policies      the same module object under both names
 
-A package installs its table when it is imported; from then on importing an old name imports the new
-module and puts it under the old name as well. `python -m` finds old names too.
+A package installs its table when it is imported. From then on importing an old name imports the new
+module and registers it under the old name too. `python -m` finds old names as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Finder(MetaPathFinder):
-    """Answers for old names alone, so that it costs other imports one look-up in a dictionary."""
+    """Answers for old names only: other imports pay one dictionary look-up."""
 
     def __init__(self) -> None:
         self.moved: dict[str, str] = {}
@@ -30,7 +30,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec that leads to the new module; None for any other name."""
+        """Return a spec that loads the new module; None for any other name."""
         del path, target
         new = self.moved.get(fullname)
         if new is None:
@@ -41,7 +41,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Alias(InspectLoader):
-    """Loads an old name as the new module itself: a class of it is one class, however it was reached."""
+    """Loads an old name as the new module itself, so that each class exists once under both names."""
 
     def __init__(self, new: str) -> None:
         self._new = new
@@ -55,7 +55,7 @@ class _Alias(InspectLoader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module its own spec back, which the import system has just replaced by the old name's."""
+        """Restore the module's own spec: the import system has just replaced it by the old name's."""
         module.__spec__ = self._spec
 
     def get_code(self, fullname: str) -> CodeType | None:
@@ -76,7 +76,7 @@ _FINDER = _Finder()
 
 
 def moved(package: str, names: Mapping[str, str]) -> None:
-    """Let `package.OLD` be found as `package.NEW`, for each pair of `names`.
+    """Make `package.OLD` importable as `package.NEW`, for each pair of `names`.
 
     Args:
         package: The package whose modules have moved.
@@ -84,5 +84,5 @@ def moved(package: str, names: Mapping[str, str]) -> None:
     """
     _FINDER.moved.update({f"{package}.{old}": f"{package}.{new}" for old, new in names.items()})
     if _FINDER not in sys.meta_path:
-        # First: a folder may have a file of the old name left over from an older checkout.
+        # First, because an old checkout may have left a file of the old name in the folder.
         sys.meta_path.insert(0, _FINDER)

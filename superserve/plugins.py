@@ -1,8 +1,8 @@
-"""Code of the user's own, named as `package.module:attribute` on a command line.
+"""Your own code, named as `package.module:attribute` on a command line.
 
-It is searched for last in the folder where the command is typed. Last, since such a folder may hold anything:
-a `router.py` or a `random.py` there must not take the place of ours, or of Python's. That is also why every
-process that we start runs under `python -P`, which leaves that folder out.
+The working folder is searched last, because it may hold anything: a `router.py` or a `random.py` there must
+not replace this project's, or Python's. For the same reason every process that this project starts runs
+under `python -P`, which leaves that folder out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def load_attribute(module: str, attribute: str) -> Any:
-    """Return an attribute of a module, from what is installed or from the working folder.
+    """Return an attribute of a module that is installed or lies in the working folder.
 
     Raises:
         ImportError: There is no such module, or it cannot be imported.
@@ -23,7 +23,7 @@ def load_attribute(module: str, attribute: str) -> Any:
     try:
         folder = str(Path.cwd())
     except FileNotFoundError:
-        folder = ""  # removed under our feet: nothing is in it
+        folder = ""  # removed while we run in it: it holds no module
     if folder and folder not in sys.path:
         sys.path.append(folder)
     if not all(part.isidentifier() for part in module.split(".")):

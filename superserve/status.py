@@ -1,8 +1,8 @@
-"""STATUS: what a router says of itself, as dataclasses; and whether a worker is well, decided here alone.
+"""STATUS: a router's report on itself, as dataclasses; and the one rule for whether a worker is well.
 
-Fields stand in the order of the JSON object, named as its keys are, unless said. `ask_status` reads one, the
-router writes one, and all code in between reads attributes. What an older router does not say has
-a default; what a newer one adds is ignored.
+Fields have the order and the names of the JSON object's keys, unless noted. The router writes a STATUS,
+`ask_status` reads it, and all code in between reads attributes. Fields that an older router does not send
+have a default; fields that a newer one adds are ignored.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from typing import Self
 
 LIVE = "live"
-"""The state of a worker process that has been heard lately."""
+"""The state of a worker process that has answered heartbeats lately."""
 READY = "ready"
 """The state of a GPU that answers in time and does not drain."""
 
 SHORT_S, LONG_S = 10, 60
-"""Windows over which the recent past is summed up, seconds."""
+"""The windows of `Recent`, seconds."""
 _SHORT_KEY, _LONG_KEY = f"{SHORT_S}s", f"{LONG_S}s"
 
 
 def is_well(process: str, state: str) -> bool:
-    """Tell whether a GPU is given work: its process is heard, and it neither drains nor overruns."""
+    """Return whether the router gives a GPU work: its process is live, and it neither drains nor overruns."""
     return process == LIVE and state == READY
 
 
 @dataclass(frozen=True, slots=True)
 class EndCounts:
-    """How many queries ended in which way; the fields are those of `superserve.wire.Status`, in its order."""
+    """How many queries ended with each status; the fields are those of `superserve.wire.Status`, in order."""
 
     ok: int = 0
     late: int = 0
@@ -49,22 +49,22 @@ class EndCounts:
     draining: int = 0
 
     def items(self) -> Iterator[tuple[str, int]]:
-        """Yield each way's name and count."""
+        """Yield each status's name and count."""
         for one in dataclasses.fields(self):
             yield one.name, getattr(self, one.name)
 
     @property
     def total(self) -> int:
-        """All that ended."""
+        """All queries that ended."""
         return sum(n for _, n in self.items())
 
     @property
     def wanted(self) -> int:
-        """Those that ended uncancelled: attainment is the share of these that ended OK."""
+        """All that were not cancelled: attainment is the share of these that ended OK."""
         return self.total - self.cancelled
 
     def since(self, before: EndCounts) -> EndCounts:
-        """Return what was added to `before`."""
+        """Return how many ended since `before`."""
         return EndCounts(*(n - then for (_, n), (_, then) in zip(self.items(), before.items(), strict=True)))
 
 
@@ -74,8 +74,8 @@ class RouterInfo:
 
     Attributes:
         draining: Whether it takes no new queries.
-        version: Of its code; "" from routers that do not say.
-        epoch: Its life: another one counts from 0.
+        version: Of its code; "" if an older router does not send it.
+        epoch: Identifies this run of the router: in another epoch all counters start from 0.
         policy: As `--policy` takes it.
         cpu_s: CPU time, user and system.
         loop_s: Time spent in the loop's passes.
@@ -100,7 +100,7 @@ class QueryCounts:
     Attributes:
         redispatched: Queued again after their worker was lost or overran.
         ok_accuracy: Percent, summed over the queries that ended OK.
-        executed: Queries of the batches that workers reported as ended.
+        executed: Queries of the batches that workers have reported done.
         busy_s: GPU time of those batches.
     """
 
@@ -120,7 +120,7 @@ class QueueStatus:
     """The queries that wait.
 
     Attributes:
-        head_slack_ms: Time left to the earliest deadline; None without one.
+        head_slack_ms: Time left to the earliest deadline; None if the queue is empty.
         held_bytes: Payload bytes of all queries that have not ended.
     """
 
@@ -131,7 +131,7 @@ class QueueStatus:
 
 @dataclass(frozen=True, slots=True)
 class BatchCounts:
-    """The router's batches; `stale` are reports of those given up, or of an older epoch."""
+    """The router's batches; `stale` counts reports of batches given up, or of an older epoch."""
 
     dispatched: int
     in_flight: int
@@ -143,7 +143,7 @@ class RecentWindow:
     """What happened in the last seconds: differences of counters, as in `QueryCounts`.
 
     Attributes:
-        seconds: How long that was: less than asked for in a router that is younger.
+        seconds: How long that was: less than the window if the router is younger.
     """
 
     seconds: float
@@ -164,7 +164,7 @@ class Recent:
 
 @dataclass(frozen=True, slots=True)
 class GpusNeeded:
-    """GPUs that the arrivals of the short window ask for: as now served, and all on the smallest subnet."""
+    """GPUs that the arrivals of the short window need: as served now, and with only the smallest subnet."""
 
     as_served: float
     at_least: float
@@ -177,8 +177,8 @@ class GpuStatus:
     Attributes:
         name: Of the process.
         slot: Which of its GPUs.
-        state: May it be given work? `READY`, or why not.
-        process: Is the process there? `LIVE`, or why not.
+        state: Whether it may get work: `READY`, or why not.
+        process: Whether the process answers: `LIVE`, or why not.
         history: The last changes of `state`, oldest first.
         profile: Name of its profile.
         device: What it is, in words.
@@ -189,11 +189,11 @@ class GpuStatus:
         slowdown: Measured over profiled latency.
         batches: Sent to it.
         queries: Sent to it.
-        busy_s: Time that it executed batches, as it reports it.
+        busy_s: Time that it executed batches, as it reports.
         last_subnet: Of its last batch; None before the first.
-        gauges: `memory_bytes`, `utilisation` and `temperature_c`, as far as it says them.
-        host: The machine that it runs on; "" where it did not say.
-        version: Of its code; "" where it did not say.
+        gauges: `memory_bytes`, `utilisation` and `temperature_c`, as far as it reports them.
+        host: The machine that it runs on; "" if not reported.
+        version: Of its code; "" if not reported.
     """
 
     name: str
@@ -223,13 +223,13 @@ class GpuStatus:
 
     @property
     def condition(self) -> str:
-        """How it stands in one word: its own state, or its process's where that is what is not well."""
+        """Its condition in one word: its own state, or its process's state if that is not live."""
         return self.state if self.process == LIVE else self.process
 
 
 @dataclass(frozen=True, slots=True)
 class ListedKeys:
-    """The names of the keys that a router with keys admits."""
+    """The names of the keys that a router admits."""
 
     clients: tuple[str, ...]
     workers: tuple[str, ...]
@@ -238,14 +238,14 @@ class ListedKeys:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSummary:
-    """What costs the same however many workers there are: STATUS but for them.
+    """STATUS without the GPUs: what costs the same for any number of workers.
 
     Attributes:
         lost_processes: Worker processes that fell silent or could not be reached.
         model: What the workers serve; None before one has joined.
         clients: How many are connected.
         counts: Messages, loops and faults, by name; what has never happened may be missing.
-        workers_ready: GPUs that are given work.
+        workers_ready: GPUs that get work.
     """
 
     router: RouterInfo
@@ -266,8 +266,8 @@ class RouterStatus(RouterSummary):
     """All of STATUS.
 
     Attributes:
-        workers: Each GPU, a process's side by side.
-        keys: Who is listed; None from a router without keys.
+        workers: Each GPU; those of a process are adjacent.
+        keys: The admitted keys; None from a router without keys.
     """
 
     workers: tuple[GpuStatus, ...]
@@ -278,7 +278,7 @@ class RouterStatus(RouterSummary):
         """Read the body of a STATUS, from a router or from a file.
 
         Raises:
-            WireError: A field is missing or not what it should be; names it.
+            WireError: A field is missing or not what it should be; the error names it.
         """
         return read(cls, body, "status")
 

@@ -1,4 +1,4 @@
-"""What names a subnet, and what a model takes and gives."""
+"""A subnet's name and control tuple, and the dtype and shape of a model's input and output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Subnet:
     """A subnet of a supernet: its name and its control tuple.
 
     The control tuple is the supernet's own (depths `d`, widths `w`, ...); None
-    where a profile is modelled and no weights stand behind it.
+    if the profile is modelled and there are no weights.
     """
 
     name: str

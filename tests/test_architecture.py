@@ -114,12 +114,12 @@ def _targets(node: ast.Import | ast.ImportFrom, package: str) -> list[str]:
 
 
 def under(name: str, roots: Iterable[str]) -> bool:
-    """Tell whether a module is one of `roots` or below one."""
+    """Return whether a module is one of `roots` or below one."""
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
 def forbidden(name: str, target: str) -> bool:
-    """Tell whether a module may not import `target`, a module of ours or of others."""
+    """Return whether a module may not import `target`, a module of ours or of others."""
     if not under(target, PACKAGES) or under(target, [name.partition(".")[0]]):
         return False
     allowed = [root for importer, roots in ARROWS.items() if _may_use(name, importer) for root in roots]
@@ -127,7 +127,7 @@ def forbidden(name: str, target: str) -> bool:
 
 
 def _may_use(name: str, importer: str) -> bool:
-    """Tell whether a module may use the arrows of `importer`: it lies below, or is its role's own command."""
+    """Return whether a module may use the arrows of `importer`: it lies below, or is the role's command."""
     role, _, rest = name.partition(".")
     return under(name, [importer]) or (rest in ENTRY_POINTS and under(importer, [role]))
 

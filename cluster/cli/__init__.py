@@ -1,7 +1,7 @@
 """`cluster`: a router and workers, on this machine or several, started, watched and stopped together.
 
 The top floor: each command parses its options, calls one function of `cluster.operate`, and prints what
-`cluster.show` makes of the answer.
+`cluster.show` makes of the result.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from superserve.roles.local import LocalCluster
 
 _PORT = click.IntRange(0, 65_535)
-_MAX_EMULATED = 4_096
-_name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Which cluster of this machine.")
+_MAX_EMULATED = 4_096  # a larger number is a typing error
+_name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="A cluster of this machine.")
 
 
 @click.group()
@@ -63,10 +63,8 @@ cli.add_command(keys_command)
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if torch sees GPUs]")
 @click.option("--supernet", metavar="NAME", help="digits, ofa-resnet50, dynabert, or module:attribute.")
-@click.option(
-    "--weights", metavar="FILE", help='Its checkpoint, or "random".  [default: the one it comes with]'
-)
-@click.option("--profile", metavar="PROFILE", help="Of the supernet on this device.  [default: digits-cpu]")
+@click.option("--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]')
+@click.option("--profile", metavar="PROFILE", help="The supernet's on this device.  [default: digits-cpu]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each worker's torch.  [default: 1]")
 @click.option(
     "--policy",
@@ -74,12 +72,14 @@ cli.add_command(keys_command)
     show_default=True,
     help="demandfit, slackfit, fixed:<subnet>, maxacc, ...",
 )
-@click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back for the unforeseen.")
+@click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back as a safety margin.")
 @click.option("--client-port", type=_PORT, default=0, help="Where clients connect.  [default: any free one]")
 @click.option("--worker-port", type=_PORT, default=0, help="Where workers connect.  [default: any free one]")
-@click.option("--metrics", is_flag=True, help="Every process serves /metrics to Prometheus, on loopback.")
-@click.option("--ready-timeout-s", default=60.0, show_default=True, help="Wait so long for all to be ready.")
-@click.option("--rollback", is_flag=True, help="With HOSTS_FILE: keep nothing of it if any part fails.")
+@click.option("--metrics", is_flag=True, help="Each process serves /metrics to Prometheus, on loopback.")
+@click.option(
+    "--ready-timeout-s", default=60.0, show_default=True, help="Wait this long for all to be ready."
+)
+@click.option("--rollback", is_flag=True, help="With HOSTS_FILE: undo everything if any part fails.")
 @click.pass_context
 def up(
     context: click.Context,
@@ -90,10 +90,10 @@ def up(
     rollback: bool,
     **asked: Any,
 ) -> None:
-    """Start a router and workers; return when all are ready, with a table.
+    """Start a router and workers; return when all are ready, and print a table.
 
-    On this machine, or on the hosts of HOSTS_FILE, over ssh. They run until `cluster down`.
-    What runs already is left alone, and this says so.
+    On this machine, or over ssh on the hosts of HOSTS_FILE. They run until `cluster down`.
+    What already runs is left alone.
     """
     if hosts_file is not None:
         _only_in_file(context)
@@ -124,12 +124,12 @@ _WITH_FILE = ("hosts_file", "ready_timeout_s", "rollback")
 
 
 def _only_in_file(context: click.Context) -> None:
-    """Refuse options that a hosts file has fields for."""
+    """Refuse options that are fields of a hosts file."""
     for name in context.params:
         source = context.get_parameter_source(name)
         if name not in _WITH_FILE and source is click.core.ParameterSource.COMMANDLINE:
             raise click.ClickException(
-                f"--{name.replace('_', '-')}: expected none beside HOSTS_FILE, which says such things"
+                f"--{name.replace('_', '-')}: expected none beside HOSTS_FILE, which has fields for them"
             )
 
 
@@ -155,7 +155,7 @@ def config(hosts_file: Path, effective: bool) -> None:
 
 
 def options(*, emulate: str | None, gpus: str | None, **plain: Any) -> Options:
-    """Return the options of `up`, those with a syntax of their own parsed.
+    """Return the options of `up`; those with their own syntax are parsed.
 
     Raises:
         ConfigError: One of those is malformed.
@@ -223,7 +223,7 @@ def _is_on_hosts(name: str) -> bool:
 
 
 def _running(name: str) -> LocalCluster:
-    """Return the cluster that runs under a name; ConfigError, with what to type, if none does."""
+    """Return the running cluster of a name; if none runs, raise ConfigError that shows what to type."""
     cluster = local.load(local.cluster_folder(name))
     if cluster is None:
         raise ConfigError(
@@ -241,9 +241,9 @@ def _others(name: str) -> str:
 
 @cli.command()
 @_name
-@click.option("--timeout-s", default=20.0, show_default=True, help="Drain so long, then kill.")
+@click.option("--timeout-s", default=20.0, show_default=True, help="Drain for this long, then kill.")
 def down(name: str, timeout_s: float) -> None:
-    """Drain and stop everything; say what was stopped."""
+    """Drain and stop everything; print what was stopped."""
     if _is_on_hosts(name):
         hosts_cli.down(name)
         return
@@ -260,7 +260,7 @@ def down(name: str, timeout_s: float) -> None:
 @_name
 @click.argument("names", nargs=-1, required=True, metavar="HOST|WORKER...")
 def drain(name: str, names: tuple[str, ...]) -> None:
-    """Have workers take no new queries, answer what they have, and end; they stay away."""
+    """Drain workers: they take no new queries, answer the ones they have, and end."""
     try:
         operate_cli.drain(name, names)
     except SuperServeError as error:
@@ -271,12 +271,14 @@ def drain(name: str, names: tuple[str, ...]) -> None:
 @_name
 @click.option("--rolling", is_flag=True, help="A few at a time; all workers, unless some are named.")
 @click.option("--at-once", type=click.IntRange(1), default=1, show_default=True, help="How many, if rolling.")
-@click.option("--router", is_flag=True, help="The router too, first; it says what that costs.")
-@click.option("--force", is_flag=True, help="Take the last live worker, too.")
-@click.option("--timeout-s", default=120.0, show_default=True, help="Wait so long for each to be live again.")
+@click.option("--router", is_flag=True, help="Also restart the router, first; prints what that costs.")
+@click.option("--force", is_flag=True, help="Also take the last live worker.")
+@click.option(
+    "--timeout-s", default=120.0, show_default=True, help="Wait this long for each to be live again."
+)
 @click.argument("names", nargs=-1, metavar="[HOST|WORKER]...")
 def restart(name: str, names: tuple[str, ...], **how: Any) -> None:
-    """Drain workers, start them again, and wait until the router gives them work."""
+    """Drain workers, restart them, and wait until the router gives them work."""
     try:
         operate_cli.restart(name, names, **how)
     except SuperServeError as error:
@@ -285,9 +287,9 @@ def restart(name: str, names: tuple[str, ...], **how: Any) -> None:
 
 @cli.command()
 @_name
-@click.option("--json", "as_json", is_flag=True, help="The findings, for programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(name: str, as_json: bool) -> None:
-    """Look for what is wrong, and say what to type; exit 1 if anything is."""
+    """Check for problems, and print what to type; exit 1 if there are any."""
     try:
         is_well = operate_cli.doctor(name, as_json=as_json)
     except SuperServeError as error:
@@ -297,12 +299,12 @@ def doctor(name: str, as_json: bool) -> None:
 
 @cli.command()
 @_name
-@click.option("-f", "--follow", is_flag=True, help="Show what is written from now on, too.")
+@click.option("-f", "--follow", is_flag=True, help="Also show what is written from now on.")
 @click.argument("roles", nargs=-1, metavar="[HOST|ROLE]...")
 def logs(name: str, follow: bool, roles: tuple[str, ...]) -> None:
     """Show the last lines of the logs: of ROLEs, of HOSTs, or of all.
 
-    A cluster of this machine leaves its logs until the next of its name.
+    The logs of a cluster of this machine stay until the next one with its name.
     """
     if _is_on_hosts(name):
         hosts_cli.logs(name, roles, is_followed=follow)

@@ -1,4 +1,4 @@
-"""What `cluster config` prints of a hosts file that has no errors."""
+"""What `cluster config` prints for a hosts file without errors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def checked(path: Path, *, effective: bool) -> str:
-    """Return what to say of a hosts file.
+    """Return the text for a hosts file.
 
     Args:
         path: The file.
-        effective: Whether to give it in full, as YAML with every default filled in.
+        effective: Whether to return the whole file, as YAML with every default filled in.
 
     Raises:
-        ConfigError: It has errors: all of them, a line each.
+            ConfigError: It has errors; the message has a line for each.
     """
     hosts = load_hosts(path)
     if effective:

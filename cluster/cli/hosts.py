@@ -1,4 +1,4 @@
-"""The commands of a cluster on several hosts: what `cluster.cli` calls for a hosts file or its name."""
+"""The commands for a cluster on several hosts: `cluster.cli` calls them for a hosts file or its name."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 def is_on_hosts(name: str) -> bool:
-    """Tell whether a name stands for a cluster on several hosts, and for none of this machine's."""
+    """Return whether a name belongs to a cluster on several hosts, and to none of this machine."""
     return local.load(local.cluster_folder(name)) is None and records.load(name) is not None
 
 
 def up(hosts_file: Path, *, ready_timeout_s: float, rollback: bool) -> None:
-    """Have the cluster of a hosts file run; exit 1, with what is wrong, if any part of it does not."""
+    """Start the cluster of a hosts file; exit 1, with the reasons, if any part of it does not run."""
     from cluster.operate.hosts_up import PreflightError  # noqa: PLC0415
     from cluster.operate.hosts_up import up as bring_up  # noqa: PLC0415
     from cluster.remote.shell import OpenSsh  # noqa: PLC0415
@@ -81,7 +81,13 @@ def _say_up(name: str, done: HostsUp) -> None:
         words += "".join(f"; new files for {host}" for host in done.sent)
     say([f"cluster {name!r} {words}", "", hosts_show.processes(done), *hosts_show.removals(done), ""])
     if done.wrong:
-        say([*later, *([""] if later else []), f"{len(done.wrong)} wrong; mend it and type the same again"])
+        say(
+            [
+                *later,
+                *([""] if later else []),
+                f"{len(done.wrong)} wrong; fix it and run the same command again",
+            ]
+        )
         sys.exit(1)
     assert done.status is not None, "the router answered, or something is wrong"
     record = records.load(name)
@@ -90,7 +96,7 @@ def _say_up(name: str, done: HostsUp) -> None:
 
 
 def status(name: str, *, as_json: bool) -> None:
-    """Print how a cluster stands; exit 1 if anything is not as it should be."""
+    """Print a cluster's status; exit 1 if anything is wrong."""
     try:
         with open_cluster(name) as fleet:
             seen = fleet.roles()
@@ -114,12 +120,12 @@ def status(name: str, *, as_json: bool) -> None:
 def _ask(fleet: SupervisorEngine) -> RouterStatus | None:
     try:
         return fleet.router_status()
-    except RemoteError:  # the hosts' states say why
+    except RemoteError:  # the hosts' states contain the reason
         return None
 
 
 def down(name: str) -> None:
-    """Stop a cluster everywhere; exit 1, naming the hosts, if it was not stopped on all."""
+    """Stop a cluster everywhere; exit 1, naming the hosts, if it did not stop on all."""
     try:
         with open_cluster(name) as fleet:
             done = take_down(fleet)
@@ -131,7 +137,7 @@ def down(name: str) -> None:
 
 
 def logs(name: str, names: tuple[str, ...], *, is_followed: bool) -> None:
-    """Print the last lines of the logs of hosts and roles, or of all, and what follows if wanted."""
+    """Print the last lines of the logs of hosts and roles, or of all, and optionally what follows."""
     try:
         with open_cluster(name) as fleet:
             roles = hosts_logs.chosen(fleet, names)

@@ -1,4 +1,4 @@
-"""`cluster keys`: make, list and revoke the keys by which clients and workers join a router."""
+"""`cluster keys`: make, list and revoke the keys that clients and workers join a router with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROLE = click.Choice(list(keys.FOLDERS))
 )  # fmt: skip
 @click.pass_context
 def keys_command(context: click.Context, folder: Path) -> None:
-    """Make and revoke the keys of a cluster. Secrets are for their owner's eyes, and never overwritten."""
+    """Make and revoke the keys of a cluster. Only their owner can read secrets, and none is overwritten."""
     context.obj = folder
 
 
@@ -58,7 +58,7 @@ def add(folder: Path, role: str, name: str) -> None:
 @click.argument("name")
 @click.pass_obj
 def revoke(folder: Path, name: str) -> None:
-    """Take a name off the lists: a router that runs cuts it off within a second."""
+    """Remove a name from the lists: a running router cuts it off within a second."""
     try:
         gone = keys.revoke(folder, name)
     except SuperServeError as error:
@@ -70,7 +70,7 @@ def revoke(folder: Path, name: str) -> None:
 @keys_command.command("list")
 @click.pass_obj
 def show(folder: Path) -> None:
-    """List who is admitted; exits 1 if a file is not what it should be."""
+    """List who is admitted; exit 1 if a file is malformed."""
     try:
         own = keys.router_keys(folder)
         ring, problems = keys.read_ring(folder)

@@ -1,4 +1,4 @@
-"""What `cluster drain`, `restart` and `doctor` do, after their options are parsed."""
+"""What `cluster drain`, `restart` and `doctor` do, once their options are parsed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from cluster.operate.operable import Examinable
 
-_COUNT_S = 1.0
+_COUNT_S = 1.0  # between two reads of the counters: those that grow are faults of now, not of last week
 ROUTER_COSTS = (
     "the router: while it is away, some seconds, new queries are refused as DRAINING or wait at their "
     "clients; it answers what it holds first, for up to 5 s"
@@ -37,7 +37,7 @@ def opened(name: str) -> Iterator[Examinable]:
     """Give the cluster of that name.
 
     Raises:
-        ConfigError: None runs; says what to type.
+        ConfigError: It does not run; the error shows what to type.
     """
     if hosts_cli.is_on_hosts(name):
         with open_cluster(name) as fleet:
@@ -52,7 +52,7 @@ def opened(name: str) -> Iterator[Examinable]:
 
 
 def drain(name: str, names: Sequence[str]) -> None:
-    """Drain workers, and say how they come back."""
+    """Drain workers, and print how to start them again."""
     with opened(name) as cluster:
         RollingOperator(cluster, click.echo).drain(names)
     again = f"cluster restart{name_option(name)} {' '.join(names)}"
@@ -69,10 +69,10 @@ def restart(
     force: bool,
     timeout_s: float,
 ) -> None:
-    """Restart workers, and the router if asked to.
+    """Restart workers, and the router if requested.
 
     Raises:
-        ConfigError: Neither names nor --rolling say which, or no live worker would be left.
+        ConfigError: Neither names nor --rolling are given, or no live worker would be left.
         ProcessError: A role did not come back.
     """
     if not names and not rolling and not router:
@@ -90,10 +90,10 @@ def restart(
 
 
 def doctor(name: str, *, as_json: bool) -> bool:
-    """Print what every check found, and what to type; return whether nothing is wrong."""
+    """Print the findings of every check, and what to type; return whether all is well."""
     with opened(name) as cluster:
         before = cluster.status()
-        time.sleep(_COUNT_S)  # counters that grow are worse than those that did
+        time.sleep(_COUNT_S)  # counters that still grow are worse than old counts
         roles = cluster.roles()
         seen = Seen(name, cluster.is_local, roles, cluster.status(), before, cluster.facts(roles))
     findings = examine(seen)

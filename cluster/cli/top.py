@@ -1,4 +1,4 @@
-"""`cluster top`: a live page of a cluster, once a second; one page where nobody watches."""
+"""`cluster top`: a live page of a cluster, once a second; single pages if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _HEADER_LINES = 8  # of the header, the table's head and the line below it
-_ANSWER_S = 2.0
+_ANSWER_S = 2.0  # a router that works answers in milliseconds; longer, the screen would seem to hang
 
 
 @click.command()
 @click.option("--name", default=DEFAULT_NAME, show_default=True, help="Which cluster.")
-@click.option("--connect", metavar="HOST:PORT", help="The router of a cluster elsewhere, instead.")
-@click.option("--once", is_flag=True, help="One page, of two looks a second apart, as plain text.")
+@click.option("--connect", metavar="HOST:PORT", help="Watch the router of a cluster elsewhere.")
+@click.option("--once", is_flag=True, help="Print one page, of two samples a second apart, as plain text.")
 @click.option("--interval-s", type=click.FloatRange(0.1, 60.0), default=1.0, show_default=True)
 def top(name: str, connect: str | None, once: bool, interval_s: float) -> None:
     """Watch the router and every GPU, once a second, until Ctrl-C.
 
-    Where the output is no terminal, pages follow each other as plain text.
+    If the output is not a terminal, pages follow each other as plain text.
     """
     try:
         endpoint = _endpoint(name, connect)
@@ -48,9 +48,9 @@ def top(name: str, connect: str | None, once: bool, interval_s: float) -> None:
     except SuperServeError as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        return  # that is how one leaves
+        return  # Ctrl-C is the way to leave
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read has enough; Python would complain at its end
+        sys.stderr.close()  # the reader closed the pipe; otherwise Python would complain at exit
         sys.exit(0)
 
 
@@ -76,12 +76,12 @@ def _look(endpoint: str) -> Sample:
 
 def _two_looks(endpoint: str, interval_s: float) -> RenderableType:
     before = _look(endpoint)
-    time.sleep(interval_s)  # rates are differences
+    time.sleep(interval_s)  # rates are differences of two samples
     return page(_look(endpoint), before)
 
 
 def _print(endpoint: str, interval_s: float) -> None:
-    """Print a page every `interval_s`, for a pipe or a file; the router's end ends it."""
+    """Print a page every `interval_s`, for a pipe or a file; end when the router does."""
     before: Sample | None = None
     while True:
         now = _look(endpoint)
@@ -92,10 +92,10 @@ def _print(endpoint: str, interval_s: float) -> None:
 
 
 def _watch(endpoint: str, interval_s: float) -> None:
-    """Draw the page anew every `interval_s`; says so while the router does not answer."""
+    """Redraw the page every `interval_s`; show it while the router does not answer."""
     console = Console()
     before: Sample | None = None
-    now = _look(endpoint)  # nothing was ever there: an error, not an empty page
+    now = _look(endpoint)  # if the router never answered: an error, not an empty page
     with Live(console=console, auto_refresh=False, screen=True) as live:
         while True:
             live.update(page(now, before, max_rows=_room(console)), refresh=True)

@@ -1,5 +1,5 @@
 """What runs on each host of a cluster, this machine included: supervisor, and the verbs that drive it.
 
-May import `cluster.spec`, and of that what needs no package beyond those of every host. Data: a `HostPlan` ->
-files and processes; their states -> the answers. `bare.py` is sent as text and imports nothing of ours.
+May import `cluster.spec`, except what needs packages that not every host has. Data: a `HostPlan` -> files
+and processes; their states -> the answers. `bare.py` is sent as text and imports only the standard library.
 """

@@ -1,12 +1,12 @@
-"""What runs on a host before anything of ours is there: any Python from 3.9 on, and no package.
+"""What runs on a host before the package is there: any Python from 3.9 on, without packages.
 
-The launcher sends this file's text over ssh's stdin, to be run by the host's Python as
+The launcher sends this file's text over ssh's stdin; the host's Python runs it as
 
     python3 -c '...' probe '{"cluster": ..., ...}'      look, and change nothing
     python3 -c '...' install '{...}' < wheel            put the package there, and what it needs
 
-and reads one JSON object from stdout, between two marks: a login's shell may print before it and after it.
-`{"error": ...}` says what went wrong, for people.
+and reads one JSON object from stdout, between two marks, because a login shell may print before and after it.
+`{"error": ...}` contains what went wrong, for people to read.
 
     STATE/.hosts/CLUSTER/HOST/     0700; STATE as in superserve/roles/local.py
       code/HASH/                   the package, unpacked: a running role keeps the files it began with
@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<<superserve:", ":superserve>>"
-"""What stands around an answer, so that it is found among whatever a shell prints."""
+"""Printed around an answer, to find it among whatever a shell prints."""
 
 _STATE = "SUPERSERVE_STATE"
-_OURS = "SUPERSERVE_HOST_FOLDER"  # in the environment of every role: `cluster.host.config` puts it there
-_TAIL = 1_500
-_LISTENS = "0A"  # proc(5), net/tcp: the state of a socket that listens
-# Run by another Python: which of the given [[distribution, least version], ...] it lacks.
+_OURS = "SUPERSERVE_HOST_FOLDER"  # in the environment of every role: `cluster.host.config` sets it
+_TAIL = 1_500  # characters of a command's output that an error quotes
+_LISTENS = "0A"  # proc(5), net/tcp: the state of a listening socket
+# Run by another Python: prints which of the given [[distribution, least version], ...] it lacks.
 _LACKS = """
 import json, re, sys
 from importlib import metadata
@@ -53,7 +53,7 @@ print(json.dumps([name for name, least in json.loads(sys.argv[1]) if lacks(name,
 
 
 class BareError(Exception):
-    """Something on this host is not as it should be."""
+    """Something on this host is wrong."""
 
 
 def host_folder(asked: dict[str, Any]) -> Path:
@@ -94,9 +94,9 @@ def probe(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def interpreter(asked: dict[str, Any], folder: Path) -> tuple[str, list[str]]:
-    """Return the Python that roles are to run with, and which distributions it lacks.
+    """Return the Python to run roles with, and the distributions that it lacks.
 
-    The one that runs this, if it has all of them; else the one of the environment made for the
+    The one that runs this, if it has them all; otherwise the one of the environment made for the
     cluster, if there is one.
     """
     own = lacking(sys.executable, asked["requirements"])
@@ -127,7 +127,7 @@ def cuda_devices() -> list[str]:
 
 
 def holder(port: int, folder: Path) -> str:
-    """Return who listens on a TCP port: "" for nobody, "ours", or a process in words."""
+    """Return what listens on a TCP port: "" for nothing, "ours", or a process in words."""
     inodes = set()
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -138,14 +138,14 @@ def holder(port: int, folder: Path) -> str:
     if not inodes:
         return ""
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended, or is another user's
+        with contextlib.suppress(OSError):  # it ended, or belongs to another user
             if any(str(fd.readlink()) in inodes for fd in (process / "fd").iterdir()):
                 return "ours" if is_ours(process, folder) else described(process)
     return "a process of another user"
 
 
 def is_ours(process: Path, folder: Path) -> bool:
-    """Tell whether a process is a role of this cluster's on this host."""
+    """Return whether a process is a role of this cluster on this host."""
     return f"{_OURS}={folder}".encode() in (process / "environ").read_bytes().split(b"\0")
 
 
@@ -156,12 +156,12 @@ def described(process: Path) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return how many bytes may still be written where the folder is, or will be."""
+    """Return how many bytes are free where the folder is, or will be."""
     return shutil.disk_usage(existing(folder)).free
 
 
 def lookup(name: str) -> str:
-    """Return "" if a name has an address here, or is none to look up; else why not."""
+    """Return "" if a name can be looked up here, or is not to be looked up; otherwise why not."""
     try:
         if name:
             socket.getaddrinfo(name, None)
@@ -171,12 +171,12 @@ def lookup(name: str) -> str:
 
 
 def existing(folder: Path) -> Path:
-    """Return the folder, or the nearest above it that exists."""
+    """Return the folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def writable(folder: Path) -> str:
-    """Return "" if the folder can be made and written, else where that ends."""
+    """Return "" if the folder can be made and written, otherwise where that fails."""
     path = existing(folder)
     return "" if os.access(path, os.W_OK | os.X_OK) else str(path)
 
@@ -185,7 +185,7 @@ def writable(folder: Path) -> str:
 
 
 def install(asked: dict[str, Any], wheel: bytes) -> dict[str, Any]:
-    """Unpack the package, and have a Python with what it needs; return that Python's path."""
+    """Unpack the package, and provide a Python with what it needs; return that Python's path."""
     folder = host_folder(asked)
     for made in (folder.parent.parent, folder.parent, folder):
         made.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def install(asked: dict[str, Any], wheel: bytes) -> dict[str, Any]:
 
 
 def unpack(wheel: bytes, target: Path) -> None:
-    """Unpack a wheel into a folder that is there as a whole, or not at all."""
+    """Unpack a wheel into a folder that appears complete, or not at all."""
     if target.is_dir():
         return
     target.parent.mkdir(mode=0o700, exist_ok=True)
@@ -210,16 +210,16 @@ def unpack(wheel: bytes, target: Path) -> None:
         archive.extractall(part)
     try:
         part.rename(target)
-    except OSError:  # another launcher was faster
+    except OSError:  # another launcher unpacked it first
         shutil.rmtree(part)
 
 
 def complete(folder: Path, requirements: list[list[str]]) -> str:
-    """Make an environment beside the host's Python, and have its pip add what is lacking."""
+    """Make an environment from the host's Python, and install what is lacking with its pip."""
     venv = folder / "venv"
     python = str(venv / "bin" / "python")
     call([sys.executable, "-P", "-m", "venv", "--system-site-packages", "--without-pip", str(venv)])
-    if sys.prefix != sys.base_prefix:  # an environment itself: venv links the one below it instead
+    if sys.prefix != sys.base_prefix:  # already an environment: venv would link the base Python instead
         import sysconfig  # noqa: PLC0415  rarely needed
 
         paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
@@ -233,7 +233,7 @@ def complete(folder: Path, requirements: list[list[str]]) -> str:
 
 
 def call(argv: list[str]) -> None:
-    """Run a command; BareError with its last words if it fails."""
+    """Run a command; raise BareError with its last output if it fails."""
     done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         words = re.sub(r"\s*\n\s*", "; ", done.stdout.strip()[-_TAIL:])
@@ -241,12 +241,12 @@ def call(argv: list[str]) -> None:
 
 
 def marked(answer: dict[str, Any]) -> str:
-    """Return an answer as it is printed."""
+    """Return an answer in its printed form."""
     return f"\n{BEGIN}{json.dumps(answer)}{END}\n"
 
 
 def main(verb: str, text: str) -> None:
-    """Do what is asked for, and print what it came to."""
+    """Run a verb, and print its result."""
     asked = json.loads(text)
     try:
         result = probe(asked) if verb == "probe" else install(asked, sys.stdin.buffer.read())

@@ -1,15 +1,15 @@
 """The files by which `supervisor` runs a cluster's roles on one host, as text.
 
     STATE/CLUSTER/               0700; on other hosts STATE/.hosts/CLUSTER/HOST/
-      supervisord.conf           one program a role; here is all of supervisor's configuration
+      supervisord.conf           one program for each role; all of supervisor's configuration is here
       roles/NAME.sh              a role's command line and environment, runnable by hand
-      NAME.log, NAME.log.1, ...  what it wrote; bounded
+      NAME.log, NAME.log.1, ...  its output; bounded
       plan.json, before.json     what runs, and what ran before the last change
       keys/, files/              0700: the keys and profiles that the roles read, 0600 each
       sv.sock, keeper.log, keeper.pid, lock
 
-A role's program carries a digest of its script, so that `update` sees a change of either. Paths count
-from the folder, where supervisord runs: nothing in the folder's own name has a meaning to an .ini file.
+A role's program contains a digest of its script, so that `update` notices a change of either. Paths are
+relative to the folder, where supervisord runs: no character of the folder's name can confuse an .ini file.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ PLAN, BEFORE = "plan.json", "before.json"
 """What runs, and what ran before the last `apply`."""
 
 KEEPER_LOG = "keeper.log"
-"""The keeper's own words: starts, ends and restarts."""
+"""The keeper's own log: starts, ends and restarts."""
 
 KEEP, KEPT = b"keep\n", b"kept\n"
-"""What the command that starts a cluster of this machine says to the keeper, and its answer."""
+"""What the command that starts a cluster of this machine sends to the keeper, and the answer."""
 
-_TAIL_BYTES = 8_192
+_TAIL_BYTES = 8_192  # a screen of lines; logs can be large
 
 
 def script(role: HostRole, plan: HostPlan) -> str:
     """Return the text of a role's script."""
-    # A killed role cannot flush, and its last lines are the ones wanted.
+    # A killed role cannot flush, and its last lines are the important ones.
     env = {"PYTHONUNBUFFERED": "1", **dict(role.env), OURS_VARIABLE: plan.folder}
     if plan.code:
         env["PYTHONPATH"] = plan.code
     words = [
         "exec", "env", *(f"{name}={value}" for name, value in sorted(env.items())),
-        # -P: no file in the current folder stands in for a module of the package.
+        # -P: no file in the current folder can replace a module of the package.
         plan.interpreter, "-P", *role.argv,
     ]  # fmt: skip
     return (
@@ -59,8 +59,8 @@ def supervisord_conf(plan: HostPlan, *, min_files: int) -> str:
     """Return supervisor's configuration.
 
     Args:
-        plan: What the host is to run.
-        min_files: How many files a process may have open, at least.
+        plan: What the host runs.
+        min_files: How many files a process must be able to open.
     """
     head = f"""\
 ; Written by `cluster up`, which overwrites it.
@@ -107,12 +107,12 @@ stdout_logfile_backups={plan.log_files}
 
 
 def tail_of(path: Path | str, n_lines: int, *, start: int = 0) -> list[str]:
-    """Return the last lines of a log that are not empty, of those from byte `start` on."""
+    """Return the last non-empty lines of a log, from byte `start` on."""
     path = Path(path)
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            begin = start if start <= size else 0  # it was put aside since
+            begin = start if start <= size else 0  # the log was rotated since
             file.seek(max(begin, size - _TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What `cluster doctor` wants to know of a host."""
+"""Facts about a host for `cluster doctor`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A host as a cluster's folder and processes show it.
+    """A host, seen through a cluster's folder and processes.
 
     Attributes:
         time_s: Its wall clock, in seconds since 1970.
-        free_bytes: What its disk has left, where the folder is.
-        log_bytes: All logs of the cluster together.
-        largest_log: The path of the largest; "" without any.
-        open_files: For each process, how many files it has open, and may have.
+        free_bytes: Free space of the disk with the folder.
+        log_bytes: Size of all logs of the cluster.
+        largest_log: The path of the largest one; "" without logs.
+        open_files: For each process, how many files it has open, and how many it may have.
     """
 
     time_s: float
@@ -32,7 +32,7 @@ class Facts:
 
 
 def look(folder: Path, pids: Iterable[int]) -> Facts:
-    """Return the facts; OSError if there is no such folder."""
+    """Return the facts; OSError if the folder does not exist."""
     logs = sorted((path.stat().st_size, str(path)) for path in folder.glob("*.log*"))
     found = {str(pid): files for pid in pids if (files := _open_files(pid)) is not None}
     return Facts(
@@ -42,7 +42,7 @@ def look(folder: Path, pids: Iterable[int]) -> Facts:
 
 
 def _open_files(pid: int) -> tuple[int, int] | None:
-    """Return how many files a process has open and may have; None if it ended, or is another user's."""
+    """Return how many files a process has open and may have; None if it ended, or belongs to another user."""
     try:
         limits = Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
         n_open = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())

@@ -1,4 +1,4 @@
-"""A cluster's folder on its host: one keeper and one command at a time, and what a dead keeper left in it."""
+"""A cluster's folder on its host: one keeper and one command at a time, and the remains of a dead keeper."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 _LOCK, _BUSY = "lock", "busy"
 _KEPT = (_LOCK, _BUSY, "code", "venv")
-_ASK_AGAIN_S = 0.05
-_DEATH_S = 5.0  # far more than the kernel needs to end processes whose parent is gone
+_ASK_AGAIN_S = 0.05  # a file lock gives no wake-up
+_DEATH_S = 5.0  # far more than the kernel needs to end processes whose parent has died
 
 
 class HeldError(ConfigError):
-    """Another keeper, or another command, has the folder."""
+    """Another keeper, or another command, holds the folder."""
 
 
 def make(folder: Path) -> None:
     """Make the folder, for this user alone.
 
     Raises:
-        ConfigError: It cannot be made, or is another user's.
+        ConfigError: It cannot be made, or belongs to another user.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -50,10 +50,10 @@ def make(folder: Path) -> None:
 
 @contextlib.contextmanager
 def hold(folder: Path, lock: str = _LOCK) -> Iterator[None]:
-    """Have the folder for the block, which removes the lock at its end; the kernel ends a dead one's.
+    """Hold the folder during the block, and remove the lock at its end; the kernel releases a dead holder's.
 
     Raises:
-        HeldError: Another process has it.
+        HeldError: Another process holds it.
         ConfigError: The folder cannot be made or written.
     """
     path = folder / lock
@@ -61,7 +61,7 @@ def hold(folder: Path, lock: str = _LOCK) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is still held: whoever opened this file meanwhile finds that it is not the path's.
+        # While it is still held: a process that opened this file meanwhile finds that the path has changed.
         path.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -71,7 +71,7 @@ def _locked(folder: Path, path: Path) -> int:
         make(folder)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # the folder was removed just now
+        except FileNotFoundError:  # the folder has just been removed
             continue
         except OSError as error:
             raise ConfigError(f"{path}: expected a file that can be written: {error.strerror}") from error
@@ -84,15 +84,15 @@ def _locked(folder: Path, path: Path) -> int:
             raise HeldError(f"{folder}: another process has it") from None
         except FileNotFoundError:
             pass
-        os.close(descriptor)  # the one who had it removed it: begin again
+        os.close(descriptor)  # its holder removed it: try again
 
 
 @contextlib.contextmanager
 def alone(folder: Path, *, wait_s: float) -> Iterator[None]:
-    """Keep other commands out of the folder for the block.
+    """Keep other commands out of the folder during the block.
 
     Raises:
-        HeldError: Another one has had it for `wait_s` seconds.
+        HeldError: Another command has held it for `wait_s` seconds.
     """
     give_up_s = time.monotonic() + wait_s
     with contextlib.ExitStack() as stack:
@@ -108,14 +108,14 @@ def alone(folder: Path, *, wait_s: float) -> Iterator[None]:
 
 
 def tidy(folder: Path, *, wait_s: float = _DEATH_S) -> LocalCluster | None:
-    """Remove what a dead keeper left: its file, and any process that outlived it after all.
+    """Remove the remains of a dead keeper: its file, and any process that outlived it.
 
     Args:
         folder: The cluster's.
         wait_s: How long its processes may take to end by themselves.
 
     Returns:
-        What the file said; None if there was nothing to remove.
+        The cluster in the file; None if there was nothing to remove.
 
     Raises:
         ConfigError: The file is malformed.
@@ -125,7 +125,7 @@ def tidy(folder: Path, *, wait_s: float = _DEATH_S) -> LocalCluster | None:
         return None
     try:
         with hold(folder):
-            left = local.load(folder)  # somebody else may have tidied up, or begun anew
+            left = local.load(folder)  # another command may have tidied up, or started again
             if left is None or left.liveness() is not Liveness.GONE:
                 return None
             end([role.process for role in left.roles if role.process is not None], wait_s=wait_s)
@@ -137,7 +137,7 @@ def tidy(folder: Path, *, wait_s: float = _DEATH_S) -> LocalCluster | None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a cluster needs while it runs; its logs stay, and on other hosts the package."""
+    """Remove what a cluster needs while it runs; its logs stay, and on other hosts the package too."""
     for path in folder.iterdir():
         if path.name in _KEPT or ".log" in path.suffixes:
             continue
@@ -148,7 +148,7 @@ def clean(folder: Path) -> None:
 
 
 def tidy_unowned(folder: Path) -> None:
-    """Remove what a keeper left that nobody's state file names; does nothing where a keeper lives."""
+    """Remove a keeper's remains that no state file names; do nothing if a keeper lives."""
     if folder.is_dir():
         with contextlib.suppress(HeldError), hold(folder):
             end(outliving(folder), wait_s=0.0)
@@ -156,7 +156,7 @@ def tidy_unowned(folder: Path) -> None:
 
 
 def forget_unused(folder: Path) -> None:
-    """Remove a folder that was made for a cluster that never was, with its logs."""
+    """Remove a folder, with its logs, that was made for a cluster that never ran."""
     with contextlib.suppress(HeldError, ConfigError):
         if folder.is_dir() and local.load(folder) is None:
             with hold(folder):
@@ -164,18 +164,18 @@ def forget_unused(folder: Path) -> None:
 
 
 def outliving(folder: Path) -> list[ProcessId]:
-    """Return the roles of the cluster in `folder` that run, by their environment: nobody need know them."""
+    """Return the running roles of the cluster in `folder`, found by their environment without a list."""
     mark = f"{OURS_VARIABLE}={folder}".encode()
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended, or is another user's
+        with contextlib.suppress(OSError):  # it ended, or belongs to another user
             if mark in (process / "environ").read_bytes().split(b"\0"):
                 found.append(ProcessId.of(int(process.name)))
     return [process for process in found if process is not None]
 
 
 def end(processes: Iterable[ProcessId], *, wait_s: float) -> list[ProcessId]:
-    """Give processes `wait_s` seconds to end, together, then kill them; return those killed."""
+    """Give processes `wait_s` seconds together to end, then kill them; return the killed ones."""
     deadline_s = time.monotonic() + wait_s
     killed = []
     for process in processes:
@@ -186,5 +186,5 @@ def end(processes: Iterable[ProcessId], *, wait_s: float) -> list[ProcessId]:
 
 
 def await_end(process: ProcessId, timeout_s: float) -> bool:
-    """Wait until a process has ended; return whether it has, within `timeout_s` seconds."""
+    """Wait until a process has ended; return whether it ended within `timeout_s` seconds."""
     return process.await_end(timeout_s)

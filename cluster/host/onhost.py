@@ -1,19 +1,19 @@
 """`python -P -m cluster.host.onhost VERB`: what the launcher does on one host, on that host.
 
 It is run over ssh, reads one JSON object from stdin and writes one to stdout, marked; `{"error": ...}`
-says what went wrong, for people. On this machine the launcher calls `do` itself. Supervisor is asked
-through its socket, in a folder that only its user may enter.
+contains what went wrong, for people to read. On this machine the launcher calls `do` directly. Supervisor is
+reached through its socket, in a folder that only its user may enter.
 
-    apply      have exactly the given roles run, and files there; say what changed
-    undo       have the roles run that ran before the last `apply`
-    states     how each role stands
+    apply      run exactly the given roles, with files beside them; return what changed
+    undo       run the roles that ran before the last `apply`
+    states     the state of each role
     down       stop every role and supervisord itself
     start, stop   one role; return at once
     status     the router's STATUS
     tail       the last lines of a role's log
-    facts      what `cluster doctor` wants to know of the host
+    facts      the facts for `cluster doctor`
 
-Only what differs is touched: `apply` for the second time changes nothing.
+Only differences are touched: a second `apply` changes nothing.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_FILES_WANTED = 65_536
-_STARTED_S = 15.0
-_CALL_S = 20.0  # longer than a role may take to stop, which `update` waits for
-_STOPPED_S = 30.0  # beyond what the roles may take
-_START_AGAIN_S = 0.02
-_LOCK_S = 60.0
-_TAIL_LINES = 15
-_IDLE = ("STOPPED", "EXITED", "FATAL")  # supervisor's words for a process that it does not run
+_FILES_WANTED = 65_536  # the router keeps a descriptor per peer, and the usual soft limit is 1,024
+_STARTED_S = 15.0  # the keeper imports supervisor, on a host that may be busy
+_CALL_S = 20.0  # longer than a role may take to stop, because `update` waits for that
+_STOPPED_S = 30.0  # beyond the time that the roles may take
+_START_AGAIN_S = 0.02  # nothing wakes the caller when the keeper's file appears
+_LOCK_S = 60.0  # the command that holds it may be waiting for roles to stop
+_TAIL_LINES = 15  # the end of a traceback, with the error itself
+_IDLE = ("STOPPED", "EXITED", "FATAL")  # supervisor's states of a process that does not run
 _NOT_THERE = {
     "state": "STOPPED", "pid": None, "up_s": 0, "exit": 0, "restarts": 0, "why": "", "metrics": "",
 }  # fmt: skip
@@ -75,7 +75,7 @@ _NOT_THE_KEEPERS = (READY_FD_VARIABLE, PARENT_PID_VARIABLE)
 
 
 class _Connection(http.client.HTTPConnection):
-    """To a socket of this machine; supervisor's own would wait for ever for a process that is stopped."""
+    """To a socket of this machine; supervisor's own class would wait for a suspended process for ever."""
 
     def __init__(self, path: str) -> None:
         super().__init__("localhost", timeout=_CALL_S)
@@ -97,11 +97,11 @@ class Supervisord:
         """Call one of its functions.
 
         Raises:
-            OSError: Nobody is there.
-            ProcessError: It does not answer: it is stopped, or its machine is very busy.
+            OSError: No process answers at the socket.
+            ProcessError: It does not answer: it is suspended, or its machine is very busy.
         """
-        # By way of a descriptor: a socket's address has room for 107 bytes, however deep the folder lies.
-        # A new connection each time: one that failed once is of no further use.
+        # Through a descriptor: a socket's address holds 107 bytes, and the folder may be deeper than that.
+        # A new connection each time: one that failed cannot be used again.
         descriptor = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         path = f"/proc/self/fd/{descriptor}/{SOCKET}"
         transport = SupervisorTransport(None, None, f"unix://{path}")
@@ -110,29 +110,29 @@ class Supervisord:
             return getattr(xmlrpc.client.ServerProxy("http://127.0.0.1", transport), method)(*args)
         except TimeoutError as error:
             raise ProcessError(f"the keeper did not answer within {_CALL_S:g} s") from error
-        except http.client.HTTPException as error:  # it ended meanwhile
+        except http.client.HTTPException as error:  # it has just ended
             raise ConnectionError(str(error)) from error
         finally:
             transport.close()
             os.close(descriptor)
 
     def pid(self) -> int | None:
-        """Return its process; None if nobody answers at its socket."""
+        """Return its process; None if no process answers at its socket."""
         try:
             return int(self._call("supervisor.getPID"))
         except (OSError, xmlrpc.client.Error):
             return None
 
     def start(self, plan: HostPlan, hold: int | None = None, kept_open: Sequence[int] = ()) -> None:
-        """Start it with the files that are there; return when it answers.
+        """Start it with the present files; return when it answers.
 
         Args:
-            plan: What it is to run.
-            hold: A socket whose other end, until it says `keep`, ends all of this; None to run on.
-            kept_open: Sockets that keep ports from others for as long as it runs.
+            plan: What it runs.
+            hold: A socket: until `keep` comes over it, the end of its peer ends everything; None to run on.
+            kept_open: Sockets that reserve ports for as long as it runs.
 
         Raises:
-            ProcessError: It ended or stayed silent; quotes what it wrote.
+            ProcessError: It ended or stayed silent; the error quotes its output.
         """
         path = self.folder / KEEPER_LOG
         argv = [plan.interpreter, "-P", "-m", "cluster.host.watch", *([] if hold is None else [str(hold)])]
@@ -151,10 +151,10 @@ class Supervisord:
                 ends = f"ends:\n{lines}" if lines else "is empty"
                 raise ProcessError(f"the keeper did not start; its log ({path}) {ends}")
             time.sleep(_START_AGAIN_S)
-        process.returncode = 0  # it is nobody's child from now on, and not to be waited for
+        process.returncode = 0  # it is on its own from now on: do not wait for it
 
     def infos(self) -> dict[str, dict[str, Any]]:
-        """Return how each role stands, as `WatchedProcess.seen` has it; nothing if it does not run."""
+        """Return the state of each role, as `WatchedProcess.seen` gives it; nothing if it does not run."""
         try:
             return {info["name"]: info for info in json.loads(self._call("superserve.roles"))}
         except OSError:
@@ -166,7 +166,7 @@ class Supervisord:
             ) from error
 
     def update(self) -> dict[str, str]:
-        """Have it read its files again; return what that changed, by role."""
+        """Make it read its files again; return what changed, by role."""
         added, changed, removed = self._call("supervisor.reloadConfig")[0]
         for name in (*changed, *removed):
             self._call("supervisor.stopProcessGroup", name)
@@ -177,10 +177,10 @@ class Supervisord:
         return {name: word for word, names in words.items() for name in names}
 
     def begin(self, name: str) -> None:
-        """Start a role that has ended; one that runs, or will soon, is left alone.
+        """Start a role that has ended; leave alone one that runs, or soon will.
 
         Raises:
-            ProcessError: It is ending just now.
+            ProcessError: It is just stopping.
         """
         if self.infos().get(name, {}).get("state") == "STOPPING":
             raise ProcessError(f"{name}: expected a role that has ended; it is stopping: try again soon")
@@ -188,12 +188,12 @@ class Supervisord:
             self._call("supervisor.startProcess", name, False)
 
     def end(self, name: str) -> None:
-        """Have a role stop, and do not wait."""
+        """Make a role stop, and do not wait."""
         with _unless("NOT_RUNNING"):
             self._call("supervisor.stopProcess", name, False)
 
     def shut_down(self, within_s: float) -> None:
-        """Stop the router, then every worker, then itself; return when its process is gone."""
+        """Stop the router, then every worker, then itself; return when its process has ended."""
         pid = self.pid()
         process = None if pid is None else ProcessId.of(pid)
         if process is None:
@@ -204,7 +204,7 @@ class Supervisord:
 
 
 def _environment(plan: HostPlan) -> dict[str, str]:
-    """Return a keeper's environment, which its roles inherit, without what concerns the launcher alone."""
+    """Return a keeper's environment, which its roles inherit, without the launcher's own variables."""
     environment = {key: value for key, value in os.environ.items() if key not in _NOT_THE_KEEPERS}
     return {**environment, "PYTHONUNBUFFERED": "1", **({"PYTHONPATH": plan.code} if plan.code else {})}
 
@@ -222,7 +222,7 @@ def _unless(fault: str) -> Iterator[None]:
 
 
 def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Have exactly the plan's roles run, with these files beside them; return what changed of both."""
+    """Run exactly the plan's roles, with these files beside them; return what changed of both."""
     plan = HostPlan.from_dict(asked["plan"])
     hold = asked.get("hold")
     with alone(folder, wait_s=_LOCK_S if hold is None else 0.0):
@@ -240,9 +240,9 @@ def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start_here(folder: Path, plan: HostPlan, hold: int, kept_open: Sequence[int]) -> dict[str, Any]:
-    """Start a cluster of this machine, which is not kept yet; where that fails nothing of it is left."""
+    """Start a cluster of this machine, not kept yet; if that fails, leave nothing of it."""
     try:
-        for path in folder.glob("*.log*"):  # of an earlier life
+        for path in folder.glob("*.log*"):  # of an earlier cluster
             path.unlink()
         _write(folder, plan)
         Supervisord(folder).start(plan, hold, kept_open)
@@ -253,13 +253,13 @@ def _start_here(folder: Path, plan: HostPlan, hold: int, kept_open: Sequence[int
 
 
 def _check_free(folder: Path) -> None:
-    """Raise HeldError if a cluster of this machine that is to be started has been started meanwhile."""
+    """Raise HeldError if another command has started this machine's cluster meanwhile."""
     if Supervisord(folder).pid() is not None:
         raise HeldError(f"{folder}: it is being started or stopped by another command")
 
 
 def undo(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Have the roles run that ran before the last `apply`, or none if nothing ran."""
+    """Run the roles that ran before the last `apply`, or none if none ran."""
     before = _read(folder / BEFORE)
     if before is None:
         return down(folder, asked)
@@ -268,11 +268,11 @@ def undo(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(folder: Path, plan: HostPlan) -> dict[str, str]:
-    """Have exactly the plan's roles run; touch only what differs."""
+    """Run exactly the plan's roles; touch only what differs."""
     supervisord = Supervisord(folder)
     is_new = supervisord.pid() is None
     if is_new:
-        for path in folder.glob("*.log*"):  # of an earlier life
+        for path in folder.glob("*.log*"):  # of an earlier cluster
             path.unlink()
     _write(folder, plan)
     if is_new:
@@ -299,7 +299,7 @@ def _write(folder: Path, plan: HostPlan) -> None:
 
 
 def _put_files(folder: Path, files: dict[str, bytes]) -> list[str]:
-    """Have exactly these files in the folders that `apply` fills, for this user; return which changed."""
+    """Put exactly these files into the folders that `apply` fills, for this user; return which changed."""
     changed = []
     for name in FILLED:
         (folder / name).mkdir(mode=0o700, exist_ok=True)
@@ -330,7 +330,7 @@ def _put(path: Path, text: str) -> None:
 
 
 def _put_bytes(path: Path, content: bytes) -> None:
-    """Write a file as a whole: who reads it finds the old one or the new one."""
+    """Write a file whole: readers find the old one or the new one."""
     new = path.with_name(f".{path.name}.new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -339,7 +339,7 @@ def _put_bytes(path: Path, content: bytes) -> None:
 
 
 def _forget_code(folder: Path) -> None:
-    """Remove versions of the package that neither the plan nor the one before it runs."""
+    """Remove versions of the package that neither the plan nor the previous one runs."""
     texts = [_read(folder / PLAN), _read(folder / BEFORE)]
     kept = {Path(json.loads(text)["code"]) for text in texts if text is not None}
     for path in (folder / "code").glob("*"):
@@ -348,7 +348,7 @@ def _forget_code(folder: Path) -> None:
 
 
 def states(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return how each role stands, with the end of its log if it is not well."""
+    """Return the state of each role, with the end of its log if it is not well."""
     supervisord = Supervisord(folder)
     infos = supervisord.infos() if folder.is_dir() else {}
     n_lines = int(asked.get("lines", _TAIL_LINES))
@@ -368,7 +368,7 @@ def _roles(folder: Path) -> list[HostRole]:
 
 
 def down(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Stop every role, or the ones of a kind; with all of them, supervisord too; say what ran."""
+    """Stop every role, or those of a kind; with all of them, supervisord too; return what ran."""
     if not folder.is_dir():
         return {"stopped": []}
     with alone(folder, wait_s=_LOCK_S):
@@ -394,7 +394,7 @@ def down(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stop_s(folder: Path) -> float:
-    """Return how long all roles may take to stop, and then some."""
+    """Return how long all roles may take to stop, plus a reserve."""
     text = _read(folder / PLAN)
     timing = Timing() if text is None else HostPlan.from_dict(json.loads(text)).timing
     return timing.router_stop_s + timing.worker_stop_s + _STOPPED_S
@@ -407,18 +407,18 @@ def start(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def stop(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Have a role stop."""
+    """Make a role stop."""
     Supervisord(folder).end(asked["role"])
     return {}
 
 
 def facts(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return what the host is like, and how many files the processes `pids` have open."""
+    """Return the facts about the host, and how many files the processes `pids` have open."""
     return asdict(look(folder, asked["pids"]))
 
 
 def status(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the router's STATUS, asked with the key that `apply` put here; None if it does not answer."""
+    """Return the router's STATUS, asked with the key that `apply` put here; None without an answer."""
     key = folder / KEYS / OPERATOR_KEY
     try:
         shown = str(key) if key.exists() else ""
@@ -440,7 +440,7 @@ VERBS = {
 
 
 def do(verb: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """Do one verb; return what it came to, or `{"error": ...}`."""
+    """Run one verb; return its result, or `{"error": ...}`."""
     try:
         return VERBS[verb](Path(asked["folder"]), asked)
     except (SuperServeError, OSError, xmlrpc.client.Error) as error:
@@ -448,7 +448,7 @@ def do(verb: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(verb: str) -> None:
-    """Do one verb and print what it came to."""
+    """Run one verb and print its result."""
     sys.stdout.write(marked(do(verb, json.load(sys.stdin))))
 
 

@@ -1,15 +1,15 @@
 """`python -P -m cluster.host.watch [FD]`: the keeper, which is supervisord as a parent for roles.
 
-It is run in the folder of a cluster on its host, by `cluster.host.onhost`, in a session of its own,
-and outlives the command and the terminal. The roles are its children and die with it, even by
-SIGKILL: each asks the kernel for that, and finds its parent's number in the environment
-(`superserve.roles.processes.die_with_parent`). What supervisor does not do is here and in `watched.py`:
+It runs in the folder of a cluster on its host, started by `cluster.host.onhost` in a new session, and
+outlives the command and the terminal. The roles are its children and die with it, even by SIGKILL:
+each asks the kernel for that, and finds its parent's number in the environment
+(`superserve.roles.processes.die_with_parent`). Here and in `watched.py` is what supervisor does not do:
 
 - **Until it is kept.** FD is a socket to the command that starts a cluster of this machine. Until
-  `keep` has come over it, its end, whatever the cause, takes everything down, and nothing of it stays.
+  `keep` comes over it, its end, for any reason, takes everything down and leaves nothing.
 - **Order.** SIGTERM stops the router first, which answers what it holds, then all workers at once.
 - **Its traces.** For a cluster of this machine it writes the state file, by which clients find the
-  router; at its end it removes everything but the logs.
+  router; at its end it removes everything except the logs.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from superserve.roles.processes import PARENT_PID_VARIABLE, READY_FD_VARIABLE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_LEAST_WAIT_S = 0.01
-_SAY_S = 5.0  # a launcher that does not read for so long is as good as gone
+_LEAST_WAIT_S = 0.01  # at 0 the loop would spin on a process that is due and not handled yet
+_SAY_S = 5.0  # a launcher that does not read for this long counts as gone
 
 
 class Hearer:
-    """A descriptor that supervisor's loop looks at: calls `hear` when there is something to read."""
+    """A descriptor in supervisor's loop: calls `hear` when there is something to read."""
 
     def __init__(self, fd: int, hear: Callable[[], object]) -> None:
         self._fd = fd
@@ -57,32 +57,32 @@ class Hearer:
         asyncore.socket_map[fd] = self
 
     def readable(self) -> bool:
-        """Tell whether it is still listened to."""
+        """Return whether the loop still watches it."""
         return self._is_open
 
     def writable(self) -> bool:
-        """Tell that nothing is ever written."""
+        """Return False: nothing is ever written."""
         return False
 
     def handle_read_event(self) -> None:
-        """Take what has come."""
+        """Read what has arrived."""
         self._hear()
 
     def handle_error(self) -> None:
-        """Listen no longer; supervisor calls this where `hear` has raised."""
+        """Stop watching; supervisor calls this if `hear` has raised."""
         self.stop()
 
     def stop(self) -> None:
-        """Listen no longer; the caller closes the descriptor."""
+        """Stop watching; the caller closes the descriptor."""
         self._is_open = False
         asyncore.socket_map.pop(self._fd, None)
 
 
 class Keeper(Supervisor):  # type: ignore[misc]  # supervisor ships no types
-    """A host's roles, until SIGTERM or, before it is kept, until its launcher is gone.
+    """A host's roles, until SIGTERM or, before `keep`, until its launcher has gone.
 
     Attributes:
-        is_abandoned: Whether the launcher went away before it said `keep`.
+        is_abandoned: Whether the launcher went away before it sent `keep`.
     """
 
     stop_groups: list[Any] | None
@@ -102,12 +102,12 @@ class Keeper(Supervisor):  # type: ignore[misc]  # supervisor ships no types
     # --- supervisor's loop --------------------------------------------------------------------
 
     def tick(self, now: float | None = None) -> None:
-        """Keep the state file true; called once in each pass of the loop."""
+        """Update the state file; called once in each pass of the loop."""
         super().tick(now)
         self.save()
 
     def ordered_stop_groups_phase_1(self) -> None:
-        """Stop the roles that come first; supervisor would begin with the last, one at a time."""
+        """Stop the roles that come first; supervisor would start with the last, one at a time."""
         left = self.stop_groups or []
         first = min((group.config.priority for group in left), default=0)
         for group in left:
@@ -119,7 +119,7 @@ class Keeper(Supervisor):  # type: ignore[misc]  # supervisor ships no types
         self.stop_groups = [group for group in self.stop_groups or [] if group.get_unstopped_processes()]
 
     def wait_s(self) -> float:
-        """Return how long nothing is to do unless a descriptor is heard."""
+        """Return how long there is nothing to do unless a descriptor becomes readable."""
         now_s = time.time()
         waits = [
             process.delay - now_s
@@ -131,7 +131,7 @@ class Keeper(Supervisor):  # type: ignore[misc]  # supervisor ships no types
     # --- the launcher -------------------------------------------------------------------------
 
     def _hear(self) -> None:
-        """Take what the launcher says: `keep`, or its end."""
+        """Read the launcher's message: `keep`, or its end."""
         assert self._control is not None, "it is listened to"
         assert self._hearer is not None, "it is listened to"
         try:
@@ -150,10 +150,10 @@ class Keeper(Supervisor):  # type: ignore[misc]  # supervisor ships no types
             self.options.mood = SupervisorStates.SHUTDOWN
         self._control.close()
 
-    # --- what it reports ----------------------------------------------------------------------
+    # --- reports ------------------------------------------------------------------------------
 
     def seen(self) -> list[dict[str, Any]]:
-        """Return how each role stands."""
+        """Return the state of each role."""
         return [process.seen() for process in self._processes()]
 
     def _processes(self) -> list[WatchedProcess]:
@@ -164,14 +164,14 @@ class Keeper(Supervisor):  # type: ignore[misc]  # supervisor ships no types
         """Write the state file of a cluster of this machine, if anything in it has changed."""
         if self._plan.local is None:
             return
-        # Every pass comes by here, and each line that a role writes makes one: so a cheap look first.
+        # Called in every pass, and each line that a role writes causes one: so check cheaply first.
         now = (self._phase(), *((p.state, p.pid, p.restarts) for p in self._processes()))
         if now == self._saved:
             return
         self._saved = now
         try:
             local.save(self._snapshot(self._plan.local), Path.cwd())
-        except OSError as error:  # serving goes on; only what is said of it grows old
+        except OSError as error:  # serving goes on; only the state file becomes outdated
             words = f"the state file cannot be written: {error}"
             self.options.logger.critical(words)
 
@@ -202,7 +202,7 @@ def _process(pid: int | None) -> ProcessId | None:
 
 
 class QuickPoller(PollPoller):  # type: ignore[misc]  # supervisor ships no types
-    """Wakes when a restart or a kill is due; supervisor looks once a second."""
+    """Wakes when a restart or a kill is due; supervisor would only check once a second."""
 
     keeper: Keeper | None = None
 
@@ -212,13 +212,13 @@ class QuickPoller(PollPoller):  # type: ignore[misc]  # supervisor ships no type
 
 
 class KeeperRpc:
-    """What `superserve.roles()` answers on supervisor's socket, beside supervisor's own calls."""
+    """The answer to `superserve.roles()` on supervisor's socket, in addition to supervisor's own calls."""
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
 
     def roles(self) -> str:
-        """Return how each role stands, as JSON: XML-RPC has no null."""
+        """Return the state of each role, as JSON: XML-RPC has no null."""
         return json.dumps(self._keeper.seen())
 
 
@@ -228,7 +228,7 @@ def make_rpc(supervisord: Keeper, **_: object) -> KeeperRpc:
 
 
 class ForgivingStream:
-    """This process's stderr, which is a file whose disk may be full."""
+    """This process's stderr: a file, whose disk may be full."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -240,7 +240,7 @@ class ForgivingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Do nothing: nothing is held back."""
+        """Do nothing: nothing is buffered."""
 
     def fileno(self) -> int:
         """Return the descriptor."""
@@ -248,7 +248,7 @@ class ForgivingStream:
 
 
 def run(plan: HostPlan, control: socket.socket | None) -> Keeper:
-    """Run a plan's roles until told to stop; return the keeper, whose roles have all ended."""
+    """Run a plan's roles until asked to stop; return the keeper, whose roles have all ended."""
     os.environ[PARENT_PID_VARIABLE] = str(os.getpid())
     os.environ[READY_FD_VARIABLE] = str(READY_FD)
     options = WatchedOptions(plan.timing, Path(SOCKET))
@@ -259,7 +259,7 @@ def run(plan: HostPlan, control: socket.socket | None) -> Keeper:
     keeper = Keeper(options, plan, control)
     options.poller.keeper = keeper
     woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    # A signal that comes while the loop waits must end the wait: Python would wait on.
+    # A signal during the loop's wait must end the wait: on its own, Python would resume it.
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     Hearer(woken, functools.partial(os.read, woken, 4_096))
     with contextlib.suppress(asyncore.ExitNow):
@@ -271,7 +271,7 @@ def run(plan: HostPlan, control: socket.socket | None) -> Keeper:
 
 
 def main(fd: int | None) -> int:
-    """Keep the roles of the plan in the current folder; return the exit code."""
+    """Run the roles of the plan in the current folder; return the exit code."""
     folder = Path.cwd()
     sys.stdout = sys.stderr = ForgivingStream(sys.stderr)
     control = None
@@ -283,7 +283,7 @@ def main(fd: int | None) -> int:
         with hold(folder):
             keeper = run(HostPlan.from_dict(json.loads(Path(PLAN).read_text(encoding="utf-8"))), control)
             clean(folder)
-            if keeper.is_abandoned:  # nobody will ever ask what was in the logs
+            if keeper.is_abandoned:  # nothing will ever read its logs
                 shutil.rmtree(folder, ignore_errors=True)
     except HeldError as error:
         sys.stderr.write(f"{error}\n")

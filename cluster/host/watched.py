@@ -6,11 +6,11 @@
     RUNNING, STARTING -stop-> STOPPING -ended-> STOPPED        BACKOFF -stop-> STOPPED
     STOPPED, EXITED, FATAL -start-> STARTING
 
-Supervisor calls a process started once it has lived for some seconds, and starts again for ever
-what lived longer than that. Here a role says itself when it is ready (`announce_ready`). One that
-ends before it was ever ready is FATAL at once: what is wrong with it, it will be again. One that
-crashes after a good start is started again after half a second, and after twice as long each further
-time, five times in a row at most; a minute of good service forgets the past (`Timing` has the figures).
+Supervisor regards a process as started once it has lived for some seconds, and restarts for ever what
+lived longer than that. Here a role announces when it is ready (`announce_ready`). One that ends before it
+was ever ready is FATAL at once, because the same fault would end it again. One that crashes after a good
+start is restarted after half a second, and after twice as long each further time, at most five times in
+a row; a minute of good service resets that (`Timing` has the figures).
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from cluster.spec.roles import Timing
 
 READY_FD = 3
-"""Where a role finds the pipe on which it says that it is ready."""
+"""The descriptor of the pipe on which a role announces that it is ready."""
 
-_MAX_READY_BYTES = 65_536
+_MAX_READY_BYTES = 65_536  # what a pipe holds; a role announces hundreds of bytes
 _MANY = 1_000_000  # restarts are bounded here, not by supervisor
-_TAIL_LINES = 20
+_TAIL_LINES = 20  # they go into the reason for a crash: enough for a traceback
 
 
 class ReadyPipe:
-    """The keeper's end of a role's pipe, as supervisor's loop looks at it."""
+    """The keeper's end of a role's pipe, in supervisor's loop."""
 
-    closed = False  # supervisor asks; the descriptor stays open until its role has ended
+    closed = False  # supervisor reads it; the descriptor stays open until its role has ended
 
     def __init__(self, process: WatchedProcess, fd: int) -> None:
         self.fd = fd
@@ -53,15 +53,15 @@ class ReadyPipe:
         self._is_done = False
 
     def readable(self) -> bool:
-        """Tell whether anything may still come."""
+        """Return whether anything may still arrive."""
         return not self._is_done
 
     def writable(self) -> bool:
-        """Tell that nothing is ever written."""
+        """Return False: nothing is ever written."""
         return False
 
     def handle_read_event(self) -> None:
-        """Take what the role says; its line's end makes it ready."""
+        """Read the role's announcement; its newline makes the role ready."""
         chunk = os.read(self.fd, _MAX_READY_BYTES)
         self._text += chunk
         self._is_done = not chunk or self._text.endswith(b"\n") or len(self._text) > _MAX_READY_BYTES
@@ -69,18 +69,18 @@ class ReadyPipe:
             self._process.announced(self._text)
 
     def handle_error(self) -> None:
-        """Listen no longer: a role that cannot say that it is ready is not ready in time."""
+        """Stop watching: a role that cannot announce itself will not be ready in time."""
         self._is_done = True
 
 
 class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no types
-    """A role's process, and what happened to it so far.
+    """A role's process, and what has happened to it so far.
 
     Attributes:
-        restarts: How often it was started again after crashes.
-        why: What ended it last, with the end of its log; "" if nothing did.
-        metrics: Where it serves /metrics, HOST:PORT; "" where it does not.
-        was_ready: Whether it was ever ready since it was first started, or told to start.
+        restarts: How often it was restarted after crashes.
+        why: How it last ended, with the end of its log; "" if it never did.
+        metrics: Where it serves /metrics, HOST:PORT; "" if it does not.
+        was_ready: Whether it was ever ready since its first start, or since an operator's.
     """
 
     def __init__(self, config: ProcessConfig, timing: Timing) -> None:
@@ -104,7 +104,7 @@ class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no t
         """Start it; return its process, or None if that failed."""
         if self.state == ProcessStates.BACKOFF:
             self.restarts += 1
-        else:  # for the first time, or on an operator's order: the past is forgotten
+        else:  # for the first time, or on an operator's request: forget earlier crashes
             self._was_ordered = bool(self.laststart)
             self.was_ready, self._n_in_a_row, self.why = False, 0, ""
         self._is_late = False
@@ -124,7 +124,7 @@ class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no t
         return pid
 
     def _prepare_child_fds(self) -> None:
-        """Leave the child its output and the pipe, and nothing else of this process's."""
+        """Pass the child its output and the pipe, and no other descriptor of this process."""
         os.dup2(self._child_fd, READY_FD) if self._child_fd != READY_FD else os.set_inheritable(
             READY_FD, True
         )
@@ -134,7 +134,7 @@ class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no t
         os.closerange(READY_FD + 1, self.config.options.minfds)
 
     def announced(self, text: bytes) -> None:
-        """Note that it is ready, and what it said."""
+        """Record that it is ready, and what it announced."""
         if self.state != ProcessStates.STARTING:
             return
         with contextlib.suppress(ValueError, AttributeError):
@@ -145,7 +145,7 @@ class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no t
         self.change_state(ProcessStates.RUNNING)
 
     def transition(self) -> None:
-        """Do what is due; called whenever the loop has looked at everything."""
+        """Do what is due; called after each round of the loop."""
         if self.state != ProcessStates.STARTING:
             super().transition()
         elif self._is_overdue():
@@ -154,14 +154,14 @@ class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no t
                 os.killpg(self.pid, signal.SIGKILL)
 
     def _is_overdue(self) -> bool:
-        # A first start is waited for by `up`, whose user says for how long.
+        # `up` waits for a first start, and its user sets the limit.
         is_bounded = (self.was_ready or self._was_ordered) and not self._is_late
         return is_bounded and time.monotonic() - self._began_s > self._timing.ready_timeout_s
 
     # --- its end ------------------------------------------------------------------------------
 
     def finish(self, pid: int, status: int) -> None:
-        """Judge its end: told to, of its own accord, or a crash."""
+        """Classify its end: requested, by itself, or a crash."""
         was_running = self.state == ProcessStates.RUNNING
         super().finish(pid, status)
         if self._pipe is not None:
@@ -172,7 +172,7 @@ class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no t
         if self.state == ProcessStates.STOPPED:
             self.why = _told(code)
         elif was_running and code == 0:
-            self.why = "ended as told, with exit code 0"
+            self.why = "ended as asked, with exit code 0"
         elif self._is_late:
             self._crashed(self._quoted(pid, f"was not ready again within {self._timing.ready_timeout_s:g} s"))
         else:
@@ -189,7 +189,7 @@ class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no t
             self.give_up()
             return
         wait_s = self._timing.first_backoff_s * 2 ** (self._n_in_a_row - 1)
-        # Supervisor takes a `delay` further off than `backoff` seconds for a clock that was set back.
+        # If `delay` is more than `backoff` seconds away, supervisor concludes that the clock was set back.
         self.delay, self.backoff = time.time() + wait_s, math.ceil(wait_s)
 
     def _quoted(self, pid: int, what: str) -> str:
@@ -200,8 +200,8 @@ class WatchedProcess(Subprocess):  # type: ignore[misc]  # supervisor ships no t
         )
 
     def seen(self) -> dict[str, Any]:
-        """Return how it stands, as JSON."""
-        # Supervisor's word for what it has not looked at yet is STOPPED.
+        """Return its state, as JSON."""
+        # Supervisor reports a process that it has not looked at yet as STOPPED.
         state = self.state if self.laststart else ProcessStates.STARTING
         return {
             "name": self.config.name, "state": getProcessStateDescription(state),
@@ -220,10 +220,10 @@ def _size(path: str) -> int:
 
 def _told(code: int) -> str:
     if code == 0:
-        return "ended as told, with exit code 0"
+        return "ended as asked, with exit code 0"
     if code == -signal.SIGKILL:
-        return "did not end in time when told to stop, and was killed"
-    return f"ended with {described(code)} when told to stop"
+        return "did not end in time when asked to stop, and was killed"
+    return f"ended with {described(code)} when asked to stop"
 
 
 def described(code: int) -> str:
@@ -235,7 +235,7 @@ def described(code: int) -> str:
 
 
 class WatchedConfig(ProcessConfig):  # type: ignore[misc]  # supervisor ships no types
-    """A program of supervisor's whose process is a role of ours."""
+    """A program of supervisor whose process is a role."""
 
     timing: Timing
 
@@ -259,19 +259,19 @@ class WatchedOptions(ServerOptions):  # type: ignore[misc]  # supervisor ships n
         found = super().processes_from_section(parser, section, group_name, WatchedConfig)
         for config in found:
             config.timing = self._timing
-            config.startsecs, config.startretries = 0, _MANY  # what these were for is decided here
+            config.startsecs, config.startretries = 0, _MANY  # `WatchedProcess` decides this instead
             is_router = config.priority == 1
             config.stopwaitsecs = self._timing.router_stop_s if is_router else self._timing.worker_stop_s
         return found
 
     def openhttpservers(self, supervisord: Any) -> None:
-        """Listen at a relative path: one from the root may be longer than a socket's address may be."""
+        """Listen at a relative path: an absolute one may exceed the length of a socket's address."""
         for config in self.server_configs:
             config["file"] = str(self._socket)
         super().openhttpservers(supervisord)
 
     def make_logger(self) -> None:
-        """Open this process's own log, whose writing may fail while the roles are well: a full disk."""
+        """Open this process's log; writing to it may fail without harm, as on a full disk."""
         super().make_logger()
         for handler in self.logger.handlers:
             handler.emit = _forgiving(handler.emit)

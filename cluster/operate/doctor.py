@@ -1,7 +1,7 @@
-"""What is wrong with a running cluster, and what to type: one function a check, on what was seen.
+"""What is wrong with a running cluster, and what to type: one function for each check, on what was seen.
 
-A check says nothing where all is well. `wrong` is what an operator should mend; a `note` is
-what one should know and may live with.
+A check yields nothing if all is well. `wrong` is what an operator should fix; a `note` is worth
+knowing and acceptable.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from superserve.status import RouterStatus
 
 SLOW = 1.25
-"""Measured over profiled latency from which a profile no longer describes a device."""
+"""From this ratio of measured to profiled latency on, a profile no longer describes a device."""
 
-MANY_RESTARTS = 3
-LEAST_FREE_BYTES = 500 << 20
-MOST_LOG_BYTES = 1 << 30
-LEAST_FILES = 1_024
+MANY_RESTARTS = 3  # one may be an accident; three have a cause that stays
+LEAST_FREE_BYTES = 500 << 20  # of the disk: logs and an update's wheel still fit
+MOST_LOG_BYTES = 1 << 30  # more than rotation leaves; it would fill a small disk
+LEAST_FILES = 1_024  # the usual soft limit: with less, even a few peers fail
 FULL = 0.8
-"""Share of the files that a process may have open from which it will soon lack some."""
+"""From this share of its limit of open files on, a process will soon run out."""
 
-CLOCK_S = 1.0  # deadlines never cross hosts; whoever compares logs wants less
+CLOCK_S = 1.0  # deadlines never cross hosts, but comparing logs needs clocks that agree
 
-# Counters of STATUS that are 0 on a good day: what each counts, and what to look at.
+# Counters of STATUS that are normally 0: what each counts.
 COUNTED = {
     "malformed": "messages that could not be decoded",
     "results_dropped": "answers whose client could not take them",
@@ -43,7 +43,7 @@ COUNTED = {
 
 
 class Verdict(StrEnum):
-    """How a check came out."""
+    """The result of a check."""
 
     OK = "ok"
     NOTE = "note"
@@ -56,10 +56,10 @@ class Finding:
 
     Attributes:
         check: The check's name.
-        verdict: How it came out.
+        verdict: Its result.
         text: What was seen.
-        fix: What to type or do; "" where nothing is.
-        more: Why, in a process's last words; "" where they are of no use.
+        fix: What to type or do; "" if nothing is needed.
+        more: The reason, from a process's last output; "" if it does not help.
     """
 
     check: str
@@ -76,10 +76,10 @@ class Seen:
     Attributes:
         name: Its name.
         is_local: Whether it is one of this machine.
-        roles: As their watchers say, the router first.
+        roles: As their keepers report, the router first.
         status: The router's STATUS; None if it does not answer.
-        before: The same of a second or so earlier; None likewise.
-        hosts: What each host is like.
+        before: The STATUS of about a second earlier; None if there is none.
+        hosts: The facts about each host.
     """
 
     name: str
@@ -90,13 +90,13 @@ class Seen:
     hosts: tuple[HostFacts, ...]
 
     def command(self, words: str) -> str:
-        """Return a command of `cluster` on this cluster, to be typed."""
+        """Return a command of `cluster` for this cluster, to type."""
         verb, _, rest = words.partition(" ")
         return f"`cluster {verb}{name_option(self.name)}{' ' if rest else ''}{rest}`"
 
 
 def examine(seen: Seen) -> list[Finding]:
-    """Return what every check found, in order; one that is well has one finding, which says so."""
+    """Return the findings of every check, in order; a check without problems has one finding that says so."""
     findings: list[Finding] = []
     for name, check, well in CHECKS:
         found = list(check(seen))
@@ -121,7 +121,7 @@ def _router(seen: Seen) -> Iterator[Finding]:
         fix = (
             seen.command("restart --router")
             if router.has_ended or router.is_up
-            else "wait: it is started again"
+            else "wait: it is being restarted"
         )
         yield Finding("router", Verdict.WRONG, f"router: {words}", fix)
     elif seen.status.router.draining:
@@ -132,7 +132,7 @@ def _router(seen: Seen) -> Iterator[Finding]:
 def _roles(seen: Seen) -> Iterator[Finding]:
     away = {host.host for host in seen.hosts if host.error}
     for role in seen.roles:
-        if role.is_up or role.host in away:  # of a host that cannot be asked that is said already
+        if role.is_up or role.host in away:  # unreachable hosts have a finding of their own
             continue
         words = f"{role.name}: {role.state}"
         again = "restart --router" if role.kind == "router" else f"restart {role.name}"
@@ -140,9 +140,9 @@ def _roles(seen: Seen) -> Iterator[Finding]:
             fix = seen.command(again)
         elif role.has_ended:
             more = seen.command(f"logs {role.name}")
-            fix = f"mend what its last lines say ({more} has more), then {seen.command(again)}"
+            fix = f"fix what its last lines report ({more} has more), then {seen.command(again)}"
         else:
-            fix = f"wait: it is started by itself; {seen.command(f'logs -f {role.name}')} shows how it goes"
+            fix = f"wait: it restarts automatically; watch {seen.command(f'logs -f {role.name}')}"
         yield Finding("processes", Verdict.WRONG, words, fix, role.why)
 
 
@@ -169,7 +169,7 @@ def _restarts(seen: Seen) -> Iterator[Finding]:
         if role.restarts:
             verdict = Verdict.WRONG if role.restarts >= MANY_RESTARTS else Verdict.NOTE
             times = "once" if role.restarts == 1 else f"{role.restarts} times"
-            words = f"{role.name}: crashed and was started again {times}"
+            words = f"{role.name}: crashed and was restarted {times}"
             yield Finding("restarts", verdict, words, seen.command(f"logs {role.name}"), role.why)
 
 
@@ -194,7 +194,7 @@ def _speed(seen: Seen) -> Iterator[Finding]:
     for name, found in sorted(seen.status.processes().items()):
         slowest = max(found, key=lambda gpu: gpu.slowdown)
         if slowest.slowdown > SLOW:
-            words = f"{name}: {slowest.slowdown:.2f} times as slow as the profile {slowest.profile} says"
+            words = f"{name}: {slowest.slowdown:.2f} times as slow as in the profile {slowest.profile}"
             fix = "see what else uses that device (nvidia-smi, top); if it stays so: `profiles measure` there"
             yield Finding("speed", Verdict.WRONG, words, fix)
 
@@ -236,7 +236,7 @@ def _clocks(seen: Seen) -> Iterator[Finding]:
     for host in seen.hosts:
         if abs(host.clock_s) - host.clock_error_s > CLOCK_S:
             words = f"{host.host}: its clock is {host.clock_s:+.1f} s off this machine's"
-            fix = "`timedatectl set-ntp true` there; deadlines do not mind, whoever compares logs does"
+            fix = "`timedatectl set-ntp true` there; deadlines do not depend on it, comparing logs does"
             yield Finding("clocks", Verdict.NOTE, words, fix)
 
 
@@ -268,7 +268,7 @@ def _logs(seen: Seen) -> Iterator[Finding]:
             yield Finding("logs", Verdict.WRONG if seen.is_local else Verdict.NOTE, words, fix)
 
 
-# --- what is said of a check that found nothing -------------------------------------------------
+# --- the text of a check that found nothing ------------------------------------------------------
 
 
 def _unknown_without_status(words: Callable[[RouterStatus], str]) -> Callable[[Seen], str]:
@@ -304,4 +304,4 @@ CHECKS: Sequence[tuple[str, Callable[[Seen], Iterator[Finding]], Callable[[Seen]
     ("disks", _disks, _least_free),
     ("logs", _logs, _log_words),
 )
-"""Each check's name, itself, and what is said where it found nothing."""
+"""Each check's name, its function, and its text if it found nothing."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from superserve.roles.local import LocalCluster
 
-_KILLED_S = 5.0  # roles end with their keeper; this is for a machine that is very busy
+_KILLED_S = 5.0  # roles end with their keeper; this allows for a very busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Down:
     """What was stopped.
 
     Attributes:
-        cluster: As its state file told it.
-        was_alive: Whether it ran; if not, only what a dead keeper had left was removed.
+        cluster: As in its state file.
+        was_alive: Whether it ran; if not, only the remains of a dead keeper were removed.
         was_killed: Whether it had to be killed.
     """
 
@@ -37,14 +37,14 @@ class Down:
 
 
 def down(name: str, timeout_s: float) -> Down | None:
-    """Stop a cluster; return when each of its processes is gone, or None if there was none.
+    """Stop a cluster; return when all of its processes have ended, or None if there was none.
 
     Args:
         name: The cluster.
         timeout_s: How long it may drain before it is killed.
 
     Raises:
-        ConfigError: Its file is malformed, or was written on another host; or a process runs on.
+        ConfigError: Its file is malformed, or was written on another host; or a process still runs.
     """
     if not 0 < timeout_s <= 86_400:
         raise ConfigError(f"--timeout-s: expected seconds above 0 and up to a day, got {timeout_s}")
@@ -62,7 +62,7 @@ def down(name: str, timeout_s: float) -> Down | None:
     cluster.keeper.signal(signal.SIGTERM)
     killed = folders.end([cluster.keeper], wait_s=timeout_s)
     folders.end(folders.outliving(folder), wait_s=_KILLED_S)
-    # What could not be killed keeps its files, so that `down` can be typed again.
+    # Processes that could not be killed keep their files, so that `down` can be typed again.
     alive = [one.pid for one in (cluster.keeper, *folders.outliving(folder)) if one.is_alive()]
     if alive:
         raise ConfigError(f"the cluster {name!r}: processes {alive} run on: they could not be killed")
@@ -71,7 +71,7 @@ def down(name: str, timeout_s: float) -> Down | None:
 
 
 def _tidy_unnamed(folder: Path) -> None:
-    """Remove what a killed `up` left before its keeper began, unless another command is at work there."""
+    """Remove what a killed `up` left before its keeper started, unless another command works there."""
     if folder.is_dir():
         with contextlib.suppress(HeldError), folders.alone(folder, wait_s=0.0):
             folders.tidy_unowned(folder)

@@ -1,13 +1,13 @@
-"""What starts, shows and stops the roles of a cluster: `ClusterEngine`, and the one there is, supervisor's.
+"""What starts, shows and stops the roles of a cluster: `ClusterEngine`, and its implementation by supervisor.
 
     with open_cluster("default") as engine:
         for host in engine.roles():
             ...
         engine.scale("worker-a-0", 0)
 
-`SupervisorEngine` has a supervisord on each host, this machine included, and does everything there by
-the verbs of `cluster.host.onhost`: over ssh, or on this machine by calling them. `router_status` goes the
-same way, so an operator needs no way to the router's ports.
+`SupervisorEngine` has a supervisord on each host, this machine included, and does everything through the
+verbs of `cluster.host.onhost`: over ssh, or on this machine by calling them. `router_status` uses the same
+way, so an operator needs no access to the router's ports.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ if TYPE_CHECKING:
     from superserve.roles.local import LocalCluster
 
 _TAIL_LINES = 15
-_APPLY_S = 120.0  # roles that are replaced may take their time to end
-_STOP_S = 120.0
+_APPLY_S = 120.0  # roles that are replaced may take a while to end
+_STOP_S = 120.0  # every role on the host may take its whole grace period
 
 
 @dataclass(frozen=True, slots=True)
 class RoleSeen:
-    """A role as the supervisor of its host sees it.
+    """A role, as the keeper on its host reports it.
 
     Attributes:
         host: The host's name.
-        name: Unique in the cluster; a worker gives it to the router too.
+        name: Unique in the cluster; a worker also sends it to the router.
         kind: "router" or "worker".
         serves: What it serves, in words.
-        state: Supervisor's word, one of `superserve.roles.local.RoleState`.
+        state: Supervisor's state, one of `superserve.roles.local.RoleState`.
         pid: Its process; None if it has none.
         up_s: How long that has run.
         exit_code: Of its last end, -N if signal N ended it.
-        log: Where its log is on the host.
+        log: The path of its log on the host.
         tail: The log's last lines, if it is not well.
-        restarts: How often it was started again after crashes.
-        why: What ended it last, with the end of its log; "" if nothing did.
-        metrics: Where it serves /metrics, HOST:PORT; "" where it does not.
+        restarts: How often it was restarted after crashes.
+        why: How it last ended, with the end of its log; "" if it never did.
+        metrics: Where it serves /metrics, HOST:PORT; "" if it does not.
     """
 
     host: str
@@ -83,7 +83,7 @@ class RoleSeen:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has ended and will not be started again by itself."""
+        """Whether it has ended and will not be restarted automatically."""
         return self.state in ("STOPPED", "EXITED", "FATAL")
 
 
@@ -93,9 +93,9 @@ class HostSeen:
 
     Attributes:
         name: In hosts.yaml.
-        error: Why it cannot be asked; "" if it was.
-        supervisord: The process that watches the roles; None if it does not run.
-        roles: The router first, where it is here.
+        error: Why it cannot be reached; "" if it was.
+        supervisord: The keeper's process; None if it does not run.
+        roles: The router first, if it is on this host.
     """
 
     name: str
@@ -105,28 +105,28 @@ class HostSeen:
 
 
 class ClusterEngine(Protocol):
-    """What an engine does. Each verb raises RemoteError, naming the host, for what cannot be asked or done.
+    """The verbs of an engine. Each raises RemoteError, naming the host, if it cannot be done.
 
-    Slurm, Kubernetes or systemd may stand behind it as well as supervisor does: none of the verbs says how
-    a process is started, or where.
+    Slurm, Kubernetes or systemd could implement it as well as supervisor does: no verb determines how or
+    where a process is started.
     """
 
     def apply(
         self, plans: Mapping[str, HostPlan], files: Mapping[str, Mapping[str, str]]
     ) -> dict[str, Applied]:
-        """Have exactly the plans' roles run, by host, with files beside them; touch only what differs."""
+        """Run exactly the plans' roles, by host, with files beside them; touch only what differs."""
 
     def roles(self) -> tuple[HostSeen, ...]:
-        """Return how every role stands, by host; a host that cannot be asked says why."""
+        """Return the state of every role, by host; a host that cannot be reached has an error."""
 
     def logs(self, role: str, n_lines: int) -> list[str]:
         """Return the last lines of a role's log."""
 
     def scale(self, role: str, n: int) -> None:
-        """Have `n` processes of a role run, without waiting: with 0 it drains, and stays away."""
+        """Run `n` processes of a role, without waiting: with 0 it drains, and does not come back."""
 
     def stop(self) -> Stopped:
-        """Stop everything, the router first; return when it has ended wherever it can be reached."""
+        """Stop everything, the router first; return when it has ended on every host that can be reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class Applied:
 
     Attributes:
         error: Why it failed; "" if it did not.
-        changed: What was done to each role; roles left alone are not in it.
+        changed: What was done to each role; without the roles that were left alone.
         files: Files that were sent again or removed.
     """
 
@@ -161,7 +161,7 @@ class SupervisorEngine:
     """A supervisord on each host of a cluster.
 
     Attributes:
-        record: What is known of the cluster without asking.
+        record: What is known about the cluster without asking.
     """
 
     def __init__(self, record: Record, shell: Shell) -> None:
@@ -188,7 +188,7 @@ class SupervisorEngine:
     def apply(
         self, plans: Mapping[str, HostPlan], files: Mapping[str, Mapping[str, str]], **more: Any
     ) -> dict[str, Applied]:
-        """Have exactly the plans' roles run, all hosts at once; see `ClusterEngine.apply`."""
+        """Run exactly the plans' roles, on all hosts at once; see `ClusterEngine.apply`."""
 
         def apply(name: str) -> Applied:
             plan = plans[name].to_dict()
@@ -201,7 +201,7 @@ class SupervisorEngine:
         return dict(zip(plans, parallel(list(plans), apply), strict=True))
 
     def roles(self) -> tuple[HostSeen, ...]:
-        """Return how every role stands; a host that cannot be asked says why."""
+        """Return the state of every role; a host that cannot be reached has an error."""
         return tuple(parallel(self.record.hosts, self._state))
 
     def logs(self, role: str, n_lines: int = _TAIL_LINES) -> list[str]:
@@ -210,12 +210,12 @@ class SupervisorEngine:
         return lines
 
     def scale(self, role: str, n: int) -> None:
-        """Start a role that does not run, or have it stop: by SIGTERM, and by SIGKILL if that takes long."""
+        """Start a role that does not run, or stop it: by SIGTERM, and by SIGKILL if that takes too long."""
         assert n in (0, 1), "a role is one process: `up` with another number of workers adds roles"
         self.ask(self.record.host_of(role).name, "start" if n else "stop", role=role)
 
     def stop(self) -> Stopped:
-        """Stop the router, whose workers still answer what it holds, then everything everywhere."""
+        """Stop the router, while workers still answer what it holds, then everything on all hosts."""
         stopped: dict[str, tuple[tuple[str, int], ...]] = {}
         wrong: dict[str, str] = {}
         self._stop(self.record.router_host, stopped, wrong, kind="router")
@@ -255,7 +255,7 @@ class SupervisorEngine:
         return None if status is None else RouterStatus.from_body(status)
 
     def ask(self, host: str, verb: str, *, timeout_s: float = ASK_S, **asked: Any) -> dict[str, Any]:
-        """Have a host do a verb of `cluster.host.onhost`, and return what it says.
+        """Run a verb of `cluster.host.onhost` on a host, and return its answer.
 
         Raises:
             UnreachableError: The host cannot be reached.
@@ -265,12 +265,12 @@ class SupervisorEngine:
         return ask(self._shell, known, verb, timeout_s=timeout_s, **asked)
 
     def start_reading(self, host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a command on a host whose output the caller reads from its `stdout`, and ends."""
+        """Start a command on a host; the caller reads its output from `stdout`, and ends it."""
         return self._shell.start(self.record.host(host).target, argv)
 
 
 def _seen(host: KnownHost, name: str, role: dict[str, Any] | None) -> RoleSeen:
-    """Return a role as its keeper sees it; where none is left, as one that is stopped."""
+    """Return a role as its keeper reports it; a role that is missing there counts as stopped."""
     if role is None:
         kind = "router" if name == "router" else "worker"
         return RoleSeen(
@@ -286,12 +286,12 @@ def _seen(host: KnownHost, name: str, role: dict[str, Any] | None) -> RoleSeen:
 
 
 def here(name: str, cluster: LocalCluster | None = None, roles: Sequence[str] = ()) -> SupervisorEngine:
-    """Return the engine of a cluster of this machine: one host, and no ssh.
+    """Return the engine of a cluster of this machine: one host, without ssh.
 
     Args:
         name: Of the cluster.
-        cluster: What its state file says; None before there is one.
-        roles: The names of its roles, where there is no file yet.
+        cluster: As in its state file; None before there is one.
+        roles: The names of its roles, if there is no file yet.
     """
     host = KnownHost(
         platform.node(), HERE, str(local.cluster_folder(name)), sys.executable, python_path(),
@@ -306,7 +306,7 @@ def open_cluster(name: str) -> Iterator[SupervisorEngine]:
     """Give a cluster that was started from a hosts file on this machine.
 
     Raises:
-        ConfigError: None is known under this name.
+        ConfigError: This machine knows none of this name.
     """
     record = records.load(name)
     if record is None:

@@ -1,4 +1,4 @@
-"""Whether a cluster is well: what its keeper sees, compared with what its router sees."""
+"""Whether a cluster is well: its keeper's report, compared with its router's."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def seen_by(cluster: LocalCluster, seen: Sequence[HostSeen]) -> LocalCluster:
-    """Return a cluster of this machine with its roles as its keeper has them now: a file may be older.
+    """Return a cluster of this machine with its roles as its keeper reports them now: a file may be older.
 
-    A keeper that does not answer is one problem more (`unasked`), and leaves the file's word.
+    A keeper that does not answer is another problem (`unasked`); then the file's states are used.
     """
     if unasked(seen):
         return cluster
@@ -37,7 +37,7 @@ def seen_by(cluster: LocalCluster, seen: Sequence[HostSeen]) -> LocalCluster:
 
 
 def unasked(seen: Sequence[HostSeen]) -> list[str]:
-    """Return why hosts cannot be asked."""
+    """Return why hosts cannot be reached."""
     return [host.error for host in seen if host.error]
 
 
@@ -52,11 +52,11 @@ def ask_router(cluster: LocalCluster) -> RouterStatus | None:
 
 
 def problems(cluster: LocalCluster, status: RouterStatus | None) -> list[str]:
-    """Return what is not as it should be, a line each; nothing for a cluster that is well.
+    """Return what is wrong, a line each; nothing for a cluster that is well.
 
     Args:
-        cluster: What the keeper says.
-        status: What the router says; None if it does not answer.
+        cluster: The keeper's report.
+        status: The router's report; None if it does not answer.
     """
     lines = [
         f"{role.name}: {role.state}" + (f": {role.why}" if role.why else "")
@@ -73,7 +73,7 @@ def problems(cluster: LocalCluster, status: RouterStatus | None) -> list[str]:
 
 
 def _unwell(name: str, found: Sequence[GpuStatus]) -> list[str]:
-    """Return what the router has against a worker process that its keeper thinks well of."""
+    """Return what the router finds wrong with a worker process that its keeper finds well."""
     if not found:
         return [f"{name}: runs, and the router does not know it"]
     states = Counter(gpu.condition for gpu in found if not gpu.is_well)

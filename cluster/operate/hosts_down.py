@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def down(engine: SupervisorEngine) -> Stopped:
     """Stop everything; return when it has ended on every host that can be reached.
 
-    The cluster is forgotten once nothing of it is left; a host that cannot be reached keeps it known, for
-    another try.
+    Once nothing of the cluster is left, its record is removed. If a host cannot be reached, the record stays,
+    for another try.
     """
     done = engine.stop()
     if not done.wrong:

@@ -1,4 +1,4 @@
-"""Whether a cluster on several hosts is well: what its supervisors see, compared with its router."""
+"""Whether a cluster on several hosts is well: its keepers' reports, compared with its router's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def problems(record: Record, seen: Sequence[HostSeen], status: RouterStatus | None) -> list[str]:
-    """Return what is not as it should be, a line or a few each; nothing for a cluster that is well."""
+    """Return what is wrong, one or a few lines each; nothing for a cluster that is well."""
     left_out = [f"{name}: takes no part since the last `cluster up`: {why}" for name, why in record.left_out]
     return [*left_out, *(line.text for line in unready(seen, status, dict(record.slots)))]
 
 
 @dataclass(frozen=True, slots=True)
 class Unready:
-    """Why a role is not ready, and whether waiting longer would be in vain."""
+    """Why a role is not ready, and whether waiting longer is useless."""
 
     text: str
     is_final: bool
@@ -33,14 +33,14 @@ def unready(
     """Return why roles are not ready, the router's first.
 
     Args:
-        seen: What their supervisors say.
-        status: What the router says; None if it does not answer.
-        n_slots: How many GPUs each worker is to register.
+        seen: The keepers' reports.
+        status: The router's report; None if it does not answer.
+        n_slots: How many GPUs each worker must register.
     """
     lines = [Unready(host.error, is_final=True) for host in seen if host.error]
     registered = {} if status is None else status.processes()
     for role in (role for host in seen for role in host.roles):
-        # Others that have no process are about to be started again.
+        # Other roles without a process are about to be restarted.
         if role.has_ended:
             lines.append(Unready(ended(role), is_final=True))
         elif role.kind == "router" and status is None:

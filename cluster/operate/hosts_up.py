@@ -1,8 +1,8 @@
-"""Have a cluster run on several hosts: look, prepare, start what differs, wait until all is ready.
+"""Run a cluster on several hosts: check, prepare, start what differs, wait until all is ready.
 
-Ready means registered with the router: a process that lives may still be loading its model,
-or may not find its router. Every step can be repeated, and `up` after an interrupted `up`
-completes it: what is remembered is written before anything is started.
+Ready means registered with the router: a process that lives may still be loading its model, or may
+not find its router. Every step can be repeated, and `up` after an interrupted `up` completes it:
+the record is written before anything is started.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cluster.spec.roles import Wanted
     from superserve.status import RouterStatus
 
-_ASK_AGAIN_S = 0.5
+_ASK_AGAIN_S = 0.5  # each question is a command over SSH on every host
 _APPLY_S = 120.0  # roles that are replaced may take STOP_S each to end
 
 
@@ -41,17 +41,17 @@ class PreflightError(ProcessError):
 
 @dataclass(slots=True)
 class HostsUp:
-    """What `up` came to, filled in as it goes.
+    """The result of `up`, filled in as it goes.
 
     Attributes:
         name: Of the cluster.
         findings: What was found on each host.
-        changed: What was done to each role, by host and role; roles left alone are not in it.
-        sent: Files that were sent anew or removed, keys among them, by host; without those left alone.
+        changed: What was done to each role, by host and role; without the roles that were left alone.
+        sent: Files that were sent again or removed, including keys, by host; without those left alone.
         removed: What was stopped on hosts that are no longer in the file, by host.
-        wrong: What went wrong, a line or a few each, naming the host.
-        seen: How everything stood at the end.
-        status: The router's STATUS then.
+        wrong: What went wrong, one or a few lines each, naming the host.
+        seen: The states at the end.
+        status: The router's STATUS at the end.
         rolled_back: Whether what was started has been taken down again.
     """
 
@@ -75,13 +75,13 @@ def up(
     rollback: bool,
     on_preflight: Callable[[HostsUp], None] = lambda _: None,
 ) -> HostsUp:
-    """Have the plan run; return what was done, and what is not as it should be.
+    """Run the plan; return what was done, and what is wrong.
 
     Args:
         shell: The way to the hosts.
-        plan: What is to run where.
+        plan: What runs where.
         wheel: The package to run it with.
-        ready_timeout_s: How long the workers may take to register, from when they are started.
+        ready_timeout_s: How long the workers may take to register, counted from their start.
         rollback: Whether to take down what this call started if anything goes wrong.
         on_preflight: Called once with the findings, before anything is started.
 
@@ -150,10 +150,10 @@ def _record(plan: HostsPlan, known: Sequence[KnownHost], done: HostsUp) -> Recor
 
 
 def _remember(plan: HostsPlan, known: list[KnownHost], before: Record | None, done: HostsUp) -> None:
-    """Write down where the cluster is about to be; stop it on hosts that have left the file.
+    """Record where the cluster is about to be; stop it on hosts that have left the file.
 
-    A host that is in the file and cannot take part now may run roles of an earlier `up`: it
-    stays known, so that `down` names it.
+    A host of the file that cannot take part now may run roles of an earlier `up`: it stays in the
+    record, so that `down` names it.
     """
     record = _record(plan, known, done)
     wanted = {want.name for want in plan.wanted}
@@ -165,7 +165,7 @@ def _remember(plan: HostsPlan, known: list[KnownHost], before: Record | None, do
 
 
 def _apply(shell: Shell, plan: HostsPlan, known: Sequence[KnownHost], done: HostsUp) -> None:
-    """Have each host run exactly its roles, all at once, and hosts that left the file none."""
+    """Make each host run exactly its roles, all at once, and hosts that left the file none."""
     record = records.load(plan.name)
     assert record is not None, "it was written just now"
     wanted = {want.name for want in plan.wanted}
@@ -204,7 +204,7 @@ def _leave(shell: Shell, gone: Sequence[KnownHost], done: HostsUp) -> list[Known
 
 
 def _await_ready(fleet: SupervisorEngine, plan: HostsPlan, done: HostsUp, timeout_s: float) -> None:
-    """Wait until every worker is registered, one is given up, or time is up; say what is wrong."""
+    """Wait until every worker is registered, one is given up, or time is up; record what is wrong."""
     give_up_s = time.monotonic() + timeout_s
     while True:
         done.seen = fleet.roles()
@@ -224,7 +224,7 @@ def _await_ready(fleet: SupervisorEngine, plan: HostsPlan, done: HostsUp, timeou
 def _status(fleet: SupervisorEngine) -> RouterStatus | None:
     try:
         return fleet.router_status()
-    except RemoteError:  # `states` says why
+    except RemoteError:  # `states` contains the reason
         return None
 
 
@@ -232,7 +232,7 @@ def _status(fleet: SupervisorEngine) -> RouterStatus | None:
 
 
 def _undo(shell: Shell, known: Sequence[KnownHost], before: Record | None, done: HostsUp) -> None:
-    """Put each host back to what ran before this call, and what is remembered too."""
+    """Return each host, and the record, to what there was before this call."""
     touched = [host for host in known if done.changed.get(host.name)]
 
     def undo(host: KnownHost) -> str | None:
@@ -245,7 +245,7 @@ def _undo(shell: Shell, known: Sequence[KnownHost], before: Record | None, done:
     failed = [line for line in parallel(touched, undo) if line is not None]
     done.wrong += failed
     done.rolled_back = True
-    if failed:  # it stays known, so that `down` finds it
+    if failed:  # keep the record, so that `down` finds the cluster
         return
     if before is None:
         records.forget(done.name)

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
     from cluster.operate.engine import SupervisorEngine
 
-_N_LINES = 20
-_ENDED_S = 5.0
+_N_LINES = 20  # of each role, before the new ones
+_ENDED_S = 5.0  # the remote `tail` may hang on a dead connection, and Ctrl-C must not
 
 
 def chosen(fleet: SupervisorEngine, names: Iterable[str]) -> list[str]:
-    """Return the roles that names of hosts or of roles stand for; all, if there are no names.
+    """Return the roles that names of hosts or roles mean; all, if there are no names.
 
     Raises:
-        ConfigError: A name is neither a host's nor a role's; says which there are.
+        ConfigError: A name is neither a host's nor a role's; the error lists them.
     """
     found: list[str] = []
     for name in names:
@@ -53,14 +53,14 @@ def show_tails(fleet: SupervisorEngine, roles: Iterable[str]) -> list[str]:
 
 
 def follow(fleet: SupervisorEngine, roles: Iterable[str]) -> None:
-    """Print what roles write, each line with the role before it, until Ctrl-C or no host is left."""
+    """Print what roles write, each line with its role in front, until Ctrl-C or no host is left."""
     roles = list(roles)
     width = max(map(len, roles))
     readers: list[subprocess.Popen[bytes]] = []
     threads = []
     for role in roles:
         host = fleet.record.host_of(role)
-        # -F: the log is put aside when it has grown, and begun anew.
+        # -F: the log is rotated when it has grown, and starts again.
         reader = fleet.start_reading(
             host.name, ["tail", "-n", str(_N_LINES), "-F", f"{host.folder}/{role}.log"]
         )

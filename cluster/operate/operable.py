@@ -1,7 +1,7 @@
-"""A running cluster, as those commands see it that change or judge one role at a time.
+"""A running cluster, as seen by the commands that change or check one role at a time.
 
-`Operable` and `Examinable` are what they need; `cluster.operate.supervised` is both for any cluster that
-supervisor runs.
+`Operable` and `Examinable` are what they need; `cluster.operate.supervised` implements both for any cluster
+that supervisor runs.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RoleView:
-    """A role as whoever watches it says.
+    """A role, as its keeper reports it.
 
     Attributes:
-        name: Unique in the cluster; workers give it to the router too.
+        name: Unique in the cluster; workers also send it to the router.
         kind: "router" or "worker".
         host: The name of the host that it runs on.
-        state: The watcher's own word.
-        is_up: Whether it runs, as far as its watcher can tell.
-        has_ended: Whether it has ended and will not be started again by itself.
+        state: The keeper's state.
+        is_up: Whether it runs, as far as its keeper knows.
+        has_ended: Whether it has ended and will not be restarted automatically.
         pid: Its process; None if it has none.
-        restarts: How often it was started again after crashes; None if its host cannot be asked.
-        why: What ended it last, with the last lines of its log; "" if nothing did.
-        log: Where its log is on its host.
+        restarts: How often it was restarted after crashes; None if its host cannot be reached.
+        why: How it last ended, with the last lines of its log; "" if it never did.
+        log: The path of its log on its host.
     """
 
     name: str
@@ -50,14 +50,14 @@ class RoleView:
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What a host of a cluster is like.
+    """The facts about a host of a cluster.
 
     Attributes:
         host: Its name.
-        error: Why it cannot be asked; "" if it was.
-        facts: What it said; None if it cannot be asked.
+        error: Why it cannot be reached; "" if it was.
+        facts: Its answer; None if it cannot be reached.
         clock_s: How far its clock is ahead of this machine's, in seconds.
-        clock_error_s: By how much that may be wrong.
+        clock_error_s: How far off that value may be.
     """
 
     host: str
@@ -68,41 +68,41 @@ class HostFacts:
 
 
 class Operable(Protocol):
-    """A running cluster. What cannot be asked or told raises a SuperServeError that says so."""
+    """A running cluster. What cannot be done raises a SuperServeError with the reason."""
 
     @property
     def name(self) -> str:
         """The cluster's name."""
 
     def roles(self) -> tuple[RoleView, ...]:
-        """Return every role as it stands, the router first."""
+        """Return every role in its present state, the router first."""
 
     def status(self) -> RouterStatus | None:
         """Return the router's STATUS; None if it does not answer."""
 
     def stop(self, role: str) -> None:
-        """Have a role end, a worker by draining; it is not started again. Returns before it has."""
+        """Make a role end, a worker by draining; it is not restarted. Returns before it has ended."""
 
     def start(self, role: str) -> None:
-        """Have a role that has ended start; returns before it is ready."""
+        """Start a role that has ended; returns before it is ready."""
 
 
 class Examinable(Operable, Protocol):
-    """One that `cluster doctor` can look at."""
+    """A cluster that `cluster doctor` can check."""
 
     @property
     def is_local(self) -> bool:
-        """Whether it is one of this machine."""
+        """Whether it is a cluster of this machine."""
 
     def facts(self, roles: Sequence[RoleView]) -> tuple[HostFacts, ...]:
-        """Return what each host is like, and how many files the processes of `roles` have open there."""
+        """Return the facts about each host, and how many files the processes of `roles` have open there."""
 
 
 def chosen(roles: Sequence[RoleView], names: Iterable[str]) -> list[RoleView]:
-    """Return the workers that names of workers and hosts stand for, each once.
+    """Return the workers that names of workers and hosts mean, each once.
 
     Raises:
-        ConfigError: A name stands for none; says which are near.
+        ConfigError: A name means none; the error suggests the nearest ones.
     """
     workers = [role for role in roles if role.kind == "worker"]
     found: dict[str, RoleView] = {}

@@ -1,8 +1,8 @@
-"""Workers drained, and restarted a few at a time, without a query that fails for it.
+"""Workers are drained, and restarted a few at a time, without failing a query.
 
-A worker that drains gets no new queries, answers what it has, says BYE and ends. The next one
-is touched only once the router gives work to the one before again. If that does not come
-about, everything else is left running, and the error says what is and what is not.
+A worker that drains gets no new queries, answers the ones it has, sends BYE and ends. The next one is
+touched only once the router gives work to the previous one again. If that does not happen, everything
+else is left running, and the error lists what runs and what does not.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 DRAIN_S = 30.0
 """How long a worker may take to end: it has 4 s to drain, and is killed soon after."""
 
-_ASK_AGAIN_S = 0.05
+_ASK_AGAIN_S = 0.05  # between two questions to keepers and the router
 
 
 class RollingOperator:
-    """Drains and restarts roles of one cluster, a step at a time, and says what it does.
+    """Drains and restarts roles of one cluster, step by step, and reports each step.
 
     Args:
         cluster: The cluster.
-        say: Takes a line for people.
-        clock: What timeouts are measured on.
-        pause: Waits so many seconds, between two questions to other processes.
+        say: Receives a line for people to read.
+        clock: The clock for timeouts.
+        pause: Waits for a number of seconds, between two questions to other processes.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class RollingOperator:
         self._clock = clock or MonotonicClock()
         self._pause = pause
 
-    # --- what operators ask for ---------------------------------------------------------------
+    # --- operators' requests ------------------------------------------------------------------
 
     def drain(self, names: Iterable[str]) -> None:
-        """Have workers, or all of some hosts, take no new queries, answer what they have, and end.
+        """Drain workers, or all workers of some hosts: they take no new queries, answer the rest, and end.
 
         Raises:
-            ConfigError: A name stands for no worker.
+            ConfigError: A name means no worker.
             ProcessError: The router does not answer, or a worker does not end; names it.
         """
         workers = chosen(self._cluster.roles(), names)
@@ -72,28 +72,28 @@ class RollingOperator:
         self._say(f"{len(left)} left: {', '.join(sorted(left))}" if left else "no worker is left")
 
     def restart(self, names: Iterable[str] = (), *, at_once: int, force: bool, timeout_s: float) -> None:
-        """Restart workers, all unless some are named, a few at a time; those that have ended just start.
+        """Restart workers, all or the named ones, a few at a time; those that have ended just start.
 
         Args:
             names: Workers or hosts.
             at_once: How many may be away at a time.
-            force: Whether the last live worker may be taken, too.
+            force: Whether the last live worker may be taken too.
             timeout_s: How long each may take to be live again.
 
         Raises:
-            ConfigError: A name stands for no worker, or no live worker would be left.
+            ConfigError: A name means no worker, or no live worker would be left.
             ProcessError: The router does not answer, or a worker does not come back; the others run.
         """
         roles = self._cluster.roles()
         workers = chosen(roles, names) if names else [role for role in roles if role.kind == "worker"]
-        workers.sort(key=lambda worker: not worker.has_ended)  # who is back can stand in for the next
+        workers.sort(key=lambda worker: not worker.has_ended)  # those that come back can replace the next
         groups = [workers[i : i + at_once] for i in range(0, len(workers), at_once)]
         if not force and not self._is_safe(groups):
             raise ConfigError(_nobody_left(workers))
         self._each(groups, force, timeout_s)
 
     def restart_router(self, timeout_s: float) -> None:
-        """Restart the router, and wait until every worker that was live is so again.
+        """Restart the router, and wait until every worker that was live is live again.
 
         Raises:
             ProcessError: It does not come back, or a worker does not find it.
@@ -115,7 +115,7 @@ class RollingOperator:
     # --- steps --------------------------------------------------------------------------------
 
     def _is_safe(self, groups: Sequence[Sequence[RoleView]]) -> bool:
-        """Tell whether another live worker is left whenever a group is away, if all come back."""
+        """Return whether another live worker is left whenever a group is away, if all come back."""
         there = self._live()
         for group in groups:
             names = {worker.name for worker in group}
@@ -145,7 +145,7 @@ class RollingOperator:
             done += names
 
     def _stop(self, roles: Sequence[RoleView]) -> None:
-        """Have roles end, and wait until they have and the router has forgotten them."""
+        """Make roles end, and wait until they have and the router has forgotten them."""
         begin_ns = self._clock.now_ns()
         for role in roles:
             self._cluster.stop(role.name)
@@ -166,7 +166,7 @@ class RollingOperator:
         """Start roles, and wait until the router gives work to `workers`.
 
         Raises:
-            ProcessError: One has ended again, or it is not so after `timeout_s` seconds.
+            ProcessError: One has ended again, or the router does not within `timeout_s` seconds.
         """
         begin_ns = self._clock.now_ns()
         for role in roles:
@@ -216,7 +216,7 @@ def _nobody_left(workers: Sequence[RoleView]) -> str:
 
 
 def _so_far(done: Sequence[str], later: Sequence[str]) -> str:
-    """Say what was done and what was not touched."""
+    """Return what was done and what was not touched, in words."""
     words = [f"restarted before: {', '.join(done) or 'none'}"]
     if later:
         words.append(f"not touched: {', '.join(later)}")

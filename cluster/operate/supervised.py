@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from superserve.status import RouterStatus
 
 UNREACHABLE = "UNREACHABLE"
-"""The state of a role whose host cannot be asked."""
+"""The state of a role whose host cannot be reached."""
 
 
 class SupervisedCluster:
-    """A cluster, as its keepers and its router say.
+    """A cluster, as its keepers and its router report it.
 
     Args:
-        engine: Its hosts, as they are reached.
+        engine: Reaches its hosts.
 
     Attributes:
         name: The cluster's.
-        is_local: Whether it is one of this machine.
+        is_local: Whether it is a cluster of this machine.
     """
 
     def __init__(self, engine: SupervisorEngine) -> None:
@@ -39,7 +39,7 @@ class SupervisedCluster:
         self._engine = engine
 
     def roles(self) -> tuple[RoleView, ...]:
-        """Return every role as its keeper sees it, or as unreachable where its host cannot be asked."""
+        """Return every role as its keeper reports it, or as unreachable if its host is."""
         found: list[RoleView] = []
         for known, seen in zip(self._engine.record.hosts, self._engine.roles(), strict=True):
             if seen.error:
@@ -54,19 +54,19 @@ class SupervisedCluster:
         """Return the router's STATUS; None if it or its host does not answer."""
         try:
             return self._engine.router_status()
-        except RemoteError:  # the roles say why
+        except RemoteError:  # the roles contain the reason
             return None
 
     def stop(self, role: str) -> None:
-        """Have a host's keeper stop a role."""
+        """Make a host's keeper stop a role."""
         self._engine.scale(role, 0)
 
     def start(self, role: str) -> None:
-        """Have a host's keeper start a role."""
+        """Make a host's keeper start a role."""
         self._engine.scale(role, 1)
 
     def facts(self, roles: Sequence[RoleView]) -> tuple[HostFacts, ...]:
-        """Return what is known of each host."""
+        """Return the facts about each host."""
         pids: dict[str, list[int]] = {}
         for role in roles:
             if role.pid is not None:
@@ -84,7 +84,7 @@ class SupervisedCluster:
         after_s = time.time()
         files = {pid: (int(n), int(most)) for pid, (n, most) in said.pop("open_files").items()}
         facts = Facts(**said, open_files=files)
-        # It looked at its clock in between, nobody knows when: the middle is wrong by half at most.
+        # The host read its clock at some point in between: the middle is off by at most half.
         middle_s, half_s = (before_s + after_s) / 2, (after_s - before_s) / 2
         return HostFacts(host.name, "", facts, facts.time_s - middle_s, half_s)
 

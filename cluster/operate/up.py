@@ -1,4 +1,4 @@
-"""Start a cluster on this machine: a keeper, and a hold on it until everything is ready."""
+"""Start a cluster on this machine: a keeper, held by this process until everything is ready."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from cluster.spec.plan import Plan
     from superserve.status import RouterStatus
 
-_STOP_S = 30.0  # beyond what roles may take to stop
-_REGISTERED_S = 10.0  # workers announce themselves when they are registered: a moment will do
+_STOP_S = 30.0  # beyond the time that roles may take to stop
+_REGISTERED_S = 10.0  # workers announce themselves once they are registered, so this takes a moment
 _ASK_AGAIN_S = 0.03
 _TAIL_LINES = 20
 
@@ -42,7 +42,7 @@ class StartError(ProcessError):
     """A cluster was not ready in time, or was interrupted; everything has been stopped.
 
     Attributes:
-        cluster: How it stood then; None if that is unknown.
+        cluster: Its state then; None if unknown.
     """
 
     def __init__(self, message: str, cluster: LocalCluster | None = None) -> None:
@@ -55,11 +55,11 @@ class Up:
     """A cluster that runs.
 
     Attributes:
-        cluster: What its state file says, its roles as its keeper says.
-        status: What its router says.
+        cluster: As in its state file, with its roles as its keeper reports them.
+        status: The router's report.
         is_new: Whether it was started now.
-        tidied: What a dead keeper had left under this name, and is gone now.
-        restarted: The roles that had ended, by a drain say, and were started again.
+        tidied: The cluster of a dead keeper under this name, whose remains were removed.
+        restarted: The roles that had ended, for example by a drain, and were started again.
     """
 
     cluster: LocalCluster
@@ -70,12 +70,12 @@ class Up:
 
 
 def up(plan: Plan) -> Up:
-    """Have the plan's cluster run on this machine; return when every worker is registered.
+    """Run the plan's cluster on this machine; return when every worker is registered.
 
     Raises:
         StartError: It did not become ready, or was interrupted; nothing of it runs.
-        ConfigError: One runs under this name that differs, or that is being started or stopped.
-        ProcessError: One runs under this name, and a role that had ended does not come back.
+        ConfigError: A cluster with this name runs that differs, or is being started or stopped.
+        ProcessError: A cluster with this name runs, and a role that had ended does not come back.
     """
     folder = local.cluster_folder(plan.name)
     tidied = folders.tidy(folder)
@@ -87,7 +87,7 @@ def up(plan: Plan) -> Up:
 
 
 def _already(there: LocalCluster, plan: Plan) -> Up:
-    """Return the cluster that runs, if it is what is asked for."""
+    """Return the running cluster, if it is the requested one."""
     if there.liveness() is Liveness.ELSEWHERE:
         raise ConfigError(
             f"the cluster {there.name!r} {local.remains(there)}; choose another --name, or remove "
@@ -117,7 +117,7 @@ def _already(there: LocalCluster, plan: Plan) -> Up:
 
 
 def _start_ended(there: LocalCluster, plan: Plan) -> tuple[str, ...]:
-    """Start what was drained or given up; return the names of those roles.
+    """Start roles that were drained or given up; return their names.
 
     Raises:
         ProcessError: One of them does not come back; the others run.
@@ -133,11 +133,11 @@ def _start_ended(there: LocalCluster, plan: Plan) -> tuple[str, ...]:
 
 
 class _Ports:
-    """Free ports of loopback, kept from every other process until a role has them.
+    """Free ports of loopback, reserved until a role binds them.
 
-    A socket that is bound and does not listen keeps its port from those that ask for any, and leaves it to
-    a role that binds this very one: both say that addresses may be used again. The keeper holds the
-    sockets for as long as it runs, so that a router that is started again finds its ports free.
+    A bound socket that does not listen keeps its port from processes that ask for any free port, but not from
+    a role that binds this very port: both set SO_REUSEADDR. The keeper holds the sockets for as long as it
+    runs, so that a restarted router finds its ports free.
     """
 
     def __init__(self) -> None:
@@ -152,17 +152,17 @@ class _Ports:
         return int(held.getsockname()[1])
 
     def descriptors(self) -> list[int]:
-        """Return the sockets that hold them."""
+        """Return the sockets that hold the ports."""
         return [held.fileno() for held in self._sockets]
 
     def close(self) -> None:
-        """Let go of them in this process."""
+        """Close them in this process."""
         for held in self._sockets:
             held.close()
 
 
 class _Hold:
-    """A keeper that is not kept yet: whatever ends this process ends it too.
+    """A keeper that is not kept yet: however this process ends, the keeper ends too.
 
     As a context manager it starts the keeper; a block that fails ends it.
     """
@@ -211,7 +211,7 @@ class _Hold:
             raise StartError(words) from error
 
     def keep(self) -> None:
-        """Let go of the keeper; StartError if it ended meanwhile."""
+        """Release the keeper; StartError if it has ended meanwhile."""
         self._control.settimeout(_STOP_S)
         with contextlib.suppress(OSError):
             self._control.sendall(KEEP)
@@ -226,10 +226,10 @@ class _Hold:
         self._control.close()
 
     def _end(self) -> None:
-        """Make sure that the keeper ends, and wait for that; interrupted, it ends the wait only.
+        """Make sure that the keeper ends, and wait for it; an interrupt ends only the wait.
 
-        A keeper that another command has started meanwhile is left alone, and so are its files. One of ours
-        that has not answered yet ends by itself, since nobody is at the other end of its socket.
+        A keeper that another command has started meanwhile is left alone, and so are its files. A keeper of
+        ours that has not answered yet ends by itself, because its socket has no peer any more.
         """
         there = local.load(self._folder) if self._is_ours else None
         stop_s = timing().router_stop_s + timing().worker_stop_s + _STOP_S
@@ -261,7 +261,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _ready(engine: SupervisorEngine, plan: Plan, folder: Path) -> LocalCluster:
-    """Return the cluster once every role has said that it is ready.
+    """Return the cluster once every role has announced that it is ready.
 
     Raises:
         StartError: One was given up, or was not ready in time, or the keeper ended.
@@ -287,16 +287,16 @@ def _ready(engine: SupervisorEngine, plan: Plan, folder: Path) -> LocalCluster:
 
 
 def _ended(folder: Path, there: LocalCluster | None) -> StartError:
-    """Return what to say of a keeper that ended, or ends, before it was kept."""
+    """Return the error for a keeper that ended, or is ending, before it was kept."""
     path = folder / KEEPER_LOG
     lines = tail_of(path, _TAIL_LINES)
     if there is not None and there.phase is Phase.STARTING:
-        return StartError(f"the keeper ended without a word; its log ({path}) ends:\n" + "\n".join(lines))
-    return StartError("it was told to stop; everything has been stopped")
+        return StartError(f"the keeper ended unexpectedly; its log ({path}) ends:\n" + "\n".join(lines))
+    return StartError("it was asked to stop; everything has been stopped")
 
 
 def _given_up(cluster: LocalCluster, why: str) -> LocalCluster:
-    """Return the cluster with every role FATAL that is not ready, with `why` and the end of its log."""
+    """Return the cluster with every role that is not ready as FATAL, with `why` and the end of its log."""
     roles = []
     for role in cluster.roles:
         if role.state is not RoleState.RUNNING:

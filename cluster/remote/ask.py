@@ -1,4 +1,4 @@
-"""Verbs of `cluster.host.onhost` on a host: asked over its shell, answered with one JSON object."""
+"""Verbs of `cluster.host.onhost` on a host: sent over its shell, answered with one JSON object."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from cluster.remote.shell import Completed, Shell
 
 ASK_S = 60.0
-"""What a verb may take, unless its caller knows better."""
+"""How long a verb may take, without another limit."""
 
 
 def ask(
     shell: Shell, host: KnownHost, verb: str, *, timeout_s: float = ASK_S, **asked: Any
 ) -> dict[str, Any]:
-    """Have a host do a verb of `cluster.host.onhost`; see `SupervisorEngine.ask`."""
+    """Run a verb of `cluster.host.onhost` on a host; see `SupervisorEngine.ask`."""
     if host.is_here:
         return checked(host.name, do(verb, {"folder": host.folder, **asked}))
     argv = host.python("-m", "cluster.host.onhost", verb)
@@ -34,12 +34,12 @@ def ask(
 
 
 def answer(host: str, done: Completed) -> dict[str, Any]:
-    """Return the JSON object that a command on a host printed between marks, whatever stands around it.
+    """Return the JSON object that a command on a host printed between marks, and ignore the rest.
 
-    A shell may print a greeting, without a newline even, or a farewell, and end with a code of its own.
+    A shell may print a greeting, even without a newline, or a farewell, and end with its own exit code.
 
     Raises:
-        RemoteError: There is none; quotes the command's last words.
+        RemoteError: There is none; the error quotes the command's last output.
     """
     _, _, rest = done.stdout.rpartition(BEGIN.encode())
     text, end, _ = rest.partition(END.encode())
@@ -54,7 +54,7 @@ def answer(host: str, done: Completed) -> dict[str, Any]:
 
 
 def checked(host: str, said: dict[str, Any]) -> dict[str, Any]:
-    """Return what a host answered; RemoteError if that is why it failed."""
+    """Return a host's answer; raise RemoteError if it contains an error."""
     if "error" in said:
         raise RemoteError(f"{host}: {said['error']}")
     return said

@@ -1,8 +1,8 @@
-"""Look at every host before anything is started: what each has, held against what it is to run.
+"""Check every host before anything is started: what each has, compared with what it will run.
 
-`cluster/host/bare.py` looks, on all hosts at once, and changes nothing; here it is judged. What
-would keep a role from running is `wrong` and takes the host out; what an operator should know
-and may live with is a `note`.
+`cluster/host/bare.py` looks, on all hosts at once, and changes nothing; this module judges the answers.
+Whatever would keep a role from running is `wrong` and excludes the host; a `note` is worth knowing and
+acceptable.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from cluster.spec.roles import Wanted
 
 COLUMNS = ("host", "ssh", "Python", "package", "GPUs", "ports", "clock", "files", "disk")
-"""Of the table; a host's `cells` stand in this order."""
+"""Of the table; a host's `cells` have this order."""
 
-LEAST_PYTHON = (3, 11)
+LEAST_PYTHON = (3, 11)  # as `requires-python` in pyproject.toml
 PROBE_S = 60.0  # a login, two starts of Python, nvidia-smi: seconds, on a busy host
-INSTALL_S = 1_800.0  # pip fetches torch, some gigabytes, where it is lacking
+INSTALL_S = 1_800.0  # pip may have to fetch torch, some gigabytes
 
 _LEAST_FILES = 1_024  # sockets and logs of a router with hundreds of peers
 _LEAST_DISK_BYTES = 500 << 20  # the package, and the logs at their bounds
-_MUCH_DISK_BYTES = 8 << 30  # where torch is to be fetched
-_CLOCK_S = 1.0  # deadlines never cross hosts, but who compares logs wants less
+_MUCH_DISK_BYTES = 8 << 30  # if torch has to be fetched
+_CLOCK_S = 1.0  # deadlines never cross hosts, but comparing logs needs clocks that agree
 _GB = 1_000_000_000
-# The script's length comes first: the rest of stdin is the script's own.
-# Nothing is imported from HOME, where commands on a host run; `-P` is unknown to a Python before 3.11.
+# The script's length comes first: the rest of stdin belongs to the script.
+# Commands on a host run in HOME, from which nothing must be imported; Python before 3.11 has no `-P`.
 _START = (
     "import sys; sys.path[:] = filter(None, sys.path);"
     " exec(compile(sys.stdin.buffer.read(int(sys.argv.pop(1))), 'bare.py', 'exec'))"
@@ -47,16 +47,16 @@ _START = (
 
 @dataclass(frozen=True, slots=True)
 class HostFinding:
-    """What was found on a host.
+    """The findings on a host.
 
     Attributes:
         name: Of the host.
         cells: A row of the table.
-        wrong: What keeps it from taking part, a line each.
-        notes: What an operator should know, a line each.
+        wrong: What excludes it, a line each.
+        notes: What is worth knowing, a line each.
         folder: The cluster's folder there; "" if it was not reached.
-        interpreter: The Python that roles would run with.
-        needs_install: Whether the package, or something it needs, is not there yet.
+        interpreter: The Python to run roles with.
+        needs_install: Whether the package, or something it needs, is missing.
         lacks_router: Whether it cannot look up the router's name.
     """
 
@@ -71,7 +71,7 @@ class HostFinding:
 
 
 def look(shell: Shell, cluster: str, hosts: Sequence[Wanted], wheel: Wheel) -> list[HostFinding]:
-    """Return what is found on each host, in order; change nothing there."""
+    """Return the findings on each host, in order; change nothing there."""
     return parallel(hosts, lambda host: _look(shell, cluster, host, wheel))
 
 
@@ -102,7 +102,7 @@ def requirements(host: Wanted) -> tuple[tuple[str, str], ...]:
 def bare(
     shell: Shell, host: Wanted, verb: str, asked: dict[str, Any], *, content: bytes = b"", timeout_s: float
 ) -> dict[str, Any]:
-    """Run `cluster/host/bare.py` with a host's Python, and return what it says.
+    """Run `cluster/host/bare.py` with a host's Python, and return its answer.
 
     Raises:
         UnreachableError: The host cannot be reached.
@@ -118,7 +118,7 @@ def bare(
 
 
 def _explained(words: str, host: Wanted) -> str:
-    """Return an error of ssh's with what to do about it."""
+    """Return an error of ssh, with what to do about it."""
     login = host.target.address if host.target.user is None else f"{host.target.user}@{host.target.address}"
     hints = {
         "Permission denied": f"try `ssh {login}`, and `ssh-copy-id {login}` if it asks for a password",
@@ -137,10 +137,10 @@ def judge(host: Wanted, found: dict[str, Any], *, offset_s: float, within_s: flo
     """Return a host's row and what is wrong with it.
 
     Args:
-        host: What it is to have.
-        found: What `bare.probe` said.
-        offset_s: How far its clock is ahead of ours.
-        within_s: How long the asking took: the offset is known to half of that.
+        host: What it must have.
+        found: The answer of `bare.probe`.
+        offset_s: How far its clock is ahead of this machine's.
+        within_s: How long the question took: the offset is known to half of that.
     """
     wrong: list[str] = []
     notes: list[str] = []
@@ -158,8 +158,8 @@ def judge(host: Wanted, found: dict[str, Any], *, offset_s: float, within_s: flo
     if found["router"]:
         wrong.append(
             f"router: expected an address that this host can look up, got {host.router!r} "
-            f"({found['router']}): `router: {{host: ..., address: ...}}` says where hosts reach it, if ssh "
-            f"goes by an alias"
+            f"({found['router']}): `router: {{host: ..., address: ...}}` sets where hosts reach it, if ssh "
+            f"uses an alias"
         )
     if found["writable"]:
         wrong.append(f"disk: expected a folder that can be written, got {found['writable']}")
@@ -204,7 +204,7 @@ def _ports(found: dict[str, Any], wrong: list[str]) -> str:
 
 
 def _clock(offset_s: float, within_s: float, notes: list[str]) -> str:
-    # A host that is no further off than the asking took may not be off at all.
+    # If the offset is no larger than the uncertainty, the clock may be right.
     offset_s = max(0.0, abs(offset_s) - within_s / 2) * (1 if offset_s > 0 else -1)
     if abs(offset_s) > _CLOCK_S:
         notes.append(f"clock: {offset_s:+.1f} s from this machine's: logs of hosts do not compare")
@@ -233,10 +233,10 @@ def _disk(host: Wanted, found: dict[str, Any], wrong: list[str]) -> str:
 
 
 def install(shell: Shell, cluster: str, host: Wanted, wheel: Wheel) -> str:
-    """Put the package on a host, and what it needs; return the Python that runs it.
+    """Put the package, and what it needs, on a host; return the Python that runs it.
 
     Raises:
-        RemoteError: It could not be done; names the host and quotes what failed.
+        RemoteError: That failed; the error names the host and quotes the reason.
     """
     said = bare(
         shell, host, "install", _asked(cluster, host, wheel), content=wheel.content, timeout_s=INSTALL_S

@@ -1,12 +1,11 @@
-"""What the operator's machine remembers of a cluster on several hosts, for the commands after `up`.
+"""The record of a cluster on several hosts, on the operator's machine, for the commands after `up`.
 
     STATE/.clusters/NAME.json    0600; STATE as in superserve/roles/local.py
 
-It is written before anything is started, so that `down` finds whatever an interrupted `up`
-left, and holds what only `up` finds out: where on each host the cluster's folder is, and which
-Python runs there. It is no truth about what runs: that is asked of the hosts each time. Where
-it is lost, or on another operator's machine, `cluster up FILE` writes it anew and changes
-nothing that runs.
+It is written before anything is started, so that `down` finds what an interrupted `up` left. It holds
+what only `up` finds out: where the cluster's folder is on each host, and which Python runs there. It
+does not show what runs: the commands ask the hosts each time. If it is lost, or on another operator's
+machine, `cluster up FILE` writes it again and changes nothing that runs.
 """
 
 from __future__ import annotations
@@ -51,11 +50,11 @@ class KnownHost:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is this machine, whose verbs are functions and whose commands need no ssh."""
+        """Whether it is this machine, where verbs are functions and commands need no ssh."""
         return self.target == HERE
 
     def python(self, *args: str) -> list[str]:
-        """Return a command of the host's Python that finds the package, and no file of the current folder."""
+        """Return a command of the host's Python that finds the package, and ignores the current folder."""
         path = ["env", f"PYTHONPATH={self.code}"] if self.code else []
         return [*path, self.interpreter, "-P", *args]
 
@@ -67,7 +66,7 @@ class KnownHost:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A cluster on several hosts, as its operator remembers it.
+    """A cluster on several hosts, as recorded for its operator.
 
     Attributes:
         name: Of the cluster.
@@ -76,11 +75,11 @@ class Record:
         router_host: The name of the router's host.
         client_endpoint: Where clients connect.
         worker_endpoint: Where workers connect.
-        profile: What its workers serve by.
+        profile: The profile that its workers use.
         hosts: Every host that was prepared.
         slots: How many GPUs each worker registers, by its name.
         left_out: Hosts of the file that are not among them, each with the reason.
-        keys: The key file by which commands of this machine ask the router; "" without keys.
+        keys: The key file with which this machine's commands ask the router; "" without keys.
     """
 
     name: str
@@ -99,7 +98,7 @@ class Record:
         """Return a host by its name.
 
         Raises:
-            ConfigError: There is none of that name; says which there are.
+            ConfigError: There is no such host; the error lists them.
         """
         for host in self.hosts:
             if host.name == name:
@@ -112,7 +111,7 @@ class Record:
         """Return the host that a role runs on.
 
         Raises:
-            ConfigError: There is no role of that name; says which there are.
+            ConfigError: There is no such role; the error lists them.
         """
         for host in self.hosts:
             if role in host.roles:
@@ -122,12 +121,12 @@ class Record:
 
 
 def path_of(name: str) -> Path:
-    """Return where the record of the cluster `name` is, if there is one.
+    """Return the path of the record of the cluster `name`, whether or not it exists.
 
     Raises:
-        ConfigError: It is no name for a cluster.
+        ConfigError: The name is invalid.
     """
-    local.cluster_folder(name)  # for its check
+    local.cluster_folder(name)  # checks the name
     return local.state_folder() / local.REMEMBERED / f"{name}.json"
 
 
@@ -156,7 +155,7 @@ def load(name: str) -> Record | None:
 
 
 def save(record: Record) -> None:
-    """Write a record: a reader sees the old one or the new one, never a part.
+    """Write a record: readers see the old one or the new one, never a part.
 
     Raises:
         ConfigError: It cannot be written.
@@ -174,10 +173,10 @@ def save(record: Record) -> None:
 
 
 def forget(name: str) -> None:
-    """Remove the record of a cluster, if there is one."""
+    """Remove the record of a cluster, if it exists."""
     path_of(name).unlink(missing_ok=True)
 
 
 def names() -> list[str]:
-    """Return the clusters that there are records of, in order of name."""
+    """Return the clusters with a record, by name."""
     return sorted(path.stem for path in (local.state_folder() / local.REMEMBERED).glob("[!.]*.json"))

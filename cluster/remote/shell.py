@@ -1,8 +1,8 @@
-"""Commands on hosts: on this machine, or by the OpenSSH client, whose configuration and agents work.
+"""Commands on hosts: on this machine, or by the OpenSSH client, with your configuration and agents.
 
-Nothing is asked for at a terminal (BatchMode): a host that wants a password, or whose key is
-not known, is an error that quotes ssh's own words. Connections are shared for the length of
-one command of ours (ControlMaster), and closed with it.
+Nothing is asked at a terminal (BatchMode): a host that wants a password, or whose key is unknown,
+is an error that quotes ssh's own message. Connections are shared for the duration of one of our
+commands (ControlMaster), and closed with it.
 
     SUPERSERVE_SSH_CONFIG    a configuration file for `ssh -F`, instead of the user's
 """
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 
 
 CONFIG_VARIABLE = "SUPERSERVE_SSH_CONFIG"
-"""Environment variable: the file for `ssh -F`, where hosts.yaml names none."""
+"""Environment variable: the file for `ssh -F`, if hosts.yaml names none."""
 
 CONNECT_TIMEOUT_S = 10
-"""How long a host may take to answer at all."""
+"""How long a host may take to answer the first time."""
 
-_LOGIN_S = 60.0  # a way of several jumps, on busy hosts
+_LOGIN_S = 60.0  # over several jump hosts, on busy machines
 _SSH_FAILED = 255  # ssh(1): the remote command's exit status, or this if an error occurred
-_PERSIST_S = 60  # only for an operator's process that was killed: otherwise connections are closed
-_MAX_AT_ONCE = 32
-# Behind one jump host every handshake is the jump host's too. OpenSSH's sshd turns away some of those that
-# come while ten others are not done (MaxStartups 10:30:100).
+_PERSIST_S = 60  # only for a command that was killed: otherwise it closes its connections
+_MAX_AT_ONCE = 32  # ssh processes on this machine, a thread for each
+# Every handshake behind a jump host is the jump host's too, and OpenSSH's sshd drops some of those that
+# arrive while ten others are in progress (MaxStartups 10:30:100).
 _MAX_HANDSHAKES = 6
-_MAX_TRIES = 6
-_FIRST_PAUSE_S = 0.2  # and twice as long each further time, less up to half of it by chance
-# What ssh says where a server, or a jump host, turned a connection away before anybody had logged in.
+_MAX_TRIES = 6  # with the pauses below 3 to 6 s, in which sshd ends other handshakes
+_FIRST_PAUSE_S = 0.2  # twice as long each further time, minus a random part of up to half
+# ssh's messages if a server, or a jump host, dropped the connection before the login.
 _TURNED_AWAY = (
     "kex_exchange_identification", "banner exchange", "Connection closed by", "Connection reset by",
 )  # fmt: skip
-_MAX_SOCKET_BYTES = 107  # of a unix socket's path: sun_path, less its end
+_MAX_SOCKET_BYTES = 107  # of a unix socket's path: the size of sun_path, without its end
 T = TypeVar("T")
 H = TypeVar("H")
 
@@ -68,7 +68,7 @@ class UnreachableError(RemoteError):
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """What a command on a host came to: its exit code and what it wrote."""
+    """The result of a command on a host: its exit code and its output."""
 
     code: int
     stdout: bytes
@@ -76,19 +76,19 @@ class Completed:
 
 
 class Shell(Protocol):
-    """Runs commands on hosts; tests have one of their own."""
+    """Runs commands on hosts; tests use their own."""
 
     def run(self, target: Target, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
         """Run a command to its end.
 
         Raises:
-            UnreachableError: The host cannot be reached, or does not let us in.
+            UnreachableError: The host cannot be reached, or refuses the login.
             RemoteError: The command took longer than `timeout_s`.
         """
         ...
 
     def start(self, target: Target, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a command whose output is read from the pipe `stdout`, for as long as it is wanted."""
+        """Start a command; the caller reads its output from the pipe `stdout`."""
         ...
 
 
@@ -109,7 +109,7 @@ class LocalShell:
         return Completed(done.returncode, done.stdout, done.stderr.decode(errors="replace").strip())
 
     def start(self, target: Target, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a command whose output is read while it runs; see `Shell.start`."""
+        """Start a command; the caller reads its output while it runs; see `Shell.start`."""
         assert target == HERE, "another host is reached by ssh"
         return subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
 
@@ -181,9 +181,9 @@ class OpenSsh:
         return self._run(target, argv, stdin, timeout_s)
 
     def _connect(self, target: Target) -> None:
-        """Have a connection to a host that its commands share: few handshakes at once, each tried again.
+        """Open a connection to a host that its commands share: a few handshakes at once, with retries.
 
-        That is safe here, and not later: no command of ours has begun.
+        Retrying is safe here, and not later: no command has begun yet.
         """
         with self._doors.setdefault(target, threading.Lock()):
             pause_s = _FIRST_PAUSE_S
@@ -201,9 +201,9 @@ class OpenSsh:
                     pause_s *= 2
 
     def _run(self, target: Target, argv: Sequence[str], stdin: bytes, timeout_s: float) -> Completed:
-        # In our own process group, so that Ctrl-C at a terminal ends whatever we wait for.
-        # A file, not a pipe: the shared connection's process keeps its stderr open, and a pipe
-        # would not end before it does.
+        # In our process group, so that Ctrl-C at a terminal ends the command too.
+        # A file, not a pipe: the process of the shared connection keeps its stderr open, and a pipe
+        # would not end before that process does.
         with tempfile.TemporaryFile() as errors:
             try:
                 done = subprocess.run(
@@ -220,7 +220,7 @@ class OpenSsh:
         return Completed(done.returncode, done.stdout, words)
 
     def start(self, target: Target, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a command whose output is read while it runs; see `Shell.start`."""
+        """Start a command; the caller reads its output while it runs; see `Shell.start`."""
         self._connect(target)
         return subprocess.Popen(
             [*self._argv(target), shlex.join(argv)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -228,14 +228,14 @@ class OpenSsh:
 
 
 def _cause(words: str) -> str:
-    """Return the line in which ssh says why: its last, unless a jump host could not go on from there."""
+    """Return ssh's reason: its last line, unless a jump host could not connect further."""
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     of_jump = [line for line in lines if "open failed: " in line]
     return (of_jump or lines or [""])[-1]
 
 
 def parallel(items: Sequence[H], work: Callable[[H], T]) -> list[T]:
-    """Return what `work` gives for each item, in order; many at once, each in a thread."""
+    """Return the result of `work` for each item, in order; many at once, each in a thread."""
     if not items:
         return []
     with ThreadPoolExecutor(min(len(items), _MAX_AT_ONCE)) as pool:

@@ -1,8 +1,8 @@
-"""The package that runs here, as a wheel: what `cluster up` ships to hosts that lack it.
+"""The package that runs here, as a wheel: `cluster up` sends it to hosts that lack it.
 
-Packed from the files that this process itself runs, so that an editable checkout and an
-installed wheel are shipped alike and no build tool is needed. The same files give the same
-bytes, hence the same hash: two hosts have the same version if they have the same hash.
+It is packed from the files that this process itself runs, so that an editable checkout and an
+installed wheel are sent alike and no build tool is needed. The same files give the same bytes,
+and hence the same hash: two hosts have the same version if they have the same hash.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from superserve.errors import ConfigError
 PROJECT = "superserve"
 PACKAGES = ("superserve", "router", "gpu_worker", "loadgen", "profiles", "cluster")
 
-# What roles and their supervisor import on a host; the launcher's own needs are more. A test
-# holds these against pyproject.toml.
+# What roles and their keeper import on a host; the launcher needs more. A test compares these
+# with pyproject.toml.
 ON_EVERY_HOST = (
     ("pyzmq", "27"), ("numpy", "2.0"), ("orjson", "3.10"), ("click", "8.1"), ("psutil", "6.0"),
     ("rich", "13.9"), ("prometheus-client", "0.21"), ("supervisor", "4.3"),
@@ -29,9 +29,9 @@ ON_EVERY_HOST = (
 """Distributions that a host needs, each with its least version."""
 
 FOR_SUPERNETS = (("torch", "2.10"), ("safetensors", "0.5"))
-"""What a host needs besides, if its workers serve a supernet on a real device."""
+"""Further distributions that a host needs if its workers serve a supernet on a real device."""
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip file's earliest: the files' own times are no part of a version
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip file's earliest time: files' own times must not change the hash
 _MODE = 0o644 << 16
 _LEFT_OUT = ("__pycache__",)
 
@@ -43,7 +43,7 @@ class Wheel:
     Attributes:
         name: Of its file.
         content: The file.
-        hash: What tells it from every other: 16 hexadecimal digits of its SHA-256.
+        hash: Distinguishes it from every other: 16 hexadecimal digits of its SHA-256.
         version: The package's.
     """
 
@@ -57,7 +57,7 @@ def pack() -> Wheel:
     """Return the wheel of the package that runs here.
 
     Raises:
-        ConfigError: It was not installed, not even as an editable checkout.
+        ConfigError: It is not installed, not even as an editable checkout.
     """
     about = _distribution()
     info = f"{PROJECT}-{about.version}.dist-info"

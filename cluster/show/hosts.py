@@ -1,4 +1,4 @@
-"""What the commands print of a cluster on several hosts."""
+"""What the commands print about a cluster on several hosts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def findings(found: Sequence[HostFinding]) -> list[str]:
-    """Return the preflight table, and below it what is wrong and what should be known."""
+    """Return the preflight table, and below it what is wrong and what is worth knowing."""
     lines = [
         *(line for finding in found for line in finding.wrong),
         *(f"note: {line}" for finding in found for line in finding.notes),
@@ -31,7 +31,7 @@ def findings(found: Sequence[HostFinding]) -> list[str]:
 
 
 def processes(done: HostsUp) -> str:
-    """Return the table of what `up` left running: each role, and what this call did to it."""
+    """Return the table of what runs after `up`: each role, and what this call did to it."""
     rows = []
     for host in done.seen:
         changed = done.changed.get(host.name, {})
@@ -55,7 +55,7 @@ def removals(done: HostsUp) -> list[str]:
 
 
 def roles(seen: Sequence[HostSeen], status: RouterStatus | None) -> str:
-    """Return the table of `cluster status`: what the supervisors and the router say of each role."""
+    """Return the table of `cluster status`: the reports of keepers and router on each role."""
     registered = {} if status is None else status.processes()
     rows = []
     for host in seen:
@@ -72,7 +72,7 @@ def roles(seen: Sequence[HostSeen], status: RouterStatus | None) -> str:
 
 
 def stopped(record: Record, done: Stopped) -> list[str]:
-    """Return lines that say what was stopped, and where that failed."""
+    """Return lines about what was stopped, and where that failed."""
     lines = []
     for host, roles_there in done.stopped.items():
         words = ", ".join(f"{role} (pid {pid})" for role, pid in roles_there)

@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 _MS = 1_000_000
 _MIB = 1 << 20
-_WIDTH = 160  # of a page that is no terminal: nothing is cut there
+_WIDTH = 160  # of output that is not a terminal: nothing is cut there
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table as plain text, as wide as the terminal, or wide enough where there is none."""
+    """Return a table as plain text, as wide as the terminal, or wide enough without one."""
     shown = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
     for column in columns:
         shown.add_column(column, overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(cell) for cell in row))  # Text: brackets in a name are no markup
+        shown.add_row(*(Text(cell) for cell in row))  # Text: brackets in a name are not markup
     width = shutil.get_terminal_size((_WIDTH, 24)).columns if sys.stdout.isatty() else _WIDTH
     page = io.StringIO()
     Console(file=page, width=width, color_system=None).print(shown)
@@ -106,21 +106,21 @@ def next_lines(
 
 
 def _gentle(status: RouterStatus, profile: str) -> str:
-    """Return a trace and an SLO of about a tenth of what the workers could do."""
+    """Return a trace and an SLO that need about a tenth of the workers' capacity."""
     table = load_profile(profile)
     smallest, largest, size = 0, table.n_subnets - 1, table.max_batch_size
     each_qps = size * 1e9 / table.latency_ns(smallest, size)
     rate_qps = float(f"{max(1.0, len(status.workers) * each_qps / 10):.1g}")
-    # Four times one query on the largest subnet, in tens of milliseconds, and no less than usual.
+    # Four times one query on the largest subnet, in tens of milliseconds, and at least the usual 36.
     slo_ms = max(36, 10 * math.ceil(4 * table.latency_ns(largest, 1) / _MS / 10))
     is_real = status.model is not None and status.model.input is not None
-    if is_real:  # on cores that the load generator shares
+    if is_real:  # on cores that the load generator uses too
         slo_ms = max(slo_ms, 100)
     return f"poisson:rate={rate_qps:g} --duration 10 --slo-ms {slo_ms}"
 
 
 def command(name: str) -> str:
-    """Return how to type one of this project's commands here."""
+    """Return how to type one of this project's commands on this machine."""
     beside = Path(sys.executable).parent / name
     if shutil.which(name) is not None or not beside.exists():
         return name
@@ -134,7 +134,7 @@ def command(name: str) -> str:
 
 
 class Endpoints(Protocol):
-    """Where a router is: a cluster of this machine says it, or the record of one on several."""
+    """A router's addresses: those of a cluster of this machine, or of the record of one on several."""
 
     @property
     def client_endpoint(self) -> str:
@@ -165,7 +165,7 @@ def router(cluster: Endpoints, status: RouterStatus) -> list[str]:
 
 
 def roles(cluster: LocalCluster, status: RouterStatus | None) -> str:
-    """Return the table of `cluster status`: what the keeper and the router say of each process."""
+    """Return the table of `cluster status`: the reports of keeper and router on each process."""
     registered = {} if status is None else status.processes()
     rows = []
     for role in cluster.roles:
@@ -176,7 +176,7 @@ def roles(cluster: LocalCluster, status: RouterStatus | None) -> str:
 
 
 def work(found: Sequence[GpuStatus]) -> tuple[str, str, str, str]:
-    """Return what the router says of a worker process: its GPUs, their work, how slow they are."""
+    """Return the router's report on a worker process: its GPUs, their work, their slowdown."""
     if not found:
         return "-", "-", "-", "-"
     n_well = sum(gpu.is_well for gpu in found)
@@ -190,7 +190,7 @@ def work(found: Sequence[GpuStatus]) -> tuple[str, str, str, str]:
 
 
 def stopped(done: Down) -> list[str]:
-    """Return lines that say what was stopped."""
+    """Return lines about what was stopped."""
     cluster = done.cluster
     if not done.was_alive:
         return [tidied(cluster)]
@@ -200,7 +200,7 @@ def stopped(done: Down) -> list[str]:
 
 
 def tidied(left: LocalCluster) -> str:
-    """Say that a dead keeper's traces have been removed."""
+    """Return the line for a dead keeper whose remains were removed."""
     return (
         f"cluster {left.name!r}: its keeper (pid {left.keeper.pid}) had ended without tidying up, "
         f"and its processes with it; removed what it left"

@@ -1,7 +1,7 @@
-"""`cluster top`: STATUS of a router as a page of 80 columns, and what changed since the one before.
+"""`cluster top`: STATUS of a router as a page of 80 columns, and what changed since the previous one.
 
-Everything here is a function of two STATUSes: rates are differences of their counters, over the
-time between them. With one alone, the router's own last ten seconds stand in.
+Everything here is a function of two STATUSes: rates are differences of their counters, divided by the
+time between them. With only one, the router's own last ten seconds are shown.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _UNKNOWN = "-"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A STATUS, and when it came.
+    """A STATUS, and when it arrived.
 
     Attributes:
         status: As the router sent it.
@@ -42,7 +42,7 @@ class Sample:
     at_ns: int
 
     def follows(self, other: Sample | None) -> bool:
-        """Tell whether `other` is an earlier sample of the same router's life."""
+        """Return whether `other` is an earlier sample of the same run of the router."""
         return (
             other is not None
             and other.status.router.epoch == self.status.router.epoch
@@ -52,10 +52,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One GPU, ready to be shown; None where it cannot be known from one sample.
+    """One GPU, ready to be shown; None if one sample does not show it.
 
     Attributes:
-        state: Of the GPU, or of its process where that is not well.
+        state: Of the GPU, or of its process if that is not well.
         busy: Share of the time that it executed batches.
     """
 
@@ -93,7 +93,7 @@ def _row(gpu: GpuStatus, was: GpuStatus | None, seconds: float, *, is_one_of_man
 
     busy = rate(gpu.busy_s, None if was is None else was.busy_s)
     if busy is not None:
-        busy = min(1.0, busy)  # a batch counts when it ends: one may have begun before
+        busy = min(1.0, busy)  # a batch counts when it ends, and may have begun before
     name = f"{gpu.name}:{gpu.slot}" if is_one_of_many else gpu.name
     return Row(
         name, gpu.host, gpu.condition, gpu.last_subnet or _UNKNOWN,
@@ -107,7 +107,7 @@ def _row(gpu: GpuStatus, was: GpuStatus | None, seconds: float, *, is_one_of_man
 
 
 def header(now: Sample, before: Sample | None) -> list[str]:
-    """Return lines about the router: what comes, how it ends, what waits, how many GPUs that asks for."""
+    """Return lines about the router: arrivals, how queries end, the queue, and the GPUs needed."""
     status = now.status
     last, cpu_s = status.recent.short, None
     if before is not None and now.follows(before):
@@ -151,7 +151,7 @@ def _attainment(window: RecentWindow) -> str:
     n = window.answered.wanted
     if not n:
         return _UNKNOWN
-    # Cut, not rounded: 1.0000 shall mean that none was missed.
+    # Truncated, not rounded: 1.0000 must mean that no query missed.
     return f"{window.answered.ok * 10_000 // n / 10_000:.4f}"
 
 
@@ -174,7 +174,7 @@ def page(now: Sample, before: Sample | None, *, max_rows: int | None = None) -> 
     Args:
         now: The latest sample.
         before: The one before it, if there is one: rates are since then.
-        max_rows: GPUs shown, at most; those not well first, and the rest is counted.
+        max_rows: Most GPUs shown; those that are not well come first, and the rest are counted.
     """
     rows = rows_of(now, before)
     shown, left_out = rows, 0
@@ -220,7 +220,7 @@ def _share(part: float | None, whole: float) -> str:
 
 
 def plain(what: RenderableType, width: int = WIDTH) -> str:
-    """Return a page as text without colours, no line longer than `width`."""
+    """Return a page as text without colours, with no line longer than `width`."""
     text = io.StringIO()
     Console(file=text, width=width, color_system=None).print(what)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

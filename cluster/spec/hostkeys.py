@@ -1,4 +1,4 @@
-"""The keys of a cluster on several hosts: made where the operator's folder lacks them, and who gets which.
+"""The keys of a cluster on several hosts: made if the operator's folder lacks them, and who gets which.
 
     on the operator's machine            on a host, under the cluster's folder
     ─────────────────────────────────────────────────────────────────────────
@@ -6,8 +6,8 @@
     operators/cluster-up.key             keys/operator.key        the router's host only
     workers/HOST.key                     keys/worker-DIGEST.key   HOST only
 
-A digest of the public keys in a path makes other keys another command line, so that who reads its
-key once, at its start, is started anew. The lists have no part in it: a router watches them.
+A path contains a digest of the public keys, so that other keys make another command line, and a role that
+reads its key once, at its start, is restarted. The lists are not in the digest: a router watches them.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from cluster.spec.hosts import Hosts
 
 OPERATOR = "cluster-up"
-"""The name of the operator's key that `up` makes, asks STATUS with, and leaves to `top` and `loadgen run`."""
+"""The name of the operator's key that `up` makes, uses for STATUS, and leaves to `top` and `loadgen run`."""
 
-_DIGEST_CHARACTERS = 12
+_DIGEST_CHARACTERS = 12  # 48 bits: it only tells folders of keys apart, and verifies nothing
 
 
 @dataclass(frozen=True, slots=True)
 class HostKeys:
-    """What a host is given.
+    """The key files for a host.
 
     Attributes:
         files: Each file's path in the cluster's folder there, and its content: secrets, never shown.
-        ring: The router's folder of keys, as such a path; "" where no router is.
-        worker: The workers' key file; "" where no worker is.
+        ring: The router's folder of keys, as such a path; "" on hosts without the router.
+        worker: The workers' key file; "" on hosts without workers.
     """
 
     files: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
@@ -48,12 +48,12 @@ class HostKeys:
 
 
 def operator_key(hosts: Hosts) -> str:
-    """Return the key file by which this machine's commands ask the router; "" without keys."""
+    """Return the key file with which this machine's commands ask the router; "" without keys."""
     return "" if hosts.keys is None else str(_own(Path(hosts.keys), "operator", OPERATOR))
 
 
 def check(folder: Path) -> None:
-    """Raise ConfigError unless `folder` is a router's folder of keys, and every file of it is well."""
+    """Raise ConfigError unless `folder` is a router's folder of keys, and all its files are valid."""
     router_keys(folder)
     try:
         problems = read_ring(folder)[1]
@@ -67,13 +67,13 @@ def complete(hosts: Hosts) -> list[Path]:
     """Make the keys that `up` needs and the folder lacks: the operator's, and one for each worker's host.
 
     Args:
-        hosts: The file; one without keys needs none.
+        hosts: The file; without keys in it none are needed.
 
     Returns:
         The secret files that were made.
 
     Raises:
-        ConfigError: The folder is not a router's, or has one half of a key only.
+        ConfigError: The folder is not a router's, or has only one half of a key.
     """
     if hosts.keys is None:
         return []
@@ -98,7 +98,7 @@ def _make(folder: Path, role: str, name: str) -> Path | None:
 
 
 def keys_of(hosts: Hosts, name: str) -> HostKeys:
-    """Return what a host is given: nothing without keys, and nobody else's secret ever.
+    """Return the key files for a host: none without keys, and never another host's secret.
 
     Raises:
         ConfigError: A key is missing, or does not fit the list or the router.
@@ -129,10 +129,10 @@ def _ring_files(folder: Path, ring: str) -> list[tuple[str, bytes]]:
 
 
 def _secret(folder: Path, role: str, name: str) -> tuple[bytes, str]:
-    """Return the content of a secret file, and the digest of what it is for."""
+    """Return the content of a secret file, and a digest of the keys in it."""
     path = _own(folder, role, name)
     keys = peer_keys(path, "worker" if role == "worker" else "client")
-    assert keys is not None, "a path is no empty one"
+    assert keys is not None, "the path is not empty"
     if keys.public != read_public(path.with_suffix(".pub"), role):
         raise ConfigError(f"{path}: public: expected the key that {path.with_suffix('.pub').name} lists")
     if keys.router != router_keys(folder).public:

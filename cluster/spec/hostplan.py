@@ -1,4 +1,4 @@
-"""What each host of a hosts file is to run: its roles, their command lines, what they need there.
+"""What each host of a hosts file will run: its roles, their command lines, and what they need there.
 
     router            on the router's host; binds every address of it, or loopback if that is all
                       the file names
@@ -45,15 +45,15 @@ class HostsPlan:
         router_host: The name of the router's host.
         client_endpoint: Where clients connect.
         worker_endpoint: Where workers connect.
-        profile: What the workers serve by.
-        wanted: What each host is to have.
-        roles: What each is to run, in the same order.
+        profile: The profile that the workers use.
+        wanted: What each host must have.
+        roles: What each runs, in the same order.
         slots: How many GPUs each worker registers, by its name.
-        files: What goes beside the roles on each host, in the same order: a path in the folder, and the
-            content. Secrets are among it.
-        log_bytes: How large a log grows before it is put aside.
-        log_files: How many put aside are kept.
-        keys: The key file by which commands of this machine ask the router; "" without keys.
+        files: Files beside the roles on each host, in the same order: a path in the folder, and the
+            content. They include secrets.
+        log_bytes: Size at which a log is rotated.
+        log_files: How many rotated logs are kept.
+        keys: The key file with which this machine's commands ask the router; "" without keys.
     """
 
     name: str
@@ -72,19 +72,19 @@ class HostsPlan:
     keys: str
 
     def roles_of(self, host: str, folder: str) -> tuple[HostRole, ...]:
-        """Return what a host is to run, with the paths that hold in the cluster's folder there."""
+        """Return what a host will run, with paths in the cluster's folder there."""
         return tuple(
             replace(role, argv=tuple(word.replace(FOLDER, folder) for word in role.argv))
             for role in self.roles[self._place_of(host)]
         )
 
     def plan_of(self, host: str, folder: str, interpreter: str, code: str) -> HostPlan:
-        """Return what a host is to run, in its folder, with the Python and the package that are there."""
+        """Return what a host will run, in its folder, with the Python and the package there."""
         roles = self.roles_of(host, folder)
         return HostPlan(folder, interpreter, code, roles, self.log_bytes, self.log_files, timing=timing())
 
     def files_of(self, host: str) -> dict[str, str]:
-        """Return what goes beside the roles of a host, as JSON carries it."""
+        """Return the files beside the roles of a host, as JSON carries them."""
         files = self.files[self._place_of(host)]
         return {name: base64.b64encode(content).decode() for name, content in files}
 
@@ -93,10 +93,10 @@ class HostsPlan:
 
 
 def plan_of(hosts: Hosts, path: Path) -> HostsPlan:
-    """Return what a hosts file asks for.
+    """Return the plan for a hosts file.
 
     Raises:
-        ConfigError: It asks for what is unsafe, or for keys that are not there.
+        ConfigError: It is unsafe, or needs keys that are missing.
     """
     _check_security(hosts, path)
     profile, files = _profile(hosts)
@@ -117,7 +117,7 @@ def plan_of(hosts: Hosts, path: Path) -> HostsPlan:
 
 
 def at(address: str, port: int) -> str:
-    """Return the endpoint of a port at a name or an address; one of IPv6 stands in brackets."""
+    """Return the endpoint of a port at a name or an address; IPv6 addresses get brackets."""
     bare = address.strip("[]")
     return f"tcp://[{bare}]:{port}" if ":" in bare else f"tcp://{address}:{port}"
 
@@ -131,7 +131,7 @@ def _is_literal(address: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Tell whether an address is reached from its own host only."""
+    """Return whether an address can only be reached from its own host."""
     try:
         return ipaddress.ip_address(address.strip("[]")).is_loopback
     except ValueError:
@@ -149,12 +149,12 @@ def _check_security(hosts: Hosts, path: Path) -> None:
 
 
 def _profile(hosts: Hosts) -> tuple[str, tuple[tuple[str, bytes], ...]]:
-    """Return how a worker names its profile, and the file that goes with it if it is not a shipped one."""
+    """Return a worker's option for its profile, and the file to send if it is not a shipped one."""
     name = hosts.emulate or hosts.serves
     if name in shipped_profiles():
         return name, ()
     content = load_profile(name).to_json()
-    # The digest makes another profile another command line, so that workers are started anew.
+    # With the digest another profile makes another command line, so that workers are restarted.
     place = f"{FILES}/{hashlib.sha256(content).hexdigest()[:12]}-{Path(name).name}"
     return f"{FOLDER}/{place}", ((place, content),)
 
@@ -177,7 +177,7 @@ def _wanted(hosts: Hosts, host: Host, roles: Sequence[HostRole]) -> Wanted:
 
 
 def _looked_up(hosts: Hosts, host: Host) -> str:
-    """Return the name by which a host's workers look for the router; "" where they need not look one up."""
+    """Return the name that a host's workers look up to find the router; "" if they look up none."""
     is_needed = host.n_workers > 0 and host.name != hosts.router.host
     return hosts.router_address if is_needed and not _is_literal(hosts.router_address) else ""
 
@@ -203,7 +203,7 @@ def _is_ipv6(hosts: Hosts) -> bool:
 
 
 def _own(hosts: Hosts) -> str:
-    """Return where the router's own host reaches it."""
+    """Return the address at which the router's own host reaches it."""
     return "::1" if _is_ipv6(hosts) else "127.0.0.1"
 
 
@@ -218,7 +218,7 @@ def _env(host: Host) -> tuple[tuple[str, str], ...]:
 
 
 def _workers(hosts: Hosts, host: Host, profile: str, keys: HostKeys) -> list[HostRole]:
-    # The router's own host may not reach itself by the address that others use.
+    # The router's own host may not reach itself at the address that others use.
     address = _own(hosts) if host.name == hosts.router.host else hosts.router_address
     endpoint = at(address, hosts.router.worker_port)
     admitted = ("--keys", f"{FOLDER}/{keys.worker}") if keys.worker else ()
@@ -233,7 +233,7 @@ def _workers(hosts: Hosts, host: Host, profile: str, keys: HostKeys) -> list[Hos
 
 
 def _served(hosts: Hosts, host: Host, profile: str, device: str) -> tuple[tuple[str, ...], str]:
-    """Return the arguments of a worker that say what it serves, and that in words."""
+    """Return the arguments for what a worker serves, and that in words."""
     if hosts.emulate is not None:
         n = host.gpus_per_worker or 1
         words = f"{n} emulated GPU{'s' if n > 1 else ''} of {hosts.emulate}"

@@ -1,6 +1,6 @@
 """hosts.yaml as frozen dataclasses: the hosts of a cluster, what runs on each, and for whom.
 
-    cluster: prod                  # its name, for --name; "default" unless given
+    cluster: prod                  # its name, for --name; "default" if not given
     router: {host: a, client_port: 5555, worker_port: 5556}
     hosts:
       - {name: a, address: 10.0.0.1, user: serve, gpus: [0, 1]}
@@ -9,9 +9,9 @@
     policy: demandfit
     security: none
 
-`load_hosts` reads a file and fills in every default, so that nobody who uses one of these has
-to know them; `cluster/spec/hosts_file.py` finds the errors. It takes pydantic's import, 0.2 s, which
-only those commands pay that read a hosts file.
+`load_hosts` reads a file and fills in every default, so that no other code has to know them;
+`cluster/spec/hosts_file.py` finds the errors. It needs pydantic, whose import takes 0.2 s; only commands
+that read a hosts file pay for it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from cluster.spec.plan import MAX_WORKERS
 from superserve.roles.local import DEFAULT_NAME
 
 CLIENT_PORT, WORKER_PORT = 5555, 5556
-"""Where a router listens unless the file says so: a restarted one must be found again."""
+"""Where a router listens unless the file says otherwise: fixed, so that a restarted one is found again."""
 
 MAX_HOSTS = 1_024
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-_WORD = r"^[^\s\x00-\x1f-][^\s\x00-\x1f]*$"  # no address may be an option of ssh, or end a line
+_WORD = r"^[^\s\x00-\x1f-][^\s\x00-\x1f]*$"  # an address must not be an option of ssh, nor end a line
 _VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 Name = Annotated[str, Field(pattern=_NAME)]
@@ -40,14 +40,14 @@ Count = Annotated[int, Field(ge=1, le=MAX_WORKERS)]
 
 
 def _as_text(value: object) -> object:
-    """Take numbers for what they look like: `OMP_NUM_THREADS: 1` means the text "1"."""
+    """Read numbers as text: `OMP_NUM_THREADS: 1` means the text "1"."""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 EnvName = Annotated[str, Field(pattern=_VARIABLE)]
 EnvValue = Annotated[str, BeforeValidator(_as_text), Field(pattern=r"^[^\x00\n\r]*$", max_length=4_096)]
 
-# What pydantic is told about each class: no other keys, no "5555" for 5555.
+# Options for pydantic: no unknown keys, and no "5555" for 5555.
 _STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 
 
@@ -57,8 +57,8 @@ class RouterPlace:
 
     Attributes:
         host: A host's name.
-        address: Where clients and workers reach it; the host's own unless given. It differs
-            where ssh goes by an alias, or by another network.
+        address: Where clients and workers reach it; the host's own if not given. It differs
+            if ssh uses an alias, or another network.
         client_port: Where clients connect.
         worker_port: Where workers connect.
     """
@@ -77,16 +77,16 @@ class Host:
 
     Attributes:
         name: Unique in the file; in its workers' names.
-        address: What ssh connects to, an alias of the ssh configuration included; the name unless given.
-        user: Who logs in; None leaves it to the ssh configuration.
+        address: What ssh connects to, which may be an alias of the ssh configuration; the name if not given.
+        user: The user to log in as; None leaves it to the ssh configuration.
         port: Of the ssh server; None leaves it to the ssh configuration.
         gpus: CUDA devices to use, one worker process each.
-        workers: Worker processes, where `gpus` does not say it.
+        workers: Worker processes, if `gpus` is not given.
         device: "cuda" or "cpu"; "cuda" with `workers: N` means devices 0 to N - 1.
-        gpus_per_worker: Emulated GPUs of each worker process, under `emulate`.
+        gpus_per_worker: Emulated GPUs of each worker process, with `emulate`.
         threads: CPU threads of each worker's torch.
         env: Environment variables of its roles.
-        python: The command that is Python there, 3.11 or later.
+        python: The command for Python there, 3.11 or later.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -123,12 +123,12 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class MetricsPorts:
-    """Where Prometheus finds figures; None for nowhere.
+    """Where Prometheus finds metrics; None for nowhere.
 
     Attributes:
         router: The router's port.
-        workers: The port of each host's first worker process; the others' follow it.
-        address: The address that they are bound to; loopback unless given.
+        workers: The port of each host's first worker process; the others follow it.
+        address: The address that they are bound to; loopback if not given.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -150,7 +150,7 @@ class LogBounds:
 
 @dataclass(frozen=True, slots=True)
 class Standby:
-    """A second router. Nothing implements one so far: a file that names one is refused."""
+    """A second router. Not implemented yet: a file that names one is refused."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
@@ -169,12 +169,12 @@ class Hosts:
         hosts: Every host, at least one.
         cluster: The cluster's name.
         emulate: A profile whose GPUs are emulated, instead of `supernet`, `weights` and `profile`.
-        supernet: What real workers serve; None under `emulate`.
-        weights: Its checkpoint's path on each host, or "random"; None for the one it comes with.
+        supernet: What real workers serve; None with `emulate`.
+        weights: Its checkpoint's path on each host, or "random"; None for the shipped one.
         profile: A shipped profile's name, or a file's absolute path on this machine.
-        policy: What the router runs.
+        policy: The router's policy.
         margin_ms: Slack that the router holds back.
-        security: "keys", or "none" for a network that is trusted.
+        security: "keys", or "none" for a trusted network.
         keys: The folder of `cluster keys`, as an absolute path on this machine; None for no keys, and then
             nothing listens beyond loopback unless `security` is "none".
         metrics: Where Prometheus finds figures.
@@ -213,7 +213,7 @@ class Hosts:
 
     @property
     def serves(self) -> str:
-        """The profile that workers serve by, emulated or not."""
+        """The profile that workers use, emulated or not."""
         assert self.profile is not None, "load_hosts fills it in"
         return self.emulate or self.profile
 
@@ -222,7 +222,7 @@ def load_hosts(path: Path) -> Hosts:
     """Read a hosts file, check it, and fill in every default.
 
     Raises:
-        ConfigError: It has errors: all of them, a line each, with file, line and path.
+        ConfigError: It has errors; the message has a line for each, with file, line and path.
     """
     from cluster.spec.hosts_file import read  # noqa: PLC0415  it needs the classes above
 

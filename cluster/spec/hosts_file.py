@@ -1,8 +1,8 @@
 """The errors of a hosts file, all of them at once: `FILE:LINE: path: what was expected, got ...`.
 
-Pydantic checks what each value is by itself. What concerns several, such as a port used twice,
-is checked on the data as they stand in the file, wrong ones among them left out, so that one
-kind of error does not hide the other.
+Pydantic checks each value on its own. What concerns several values, such as a port that is used twice, is
+checked on the data of the file, without the wrong values, so that one kind of error does not hide the
+other.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Found = tuple[Where, str]
-"""An error: the way to the value, and what was expected."""
+"""An error: the path to the value, and what was expected."""
 
 T = TypeVar("T")
 
@@ -50,11 +50,11 @@ _RESERVED = ("PYTHONPATH", "SUPERSERVE_HOST_FOLDER", "SUPERSERVE_ROLE_DIGEST", "
 _SECTIONS: dict[str, type] = {
     "router": RouterPlace, "hosts[i]": Host, "metrics": MetricsPorts, "log": LogBounds, "standby": Standby,
 }  # fmt: skip
-_MAX_SHOWN = 60
+_MAX_SHOWN = 60  # of a value in a message: the message should stay one line
 
 
 def read(path: Path) -> Hosts:
-    """Read a hosts file with every default filled in; ConfigError with every error, a line each."""
+    """Read a hosts file with every default filled in; ConfigError with a line for every error."""
     located = read_located(path)
     errors = [(line, where, f"expected once, is on line {first} too") for line, where, first in located.twice]
     hosts, found = _checked(located.data)
@@ -66,12 +66,12 @@ def read(path: Path) -> Hosts:
     if errors:
         unique = sorted(set(errors), key=lambda error: (error[0], str(error[1]), error[2]))
         raise ConfigError("\n".join(_line(path, *error) for error in unique))
-    assert hosts is not None, "pydantic found nothing"
+    assert hosts is not None, "pydantic found no errors"
     return _filled(hosts, path.parent)
 
 
 def dump(hosts: Hosts) -> str:
-    """Return a hosts file that says what `hosts` says, defaults included; `load_hosts` reads it back."""
+    """Return the text of a hosts file for `hosts`, with defaults; `load_hosts` reads it back."""
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
@@ -81,7 +81,7 @@ def dump(hosts: Hosts) -> str:
 
 
 def _said(value: Any) -> Any:
-    """Return data without what is None: a hosts file leaves that out."""
+    """Return data without None, which a hosts file leaves out."""
     if isinstance(value, dict):
         return {key: _said(item) for key, item in value.items() if item is not None and item != {}}
     return [_said(item) for item in value] if isinstance(value, list | tuple) else value
@@ -98,17 +98,17 @@ def _path(where: Where) -> str:
     return text
 
 
-# --- each value by itself ---------------------------------------------------------------------
+# --- each value on its own --------------------------------------------------------------------
 
 
 def _checked(data: Any) -> tuple[Hosts | None, list[Found]]:
     if not isinstance(data, dict):
         return None, [((), f"expected a mapping with router and hosts, got {_shown(data)}")]
     try:
-        # Strict as JSON, in which a list may become a tuple, and nothing becomes a number.
+        # Strict as JSON: a list may become a tuple there, but text never a number.
         return TypeAdapter(Hosts).validate_json(json.dumps(data)), []
     except ValidationError as error:
-        # A list whose items are wrong counts as too short, too: it is not.
+        # Pydantic also reports a list with wrong items as too short, which it is not.
         errors = [
             each
             for each in error.errors(include_url=False)
@@ -165,7 +165,7 @@ def _shown(value: Any) -> str:
 
 
 def _unknown_key(where: Where) -> str:
-    """Say what an unknown key was meant to be: the nearest one here, or the same one elsewhere."""
+    """Return the error for an unknown key: the nearest one here, or where the same one belongs."""
     key = str(where[-1])
     known = _keys(_class_at(where[:-1]))
     elsewhere = [place for place, kind in _SECTIONS.items() if key in _keys(kind)]
@@ -183,7 +183,7 @@ def _keys(kind: type) -> list[str]:
 
 
 def _class_at(where: Where) -> type:
-    """Return the dataclass whose keys stand at a place."""
+    """Return the dataclass whose keys belong at a place."""
     kind: Any = Hosts
     for step in where:
         if isinstance(step, str):
@@ -197,7 +197,7 @@ def _class_at(where: Where) -> type:
 
 
 def _get(data: Any, key: str, kind: type[T]) -> T | None:
-    """Return a value if it is there and of that kind; pydantic has said so if it is not."""
+    """Return a value if it is there and of that kind; if not, pydantic has reported it."""
     value = data.get(key) if isinstance(data, dict) else None
     return value if isinstance(value, kind) and not isinstance(value, bool) else None
 
@@ -217,7 +217,7 @@ def _address(host: dict[str, Any], name: str) -> tuple[str, int]:
 
 
 def _hosts_once(data: dict[str, Any]) -> list[Found]:
-    """A name once, and an address once: the same host twice is two sets of workers on its GPUs."""
+    """Check that names and addresses are unique: the same host twice would put two workers on each GPU."""
     found: list[Found] = []
     names: dict[str, int] = {}
     addresses: dict[tuple[str, int], int] = {}
@@ -243,13 +243,13 @@ def _hosts_once(data: dict[str, Any]) -> list[Found]:
 
 
 def _addresses(data: dict[str, Any]) -> list[Found]:
-    """An address is one, and no login: ssh would take `user@address`, and nothing else would."""
+    """Check that an address is not a login: ssh would accept `user@address`, and nothing else would."""
     places = [(where, host) for where, host in _hosts(data)]
     found: list[Found] = []
     for where, section in [(("router",), data.get("router")), *places]:
         address = _get(section, "address", str)
         if address and "@" in address:
-            hint = "; `user:` of a host says who logs in" if where != ("router",) else ""
+            hint = "; `user:` is the name to log in as" if where != ("router",) else ""
             found.append(((*where, "address"), f"expected an address alone, got {address!r}{hint}"))
     return found
 
@@ -285,7 +285,7 @@ def _count(host: dict[str, Any]) -> int:
 
 
 def _ports_once(data: dict[str, Any]) -> list[Found]:
-    """A port has one user on each host: two of the router's, and one of each role's figures."""
+    """Check that each port of a host has one user: the router has two, and each role one for metrics."""
     router, metrics = data.get("router"), data.get("metrics")
     router_host = _get(router, "host", str)
     used: dict[tuple[str, int], list[tuple[Where, str]]] = defaultdict(list)
@@ -321,7 +321,7 @@ def _beyond(data: dict[str, Any], first: int | None) -> Iterator[Found]:
 
 
 def _workers(data: dict[str, Any]) -> list[Found]:
-    """Each host says in one way which workers it runs; and some host runs one."""
+    """Check that each host chooses its workers in one way, and that at least one host has a worker."""
     found: list[Found] = []
     is_emulated = data.get("emulate") is not None
     router_host = _get(data.get("router"), "host", str)
@@ -422,7 +422,7 @@ def _profile_and_policy(data: dict[str, Any], folder: Path) -> Iterator[Found]:
         profile = load_profile(_profile(_get(data, key, str) or DEFAULT_PROFILE, folder))
     except ConfigError as error:
         yield (key,), str(error)
-        profile = load_profile(DEFAULT_PROFILE)  # a policy's name can be wrong, too
+        profile = load_profile(DEFAULT_PROFILE)  # to check the policy's name all the same
     try:
         make_policy(_get(data, "policy", str) or "demandfit", profile)
     except ConfigError as error:
@@ -430,12 +430,12 @@ def _profile_and_policy(data: dict[str, Any], folder: Path) -> Iterator[Found]:
 
 
 def _profile(name: str, folder: Path) -> str:
-    """Return a shipped profile's name, or a file's absolute path; it counts from the hosts file."""
+    """Return a shipped profile's name, or a file's absolute path, relative to the hosts file."""
     return name if name in shipped_profiles() else str((folder / name).absolute())
 
 
 def _filled(hosts: Hosts, folder: Path) -> Hosts:
-    """Return the same with every default filled in, and paths made absolute."""
+    """Return `hosts` with every default filled in, and absolute paths."""
     filled = tuple(_filled_host(host, is_emulated=hosts.emulate is not None) for host in hosts.hosts)
     router_host = next(host for host in filled if host.name == hosts.router.host)
     served: dict[str, Any] = {"emulate": _profile(hosts.emulate, folder)} if hosts.emulate is not None else {

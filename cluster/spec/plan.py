@@ -1,7 +1,7 @@
 """What a cluster consists of: the roles, the command line of each, and the options behind them.
 
-A plan is made where the command is typed, with every option checked. Ports that are not named are chosen
-when it is carried out (`Plan.placed`), and kept from then on.
+A plan is made where you type the command, with every option checked. Ports that are not given are chosen
+when it is carried out (`Plan.placed`), and stay the same from then on.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ANY_PORT = 0
 """The system picks a free one."""
 
 DEFAULT_PROFILE = "digits-cpu"
-"""What workers serve by unless told otherwise: the profile of the digits supernet on a CPU."""
+"""What workers serve by default: the profile of the digits supernet on a CPU."""
 MAX_WORKERS = 1_024
-"""Worker processes of one cluster on one machine, at most."""
+"""Most worker processes of one cluster on one machine."""
 
 CLIENT, WORKER = "{client}", "{worker}"
 """In a role's arguments: the router's endpoints, the same for as long as the cluster runs."""
@@ -37,9 +37,9 @@ CLIENT, WORKER = "{client}", "{worker}"
 METRICS_PORT = "{metrics}"
 """In a role's arguments: where it serves /metrics, the same port for as long as the cluster runs."""
 
-_MAX_MARGIN_MS = 60_000.0
-# What stands there where a driver of NVIDIA's is loaded; without it torch need not be asked,
-# which takes seconds to import.
+_MAX_MARGIN_MS = 60_000.0  # a larger one is a mistaken unit
+# One of these exists if an NVIDIA driver is loaded; without a driver torch need not be imported to
+# find out, which takes seconds.
 _DRIVER_PATHS = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
 
 
@@ -55,10 +55,10 @@ class RolePlan:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was asked for; None stands for what suits this machine.
+    """The requested options; None means whatever suits this machine.
 
     Attributes:
-        policy: What the router runs.
+        policy: The router's policy.
         margin_ms: Slack that the router holds back.
         client_port: Where clients connect, on loopback.
         worker_port: Where workers connect, on loopback.
@@ -97,9 +97,9 @@ class Plan:
     Attributes:
         name: Of the cluster.
         roles: The router first.
-        options: What differs between clusters, for comparing and for people.
+        options: What differs between clusters, to compare and to show.
         ready_timeout_s: How long the roles may take to be ready, together.
-        profile: What the workers serve by.
+        profile: The profile that the workers use.
     """
 
     name: str
@@ -109,10 +109,10 @@ class Plan:
     profile: str = DEFAULT_PROFILE
 
     def placed(self, port: Callable[[], int]) -> tuple[tuple[HostRole, ...], str, str]:
-        """Return what this machine is to run, and where clients and workers connect.
+        """Return what this machine will run, and where clients and workers connect.
 
         Args:
-            port: Gives a free port of loopback, another one each time.
+            port: Returns a free port of loopback, another one each time.
         """
         client, worker = (endpoint(self.options[f"{whose}_port"] or port()) for whose in ("client", "worker"))
         roles = []
@@ -126,12 +126,12 @@ class Plan:
 
 
 def make_plan(name: str, options: Options, ready_timeout_s: float) -> Plan:
-    """Check the options and return the roles that they ask for.
+    """Check the options and return the roles for them.
 
     Raises:
-        ConfigError: An option is not what it should be, or this machine lacks what it names.
+        ConfigError: An option is invalid, or this machine lacks what it names.
     """
-    if not 0 <= options.margin_ms <= _MAX_MARGIN_MS:  # NaN passes a FloatRange
+    if not 0 <= options.margin_ms <= _MAX_MARGIN_MS:  # a FloatRange lets NaN pass
         raise ConfigError(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {options.margin_ms}")
     if options.client_port == options.worker_port != ANY_PORT:
         raise ConfigError(
@@ -152,7 +152,7 @@ def make_plan(name: str, options: Options, ready_timeout_s: float) -> Plan:
 
 
 def differences(running: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Return, a line each, where a running cluster is not what is asked for; any port will do for none."""
+    """Return the differences between a running and the requested cluster; without a port, any matches."""
     lines = []
     for key in sorted(running.keys() | asked.keys()):
         old, new = running.get(key, "none"), asked.get(key, "none")
@@ -170,21 +170,21 @@ def _router(options: Options) -> RolePlan:
 
 
 def endpoint(port: int) -> str:
-    """Return where a router on this machine is to bind."""
+    """Return the endpoint that a router on this machine binds."""
     return f"tcp://127.0.0.1:{port}"
 
 
 def python_path() -> str:
-    """Return the PYTHONPATH with which a Python runs the package that runs here, even under -P."""
+    """Return the PYTHONPATH with which a Python finds the package that runs here, even with -P."""
     own = os.environ.get("PYTHONPATH", "")
     root = Path(__file__).parents[2]
-    if root.name in ("site-packages", "dist-packages"):  # found anyway, and its order must not change
+    if root.name in ("site-packages", "dist-packages"):  # found without it, and its order must not change
         return own
     return os.pathsep.join(dict.fromkeys([str(root), *filter(None, own.split(os.pathsep))]))
 
 
 def name_option(name: str) -> str:
-    """Return how a command line names a cluster: not at all, if it is the default one."""
+    """Return the option that names a cluster: nothing for the default one."""
     return "" if name == DEFAULT_NAME else f" --name {name}"
 
 
@@ -192,8 +192,8 @@ def name_option(name: str) -> str:
 
 
 def _emulated(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
-    """Return worker processes that share the emulated GPUs, their profile, and what was asked for."""
-    assert options.emulate is not None, "the caller looked"
+    """Return worker processes that share the emulated GPUs, their profile, and the request in words."""
+    assert options.emulate is not None, "the caller checked it"
     for option in ("gpus", "device", "supernet", "weights", "profile", "threads"):
         if getattr(options, option) is not None:
             raise ConfigError(f"--{option} and --emulate: expected one of them, got both")
@@ -217,7 +217,7 @@ def _emulated(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
 
 
 def _real(options: Options) -> tuple[list[RolePlan], str, dict[str, Any]]:
-    """Return a worker process for each device, their profile, and what was asked for."""
+    """Return a worker process for each device, their profile, and the request in words."""
     supernet = options.supernet or DIGITS
     if supernet not in SHIPPED_SUPERNETS and ":" not in supernet:
         raise ConfigError(
@@ -261,13 +261,13 @@ def _worker(i: int, argv: Sequence[str], serves: str) -> RolePlan:
 
 
 def _profile(name: str) -> str:
-    """Return a shipped profile's name, or a file's absolute path: a role may run elsewhere."""
+    """Return a shipped profile's name, or a file's absolute path: a role may run in another folder."""
     load_profile(name)
     return name if name in shipped_profiles() else str(Path(name).absolute())
 
 
 def _weights(text: str) -> str:
-    """Return "random", or a checkpoint's absolute path: a role may run elsewhere."""
+    """Return "random", or a checkpoint's absolute path: a role may run in another folder."""
     if text == "random":
         return text
     if not Path(text).is_file():
@@ -285,7 +285,7 @@ def _check_installed() -> None:
 
 
 def _devices(options: Options) -> tuple[str, ...]:
-    """Return the device of each worker process: the GPUs if there are some, else one on the CPU."""
+    """Return the device of each worker process: the GPUs if there are any, otherwise one on the CPU."""
     if options.gpus is not None and (options.workers is not None or options.device == "cpu"):
         raise ConfigError("--gpus: one worker on each of them; expected without --workers and --device cpu")
     if options.device == "cpu":

@@ -1,6 +1,6 @@
-"""What one host is to run and to have: the words in which a plan speaks to an engine.
+"""What one host will run and must have: the types with which a plan drives an engine.
 
-Plain data: this module is imported on every host, and needs no more than every host has.
+Plain data: every host imports this module, so it needs only the packages that every host has.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ OURS_VARIABLE = "SUPERSERVE_HOST_FOLDER"
 """Environment variable of every role: the folder of its cluster on its host."""
 
 KEYS, FILES = FILLED = ("keys", "files")
-"""Folders of a cluster on its host that hold exactly what `up` puts there."""
+"""Folders of a cluster on its host that contain exactly what `up` puts there."""
 
 OPERATOR_KEY = "operator.key"
-"""In KEYS of the router's host: what its STATUS is asked with."""
+"""In KEYS of the router's host: the key to ask for its STATUS with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class HostRole:
         name: Unique in the cluster.
         kind: "router" or "worker".
         argv: The arguments of the host's Python.
-        env: Environment variables, besides the host's own.
+        env: Environment variables, in addition to the host's own.
         serves: What it serves, in words.
     """
 
@@ -52,13 +52,13 @@ class HostRole:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long roles may take, and how often they are started again.
+    """How long roles may take, and how often they are restarted.
 
     Attributes:
-        first_backoff_s: How long a crashed role waits before its first restart; then twice as long each time.
-        most_restarts: So many in a row; after that something is wrong that starting does not mend.
-        good_service_s: A role that was ready for so long starts with a clean slate when it crashes.
-        ready_timeout_s: How long a role that is started again may take to be ready.
+        first_backoff_s: Wait before a crashed role's first restart; it doubles with each further one.
+        most_restarts: Most restarts in a row: after that, another one would not help.
+        good_service_s: After being ready for this long, a role that crashes counts its restarts from 0.
+        ready_timeout_s: How long a restarted role may take to be ready.
         router_stop_s: How long a router has after SIGTERM; it drains for up to 5 s.
         worker_stop_s: How long a worker has after SIGTERM; it drains for up to 4 s.
     """
@@ -72,11 +72,11 @@ class Timing:
 
 
 TIMING_VARIABLE = "SUPERSERVE_TIMING"
-"""Environment variable of `cluster up`: fields of `Timing` that are to differ, as `name=number,...`."""
+"""Environment variable of `cluster up`: fields of `Timing` to change, as `name=number,...`."""
 
 
 def timing(**given: float) -> Timing:
-    """Return the timing of a cluster: the usual one, with what TIMING_VARIABLE and `given` say instead.
+    """Return the timing of a cluster: the default, changed by TIMING_VARIABLE and `given`.
 
     Raises:
         ConfigError: The variable is malformed.
@@ -96,18 +96,18 @@ def timing(**given: float) -> Timing:
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """What one host is to run.
+    """What one host will run.
 
     Attributes:
         folder: Of the cluster on that host.
         interpreter: The Python that runs the roles.
-        code: What PYTHONPATH is to be, so that the package is found; "" where it is found anyway.
-        roles: The router first, where it is here.
-        log_bytes: How large a log grows before it is put aside.
-        log_files: How many put aside are kept.
+        code: The PYTHONPATH with which the package is found; "" if none is needed.
+        roles: The router first, if it is on this host.
+        log_bytes: Size at which a log is rotated.
+        log_files: How many rotated logs are kept.
         cwd: Where the roles run.
         timing: Restarts and grace periods.
-        local: For a cluster of this machine what its state file says of it: its name, options,
+        local: For a cluster of this machine the contents of its state file: its name, options,
             client_endpoint and worker_endpoint; None on other hosts, where clients do not look for one.
     """
 
@@ -122,24 +122,24 @@ class HostPlan:
     local: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `from_dict` takes."""
+        """Return the input of `from_dict`."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` gave and JSON carried."""
+        """Read what `to_dict` returned and JSON carried."""
         roles = tuple(HostRole.from_dict(role) for role in body["roles"])
         return cls(**{**body, "roles": roles, "timing": Timing(**body["timing"])})
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where ssh connects, each field as in ssh's own words; None leaves it to the configuration.
+    """Where ssh connects, each field as in ssh's options; None leaves it to the configuration.
 
     Attributes:
         address: A name or address, or an alias of the configuration.
-        user: Who logs in.
-        port: Where its server listens.
+        user: The user to log in as.
+        port: Where the ssh server listens.
     """
 
     address: str
@@ -148,22 +148,22 @@ class Target:
 
 
 HERE = Target("")
-"""This machine itself, which no ssh leads to."""
+"""This machine, which is reached without ssh."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a host is to have.
+    """What a host must have.
 
     Attributes:
         name: Of the host.
         target: Where ssh connects.
-        python: The command of its Python.
-        ports: Where roles of ours are to listen.
+        python: The command for its Python.
+        ports: Where roles will listen.
         gpus: CUDA devices to use.
         serves_supernet: Whether its workers need torch.
-        roles: The names of the roles it is to run.
-        router: The router's name, which its workers look up; "" where they need not.
+        roles: The names of the roles that it will run.
+        router: The router's name, which its workers look up; "" if they do not.
     """
 
     name: str

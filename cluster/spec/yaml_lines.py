@@ -1,6 +1,6 @@
-"""YAML as plain data that knows its lines: where each value stands, and every key that is there twice.
+"""YAML as plain data with line numbers: where each value is, and every key that appears twice.
 
-Aliases and merge keys (`<<: *shared`) work. What could grow without bound by them is refused.
+Aliases and merge keys (`<<: *shared`) work. Anything that could grow without bound through them is refused.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Where = tuple[str | int, ...]
-"""The way to a value: keys and numbers in lists, from the top."""
+"""The path to a value: keys, and indices of lists, from the top."""
 
-MAX_BYTES = 1 << 20
-_MAX_NODES = 100_000  # a list of lists of aliases comes to billions in a kilobyte
+MAX_BYTES = 1 << 20  # a file with 1,024 hosts takes far less; a larger one is not a hosts file
+_MAX_NODES = 100_000  # lists of lists of aliases make billions from a kilobyte
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -31,8 +31,8 @@ class Located:
 
     Attributes:
         data: Dictionaries, lists and scalars.
-        lines: Where each value stands, from 1: of a value in a mapping, its key's line.
-        twice: Keys that stand in one mapping more than once: line, way, line of the first.
+        lines: The line of each value, from 1; for a value in a mapping, its key's line.
+        twice: Keys that appear in a mapping more than once: line, path, line of the first.
     """
 
     data: Any = None
@@ -50,7 +50,7 @@ def read_located(path: Path) -> Located:
     """Read a YAML file.
 
     Raises:
-        ConfigError: It cannot be read or is not YAML; names the line.
+        ConfigError: It cannot be read or is not YAML; the error names the line.
     """
     try:
         with path.open("rb") as file:
@@ -80,7 +80,7 @@ class _Reader:
         self._yaml = yaml
         self._path = path
         self._n_nodes = 0
-        self._open: list[int] = []  # the ids of the nodes around
+        self._open: list[int] = []  # the ids of the enclosing nodes
         self._located = Located()
 
     def read(self, root: Any) -> Located:
@@ -133,5 +133,5 @@ class _Reader:
 
     def _scalar(self, node: ScalarNode) -> Any:
         value = self._yaml.constructor.construct_object(node, deep=True)
-        # A date, which 2026-11-24 is to YAML, is text to us.
+        # YAML reads 2026-11-24 as a date; here it is text.
         return value if value is None or isinstance(value, bool | int | float | str) else str(node.value)

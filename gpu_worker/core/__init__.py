@@ -1,16 +1,16 @@
 """What a worker process says: slots, credit, batches held and running, epochs, heartbeats, drain. Pure.
 
     messages, `now_ns` -> WorkerCore -> messages       its hosts: the worker's server, the simulator, tests
-    DIRECTIVE          -> Gpus       -> what has ended  a `GpuQueue` a GPU, and what runs its batches:
+    DIRECTIVE          -> Gpus       -> ended batches   for each GPU a `GpuQueue`, and what runs its batches:
                                                         a device's thread (`serve.compute`) or `PlayedGpus`
 
-Imports `superserve.wire` and `profiles.table`. No socket, clock, thread, log or torch: a host gives it every
-message with the instant at which it was read, then calls `poll`, and sends what that returns. So there is one
-owner of what a worker says, wherever a GPU is played.
+Imports `superserve.wire` and `profiles.table`. No socket, clock, thread, log or torch: a host passes it every
+message with the instant at which it was read, then calls `poll`, and sends what that returns. So one class
+decides what a worker says, wherever its GPUs are played.
 
-Joining, it says HELLO every 200 ms until it is welcomed. Each WELCOME with a new epoch starts over: batches
-of an older epoch that have not started are dropped, and nothing is reported of those that have, for the
-router has given them to others, or is another one and numbers its batches from 1.
+While joining it sends HELLO every 200 ms until a WELCOME. Each WELCOME with a new epoch starts over: batches
+of an older epoch that have not started are dropped, and those that have are not reported, because the
+router has given them to others, or is another router that numbers its batches from 1.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 
 
 _OTHERS = (Control, Ping, Pong)
-"""What a router says beside directives."""
-# A member of an enum costs a look-up in its class: thrice a global, some times a pass of a simulated worker.
+"""A router's messages other than directives."""
+# An enum member costs three times as much as a global, several times in each pass of a simulated worker.
 _JOINING, _SERVING, _DRAINING, _STOPPED = LinkState
 
 
 class RefusedError(SuperServeError):
-    """The router will not have this worker."""
+    """The router has refused this worker."""
 
 
 class WorkerCore(Generic[B]):
@@ -58,18 +58,18 @@ class WorkerCore(Generic[B]):
         gpus: What runs the batches.
         hello: The body of HELLO; `name` is the process's.
         now_ns: The present instant.
-        gauges: Reads the device's gauges for a PULL; quick.
-        jitter: Drawn for each HELLO to a silent router, about 1: a cluster's workers must not greet a
-            stalled router in step.
-        note: Receives what a log should say.
-        warn: Receives what a log should warn of.
+        gauges: Reads the device's gauges for a PULL; must be quick.
+        jitter: Drawn for each HELLO to a silent router, about 1: a cluster's workers must not all greet
+            a stalled router at the same instant.
+        note: Receives messages for the log.
+        warn: Receives warnings for the log.
 
     Attributes:
-        link: How it stands with the router.
+        link: The state of the link to the router.
         epoch: That of the latest WELCOME; None while it joins.
-        counts: Of what was dropped, by reason.
-        gauges: What the latest PULL said of the device.
-        busy_ns: When a batch last came or ended.
+        counts: Dropped messages, by reason.
+        gauges: The device's gauges in the latest PULL.
+        busy_ns: When a batch last arrived or ended.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class WorkerCore(Generic[B]):
         self._jitter = jitter
         self._note = note
         self._warn = warn
-        self._router = 0  # which router gave the epoch, as it calls itself
+        self._router = 0  # the router that gave the epoch: two routers may give the same number
         self._refused: list[EndedBatch] = []
         self._is_drain_told = False
         self._heard_ns = now_ns
@@ -107,7 +107,7 @@ class WorkerCore(Generic[B]):
     # --- what is due ----------------------------------------------------------------------
 
     def next_due_ns(self) -> int:
-        """Return when `poll` has something to do unless a message comes first."""
+        """Return when `poll` has something to do, unless a message comes first."""
         if self.link is _JOINING:
             due_ns = self._hello_due_ns
         else:
@@ -118,15 +118,16 @@ class WorkerCore(Generic[B]):
         return due_ns if ends_ns is None or due_ns < ends_ns else ends_ns
 
     def poll(self, now_ns: int, on_ended: Callable[[list[EndedBatch]], None] | None = None) -> list[Message]:
-        """Return what is to be sent, in this order; if a send fails, call `lost` and send no more of it.
+        """Return the messages to send, in order; if a send fails, call `lost` and drop the rest.
 
         Args:
             now_ns: The present instant.
-            on_ended: Called with every batch that has ended, of whatever epoch.
+            on_ended: Called with every batch that has ended, of any epoch.
         """
         said: list[Message] = []
         if self.link is _STOPPED:
             return said
+        # Reports first: the router waits for them to give a GPU its next batch.
         self._report(said, now_ns, on_ended)
         if self.link is _JOINING or now_ns - self._heard_ns > SILENCE_NS:
             self._greet(said, now_ns)
@@ -143,7 +144,7 @@ class WorkerCore(Generic[B]):
     def _report(
         self, said: list[Message], now_ns: int, on_ended: Callable[[list[EndedBatch]], None] | None
     ) -> None:
-        """Tell the router what has ended, all in one message; of older epochs only that GPUs are free."""
+        """Report the batches that have ended, in one message; of older epochs only that GPUs are free."""
         found = self._gpus.finish_due(now_ns)
         if self._refused:
             found += self._refused
@@ -156,7 +157,7 @@ class WorkerCore(Generic[B]):
         rows = [batch.row for batch in found if batch.epoch is not None and batch.epoch == self.epoch]
         if len(rows) < len(found):
             self.counts["ended under another epoch"] += len(found) - len(rows)
-            self._pull_due_ns = now_ns  # their GPUs are free, and no DONE will say so
+            self._pull_due_ns = now_ns  # their GPUs are free, and no DONE will report it
         if not rows:
             return
         if self.link is LinkState.DRAINING:
@@ -185,17 +186,17 @@ class WorkerCore(Generic[B]):
         else:
             self._hello_due_ns = now_ns + int(SECOND * self._jitter())
             silent_s = (now_ns - self._heard_ns) / SECOND
-            self._warn(f"router silent for {silent_s:.1f} s; saying HELLO")
+            self._warn(f"router silent for {silent_s:.1f} s; sending HELLO")
         said.append(Control(Kind.HELLO, self._hello, LOWEST))
 
-    # --- what comes -----------------------------------------------------------------------
+    # --- incoming messages ----------------------------------------------------------------
 
     def receive(self, message: Control | Ping | Pong | B, now_ns: int) -> Pong | None:
-        """Take a message of the router's into account; return the answer to a PING.
+        """Handle a message of the router; return the answer to a PING.
 
         Raises:
-            WireError: It is not for a worker, or malformed: counted by the host, and the process goes on.
-            RefusedError: The router will not have this worker.
+            WireError: It is not for a worker, or malformed: the host counts it, and the process goes on.
+            RefusedError: The router has refused this worker.
         """
         self._heard_ns = now_ns
         if self.link is _STOPPED:
@@ -209,12 +210,13 @@ class WorkerCore(Generic[B]):
         return None
 
     def drop(self, reason: str, detail: str) -> None:
-        """Count a message that is dropped; only the first of a reason is noted."""
+        """Count a dropped message; only the first for each reason is logged."""
         self.counts[reason] += 1
         if self.counts[reason] == 1:
             self._warn(f"dropped a message, {reason}: {detail}")
 
     def _directive(self, order: B, now_ns: int) -> None:
+        # The router that sent it has given the batch to another worker, or is gone: its end is not awaited.
         if order.epoch != self.epoch:
             self.drop("of another epoch", f"batch {order.batch_id} of epoch {order.epoch}")
             return
@@ -230,6 +232,7 @@ class WorkerCore(Generic[B]):
         self.drop(f"refused as {refusal.status.name}", refusal.reason)
         report = self._gpus.report(order.slot, now_ns)
         outcome = refused(order, *refusal)
+        # Reported with the next DONE, like a batch that ran: each batch must end exactly once.
         self._refused.append(end_of(TakenBatch(order, now_ns), outcome, report, now_ns, now_ns))
 
     def _control(self, message: Control, now_ns: int) -> None:
@@ -245,7 +248,7 @@ class WorkerCore(Generic[B]):
             case Kind.REFUSED:
                 raise RefusedError(f"the router refused this worker: {_why(body)}")
             case Kind.DRAIN if body.get("worker") == self._name:
-                self.stop(now_ns)  # now: its BYE may be the next message
+                self.stop(now_ns)  # at once: the router's BYE may be the next message
             case Kind.DRAIN:
                 self._note("the router drains")
             case Kind.BYE if self.link is LinkState.DRAINING:
@@ -258,7 +261,7 @@ class WorkerCore(Generic[B]):
     def _welcomed(self, welcome: WorkerWelcome, now_ns: int) -> None:
         epoch, router = welcome.epoch, welcome.router
         if (epoch, router) != (self.epoch, self._router):
-            # Routers count epochs from 1: a restarted one may give the very number of the one before.
+            # Routers count epochs from 1: a restarted one may give the same number again.
             n_dropped = self._gpus.forget_held()
             self._refused = []
             self._note(f"welcomed under epoch {epoch}; {n_dropped} held batches dropped")
@@ -268,7 +271,7 @@ class WorkerCore(Generic[B]):
         self._ping_due_ns = self._pull_due_ns = now_ns
 
     def lost(self, why: str, now_ns: int) -> None:
-        """Go back to joining; batches that have not started are another worker's now."""
+        """Go back to joining; the router gives batches that have not started to other workers."""
         if self.link in (LinkState.JOINING, LinkState.STOPPED):
             return
         n_dropped = self._gpus.forget_held()
@@ -281,7 +284,7 @@ class WorkerCore(Generic[B]):
     # --- leaving --------------------------------------------------------------------------
 
     def stop(self, now_ns: int) -> None:
-        """Begin to drain, if it does not already."""
+        """Begin to drain, unless it already does."""
         if self.link not in (LinkState.JOINING, LinkState.SERVING):
             return
         self._move(LinkEvent.STOP)
@@ -290,7 +293,7 @@ class WorkerCore(Generic[B]):
         self._note(f"asked to stop: {self.link.value}")
 
     def goodbye(self) -> Control | None:
-        """Return the BYE of a worker that has stopped; None if no router knows it."""
+        """Return the BYE of a worker that has stopped; None if no router knows the worker."""
         return None if self.epoch is None else Control(Kind.BYE, {"worker": self._name})
 
     def _drain(self, said: list[Message], now_ns: int) -> None:
@@ -311,6 +314,6 @@ class WorkerCore(Generic[B]):
 
 
 def _why(body: Mapping[str, Any]) -> str:
-    """Return a REFUSED message's own words, in one line."""
+    """Return the reason in a REFUSED message, in one line."""
     words = [str(body[key]) for key in ("code", "reason") if key in body]
     return " ".join(": ".join(words or [str(dict(body))]).split())[:500]

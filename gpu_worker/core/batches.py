@@ -1,4 +1,4 @@
-"""Batches at a worker: what is taken, how it ends, and what DONE says of it."""
+"""Batches at a worker: which are taken, how they end, and their rows of DONE."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class BatchOrder(Protocol):
 
 
 class Outcome(NamedTuple):
-    """How a batch's queries ended, as DONE holds it.
+    """How a batch's queries ended, in the form of DONE.
 
     Attributes:
-        n_run: Queries that took time of the GPU.
+        n_run: Queries that took GPU time.
         output_bytes: Bytes of each output, or VARIED.
         output: Outputs, or UTF-8 reasons, end to end.
         statuses: n u8, None if all are OK.
@@ -71,10 +71,10 @@ class EndedBatch:
     """A batch that has ended; instants are of this process's clock.
 
     Attributes:
-        epoch: The epoch it was sent under; None if that is over, for then no router may hear of it.
-        row: What DONE says of it.
+        epoch: The epoch it was sent under; None if that is over, because no router may receive its report.
+        row: Its row of DONE.
         subnet: Row of the profile.
-        n_run: Queries that took time of the GPU; 0 if all were refused.
+        n_run: Queries that took GPU time; 0 if all were refused.
     """
 
     epoch: int | None
@@ -114,7 +114,7 @@ def unexpired(directive: Directive, waited_ns: int) -> npt.NDArray[np.bool_] | N
 
 
 def expired_reason(waited_ns: int) -> bytes:
-    """Return the reason for a query that the worker refused."""
+    """Return the reason for a query that expired before it ran."""
     return f"expired on the way: no slack was left after {waited_ns / MS:.2f} ms at the worker".encode()
 
 
@@ -125,14 +125,14 @@ def mixed(statuses: Sequence[Status], outputs: Sequence[Buffer], n_run: int) -> 
 
 
 def refused(order: BatchOrder, status: Status, reason: str) -> Outcome:
-    """Return the outcome of a batch none of whose queries was run."""
+    """Return the outcome of a batch that was not run."""
     return mixed([status] * order.n, [reason.encode()] * order.n, 0)
 
 
 def end_of(
     batch: TakenBatch[Any], outcome: Outcome, report: QueueReport, started_ns: int, ended_ns: int
 ) -> EndedBatch:
-    """Return a batch's end; `report` is what its GPU says once it is over."""
+    """Return a batch's end; `report` is its GPU's report after it."""
     order = batch.order
     row = DoneRow(
         order.batch_id, order.slot, report.credit, report.held, order.n, started_ns - batch.received_ns,

@@ -1,9 +1,9 @@
-"""How a worker process stands with its router: states as a table, and the periods of its messages.
+"""The link of a worker process to its router: its states as a table, and the periods of its messages.
 
     JOINING  -welcomed-> SERVING -lost-> JOINING        lost: refused, silent or unreachable
        +------+--stop----> DRAINING -over-> STOPPED     over: the router's BYE, or time is up
 
-Host and core share these; nothing else restates a period.
+Host and core share these constants; no other module repeats a period.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import NamedTuple
 from superserve.clock import MS, SECOND
 
 HELLO_EVERY_NS = 200 * MS
-"""Time between two HELLOs while no WELCOME has come."""
+"""Time between two HELLOs until a WELCOME comes."""
 
 SILENCE_NS = 2 * SECOND
-"""A router not heard for so long may have restarted: say HELLO again, every second or so."""
+"""A router that has been silent for this long may have restarted: send HELLO again, about every second."""
 
 HEARTBEAT_NS = 100 * MS
-"""Time between two PINGs, by which the router knows that this process lives."""
+"""Time between two PINGs, which show the router that this process lives."""
 
 PULL_EVERY_NS = 500 * MS
-"""Time between two PULLs that carry gauges; every DONE tells the queue's state besides."""
+"""Time between two PULLs, which carry gauges; each DONE also has the state of the queue."""
 
 DRAIN_TIMEOUT_NS = 4 * SECOND
-"""How long a drain may take: less than the 5 s after which `processes` kills a role."""
+"""Longest drain: shorter than the 5 s after which `processes` kills a role."""
 
 UNHEARD_NS = 600 * MS
-"""A drained worker waits for the router's BYE no longer than this: six heartbeats."""
+"""How long a drained worker waits for the router's BYE: six heartbeats."""
 
 
 class LinkState(enum.Enum):
-    """How this worker stands with the router."""
+    """The state of this worker's link to the router."""
 
     JOINING = "joining"
     SERVING = "serving"
@@ -45,9 +45,9 @@ class LinkEvent(enum.Enum):
     """What changes a link."""
 
     WELCOMED = "welcomed"
-    LOST = "lost"  # refused with say-hello, told BYE, or the connection is gone
+    LOST = "lost"  # refused with say-hello, a BYE, or the connection is gone
     STOP = "stop"  # SIGTERM, SIGINT, or a DRAIN that names this worker
-    OVER = "over"  # the router's BYE, nobody there, or time is up
+    OVER = "over"  # the router's BYE, no router there, or time is up
 
 
 TRANSITIONS: dict[tuple[LinkState, LinkEvent], LinkState] = {
@@ -58,15 +58,15 @@ TRANSITIONS: dict[tuple[LinkState, LinkEvent], LinkState] = {
     (LinkState.SERVING, LinkEvent.LOST): LinkState.JOINING,
     (LinkState.SERVING, LinkEvent.STOP): LinkState.DRAINING,
     (LinkState.DRAINING, LinkEvent.WELCOMED): LinkState.DRAINING,
-    (LinkState.DRAINING, LinkEvent.LOST): LinkState.STOPPED,  # whatever is left is another's now
+    (LinkState.DRAINING, LinkEvent.LOST): LinkState.STOPPED,  # the router gives the rest to others
     (LinkState.DRAINING, LinkEvent.STOP): LinkState.DRAINING,
     (LinkState.DRAINING, LinkEvent.OVER): LinkState.STOPPED,
 }
-"""A pair that is not here cannot happen, whatever peers send."""
+"""A pair that is missing here cannot happen, whatever peers send."""
 
 
 class Gauges(NamedTuple):
-    """What a PULL says of the device; NaN where unknown."""
+    """A device's gauges in a PULL; NaN if unknown."""
 
     memory_bytes: int = 0
     utilisation: float = float("nan")

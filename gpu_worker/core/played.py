@@ -1,7 +1,7 @@
-"""GPUs that are a profile: emulated, simulated, benchmarked and tested ones alike.
+"""GPUs that follow a profile: emulated, simulated, benchmarked and tested ones alike.
 
-A real GPU starts the next batch it holds at once, without waiting for Python; so a played
-one reckons in ideal instants. A batch starts when it was received or when the one before it
+A real GPU starts the next batch that it holds at once, without waiting for Python. So a played
+one computes with ideal instants: a batch starts when it was received or when the one before it
 ended, whichever is later, and ends the profiled time after that, at the GPU's pace. It is
 reported when the caller next looks, never earlier; the caller's lateness counts as transport.
 """
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 MINUTE_NS = 60_000_000_000
 MOST_DRIFT = 4.0
-"""However long it drifts, a GPU stays within a quarter of the speed it began with and four times that."""
+"""However long it drifts, a GPU stays between a quarter and four times the speed that it began with."""
 SPEEDS = (0.01, 100.0)
-"""Least and greatest speed that a GPU may be given."""
+"""Least and greatest speed of a GPU: a bound against mistyped options."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a device is beside its profile, and how that changes.
+    """How fast a device is compared with its profile, and how that changes.
 
     Attributes:
-        speed: Times as fast as the profile; 0.67 takes 1.5 times as long.
-        drift: Share of `speed` that is added a minute; negative is a device that throttles.
+        speed: As a multiple of the profile's speed; with 0.67 batches take 1.5 times as long.
+        drift: Share of `speed` added each minute; negative for a device that throttles.
         began_ns: The instant at which it had `speed`.
 
     Raises:
@@ -65,20 +65,20 @@ AS_PROFILED = Pace()
 
 
 class PlayedGpu(Generic[B]):
-    """One GPU that is a profile.
+    """One GPU that follows a profile.
 
     Args:
         profile: How long each subnet takes at each batch size.
-        outcome: How a batch ends that starts after `waited_ns` here: which queries run, and what they give.
-        pace: How fast it is beside its profile.
-        actuation_ns: What going over to another subnet takes, before a batch begins.
+        outcome: How a batch ends that starts after `waited_ns` here: which queries run, and their outputs.
+        pace: How fast it is compared with the profile.
+        actuation_ns: How long it takes to change subnet, before a batch begins.
 
     Attributes:
         queue: Its batches.
-        factor: Beside the pace, how many times longer the batches take that start from now on.
+        factor: How many times longer batches take that start from now on, in addition to the pace.
         ends_ns: When the running batch ends; meaningless if idle.
-        busy_ns: Time that its batches took so far, the running one included.
-        n_run: Queries that it ran so far.
+        busy_ns: Time that its batches took so far, including the running one.
+        n_run: Queries that it has run.
     """
 
     __slots__ = (
@@ -102,7 +102,7 @@ class PlayedGpu(Generic[B]):
         self.ends_ns = 0
         self.busy_ns = 0
         self.n_run = 0
-        # Asked about each batch: a steady pace, and what the profile has.
+        # Needed for each batch, so computed once: a steady pace, and the profile's sizes.
         self._slowness = pace.slowness(0) if pace.drift == 0.0 else None
         self._sizes = (profile.n_subnets, profile.max_batch_size)
         self._outcome = outcome
@@ -115,7 +115,7 @@ class PlayedGpu(Generic[B]):
         return None if self.queue.running is None else self.ends_ns
 
     def submit(self, order: B, received_ns: int) -> Refusal | None:
-        """Take a batch at the instant when it came and return None, or why it is not taken."""
+        """Take a batch at the instant when it arrived and return None, or why it is not taken."""
         n_subnets, most = self._sizes
         if order.subnet >= n_subnets or order.n > most:
             return fault_of(self.profile, order)
@@ -128,7 +128,7 @@ class PlayedGpu(Generic[B]):
         return None
 
     def finish_due(self, now_ns: int) -> list[EndedBatch]:
-        """Return the batches that have ended by `now_ns`, in order, and start those that follow."""
+        """Return the batches that have ended by `now_ns`, in order, and start the next ones."""
         found: list[EndedBatch] = []
         queue = self.queue
         while (batch := queue.running) is not None and self.ends_ns <= now_ns:
@@ -140,15 +140,15 @@ class PlayedGpu(Generic[B]):
         return found
 
     def report(self, now_ns: int) -> QueueReport:
-        """Return what it tells the router as of `now_ns`."""
+        """Return its report to the router as of `now_ns`."""
         return self.queue.report(now_ns)
 
     def forget_held(self) -> int:
-        """Drop what has not started, and count batches from the start again; return how many were dropped."""
+        """Drop batches that have not started, and restart the count; return how many were dropped."""
         return len(self.queue.forget_held())
 
     def _begin(self) -> None:
-        """Reckon how the batch that has just started will end."""
+        """Compute how the batch that has just started will end."""
         batch = self.queue.running
         assert batch is not None, "something has started"
         order, started_ns = batch.order, batch.started_ns
@@ -169,11 +169,11 @@ class PlayedGpu(Generic[B]):
 
 
 class PlayedGpus(Generic[B]):
-    """All played GPUs of one process; looks only at those that have something to report.
+    """All played GPUs of one process; looks only at those with something to report.
 
     Args:
         gpus: By slot.
-        on_ended: Called with what has ended, each time there is something.
+        on_ended: Called with the batches that have ended, whenever there are any.
 
     Attributes:
         n_slots: Number of GPUs.
@@ -189,7 +189,7 @@ class PlayedGpus(Generic[B]):
         self._due: list[tuple[int, int]] = []
 
     def submit(self, order: B, received_ns: int) -> Refusal | None:
-        """Take a batch and return None, or why its GPU does not."""
+        """Take a batch and return None, or why its GPU does not take it."""
         gpu = self.gpus[order.slot]
         was_idle = gpu.queue.running is None
         refusal = gpu.submit(order, received_ns)
@@ -216,13 +216,13 @@ class PlayedGpus(Generic[B]):
         return found
 
     def report(self, slot: int, now_ns: int) -> QueueReport:
-        """Return what one GPU tells the router."""
+        """Return one GPU's report to the router."""
         return self.gpus[slot].queue.report(now_ns)
 
     def forget_held(self) -> int:
-        """Drop what has not started on any GPU; return how many batches were dropped."""
+        """Drop batches that have not started on any GPU; return how many."""
         return sum(gpu.forget_held() for gpu in self.gpus)
 
     def is_idle(self) -> bool:
-        """Tell whether no GPU holds anything."""
+        """Return whether all GPUs are idle."""
         return not self._due

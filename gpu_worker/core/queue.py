@@ -1,4 +1,4 @@
-"""One GPU's batches: first in, first out, one at a time; and what the router learns of them."""
+"""One GPU's batches: first in, first out, one at a time; and what is reported to the router."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ B = TypeVar("B", bound=BatchOrder)
 B_contra = TypeVar("B_contra", bound=BatchOrder, contravariant=True)
 
 CAPACITY = 2
-"""Batches a GPU takes at a time: one that runs, one that waits so that it need not wait for the network."""
+"""Batches that a GPU takes at a time: one runs and one waits, so that the GPU never waits for the network."""
 
 MAX_OUTSTANDING = 16
-"""A router keeps to its credit, so more than `CAPACITY` is its fault; from here on batches are refused."""
+"""A router that keeps to its credit never exceeds `CAPACITY`. From this many on, batches are refused."""
 
 
 class QueueReport(NamedTuple):
-    """What one GPU tells the router.
+    """One GPU's report to the router.
 
-    It says since when a batch runs, not when it will end: the router alone knows by how much this
+    It contains since when a batch runs, not when it will end: only the router knows how much this
     device differs from its profile.
 
     Attributes:
-        credit: Batches it can take.
+        credit: Batches that it can take.
         held: Batches that wait.
         running: Batches that run: 0 or 1.
         last_batch: Highest batch id received in this epoch; 0 before the first.
         running_batch: The batch that runs; 0 if none of this epoch does.
-        running_for_ns: How long it has been running; 0 if there is none.
+        running_for_ns: How long it has been running; 0 without one.
     """
 
     credit: int
@@ -44,10 +44,10 @@ class QueueReport(NamedTuple):
 
 
 class TakenBatch(Generic[B]):
-    """A batch that is here.
+    """A batch that has been taken.
 
     Attributes:
-        received_ns: When it came.
+        received_ns: When it arrived.
         started_ns: When it began; meaningless while it waits.
         is_given_up: Whether its epoch is over; another router may use the same numbers.
     """
@@ -62,10 +62,10 @@ class TakenBatch(Generic[B]):
 
 
 class GpuQueue(Generic[B]):
-    """The batches of one GPU. The next one starts when it is here and the one before has ended.
+    """The batches of one GPU. The next one starts once it is here and the one before has ended.
 
-    A device starts the next batch that it holds without asking anybody, so that is not an event
-    but a rule: a batch starts at the later of its receipt and the end of the one before.
+    A device starts the next batch that it holds by itself, so that is not an event but a rule: a batch
+    starts at the later of its arrival and the end of the one before.
 
     Attributes:
         running: The batch that runs; None if idle.
@@ -86,11 +86,11 @@ class GpuQueue(Generic[B]):
 
     @property
     def waiting(self) -> tuple[TakenBatch[B], ...]:
-        """The batches that wait, in their order."""
+        """The batches that wait, in order."""
         return tuple(self._waiting)
 
     def take(self, order: B, received_ns: int) -> TakenBatch[B] | None:
-        """Take a batch that was received now; None if `MAX_OUTSTANDING` are here, then it is not taken."""
+        """Take a batch that arrived at `received_ns`, or return None if `MAX_OUTSTANDING` are here."""
         if order.batch_id > self.last_batch:
             self.last_batch = order.batch_id
         if len(self._waiting) + 1 >= MAX_OUTSTANDING:
@@ -109,12 +109,13 @@ class GpuQueue(Generic[B]):
             self.running = None
             return None
         batch = self.running = self._waiting.popleft()
+        # A batch that arrived after the last one ended started on arrival, as `take` has set.
         if ended_ns > batch.received_ns:
             batch.started_ns = ended_ns
         return batch
 
     def report(self, now_ns: int) -> QueueReport:
-        """Return what the GPU tells the router as of `now_ns`."""
+        """Return the GPU's report to the router as of `now_ns`."""
         running, last_batch = self.running, self.last_batch
         if running is None:
             return QueueReport(CAPACITY, 0, 0, last_batch, 0, 0)
@@ -122,12 +123,12 @@ class GpuQueue(Generic[B]):
         credit = max(0, CAPACITY - 1 - n_held)
         if running.is_given_up:
             return QueueReport(credit, n_held, 1, last_batch, 0, 0)
-        # A clock that two threads read may be behind by a little.
+        # Two threads read the clock: the batch may have started after `now_ns`.
         running_for_ns = max(0, now_ns - running.started_ns)
         return QueueReport(credit, n_held, 1, last_batch, running.order.batch_id, running_for_ns)
 
     def forget_held(self) -> list[TakenBatch[B]]:
-        """Drop what has not started, give up what runs, and count from the start; return what was dropped."""
+        """Drop waiting batches, give up the running one, and restart the count; return the dropped ones."""
         dropped = list(self._waiting)
         self._waiting.clear()
         self.last_batch = 0
@@ -137,7 +138,7 @@ class GpuQueue(Generic[B]):
 
 
 class Gpus(Protocol[B_contra]):
-    """The GPUs of one process: each a `GpuQueue`, and what runs its batches."""
+    """The GPUs of one process: for each a `GpuQueue`, and what runs its batches."""
 
     @property
     def n_slots(self) -> int:
@@ -145,11 +146,11 @@ class Gpus(Protocol[B_contra]):
         ...
 
     def submit(self, order: B_contra, received_ns: int) -> Refusal | None:
-        """Take a batch and return None, or why its GPU does not: it cannot run it, or has too many."""
+        """Take a batch and return None, or why its GPU does not: it cannot run it, or holds too many."""
         ...
 
     def next_event_ns(self) -> int | None:
-        """Return when `finish_due` will next have something to report; None if that is not known."""
+        """Return when `finish_due` will next have something to report; None if unknown."""
         ...
 
     def finish_due(self, now_ns: int) -> list[EndedBatch]:
@@ -157,13 +158,13 @@ class Gpus(Protocol[B_contra]):
         ...
 
     def report(self, slot: int, now_ns: int) -> QueueReport:
-        """Return what one GPU tells the router."""
+        """Return one GPU's report to the router."""
         ...
 
     def forget_held(self) -> int:
-        """Drop the batches that have not started, count them from the start again; return how many."""
+        """Drop batches that have not started, restart the count of batches; return how many were dropped."""
         ...
 
     def is_idle(self) -> bool:
-        """Tell whether no GPU holds anything."""
+        """Return whether all GPUs are idle."""
         ...

@@ -1,6 +1,6 @@
 """CudaEngine: one CUDA device, kept busy.
 
-- Each batch waits in pinned memory for a copy stream to bring it over while the batch before it runs.
+- Each batch waits in pinned memory; a copy stream moves it to the device while the batch before it runs.
 - Each pareto subnet and batch size is one CUDA graph, captured at start: a batch costs one launch
   instead of some two hundred. All graphs share a memory pool, since one runs at a time.
 - Memory is channels last, and half precision where it holds.
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from gpu_worker.supernet.supernet import Supernet
 
 MAX_GRAPH_SUBNETS = 32
-"""Subnets with graphs; of more, those spread evenly over the rows."""
+"""Most subnets with graphs; of more, an even selection of the rows."""
 
 MAX_GRAPH_SIZES = 8
-"""Batch sizes with graphs; of more, the smallest ones, where launches weigh most. On an H100 160 graphs
-were captured in 3 s, and they and their buffers held 0.3 GB."""
+"""Most batch sizes with graphs; of more, the smallest ones, where launches cost most. On an H100, capturing
+160 graphs took 3 s, and they and their buffers held 0.3 GB."""
 
 N_BUFFERS = 2
-"""Staging buffers a size: one is filled while the batch in the other runs."""
+"""Staging buffers for each size: one is filled while the batch in the other runs."""
 
-_WARM_UP_PASSES = 2  # before a capture: libraries choose their kernels and allocate then
+_WARM_UP_PASSES = 2  # before a capture: libraries choose their kernels and allocate in these
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ class CudaEngine:
     def _warm_up(self) -> None:
         rows, sizes = range(len(self._supernet.subnets)), self._sizes or (1,)
         for size in sizes:
-            self._buffers(size)  # pinning takes milliseconds: no batch is to wait for it
+            self._buffers(size)  # now, because pinning takes milliseconds, and a batch must not wait for it
         if self._uses_graphs and self._sizes:
             captured = evenly(len(rows), MAX_GRAPH_SUBNETS)
             self._capture(captured, self._sizes[:MAX_GRAPH_SIZES])
@@ -147,7 +147,7 @@ class CudaEngine:
     def _capture(self, rows: Sequence[int], sizes: Sequence[int]) -> None:
         self._supernet.pin(rows)
         pool = torch.cuda.graph_pool_handle()
-        # Largest first: smaller ones then fit into the memory that the pool has.
+        # Largest first: smaller ones then fit into the memory that the pool already has.
         for size in sorted(sizes, reverse=True):
             self._inputs[size] = torch.zeros_like(self._new_input(size))
             for row in rows:
@@ -175,7 +175,7 @@ class CudaEngine:
 
     def _new_buffer(self, size: int) -> _Buffer:
         device = self._new_input(size)
-        with torch.cuda.device(self._device):  # pinned for the current device, which else would wake too
+        with torch.cuda.device(self._device):  # pinning initialises the current device, even another one
             host = torch.empty(device.shape, dtype=device.dtype, pin_memory=True)
             output = torch.empty((size, *self._kind.output_spec.shape), pin_memory=True)
         is_ready, is_done = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's

@@ -36,10 +36,10 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": to
 """By name, what a supernet may compute in; "auto" is float16 on CUDA if it holds, else float32."""
 
 PACKED_SHARE = 0.25
-"""Packed slices take at most this share of the shared weights, unless told otherwise."""
+"""Packed slices take at most this share of the shared weights, without another budget."""
 
 HALF_TOLERANCE = 0.02
-"""Relative error of the logits up to which half precision holds."""
+"""Largest relative error of the logits at which "auto" still chooses half precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,9 @@ class Placement:
 
     Attributes:
         device: "cpu", "cuda" or "cuda:<n>".
-        threads: CPU threads of torch in this process; None leaves them be.
-        batch_sizes: Sizes that batches are padded to, ascending: the device meets no other, so none is
-            slow for being new. Empty pads none.
+        threads: CPU threads of torch in this process; None does not change them.
+        batch_sizes: Sizes that batches are padded to, ascending: the device sees no other size, so that
+            none is slow the first time. Empty pads none.
         precision: "auto", or one of `PRECISIONS`.
         uses_graphs: Capture a CUDA graph for each subnet and batch size.
         packed_bytes: Budget of packed slices; None for `PACKED_SHARE` of the weights on CUDA, and for none
@@ -94,7 +94,7 @@ class Staged(NamedTuple):
     Attributes:
         n: Queries in it.
         inputs: (padded size, *input), on the device.
-        buffer: What the engine has to take back, if anything.
+        buffer: What the engine has to reclaim, if anything.
     """
 
     n: int
@@ -134,7 +134,7 @@ class CpuEngine:
         self._sizes = placement.batch_sizes or (1,)
 
     def stage(self, batch: Batch, size: int) -> Staged:
-        """Copy a batch, which may be read-only as it came from the wire: torch does not take such."""
+        """Copy a batch: as received it may be read-only memory, which torch does not take."""
         padded = np.empty((size, *self._kind.input_spec.shape), dtype=self._kind.input_spec.dtype)
         fill(padded, batch)
         return Staged(len(batch), torch.from_numpy(padded))
@@ -153,7 +153,7 @@ class CpuEngine:
     def warm_up(self) -> None:
         """Run every subnet once at the smallest size, and the smallest one at every size.
 
-        A CPU has no kernels to choose: what is new is memory, and each layer's slices.
+        A CPU has no kernels to choose: only memory, and each layer's slices, are new the first time.
         """
         spec = self._kind.input_spec
         cells = [(row, self._sizes[0]) for row in range(len(self._supernet.subnets))]
@@ -164,7 +164,7 @@ class CpuEngine:
 def fill(rows: npt.NDArray[Any], batch: Batch) -> None:
     """Copy a batch into the first of `rows` (size, *input), and zeros into the rest.
 
-    Queries that lie apart are copied one by one, each once; numpy lets other threads run meanwhile.
+    Separate queries are copied one by one, each once; numpy lets other threads run meanwhile.
     """
     n = len(batch)
     if isinstance(batch, np.ndarray):
@@ -300,7 +300,7 @@ class TorchExecutor:
         return self.run(subnet, self.stage(batch))
 
     def warm_up(self) -> None:
-        """Meet every subnet and every padded size once, so that no query pays for a first time."""
+        """Run every subnet and every padded size once, so that no query pays for a first time."""
         self._engine.warm_up()
 
     def memory(self) -> MemoryReport:

@@ -130,7 +130,7 @@ class Attention(nn.Module):
 
 
 class Dense(nn.Module):
-    """One linear layer, where the published names have a level of their own."""
+    """One linear layer, as an extra level that the published names have."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""Examples of a user's own, in one NumPy file, for supernets that come without data.
+"""Your own examples, in one NumPy file, for supernets that come without data.
 
     inputs       (N, *input): queries as clients send them
     labels       (N,): class numbers
     calibration  (M, *input), optional: inputs of the training set, for SubnetNorm's statistics; without
                  it `inputs` calibrate too, which flatters accuracy a little
 
-Every second example is for choosing subnets, the others are for judging those chosen.
+Every second example is for choosing subnets, the others are for measuring the chosen ones.
 
     np.savez("examples.npz", inputs=inputs, labels=labels, calibration=calibration)
 """

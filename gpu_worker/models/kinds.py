@@ -1,6 +1,6 @@
 """The supernets that a worker can host, by name, and others by `package.module:attribute`.
 
-A kind says what the executor, the profiler and the search need to know: how to build it, what one
+A kind holds what the executor, the profiler and the search need: how to build the supernet, what one
 query is, where weights come from, what a subnet costs.
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gpu_worker.supernet.supernet import Supernet
 
 RANDOM = "random"
-"""In place of a checkpoint: seeded random weights. Latencies are as real, answers mean nothing."""
+"""In place of a checkpoint: seeded random weights. Latencies are realistic, answers are meaningless."""
 
 _RANDOM_SEED = 20250428
 _HERE = Path(__file__).parent
@@ -87,7 +87,7 @@ class ImagenetInput:
     STD = tuple(255 * std for std in (0.229, 0.224, 0.225))
 
     def __init__(self) -> None:
-        # On each device once: a CUDA graph cannot capture their way there.
+        # Copied to each device once: a CUDA graph cannot capture that copy.
         self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Names of the supernets that come with the package, for those who must not wait for torch."""
+"""Names of the supernets that come with the package, for code that must not import torch."""
 
 DIGITS, OFA_RESNET50, DYNABERT = "digits", "ofa-resnet50", "dynabert"
 

@@ -228,7 +228,7 @@ def ofa_resnet50() -> Supernet:
 
 
 def extracted(control: Control) -> OfaResNet50:
-    """Return a subnet as a plain network of its own size, with random weights."""
+    """Return a subnet as a plain network of that size, with random weights."""
     sizes = CONTROLS.sizes_of(control)
     return OfaResNet50(
         channels_of(control["w"], control["e"]),
@@ -240,7 +240,7 @@ def extracted(control: Control) -> OfaResNet50:
 def published_name(name: str) -> str:
     """Return what the published checkpoint calls the tensor that is `name` here.
 
-    There every layer lies in a wrapper of its own: conv.conv, bn.bn, linear.linear.
+    There every layer is in a wrapper: conv.conv, bn.bn, linear.linear.
     """
     if name.startswith("classifier."):
         return name.replace("classifier.", "classifier.linear.linear.")

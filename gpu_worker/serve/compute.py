@@ -1,10 +1,10 @@
-"""One real GPU, or CPU: batches run in a thread of their own, so that the sockets stay attended.
+"""One real GPU or CPU: batches run in a separate thread, so that the sockets are always served.
 
-The server's thread puts batches into a queue and is woken by each report. The compute
-thread takes the next one without asking, so the device does not wait for the sockets. Where the
-device has a memory of its own, a third thread brings each batch there while the one before runs.
-A query that makes the model raise costs its batch a second run, one by one, and no
-other query its answer. Out of memory: the batch is halved until it fits.
+The server's thread puts batches into a queue, and each report wakes it. The compute thread takes
+the next batch by itself, so that the device does not wait for the sockets. If the device has its own
+memory, a third thread copies each batch there while the one before it runs.
+If a query makes the model raise, its batch runs a second time, one query at a time, and only that
+query fails. If the device runs out of memory, the batch is halved until it fits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MAX_REASON_CHARS = 1_000  # a model's message may quote whole tensors
 
 
 class Executor(Protocol):
-    """What runs a batch: `TorchExecutor`, or a test's own."""
+    """What runs a batch: `TorchExecutor`, or a test's."""
 
     @property
     def input_spec(self) -> TensorSpec:
@@ -66,21 +66,21 @@ class Executor(Protocol):
 
 
 class Stager(Protocol):
-    """What brings batches to a device ahead of time: a `TorchExecutor` on CUDA, or a test's own."""
+    """What copies batches to a device ahead of time: a `TorchExecutor` on CUDA, or a test's."""
 
     def stage(self, batch: npt.NDArray[Any] | Sequence[npt.NDArray[Any]]) -> Any:
-        """Start the way of B queries (B, *input), or B that lie apart, to the device.
+        """Start copying B queries (B, *input), or B separate ones, to the device.
 
-        It may wait until there is room.
+        It may wait for room.
         """
         ...
 
     def run(self, subnet: int, staged: Any) -> npt.NDArray[Any]:
-        """Run what was staged on row `subnet`, once, and return its outputs (B, *output)."""
+        """Run a staged batch on row `subnet`, once, and return its outputs (B, *output)."""
         ...
 
     def discard(self, staged: Any) -> None:
-        """Forget what was staged: it will not run."""
+        """Release a staged batch that will not run."""
         ...
 
 
@@ -97,14 +97,14 @@ def run_batch(
     waited_ns: int,
     run_staged: Callable[[], npt.NDArray[Any]] | None = None,
 ) -> Outcome:
-    """Run a batch's queries that still have slack and fit the model; say how each ended.
+    """Run the queries of a batch that still have slack and fit the model; return how each ended.
 
     Args:
         executor: What runs them.
         directive: The batch.
         waited_ns: How long it has waited here.
-        run_staged: Runs the whole batch from where it was staged; called once at most, and only if every
-            query is to run.
+        run_staged: Runs the whole batch from its staged copy; called at most once, and only if every
+            query runs.
     """
     ended: list[_Ended | None] = _refusals(executor.input_spec, directive, waited_ns)
     rows = [i for i, end in enumerate(ended) if end is None]
@@ -137,7 +137,7 @@ def _wrong_size(spec: TensorSpec, size: int) -> bytes:
 
 
 def _assemble(spec: TensorSpec, directive: Directive, rows: Sequence[int]) -> npt.NDArray[Any]:
-    """Return the inputs of `rows` as one array, (len(rows), *shape); copied only if they lie apart."""
+    """Return the inputs of `rows` as one array, (len(rows), *shape); copied only if they are separate."""
     segments = directive.segments
     if len(segments) == 1 and segments[0].packed and len(rows) == directive.n:
         data: Buffer = segments[0].payloads[0]
@@ -148,7 +148,7 @@ def _assemble(spec: TensorSpec, directive: Directive, rows: Sequence[int]) -> np
 
 
 def _where_they_lie(spec: TensorSpec, directive: Directive) -> npt.NDArray[Any] | Sequence[npt.NDArray[Any]]:
-    """Return a batch's inputs without copying: one array if they came end to end, else one a query."""
+    """Return a batch's inputs without copying: one array if they are contiguous, else one for each query."""
     segments = directive.segments
     if len(segments) == 1 and segments[0].packed:
         return _assemble(spec, directive, range(directive.n))
@@ -159,9 +159,9 @@ def _where_they_lie(spec: TensorSpec, directive: Directive) -> npt.NDArray[Any] 
 def _run_whole(
     executor: Executor, directive: Directive, run_staged: Callable[[], npt.NDArray[Any]] | None
 ) -> Outcome:
-    """Run a batch of which every query is sound: the usual case, whose outputs stay together.
+    """Run a batch whose queries are all valid: the usual case, in which outputs stay together.
 
-    What was staged is not assembled here a second time: the device would wait for the copy.
+    A staged batch is not assembled here again: the device would wait for the copy.
     """
     subnet, n = directive.subnet, directive.n
 
@@ -171,7 +171,7 @@ def _run_whole(
     try:
         outputs = executor.execute(subnet, inputs()) if run_staged is None else run_staged()
         _check(executor, outputs, n)
-    except Exception as error:  # noqa: BLE001  the model's own, whatever it is
+    except Exception as error:  # noqa: BLE001  the model's, of any kind
         return _as_outcome(_rerun(executor, subnet, inputs(), error), n)
     return Outcome(n, executor.output_spec.n_bytes, outputs.tobytes())
 
@@ -180,7 +180,7 @@ def _run(executor: Executor, subnet: int, inputs: npt.NDArray[Any]) -> list[_End
     try:
         outputs = executor.execute(subnet, inputs)
         _check(executor, outputs, len(inputs))
-    except Exception as error:  # noqa: BLE001  the model's own, whatever it is
+    except Exception as error:  # noqa: BLE001  the model's, of any kind
         return _rerun(executor, subnet, inputs, error)
     return [_Ended(Status.OK, output.tobytes()) for output in outputs]
 
@@ -198,7 +198,7 @@ def _rerun(executor: Executor, subnet: int, inputs: npt.NDArray[Any], error: Exc
 
 
 def _check(executor: Executor, outputs: npt.NDArray[Any], n: int) -> None:
-    """Raise TypeError if these are not the outputs of `n` queries."""
+    """Raise TypeError unless these are the outputs of `n` queries."""
     spec = executor.output_spec
     expected = (n, *spec.shape)
     if outputs.shape != expected or outputs.dtype != np.dtype(spec.dtype):
@@ -227,15 +227,15 @@ class _ThreadReport(NamedTuple):
 
 
 class ComputeGpu:
-    """One real device as the server sees it; `start` begins its thread, `close` ends it.
+    """One real device, as the server sees it; `start` begins its threads, `close` ends them.
 
     Args:
-        executor: What runs a batch; touched by the compute thread alone, but for what it stages.
+        executor: What runs a batch; used only by the compute thread, except for staging.
         profile: How long batches are expected to take.
         clock: The process's clock.
         wake: Called by the compute thread after each report.
-        stager: Brings batches to the device ahead of time, by a thread of its own; None if there is no
-            way to bring them.
+        stager: Copies batches to the device ahead of time, in another thread; None if there is nothing
+            to copy.
     """
 
     n_slots = 1
@@ -255,12 +255,12 @@ class ComputeGpu:
         self._clock = clock
         self._wake = wake
         self._queue: GpuQueue[Directive] = GpuQueue()
-        # Handed to the thread and not reported: those of the queue, and what was dropped from it.
+        # Passed to the thread and not reported: batches of the queue, and those dropped from it.
         self._outstanding: deque[_Job] = deque()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._reports: SimpleQueue[_ThreadReport | BaseException] = SimpleQueue()
         self._prepared: SimpleQueue[BaseException | None] = SimpleQueue()
-        # A daemon: a batch that never ends must not keep the process from ending.
+        # Daemons: a batch that never ends must not keep the process from ending.
         self._threads = [threading.Thread(target=self._compute, name="compute", daemon=True)]
         self._entrance = self._jobs
         if stager is not None:
@@ -268,13 +268,13 @@ class ComputeGpu:
             self._threads.append(threading.Thread(target=self._stage_all, name="staging", daemon=True))
 
     def start(self, prepare: Callable[[], None] = lambda: None) -> None:
-        """Start its threads, and return when `prepare` has run in the one that will run batches.
+        """Start its threads; return once `prepare` has run in the one that will run batches.
 
-        cuDNN keeps the kernels that it has chosen for each thread: a model warmed up in another one
-        would meet every shape anew.
+        cuDNN keeps its choice of kernels for each thread: a model warmed up in another thread would
+        be slow at every new shape.
 
         Raises:
-            BaseException: What `prepare` raised; no thread runs then.
+            BaseException: Whatever `prepare` raised; no thread runs then.
         """
         compute, *others = self._threads
         self._prepare = prepare
@@ -287,14 +287,14 @@ class ComputeGpu:
             thread.start()
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """End the threads after the batch that runs, or leave them after `timeout_s` seconds each."""
+        """End the threads after the running batch, or abandon them after `timeout_s` seconds each."""
         self.forget_held()
         self._entrance.put(None)
         for thread in self._threads:
             thread.join(timeout_s)
 
     def submit(self, order: Directive, received_ns: int) -> Refusal | None:
-        """Hand a batch to the compute thread and return None, or why not: see `Gpus.submit`."""
+        """Pass a batch to the compute thread and return None, or why not: see `Gpus.submit`."""
         fault = fault_of(self._profile, order)
         if fault is not None:
             return fault
@@ -311,10 +311,10 @@ class ComputeGpu:
         return None
 
     def finish_due(self, now_ns: int) -> list[EndedBatch]:
-        """Return what the compute thread has reported; nothing of batches that were dropped before they ran.
+        """Return the batches that the compute thread has reported, except those dropped before they ran.
 
         Raises:
-            RuntimeError: The compute thread ended by an error of our own.
+            RuntimeError: The compute thread ended with an error.
         """
         found = []
         while not self._reports.empty():
@@ -328,18 +328,18 @@ class ComputeGpu:
         return found
 
     def report(self, slot: int, now_ns: int) -> QueueReport:
-        """Return what it tells the router as of `now_ns`."""
+        """Return the device's report to the router as of `now_ns`."""
         assert slot == 0, "a compute process has one GPU"
         return self._queue.report(now_ns)
 
     def forget_held(self) -> int:
-        """Have the thread skip what it has not started; return how many batches that was at least."""
+        """Make the thread skip what it has not started; return at least how many batches that is."""
         for job in self._outstanding:
             job.is_dropped = True
         return len(self._queue.forget_held())
 
     def is_idle(self) -> bool:
-        """Tell whether nothing is outstanding."""
+        """Return whether nothing is outstanding."""
         return not self._outstanding
 
     def _ended(self, report: _ThreadReport, now_ns: int) -> EndedBatch:
@@ -348,7 +348,7 @@ class ComputeGpu:
         return end_of(batch, report.outcome, self._queue.report(now_ns), report.started_ns, report.ended_ns)
 
     def _compute(self) -> None:
-        """Prepare, then run batches until told to end. The thread's outermost loop."""
+        """Prepare, then run batches until `close`. The thread's outermost loop."""
         try:
             self._prepare()
         except BaseException as error:  # noqa: BLE001  raised again by `start`
@@ -365,6 +365,7 @@ class ComputeGpu:
 
     def _run_job(self, job: _Job) -> _ThreadReport:
         started_ns = self._clock.now_ns()
+        # The report keeps the job, and must not keep its staged batch.
         staged, job.staged = job.staged, None
         ran = False
 
@@ -392,7 +393,7 @@ class ComputeGpu:
                 self._stager.discard(staged)
 
     def _stage_all(self) -> None:
-        """Stage batches in their order until told to end. The staging thread's outermost loop."""
+        """Stage batches in order until `close`. The staging thread's outermost loop."""
         try:
             while (job := self._entrance.get()) is not None:
                 if not job.is_dropped:
@@ -404,9 +405,9 @@ class ComputeGpu:
         self._jobs.put(None)
 
     def _staged(self, directive: Directive) -> Any:
-        """Return the staged batch; None if a query of it will be refused, or there is no room for it.
+        """Return the staged batch; None if one of its queries will be refused, or there is no room.
 
-        Such a batch is run from host memory, where each query gets its own answer.
+        Such a batch runs from host memory, where each query gets its own answer.
         """
         assert self._stager is not None, "this thread runs only where there is one"
         spec = self._executor.input_spec
@@ -414,5 +415,5 @@ class ComputeGpu:
             return None
         try:
             return self._stager.stage(_where_they_lie(spec, directive))
-        except Exception:  # noqa: BLE001  it will show again when the batch is run, query by query
+        except Exception:  # noqa: BLE001  it will be raised again when the batch runs, query by query
             return None

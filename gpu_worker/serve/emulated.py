@@ -1,6 +1,6 @@
 """Emulated GPUs: `PlayedGpu`s behind a real socket. No clock or torch.
 
-The output of a query is the subnet's row, so that a client sees what ran.
+The output of a query is the subnet's row, so that a client can see which subnet ran.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def emulated_gpus(
     """Return the emulated GPUs of one process.
 
     Args:
-        profile: The profile that each of them plays.
-        n_gpus: How many.
-        log: Where to note what they ran; opened and closed by the caller.
-        pace: How fast they are beside their profile.
+        profile: The profile that each of them follows.
+        n_gpus: Number of GPUs.
+        log: Where to record what they ran; the caller opens and closes it.
+        pace: How fast they are compared with the profile.
     """
     gpus = [PlayedGpu(profile, outcome_of, pace=pace) for _ in range(n_gpus)]
     return PlayedGpus(gpus, None if log is None else partial(_note, log))
 
 
 def outcome_of(directive: Directive, waited_ns: int) -> Outcome:
-    """Return how a directive ends that starts after `waited_ns` here: what has expired does not run."""
+    """Return the outcome of a directive that starts after `waited_ns` here: expired queries do not run."""
     alive = unexpired(directive, waited_ns)
     output = _ROW.pack(directive.subnet)
     if alive is None:
@@ -60,6 +60,6 @@ def _partly_expired(alive: npt.NDArray[np.bool_], output: bytes, reason: bytes) 
 
 def _note(log: EventLogWriter, found: list[EndedBatch]) -> None:
     for batch in found:
-        if batch.n_run:  # a batch refused whole took no time of the GPU
+        if batch.n_run:  # a batch that was refused whole took no GPU time
             row = batch.row
             log.add(row.slot, row.batch_id, batch.subnet, batch.n_run, batch.started_ns, batch.ended_ns)

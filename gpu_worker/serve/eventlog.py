@@ -1,15 +1,15 @@
-"""What emulated GPUs ran and when, written so that a checker can prove it possible.
+"""What emulated GPUs ran and when, in a form that a checker can prove possible.
 
-One file a worker process:
+One file for each worker process:
 
     magic, schema, blob length    12 bytes, little endian
     JSON                          worker, profile, batch_sizes, latency_ns, pace
     records                       32 bytes a batch, in the order the batches ended
 
-Instants are the writing process's own monotonic clock: they are compared within a file,
-never between files. The header carries the profile's table, so a log can be checked
-without the profile it came from. A worker killed in the middle of a write leaves a file
-that is read up to its last whole record.
+Instants are the writing process's own monotonic clock: compare them within a file, never
+between files. The header contains the profile's table, so that a log can be checked without
+the profile. A worker that is killed in the middle of a write leaves a file that is read up
+to its last whole record.
 
     python -m gpu_worker.serve.eventlog FILE...    prints the report, exits 1 on violations
 """
@@ -64,14 +64,14 @@ _MAX_EXAMPLES = 5  # of each kind of violation in each file; the rest are counte
 
 @dataclass(frozen=True, slots=True)
 class EventLogHeader:
-    """Whose log it is, and the profile its GPUs play.
+    """The worker of a log, and the profile that its GPUs follow.
 
     Attributes:
         worker: The worker process's name.
         profile: The profile's name.
         batch_sizes: Profiled batch sizes, ascending, shape (n_sizes,).
         latency_ns: Median latency, shape (n_subnets, n_sizes).
-        pace: How fast its GPUs are beside that, by the file's clock.
+        pace: How fast its GPUs are compared with that, by the file's clock.
     """
 
     worker: str
@@ -104,13 +104,13 @@ def _are_whole(values: Sequence[Any]) -> bool:
 class EventLogWriter:
     """Writes one worker process's log; for one thread.
 
-    A context manager: entering creates the file (replacing one of the same name, so a
-    restarted worker needs a path of its own), leaving writes what is left. Up to 4,096
-    batches wait in memory; a killed worker loses those.
+    As a context manager: entering creates the file (and replaces one of the same name, so a
+    restarted worker needs another path), leaving writes the rest. Up to 4,096 batches wait in
+    memory; a killed worker loses them.
 
     Args:
         path: The file to create.
-        header: What stands before the records.
+        header: Written before the records.
     """
 
     __slots__ = ("_buffer", "_file", "_header", "_path")
@@ -138,7 +138,7 @@ class EventLogWriter:
     def add(
         self, gpu: int, batch_id: int, subnet: int, batch_size: int, started_ns: int, ended_ns: int
     ) -> None:
-        """Note that `gpu` ran a batch of `batch_size` queries on `subnet` between two instants.
+        """Record that `gpu` ran a batch of `batch_size` queries on `subnet` between two instants.
 
         Args:
             gpu: The emulated GPU's number within this process.
@@ -148,8 +148,8 @@ class EventLogWriter:
             started_ns: Instant at which it began, on this process's monotonic clock.
             ended_ns: Instant at which it ended, on the same clock.
         """
-        # Packed at once: turning thousands of tuples into an array would stall the
-        # worker for milliseconds every time the buffer is full.
+        # Packed at once: converting thousands of tuples to an array would stall the worker for
+        # milliseconds whenever the buffer is full.
         if self._file is None:
             return
         self._buffer += _PACK(batch_id, started_ns, ended_ns, gpu, subnet, batch_size)
@@ -157,9 +157,9 @@ class EventLogWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Hand every record so far to the operating system.
+        """Pass all records so far to the operating system.
 
-        Where it takes no more, as on a full disk, the log ends there, and the worker goes on.
+        If it takes no more, as on a full disk, the log ends there, and the worker goes on.
         """
         file = self._file
         if file is None:
@@ -173,7 +173,7 @@ class EventLogWriter:
         self._buffer.clear()
 
     def close(self) -> None:
-        """Write what is left and close the file; do nothing if it is closed."""
+        """Write the rest and close the file; do nothing if it is closed."""
         if self._file is None:
             return
         self.flush()
@@ -198,7 +198,7 @@ def read_log(path: Path) -> tuple[EventLogHeader, npt.NDArray[np.void]]:
         The header, and the records (dtype `RECORD`, shape (n_batches,), read-only).
 
     Raises:
-        ConfigError: Not an event log, or of another schema; names file and field.
+        ConfigError: Not an event log, or of another schema; the error names file and field.
     """
     try:
         data = path.read_bytes()
@@ -212,7 +212,7 @@ def read_log(path: Path) -> tuple[EventLogHeader, npt.NDArray[np.void]]:
 
 
 def _decode_header(data: bytes) -> tuple[EventLogHeader, int]:
-    """Return the header and where the records begin."""
+    """Return the header and the offset of the records."""
     if len(data) < _PREFIX.size or not data.startswith(_MAGIC):
         raise ConfigError(f"expected an event log, which begins with {_MAGIC!r}, got {data[:12]!r}")
     _, schema, blob_length = _PREFIX.unpack_from(data)
@@ -247,7 +247,7 @@ def _decode_blob(blob: bytes) -> EventLogHeader:
 
 
 def _decode_pace(fields: Any) -> Pace:
-    """Return the pace of a header; a log without one is of GPUs as fast as their profile."""
+    """Return the pace in a header; without one the GPUs are as fast as their profile."""
     kinds = {"speed": int | float, "drift": int | float, "began_ns": int}
     if not isinstance(fields, dict) or not all(
         name in kinds and isinstance(value, kinds[name]) for name, value in fields.items()
@@ -258,7 +258,7 @@ def _decode_pace(fields: Any) -> Pace:
 
 @dataclass(frozen=True, slots=True)
 class EventLogReport:
-    """What the checked logs hold, and what no real GPU could have done.
+    """What the checked logs contain, and what no real GPU could have done.
 
     Attributes:
         n_logs: Files checked.
@@ -269,7 +269,7 @@ class EventLogReport:
         idle_ns: Time between a GPU's batches, summed over GPUs; not the time before
             its first or after its last one.
         idle_p50_ns: Median gap between two batches of a GPU; None if there is no gap.
-        idle_p99_ns: 99th percentile of the same.
+        idle_p99_ns: 99th percentile of these gaps.
         busy_share: busy / (busy + idle); None without batches.
         n_violations: How often a rule is broken.
         violations: Sentences naming file, GPU and batches: the first few of each kind
@@ -305,16 +305,16 @@ def _in_ms(duration_ns: int | None) -> str:
 
 
 def check_logs(paths: Sequence[Path]) -> EventLogReport:
-    """Check that what the logs say is possible on real GPUs.
+    """Check that what the logs record is possible on real GPUs.
 
     The rules: every batch ends after it starts; no GPU begins a batch before the last
-    one ended; no batch is quicker than the profiled median of its subnet at the next
-    profiled batch size, at the pace that the log's header states; no batch was run twice,
-    by whichever GPU. Check the logs of one router's life together: another router numbers
-    its batches from 1 again.
+    one ended; no batch is faster than the profiled median of its subnet at the next
+    profiled batch size, at the pace in the log's header; no batch ran twice, on any GPU.
+    Check the logs of one life of the router together: another router numbers its batches
+    from 1 again.
 
     Raises:
-        ConfigError: A file is not an event log; names file and what was expected.
+        ConfigError: A file is not an event log; the error names the file and what was expected.
     """
     logs = [_Log(path, *read_log(path)) for path in paths]
     found = [violation for log in logs for violation in log.violations()]
@@ -328,7 +328,7 @@ def check_logs(paths: Sequence[Path]) -> EventLogReport:
 
 @dataclass(frozen=True, slots=True)
 class _Violations:
-    """All violations of one kind in one file; `describe(i)` tells of the i-th."""
+    """All violations of one kind in one file; `describe(i)` describes the i-th."""
 
     where: str
     what: str
@@ -397,7 +397,7 @@ class _Log:
         least_ns = self._profiled_ns()
         return self._kind(
             "are quicker than the profile",
-            # A batch that ends before it starts is told of once, above.
+            # A batch that ends before it starts is reported once, above.
             (lasted_ns > 0) & (lasted_ns < least_ns),
             lambda i: (
                 f"{self.name(i)} (subnet {self.records['subnet'][i]}, size {self.records['batch_size'][i]})"
@@ -432,7 +432,7 @@ class _Log:
         pace = self.header.pace
         if pace.drift == 0.0 and pace.speed == 1.0:
             return profiled_ns
-        # In Python's own numbers, as the GPU reckoned it: not a nanosecond may differ.
+        # In Python integers and floats, as the GPU computed it: not a nanosecond may differ.
         pairs = zip(profiled_ns.tolist(), started_ns.tolist(), strict=True)
         return np.array([int(one_ns * pace.slowness(at_ns)) for one_ns, at_ns in pairs], np.int64)
 
@@ -444,7 +444,7 @@ def _gaps_ns(records: npt.NDArray[np.void]) -> tuple[npt.NDArray[np.int64], npt.
     gaps_ns = np.zeros(len(records), dtype=np.int64)
     bounds = [*np.flatnonzero(is_first), len(records)]
     for begin, end in pairwise(bounds):
-        # The latest end so far, not the last one: a batch may lie inside a longer one.
+        # The latest end so far, not the last one: a batch may lie within a longer one.
         free_ns = np.maximum.accumulate(records["ended_ns"][begin : end - 1])
         gaps_ns[begin + 1 : end] = records["started_ns"][begin + 1 : end] - free_ns
     return gaps_ns, is_first

@@ -1,7 +1,7 @@
-"""What a CUDA device says of itself: memory from torch, utilisation and temperature from NVML.
+"""A CUDA device's gauges: memory from torch, utilisation and temperature from NVML.
 
-NVML counts devices as the driver does, torch those of CUDA_VISIBLE_DEVICES alone: so a device is
-looked up by its UUID. Where NVML, its Python package or one figure is missing, that figure is NaN.
+NVML numbers devices as the driver does, torch only those of CUDA_VISIBLE_DEVICES, so the device is
+looked up by its UUID. If NVML, its Python package or a value is missing, that value is NaN.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _NAN = float("nan")
 
 
 class CudaGauges:
-    """Reads one device; called by the server's thread twice a second.
+    """Reads one device's gauges; the server's thread calls it twice a second.
 
     Args:
-        device: A CUDA device, as torch counts them.
+        device: A CUDA device, numbered as in torch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class CudaGauges:
         self._nvml, self._handle = _nvml_of(device)
 
     def __call__(self) -> Gauges:
-        """Return what torch holds of the memory, and what NVML says of the whole device."""
+        """Return the memory that torch holds, and NVML's values of the whole device."""
         memory_bytes = int(torch.cuda.memory_reserved(self._device))
         if self._nvml is None:
             return Gauges(memory_bytes)
@@ -38,7 +38,7 @@ class CudaGauges:
     def _utilisation(self) -> float:
         try:
             return float(self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu) / 100
-        except self._nvml.NVMLError:  # a slice of a device has none
+        except self._nvml.NVMLError:  # a MIG slice of a device has none
             return _NAN
 
     def _temperature_c(self) -> float:
@@ -54,12 +54,12 @@ def _nvml_of(device: torch.device) -> tuple[Any, Any]:
     try:
         import pynvml  # noqa: PLC0415  not every worker has it
     except ImportError:
-        _LOG.info("no package nvidia-ml-py: this worker tells neither utilisation nor temperature")
+        _LOG.info("no package nvidia-ml-py: this worker reports neither utilisation nor temperature")
         return None, None
     try:
         pynvml.nvmlInit()
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
     except pynvml.NVMLError as error:
-        _LOG.info("NVML: %s: this worker tells neither utilisation nor temperature", error)
+        _LOG.info("NVML: %s: this worker reports neither utilisation nor temperature", error)
         return None, None

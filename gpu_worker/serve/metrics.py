@@ -1,7 +1,7 @@
 """What a worker process exports to Prometheus.
 
-The server's thread adds to plain integers; a scrape reads them from its own thread while the
-server runs on, so two of them may be a batch apart. docs/metrics.md explains each name.
+The server's thread adds to plain integers. A scrape reads them in its own thread while the server
+runs on, so two of them may be a batch apart. docs/metrics.md explains each name.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class WorkerMetrics:
         self._n_actuations = 0
         self._busy_ns = 0
         self._queries = [0] * len(self._names)
-        self._rows: list[int | None] = [None] * n_slots  # that each GPU ran last
+        self._rows: list[int | None] = [None] * n_slots  # the row that each GPU ran last
         self._times = MetricHistogram.of_latencies_ns()
         self._sizes = MetricHistogram(SIZE_BOUNDS)
 
@@ -110,7 +110,7 @@ class WorkerMetrics:
 
 
 def pages(server: WorkerServer, metrics: WorkerMetrics) -> dict[str, Callable[[], Page]]:
-    """Return a worker's pages, by path; asked for in other threads than the server's."""
+    """Return a worker's pages, by path; they are made in other threads than the server's."""
 
     def ready() -> Page:
         link = server.link

@@ -1,7 +1,7 @@
 """The worker's server: the host of `gpu_worker.core` that owns the socket. It never computes.
 
-Garbage collection is off while it serves: nothing on the way of a query makes cycles.
-What failures leave behind is collected after 5 idle seconds, at most once a minute.
+Garbage collection is off while it serves, because nothing in a query's path makes cycles.
+Cycles that failures leave behind are collected after 5 idle seconds, at most once a minute.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-_IDLE_BEFORE_COLLECT_NS = 5 * SECOND
-_COLLECT_EVERY_NS = 60 * SECOND
-_BYE_LINGER_MS = 200
+_IDLE_BEFORE_COLLECT_NS = 5 * SECOND  # collecting stops the loop: not between two bursts
+_COLLECT_EVERY_NS = 60 * SECOND  # only failures leave cycles, so there is little to collect
+_BYE_LINGER_MS = 200  # for the BYE to leave; without a router it is not worth more of a stop's time
 
 
 class Waker:
@@ -53,7 +53,7 @@ class Waker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the pipe; GPUs that may wake it have ended, or are a daemon's."""
+        """Close the pipe; threads that could wake it have ended, or are daemons."""
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
         os.close(self.fd)
@@ -61,17 +61,18 @@ class Waker:
 
     def wake(self) -> None:
         """Wake the server, from any thread."""
-        with contextlib.suppress(OSError):  # full: about to wake anyway; closed: nobody is there
+        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: the server has ended
             os.write(self._write_fd, b"\0")
 
     def drain(self) -> None:
-        """Forget the wake-ups so far."""
+        """Discard the wake-ups so far."""
         with contextlib.suppress(BlockingIOError):
             while len(os.read(self.fd, 4096)) == 4096:
                 pass
 
     def on_signals(self, stop: Callable[[], None]) -> None:
-        """Have SIGTERM and SIGINT call `stop` and wake the server; main thread only."""
+        """Make SIGTERM and SIGINT call `stop` and wake the server; main thread only."""
+        # The handler alone does not end a select(), which Python resumes after it: the byte in the pipe does.
         signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop())
@@ -81,18 +82,18 @@ class WorkerServer:
     """Serves one process's GPUs to one router.
 
     Args:
-        socket: A DEALER, connected; closed by the caller.
+        socket: A DEALER, connected; the caller closes it.
         gpus: What runs the batches.
-        hello: What it says first.
+        hello: The HELLO to send.
         clock: The process's clock.
         waker: Woken by signals and by GPUs that report from another thread.
-        gauges: Reads the device's gauges; quick.
-        handshake: The socket's: tells why no router answers, and tries again; closed by the caller.
+        gauges: Reads the device's gauges; must be quick.
+        handshake: The socket's: reports why no router answers, and retries; the caller closes it.
         on_ready: Called once, after the first WELCOME.
-        metrics: Receives what has ended; None where nothing is exported.
+        metrics: Receives ended batches; None if nothing is exported.
 
     Attributes:
-        core: What it says and does.
+        core: Decides what to say and do.
     """
 
     def __init__(
@@ -127,33 +128,33 @@ class WorkerServer:
 
     @property
     def link(self) -> LinkState:
-        """How it stands with the router."""
+        """The state of the link to the router."""
         return self.core.link
 
     @property
     def counts(self) -> Counter[str]:
-        """What was dropped, by reason."""
+        """Dropped messages, by reason."""
         return self.core.counts
 
     @property
     def gauges(self) -> Gauges:
-        """What the latest PULL said of the device."""
+        """The device's gauges in the latest PULL."""
         return self.core.gauges
 
     def stop(self) -> None:
-        """Ask it to drain and return from `run`; may be called by a signal handler."""
+        """Ask the server to drain and return from `run`; safe in a signal handler."""
         self._stop_asked = True
 
     def run(self) -> None:
         """Serve until stopped.
 
         Raises:
-            RefusedError: The router will not have this worker.
+            RefusedError: The router has refused this worker.
         """
         gc.freeze()
         gc.disable()
         waiter = sockets.Waiter([self._socket], [self._waker.fd])
-        many = self._gpus.n_slots > 1  # one GPU alone shall never wait for its server
+        many = self._gpus.n_slots > 1  # a single GPU must never wait for its server
         while self.link is not LinkState.STOPPED:
             waiter.wait(self.core.next_due_ns() - self._clock.now_ns())
             self._waker.drain()
@@ -167,7 +168,7 @@ class WorkerServer:
         _LOG.info("stopped; dropped: %s", dict(self.counts) or "nothing")
 
     def step(self) -> None:
-        """Receive everything, say what is due, and collect garbage when it disturbs nothing."""
+        """Receive everything, send what is due, and collect garbage if the worker is idle."""
         self._receive_all()
         now_ns = self._clock.now_ns()
         if self._stop_asked:
@@ -182,7 +183,7 @@ class WorkerServer:
         self._collect(now_ns)
 
     def _tell(self, message: Message, now_ns: int) -> bool:
-        """Send to the router; one that gave us this epoch and cannot be reached is lost."""
+        """Send to the router; if the router that gave this epoch cannot be reached, it is lost."""
         is_hello = isinstance(message, Control) and message.kind is Kind.HELLO
         if is_hello and self._handshake is not None and self._handshake.look(now_ns):
             _LOG.warning("%s", self._handshake.failure)
@@ -191,6 +192,7 @@ class WorkerServer:
             if is_sent and not self._is_connected:
                 _LOG.info("connected")
             self._is_connected = is_sent
+        # An unsent HELLO is normal while no router is there. Anything else unsent means that it has gone.
         elif not is_sent:
             self.counts[f"{message.kind.name.lower()} unsent"] += 1
             self.core.lost("the router cannot be reached", now_ns)
@@ -213,13 +215,13 @@ class WorkerServer:
         epoch = self.core.epoch
         pong = self.core.receive(_for_worker(message), self._clock.now_ns())
         if pong is not None:
-            # Its own failure shows in the heartbeat; a router that pings need not have welcomed us yet.
+            # A failure here shows in the heartbeat; a router may ping before it has welcomed this worker.
             sockets.send(self._socket, encode_pong(pong))
         if self._handshake is not None and self.core.epoch not in (None, epoch):
             self._handshake.succeeded()
 
     def _collect(self, now_ns: int) -> None:
-        """Collect garbage when it disturbs nothing: see the module's docstring."""
+        """Collect garbage if the worker is idle: see the module's docstring."""
         is_quiet = now_ns - self.core.busy_ns > _IDLE_BEFORE_COLLECT_NS and self._gpus.is_idle()
         if is_quiet and now_ns - self._collected_ns > _COLLECT_EVERY_NS:
             gc.collect()
@@ -230,7 +232,7 @@ def _for_worker(message: Message) -> Directive | Control | Ping | Pong:
     """Return the message.
 
     Raises:
-        WireError: No router sends such a one to a worker.
+        WireError: A router never sends this kind to a worker.
     """
     if not isinstance(message, Directive | Control | Ping | Pong):
         raise WireError(f"{message.kind.name.lower()}: not for a worker")

@@ -35,16 +35,16 @@ class SlicedAttention(Operator, nn.MultiheadAttention):
 
     @classmethod
     def check(cls, attention: nn.MultiheadAttention, path: str) -> None:
-        """Raise ConfigError for what heads cannot be told apart in."""
+        """Raise ConfigError if the layer's heads cannot be separated."""
         if attention.in_proj_weight is None:
             raise ConfigError(f"{path}: expected keys and values as wide as queries (no kdim or vdim)")
         if attention.bias_k is not None or attention.add_zero_attn:
             raise ConfigError(f"{path}: expected attention without add_bias_kv and add_zero_attn")
 
     def attach(self, cursor: Cursor, place: int, path: str) -> None:
-        """Become entry `place` of the settings, and keep an encoder layer around from its fused kernel.
+        """Become entry `place` of the settings, and stop an encoder layer from using its fused kernel.
 
-        That one would take the whole projections, past the slicing.
+        That kernel would use the whole projections, without slicing.
         """
         super().attach(cursor, place, path)
         self._qkv_same_embed_dim = False

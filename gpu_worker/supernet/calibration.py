@@ -43,8 +43,8 @@ def calibrate(
 
     Args:
         supernet: In float32, on any device.
-        subnets: Whose statistics to gather.
-        batches: Inputs of the model, each of several queries; the more, the steadier.
+        subnets: The subnets to gather statistics for.
+        batches: Inputs of the model, each of several queries; more of them give steadier statistics.
 
     Raises:
         ConfigError: If there is no batch, or a subnet does not fit.
@@ -98,8 +98,8 @@ def load_statistics(
     """Read the statistics of `subnets`, of the supernet called `name`.
 
     Raises:
-        ConfigError: Naming the file, and the subnet that is not in it or has another control tuple
-            there, or what else does not fit.
+        ConfigError: A subnet is missing in the file or has another control tuple there, or something
+            else does not fit; the error names the file and the subnet.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,8 +1,8 @@
 """Load published checkpoints: safetensors, or .pt without arbitrary code.
 
 Nothing is cut or left out silently: a tensor that is missing, unknown or of another shape is an error that
-names it as the checkpoint does. The one thing that is taken off names is a beginning that all of them share
-and the model's do not, such as the `module.` of DistributedDataParallel or the `_orig_mod.` of torch.compile.
+names it as the checkpoint does. Only a prefix that all names share and the model's do not have is removed,
+such as the `module.` of DistributedDataParallel or the `_orig_mod.` of torch.compile.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def load_checkpoint(
     model.load_state_dict({name: tensors[published] for published, name in names.items()})
 
 
-_SHOWN = 5  # faults told in one error; a file of another model has hundreds
+_SHOWN = 5  # faults named in one error; a file of another model has hundreds
 
 
 def _unprefixed(tensors: Mapping[str, torch.Tensor], known: Collection[str]) -> Mapping[str, torch.Tensor]:
-    """Return tensors without the beginnings, up to a dot, that all names share and no known one has."""
+    """Return tensors without the prefixes, up to a dot, that all names share and no known name has."""
     if not any(name in known for name in tensors):
         bare = tensors
         while len(beginnings := {name.partition(".")[0] for name in bare}) == 1 and all(
@@ -121,14 +121,14 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
 
 
 def _refused(path: Path) -> str:
-    """Say which classes a file wants to have made, which torch refuses: making one may run any code.
+    """Return which classes a file refers to that torch refuses to make: making one may run any code.
 
-    Torch's own words are left out: they advise to load the file all the same.
+    Torch's own message is left out, because it advises to load the file anyway.
     """
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
-        found = []  # no file of torch at all, or one of before its zip format
+        found = []  # not a file of torch, or one older than its zip format
     if not found:
         return "it is none that torch.save writes of tensors"
     return (
@@ -143,7 +143,7 @@ def _plain(error: Exception) -> str:
 
 
 def _kind(content: Any) -> str:
-    """Say what a file holds instead of tensors."""
+    """Return what a file contains instead of tensors, in words."""
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
     return f"a dictionary with {_listed(content.keys())}"

@@ -2,8 +2,8 @@
 
 A control tuple is a dictionary of lists, such as {"d": [2, 2, 4], "w": [0.5, 1.0, 1.0]}. A
 `ControlSpace` has an `Entry` for each number in it: where it belongs, and which values it may
-take. Every supernet brings a function that turns a checked tuple into `Sizes`, which is all
-that operators know: blocks that run, and outputs that are kept.
+take. Every supernet has a function that turns a checked tuple into `Sizes`, the only input of
+the operators: blocks that run, and outputs that are kept.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Entry:
         return f"one of {', '.join(f'{choice:g}' for choice in self.choices)}"
 
     def allows(self, value: object) -> bool:
-        """Tell whether `value` is of the right type and within the bounds."""
+        """Return whether `value` is of the right type and within the bounds."""
         if isinstance(value, bool) or not isinstance(value, int if self._is_whole else int | float):
             return False
         return self.choices[0] <= value <= self.choices[-1] if self.is_open else value in self.choices

@@ -83,11 +83,11 @@ def finished(normed: torch.Tensor, residual: torch.Tensor | None, *, rectifies: 
 
 
 def is_fused(x: torch.Tensor, residual: torch.Tensor | None, of_norm: _Parts) -> bool:
-    """Tell whether the kernel will do it here.
+    """Return whether the kernel will do it here.
 
     Args:
         x: As `norm_relu` takes it.
-        residual: Likewise.
+        residual: As `norm_relu` takes it.
         of_norm: Mean, variance, weight and bias.
     """
     is_asked = _fuses and x.is_cuda and not torch.is_grad_enabled()
@@ -95,7 +95,7 @@ def is_fused(x: torch.Tensor, residual: torch.Tensor | None, of_norm: _Parts) ->
 
 
 def fits(x: torch.Tensor, residual: torch.Tensor | None, of_norm: _Parts) -> bool:
-    """Tell whether the kernel can do it: channels last in memory, a multiple of 8 of them, float32 norms."""
+    """Return whether the kernel can do it: channels last in memory, a multiple of 8, float32 norms."""
     is_dense = x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else (
         x.dim() == 2 and x.is_contiguous()
     )  # fmt: skip

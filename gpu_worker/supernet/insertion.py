@@ -1,4 +1,4 @@
-"""Insert SubNetAct's operators into a model that knows nothing of them.
+"""Insert SubNetAct's operators into an ordinary model.
 
     supernet = insert(
         model,
@@ -6,9 +6,9 @@
         elastic=[Elastic("heads", ("layers.*.self_attn",)), Elastic("hidden", ("layers.*.linear1",))],
     )
 
-The stages say which blocks a subnet may leave out, the elastic sizes which layers may keep fewer
+The stages define which blocks a subnet may leave out, the elastic sizes which layers may keep fewer
 outputs. Everything else follows from the activations: see `gpu_worker.supernet.operators`. The model is
-changed in place and keeps its parameters, and its state dict their names.
+changed in place; its parameters stay, and so do their names in its state dict.
 
 Source: SuperServe (NSDI '25), appendix A.1.
 """
@@ -66,7 +66,7 @@ OPERATORS: Mapping[type[nn.Module], type[Operator]] = {
     nn.BatchNorm2d: SubnetNorm2d,
     nn.BatchNorm3d: SubnetNorm3d,
 }
-"""What each layer becomes. Subclasses stay as they are: nobody knows what their forward does."""
+"""What each layer becomes. Subclasses stay as they are, because their forward may do anything."""
 
 DepthRule = Callable[[int, int], tuple[int, ...]]
 """From a depth and the number of blocks to the blocks that run."""
@@ -284,7 +284,7 @@ def _insert(
         operators.append(operator)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
-            # It would hand padded batches to its layers as nested tensors, for its fused kernels alone.
+            # It would pass padded batches to its layers as nested tensors, which only its fused kernels take.
             module.use_nested_tensor = False
     stages = tuple(
         LayerSelect(tuple(switched(block.module, cursor, settings.add(True)) for block in stage))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-# Not specialised: else it would be compiled anew for lengths that 16 divides, and for others.
+# Not specialised: otherwise it would be compiled once for lengths that 16 divides, and again for others.
 @triton.jit(do_not_specialize=["n_rows", "n_eighths"])  # type: ignore[untyped-decorator, unused-ignore]
 def normalise(  # type: ignore[no-untyped-def]  # Triton reads annotations, and knows its own alone
     out,

@@ -10,8 +10,8 @@ and actuation is one store of it.
 
 Only outputs are chosen. Inputs follow the activation: a layer that is given 48 channels uses
 the first 48 of its inputs, a norm the first 48 of its scales, a depthwise convolution the first
-48 of its groups. So nobody has to say which layer feeds which, and residual streams work. What
-this cannot follow is a concatenation: the first n of it are not the first of each part.
+48 of its groups. So you need not declare which layer feeds which, and residual streams work. Only
+a concatenation does not work: the first n of it are not the first of each part.
 
 Source: SubNetAct, SuperServe (NSDI '25).
 """
@@ -126,7 +126,7 @@ class Operator:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # as above
-        self.forget()  # a deep copy's views are no views of its own parameters
+        self.forget()  # the views in a deep copy are not views of the copy's parameters
 
 
 class LayerSelect:
@@ -176,8 +176,8 @@ class WeightSlice(Operator):
     """A layer of which a subnet uses the first outputs and the first inputs.
 
     A slice is a view of the resident parameters, made once for each size and shared by all
-    subnets that use it. While gradients are recorded, slices are made anew, as autograd needs.
-    `pack` puts a contiguous copy in a view's stead.
+    subnets that use it. While gradients are recorded, each pass makes new slices, as autograd
+    requires. `pack` replaces a view by a contiguous copy.
     """
 
     weight: torch.Tensor  # (out, in, ...)
@@ -213,7 +213,7 @@ class WeightSlice(Operator):
         return Parameters(weight[:outputs, :inputs], None if bias is None else bias[:outputs])
 
     def pack(self, key: tuple[int, int]) -> None:
-        """Put a contiguous copy, in the weight's own memory format, in the stead of the view `key`."""
+        """Replace the view `key` by a contiguous copy, in the weight's memory format."""
         view = self.slices[key]
         # A bias's slice is contiguous as it is.
         self.slices[key] = self.packed[key] = Parameters(self._copied(view.weight), view.bias)
@@ -242,7 +242,7 @@ class WeightSlice(Operator):
 
 
 def is_packed_already(weight: torch.Tensor) -> bool:
-    """Tell whether a slice lies in memory as a layer of its own size would."""
+    """Return whether a slice has the memory layout of a separate layer of that size."""
     return weight.is_contiguous() or (
         weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     )
@@ -387,8 +387,8 @@ class SubnetNorm(Operator):
 
         Args:
             x: (B, C, ...).
-            residual: Added to what is normalised, where a model says so by `normed`.
-            rectifies: Whether a ReLU comes last, likewise.
+            residual: Added to the normalised x, in models that use `normed`.
+            rectifies: Whether a ReLU comes last, in models that use `normed`.
         """
         channels = x.shape[1]
         setting: Statistics | NormCalibration | None = self.cursor.settings[self.place]
@@ -468,8 +468,8 @@ def normed(
 ) -> torch.Tensor:
     """Return relu(norm(x) + residual), without the parts that are not asked for; (B, C, ...).
 
-    A model that says it so rather than in three lines has them done by one kernel in inference on CUDA;
-    anywhere else it is the same in plain torch.
+    In inference on CUDA one kernel does all three for a model that calls this; anywhere else it is the same
+    as three lines of plain torch.
     """
     if isinstance(norm, SubnetNorm):
         found: torch.Tensor = norm(x, residual, rectifies)

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from gpu_worker.supernet.operators import Settings
 
 MAX_PREPARED = {"cpu": 1_024}
-"""By device, the subnets that are ready to run, unless more are pinned: on a CPU that is mere views."""
+"""By device, the most subnets that are ready to run, unless more are pinned: on a CPU they are only views."""
 
 MAX_PREPARED_ELSEWHERE = 64
-"""The same for other devices: there their statistics rest; all others' are in host memory."""
+"""The limit for other devices, which hold these subnets' statistics; all others' are in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class MemoryReport:
         return self.shared + self.statistics_resident + self.packed
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Return the report in one line."""
         return (
             f"{self.n_subnets} subnets: {_mb(self.shared)} shared, "
             f"{_mb(self.statistics_resident)} of statistics for {self.n_resident} resident subnets, "
@@ -146,7 +146,7 @@ class Supernet(nn.Module):
                 supernet was trimmed to others.
         """
         if self._trimmed_to is not None and subnet.name not in self._trimmed_to:
-            raise ConfigError(f"subnet {subnet.name}: the supernet was trimmed to others: make it anew")
+            raise ConfigError(f"subnet {subnet.name}: the supernet was trimmed to others: build it again")
         try:
             sizes = self.controls.sizes_of(subnet.control)
         except ConfigError as error:
@@ -196,7 +196,7 @@ class Supernet(nn.Module):
         return self._statistics
 
     def set_statistics(self, statistics: Mapping[str, SubnetStatistics]) -> None:
-        """Hold these statistics, by subnet name, beside those held already.
+        """Add these statistics, by subnet name, to those held already.
 
         Raises:
             ConfigError: Naming the subnet and the norm of which a number of channels does not fit.
@@ -221,9 +221,9 @@ class Supernet(nn.Module):
     def pack(self, rows: Iterable[int], example: torch.Tensor, *, budget_bytes: int) -> int:
         """Copy the slices of these subnets that are not contiguous, up to a budget; return the bytes.
 
-        Where a slice lies apart in memory, a convolution's kernels gather it anew on every pass.
-        Earlier rows come first, and in each the slices that save most. A copy does not follow
-        when parameters are written in place: pack again then.
+        If a slice is scattered in memory, a convolution's kernels gather it on every pass. Earlier
+        rows come first, and in each the slices that save most. A copy does not change when
+        parameters are written in place: pack again then.
 
         Args:
             rows: Subnets in use.
@@ -250,7 +250,7 @@ class Supernet(nn.Module):
         return spent
 
     def trim(self, example: torch.Tensor) -> None:
-        """Give up what no hosted subnet uses: then these, and no others, can be hosted.
+        """Drop everything that no hosted subnet uses: then only these subnets can be hosted.
 
         A layer keeps the outputs and inputs of its largest slice, a norm its most channels, a block that
         never runs nothing. Attention layers and LayerNorms stay whole.
@@ -312,7 +312,7 @@ class Supernet(nn.Module):
     # --- moving -------------------------------------------------------------------------------
 
     def to_half(self, dtype: torch.dtype = torch.float16) -> None:
-        """Cast all but SubnetNorm, whose statistics and scales stay float32: they are small, and matter."""
+        """Cast everything except SubnetNorm: its statistics and scales are small, and rounding matters."""
         for module in self.model.modules():
             if not isinstance(module, SubnetNorm):
                 for name, parameter in module.named_parameters(recurse=False):
@@ -338,10 +338,10 @@ class Supernet(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._one_pass = threading.Lock()
-        self._refresh()  # a deep copy's views are no views of its own statistics
+        self._refresh()  # the views in a deep copy are not views of the copy's statistics
 
     def _refresh(self) -> None:
-        """Make what is prepared anew: parameters or statistics have moved."""
+        """Prepare all subnets again: parameters or statistics have moved."""
         row = self.cursor.chosen.row
         self._forget()
         for pinned in self._pinned:

@@ -2,9 +2,9 @@
 
     python -m loadgen.bench [--only NAME]... [--seconds N] [--out out/bench]
 
-Everything runs on this machine, so absolute figures are this machine's, at this hour; the
-ratio is what travels. The reference of the rates is a bare pyzmq ROUTER that echoes, under
-the same senders, schedule and criterion: 99.9 % answered within the SLO of their due instant.
+Everything runs on this machine, so absolute figures are this machine's, at this hour; only ratios
+are comparable. The reference of the rates is a bare pyzmq ROUTER that echoes, with the same senders,
+schedule and criterion: 99.9 % answered within the SLO of their due instant.
 """
 
 from __future__ import annotations
@@ -55,26 +55,26 @@ if TYPE_CHECKING:
 PROFILE = "cnn-8gpu-modelled"
 POLICY = "slackfit"
 RATE_POLICY = "mincost"
-"""For the rates: the quickest subnet, so that what is measured is the path. SlackFit fills the slack
-by design, and then any stall of a shared machine costs attainment, whatever the rate."""
+"""For the rates: the quickest subnet, so that the path is measured. SlackFit fills the slack by design,
+and then any stall of a shared machine costs attainment, at any rate."""
 SLO_NS = 36 * MS
 ENOUGH = 0.999
 """Attainment at which a rate holds."""
 N_CLIENTS = 1_000
-"""Small clients of `message_per_query_qps`, dealt out to the sender processes."""
+"""Small clients of `message_per_query_qps`, shared out over the sender processes."""
 IMAGE_BYTES = 150_528
 """224 x 224 x 3: an image."""
 N_SENDERS = 2
-"""Sender processes with one query a message or submit, the echo's included."""
+"""Sender processes with one query in each message or submit, also for the echo."""
 QPS_PER_GPU = 1_200
 """Emulated GPUs are added with the rate; one does 2,177 q/s of the quickest subnet in full batches.
-Nearer to that a stall leaves a backlog which drains slowly, and GPUs are not what is measured."""
+Closer to that, a stall leaves a backlog that drains slowly, and GPUs are not what is measured."""
 NOISY_NS = 4 * MS
 """A probe that fails while the noise probe's p99.9 is above this is repeated once."""
 REPEAT_PROBES_S, REPEAT_LONG_S = 40.0, 75.0
-"""After so long a search repeats no short probe, no long run: on a noisy machine too there is an end."""
+"""After this long a search repeats no short probe, or no long run: on a noisy machine it must end too."""
 LEAST_SLEEP_NS = MS // 2
-"""Of a sender with one query a message, where the highest rate is sought."""
+"""Least sleep of a sender with one query in each message, when the highest rate is searched."""
 _ECHO = "pyzmq ROUTER echo"
 _BUDGET = "budget"
 
@@ -93,7 +93,7 @@ class Bench:
 
     Args:
         seconds: Length of a probe. A confirming run takes four times as long.
-        say: Told what is being done.
+        say: Receives what is being done.
     """
 
     def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
@@ -121,7 +121,7 @@ class Bench:
         return self._beside_echo("end_to_end_qps", found, conditions)
 
     def end_to_end_threads_qps(self) -> BenchRow:
-        """The same through `Client`, whose I/O thread shares the interpreter with whoever submits."""
+        """The same through `Client`, whose I/O thread shares the interpreter with the submitting thread."""
         found = self._search(partial(self._offer_client, "client"), start_qps=20_000)
         conditions = self._rate_conditions(
             found, senders=N_SENDERS, submit="Client.submit, one query a call", **_emulation()
@@ -137,7 +137,7 @@ class Bench:
         return self._beside_echo("end_to_end_bulk_qps", found, conditions)
 
     def message_per_query_qps(self) -> BenchRow:
-        """The highest rate of a thousand small clients, whose every query is a message of its own."""
+        """The highest rate of a thousand small clients that send each query as a separate message."""
         with echo_server() as (endpoint, _):
             plan = self._small_clients("many-echo", endpoint)
             echo = self._search(lambda rate, s: self._offer(plan, rate, s), start_qps=12_000)
@@ -273,7 +273,7 @@ class Bench:
     # --- cost and latency ---------------------------------------------------------------
 
     def router_cpu_us_per_query(self) -> BenchRow:
-        """The router's CPU time a query, beside the echo's at the same rate."""
+        """The router's CPU time for each query, compared with the echo's at the same rate."""
         rate_qps = 10_000.0
         trace, _ = _poisson(rate_qps, 2 * self.seconds)
         emulation = Emulation(PROFILE, n_gpus(rate_qps), POLICY)
@@ -286,11 +286,11 @@ class Bench:
         )  # fmt: skip
 
     def added_latency_p50_ms(self) -> BenchRow:
-        """The median of what the path adds at low load."""
+        """The median latency that the path adds at low load."""
         return self._added_latency("added_latency_p50_ms", 500)
 
     def added_latency_p99_ms(self) -> BenchRow:
-        """The p99 of the same."""
+        """The p99 of the latency that the path adds at low load."""
         return self._added_latency("added_latency_p99_ms", 990)
 
     @functools.cached_property
@@ -314,16 +314,16 @@ class Bench:
         )  # fmt: skip
 
     def _echo_at(self, trace: Trace) -> Offered:
-        """Offer a trace to the bare echo from one sender, which sleeps exactly."""
+        """Offer a trace to the bare echo from one sender, which sleeps until the exact instant."""
         with echo_server() as (endpoint, pid):
             plan = SinglePlan("echo", endpoint, "", "", SLO_NS)
             return offer_singly(plan, trace.due_ns, n_senders=1, server_pid=pid)
 
     def gpu_idle_pct(self) -> BenchRow:
-        """The share of time between batches, where the queue is never empty.
+        """The share of time between batches, if the queue is never empty.
 
-        An event log does not say whether queries waited. So more is offered than the GPUs
-        can run, with an SLO so long that all of it waits; the least wait is on record.
+        An event log does not show whether queries waited. So more is offered than the GPUs can run,
+        with an SLO so long that all of it waits; the least wait is recorded.
         """
         policy, slo_ns = "fixed:cnn-78.25", 60_000 * MS
         trace, warm_ns = _poisson(8_800.0, 2 * self.seconds)
@@ -339,7 +339,7 @@ class Bench:
         return BenchRow("gpu_idle_pct", idle, "%", _BUDGET, 3.0, conditions, _ms(run.noise_p99_9_ns))
 
     def router_path_us(self) -> BenchRow:
-        """What a query costs in the router beside sockets, and how that grows with the cluster."""
+        """What a query costs in the router without sockets, and how that grows with the cluster."""
         profile = load_profile(PROFILE)
         base = PathShape(profile)
         usual = path_cost(base, 40_000)
@@ -364,7 +364,7 @@ class Bench:
         return BenchRow("router_path_us", usual.total_us, "us", _BUDGET, 20.0, conditions)
 
     def router_churn_mb(self) -> BenchRow:
-        """How much the router's memory grows from half to all of a million queries of a thousand clients."""
+        """How much the router's memory grows during the second half of a million queries of 1,000 clients."""
         with emulated(Emulation(PROFILE, 32, RATE_POLICY)) as cluster:
             assert cluster.router is not None, "a private cluster has a router of its own"
             seen = churn(cluster.client_endpoint, cluster.router.pid, n_clients=1_000, n_each=1_000)
@@ -379,12 +379,12 @@ class Bench:
     # --- single calls -------------------------------------------------------------------
 
     def policy_decision_us(self) -> BenchRow:
-        """What one decision of the dearest policy takes, DemandFit; beside it SlackFit's."""
+        """What one decision of DemandFit, the most expensive policy, takes; also SlackFit's."""
         value, conditions = bench_calls.decisions_us(load_profile(PROFILE))
         return BenchRow("policy_decision_us", value, "us", _BUDGET, 20.0, conditions)
 
     def simulator_x_realtime(self) -> BenchRow:
-        """How much faster than its cluster the simulator is, on one processor, at 7,000 q/s and 8 GPUs."""
+        """How much faster than real time the simulator is, on one processor, at 7,000 q/s and 8 GPUs."""
         found = bench_simulator.fastest(seconds=8 * self.seconds)
         conditions = asdict(found) | {"rate_qps": bench_simulator.RATE_QPS, "gpus": bench_simulator.N_GPUS}
         must_x = bench_simulator.MUST_X
@@ -395,16 +395,16 @@ class Bench:
         return _subnetact().actuation()
 
     def actuated_over_extracted(self) -> BenchRow:
-        """A batch on a subnet in place over the same on that subnet alone, by views, batch 1."""
+        """A batch on a subnet in place over the same on the extracted subnet, by views, batch 1."""
         return _subnetact().actuated_over_extracted()
 
     def memory_ratio(self) -> BenchRow:
-        """Six subnets on their own over the supernet that hosts 32 of them."""
+        """Six extracted subnets over the supernet that hosts 32."""
         return _subnetact().memory_ratio()
 
 
 def _on_gpu(measure: str) -> Callable[[Bench], BenchRow]:
-    """Return what measures a row of `OnGpu`, or says why there is none to measure on."""
+    """Return the function that measures a row of `OnGpu`, or raises the reason why it cannot."""
 
     def row(_bench: Bench) -> BenchRow:
         try:
@@ -457,12 +457,12 @@ ROWS: dict[str, Callable[[Bench], BenchRow]] = {
 
 
 def n_gpus(rate_qps: float) -> int:
-    """Return how many emulated GPUs a rate is given."""
+    """Return how many emulated GPUs a rate gets."""
     return max(2, math.ceil(rate_qps / QPS_PER_GPU))
 
 
 def _poisson(rate_qps: float, seconds: float) -> tuple[Trace, int]:
-    """Return arrivals that warm up and then count for `seconds`, and the instant they count from."""
+    """Return arrivals that warm up and then count for `seconds`, and the instant from which they count."""
     warm_s = _warm_s(seconds)
     return load_trace(f"poisson:rate={rate_qps:.6g}", duration_s=warm_s + seconds), int(warm_s * 1e9)
 
@@ -474,7 +474,7 @@ def _warm_s(seconds: float) -> float:
 def _judged(
     rate_qps: float, is_soon: npt.NDArray[np.bool_], lag_ns: npt.NDArray[np.int64], noise_ns: int
 ) -> Probe:
-    """Return the verdict on a run; a negative lag is of a query that was not sent."""
+    """Return the verdict on a run; a negative lag belongs to a query that was not sent."""
     share = float(is_soon.mean()) if len(is_soon) else 0.0
     was_sent = lag_ns >= 0
     lag = quantile_ns(lag_ns[was_sent], 999) or 0
@@ -504,7 +504,7 @@ def _ms(ns: int | None) -> float | None:
 def _rate_row(
     name: str, found: Probe, reference: str, beside: Probe | float | None, conditions: dict[str, Any]
 ) -> BenchRow:
-    """Return a rate's row; a rate that no long run confirmed is no rate."""
+    """Return a rate's row; a rate that no long run confirmed does not count."""
     value = found.rate_qps if found.holds else None
     reference_value = value if isinstance(beside, Probe) else beside
     return BenchRow(name, value, "q/s", reference, reference_value, conditions, found.noise_ns / MS)
@@ -540,7 +540,7 @@ def _number(value: float | None) -> str:
 def measure(
     names: tuple[str, ...], seconds: float, folder: Path, say: Callable[[str], None]
 ) -> list[BenchRow]:
-    """Measure the rows of these names, writing each as it is found; return those that were not skipped.
+    """Measure the rows of these names, and write each as it is found; return those that were not skipped.
 
     Raises:
         SuperServeError: A process did not start, or died.

@@ -1,25 +1,25 @@
 """The best that any schedule could do: an upper bound on whole traces, by a fluid relaxation.
 
-A policy decides without knowing what comes. The bound knows every arrival, and is freed of what
-makes scheduling hard: it is the value of a linear program to which every real schedule gives a
-solution, so no policy, simulated or live, does better. It may well be out of reach itself.
+A policy decides without knowing what comes. The bound knows every arrival, and ignores what makes
+scheduling hard: it is the value of a linear program to which every real schedule gives a solution, so
+no policy, simulated or live, does better. It may be out of reach itself.
 
-**What is relaxed.** Time is cut into bins. A query is served by any shares of any bins between the
-one in which it arrives and the one in which its deadline lies: arrivals are rounded down, deadlines
-up. A subnet costs each query the least share of a batch's time that any batch size gives it, among
-the sizes that end within the query's own SLO. A GPU of a kind gives each bin its length.
+**What is relaxed.** Time is divided into bins. A query may be served by any shares of any bins between
+the one in which it arrives and the one with its deadline: arrivals are rounded down, deadlines up. A
+subnet costs each query the least share of a batch's time over all batch sizes that end within the
+query's own SLO. A GPU of a kind gives each bin its length.
 
-**Why it bounds.** Take any real schedule, and let each query on time draw its batch's time, divided
-by the batch's queries, evenly while the batch runs. That lies within its window; no GPU gives more
-than a bin's length in a bin; and a query draws at least its subnet's least share, since a batch
-that answers it on time ends within its SLO. So it is a solution of the program, with the same worth.
-Median latencies are used: emulated and simulated GPUs take just these. For GPUs that are at times
-faster the bound holds in expectation only.
+**Why it bounds.** Take any real schedule, and charge each query on time its batch's time, divided by the
+batch's queries, evenly while the batch runs. That is within its window; no GPU gives more than a bin's
+length in a bin; and a query is charged at least its subnet's least share, since a batch that answers it
+on time ends within its SLO. So this is a solution of the program, with the same value. Median latencies
+are used, because emulated and simulated GPUs take exactly these. For GPUs that are sometimes faster the
+bound holds only in expectation.
 
 **Why it is small.** Queries of one SLO have windows in the order of arrival, so serving them first in,
-first out loses nothing, on each kind of GPU: per SLO and kind what has been served by the end of a bin
-must lie between what arrived by then and what arrived a window before. That takes three variables and
-three constraints a bin, not one for each pair of bin and query. Subnets below the concave hull of
+first out loses nothing, on each kind of GPU: for each SLO and kind, what has been served by the end of a
+bin must be between what arrived by then and what arrived a window before. That takes three variables and
+three constraints a bin, instead of one for each pair of bin and query. Subnets below the concave hull of
 accuracy over cost are left out: a mix of their neighbours is as accurate for less.
 
 The linear program's value is not taken from the solver: see `loadgen.bound.highs`.
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     Ints = npt.NDArray[np.int64]
 
 BINS_PER_SLO = 4
-"""Bins in the shortest SLO, unless the caller says how wide they are.
+"""Bins in the shortest SLO, unless the caller sets their width.
 
 On the cells of docs/demandfit.md four times as many lower the bound by less than 0.001 points, and the
 solver then takes some thirty times as long.
@@ -57,15 +57,15 @@ TIME_LIMIT_S = 600.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BoundWorkload:
-    """What is to be served: one entry for each query, shape (n,) each.
+    """The queries to serve: one entry each, shape (n,).
 
     Attributes:
         due_ns: When it arrives, at least 0, ascending.
         slo_ns: From then to its deadline.
-        floor: The smallest row of the profile that it may be served by.
+        floor: The smallest row of the profile that may serve it.
 
     Raises:
-        ConfigError: A column is not so.
+        ConfigError: A column is malformed.
     """
 
     due_ns: Ints
@@ -91,19 +91,19 @@ class BoundWorkload:
 
 
 def uniform(due_ns: Ints, *, slo_ns: int, floor: int = 0) -> BoundWorkload:
-    """Return a workload whose queries all have one SLO and one floor."""
+    """Return a workload whose queries all have the same SLO and floor."""
     n = len(due_ns)
     return BoundWorkload(due_ns, np.full(n, slo_ns, dtype=np.int64), np.full(n, floor, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)
 class FluidBound:
-    """Upper bounds on what any schedule of a workload attains. Each is a bound alone, not both at once.
+    """Upper bounds on what any schedule of a workload attains. Each holds on its own, not both at once.
 
     Attributes:
         accuracy: Summed accuracy of the queries answered on time, over all queries; percent.
         attainment: Share of all queries answered on time.
-        bin_ns: Width of the bins that gave them.
+        bin_ns: Width of the bins that were used.
         is_tight: Whether the solver reached its optimum: if not, lower bounds exist.
     """
 
@@ -125,7 +125,7 @@ def fluid_bound(
     Args:
         workload: The queries.
         gpus: The profile of each GPU; equal ones are one kind.
-        bin_ns: Width of the bins; narrower ones are tighter, and cost more time. None is the shortest
+        bin_ns: Width of the bins; narrower ones are tighter, and take longer. None is the shortest
             SLO over `BINS_PER_SLO`.
         time_limit_s: How long each of the two programs may take.
 
@@ -154,17 +154,17 @@ def fluid_bound(
 def options(
     profile: Profile, slo_ns: int, floor: int, *, count_only: bool = False
 ) -> tuple[tuple[float, float], ...]:
-    """Return the ways to serve one query that are worth having: (worth, cost in nanoseconds).
+    """Return the useful ways to serve one query: (worth, cost in nanoseconds).
 
     Args:
         profile: Latencies by row and batch size.
         slo_ns: A batch must end within it.
         floor: The smallest row allowed.
-        count_only: A query on time is worth 1, not its accuracy: then the cheapest way is the only one.
+        count_only: A query on time is worth 1, not its accuracy; then only the cheapest way is useful.
     """
     frontier = profile.frontier(floor=floor, limit_ns=slo_ns)
     if count_only:
-        # The row at the floor is the cheapest (P2), and may itself lie below the hull of accuracies.
+        # The row at the floor is the cheapest (P2), and may itself be below the hull of accuracies.
         sizes = zip(profile.batch_sizes, profile.subnets[floor].latency_ns, strict=True)
         return ((1.0, min(ns / size for size, ns in sizes if ns <= slo_ns)),) if frontier else ()
     return tuple((profile.subnets[row].accuracy, cost_ns) for row, cost_ns in frontier)
@@ -194,14 +194,14 @@ class _Fluid:
                 self._first_in_first_out(slo_ns, n_gpus, rows, entries)
 
     def _window(self, slo_ns: Ints) -> Ints:
-        """Return how many bins a query may be served in, from the one it arrives in."""
+        """Return in how many bins a query may be served, from the one in which it arrives."""
         return -(-slo_ns // self._bin_ns) + 1
 
     def _arrivals(self, slo_ns: int, kinds: Sequence[Profile]) -> list[list[tuple[Ints, Ints, float]]]:
         """Add, for each bin's queries of this SLO, how many are served by which kind and subnet, by floor.
 
         Returns:
-            For each kind of GPU, what it gets to do: bins, variables, and the cost of one query in bins.
+            For each kind of GPU, its work: bins, variables, and the cost of one query in bins.
         """
         workload, program = self._workload, self.program
         work: list[list[tuple[Ints, Ints, float]]] = [[] for _ in kinds]
@@ -221,9 +221,9 @@ class _Fluid:
     def _first_in_first_out(
         self, slo_ns: int, n_gpus: int, capacity: Ints, entries: Sequence[tuple[Ints, Ints, float]]
     ) -> None:
-        """Let one kind of GPU serve what it gets of one SLO, each query within its window.
+        """Make one kind of GPU serve its work of one SLO, each query within its window.
 
-        backlog(t) = backlog(t-1) + work(t) - service(t), and what is left after a bin came within the
+        backlog(t) = backlog(t-1) + work(t) - service(t), and what is left after a bin arrived within the
         last window less one bin: backlog(t) <= work(t-window+2) + ... + work(t).
         """
         program, n_bins = self.program, self._n_bins

@@ -1,9 +1,9 @@
 """Linear and integer programs, column by column, and bounds on them that hold whatever the solver did.
 
-HiGHS stops within tolerances, or at a time limit. What is published as a bound must not rest on
-that. Of a linear program its duals are taken, and the value that weak duality proves from them is
-computed here: any duals prove a bound, good ones a tight one. Of an integer program the solver's
-dual bound is taken, never the best solution that it found.
+HiGHS stops within tolerances, or at a time limit, and a published bound must not depend on that. For a
+linear program the solver's duals are used, and the value that weak duality proves from them is computed
+here: any duals prove a bound, good ones a tight one. For an integer program the solver's dual bound is
+used, never the best solution that it found.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What is proved about a program that maximises.
+    """What is proved about a maximisation.
 
     Attributes:
         upper: No solution is worth more.
-        found: The worth of the best solution found; None if none was.
-        is_optimal: Whether the solver says that `found` is the optimum, within its tolerances.
+        found: The worth of the best solution found; None if there is none.
+        is_optimal: Whether the solver reports `found` as the optimum, within its tolerances.
     """
 
     upper: float
@@ -74,16 +74,16 @@ class Program:
 
         Raises:
             ConfigError: highspy is not installed.
-            ProcessError: The solver ended without anything that proves a bound.
+            ProcessError: The solver ended without a bound.
         """
         highspy = _highspy()
-        # The class below its wrapper: the wrapper prints a banner before anything can silence it.
+        # The class below its wrapper: the wrapper prints a banner before it can be silenced.
         solver = highspy.Highs.__base__()
         solver.setOptionValue("output_flag", False)
         solver.setOptionValue("time_limit", time_limit_s)
         is_integer = any(part.any() for part in self._integral)
         if not is_integer:
-            # Vertices are not needed, and half the time goes into walking to one.
+            # Vertices are not needed, and finding one takes half the time.
             solver.setOptionValue("solver", "ipm")
             solver.setOptionValue("run_crossover", "off")
         solver.passModel(self._model(highspy))
@@ -100,18 +100,18 @@ class Program:
         return Bound(self._proved(duals), found, is_optimal)
 
     def _trivial(self) -> float:
-        """Return what every variable at its upper limit would be worth, for a solver that proved nothing."""
+        """Return the worth of all variables at their upper limits, for a solver that proved nothing."""
         return float(np.maximum(np.concatenate(self._worth), 0) @ np.concatenate(self._upper))
 
     def _proved(self, duals: Floats) -> float:
-        """Return the bound that weak duality proves from prices of the rows, any prices.
+        """Return the bound that weak duality proves from any prices of the rows.
 
         With prices p of the rows, worth @ x = p @ (A x) + (worth - p @ A) @ x. The first part is at
         most each price times the limit of its row on that side, the second at most each positive
         remainder times the limit of its variable.
         """
         lower, upper = np.concatenate(self._row_lower), np.concatenate(self._row_upper)
-        prices = -duals  # HiGHS was given a program that minimises
+        prices = -duals  # HiGHS solved a minimisation
         limit = np.where(prices > 0, upper, lower)
         prices = np.where(np.isfinite(limit), prices, 0.0)
         limit = np.where(np.isfinite(limit), limit, 0.0)
@@ -125,7 +125,7 @@ class Program:
         return np.concatenate(rows), np.concatenate(columns), np.concatenate(values)
 
     def _model(self, highspy: Any) -> Any:
-        """Return the program as HiGHS wants it: minimised, entries by column."""
+        """Return the program in HiGHS's form: minimised, entries by column."""
         rows, columns, values = self._triples()
         order = np.lexsort((rows, columns))
         model = highspy.HighsLp()

@@ -1,4 +1,4 @@
-"""`loadgen`: offer a trace to a router, open loop, and report honestly what came of it."""
+"""`loadgen`: offer a trace to a router, open loop, and report the outcome honestly."""
 
 from __future__ import annotations
 

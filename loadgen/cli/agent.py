@@ -13,11 +13,9 @@ from superserve.errors import ConfigError, SuperServeError
 
 @click.command("agent")
 @click.option("--listen", default="127.0.0.1:0", show_default=True, metavar="ADDRESS:PORT")
-@click.option(
-    "--insecure", is_flag=True, help="Listen beyond loopback: whoever reaches the port can have load sent."
-)
+@click.option("--insecure", is_flag=True, help="Listen beyond loopback: anyone there can make it send load.")
 def agent_command(listen: str, insecure: bool) -> None:
-    """Send shares of runs that `loadgen run --generators` deals out, until Ctrl-C or SIGTERM."""
+    """Send shares of runs of `loadgen run --generators`, until Ctrl-C or SIGTERM."""
     try:
         _check_address(listen, insecure=insecure)
         agent = Agent(f"tcp://{listen}")
@@ -30,7 +28,7 @@ def agent_command(listen: str, insecure: bool) -> None:
 
 
 def _check_address(listen: str, *, insecure: bool) -> None:
-    """Raise ConfigError unless it is ADDRESS:PORT, and on loopback or allowed beyond it."""
+    """Raise ConfigError unless it is ADDRESS:PORT, on loopback or allowed beyond it."""
     host, colon, port = listen.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65_535:
         raise ConfigError(f"--listen: expected ADDRESS:PORT, such as 10.0.0.5:7000, got {listen!r}")
@@ -40,6 +38,6 @@ def _check_address(listen: str, *, insecure: bool) -> None:
         raise ConfigError(f"--listen: expected an address of this host, not a name, got {host!r}") from error
     if not address.is_loopback and not insecure:
         raise ConfigError(
-            f"--listen {listen}: whoever reaches this port can have load sent anywhere: "
+            f"--listen {listen}: anyone who reaches it can make it send load anywhere: "
             "on a network that you trust add --insecure; else use an ssh tunnel to a loopback port"
         )

@@ -1,4 +1,4 @@
-"""`loadgen calibrate`: what this generator can do alone, at a rate, with no cluster to blame."""
+"""`loadgen calibrate`: what this generator can do alone, at a rate, without a cluster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from superserve.errors import SuperServeError
 @click.option("--trace", "spec", default="poisson:rate=10000", show_default=True, help="A file or a spec.")
 @options.rate
 @click.option(
-    "--seconds", type=click.FloatRange(0.1, 60), default=2.0, show_default=True, help="How much of it."
+    "--seconds", type=click.FloatRange(0.1, 60), default=2.0, show_default=True, help="How much to offer."
 )
 @click.option("--slo-ms", type=click.FloatRange(0.1, 86_400_000), default=36.0, show_default=True)
 @options.senders
@@ -35,9 +35,9 @@ def calibrate_command(
     payload_bytes: int,
     is_json: bool,
 ) -> None:
-    """Offer the start of a trace to a null sink, and say how late this generator alone sends it.
+    """Offer the start of a trace to a null sink, and print how late this generator alone sends it.
 
-    Exits 1 if a run with such a lag would not count.
+    Exit 1 if a run with such a lag would be invalid.
     """
     try:
         trace = load_trace(spec, rate_qps=rate, duration_s=None if Path(spec).exists() else seconds)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @click.command("compare")
 @click.option(
-    "--simulate", "is_simulated", is_flag=True, help="On a virtual clock, not with processes of this machine."
+    "--simulate", "is_simulated", is_flag=True, help="Use a virtual clock, not this machine's processes."
 )
 @click.option("--policy", "policies", multiple=True, default=("slackfit",), show_default=True)
 @click.option("--baselines", "with_baselines", is_flag=True, help="Add every fixed subnet and mincost.")
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
     help="A file or spec; several give a cell each.  [default: the paper's cells]",
 )  # fmt: skip
 @options.maf
-@click.option("--cell", "chosen", multiple=True, metavar="TEXT", help="Only cells whose name holds this.")
+@click.option("--cell", "chosen", multiple=True, metavar="TEXT", help="Only cells whose name contains this.")
 @click.option("--emulate", default="cnn-8gpu-modelled:8", show_default=True, metavar="PROFILE:N[,...]")
 @pace_options
-@click.option("--rate", type=float, help="Mean rate of the traces given.")
+@click.option("--rate", type=float, help="Mean rate of the given traces.")
 @click.option("--duration", type=float, default=30.0, show_default=True, help="Seconds of each cell.")
 @click.option("--slo-ms", default="36", show_default=True, metavar="MS[:WEIGHT],...")
-@click.option("--floor", metavar="ACCURACY[:SHARE]", help="Of the traces given.")
+@click.option("--floor", metavar="ACCURACY[:SHARE]", help="A floor for the given traces.")
 @click.option("--seeds", type=click.IntRange(1, 1_000), default=5, show_default=True, help="Of each cell.")
 @click.option("--bound/--no-bound", "with_bound", default=True, show_default=True, help="Compute the bound.")
 @options.processes
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 @click.option("--markdown", "page_path", type=options.FILE, help="Write the table, for a page.")
 @click.option(
     "--judge", "is_judged", is_flag=True,
-    help="Exit 1 unless every other policy may take the first one's place: see loadgen/study/verdict.py.",
+    help="Exit 1 unless every other policy may replace the first: see loadgen/study/verdict.py.",
 )  # fmt: skip
 def compare_command(
     is_simulated: bool,
@@ -76,12 +76,12 @@ def compare_command(
     page_path: Path | None,
     is_judged: bool,
 ) -> None:
-    """Serve the same queries under each policy, and print attainment, accuracy, and how far the bound is.
+    """Serve the same queries under each policy; print attainment, accuracy, and the distance to the bound.
 
     Without --trace: MAF, the bursty and the accelerating cells of the paper, mixes of SLOs, unequal
-    GPUs and an accuracy floor; the paper's headline comparisons where the baselines ran. Live, each
-    policy has a private cluster of emulated GPUs, and takes its turn with each seed's queries; exits 1
-    if a run was invalid.
+    GPUs and an accuracy floor; with baselines also the paper's headline comparisons. Live, each
+    policy has a private cluster of emulated GPUs, and policies take turns with each seed's queries;
+    exit 1 if a run was invalid.
     """
     try:
         if not is_simulated and not (traces or chosen):

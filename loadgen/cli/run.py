@@ -1,4 +1,4 @@
-"""`loadgen run`: offer a trace to a live cluster, and say what came of it, each second and at the end."""
+"""`loadgen run`: offer a trace to a live cluster, and print the outcome, each second and at the end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from loadgen.traces.trace import Trace
 
 _CALIBRATED_FROM_NS = 10_000 * MS
-"""A run of this length or more is calibrated first, unless told otherwise: it takes some two seconds."""
+"""A run of at least this length is calibrated first by default, because that takes some two seconds."""
 
 
 @click.command("run")
@@ -54,18 +54,18 @@ _CALIBRATED_FROM_NS = 10_000 * MS
 @click.option("--policy", help=f"Policy of the private router.  [default: {options.DEFAULT_POLICY}]")
 @options.senders
 @options.payload_bytes
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals that are drawn.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random arrivals.")
 @options.json_file
 @click.option(
     "--json-lines", "is_json", is_flag=True,
-    help="Print a JSON object for each second and one for the result, and all else to stderr.",
+    help="Print a JSON object for each second and one for the result, and everything else to stderr.",
 )  # fmt: skip
 @options.report_file
 @click.option("--logs", type=options.FOLDER, help="Keep event logs here.")
-@click.option("--generators", metavar="HOST:PORT,...", help="Send from the `loadgen agent` of these hosts.")
+@click.option("--generators", metavar="HOST:PORT,...", help="Send from the `loadgen agent` on these hosts.")
 @click.option(
     "--calibrate/--no-calibrate", "is_calibrated", default=None,
-    help="Before it, send a second's worth to a null sink.  [default: if it takes 10 s or more]",
+    help="First send a second's worth to a null sink.  [default: if the run takes 10 s or more]",
 )  # fmt: skip
 def run_command(
     spec: str,
@@ -87,14 +87,14 @@ def run_command(
     is_calibrated: bool | None,
     generators: str | None,
 ) -> None:
-    """Offer a trace, print a line each second, and at the end a table.
+    """Offer a trace, print a line each second, and a table at the end.
 
     Ctrl-C ends it early, with the table of the trace up to there, marked as partial, and exit code 130; a
-    second one gives up. SIGTERM, SIGHUP and a reader that closes the pipe do the same, with 143, 129 and
-    141. Exits 1 if the run is invalid or an event log shows a violation.
+    second Ctrl-C gives up. SIGTERM, SIGHUP and a reader that closes the pipe do the same, with 143, 129 and
+    141. Exit 1 if the run is invalid or an event log shows a violation.
 
     Longer runs are calibrated first: the same senders offer the trace's first second to a sink that answers
-    at once. What is late there is this machine's doing, not the server's.
+    at once. Any lag there is caused by this machine, not by the server.
     """
     say = partial(echo, err=is_json)
     endings = _begun()
@@ -141,7 +141,7 @@ def run_command(
 def _recorded(
     measured: Run, trace: Trace, settings: RunSettings, target: Emulation | str, report: EventLogReport | None
 ) -> RunResult:
-    """Return the result with its timeline, and what it takes to make the run again."""
+    """Return the result with its timeline, and what is needed to repeat the run."""
     if measured.result.partial:
         trace = trace.scaled(duration_s=measured.result.duration_s)
     environment = _environment(trace, settings, target, measured, report)
@@ -149,7 +149,7 @@ def _recorded(
 
 
 def _begun() -> Endings:
-    """Return what ends the command early; it handles signals until the command ends."""
+    """Return the handler of signals that end the command early, active until the command ends."""
     endings = Endings()
     click.get_current_context().call_on_close(endings.end)
     endings.begin()
@@ -159,7 +159,7 @@ def _begun() -> Endings:
 def _write(
     result: RunResult, json_path: Path | None, page_path: Path | None, say: Callable[[str], object]
 ) -> None:
-    """Write what was asked for; where one cannot be written, the other is all the same."""
+    """Write the requested files; if one cannot be written, write the other anyway."""
     try:
         if json_path is not None:
             write(json_path, result.to_json(), say)
@@ -177,7 +177,7 @@ def _offer(
     *,
     is_json: bool,
 ) -> tuple[Run, EventLogReport | None]:
-    """Offer a trace from here, or from `agents` if there are some."""
+    """Offer a trace from here, or from `agents` if there are any."""
     if agents:
         return _offer_across(trace, settings, str(target), agents, watch), None
     if not is_json:
@@ -188,14 +188,14 @@ def _offer(
 
 
 def _is_calibrated(trace: Trace) -> bool:
-    """Tell whether a run is calibrated unless told otherwise: if it is long, and begins with something."""
+    """Return whether a run is calibrated by default: it is long, and its first second has queries."""
     return trace.duration_ns >= _CALIBRATED_FROM_NS and int(trace.due_ns[0]) < SECONDS * 1e9
 
 
 def _offer_across(
     trace: Trace, settings: RunSettings, endpoint: str, agents: tuple[str, ...], watch: Watch
 ) -> Run:
-    """Offer a trace from several hosts, and print how far they are each second."""
+    """Offer a trace from several hosts, and print their progress each second."""
     said_s = 0.0
 
     def on_progress(total: dict[str, int]) -> None:
@@ -210,7 +210,7 @@ def _offer_across(
 
 
 def _show_second(second: Second, *, is_json: bool, endings: Endings) -> None:
-    """Print a second at once, for a reader at the pipe; end the run when that reader has left."""
+    """Print a second at once, for a reader of the pipe; end the run when that reader has left."""
     if not echo(json_line(second.to_dict()) if is_json else second.to_line()):
         endings.signals.append(signal.SIGPIPE)
         endings.stop.set()
@@ -219,7 +219,7 @@ def _show_second(second: Second, *, is_json: bool, endings: Endings) -> None:
 def _environment(
     trace: Trace, settings: RunSettings, target: Emulation | str, measured: Run, report: EventLogReport | None
 ) -> dict[str, Any]:
-    """Return what it takes to make this run again, and what its own checks found."""
+    """Return what is needed to repeat this run, and what its own checks found."""
     cluster = str(target)
     if isinstance(target, Emulation):
         cluster = f"private: {target.n_gpus} emulated GPUs of {target.profile}"

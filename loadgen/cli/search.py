@@ -1,4 +1,4 @@
-"""`loadgen search`: the highest rate with the attainment asked for, live or simulated."""
+"""`loadgen search`: the highest rate with the requested attainment, live or simulated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gpu_worker.serve.eventlog import EventLogReport
     from loadgen.study.search import RateAnswer
 
-_DRAWN_S = 5.0
+_DRAWN_S = 5.0  # of a spec, for each probe
 
 
 @click.command("search")
@@ -39,22 +39,22 @@ _DRAWN_S = 5.0
 )
 @options.connect
 @options.keys
-@click.option("--emulate", metavar="PROFILE:N", help="A private router and N emulated GPUs instead.")
+@click.option("--emulate", metavar="PROFILE:N", help="Use a private router and N emulated GPUs.")
 @click.option(
-    "--simulate", "is_simulated", is_flag=True, help="On a virtual clock; PROFILE:N[,PROFILE:N...]."
+    "--simulate", "is_simulated", is_flag=True, help="Use a virtual clock; PROFILE:N[,PROFILE:N...]."
 )
 @click.option("--policy", help=f"Of the private or simulated router.  [default: {options.DEFAULT_POLICY}]")
 @options.slo_ms
 @click.option(
     "--duration", type=float,
-    help="Seconds of each probe.  [default: 5; a trace with instants of its own is played as a whole]",
+    help="Seconds of each probe.  [default: 5; a recorded trace is played as a whole]",
 )  # fmt: skip
 @click.option("--start", type=float, default=1000.0, show_default=True, help="The first rate, q/s.")
 @click.option("--lowest", type=float, default=1.0, show_default=True, help="The lowest rate, q/s.")
 @click.option("--highest", type=float, default=400_000.0, show_default=True, help="The highest rate, q/s.")
 @click.option(
     "--tolerance", type=click.FloatRange(0.001, 1), default=0.03, show_default=True,
-    help="How far the least rate that fails may lie above the answer, as a share of it.",
+    help="How far the least failing rate may be above the answer, as a share of it.",
 )  # fmt: skip
 @click.option("--max-probes", type=click.IntRange(1, 100), default=20, show_default=True, help="Rates tried.")
 @options.senders
@@ -83,7 +83,7 @@ def search_command(
 ) -> None:
     """Find the highest rate at which enough queries are answered in time, by bisection.
 
-    A probe that fails in noise is repeated, and the rate found must hold twice. Exits 1 if no rate
+    A probe that fails in noise is repeated, and the resulting rate must hold twice. Exit 1 if no rate
     holds, or an event log shows a violation.
     """
     reports: list[EventLogReport] = []

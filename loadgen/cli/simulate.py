@@ -1,4 +1,4 @@
-"""`loadgen simulate`: serve a trace on a simulated cluster, with the core that serves live."""
+"""`loadgen simulate`: serve a trace on a simulated cluster, with the core that also serves live."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ if TYPE_CHECKING:
     "--slo-ms", default="36", show_default=True, metavar="MS[:WEIGHT],...", help="One SLO, or a mix of them."
 )
 @click.option("--floor", metavar="ACCURACY[:SHARE]", help="An accuracy floor for a share of the queries.")
-@click.option("--policy", default=options.DEFAULT_POLICY, show_default=True, help="What the router runs.")
+@click.option("--policy", default=options.DEFAULT_POLICY, show_default=True, help="The router's policy.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of arrivals, mix and network.")
 @click.option("--faults", "faults_path", type=options.FILE, help="A fault file: see docs/simulator.md.")
 @click.option("--fault-seed", type=click.IntRange(0), help="Draw faults from this seed instead.")
-@click.option("--save-faults", type=options.FILE, help="Write the faults as a file that --faults reads.")
+@click.option("--save-faults", type=options.FILE, help="Write the faults to a file that --faults reads.")
 @click.option(
     "--actuation-ms", type=click.FloatRange(0, 60_000), default=0.0, show_default=True,
-    help="What going over to another subnet takes.",
+    help="How long a change of subnet takes.",
 )  # fmt: skip
 @click.option(
     "--like", "like_folder", type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Have messages take what they took in the live run that left its logs here.",
+    help="Delay messages as in the live run that left its logs here.",
 )  # fmt: skip
 @click.option("--clients", type=click.IntRange(1, 10_000), default=1, show_default=True, help="That send.")
 @click.option(
     "--gpus-per-process", type=click.IntRange(1, 4096), default=8, show_default=True,
-    help="A fault befalls a process.",
+    help="GPUs of one worker process; faults affect a process.",
 )  # fmt: skip
 @options.json_file
 @options.report_file
@@ -87,7 +87,7 @@ def simulate_command(
 ) -> None:
     """Serve a trace with the core that serves live, on a virtual clock, and print a table.
 
-    Equal options give equal results, byte for byte: the digest says so.
+    Equal options give equal results, byte for byte: compare the digest.
     """
     try:
         check_outputs({"--json": json_path, "--report": page_path, "--save-faults": save_faults})
@@ -159,7 +159,7 @@ def _show(found: Simulated, duration_s: float, took_s: float, faults: Sequence[F
 def _recorded(
     found: Simulated, workload: Workload, emulate: str, seed: int, faults: Sequence[Fault]
 ) -> RunResult:
-    """Return the result with all that its file keeps; it says that it was simulated."""
+    """Return the result with everything that its file keeps; it is marked as simulated."""
     environment = environment_of(
         trace=workload.trace.provenance, cluster=f"simulated: {emulate}", seed=seed, digest=found.digest,
         faults=[fault.to_dict() for fault in faults], duplicates=found.run.n_duplicates,

@@ -1,4 +1,4 @@
-"""`loadgen trace`: say what a trace is like, and make one out of another."""
+"""`loadgen trace`: describe a trace, and make one from another."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from loadgen.results.tables import check_writable
 from loadgen.traces.cut import Cut, describe, make_trace
 from superserve.errors import SuperServeError
 
-_SEED = click.option("--seed", type=int, default=0, show_default=True, help="Draws whatever is random.")
-_DURATION = click.option("--duration", type=float, help="For how many seconds a spec is drawn.")
+_SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+_DURATION = click.option("--duration", type=float, help="Seconds to draw a spec for.")
 _FUNCTIONS = click.option(
-    "--functions", metavar="top:N|NAMES", help="Of an Azure Functions file, the busiest N or those named."
+    "--functions", metavar="top:N|NAMES", help="Of an Azure Functions file, the busiest N or the named ones."
 )
 _WINDOW = click.option(
     "--window", metavar="START:END",
-    help="END not included: minutes of a Functions 2019 file, by their numbers; else seconds.",
+    help="END is not included: minute numbers of a Functions 2019 file, otherwise seconds.",
 )  # fmt: skip
 
 
 @click.group("trace")
 def trace_group() -> None:
-    """Look at traces and make them. TRACE is a file or a spec, as `loadgen run` takes it."""
+    """Describe traces and make them. TRACE is a file or a spec, as for `loadgen run`."""
 
 
 @trace_group.command()
@@ -51,8 +51,8 @@ def info(spec: str, window: str | None, functions: str | None, duration: float |
 )  # fmt: skip
 @_WINDOW
 @_FUNCTIONS
-@click.option("--squeeze-to", "squeeze_to_s", type=float, metavar="S", help="Into so many seconds.")
-@click.option("--speed-up", type=float, metavar="X", help="So many times as fast.")
+@click.option("--squeeze-to", "squeeze_to_s", type=float, metavar="S", help="To this many seconds.")
+@click.option("--speed-up", type=float, metavar="X", help="This many times as fast.")
 @click.option("--rate", type=float, metavar="Q", help="To this mean rate, queries per second.")
 @_DURATION
 @_SEED
@@ -67,9 +67,9 @@ def make(
     duration: float | None,
     seed: int,
 ) -> None:
-    """Save a part of a trace, at another speed if so asked, and print what it is like.
+    """Save a part of a trace, optionally at another speed, and describe it.
 
-    Recorded queries are all kept, and every gap is multiplied by one factor, so the shape stays.
+    All recorded queries are kept, and every gap is multiplied by one factor, so the shape stays.
     """
     cut = Cut(window, functions, squeeze_to_s, speed_up, rate, duration, seed)
     try:

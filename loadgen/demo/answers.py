@@ -1,4 +1,4 @@
-"""What came back of the demo's queries: labels scored, and outputs computed again here."""
+"""The answers to the demo's queries: labels scored, and outputs computed again locally."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from loadgen.results.run import Run
 
 TOLERANCE_POINTS = 1.5
-"""How far measured accuracy may lie from the profile's, where it is judged."""
+"""How far measured accuracy may be from the profile's, if there are enough answers."""
 
 SAMPLE = 50
-"""Answers of each subnet that are computed again here."""
+"""Answers of each subnet that are computed again locally."""
 
-SIGMAS = 3.0
+SIGMAS = 3.0  # chance alone exceeds it once in 370 runs
 ALL = "all of them"
 """The name of the score of all subnets together."""
 
-_CLOSE = 1e-4  # relative and absolute: a batch's size moves logits by some 1e-6
+_CLOSE = 1e-4  # relative and absolute; the batch size changes logits by some 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well the answers of one subnet read the digits.
+    """How well one subnet's answers read the digits.
 
     Attributes:
         name: The subnet's.
         n: Answers scored.
-        n_right: Those whose largest logit is at the true label.
+        n_right: Answers whose largest logit is at the true label.
         profiled: The profile's accuracy, percent.
     """
 
@@ -58,19 +58,19 @@ class Score:
 
     @property
     def is_judged(self) -> bool:
-        """Whether there are enough answers for the tolerance to mean something."""
+        """Whether there are enough answers to apply the tolerance."""
         return self.n >= enough(self.profiled)
 
     @property
     def is_off(self) -> bool:
-        """Whether it lies outside the tolerance; too few answers of all, outside their interval."""
+        """Whether it is outside the tolerance; with too few answers in all, outside their interval."""
         if not self.is_judged:
             low, high = self.interval()
             return self.name == ALL and not low <= self.profiled <= high
         return abs((self.measured or 0.0) - self.profiled) > TOLERANCE_POINTS
 
     def interval(self) -> tuple[float, float]:
-        """Return the accuracies, in percent, that these answers leave plausible at 3 sigma.
+        """Return the accuracies, in percent, that are plausible at 3 sigma given these answers.
 
         Source: the score interval for a binomial share, Wilson (1927).
         """
@@ -85,16 +85,16 @@ class Score:
 def enough(accuracy: float) -> int:
     """Return how many answers make 3 binomial sigmas fit into the tolerance.
 
-    Payloads are drawn with replacement from the very images that the profile's accuracy was
-    counted on, so the answers are that many independent draws: a subnet that is what it says
-    falls outside the tolerance once in 370 times at this number, and more rarely above it.
+    Payloads are drawn with replacement from the same images that the profile's accuracy was
+    measured on, so the answers are independent draws: at this number, a subnet with the profiled
+    accuracy is outside the tolerance once in 370 times, and more rarely with more answers.
 
     Args:
         accuracy: Percent.
     """
     share, tolerance = accuracy / 100, TOLERANCE_POINTS / 100
     n = SIGMAS**2 * share * (1 - share) / tolerance**2
-    return max(1, math.ceil(n * (1 - 1e-12)))  # not one more for a rounding error
+    return max(1, math.ceil(n * (1 - 1e-12)))  # a rounding error must not add one
 
 
 def score(
@@ -119,7 +119,7 @@ def score(
 
 
 def together(scores: Sequence[Score]) -> Score:
-    """Return the score of all subnets' answers, beside the accuracy that their profile gives them."""
+    """Return the score of all subnets' answers, and the accuracy that their profile predicts."""
     n = sum(one.n for one in scores)
     profiled = sum(one.n * one.profiled for one in scores) / n if n else 0.0
     return Score(ALL, n, sum(one.n_right for one in scores), profiled)
@@ -127,13 +127,13 @@ def together(scores: Sequence[Score]) -> Score:
 
 @dataclass(frozen=True, slots=True)
 class DemoComparison:
-    """Answers of one subnet beside a local forward of the same images.
+    """Answers of one subnet, compared with a local forward pass on the same images.
 
     Attributes:
         name: The subnet's.
         n: Answers compared.
-        n_same: Those that the subnet itself gives here, within 1e-4.
-        n_telling: Those that no neighbouring subnet gives: only they show which subnet ran.
+        n_same: Answers that the same subnet gives locally, within 1e-4.
+        n_telling: Answers that no neighbouring subnet gives: only these show which subnet ran.
     """
 
     name: str
@@ -143,7 +143,7 @@ class DemoComparison:
 
     @property
     def is_proof(self) -> bool:
-        """Whether every answer is this subnet's and could not have been a neighbour's."""
+        """Whether every answer is this subnet's and could not be a neighbour's."""
         return self.n == self.n_same == self.n_telling
 
 
@@ -153,7 +153,7 @@ def compare(
     own: npt.NDArray[np.float32],
     neighbours: Sequence[npt.NDArray[np.float32]],
 ) -> DemoComparison:
-    """Compare the logits that came back, (n, classes), with those of the subnet and its neighbours."""
+    """Compare the returned logits, (n, classes), with those of the subnet and its neighbours."""
     could_be_theirs = np.any([_is_close(own, neighbour) for neighbour in neighbours], axis=0)
     n_telling = len(answers) - int(could_be_theirs.sum())
     return DemoComparison(name, len(answers), int(_is_close(answers, own).sum()), n_telling)
@@ -165,25 +165,25 @@ def _is_close(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDA
 
 @dataclass(frozen=True, slots=True)
 class ServedAnswers:
-    """The answers of a run whose output was kept, shape (n, ...): subnet rows, images, logits."""
+    """The answers of a run that kept outputs, shape (n, ...): subnet rows, images, logits."""
 
     rows: npt.NDArray[np.int64]
     images: npt.NDArray[np.int64]  # index into the held-out set
     logits: npt.NDArray[np.float32]  # (n, classes)
-    n_left_out: int = 0  # answers whose output is all zeros, as no logits of an image are
+    n_left_out: int = 0  # answers whose output is all zeros, which the logits of an image never are
 
 
 def answers_of(run: Run) -> ServedAnswers:
-    """Take the answers out of a run's columns.
+    """Extract the answers from a run's columns.
 
     Raises:
-        ConfigError: It brought no outputs.
+        ConfigError: It has no outputs.
     """
     columns = run.columns
     if "outputs" not in columns:
         raise ConfigError("no query of the run was answered with an output")
     has_output = np.flatnonzero(columns["status"] <= Status.LATE)
-    # Nothing but zeros: logits of a real image never are, so this output was not kept.
+    # All zeros: the logits of a real image never are, so this output was not kept.
     kept = has_output[columns["outputs"][has_output].any(axis=1)]
     logits = np.ascontiguousarray(columns["outputs"][kept]).view(np.float32)
     rows = columns["subnet"][kept].astype(np.int64)
@@ -228,7 +228,7 @@ def recompute(
 def local_forward(
     profile: str | Path, names: Sequence[str]
 ) -> Callable[[int, npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
-    """Return a forward of the same supernet in this process: a row of `names` and images to logits."""
+    """Return a forward pass of the same supernet in this process: from a row and images to logits."""
     from gpu_worker.engines.torch_executor import Placement, TorchExecutor  # noqa: PLC0415  it imports torch
 
     rows = {row.name: row for row in load_profile(profile).subnets}

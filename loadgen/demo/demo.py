@@ -1,10 +1,10 @@
 """`python -m loadgen.demo`: a burst on this machine, served three times, and every claim about it checked.
 
-The digits supernet is searched for subnets worth serving, and these are measured on this machine's CPU; the
-rates of a bursty trace follow from that profile, so that the largest subnet alone cannot keep up on any
-machine, and the smallest has headroom. A router and one worker then serve it under the default policy,
-under SlackFit, and with the largest subnet alone. What came back is compared with the true labels, and
-with the very subnets named in the answers.
+The demo searches the digits supernet for subnets worth serving, and measures them on this machine's CPU. The
+rates of a bursty trace follow from that profile, so that on any machine the largest subnet alone cannot keep
+up, and the smallest has headroom. A router and one worker then serve it under the default policy, under
+SlackFit, and with the largest subnet alone. The answers are compared with the true labels, and with the
+very subnets that they name.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ FILES = {DEFAULT_POLICY: "adaptive.json", "slackfit": "slackfit.json", "fixed:la
 """Where the result of each policy's run is written."""
 
 BATCH_SIZES = (8, 16, 32)
-# None smaller: at the edge of a deadline SlackFit would take single queries, too slow to
-# drain what waits, where 8 cost about twice one.
+# No smaller one: at the edge of a deadline SlackFit would run single queries, which is too slow to
+# drain the backlog, because 8 cost only about twice as much as one.
 
-_EFFORT = (8, 2)  # population and generations: accuracy is measured, each subnet in part of a second
+_EFFORT = (8, 2)  # population and generations: measuring a subnet's accuracy takes part of a second
 _N_SUBNETS = 6
 _ROUNDS, _BUDGET_NS = 40, 5 * SECOND
 _PATIENCE_S = 90.0
-"""After so long no run is repeated."""
+"""After this long no run is repeated."""
 _NEEDED = {"torch": "torch", "safetensors": "safetensors", "sklearn": "scikit-learn", "psutil": "psutil",
            "matplotlib": "matplotlib"}  # fmt: skip
 
@@ -86,7 +86,7 @@ def check_installed() -> None:
 
 
 def search_here(path: Path) -> Found:
-    """Search the digits supernet for subnets worth serving, and write their profile, and their statistics."""
+    """Search the digits supernet for subnets worth serving; write their profile and statistics."""
     from gpu_worker.engines.torch_executor import Placement  # noqa: PLC0415  they import torch
     from profiles.measuring.find import Request, find_profile  # noqa: PLC0415
     from profiles.measuring.search import SearchEffort  # noqa: PLC0415
@@ -99,7 +99,7 @@ def search_here(path: Path) -> Found:
 
 
 def measure_here(source: str | Path, path: Path) -> Measurement:
-    """Measure the subnets of a profile on one thread of this machine's CPU, and write theirs to `path`."""
+    """Measure the subnets of a profile on one thread of this machine's CPU, and write them to `path`."""
     setting = Setting(BATCH_SIZES, _ROUNDS, _BUDGET_NS)
     measurement = measure_supernet(
         DIGITS, load_profile(source), setting, Device(), name=path.stem, clock=MonotonicClock()
@@ -114,7 +114,7 @@ def as_payloads(pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def judge_answers(runs: Sequence[Served], images: Images, profile: Path) -> DemoVerdict:
-    """Print how the answers compare with labels and local forwards; return what is wrong."""
+    """Print how the answers compare with labels and local forward passes; return what is wrong."""
     answers = joined([answers_of(served.run) for served in runs])
     predicted = answers.logits.argmax(axis=1)
     subnets = runs[0].run.subnets
@@ -180,7 +180,7 @@ def demo(out: Path, seconds: float, slo_ms: float | None, seed: int) -> DemoVerd
     load = sized_load(measurement, seconds=seconds, slo_ms=slo_ms, seed=seed)
     click.echo()
     _say(load.lines())
-    _, images = digits.held_out_halves()  # those that the profile's accuracies were counted on
+    _, images = digits.held_out_halves()  # those that the profile's accuracies were measured on
     serving = DemoServing(load, as_payloads(images.pixels), out / "profile.json")
     runs = [
         until_calm(partial(serving.serve, policy), missed, may_repeat=lambda: time.monotonic() < give_up_s)
@@ -203,7 +203,7 @@ def demo(out: Path, seconds: float, slo_ms: float | None, seed: int) -> DemoVerd
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the arrivals.")
 def cli(out: Path, seconds: float, slo_ms: float | None, seed: int) -> None:
-    """Serve a burst on this machine, adaptively and not, and check what came back."""
+    """Serve a burst on this machine, adaptively and not, and check the answers."""
     try:
         verdict = demo(out, seconds, slo_ms, seed)
     except (SuperServeError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The demo's load, sized from what was just measured.
+"""The demo's load, derived from the measured profile.
 
 It is too much for the largest subnet, and leaves the smallest one headroom.
 """
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from loadgen.traces.trace import Trace
     from profiles.measuring.measure import Measurement
 
-_LOAD = 1.25  # times what the largest subnet can do at its quickest
+_LOAD = 1.25  # as a multiple of the largest subnet's capacity at its fastest
 _BASE_SHARE = 0.35  # of the load, as a constant stream; the rest comes in bursts
-_CV2 = (40.0, 20.0, 10.0, 4.0, 1.0)  # of the bursts: the first whose peak leaves the smallest its headroom
+_CV2 = (40.0, 20.0, 10.0, 4.0, 1.0)  # of the bursts: the first whose peak leaves the smallest subnet headroom
 _PEAK_S = 0.1
-_HEADROOM = 0.5  # the peak takes at most this share of what the smallest subnet can do
+_HEADROOM = 0.5  # the peak takes at most this share of the smallest subnet's capacity
 _LEAST_SLO_MS, _SLO_BATCHES, _SLO_STEP_MS = 150.0, 5, 50.0
-_MARGIN = 0.1  # of the SLO, held back by the router: all processes share this machine's cores
+_MARGIN = 0.1  # of the SLO, held back by the router, because all processes share this machine's cores
 
 
 @dataclass(frozen=True, slots=True)
 class DemoLoad:
-    """What every policy is offered.
+    """The load that every policy gets.
 
     Attributes:
         trace: When the queries are due.
         slo_ms: From due to deadline.
-        largest_qps: What the largest subnet does at its quickest.
-        smallest_qps: What the smallest one does on an ordinary batch.
+        largest_qps: The largest subnet's capacity at its fastest.
+        smallest_qps: The smallest subnet's capacity with ordinary batches.
     """
 
     trace: Trace
@@ -70,7 +70,7 @@ def capacity_qps(batch_sizes: Sequence[int], latency_ns: Sequence[float]) -> flo
 
 
 def burst_spec(qps: float, cv2: float = _CV2[0]) -> str:
-    """Return the spec of a bursty trace that overloads a subnet which does `qps` queries a second."""
+    """Return the spec of a bursty trace that overloads a subnet with a capacity of `qps` queries a second."""
     mean_qps = _LOAD * qps
     base = round(_BASE_SHARE * mean_qps)
     return f"bursty:base={base},variant={round(mean_qps) - base},cv2={cv2:g}"
@@ -79,22 +79,22 @@ def burst_spec(qps: float, cv2: float = _CV2[0]) -> str:
 def sized_load(
     measurement: Measurement, *, seconds: float, slo_ms: float | None = None, seed: int = 0
 ) -> DemoLoad:
-    """Return the load for what was measured.
+    """Return the load for a measurement.
 
     Args:
         measurement: Of the subnets that will serve, on the machine that will serve them.
         seconds: Length of the trace.
-        slo_ms: None for 150, or five full batches of the largest subnet where that is longer.
+        slo_ms: None for 150, or five full batches of the largest subnet if that is longer.
         seed: Of the arrivals.
     """
     sizes, subnets = measurement.profile.batch_sizes, measurement.profile.subnets
-    # Medians may have been measured beside other work that is gone by the time the largest serves.
+    # Other work may have slowed down the medians, and be gone by the time the largest subnet serves.
     least_ns = [ms * MS for ms in measurement.raw[subnets[-1].name]["min_ms"]]
     largest_qps, smallest_qps = capacity_qps(sizes, least_ns), capacity_qps(sizes, subnets[0].latency_ns)
     if slo_ms is None:
         batches_ms = _SLO_BATCHES * subnets[-1].latency_ns[-1] / MS
         slo_ms = max(_LEAST_SLO_MS, _SLO_STEP_MS * math.ceil(batches_ms / _SLO_STEP_MS))
-    # What waits when the last query is due may still be served in time.
+    # Queries that wait when the last one is due may still be served in time.
     served_qps = largest_qps * (1 + slo_ms * MS / SECOND / seconds)
     for cv2 in _CV2:
         trace = load_trace(burst_spec(served_qps, cv2), duration_s=seconds, seed=seed)

@@ -1,7 +1,7 @@
-"""How much of this machine other work took while something was measured on it.
+"""How much of this machine other work took during a measurement.
 
-A sleeper that wakes in time says little: the scheduler favours it over a worker that computes without pause.
-So the cores' own counters are read too: what all processes used, less what the demo's used, is other work's.
+A sleeper that wakes in time shows little: the scheduler favours it over a worker that computes without pause.
+So the cores' own counters are read too: what all processes used, minus the demo's share, is other work's.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 _SAMPLE_S = 0.25
 _OTHERS = 0.1
-"""Cores that other work may take: a desktop that nobody touches takes less."""
+"""Cores that other work may take: an idle desktop takes less."""
 _ROOM = 0.3
-"""Idle cores below which the demo's processes wait for one."""
+"""Idle cores below which the demo's processes have to wait for one."""
 _FULL_SHARE = 0.02
-"""Of the samples: a fiftieth of the time without a core is more than a hundredth of the deadlines."""
+"""Of the samples: a fiftieth of the time without a core costs more than a hundredth of the deadlines."""
 _NOISE_SHARE = 0.05
-"""Of the SLO, that a sleeper may wake late by; the same share that a run's validity is judged by."""
+"""Share of the SLO that a sleeper may wake late by; a run's validity uses the same share."""
 
 
 @dataclass(frozen=True, slots=True)
 class MachineUse:
-    """What else this machine did during a stretch of time.
+    """What else this machine did during a period.
 
     Attributes:
         n_cores: Of the machine.
-        others: Cores' worth of CPU time that processes beyond the demo's took, on average.
+        others: CPU time of processes outside the demo, in cores, on average.
         full: Share of the samples in which less than 0.3 of a core was idle.
     """
 
@@ -51,7 +51,7 @@ class MachineUse:
         return self.others < _OTHERS or self.full < _FULL_SHARE
 
     def noise(self, noise_ns: int | None, slo_ns: int) -> str:
-        """Return in words what disturbed a run whose noise probe's p99.9 is `noise_ns`; "" if nothing did."""
+        """Return in words what disturbed a run with this p99.9 of the noise probe; "" if nothing did."""
         words = []
         if not self.is_calm:
             words.append(f"other work took {self.others:.1f} of this machine's {self.n_cores} cores")
@@ -64,7 +64,7 @@ class MachineWatch:
     """Reads the cores' counters until `stop`.
 
     Args:
-        pids: Processes of the demo that are not its children: their CPU time is no other work's.
+        pids: Processes of the demo that are not its children: their CPU time is not other work's.
     """
 
     def __init__(self, pids: Iterable[int]) -> None:
@@ -75,7 +75,7 @@ class MachineWatch:
         self._before = (0.0, 0.0)
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Start the thread."""
         self._before = (_busy_s(), self._own_s())
         self._thread.start()
         return self
@@ -86,7 +86,7 @@ class MachineWatch:
         self._thread.join()
 
     def use(self) -> MachineUse:
-        """Return what was seen from the beginning until now."""
+        """Return the machine's use from the start until now."""
         now_s, idle_s = time.monotonic(), _idle_s()
         samples = [*self._samples, (now_s, idle_s)]
         others_s = _busy_s() - self._before[0] - (self._own_s() - self._before[1])
@@ -105,7 +105,7 @@ class MachineWatch:
         for role in self._roles:
             try:
                 times = role.cpu_times()
-            except psutil.Error:  # it ended; then the run's own figures tell
+            except psutil.Error:  # it ended; the run's own figures will show that
                 continue
             total += times.user + times.system
         return total
@@ -133,7 +133,7 @@ def _idle_s() -> float:
 
 
 def _busy_s() -> float:
-    """Return the CPU time of all processes since the machine's start; what a host stole counts."""
+    """Return the CPU time of all processes since the machine's start, including time stolen by its host."""
     times = psutil.cpu_times()
     names = ("user", "nice", "system", "irq", "softirq", "steal")  # those of guests are in the first two
     return float(sum(getattr(times, name, 0.0) for name in names))

@@ -1,4 +1,4 @@
-"""DemoServing the demo's load: a cluster for each policy, and once more where other work disturbed it."""
+"""Serving the demo's load: a cluster for each policy, and again if other work disturbed it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from loadgen.traces.trace import Trace
 
 OPTIONS = ("--device", "cpu", "--supernet", DIGITS, "--ready-timeout-s", "120")
-"""Of every cluster of the demo."""
+"""Options of each of the demo's clusters."""
 
 _PROGRESS_S = 5.0
-_QUIET_NS = 2 * MS
+_QUIET_NS = 2 * MS  # a sleeper's p99 delay on a machine that is not busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Served:
     Attributes:
         policy: Its name.
         run: What was measured.
-        noise: What disturbed it, in words; "" on a calm machine.
+        noise: What disturbed it, in words; "" on a quiet machine.
     """
 
     policy: str
@@ -65,9 +65,9 @@ class DemoServing:
     """Serves one load under any policy.
 
     Attributes:
-        load: What is offered.
+        load: What to offer.
         payloads: Bytes of each image, (n, n_bytes).
-        profile: The router decides by it; its folder holds the cluster's state.
+        profile: The router's profile; its folder contains the cluster's state.
     """
 
     load: DemoLoad
@@ -75,7 +75,7 @@ class DemoServing:
     profile: Path
 
     def serve(self, policy: str) -> Served:
-        """Serve the load, reporting now and then how far it is."""
+        """Serve the load, and print its progress now and then."""
         click.echo(f"Serving it under {policy}: starting a router and a worker ...")
         settings = RunSettings(self.load.slo_ns, payloads=self.payloads, keep_outputs=True)
         with serving(policy, self.profile, margin_ms=self.load.margin_ms) as cluster:
@@ -90,9 +90,9 @@ class DemoServing:
 def until_calm(
     serve: Callable[[], Served], missed: Callable[[Served], list[str]], may_repeat: Callable[[], bool]
 ) -> Served:
-    """Serve; once more if that was disturbed and missed what is expected.
+    """Serve; once more if that was disturbed and missed the expectation.
 
-    A calm run counts whatever it shows, and so does the second one.
+    An undisturbed run counts whatever its result, and so does the second one.
     """
     served = serve()
     if not (served.noise and missed(served) and may_repeat()):
@@ -104,10 +104,10 @@ def until_calm(
 
 @contextlib.contextmanager
 def serving(policy: str, profile: Path, *, margin_ms: float) -> Iterator[local.LocalCluster]:
-    """Have a cluster on this machine serve by `profile`; stop it at the end.
+    """Run a cluster on this machine that serves by `profile`; stop it at the end.
 
-    Its state lies beside the profile, so that it is only the demo's, and the next demo finds one that
-    this demo could not stop because it was killed.
+    Its state is beside the profile, so that it belongs to the demo alone, and the next demo finds a cluster
+    that this demo could not stop because it was killed.
 
     Raises:
         ProcessError: It did not start or stop; quotes what `cluster` printed.
@@ -123,7 +123,7 @@ def serving(policy: str, profile: Path, *, margin_ms: float) -> Iterator[local.L
         yield local.running(state)
     finally:
         run_cluster(state, "down")
-    shutil.rmtree(state)  # the logs of a cluster that did what it should
+    shutil.rmtree(state)  # the logs of a cluster that worked are not needed
 
 
 def run_cluster(state: Path, verb: str, *options: str) -> None:
@@ -138,7 +138,7 @@ def run_cluster(state: Path, verb: str, *options: str) -> None:
 
 
 def _progress(trace: Trace) -> Callable[[dict[str, int]], None]:
-    """Return what prints a line every 5 seconds."""
+    """Return a function that prints a line every 5 seconds."""
     began_s = time.monotonic()
     next_s = began_s + _PROGRESS_S
 

@@ -1,7 +1,7 @@
-"""What must hold in the demo: what fails it, and what is only a warning.
+"""What must hold in the demo: which problems fail it, and which are warnings.
 
-A wrong answer is a failure wherever it came from. A missed deadline is one on a calm machine; on a machine
-that other work kept busy it is a warning, as long as adapting met more deadlines than not adapting.
+A wrong answer is always a failure. A missed deadline is one on a quiet machine; if other work kept it busy
+it is a warning, as long as adapting met more deadlines than not adapting.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loadgen.demo.serve import Served
 
 ATTAINED, NOT_ATTAINED = 0.99, 0.9
-"""The default policy attains the one at least, the largest subnet alone less than the other."""
+"""The default policy must attain at least the first, the largest subnet alone less than the second."""
 
 _WRONG = ("failed", "invalid")
 _LOST = ("worker_lost", "unanswered")
@@ -42,7 +42,7 @@ class DemoVerdict:
         return 1 if self.failures else 0
 
     def lines(self) -> list[str]:
-        """Return what is printed of it."""
+        """Return the lines to print."""
         return [
             *(f"WARNING: {line}" for line in self.warnings),
             *(f"FAILED: {line}" for line in self.failures),
@@ -50,7 +50,7 @@ class DemoVerdict:
 
 
 def missed_by_adapting(served: Served) -> list[str]:
-    """Return how the run of the default policy missed its deadlines, a line each."""
+    """Return how the default policy's run missed its deadlines, a line each."""
     attained = served.result.slo_attainment or 0.0
     low = [f"attainment under {served.policy}: expected at least {ATTAINED}, got {attained:.4f}"]
     return missed(served) + (low if attained < ATTAINED else [])
@@ -64,7 +64,7 @@ def missed_by_largest(served: Served) -> list[str]:
 
 
 def missed(served: Served) -> list[str]:
-    """Return how a run fails to count, a line each, whatever it attained."""
+    """Return why a run does not count, a line each, whatever it attained."""
     result = served.result
     wrong = _ended(served, _LOST)
     if not result.valid:
@@ -82,7 +82,7 @@ MISSED: dict[str, Callable[[Served], list[str]]] = {
     "slackfit": missed,
     "fixed:largest": missed_by_largest,
 }
-"""The policies served, the default one first, and what each one's run has to show."""
+"""The policies, the default one first, and what each one's run must show."""
 
 
 def judge_serving(runs: Sequence[Served]) -> DemoVerdict:
@@ -105,7 +105,7 @@ def judge_serving(runs: Sequence[Served]) -> DemoVerdict:
 
 
 def wrong_coverage(answers: ServedAnswers) -> list[str]:
-    """Return a line if any answer came without an output: of real logits, not all are zero."""
+    """Return a line if an answer came without an output: of real logits, not all are zero."""
     n, n_out = len(answers.rows) + answers.n_left_out, answers.n_left_out
     if not n_out:
         return []
@@ -113,18 +113,18 @@ def wrong_coverage(answers: ServedAnswers) -> list[str]:
 
 
 def thin_answers(scores: Sequence[Score]) -> list[str]:
-    """Return a line if too few queries were answered for the tolerance to mean anything."""
+    """Return a line if too few queries were answered to apply the tolerance."""
     if any(one.is_judged for one in scores):
         return []
     return ["labels: too few queries were answered to judge any subnet's accuracy; try more --seconds"]
 
 
 def wrong_answers(scores: Sequence[Score], comparisons: Iterable[DemoComparison]) -> list[str]:
-    """Return what is wrong with the labels and outputs that came back, a line each.
+    """Return what is wrong with the returned labels and outputs, a line each.
 
     Args:
         scores: By subnet, and of all of them together.
-        comparisons: Of answers computed again.
+        comparisons: Of answers that were computed again.
     """
     wrong = [
         f"labels of {one.name}: expected {one.profiled:.2f} % right within {TOLERANCE_POINTS} points, "

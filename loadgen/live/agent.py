@@ -1,4 +1,4 @@
-"""`loadgen agent`: a load generator on another host, which sends its share of a run on order.
+"""`loadgen agent`: a load generator on another host, which sends its share of a run when ordered.
 
 Messages between it and `loadgen.live.hosts`; `superserve.wire` has their fields:
 
@@ -7,9 +7,9 @@ Messages between it and `loadgen.live.hosts`; `superserve.wire` has their fields
     coordinator -> agent    RUN_START                      agent -> coordinator    RUN_PROGRESS
     coordinator -> agent    RUN_STOP                       agent -> coordinator    RUN_REPORT | RUN_FAILED
 
-An agent serves one run at a time, and any peer that reaches its port may have it send load to anywhere: so it
-listens on loopback unless an option states that the network is safe. A coordinator that falls silent for
-`SILENT_S` has its run stopped.
+An agent serves one run at a time, and any peer that reaches its port can make it send load to anywhere: so it
+listens on loopback unless an option states that the network is safe. If a coordinator is silent for
+`SILENT_S`, its run is stopped.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ if TYPE_CHECKING:
     from superserve.wire import Buffer, RunMessage
 
 SILENT_S = 5.0
-"""How long a coordinator or an agent may be silent before it counts as lost; both speak every second."""
-_POLL_MS = 20
+"""How long a coordinator or an agent may be silent before it counts as lost; both send every second."""
+_POLL_MS = 20  # the longest that a stop waits: the signal only sets a flag
 
 
 @dataclass(slots=True)
 class _Share:
-    """A run's share on this host: its thread, and what it has to report.
+    """A run's share on this host: its thread, and its reports.
 
     Attributes:
         key: The coordinator's.
-        start_ns: Of this host's clock; 0 until it is ordered.
+        start_ns: On this host's clock; 0 until the order to start.
     """
 
     key: bytes
@@ -75,7 +75,7 @@ class _Share:
     heard_s: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
-        """Run the share; for a thread of its own."""
+        """Run the share; in a separate thread."""
         hooks = Hooks(start=self._start, stop=self.stop)
         try:
             run = run_trace(self.trace, self.settings, self.endpoint, self._progress, hooks=hooks)
@@ -122,7 +122,7 @@ class Agent:
         self._is_stopping = False
 
     def stop(self) -> None:
-        """Have `run` return. Safe in a signal handler."""
+        """Make `run` return. Safe in a signal handler."""
         self._is_stopping = True
 
     def run(self) -> None:
@@ -142,7 +142,7 @@ class Agent:
         send(self._socket, [key, *encode_run(message)])
 
     def _take(self, key: bytes, frames: Sequence[Buffer]) -> None:
-        """Obey a coordinator's message; drop a stranger's, since nothing depends on it."""
+        """Obey a coordinator's message; ignore other peers, since nothing depends on them."""
         try:
             message = wire.decode_run(frames)
         except VersionError as error:
@@ -166,7 +166,7 @@ class Agent:
                 share.stop.set()
 
     def _prepare(self, key: bytes, asked: RunShare) -> None:
-        """Begin a run, unless one goes on or this one cannot be run; then report why."""
+        """Begin a run, unless another goes on or this one cannot run; then report why."""
         if self._share is not None:
             self._say(key, RunFailed("this agent is in the middle of another run"))
             return
@@ -181,7 +181,7 @@ class Agent:
         self._thread.start()
 
     def _tell(self) -> None:
-        """Send what the run has to report; forget it at its end, and stop one whose coordinator is lost."""
+        """Send the run's reports; forget the run at its end, and stop one whose coordinator is lost."""
         share = self._share
         if share is None:
             return

@@ -1,8 +1,8 @@
-"""Calibration: what this generator does alone, so that a run's lag can be blamed on it or on the cluster.
+"""Calibration: the generator on its own, to see whether a run's lag is its fault or the cluster's.
 
 The start of a trace is offered to a null sink (`loadgen.live.sink`) by the same senders, with the same
-payloads, at the same rate as the run that follows. What lag there is then is the generator's or the
-machine's; the noise probe of the calibration tells these two apart, as it does in any run.
+payloads, at the same rate as in the run that follows. Any lag there is the generator's or the machine's;
+the noise probe of the calibration distinguishes these two, as in any run.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from loadgen.traces.trace import Trace
 
 SECONDS = 1.0
-"""How much of a trace is offered to the sink."""
-_GRACE_NS = 500 * MS
+"""How much of a trace is offered to the sink: a second's lag shows whether the senders keep up."""
+_GRACE_NS = 500 * MS  # the sink answers at once, or never
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What the generator did against a null sink.
+    """The generator against a null sink.
 
     Attributes:
         seconds: How long it was offered.
         offered_qps: Rate of that part of the trace.
-        qps: Rate at which it was really sent.
+        qps: Rate at which it was actually sent.
         senders: Sender processes.
         payload_bytes: Bytes of each query's payload.
-        unsent: Queries that the sink's connection would not take.
-        unanswered: Queries that the sink took and did not answer in time.
+        unsent: Queries that the sink's connection did not accept.
+        unanswered: Queries that the sink accepted and did not answer in time.
         lag_ms: Quantiles of how late queries were sent, milliseconds.
-        latency_p99_ms: From due to answered by a sink that does nothing; None without an answer.
+        latency_p99_ms: From due to answered by a sink that does no work; None without an answer.
         noise_p99_ms: How late this machine woke a thread that only sleeps, meanwhile.
-        noise_p99_9_ms: The same, further out: what the verdict on a run goes by.
-        disturbed: Whether that explains a lag that would have made a run invalid.
+        noise_p99_9_ms: The p99.9 of that, which decides the verdict on a run.
+        disturbed: Whether noise explains a lag that would have made a run invalid.
         valid: Whether a run with this lag would count.
     """
 
@@ -62,7 +62,7 @@ class Calibration:
     valid: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as a run's file has it."""
+        """Return it in the form of a run's file."""
         return asdict(self)
 
     def to_line(self) -> str:
@@ -80,7 +80,7 @@ def calibrate(
 ) -> Calibration:
     """Offer the first `seconds` of a trace to a null sink.
 
-    `answers` tells whether the sink answers: without, only sending is measured.
+    `answers`: whether the sink answers; if not, only sending is measured.
 
     Raises:
         ConfigError: There is no query in them.

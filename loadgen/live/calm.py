@@ -7,13 +7,13 @@ import time
 from loadgen.results.result import NoiseProbe, quantile_ns
 
 SAMPLE_S, WAIT_S = 0.4, 6.0
-"""It waits, at most so long, until the idle machine was quiet for a sample."""
+"""It waits, for at most the second, until the idle machine was quiet for the first."""
 
 
 def await_calm(quiet_ns: int) -> None:
-    """Wait until this machine, with nothing of ours running, wakes a sleeper in time; not for ever.
+    """Wait until this machine, without a run, wakes a sleeper in time; but not for ever.
 
-    A neighbour's load on a shared host says nothing about the rate that we look for.
+    Another guest's load on a shared host says nothing about the rate that is searched.
     """
     give_up_s = time.monotonic() + WAIT_S
     while time.monotonic() < give_up_s:

@@ -1,4 +1,4 @@
-"""Where, when and by which command a run was made: what one needs to make it again."""
+"""Where, when and by which command a run was made: what you need to repeat it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def environment_of(**more: Any) -> dict[str, Any]:
-    """Return the result file's `environment`: date, command, machine, versions, and what else is given.
+    """Return the result file's `environment`: date, command, machine, versions, and further facts.
 
     Args:
-        more: What only the caller knows, as JSON; None is left out.
+        more: Facts that only the caller has, as JSON; None is left out.
     """
     found = {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -33,7 +33,7 @@ def environment_of(**more: Any) -> dict[str, Any]:
 
 
 def command_line(argv: list[str]) -> str:
-    """Return the command that runs now, as one would type it."""
+    """Return the command that runs now, as you would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None:
         return shlex.join([Path(argv[0]).name, *argv[1:]])
@@ -52,7 +52,7 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """Return the CPU's name; its architecture where the system does not say."""
+    """Return the CPU's name; its architecture if the system gives none."""
     lines = _CPUINFO.read_text(encoding="utf-8").splitlines() if _CPUINFO.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()

@@ -1,10 +1,10 @@
-"""A run from several load generator hosts: dealt out, started at one instant, and merged exactly.
+"""A run from several load generator hosts: shared out, started at one instant, and merged exactly.
 
-Each agent (`loadgen.live.agent`) is given every n-th query. All start at one instant: an agent gets in how
-many nanoseconds, less half its round trip, so that none is off by more than that half, which the result
-states. What they saw comes back as columns and is put into the trace's order; so counts and quantiles are
-those of one generator. An agent that is lost leaves a marked gap: its queries count as unsent, since nobody
-knows better, and the run does not count.
+Each agent (`loadgen.live.agent`) gets every n-th query. All start at one instant: an agent receives the delay
+in nanoseconds, less half its round trip, so that each start is off by at most that half, which the result
+states. The agents' columns come back and are put into the trace's order; so counts and quantiles are those
+of a single generator. An agent that is lost leaves a marked gap: its queries count as unsent, because their
+outcome is unknown, and the run does not count.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     from loadgen.traces.trace import Trace
     from superserve.wire import RunMessage
 
-_PINGS = 8
+_PINGS = 8  # the shortest of eight round trips is nearly free of queueing
 _GREET_S, _PREPARE_S = 5.0, 60.0
-_START_AFTER_NS = 500 * MS
-_PING_EVERY_S = 1.0
+_START_AFTER_NS = 500 * MS  # every agent has the message by then, and its senders are waiting
+_PING_EVERY_S = 1.0  # an agent without one for SILENT_S stops its run
 
 
 @dataclass(slots=True)
@@ -71,19 +71,19 @@ class _Generator:
     done: RunReport | None = None
 
     def say(self, message: RunMessage) -> None:
-        """Send; a lost agent is noticed by its silence."""
+        """Send; if the agent is lost, its silence will show that."""
         send(self.socket, encode_run(message))
 
 
 class Head:
-    """Deals a run out to agents and merges what they saw; one use.
+    """Shares a run out to agents and merges their reports; for one use.
 
     Args:
         agents: HOST:PORT of each.
         stop: Once set, all stop, and the run is reported up to there.
 
     Raises:
-        ConfigError: There are none, one twice, or one whose address is malformed.
+        ConfigError: There are none, one is given twice, or an address is malformed.
     """
 
     def __init__(self, agents: Sequence[str], stop: threading.Event) -> None:
@@ -104,7 +104,7 @@ class Head:
         """Offer `trace` to the router at `endpoint`, which every agent must reach by that name.
 
         Raises:
-            ConfigError: An agent does not answer or cannot begin; it is named. Or no router answers.
+            ConfigError: An agent does not answer or cannot begin; names it. Or no router answers.
             KeyboardInterrupt: It was stopped before any query was due.
         """
         policy = ask_status(endpoint).router.policy
@@ -149,17 +149,17 @@ class Head:
             self._take()
 
     def _start(self) -> None:
-        """Have all start at one instant, each told what is left until then less half its way."""
+        """Start all at one instant: each receives the time left until then, less half its round trip."""
         start_ns = time.monotonic_ns() + _START_AFTER_NS
         for one in self._generators:
             left_ns = start_ns - time.monotonic_ns() - one.round_trip_ns // 2
             one.say(RunStart(in_ns=left_ns))
 
     def _take(self) -> None:
-        """Take in what has come, and keep the connections warm.
+        """Handle messages that have arrived, and send PINGs.
 
         Raises:
-            ConfigError: An agent says that it failed, or sent what is no answer.
+            ConfigError: An agent reports a failure, or sent a malformed message.
         """
         poller = zmq.Poller()
         for one in self._generators:
@@ -176,13 +176,13 @@ class Head:
     # --- while it runs --------------------------------------------------------------------
 
     def _follow(self, on_progress: Callable[[dict[str, int]], None] | None) -> None:
-        """Pass progress on until every agent is done, or lost."""
+        """Pass progress on until every agent has finished or is lost."""
         next_ping_s = 0.0
         for one in self._generators:
             one.heard_s = time.monotonic()
         while any(one.done is None and not one.is_lost for one in self._generators):
             now_s = time.monotonic()
-            if now_s >= next_ping_s:  # by which each side knows that the other is there
+            if now_s >= next_ping_s:  # each side knows by this that the other is there
                 next_ping_s = now_s + _PING_EVERY_S
                 for one in self._generators:
                     send(one.socket, encode_ping(Ping(time.monotonic_ns())))
@@ -243,7 +243,7 @@ class Head:
         )
 
     def _columns(self, trace: Trace) -> dict[str, npt.NDArray[Any]]:
-        """Put what the agents saw into the trace's order; of a lost one nothing is known."""
+        """Put the agents' columns into the trace's order; of a lost agent nothing is known."""
         columns: dict[str, npt.NDArray[Any]] = {"due_ns": trace.due_ns}
         n = len(self._generators)
         for name in COLUMNS:
@@ -260,7 +260,7 @@ def _round_trip_ns(one: _Generator) -> int:
     """Return the shortest of some round trips.
 
     Raises:
-        ConfigError: It does not answer.
+        ConfigError: The agent does not answer.
     """
     best: int | None = None
     give_up_s = time.monotonic() + _GREET_S
@@ -289,7 +289,7 @@ def _round_trip_ns(one: _Generator) -> int:
 
 
 def _note(one: _Generator, message: RunMessage | Ping | Pong) -> None:
-    """Take in what an agent reports.
+    """Record an agent's report.
 
     Raises:
         ConfigError: It failed, or its report lacks a column.

@@ -1,12 +1,12 @@
 """A run while it runs: the figures of each second and of all so far, and a way to end it early.
 
-A sender writes what became of its queries, in the order in which they were due, to a file of `LIVE_ROW`s:
-those whose deadline is `LATE_NS` past, so that what is written does not change any more, but for answers
-that are later still. `Seconds` reads these files and tells of each second once all senders have passed it.
+A sender writes the outcomes of its queries, in the order of due instants, to a file of `LIVE_ROW`s: those
+whose deadline is `LATE_NS` past, so that written rows do not change any more, except for answers that are
+even later. `Seconds` reads these files and reports each second once all senders have passed it.
 
 A query counts in the second in which it was due. p99 is over answers with an output, as in the result; a
-query without any answer yet counts as slower than all of them. That of one second is exact, that of all
-so far from a histogram, at most 0.8 % above the exact one.
+query without an answer yet counts as slower than all of them. The p99 of one second is exact, that of all so
+far comes from a histogram, at most 0.8 % above the exact one.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ _TITLES = " ".join(
     )
 )
 HEADER = f"         s {_TITLES}  | {_TITLES}  so far"
-"""What stands above the lines of the seconds."""
+"""The heading of the seconds' lines."""
 _P99 = 990
 
 
 @dataclass(frozen=True, slots=True)
 class SecondFigures:
-    """What became of the queries due in a stretch of time.
+    """The outcomes of the queries due in a period.
 
     Attributes:
         span_s: Its length.
         due: Queries due in it.
-        sent: Those of them that were sent.
-        ok: Those answered in time.
-        unanswered: Those sent that have no answer yet.
+        sent: How many of them were sent.
+        ok: How many were answered in time.
+        unanswered: How many were sent and have no answer yet.
         accuracy_sum: Profiled accuracy, summed over those answered in time, percent.
         latency_p99_ns: From due to answered; None if there is no output, or the p99 has no answer yet.
         lag_p99_ns: Of the sender's own lateness; None if nothing was sent.
@@ -75,7 +75,7 @@ class SecondFigures:
     lag_p99_ns: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return them as JSON, under the names of the run result file where it has them."""
+        """Return them as JSON, with the names of the run result file where it has them."""
         return {
             "due": self.due,
             "sent": self.sent,
@@ -100,7 +100,7 @@ class SecondFigures:
 
 @dataclass(frozen=True, slots=True)
 class Second:
-    """A second of a run, the last of which may be shorter, and the run up to its end."""
+    """A second of a run, of which the last may be shorter, and the run up to its end."""
 
     end_s: float
     this: SecondFigures
@@ -124,11 +124,11 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Endings:
-    """What may end a command early: SIGTERM and SIGHUP interrupt it as Ctrl-C does.
+    """The signals that may end a command early: SIGTERM and SIGHUP interrupt it like Ctrl-C.
 
     Attributes:
         stop: Once set, nothing more is sent; see `Watch`.
-        signals: The numbers of those that came.
+        signals: The numbers of the signals that came.
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class Endings:
 
     @property
     def exit_code(self) -> int:
-        """128 and the number of the signal that came first, as shells have it; of SIGINT if none did."""
+        """128 plus the number of the first signal, as in shells; of SIGINT if none came."""
         return 128 + (self.signals[0] if self.signals else signal.SIGINT)
 
     def begin(self) -> None:
@@ -150,13 +150,13 @@ class Endings:
                     self._before[number] = signal.signal(number, self._handle)
 
     def end(self) -> None:
-        """Handle them as before `begin`."""
+        """Restore the handlers from before `begin`."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
 
     def finish(self) -> None:
-        """Let nothing interrupt any more: there is a result, to be shown and written."""
+        """Ignore interrupts from now on: there is a result to show and write."""
         self._is_finishing = True
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
@@ -170,9 +170,9 @@ class Watch:
     """Follows a run.
 
     Attributes:
-        on_second: Told of each second.
+        on_second: Receives each second.
         stop: Once set, nothing more is sent; the run is reported up to there.
-        signals: The numbers of those that came.
+        signals: The numbers of the signals that came.
     """
 
     on_second: Callable[[Second], None]
@@ -181,7 +181,7 @@ class Watch:
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
-        """Have the first SIGINT, SIGTERM or SIGHUP set `stop`, and the next one interrupt.
+        """Make the first SIGINT, SIGTERM or SIGHUP set `stop`, and the next one interrupt.
 
         In the main thread only.
         """
@@ -198,7 +198,7 @@ class Watch:
 
         try:
             for number, handler in before.items():
-                if handler is not signal.SIG_IGN:  # as `nohup` has it
+                if handler is not signal.SIG_IGN:  # `nohup` ignores SIGHUP, and that must stay
                     signal.signal(number, handle)
             yield
         finally:
@@ -207,7 +207,7 @@ class Watch:
 
 
 class _Feed:
-    """What one sender has written so far and no second has taken."""
+    """The rows that one sender has written and no second has used yet."""
 
     def __init__(self, path: Path, due_ns: npt.NDArray[np.int64]) -> None:
         self.until_ns = 0
@@ -217,7 +217,7 @@ class _Feed:
         self._n_taken = self._n_read = 0
 
     def read(self, n: int, until_ns: int) -> None:
-        """Read up to row `n`; all that is due before `until_ns` is among these."""
+        """Read up to row `n`; these include every query due before `until_ns`."""
         self.until_ns = until_ns
         if n > self._n_read:
             offset = self._n_read * LIVE_ROW.itemsize
@@ -227,7 +227,7 @@ class _Feed:
             self._n_read = n
 
     def take(self, end_ns: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-        """Return the due instants and rows of what is due before `end_ns` and was not taken yet."""
+        """Return the due instants and rows of queries due before `end_ns` that were not taken yet."""
         low = self._n_taken
         high = low + int(np.searchsorted(self._due_ns[low : self._n_read], end_ns))
         rows, self._rows = self._rows[: high - low], self._rows[high - low :]
@@ -236,7 +236,7 @@ class _Feed:
 
 
 class Seconds:
-    """Puts the senders' rows together, and tells of each second that all have passed."""
+    """Combines the senders' rows, and reports each second that all senders have passed."""
 
     def __init__(
         self,
@@ -258,7 +258,7 @@ class Seconds:
         self._latency, self._lag = Histogram(), Histogram()
 
     def read(self, name: str, n: int, until_ns: int) -> None:
-        """Take note that a sender has written `n` rows, with all that is due before `until_ns`."""
+        """Record that a sender has written `n` rows, including every query due before `until_ns`."""
         self._feeds[name].read(n, until_ns)
         passed_ns = min(feed.until_ns for feed in self._feeds.values())
         while self._told_ns < self.duration_ns:
@@ -291,7 +291,7 @@ class Seconds:
         self._on_second(Second(end_ns / SECOND, this, self._added(this)))
 
     def _added(self, this: SecondFigures) -> SecondFigures:
-        """Add a second to all before, and return the figures of both."""
+        """Add a second to the earlier ones, and return the figures of all."""
         self._due += this.due
         self._sent += this.sent
         self._ok += this.ok

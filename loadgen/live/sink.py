@@ -1,9 +1,9 @@
 """The null sink: a router that welcomes, answers every query at once if asked to, and does nothing else.
 
-A generator that offers its load to the sink shows what it can do alone: the senders' whole path is
-run, sending, receiving and recording, but nothing queues and nothing executes. It answers each
-message with one group in place of a cluster's, from the header alone: the cheapest peer there is
-that speaks the protocol, so that what is measured is the generator.
+A generator that offers its load to the sink shows what it can do alone: the senders' whole path runs,
+sending, receiving and recording, but nothing queues and nothing executes. The sink answers each message
+with one group, like a cluster, using only the header: it is the cheapest peer that speaks the protocol, so
+that the generator is what is measured.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 MS = 1_000_000
 POLICY = "null sink"
-"""What the sink says its policy is: the result of a run against it can be told from a cluster's."""
-_WAIT_NS = 200 * MS
+"""The sink's policy name, which distinguishes the result of a run against it from a cluster's."""
+_WAIT_NS = 200 * MS  # how soon it notices a stop; queries wake it at once
 _SILENT = "--silent"
 
 
@@ -96,7 +96,7 @@ class Sink:
 
 
 def _status(epoch: int) -> RouterStatus:
-    """Return STATUS: policy, process and CPU time as they are, and nothing counted."""
+    """Return STATUS: the real policy, process and CPU time, and all counts 0."""
     nothing = RecentWindow(0.0, 0, EndCounts(), 0.0, 0.0, 0)
     return RouterStatus(
         router=RouterInfo(
@@ -123,7 +123,7 @@ def _answer(queries: Queries) -> Group:
 
 @contextlib.contextmanager
 def sink_server(*, answers: bool = True) -> Iterator[str]:
-    """Run a null sink in a process of its own; yields its endpoint.
+    """Run a null sink in a separate process; yields its endpoint.
 
     Raises:
         ProcessError: It did not start.

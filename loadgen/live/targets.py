@@ -1,4 +1,4 @@
-"""Which cluster a command offers its load to: what its options say, checked before anything starts."""
+"""Which cluster a command offers its load to: from its options, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from superserve.roles import local
 
 if TYPE_CHECKING:
     from pathlib import Path
-_ANY_PAYLOAD_BYTES = 64
+_ANY_PAYLOAD_BYTES = 64  # emulated GPUs ignore the payload
 _MAX_GPUS = 4096
 
 
@@ -36,10 +36,10 @@ def target_of(
         emulate: `PROFILE:N`; with neither, the cluster that runs on this machine.
         policy: Of the private cluster.
         logs: Where it keeps its event logs.
-        pace: Of its GPUs beside their profile; as profiled with a cluster that runs.
+        pace: Of its GPUs compared with their profile; a running cluster must have the default.
 
     Raises:
-        ConfigError: They do not go together, or name what is not there.
+        ConfigError: The options exclude each other, or name something that does not exist.
     """
     if emulate is not None and connect is not None:
         raise ConfigError("--connect and --emulate: expected one of them, got both")
@@ -58,7 +58,7 @@ def target_of(
 
 
 def _local_endpoint() -> str:
-    """Return where the cluster of this machine, or the one it started on others, takes queries."""
+    """Return the client endpoint of this machine's cluster, or of one that it started on other hosts."""
     try:
         return local.client_endpoint()
     except ConfigError as error:
@@ -69,14 +69,14 @@ def _local_endpoint() -> str:
 
 
 def keys_of(target: Emulation | str, keys: str | None) -> str:
-    """Return the key file to show the target: what was given, or the operator's; "" to a private one."""
+    """Return the key file for the target: the given one, or the operator's; "" for a private cluster."""
     if isinstance(target, Emulation):
         return ""
     return local.remembered_keys(target) if keys is None else keys
 
 
 def payload_bytes_of(target: Emulation | str, keys: str) -> int:
-    """Return the bytes of a payload that the cluster's model takes; 64 if it takes any."""
+    """Return the bytes of a payload for the cluster's model; 64 if it takes any."""
     if isinstance(target, Emulation):
         return _ANY_PAYLOAD_BYTES
     model = ask_status(target, keys=keys).model

@@ -1,8 +1,8 @@
 """The paper's experiments on the modelled profiles, simulated: each one a function that returns JSON.
 
-What each of them is: "Workloads" and "Results" of the SuperServe paper (NSDI '25), section 6. The paper's
-policy is `slackfit`; ours, the default, is `demandfit`. Baselines are every fixed subnet (Clipper+) and
-`mincost` (INFaaS).
+For what each of them is, see "Workloads" and "Results" of the SuperServe paper (NSDI '25), section 6. The
+paper's policy is `slackfit`; ours, the default, is `demandfit`. Baselines are every fixed subnet (Clipper+)
+and `mincost` (INFaaS).
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ DYNAMICS_TRACE = "bursty:base=1500,variant=5500,cv2=8"
 GPUS_OF_SCALING = (1, 2, 4, 8, 16, 32, 64)
 PER_MESSAGE = 8
 """Queries that the paper's clients send together in its scaling experiment."""
-_BIN_S = 0.25
+_BIN_S = 0.25  # seven SLOs: a bin shows a burst, and still has hundreds of queries
 _MAF_S, _CELL_S, _DYNAMICS_S, _RANGE_S = 120.0, 30.0, 20.0, 10.0
-SCALING_S = 4.0
+SCALING_S = 4.0  # short: 64 GPUs take many queries a second
 
 
 @dataclass(frozen=True, slots=True)
 class ExperimentEffort:
-    """How much of an experiment is done.
+    """How much of an experiment to run.
 
     Attributes:
-        maf: A Functions 2019 file; None takes synthetic arrivals of its shape.
+        maf: A Functions 2019 file; None uses synthetic arrivals of its shape.
         n_processes: Simulations at a time.
         n_seeds: Of each cell with drawn arrivals.
         share: Of the full durations.
-        say: Is told of progress.
+        say: Receives progress.
     """
 
     maf: str | None
@@ -67,13 +67,13 @@ class ExperimentEffort:
     say: Callable[[str], None]
 
     def maf_trace(self, rate_qps: float) -> str:
-        """Return MAF's arrivals, or a spec of their shape, at a rate."""
+        """Return MAF's arrivals at a rate, or a spec of their shape."""
         return self.maf or f"maf-like:rate={rate_qps:g}"
 
     def compare(
         self, cells: list[Cell], duration_s: float, *, policies: tuple[str, ...] = POLICIES, n_seeds: int = 1
     ) -> dict[str, Any]:
-        """Simulate policies and baselines on cells, with the bound."""
+        """Simulate policies and baselines on cells, and compute the bound."""
         rivals = baselines(parse_cluster(cells[0].cluster)[0])
         comparison = Comparison(
             (*policies, *rivals), tuple(range(n_seeds)), duration_s * self.share, True, SimSettings()
@@ -103,7 +103,7 @@ def bursty(effort: ExperimentEffort) -> dict[str, Any]:
 
 
 def accelerating(effort: ExperimentEffort) -> dict[str, Any]:
-    """Nine cells whose rate climbs, by where to and how fast."""
+    """Nine cells whose rate climbs, by final rate and speed."""
     return effort.compare(_cells("accel"), _CELL_S, n_seeds=effort.n_seeds)
 
 
@@ -139,7 +139,7 @@ def faults(effort: ExperimentEffort) -> dict[str, Any]:
 
 
 def fault_figures(run: Run, kill_every_s: float) -> dict[str, Any]:
-    """Return a fault run's figures: in all, between two kills each, and in bins of time."""
+    """Return a fault run's figures: in all, between each two kills, and in bins of time."""
     due_s = run.columns["due_ns"] / SECOND
     is_ok = in_time(run.columns, SLO_NS)
     spans = []
@@ -169,7 +169,7 @@ def _of(run: Run, is_ok: npt.NDArray[np.bool_], held: npt.NDArray[np.bool_]) -> 
 
 
 def dynamics(effort: ExperimentEffort) -> dict[str, Any]:
-    """What is served from moment to moment at 7,000 q/s."""
+    """What is served over time at 7,000 q/s."""
     trace = load_trace(DYNAMICS_TRACE, duration_s=_DYNAMICS_S * effort.share, seed=1)
     runs = {}
     for policy in POLICIES:
@@ -214,7 +214,7 @@ def over_time(run: Run, bin_s: float) -> dict[str, list[float | None]]:
 def scaling(effort: ExperimentEffort) -> dict[str, Any]:
     """The highest constant rate with an attainment of 0.999, by the number of GPUs.
 
-    The paper serves one small model, ResNet-18; here that is the profile's smallest subnet, alone.
+    The paper serves one small model, ResNet-18; this serves the profile's smallest subnet alone.
     """
     profile = load_profile(CNN)
     policies = (f"fixed:{profile.subnets[0].name}", *POLICIES)
@@ -254,7 +254,7 @@ def _in_eights(rate_qps: float, duration_s: float) -> Trace:
 
 
 def actuation(effort: ExperimentEffort) -> dict[str, Any]:
-    """What a delay of actuation costs on MAF."""
+    """What an actuation delay costs on MAF."""
     trace = effort.maf_trace(MAF_QPS)
     points: list[Point] = []
     for policy in POLICIES:
@@ -264,7 +264,7 @@ def actuation(effort: ExperimentEffort) -> dict[str, Any]:
 
 
 def rate_range(effort: ExperimentEffort) -> dict[str, Any]:
-    """Accuracy by constant rate, up to the highest that is held."""
+    """Accuracy by constant rate, up to the highest that holds."""
     profile = load_profile(CNN)
     policies = (*POLICIES, *(f"fixed:{subnet.name}" for subnet in profile.subnets))
     points = list(throughput_range(profile, duration_s=_RANGE_S * effort.share, policies=policies))

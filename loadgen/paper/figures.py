@@ -2,8 +2,8 @@
 
     python -m loadgen.paper.figures --maf FILE --out docs
 
-Writes actuation-ablation.svg and throughput-accuracy.svg, beside each the figures as JSON, and
-prints them. The machine is the simulator's calm one; the GPUs are the modelled profile's.
+Writes actuation-ablation.svg and throughput-accuracy.svg, with the figures as JSON beside each, and
+prints them. The simulator's machine is the calm one; the GPUs are the modelled profile's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from profiles.table import Profile
 
 DELAYS_MS = (0.0, 1.0, 10.0, 100.0)
-"""Actuation delays of the ablation: none, this system's budget, and what loading a model takes."""
+"""Actuation delays of the ablation: none, this system's budget, and the time to load a model."""
 
 RATES_QPS = tuple(range(1_000, 18_001, 500))
 """Constant rates of the range."""
@@ -49,7 +49,7 @@ _FONT_SIZE = 9.0
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What one simulation attained; `at` is its delay in ms, or its rate in queries a second."""
+    """The result of one simulation; `at` is its delay in ms, or its rate in queries a second."""
 
     at: float
     policy: str
@@ -58,7 +58,7 @@ class Point:
 
 
 def ablation(profile: Profile, trace_spec: str, *, duration_s: float, policy: str) -> Iterator[Point]:
-    """Yield what `policy` attains on MAF's arrivals, by actuation delay."""
+    """Yield what `policy` attains on MAF's arrivals, for each actuation delay."""
     trace = load_trace(trace_spec, rate_qps=MAF_QPS, duration_s=duration_s)
     for delay_ms in DELAYS_MS:
         settings = replace(SimSettings(), actuation_ns=int(delay_ms * MS))
@@ -78,7 +78,7 @@ def throughput_range(profile: Profile, *, duration_s: float, policies: tuple[str
 
 
 def draw_ablation(points: list[Point]) -> Callable[[Axes], None]:
-    """Return what draws the share of missed SLOs by delay."""
+    """Return a function that draws the share of missed SLOs by delay."""
 
     def draw(axes: Axes) -> None:
         places = range(len(points))
@@ -98,7 +98,7 @@ def draw_ablation(points: list[Point]) -> Callable[[Axes], None]:
 
 
 def draw_range(points: list[Point]) -> Callable[[Axes], None]:
-    """Return what draws accuracy by sustained rate: the adaptive policy's line, each fixed subnet's end."""
+    """Return a function that draws accuracy by sustained rate: the adaptive line, each fixed subnet's end."""
 
     def draw(axes: Axes) -> None:
         for place, policy in enumerate(dict.fromkeys(point.policy for point in points)):
@@ -153,7 +153,7 @@ def _json(points: list[Point], **more: Any) -> str:
 @click.option("--duration", type=float, default=60.0, show_default=True, help="Seconds of the MAF runs.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out/figures"))
 def main(maf: str | None, name: str, policy: str, duration: float, out: Path) -> None:
-    """Simulate both figures, write them to OUT, and print what they show."""
+    """Simulate both figures, write them to OUT, and print the results."""
     try:
         check_installed()
         check_writable(out / "actuation-ablation.svg", "--out")

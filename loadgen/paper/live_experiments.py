@@ -1,4 +1,4 @@
-"""The paper's experiments that are run live: real processes, emulated GPUs, messages on loopback."""
+"""The paper's experiments that run live: real processes, emulated GPUs, messages on loopback."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ BURSTY_CELLS = {
     "bursty 2950 cv2 4": "bursty:base=1500,variant=2950,cv2=4",
     "bursty 4900 cv2 8": "bursty:base=1500,variant=4900,cv2=8",
 }
-"""The two cells that are run live, one moderate and one hard."""
+"""The two cells that run live, a moderate and a hard one."""
 
 ATTEMPTS = 2
-"""A run that was invalid or disturbed is made once more; the page tells of both."""
+"""A run that was invalid or disturbed is made once more; the page reports both."""
 
 _MAF_S, _BURSTY_S = 120.0, 30.0
-_CALM_NS = 2 * MS
+_CALM_NS = 2 * MS  # a sleeper's p99 delay on a machine that is not busy
 
 
 def maf_live(effort: ExperimentEffort, policy: str) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _offered(trace: Trace, policy: str) -> dict[str, Any]:
 
 
 def _repeated(once: Callable[[], dict[str, Any]], effort: ExperimentEffort, what: str) -> dict[str, Any]:
-    """Return the first run that is neither invalid nor disturbed, else the last; beside it the others."""
+    """Return the first run that is neither invalid nor disturbed, or the last, with the others attached."""
     set_aside: list[dict[str, Any]] = []
     while True:
         await_calm(_CALM_NS)
@@ -110,10 +110,10 @@ def _figures(run: Run) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Kills:
-    """Kills worker processes of a cluster, the first one first, as a run's progress passes their instants.
+    """Kills worker processes of a cluster in order, when a run's progress passes their instants.
 
     Attributes:
-        after: For each kill, how many queries have been sent by then.
+        after: For each kill, the number of queries sent by then.
         n_killed: How many have been killed.
     """
 
@@ -122,7 +122,7 @@ class Kills:
     n_killed: int = 0
 
     def watch(self, progress: dict[str, int]) -> None:
-        """Take a run's progress, and kill what is due; SIGKILL, in a thread, since that awaits the end."""
+        """Take a run's progress, and SIGKILL what is due, in a thread, because it waits for the end."""
         while self.n_killed < len(self.after) and progress["sent"] >= self.after[self.n_killed]:
             worker = self.cluster.workers[self.n_killed]
             self.n_killed += 1
@@ -144,7 +144,7 @@ def _with_kills(trace: Trace, kill_every_s: float, policy: str) -> dict[str, Any
         with emulated(emulation) as cluster:
             kills = Kills(cluster, after)
             run = run_trace(trace, RunSettings(SLO_NS), cluster.client_endpoint, kills.watch)
-        report = check_logs(cluster.event_logs[kills.n_killed :])  # a killed process's log ends anywhere
-    assert kills.n_killed == N_KILLS, "progress is told to the end"
+        report = check_logs(cluster.event_logs[kills.n_killed :])  # a killed process's log may end anywhere
+    assert kills.n_killed == N_KILLS, "progress is reported to the end"
     figures = {**_figures(run), **fault_figures(run, kill_every_s)}
     return {**figures, "kill_every_s": kill_every_s, "violations": report.n_violations}

@@ -1,4 +1,4 @@
-"""docs/results.md, written from the figures of `loadgen.paper.reproduce`: ours beside the paper's and the bound.
+"""docs/results.md, written from the figures of `loadgen.paper.reproduce`: ours, the paper's and the bound.
 
 Its words are here and in results.md, the template beside this file; every number comes from the figures.
 """
@@ -22,14 +22,14 @@ _PAGE = Template((Path(__file__).parent / "results.md").read_text(encoding="utf-
 
 
 def page(found: Found) -> str:
-    """Return the page as Markdown; sections whose figures are not there are left out."""
+    """Return the page as Markdown, without the sections whose figures are missing."""
     parts = ["\n".join(write(found)) for wanted, write in _SECTIONS if all(name in found for name in wanted)]
     sections = "\n\n".join(part.strip("\n") for part in parts)
     return _PAGE.substitute(made="\n".join(_made(found)), sections=sections).rstrip("\n") + "\n"
 
 
 def _made(found: Found) -> Iterator[str]:
-    """Say when, where and how the figures were made: of each experiment, where they differ."""
+    """Yield when, where and how the figures were made: for each experiment, if they differ."""
     made = list(found["made"].values())
     dates = sorted({one["environment"]["date"][:10] for one in made})
     machines = sorted({_machine(one["environment"]["machine"]) for one in made})
@@ -89,7 +89,7 @@ _MAF = {
     "MAF, CNN, 6,400 q/s, 36 ms": "0.99999; +4.65 to +4.67 points; 2.85 x",
     "MAF, transformer, 1,150 q/s, 200 ms": "+1.72 points; 1.2 x",
 }
-"""What is compared on MAF, and what the paper reports of it."""
+"""The comparisons on MAF, and the paper's results."""
 
 
 def _maf(found: Found) -> Iterator[str]:
@@ -148,7 +148,7 @@ def _transformer_words(cell: Found) -> Iterator[str]:
     if (ratio := one["attainment_ratio"]) is not None and ratio < _TRANSFORMER_RATIO:
         yield (
             f"At equal accuracy {_subnet(one['at'])} attains {_attained(cell, one['at'])} by itself, so {ratio:.2f} x "
-            f"is what SlackFit makes of it and the paper's {_TRANSFORMER_RATIO:g} x is out of anybody's reach here."
+            f"is what SlackFit makes of it and the paper's {_TRANSFORMER_RATIO:g} x is out of reach here."
         )
 
 
@@ -199,7 +199,7 @@ def _grids(found: Found) -> Iterator[str]:
 
 
 def _short_cells(cells: Sequence[Found], kind: str, promise: float) -> Iterator[str]:
-    """Say for each policy which cells fall short of the paper's attainment, and what the bound says."""
+    """Yield for each policy which cells miss the paper's attainment, and the bound for them."""
     for name in OURS:
         short = [cell for cell in cells if mean(cell["policies"][name], "attainment") < promise]
         if not short:
@@ -251,7 +251,7 @@ def _policy_space(found: Found) -> Iterator[str]:
     yield words + (" here, not 5 %: " + _WHY_MAXBATCH if gap < _ALIKE else ".")
 
 
-_ALIKE = 0.002
+_ALIKE = 0.002  # two queries in a thousand: too few to explain by the policy
 _WHY_MAXBATCH = """\
 on this profile a full batch of the smallest subnet takes a fifth of the SLO, so MaxBatch fills its
 batches whenever SlackFit does, and then takes the most accurate subnet that fits, as SlackFit's bucket does."""
@@ -341,7 +341,7 @@ def _holds_78(point: Found, least: float) -> bool:
 
 
 def correlation(one: Sequence[float | None], other: Sequence[float | None]) -> float:
-    """Return the correlation of two series where both are known; 0 where one does not vary."""
+    """Return the correlation of two series where both are known; 0 if one does not vary."""
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     if not pairs:
         return 0.0

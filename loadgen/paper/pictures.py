@@ -18,7 +18,7 @@ _COLOURS = dict(zip(OURS, RUNS, strict=False))
 
 
 def pictures(found: Mapping[str, Any]) -> dict[str, Draw]:
-    """Return what draws each picture, by file stem; those whose figures are there."""
+    """Return a function that draws each picture, by file stem, if its figures are there."""
     drawn: dict[str, Draw] = {}
     if "maf" in found:
         drawn["results-maf"] = _plane(found["maf"]["cells"][0])
@@ -36,13 +36,13 @@ def pictures(found: Mapping[str, Any]) -> dict[str, Draw]:
 
 
 def mean(runs: Sequence[Mapping[str, float | None]], what: str) -> float:
-    """Return the mean over seeds of one of a policy's figures; 0 where it was never known."""
+    """Return the mean over seeds of one of a policy's figures; 0 if it was never known."""
     known = [one[what] for one in runs if one[what] is not None]
     return sum(value for value in known if value is not None) / len(known) if known else 0.0
 
 
 def _plane(cell: Mapping[str, Any]) -> Draw:
-    """Each policy a point: attainment to the right, accuracy upwards."""
+    """Each policy as a point: attainment to the right, accuracy upwards."""
     smallest = next(name for name in cell["policies"] if name.startswith("fixed:"))
 
     def draw(axes: Axes) -> None:
@@ -51,7 +51,7 @@ def _plane(cell: Mapping[str, Any]) -> Draw:
             is_ours = name in OURS
             axes.plot(*place, "o" if is_ours else "s", color=_COLOURS.get(name, MUTED), markersize=6)
             if name == "mincost":
-                continue  # the smallest subnet's own place
+                continue  # at the same place as the smallest subnet
             words = name.removeprefix("fixed:") + (", mincost" if name == smallest else "")
             is_at_edge = place[0] > 0.9
             axes.annotate(
@@ -69,7 +69,7 @@ def _plane(cell: Mapping[str, Any]) -> Draw:
 
 
 def _grids(cells: Sequence[Mapping[str, Any]]) -> Draw:
-    """Each cell's accuracy under both policies, beside the best baseline's that attains as much."""
+    """Each cell's accuracy under both policies, and that of the best baseline with the same attainment."""
 
     def draw(axes: Axes) -> None:
         places = range(len(cells))
@@ -96,7 +96,7 @@ def _grids(cells: Sequence[Mapping[str, Any]]) -> Draw:
 
 
 def best_baseline(cell: Mapping[str, Any], policy: str) -> str | None:
-    """Return the most accurate baseline whose attainment is within 0.001 of a policy's; None without one."""
+    """Return the most accurate baseline with an attainment within 0.001 of a policy's; None without one."""
     headline = cell["headline"]
     name: str | None = None if headline is None else headline[policy]["over"]
     return name

@@ -2,10 +2,9 @@
 
     python -m loadgen.paper.reproduce --maf FILE
 
-Simulations first, on every processor; then the live runs, one after the other. OUT/results.json holds every
-figure, by experiment with where, when and how it was made, and grows as they come, so that `--only` adds to
-it; the page is written from it. `--page docs` writes
-docs/results.md and its pictures.
+Simulations first, on every processor; then the live runs, one after the other. OUT/results.json has every
+figure, by experiment, with where, when and how it was made. It grows as results come, so that `--only` adds
+to it; the page is written from it. `--page docs` writes docs/results.md and its pictures.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     Experiment = Callable[[ExperimentEffort], dict[str, Any]]
     LiveExperiment = Callable[[ExperimentEffort, str], dict[str, Any]]
 
-# Those that simulate cell by cell use every processor themselves.
+# Experiments that simulate cell by cell use every processor themselves.
 WIDE: dict[str, Experiment] = {
     "maf": experiments.maf_cnn,
     "transformer": experiments.maf_transformer,
@@ -58,13 +57,13 @@ LIVE: dict[str, LiveExperiment] = {
     "live_bursty": live_experiments.bursty_live,
 }
 NAMES = (*WIDE, *NARROW, *LIVE)
-_SEEDS = 2
+_SEEDS = 2  # the second shows whether a difference is luck
 
 
 def reproduce(
     effort: ExperimentEffort, names: tuple[str, ...], keep: Callable[[str, dict[str, Any]], None]
 ) -> None:
-    """Do the experiments named, and hand each one's figures to `keep` as they come."""
+    """Run the named experiments, and pass each one's figures to `keep` as they come."""
     for name, experiment in WIDE.items():
         if name in names:
             keep(name, experiment(effort))
@@ -79,12 +78,12 @@ def reproduce(
 
 
 def say(what: str) -> None:
-    """Tell of progress, from any process."""
+    """Print progress, from any process."""
     click.echo(f"  {time.strftime('%H:%M:%S')}  {what}", err=True)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return the figures there are so far; none if the file is not there."""
+    """Return the figures so far; none if the file does not exist."""
     if not path.exists() or not path.stat().st_size:
         return {"schema": 1, "made": {}}
     try:
@@ -97,7 +96,7 @@ def load(path: Path) -> dict[str, Any]:
 @click.command()
 @options.maf
 @click.option("--only", "only", multiple=True, type=click.Choice(NAMES), help="These alone; repeatable.")
-@click.option("--quick", is_flag=True, help="A tenth of each duration, and one seed: to see that it works.")
+@click.option("--quick", is_flag=True, help="A tenth of each duration, and one seed: a trial run.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out/reproduce"))
 @click.option(
     "--page", "folder", type=click.Path(file_okay=False, path_type=Path),

@@ -1,7 +1,7 @@
 """One figure of a page: rows of axes with equal margins, labels to their right; then SVG.
 
-The SVG takes its colours and fonts from the page. All axes over time have one time axis: what stands below
-each other happened together.
+The SVG takes its colours and fonts from the page. All axes over time share one time axis: events at the same
+horizontal position happened together.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 640, 48, 150, 8, 24, 26
-"""Of a panel, in its own units: about a pixel each. Labels stand in the right margin."""
+"""Of a panel, in its own units: about a pixel each. The right margin is for labels."""
 
-HEIGHT, _ROW_HEIGHT = 138, 100  # of the part within the axes, alone and where several share a panel
-_LINE, _LEAST_LINE = 15.0, 12.5  # between two labels, and where a key would not fit else
-_MAX_LABEL = 22  # characters that fit the right margin
+HEIGHT, _ROW_HEIGHT = 138, 100  # of the part within the axes: of a single row, and of one among several
+_LINE, _LEAST_LINE = 15.0, 12.5  # between two labels: usually, and if a key would not fit otherwise
+_MAX_LABEL = 22  # characters that fit in the right margin
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A panel of the page: `svg`, or in its place the reason why there is none.
+    """A panel of the page: `svg`, or the reason why there is none.
 
     Attributes:
         key: Names it in the page; a letter, then letters and hyphens.
         title: What it shows, with the unit.
         note: How to read it: one or two sentences.
         svg: The drawing; empty if there is nothing to draw.
-        empty: Why not.
+        empty: Why there is nothing to draw.
     """
 
     key: str
@@ -94,12 +94,12 @@ class Canvas:
         return axes
 
     def label(self, y: float, text: str, colour: str) -> None:
-        """Have `text` stand to the right of the first row, as near to `y` as other labels allow."""
+        """Put `text` to the right of the first row, as near to `y` as other labels allow."""
         if math.isfinite(y):
             self._labels.append((y, text, colour))
 
     def key(self, entries: Sequence[tuple[str, str]], row: int, heading: str) -> None:
-        """Put a key of colours to the right of a row, top down, as the stack is."""
+        """Put a key of colours to the right of a row, top down, like the stack."""
         top = TOP + row * (self._height + GAP)
         if heading:
             self._text(top + _LINE / 2, heading, INK, weight="bold")
@@ -143,7 +143,7 @@ class Canvas:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Return heights near those wanted, `gap` apart where `low` to `high` has the room, in their order."""
+    """Return heights near the wanted ones, `gap` apart if there is room from `low` to `high`, in order."""
     order = np.argsort(wanted, kind="stable")
     gap = min(gap, (high - low) / max(1, len(order) - 1))
     placed = np.array(wanted, dtype=np.float64)[order]
@@ -158,14 +158,14 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def thinned(entries: Sequence[tuple[str, str]], n: int) -> list[tuple[str, str]]:
-    """Return at most n entries, evenly picked, the first and the last among them."""
+    """Return at most n entries, evenly picked, including the first and the last."""
     if len(entries) <= n:
         return list(entries)
     return [entries[i] for i in np.linspace(0, len(entries) - 1, max(2, n)).round().astype(int)]
 
 
 def time_ticks(end_s: float) -> list[tuple[float, str]]:
-    """Return some six instants from 0 to `end_s`, and their names with a unit."""
+    """Return about six instants from 0 to `end_s`, and their names with a unit."""
     unit_s, unit = (3600.0, "h") if end_s > 4 * 3600 else (60.0, "min") if end_s > 600 else (1.0, "s")
     span = end_s / unit_s
     power = 10.0 ** math.floor(math.log10(span / 8))
@@ -182,10 +182,10 @@ _FONT = re.compile(r"font: ([^;\"]*?)([\d.]+)px [^;\"]*")
 
 
 def page_svg(svg: str, key: str, title: str) -> str:
-    """Fit a figure into an HTML page; its text stays as it is.
+    """Fit a figure into an HTML page; its text stays text.
 
     Ids begin with `key`, so that figures do not refer to each other; colours and fonts are the
-    page's; numbers have two decimals; metadata and its addresses are left out.
+    page's; numbers have two decimals; metadata and its addresses are removed.
     """
     box = re.search(r'viewBox="([^"]*)"', svg)
     assert box is not None, "matplotlib writes a viewBox"

@@ -1,8 +1,8 @@
 """Durations by size in bounded memory: a log-linear histogram, merged by addition.
 
-Each power of two is cut into `PER_OCTAVE` bins of equal width, and durations below `2 * PER_OCTAVE`
-nanoseconds have a bin each. So a bin is at most 1 / `PER_OCTAVE` as wide as the durations in it are long,
-and a quantile, told as its bin's upper end, is the exact one or at most 0.8 % more; the maximum is exact.
+Each power of two is divided into `PER_OCTAVE` bins of equal width, and durations below `2 * PER_OCTAVE`
+nanoseconds have a bin each. So a bin's width is at most 1 / `PER_OCTAVE` of the durations in it, and a
+quantile, given as its bin's upper end, is exact or at most 0.8 % too high; the maximum is exact.
 
 Source: the layout of HdrHistogram (Tene), with 7 bits of mantissa.
 """
@@ -14,13 +14,13 @@ import numpy.typing as npt
 
 _BITS = 7
 PER_OCTAVE = 1 << _BITS
-"""Bins to each power of two."""
+"""Bins in each power of two."""
 RELATIVE_ERROR = 1 / PER_OCTAVE
-"""By how much a quantile may exceed the exact one."""
+"""Most that a quantile may exceed the exact one by, as a share."""
 LONGEST_NS = (1 << 53) - 1
 """104 days: longer durations count as this one."""
 _N_BINS = ((53 - _BITS - 1) << _BITS) + 2 * PER_OCTAVE
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 20  # values in a piece, because each piece makes several arrays of its size
 
 
 def rank(n: int, permille: int) -> int:
@@ -29,7 +29,7 @@ def rank(n: int, permille: int) -> int:
 
 
 class Histogram:
-    """Counts of durations: 46 kB, whatever their number.
+    """Counts of durations: 46 kB for any number of them.
 
     Attributes:
         n: Durations counted.
@@ -42,7 +42,7 @@ class Histogram:
         self._counts = np.zeros(_N_BINS, np.int64)
 
     def add(self, ns: npt.NDArray[np.int64]) -> None:
-        """Count durations, shape (n,), negative ones as 0; in parts, so that its memory is bounded too."""
+        """Count durations, shape (n,), negative ones as 0; in parts, to bound the memory too."""
         for low in range(0, len(ns), _AT_ONCE):
             self._add(np.clip(ns[low : low + _AT_ONCE], 0, LONGEST_NS))
 
@@ -54,7 +54,7 @@ class Histogram:
         self.max_ns = max(self.max_ns, int(ns.max()))
 
     def merge(self, other: Histogram) -> None:
-        """Count what another has counted, too: the same as if it had been added here."""
+        """Add another histogram's counts: the same as if its durations had been added here."""
         self._counts += other._counts
         self.n += other.n
         self.max_ns = max(self.max_ns, other.max_ns)
@@ -64,7 +64,7 @@ class Histogram:
 
         Args:
             permille: 1 to 1000; 1000 is the maximum.
-            n_slower: So many more that are longer than all counted, by how much is not known.
+            n_slower: How many more are longer than all counted ones, by an unknown amount.
 
         Returns:
             Nanoseconds; None if it is among `n_slower`, or nothing was counted.

@@ -1,6 +1,6 @@
 """The panels of a run's page.
 
-All but one are over time, on one time axis. matplotlib is imported where a figure is drawn, so that `loadgen`
+All but one are over time, on one time axis. matplotlib is imported when a figure is drawn, so that `loadgen`
 runs without it.
 """
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from loadgen.results.timeline import Counts, Floats, RunTimeline
 
 MAX_RUNS = 6
-"""More lines than that nobody tells apart."""
+"""More lines than this cannot be told apart."""
 
 FEW = 2
-"""Of more runs than that only the main lines are drawn, without bands and medians."""
+"""With more runs than this only the main lines are drawn, without bands and medians."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shown:
-    """A run as the panels show it; `place` gives its colour."""
+    """A run in the form of the panels; `place` gives its colour."""
 
     label: str
     result: RunResult
@@ -314,7 +314,7 @@ def draw(runs: Sequence[Shown]) -> list[Panel]:
     import matplotlib as mpl  # noqa: PLC0415  an optional extra, and slow to import
 
     with mpl.rc_context(RC), warnings.catch_warnings():
-        # A name in letters that matplotlib's font lacks: the page's own fonts have them.
+        # For names in letters that matplotlib's font lacks: the page's own fonts have them.
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
         return [make(runs) for make in PANELS]
 
@@ -335,7 +335,7 @@ def _end_s(runs: Iterable[Shown]) -> float:
 
 
 def _steps(axes: Axes, run: Shown, values: Floats, gid: str) -> None:
-    """Draw a series as steps; a bin without a value leaves a gap, one between gaps still shows."""
+    """Draw a series as steps; a bin without a value leaves a gap, a single one between gaps still shows."""
     axes.stairs(values, run.edges_s, color=run.colour, linewidth=1.8, baseline=None, gid=gid)
 
 
@@ -364,7 +364,7 @@ def _slo_lines(canvas: Canvas, axes: Axes, runs: Sequence[Shown]) -> None:
 
 
 def _latency_scale(axes: Axes, worst_ms: float, runs: Sequence[Shown]) -> str:
-    """Choose the scale on which the SLO and the worst can both be read; say so if it is not plain."""
+    """Choose a scale on which both the SLO and the maximum can be read; return a note if it is not linear."""
     slo_ms = max(run.result.slo_ms for run in runs)
     if worst_ms <= 4 * slo_ms:
         axes.set_ylim(0, 1.08 * max(slo_ms, worst_ms))
@@ -385,7 +385,7 @@ def _plain_log_ticks(axes: Axes) -> None:
 
 
 def _mark_quantiles(canvas: Canvas, axes: Axes, run: Shown, n: int, *, named: bool) -> None:
-    """Mark the result's own quantiles on the curve; those at one point share a label."""
+    """Mark the result's quantiles on the curve; those at the same point share a label."""
     texts: dict[float, str] = {}
     for name in LATENCY_QUANTILES:
         ms = run.result.latency_ms[name]
@@ -404,7 +404,7 @@ def _mark_quantiles(canvas: Canvas, axes: Axes, run: Shown, n: int, *, named: bo
             color=run.colour,
             gid=f"mark-{run.place}-{name}",
         )
-        texts[ms] = name.replace("_", ".")  # the farther one, where two are equal
+        texts[ms] = name.replace("_", ".")  # of two equal ones the higher
     if named:
         for ms, name in texts.items():
             canvas.label(ms, f"{name} {figure(ms)} ms", run.colour)
@@ -422,7 +422,7 @@ def _top(values: Floats) -> float:
 
 
 def _positive(values: Floats) -> Floats:
-    """Return the values as a log scale takes them: at least a microsecond."""
+    """Return the values for a log scale: at least a microsecond."""
     return np.maximum(values, 1e-3)
 
 

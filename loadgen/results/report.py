@@ -1,7 +1,7 @@
 """The page of one run or of several: panels, tables, and in plain words whether the run counts.
 
-One HTML file without scripts, network or files beside it. It is made from run results alone, so
-the same results give the same bytes. All text that comes from outside is escaped here.
+One HTML file without scripts, network or further files. It is made only from run results, so the
+same results give the same bytes. All text from outside is escaped here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MEANINGS = {
     "unsent": "the load generator never sent it",
 }
 FEW_RUNS = 3
-"""So many are named in the headline."""
+"""At most this many are named in the headline."""
 
 _NOTHING = "-"
 _STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
@@ -51,8 +51,8 @@ def write_report(path: Path, results: Sequence[RunResult], labels: Sequence[str]
 
     Args:
         path: Where; its folder is there.
-        results: As their files hold them, with their timelines.
-        labels: What to call them, each different; by default, after their policies.
+        results: As in their files, with their timelines.
+        labels: Their names, all different; by default, their policies.
 
     Raises:
         ConfigError: matplotlib is missing, a timeline is malformed, there are more runs than
@@ -67,7 +67,7 @@ def write_report(path: Path, results: Sequence[RunResult], labels: Sequence[str]
 
 
 def load_runs(paths: Sequence[Path]) -> tuple[list[RunResult], list[str]]:
-    """Read run results, and name each by its policy, or by its file where policies are alike."""
+    """Read run results, and name each by its policy, or by its file if policies are the same."""
     results = [load_run(path) for path in paths]
     for names in ([result.policy for result in results], [path.stem for path in paths]):
         if len(set(names)) == len(names):
@@ -102,7 +102,7 @@ def page(results: Sequence[RunResult], labels: Sequence[str] | None = None) -> s
 
 
 def _check_sums(shown: Iterable[Shown]) -> None:
-    """Refuse a timeline that belongs to another run than the figures beside it."""
+    """Refuse a timeline that belongs to another run than its figures."""
     for run in shown:
         queries, timeline = run.result.queries, run.timeline
         for name in OUTCOMES:
@@ -123,7 +123,7 @@ def _check_sums(shown: Iterable[Shown]) -> None:
 
 
 def headline(named: Sequence[tuple[str, RunResult]]) -> str:
-    """Return what the page says first: how many queries were answered in time."""
+    """Return the page's first sentence: how many queries were answered in time."""
     if len(named) == 1:
         result = named[0][1]
         ok, total = result.queries["ok"], result.queries["total"]
@@ -168,7 +168,7 @@ def subline(named: Sequence[tuple[str, RunResult]]) -> str:
 
 
 def _trade(ours: tuple[str, RunResult], theirs: tuple[str, RunResult]) -> str:
-    """Say what one run gained over another in attainment, and what it gave for it."""
+    """Return what one run gained over another in attainment, and what that cost, in words."""
     (label, one), (other_label, other) = ours, theirs
     if one.mean_accuracy is None or other.mean_accuracy is None:
         return ""
@@ -241,7 +241,7 @@ def _notices(named: Sequence[tuple[str, RunResult]]) -> list[str]:
 
 
 def _broken(result: RunResult) -> list[str]:
-    """Return what the run's own checks found broken."""
+    """Return what the run's own checks found wrong."""
     environment = result.environment or {}
     found = []
     if environment.get("duplicates"):
@@ -271,7 +271,7 @@ def _header(named: Sequence[tuple[str, RunResult]]) -> str:
 
 
 def _data(value: object, text: str) -> str:
-    """Return a figure: as the page shows it, and as the result file has it."""
+    """Return a figure as HTML: the shown text, and the value from the result file."""
     return f'<data value="{escape(str(value))}">{escape(text)}</data>'
 
 
@@ -327,7 +327,7 @@ def _figures(named: Sequence[tuple[str, RunResult]]) -> str:
 
 
 def _comparison(named: Sequence[tuple[str, RunResult]]) -> str:
-    """Return the headline figures of several runs, a row each: they are read down the columns."""
+    """Return the headline figures of several runs, a row each, to be compared down the columns."""
     rows = [
         [head, *(cell(result) for _, cell in _ROWS)]
         for head, (_, result) in zip(_heads(named), named, strict=True)
@@ -350,7 +350,7 @@ def _heads(named: Sequence[tuple[str, RunResult]]) -> list[str]:
 def _table(
     title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, n_text: int = 1, kind: str = ""
 ) -> str:
-    """Return a table of cells that are HTML already; the first `n_text` columns are words."""
+    """Return a table of cells that are already HTML; the first `n_text` columns are words."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         kinds = ["" if i < n_text else ' class="n"' for i in range(len(row))]
@@ -387,7 +387,7 @@ def _figure(panel: Panel, named: Sequence[tuple[str, RunResult]]) -> str:
 
 
 def _outcomes(named: Sequence[tuple[str, RunResult]]) -> str:
-    """Return how queries ended; ways in which none did are named below, not listed."""
+    """Return how queries ended; ways that never occurred are named below the table."""
     happened = [name for name in OUTCOMES if any(result.queries[name] for _, result in named)]
     rows = []
     for name in happened:
@@ -429,7 +429,7 @@ def _shares(shown: Sequence[Shown], named: Sequence[tuple[str, RunResult]]) -> s
 def _environment(label: str, result: RunResult, *, only: bool) -> str:
     title = "Made by" if only else f"{label}: made by"
     if result.environment is None:
-        return f"<section><h2>{escape(title)}</h2><p>The file does not say.</p></section>"
+        return f"<section><h2>{escape(title)}</h2><p>The file does not state it.</p></section>"
     facts = dict(result.environment)
     command = facts.pop("command", None)
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in _flat(facts))

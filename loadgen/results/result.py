@@ -1,8 +1,8 @@
 """A run's figures: exact quantiles, the run result file, and whether the run counts.
 
-Quantiles are order statistics, never interpolated: the p99.9 is a latency that a query
-had. An open-loop run counts only if its load was really offered, so the sender's own
-lateness is held against a probe that sees how late this machine wakes anything.
+Quantiles are order statistics, never interpolated: the p99.9 is the latency of an actual
+query. An open-loop run counts only if its load was really offered, so the sender's own
+lateness is compared with a probe that measures how late this machine wakes any thread.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ LAG_QUANTILES = ("p50", "p99", "p99_9", "max")
 """Keys of `send_lag_ms`."""
 
 PERMILLE = {"p50": 500, "p90": 900, "p99": 990, "p99_9": 999, "max": 1000}
-"""What the names of quantiles mean, in thousandths."""
+"""The values of the quantiles' names, in thousandths."""
 
 MAX_EXACT = 100_000_000
-"""Up to so many durations quantiles are exact; beyond, they are a histogram's: see `histogram`."""
+"""Up to this many durations quantiles are exact; for more they are a histogram's: see `histogram`."""
 
-_ATTAINMENT_TOLERANCE = 1e-6  # of a file written with six digits
+_ATTAINMENT_TOLERANCE = 1e-6  # files have six digits
 
 
 def quantile_ns(ns: npt.NDArray[np.int64], permille: int) -> int | None:
@@ -87,15 +87,15 @@ def quantiles_ms(
     Args:
         ns: Durations in any order, shape (n,).
         names: Which ones: `LATENCY_QUANTILES` or `LAG_QUANTILES`.
-        max_exact: Up to so many durations they are exact; of more, at most 0.8 % too long, for sorting
-            would take as much memory again.
+        max_exact: Up to this many durations they are exact; for more, at most 0.8 % too high, because
+            sorting would take as much memory again.
     """
     if len(ns) > max_exact:
         counted = Histogram()
         counted.add(ns)
         told = {name: counted.quantile_ns(PERMILLE[name]) for name in names}
         return {name: None if one is None else one / MS for name, one in told.items()}
-    # Sorted once: five selections of a long array cost more.
+    # Sorted once: five selections from a long array cost more.
     ordered = np.sort(ns)
     ranks = {name: rank(len(ns), PERMILLE[name]) for name in names}
     return {name: int(ordered[one - 1]) / MS if len(ns) else None for name, one in ranks.items()}
@@ -110,7 +110,7 @@ class RunResult:
         trace: The trace's name or spec.
         policy: The policy's name.
         slo_ms: Time from a query's due instant to its deadline, in milliseconds.
-        duration_s: Length of the trace as it was offered, in seconds.
+        duration_s: Length of the offered trace, in seconds.
         offered_qps: Queries of the trace over its duration.
         realised_qps: Queries really sent, over the same duration.
         realised_cv2: Burstiness of the instants of sending; None if too few.
@@ -127,14 +127,14 @@ class RunResult:
         valid: Whether the load was really offered; see `judge_validity`.
         invalid_because: Why not; empty if valid.
         disturbed: Whether the machine itself was late enough to explain the sender's lag.
-        partial: True of a run that was interrupted: all figures are of the trace up to there; else None.
+        partial: True for a run that was interrupted: all figures are of the trace up to there; or None.
         reasons: For each status without an output, one of the router's reasons; None if not kept.
         timeline: The run in bins: see `loadgen.results.timeline`; None if it was not kept.
         environment: Where, when and by which command: see `loadgen.live.environment`; None if not kept.
-        calibration: What the generator did alone: see `loadgen.live.calibrate`; None if that was not tried.
-        quantiles: "exact", or "histogram, 1 %" of more than `MAX_EXACT` queries; None if not told.
-        generators: Of a run from several hosts: each one's queries, and how far its start may be off.
-        gaps: Of those that were lost, what is not known; None if none was.
+        calibration: The generator on its own: see `loadgen.live.calibrate`; None if it was not calibrated.
+        quantiles: "exact", or "histogram, 1 %" for more than `MAX_EXACT` queries; None if not stated.
+        generators: For a run from several hosts: each one's queries, and how far off its start may be.
+        gaps: What is unknown because generators were lost; None if none was.
     """
 
     schema: int = SCHEMA
@@ -166,7 +166,7 @@ class RunResult:
     gaps: tuple[Mapping[str, Any], ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the file's fields, in its order; optional ones if there is something to say."""
+        """Return the file's fields, in its order; optional ones only if they are set."""
         found = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
         return {name: value for name, value in found.items() if value is not None or name in _FIELDS}
 
@@ -181,7 +181,7 @@ class RunResult:
         return orjson.dumps(found, option=option).decode()
 
     def check(self) -> None:
-        """Raise ConfigError naming the field unless types, sums and shares agree."""
+        """Raise ConfigError, naming the field, unless types, sums and shares agree."""
         for name, (expected, holds) in (_FIELDS | _OPTIONAL).items():
             value = getattr(self, name)
             if not holds(value):
@@ -194,10 +194,10 @@ class RunResult:
 
 
 def load_run(path: Path) -> RunResult:
-    """Read and check a run result file; fields it has beyond `RunResult`'s are ignored.
+    """Read and check a run result file; unknown fields are ignored.
 
     Raises:
-        ConfigError: Missing, malformed or inconsistent; names file and field.
+        ConfigError: Missing, malformed or inconsistent; the error names file and field.
     """
     try:
         run = _from_json(path.read_bytes())
@@ -216,7 +216,7 @@ def _from_json(text: bytes) -> RunResult:
         raise ConfigError(f"expected JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"expected an object, got {type(raw).__name__}")
-    raw.setdefault("disturbed", False)  # absent from files of undisturbed runs by other writers
+    raw.setdefault("disturbed", False)  # other writers leave it out of undisturbed runs
     missing = [field for field in _FIELDS if field not in raw]
     if missing:
         raise ConfigError(f"{missing[0]}: expected {_FIELDS[missing[0]][0]}, got nothing")
@@ -315,7 +315,7 @@ _NUMBER_OR_NULL = ("a number or null", _is_number_or_none)
 _STRING = ("a string", _is_string)
 _BOOL = ("true or false", _is_bool)
 
-# What each field must be, in words and as a test; the keys are RunResult's own.
+# What each field must be, in words and as a test; the keys are RunResult's.
 _FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "schema": (str(SCHEMA), lambda value: _is_count(value) and value == SCHEMA),
     "trace": _STRING,
@@ -338,7 +338,7 @@ _FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "disturbed": _BOOL,
 }
 
-# Files by other writers, and older ones, may lack these.
+# Older files, and files by other writers, may lack these.
 _OPTIONAL: dict[str, tuple[str, Callable[[object], bool]]] = {
     "partial": ("true or false, or null", lambda value: value is None or _is_bool(value)),
     "reasons": ("reasons by status, or null", _is_texts_or_none),
@@ -371,14 +371,14 @@ def judge_validity(
 ) -> Validity:
     """Judge whether a run really offered its load.
 
-    Invalid if queries stayed unsent, or if the p99.9 of send lag exceeds both 5 % of
+    It is invalid if queries stayed unsent, or if the p99.9 of send lag exceeds both 5 % of
     the SLO and twice the p99.9 that a noise probe saw in the same run. A lag over 5 %
     of the SLO that the probe explains leaves the run valid but disturbed.
 
     Args:
         lag_p99_9_ns: p99.9 of how late queries were sent; None if none were.
-        noise_p99_9_ns: p99.9 of the `NoiseProbe`'s lateness; None if there was none,
-            and then nothing is explained.
+        noise_p99_9_ns: p99.9 of the `NoiseProbe`'s lateness; None without a probe, which
+            then explains nothing.
         slo_ns: The SLO, a duration.
         unsent: Queries of the trace that were never sent.
     """
@@ -399,9 +399,9 @@ def judge_validity(
 class NoiseProbe:
     """A thread that only sleeps, and measures how late it wakes.
 
-    It sees what the machine does to any sleeper: busy cores, a stolen virtual CPU. In
-    Python it also waits for its own process's interpreter lock, up to 5 ms a time: beside
-    a sender that computes without pause it would excuse the sender's own load. So run it
+    It shows what the machine does to any sleeper: busy cores, a stolen virtual CPU. In
+    Python it also waits for its own process's interpreter lock, up to 5 ms each time: in the same
+    process as a sender that computes without pause it would excuse the sender's own load. So run it
     in a process that does little else, such as the one that waits for the senders.
 
     One sample takes 16 bytes: 58 MB an hour at the default period.
@@ -418,7 +418,7 @@ class NoiseProbe:
         self._thread = threading.Thread(target=self._run, name="noise-probe", daemon=True)
 
     def start(self) -> None:
-        """Begin to measure."""
+        """Start measuring."""
         self._thread.start()
 
     def stop(self) -> npt.NDArray[np.int64]:
@@ -433,7 +433,7 @@ class NoiseProbe:
         return np.array(self._woke_ns, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Return how many sleeps were measured so far."""
+        """Return how many sleeps have been measured so far."""
         return len(self._late_ns)
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""What one run measured: its result, and the columns behind it, an entry a query."""
+"""What one run measured: its result, and the columns behind it, an entry for each query."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Run:
             the start, -1 if it did not happen), status, subnet, batch_size, accuracy, queued_ns,
             executing_ns, payload (index), and outputs (n, n_bytes) if they were kept.
         reasons: For each status without an output, one of the router's reasons.
-        router_cpu_s: CPU time that the router took during the run; NaN if it did not live to say.
-        n_duplicates: Answers beyond the first of a query; always 0 unless something is broken.
-        noise_p99_9_ns: What the noise probe saw; None if there was none.
+        router_cpu_s: CPU time that the router took during the run; NaN if it ended before it was asked.
+        n_duplicates: Answers beyond the first to a query; always 0 unless something is broken.
+        noise_p99_9_ns: The noise probe's p99.9; None without a probe.
         noise: When the probe woke, from the start, and how late: ns, ascending by instant.
     """
 
@@ -43,7 +43,7 @@ class Run:
 def in_time(
     columns: dict[str, npt.NDArray[Any]], slo_ns: int | npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Tell which queries were answered with an output within the SLO of their due instant, by our clock.
+    """Return which queries were answered with an output within the SLO of their due instant, by our clock.
 
     `slo_ns` is one for all queries, or one for each, shape (n,).
     """

@@ -1,6 +1,6 @@
 """Colours and type of every picture, and figures in words.
 
-matplotlib is imported where a figure is drawn, so that `loadgen` runs without it.
+matplotlib is imported when a figure is drawn, so that `loadgen` runs without it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ENDS = {
     "failed": "#c2185b", "worker_lost": "#8c564b", "invalid": "#bcbd22", "cancelled": "#17becf",
     "draining": "#5c7f5a", "unanswered": "#7f7f7f", "unsent": "#a8324a",
 }  # fmt: skip
-"""Colours of the outcomes that are not OK, alike on light and dark pages."""
+"""Colours of the outcomes other than OK, the same on light and dark pages."""
 
 RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "superserve",
-    "text.parse_math": False,  # a dollar sign in a name is one
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "font.size": 12.0,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": MUTED,
@@ -47,7 +47,7 @@ def check_installed() -> None:
 
 
 def percent(share: float) -> str:
-    """Return a percentage with as many digits as tell it from 100: 99.9987 %."""
+    """Return a percentage with enough digits to distinguish it from 100: 99.9987 %."""
     missing = 100 - share
     if missing <= 0:
         return "100 %"

@@ -69,13 +69,13 @@ def make_folder(path: Path, option: str) -> None:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Refuse a file that could not be written, before the run rather than after it."""
+    """Refuse a file that cannot be written, before the run rather than after it."""
     make_folder(path.parent, option)
     was_there = os.path.lexists(path)
     try:
         path.open("ab").close()
         if not was_there:
-            path.unlink()  # an empty file is no result, should the run not come to its end
+            path.unlink()  # an empty file must not remain if the run does not finish
     except OSError as error:
         raise ConfigError(
             f"{option}: {path}: expected a path that can be written: {error.strerror}"
@@ -83,7 +83,7 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def check_outputs(paths: Mapping[str, Path | None]) -> None:
-    """Refuse the files, by the option that names them, that could not be written; a page needs matplotlib."""
+    """Refuse files, by the option that names them, that cannot be written; a page needs matplotlib."""
     if paths.get("--report") is not None:
         check_installed()
     for option, path in paths.items():
@@ -92,7 +92,7 @@ def check_outputs(paths: Mapping[str, Path | None]) -> None:
 
 
 def refuse_bytes() -> None:
-    """Refuse a command line that no result file could hold, before anything is run."""
+    """Refuse a command line that no result file could contain, before anything runs."""
     try:
         check_text(sys.argv[1:])
     except ConfigError as error:
@@ -100,13 +100,13 @@ def refuse_bytes() -> None:
 
 
 _unread: set[bool] = set()
-"""Streams whose reader has left: False is stdout, True stderr."""
+"""Streams whose reader has gone: False is stdout, True stderr."""
 
 
 def echo(text: str, *, err: bool = False) -> bool:
-    """Print a line; return False once nobody reads any more, as `loadgen ... | head` leaves it.
+    """Print a line; return False once there is no reader any more, as with `loadgen ... | head`.
 
-    What a run has measured is worth more than its last lines: it goes on, to write its files.
+    The measurements of a run matter more than its last lines: it goes on, to write its files.
     """
     if err in _unread:
         return False
@@ -116,13 +116,13 @@ def echo(text: str, *, err: bool = False) -> bool:
         _unread.add(err)
         stream = sys.stderr if err else sys.stdout
         with Path(os.devnull).open("w") as nothing:
-            os.dup2(nothing.fileno(), stream.fileno())  # for what Python flushes at its end
+            os.dup2(nothing.fileno(), stream.fileno())  # for what Python flushes at exit
         return False
     return True
 
 
 def write(path: Path, text: str, say: Callable[[str], object] = echo) -> None:
-    """Write a file that was found writable, and say so."""
+    """Write a file that was found writable, and print that it was."""
     try:
         write_whole(path, text)
     except OSError as error:
@@ -138,7 +138,7 @@ def write_page(
     labels: Sequence[str] | None = None,
     say: Callable[[str], object] = echo,
 ) -> None:
-    """Write the page of runs, and say so."""
+    """Write the page of runs, and print that it was written."""
     try:
         write_report(path, results, labels)
     except SuperServeError as error:

@@ -1,7 +1,7 @@
-"""A run over time: what became of the queries due in each stretch of it, as the result file keeps it.
+"""A run over time: how the queries due in each bin of time ended, as in the result file.
 
 Every query counts in the bin in which it was due, whenever its answer came. So a bin's outcomes
-sum to its queries, the bins sum to the run's totals, and each series has the same time axis.
+sum to its queries, the bins sum to the run's totals, and all series share one time axis.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     Counts = npt.NDArray[np.int64]
 
 AIM_BINS = 200
-"""About so many bins: a screen shows no more, and a bin still holds many queries."""
+"""About this many bins: a screen shows no more, and a bin still has many queries."""
 
-MIN_BIN_NS = 100 * MS
+MIN_BIN_NS = 100 * MS  # at 1,000 q/s a shorter bin has under a hundred queries: too few for a p99
 N_TAIL = 300
 """Points of the latency distribution."""
 
@@ -42,7 +42,7 @@ _NICE = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 _LATENCY = {"p50": 500, "p99": 990}
 _LAG = {"p50": 500, "p99": 990, "max": 1000}
 _BATCH = ("mean", "p10", "p90")
-_DIGITS = 4  # of the file: a tenth of a microsecond, where milliseconds
+_DIGITS = 4  # of the file: a tenth of a microsecond, for milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +56,22 @@ class SubnetSeries:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunTimeline:
-    """A run in bins; every series has shape (n_bins,), and NaN where a bin has nothing to tell.
+    """A run in bins; every series has shape (n_bins,), with NaN for a bin without data.
 
     Attributes:
         bin_ms: Width of a bin; the last one ends with the trace, so it may be narrower.
-        queries: By outcome, how many of the queries due in each bin ended so.
+        queries: By outcome, how many of the queries due in each bin ended with it.
         mean_accuracy: Percent, over the answers in time.
         batch_size: "mean", "p10" and "p90" over batches, not over queries.
         subnets: From smallest to largest.
-        latency_ms: "p50" and "p99" of the queries answered with an output, late ones too.
-        queue_wait_ms: The same, of their time in the router's queue.
+        latency_ms: "p50" and "p99" of the queries answered with an output, including late ones.
+        queue_wait_ms: "p50" and "p99" of their time in the router's queue.
         send_lag_ms: "p50", "p99" and "max" of how late queries were sent.
-        noise_ms: The same, of how late the noise probe woke; no bin has one if there was none.
-        noise_p99_9_ms: The probe's over the whole run: what validity is judged by.
+        noise_ms: "p50", "p99" and "max" of how late the noise probe woke; NaN without a probe.
+        noise_p99_9_ms: The probe's over the whole run, which decides validity.
         tail_ms: Latencies in ascending order, picked to be evenly spread on a complementary log
             scale, shape (n_points,).
-        tail_n: How many answered queries took at least so long, same length.
+        tail_n: How many answered queries took at least that long, same length.
     """
 
     bin_ms: float
@@ -122,7 +122,7 @@ class RunTimeline:
 
 
 def bin_ns(duration_ns: int) -> int:
-    """Return the width of the bins of a run: a round number, at least `MIN_BIN_NS`, for some 130 to 200."""
+    """Return the width of a run's bins: a round number, at least `MIN_BIN_NS`, for about 130 to 200 bins."""
     least = max(MIN_BIN_NS, duration_ns / AIM_BINS)
     power = 10.0 ** math.floor(math.log10(least))
     return min(width for nice in _NICE if (width := round(nice * power)) >= least)
@@ -131,7 +131,7 @@ def bin_ns(duration_ns: int) -> int:
 def recorded(
     run: Run, trace: Trace, slo_ns: int | npt.NDArray[np.int64], environment: Mapping[str, Any]
 ) -> RunResult:
-    """Return a run's result with all that its file keeps: reasons, timeline and environment."""
+    """Return a run's result with everything that its file keeps: reasons, timeline and environment."""
     timeline = timeline_of(
         run.columns, duration_ns=trace.duration_ns, slo_ns=slo_ns, subnets=run.subnets, noise=run.noise
     )
@@ -188,7 +188,7 @@ def timeline_of(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bins:
-    """Where each bin of ascending instants begins: those from bounds[i] to bounds[i + 1] are in bin i."""
+    """The bins of ascending instants: those from bounds[i] to bounds[i + 1] are in bin i."""
 
     bounds: Counts
 
@@ -199,7 +199,7 @@ class _Bins:
         return cls(np.searchsorted(instants_ns, np.append(edges_ns, duration_ns)))
 
     def of(self, chosen: npt.NDArray[np.bool_]) -> _Bins:
-        """Return the bins of the chosen ones alone."""
+        """Return the bins of the chosen ones only."""
         return _Bins(np.concatenate(([0], np.cumsum(chosen)))[self.bounds])
 
     @property
@@ -215,8 +215,8 @@ class _Bins:
 def _outcomes(
     columns: Mapping[str, npt.NDArray[Any]], is_ok: npt.NDArray[np.bool_], bins: _Bins
 ) -> dict[str, Counts]:
-    """Count outcomes by bin, each query once; outcomes that no query had are left out."""
-    # From a status byte to the place of its name in OUTCOMES; what no answer came to is unanswered.
+    """Count outcomes by bin, each query once; outcomes that did not occur are left out."""
+    # From a status byte to its name's index in OUTCOMES; without an answer it is unanswered.
     places = np.full(256, OUTCOMES.index("unanswered"))
     for status in STATUSES:
         places[status] = OUTCOMES.index(status.name.lower())
@@ -238,7 +238,7 @@ def _means(values: npt.NDArray[Any], bins: _Bins) -> Floats:
 def _batches(sizes: npt.NDArray[np.uint16], bins: _Bins) -> dict[str, Floats]:
     """Return mean, p10 and p90 of the sizes of each bin's batches.
 
-    A batch of n queries is seen n times, so each sight weighs 1/n. One whose queries were due
+    A batch of n queries is seen n times, so each counts 1/n. A batch whose queries were due
     in two bins counts in both, in parts.
     """
     known, place = np.unique(sizes, return_inverse=True)
@@ -248,7 +248,7 @@ def _batches(sizes: npt.NDArray[np.uint16], bins: _Bins) -> dict[str, Floats]:
     is_empty = total == 0
     series = {"mean": np.where(is_empty, np.nan, bins.sizes / np.where(is_empty, 1.0, total))}
     for name, share in (("p10", 0.1), ("p90", 0.9)):
-        # The first size that so large a share does not exceed; a rounding error moves it no further.
+        # The first size that this share does not exceed; a rounding error must not move it further.
         reached = weights.cumsum(axis=1) >= (share * total * (1 - 1e-12))[:, None]
         at = known[reached.argmax(axis=1)] if len(known) else np.zeros(n_bins)
         series[name] = np.where(is_empty, np.nan, at)
@@ -266,7 +266,7 @@ def _quantiles_ms(ns: npt.NDArray[np.int64], bins: _Bins, permille: Mapping[str,
 
 
 def _tail(latency_ns: npt.NDArray[np.int64]) -> tuple[Floats, Counts]:
-    """Return latencies, ascending, and how many are at least so long, evenly spread on a log scale."""
+    """Return latencies, ascending, and how many are at least as long, evenly spread on a log scale."""
     n = len(latency_ns)
     if not n:
         return np.zeros(0), np.zeros(0, np.int64)
@@ -283,7 +283,7 @@ def timeline_from(raw: object) -> RunTimeline:
     """Read the `timeline` of a result file.
 
     Raises:
-        ConfigError: It is not what `RunTimeline.to_dict` writes; names the field.
+        ConfigError: It is not what `RunTimeline.to_dict` writes; the error names the field.
     """
     found = _object(raw, "timeline")
     n = len(_list(found, "mean_accuracy"))
@@ -343,7 +343,7 @@ def _floats(raw: object, n: int, field: str) -> Floats:
     is_right = isinstance(raw, list) and len(raw) == n and all(isinstance(x, int | float | None) for x in raw)
     if not is_right:
         raise ConfigError(f"timeline.{field}: expected {n} numbers or nulls")
-    return np.array(raw, dtype=np.float64)  # which makes None NaN
+    return np.array(raw, dtype=np.float64)  # None becomes NaN
 
 
 def _counts(raw: object, n: int, field: str) -> Counts:
@@ -354,5 +354,5 @@ def _counts(raw: object, n: int, field: str) -> Counts:
 
 
 def _plain(values: Floats) -> list[float | None]:
-    """Return the values as JSON has them: rounded, and null for NaN."""
+    """Return the values for JSON: rounded, and null for NaN."""
     return [None if math.isnan(value) else value for value in values.round(_DIGITS).tolist()]

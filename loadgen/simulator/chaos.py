@@ -1,18 +1,18 @@
-"""Chaos: small worlds drawn from a seed in which things go wrong, and what must hold all the same.
+"""Chaos: small worlds drawn from a seed in which things go wrong, and the promises that must hold anyway.
 
 A schedule is a seed. It draws a cluster, clients that embed the real session, queries with their
 own SLOs and floors, and faults; the real core serves them on a virtual clock, and after each pass
 of the router these are checked:
 
-    conservation   received = answered + queued + in flight, counted anew from the queries themselves
-    custody        what is in flight is in a batch that the router waits for
-    one answer     no query is answered twice by the router, and each ends once for its owner
+    conservation   received = answered + queued + in flight, counted independently from the queries
+    custody        every query in flight is in a batch that the router waits for
+    one answer     the router answers no query twice, and each ends once for its owner
     no expired     no query is dispatched after its deadline
-    EDF            a batch has the head, and leaves behind nothing due earlier that its subnet could serve
+    EDF            a batch has the head, and leaves behind no earlier query that its subnet could serve
     credit         never negative, and no GPU is sent more than it can hold
-    bounds         queries and bytes held stay within the router's own bounds
-    epochs         nothing goes to an older life of a worker, and nothing that one says counts
-    time           a query that expires in the queue is told within 5 ms of its deadline
+    bounds         the queries and bytes held stay within the router's bounds
+    epochs         nothing is sent to an earlier life of a worker, and nothing that it sends counts
+    time           a query that expires in the queue is answered within 5 ms of its deadline
     an end         a second after its last deadline every query has ended, and nothing is held
 
     python -m loadgen.simulator.chaos --schedules 10000      what `make chaos` runs
@@ -60,23 +60,24 @@ if TYPE_CHECKING:
 PROFILE = "cnn-8gpu-modelled"
 POLICIES = ("slackfit", "demandfit", "maxacc", "maxbatch", "mincost", "fixed:cnn-78.25")
 _SHOWN = 20
-"""Failures printed, at most."""
+"""Most failures printed."""
 _TOLD_WITHIN_NS = 5 * MS
+"""How soon after its deadline a query that expires in the queue must be answered."""
 _SETTLED_NS = 4_000 * MS
-"""After the last deadline: six heartbeats until the silent are dead, a second until the stuck are given up,
-and then once more what was dispatched again."""
+"""After the last deadline: six heartbeats until silent workers are dead, a second until stuck batches are
+given up, and the same again for what was dispatched a second time."""
 
 
 class ViolationError(AssertionError):
-    """Something that must always hold does not."""
+    """A promise that must always hold does not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What a seed stands for.
+    """The world of a seed.
 
     Attributes:
-        gpus: GPUs of each worker process; a negative number's are 2.5 times slower by their profile.
+        gpus: GPUs of each worker process; if negative, they are 2.5 times slower by their profile.
         breaks_ns: For each client, when its connection breaks.
     """
 
@@ -145,13 +146,13 @@ def _draw_queries(rng: random.Random, duration_ns: int) -> list[SimQuery]:
 
 @dataclass(slots=True)
 class ScheduleOutcome:
-    """What came of a schedule.
+    """The result of a schedule.
 
     Attributes:
-        violation: What did not hold, and when; None if all held.
-        ends: How many queries ended in which way.
+        violation: What did not hold, and when; None if everything held.
+        ends: How many queries ended with each outcome.
         n_redispatched: Queries that were queued a second time.
-        digest: Of all directives and ends: equal seeds, equal digests.
+        digest: Of all directives and ends: the same seed gives the same digest.
     """
 
     seed: int
@@ -164,7 +165,7 @@ class ScheduleOutcome:
 
 
 class Checker:
-    """Watches a simulation, and raises `ViolationError` as soon as something does not hold."""
+    """Watches a simulation, and raises `ViolationError` as soon as a promise does not hold."""
 
     def __init__(self, schedule: Schedule, simulation: Simulation, clients: Sequence[SessionClient]) -> None:
         self._simulation = simulation
@@ -184,7 +185,7 @@ class Checker:
         return hashlib.sha256(self._notes.tobytes()).hexdigest()
 
     def _watched(self, event: Event, now_ns: int) -> None:
-        """Hand an event on; what an older life of a worker says must count for nothing."""
+        """Pass an event on; what an earlier life of a worker sends must count for nothing."""
         core = self._core
         if isinstance(event, Finished | Pulled):
             peer = core.peers.get(event.peer)
@@ -192,18 +193,18 @@ class Checker:
                 before = self._known()
                 self._handle(event, now_ns)
                 is_same = self._known() == before
-                _hold(is_same, f"epoch {event.message.epoch} is over, and what it said was counted")
+                _hold(is_same, f"epoch {event.message.epoch} is over, but its message was counted")
                 return
         self._handle(event, now_ns)
 
     def _known(self) -> tuple[object, ...]:
-        """Return what a worker's word changes."""
+        """Return the state that a worker's message changes."""
         core = self._core
         offers = [(worker.credit, worker.free_at_ns, len(worker.outstanding)) for worker in core.workers()]
         return core.n_answered, len(core.queue), core.in_flight, len(core.ledger.batches), offers
 
     def passed(self, now_ns: int, actions: list[Action]) -> None:
-        """Check what a pass left behind and what it decided."""
+        """Check the state after a pass, and its decisions."""
         batches: list[Batch] = []
         for action in actions:
             if isinstance(action, Answer):
@@ -231,15 +232,15 @@ class Checker:
             late_ns = now_ns - max(cohort.deadlines_ns[lo], cohort.arrived_ns)
             _hold(
                 late_ns <= _TOLD_WITHIN_NS + self._rest_ns,
-                f"query {_name(cohort, lo)} expired in the queue and was told {late_ns / MS:.2f} ms later",
+                f"query {_name(cohort, lo)} expired in the queue, answered {late_ns / MS:.2f} ms later",
             )
 
     def _check_order(self, batches: list[Batch]) -> None:
-        """Check that each batch of a pass has the head, and nothing due later than what it could have had.
+        """Check that each batch of a pass has the head, and left behind no earlier query that it could take.
 
-        A batch may pass over a query whose floor lies above its subnet; over no other.
+        A batch may skip a query whose floor lies above its subnet, and no other.
         """
-        least: dict[int, int] = {}  # earliest deadline of what is left, by floor
+        least: dict[int, int] = {}  # earliest deadline of the queries left, by floor
         for cohort in self._cohorts():
             for i, state in enumerate(cohort.states):
                 if state == QUEUED:
@@ -278,7 +279,7 @@ class Checker:
         self._note(now_ns, batch.batch_id, batch.worker.slot, batch.subnet)
 
     def _check_counts(self) -> None:
-        """Count every query that is not answered, by its own state."""
+        """Count every query without an answer by its own state."""
         core = self._core
         try:
             core.check()
@@ -297,7 +298,8 @@ class Checker:
             for i, state in enumerate(cohort.states):
                 if state == DISPATCHED:
                     _hold(
-                        (id(cohort), i) in held, f"query {_name(cohort, i)} is in flight, in nobody's hands"
+                        (id(cohort), i) in held,
+                        f"query {_name(cohort, i)} is in flight, but in no worker's batch",
                     )
         _hold(queued == len(core.queue), f"{queued} queries are queued, the queue says {len(core.queue)}")
         _hold(in_flight == core.in_flight, f"{in_flight} are in flight, the core says {core.in_flight}")
@@ -307,7 +309,7 @@ class Checker:
         _hold(core.held_bytes <= core.settings.max_bytes, "more bytes than --max-bytes are held")
 
     def _cohorts(self) -> list[Cohort]:
-        """Return every cohort that may have a query without an answer, also of clients that have left."""
+        """Return every cohort that may have a query without an answer, including clients that have left."""
         core = self._core
         found = {cohort.serial: cohort for one in core.clients.values() for cohort in one.cohorts.values()}
         for batch in core.ledger.batches.values():
@@ -319,14 +321,14 @@ class Checker:
             _hold(worker.credit >= 0, "credit is negative")
             _hold(worker.credit <= CAPACITY, f"credit is {worker.credit}, more than a worker offers")
         if self._has_doubles:
-            return  # what is said twice is run twice
+            return  # duplicated messages run twice
         for process in self._simulation.processes:
             for gpu in process.gpus:
                 n_held = gpu.queue.n_outstanding
                 _hold(n_held <= CAPACITY, f"a GPU was sent {n_held} batches at a time")
 
     def check_end(self) -> None:
-        """Check that nothing is left when all has come to rest."""
+        """Check that nothing is left once everything has come to rest."""
         core = self._core
         for client in self._clients:
             for i, query in enumerate(client.queries):
@@ -336,7 +338,7 @@ class Checker:
             "the router still holds queries",
         )
         _hold(core.received == core.n_answered, f"received {core.received}, answered {core.n_answered}")
-        _hold(core.held_bytes == 0, f"{core.held_bytes} bytes are held of nobody")
+        _hold(core.held_bytes == 0, f"{core.held_bytes} bytes are held for no client")
 
     def _note(self, *values: int) -> None:
         self._notes.extend(values)
@@ -359,7 +361,7 @@ def _name(cohort: Cohort, i: int) -> str:
 
 
 def _run(simulation: Simulation, schedule: Schedule, clients: Sequence[SessionClient]) -> None:
-    """Run until everything that happens has happened and all is at rest, or ought to be."""
+    """Run until everything has happened and all is at rest, or should be."""
     until_ns = max([schedule.last_deadline_ns, *(START_NS + fault.at_ns for fault in schedule.faults)])
     limit_ns = schedule.last_deadline_ns + _SETTLED_NS
     core = simulation.core
@@ -372,11 +374,11 @@ def _run(simulation: Simulation, schedule: Schedule, clients: Sequence[SessionCl
 
 
 def run_schedule(seed: int, make_core: Callable[..., RouterCore] = RouterCore) -> ScheduleOutcome:
-    """Run the schedule of a seed and check it; never raises for what does not hold.
+    """Run the schedule of a seed and check it; never raises for a broken promise.
 
     Args:
-        seed: Which one.
-        make_core: Builds the core; mutants take its place in tests.
+        seed: The schedule's.
+        make_core: Builds the core; tests pass mutants.
     """
     schedule = draw_schedule(seed)
     fast = load_profile(PROFILE)
@@ -408,7 +410,7 @@ def run_schedule(seed: int, make_core: Callable[..., RouterCore] = RouterCore) -
 
 @dataclass(slots=True)
 class Tally:
-    """What came of many schedules."""
+    """The results of many schedules."""
 
     n: int = 0
     n_passes: int = 0
@@ -419,7 +421,7 @@ class Tally:
     digest: str = ""
 
     def add(self, outcome: ScheduleOutcome) -> None:
-        """Count one more."""
+        """Add one result."""
         self.n += 1
         self.n_passes += outcome.n_passes
         self.n_batches += outcome.n_batches
@@ -430,7 +432,7 @@ class Tally:
             self.failures.append(outcome)
 
     def lines(self) -> list[str]:
-        """Return what is printed of it."""
+        """Return the lines to print."""
         ends = ", ".join(f"{name} {n:,}" for name, n in self.ends.most_common())
         failed = [
             f"seed {one.seed} FAILED at {one.violation}\n"
@@ -448,7 +450,7 @@ class Tally:
 
 
 def run_schedules(first: int, n: int, *, n_processes: int = 1) -> Tally:
-    """Run `n` schedules from seed `first` on, in so many processes; the tally does not depend on how many."""
+    """Run `n` schedules from seed `first` on, in `n_processes`; the tally does not depend on their number."""
     tally = Tally()
     seeds = range(first, first + n)
     if n_processes == 1:
@@ -471,11 +473,11 @@ def find_violation(make_core: Callable[..., RouterCore], *, at_most: int) -> Sch
 @click.option(
     "--schedules", type=click.IntRange(1), default=10_000, show_default=True, help="How many seeds."
 )
-@click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="The first of them.")
-@click.option("--seed", type=click.IntRange(0), help="Run this one alone, and print its faults.")
+@click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="The first seed.")
+@click.option("--seed", type=click.IntRange(0), help="Run only this seed, and print its faults.")
 @options.processes
 def main(schedules: int, first: int, seed: int | None, processes: int | None) -> None:
-    """Run fault schedules and check what must hold. Exits 1 if anything does not."""
+    """Run fault schedules and check the promises. Exit 1 if one does not hold."""
     began_s = time.monotonic()
     if seed is not None:
         click.echo(faults_json(draw_schedule(seed).faults), nl=False)

@@ -1,8 +1,8 @@
-"""Simulated applications: the very `Session` that clients embed, on a virtual clock.
+"""Simulated applications: the same `Session` that clients embed, on a virtual clock.
 
-Another host of that core, beside the thread of `Client` and the loop of `AsyncClient`: queries are
-submitted when they are due, what has gathered is sent at most every millisecond, connections break
-and are made anew, and each end of a query is on record.
+It is another host of that core, besides the thread of `Client` and the loop of `AsyncClient`: queries
+are submitted when they are due, messages are sent at most every millisecond, connections break and are
+made again, and each end of a query is recorded.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _PING = "ping"
 
 @dataclass(slots=True, eq=False)
 class SimQuery:
-    """A query as a session keeps it.
+    """A query in the form that a session keeps.
 
     Attributes:
         slo_ns: From submission to deadline.
-        cancelled_after_ns: When its owner loses interest, from submission; None never.
-        ends: How it ended: statuses and errors, by name. One entry, in the end.
+        cancelled_after_ns: When its owner cancels it, from submission; None never.
+        ends: How it ended: statuses and errors, by name. In the end it has one entry.
     """
 
     due_ns: int
@@ -58,13 +58,13 @@ class SimQuery:
 
 
 class SessionClient:
-    """One application and its connection; plays `loadgen.simulator.Client`.
+    """One application and its connection; implements `loadgen.simulator.Client`.
 
     Args:
         simulation: Its world.
         number: Which client of the world it is.
         queries: What it submits.
-        breaks_ns: When its connection breaks; it finds that out at once, and says HELLO anew.
+        breaks_ns: When its connection breaks; it notices at once, and sends HELLO again.
     """
 
     def __init__(
@@ -93,20 +93,20 @@ class SessionClient:
 
     @property
     def next_ns(self) -> int:
-        """When something of it arrives at the router next."""
+        """When its next message arrives at the router."""
         return self._way[0][0] if self._way else FAR_NS
 
     @property
     def has_unread(self) -> bool:
-        """Whether something waits to be read: never, for such a client has every pass made."""
+        """Whether a message waits to be read: never, because such a client never delays a pass."""
         return False
 
     def may_wait(self, now_ns: int, _deadline_ns: int, _room: int) -> bool:
-        """Tell whether nothing has arrived by now."""
+        """Return whether nothing has arrived by now."""
         return self.next_ns > now_ns
 
     def connected(self, way_in: SimLink) -> None:
-        """Take the way to the router of a new connection; what was under way on the old one is gone."""
+        """Take a new connection's way to the router; what was under way on the old one is lost."""
         self._link = way_in
         self._way.clear()
 
@@ -127,7 +127,7 @@ class SessionClient:
         if self.key not in self._simulation.core.clients and not any(
             isinstance(event, ClientJoined) for event in events
         ):
-            return []  # the router has forgotten it: it answers "say HELLO", and reads no more
+            return []  # the router has forgotten it: it answers "say HELLO", and ignores the rest
         return [(now_ns, event) for event in events]
 
     def _reply(self, word: str, now_ns: int) -> None:
@@ -135,7 +135,7 @@ class SessionClient:
         for at_ns in self._simulation.ways_back[key].arrivals(now_ns):
             self._simulation.later(at_ns, lambda at_ns: self._told(word, key, at_ns))
 
-    # --- what it is told --------------------------------------------------------------------
+    # --- what it receives -------------------------------------------------------------------
 
     def _told(self, word: str, key: int, now_ns: int) -> None:
         if key != self.key:
@@ -146,7 +146,7 @@ class SessionClient:
         self._send(now_ns)
 
     def answered(self, answer: Answer, arrives_ns: int) -> None:
-        """Take an answer that reaches it at `arrives_ns`, unless its connection breaks before."""
+        """Take an answer that arrives at `arrives_ns`, unless the connection breaks before."""
         key = self.key
         self._simulation.later(arrives_ns, lambda now_ns: self._take(answer, key, now_ns))
 
@@ -176,7 +176,7 @@ class SessionClient:
             self._send(now_ns)
 
     def _break(self, now_ns: int) -> None:
-        """Lose the connection, and make another: the router learns of it from its HELLO."""
+        """Lose the connection, and make another: the router learns of it from the HELLO."""
         self._session.lost()
         self._simulation.reconnect(self)
         for at_ns in self._link.arrivals(now_ns):
@@ -184,7 +184,7 @@ class SessionClient:
         self._look(now_ns)
 
     def _send(self, now_ns: int) -> None:
-        """Send what has gathered, a millisecond after the last time at the soonest."""
+        """Send what has gathered, at least a millisecond after the last time."""
         if now_ns >= self._next_send_ns:
             if self._session.has_outbound:
                 self._next_send_ns = now_ns + SPACING_NS
@@ -199,7 +199,7 @@ class SessionClient:
 
     def _put(self, message: Any, now_ns: int) -> None:
         instants = self._link.arrivals(now_ns)
-        # A QUERIES that comes twice is one that was said again, and is marked as such.
+        # A QUERIES that arrives twice was sent twice, and is marked as such.
         for i, at_ns in enumerate(instants):
             if i and isinstance(message, Queries):
                 message = _again(message)
@@ -207,7 +207,7 @@ class SessionClient:
             self._way.append((at_ns, message))
 
     def _look(self, now_ns: int) -> None:
-        """End what has waited long enough, and look again when there is something to see."""
+        """End overdue queries, and check again when there is something to see."""
         for query, _error in self._session.expired(now_ns, self._heard_ns):
             query.ends.append("UNANSWERED")
         session = self._session

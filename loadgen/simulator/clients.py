@@ -1,8 +1,8 @@
-"""Simulated open-loop clients: send what is due, gather what comes back, as columns.
+"""Simulated open-loop clients: send what is due, gather the answers, as columns.
 
-A client sends as `loadgen.live.sender` does: what is due at a wake-up is one message, and it wakes at
-most every `every_ns`. Nothing that happens in the run moves a query, so all instants of sending
-and arrival are known beforehand; at the router, what arrived between two passes is one cohort.
+A client sends as `loadgen.live.sender` does: the queries due at a wake-up are one message, and it wakes at
+most every `every_ns`. Nothing that happens in the run moves a query, so all instants of sending and arrival
+are known beforehand; at the router, the queries that arrived between two passes are one cohort.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 UNANSWERED = 255
 """In a column of statuses: no answer came."""
 
-_FLUSH_AT = 1 << 16
+_FLUSH_AT = 1 << 16  # rows: as Python objects they take far more memory than as columns
 
 
 _NO_PAYLOAD = (b"",)
 
 
 class _Run(Queries):
-    """A message that was never bytes: its slacks are reckoned from deadlines when the core asks."""
+    """A message that was never bytes: its slacks are computed from deadlines when the core asks."""
 
     __slots__ = ("deadlines_ns",)
 
@@ -48,33 +48,33 @@ class _Run(Queries):
 
 
 class SimClient(Protocol):
-    """What plays a client: sends into the router, and takes its answers."""
+    """A simulated client: sends to the router, and receives its answers."""
 
     key: int
 
     @property
     def next_ns(self) -> int:
-        """When something of it arrives at the router next; `FAR_NS` if nothing does."""
+        """When its next message arrives at the router; `FAR_NS` if none does."""
         ...
 
     @property
     def has_unread(self) -> bool:
-        """Whether something has arrived that waits to be read: see `may_wait`."""
+        """Whether a message has arrived and waits to be read: see `may_wait`."""
         ...
 
     def may_wait(self, now_ns: int, deadline_ns: int, room: int) -> bool:
-        """Tell whether all it brings by now are less than `room` queries due no sooner than `deadline_ns`.
+        """Return whether everything that has arrived is under `room` queries due at `deadline_ns` or later.
 
-        If so `next_ns` moves past them, and `arrived` will bring them later.
+        If so, `next_ns` moves past them, and `arrived` brings them later.
         """
         ...
 
     def arrived(self, now_ns: int) -> Sequence[tuple[int, Event]]:
-        """Return what has arrived by now and was not returned before, each with when it is read."""
+        """Return the new events that have arrived by now, each with the instant at which it is read."""
         ...
 
     def answered(self, answer: Answer, arrives_ns: int) -> None:
-        """Take an answer that reaches it at `arrives_ns`."""
+        """Take an answer that arrives at `arrives_ns`."""
         ...
 
 
@@ -84,12 +84,12 @@ class Connecting(SimClient, Protocol):
     number: int
 
     def connected(self, way_in: SimLink) -> None:
-        """Take the way to the router of a new connection."""
+        """Take a new connection's way to the router."""
         ...
 
 
 class OpenLoopClient:
-    """One client: its share of a workload, in the order in which it is due.
+    """One client: its share of a workload, in the order of due instants.
 
     Args:
         key: Its connection, as the router knows it.
@@ -97,9 +97,9 @@ class OpenLoopClient:
         deadlines_ns: Instants, shape (n,).
         link: Its way to the router.
         every_ns: Least time between two messages.
-        played: When each query was sent and read in a live run, -1 if it was not; None has it sent as due.
-        min_accuracy: Floors, percent, shape (n,); None if there are none.
-        priority: Classes, shape (n,); None if there are none.
+        played: When each query was sent and read in a live run, -1 if it was not; None sends as due.
+        min_accuracy: Floors, percent, shape (n,); None without floors.
+        priority: Classes, shape (n,); None without classes.
 
     Attributes:
         sent_ns: When each query was sent, shape (n,).
@@ -122,11 +122,11 @@ class OpenLoopClient:
         self.n = len(due_ns)
         self._due_ns = due_ns
         self._deadlines_ns = deadlines_ns
-        self._deadlines = array("q", deadlines_ns.tobytes())  # from which one is taken sooner
+        self._deadlines = array("q", deadlines_ns.tobytes())  # reading one is faster than from NumPy
         self._is_ascending = bool((deadlines_ns[1:] >= deadlines_ns[:-1]).all())
         self.sent_ns, arrives_ns = _sent(due_ns, link, every_ns) if played is None else played
         self._sent = array("q", self.sent_ns.tobytes())
-        # What was lost is unanswered; what arrives twice is, as on TCP, read once.
+        # A lost query is unanswered; one that arrives twice is read once, as with TCP.
         self._places = np.flatnonzero(arrives_ns >= 0)
         self._arrives_ns: list[int] = arrives_ns[self._places].tolist()
         self._is_whole = len(self._places) == self.n
@@ -134,17 +134,17 @@ class OpenLoopClient:
         self._classes = priority
         self._ids = np.arange(self.n, dtype="<u8").tobytes()
         self._lo = 0
-        self._read_ns: int | None = None  # when a live router would have read what waits to be read
+        self._read_ns: int | None = None  # when a live router would have read what waits here
         self.next_ns = self._arrives_ns[0] if self._arrives_ns else FAR_NS
         self._answers = _Answers(self.n)
 
     @property
     def has_unread(self) -> bool:
-        """Whether something has arrived that waits to be read: see `may_wait`."""
+        """Whether a message has arrived and waits to be read: see `may_wait`."""
         return self._read_ns is not None
 
     def may_wait(self, now_ns: int, deadline_ns: int, room: int) -> bool:
-        """Tell whether what has arrived by now, and was not read, can be read later as well."""
+        """Return whether the queries that have arrived by now, and were not read, can be read later."""
         if self.next_ns > now_ns:
             return True
         if self._floors is not None:
@@ -164,10 +164,10 @@ class OpenLoopClient:
         return int(self._deadlines_ns[self._places[lo:hi]].min())
 
     def arrived(self, now_ns: int) -> list[tuple[int, QueriesArrived]]:
-        """Return what has arrived by now and was not read, as one message, and when it is read.
+        """Return what has arrived by now and was not read, as one message, with its read instant.
 
-        One message in place of several: it was sent, and is read, at the mean of their instants, so
-        that slacks on arrival and waits in the queue sum to what theirs would.
+        One message replaces several: it is sent and read at the mean of their instants, so that the sums
+        of slacks on arrival and of waits in the queue stay the same.
         """
         lo = self._lo
         arrives = self._arrives_ns
@@ -193,11 +193,11 @@ class OpenLoopClient:
         return [(base_ns + transit_ns, QueriesArrived(self.key, queries, transit_ns))]
 
     def answered(self, answer: Answer, arrives_ns: int) -> None:
-        """Note an answer that reaches this client at `arrives_ns`."""
+        """Record an answer that arrives at this client at `arrives_ns`."""
         self._answers.add(answer, arrives_ns, is_whole=self._is_whole)
 
     def columns(self) -> tuple[dict[str, npt.NDArray[Any]], int]:
-        """Return a column for each field of what became of the queries, and how many duplicates came."""
+        """Return a column for each field of the queries' outcomes, and the number of duplicates."""
         columns, n_duplicates = self._answers.columns()
         return {"due_ns": self._due_ns, "sent_ns": self.sent_ns, **columns}, n_duplicates
 
@@ -226,7 +226,7 @@ def _sent(
 
 
 class _Answers:
-    """Answers by stretch, as they come; as columns by query, in the end. A query's first one counts."""
+    """Answers by stretch, as they come; by query, as columns, at the end. A query's first answer counts."""
 
     def __init__(self, n: int) -> None:
         self.reasons: dict[str, str] = {}
@@ -249,7 +249,7 @@ class _Answers:
             executing_ns = ran.executing_ns
         if answer.reason and answer.status.name not in self.reasons:
             self.reasons[answer.status.name] = answer.reason
-        ends_ns = answer.cohort.arrived_ns + answer.queued_ns  # the instant that is shared by all stretches
+        ends_ns = answer.cohort.arrived_ns + answer.queued_ns  # the instant that all stretches share
         add = self._rows.append
         for cohort, lo, hi in answer.stretches:
             ids, queued_ns = cohort.message.ids, ends_ns - cohort.arrived_ns
@@ -287,10 +287,10 @@ class _Answers:
         return columns, self._n_duplicates
 
     def _flush(self) -> None:
-        """Enter what was gathered: one by one, NumPy's calls would cost more than the rest."""
+        """Enter what was gathered, all at once: one by one, NumPy's calls would cost more than the rest."""
         if not self._rows:
             return
-        # Whole nanoseconds are exact in a float64 up to 2^53, which is 104 days.
+        # Integer nanoseconds are exact in a float64 up to 2^53, which is 104 days.
         table = np.array(self._rows, np.float64)
         self._rows.clear()
         counts = table[:, 1].astype(np.int64)

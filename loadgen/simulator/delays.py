@@ -1,11 +1,10 @@
-"""What a machine did to a live run's messages, so that a simulation meets the same.
+"""What a machine did to a live run's messages, so that a simulation can reproduce it.
 
 A run of `loadgen run --emulate ... --logs FOLDER` leaves the router's event log and those of the
-emulated GPUs. All processes of such a run share this machine's monotonic clock, so the logs tell
-for each message when it was sent and when it was read. `loadgen simulate --like FOLDER` then has
-every message take what its neighbours took at that moment of the live run, and the router look when
-the live one looked, stalls included: what differs is what the simulator's model leaves out, and not
-the machine.
+emulated GPUs. All processes of such a run share this machine's monotonic clock, so the logs show for
+each message when it was sent and when it was read. `loadgen simulate --like FOLDER` then delays every
+message like its neighbours at that moment of the live run, and makes the router's passes at the same
+moments, including stalls. So the remaining difference is the simulator's model, not the machine.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """What messages took, by the instant of sending from the start of the trace, shape (n,) each."""
+    """How long messages took, by the instant of sending from the start of the trace, shape (n,) each."""
 
     at_ns: Ints
     way_ns: Ints
 
     def link(self, start_ns: int, troubles: tuple[Trouble, ...]) -> SimLink:
-        """Return a link whose messages take what this says, for a trace that begins at `start_ns`."""
+        """Return a link whose messages take these times, for a trace that begins at `start_ns`."""
         return _PlayedLink(self, start_ns, troubles)
 
 
 class _PlayedLink(SimLink):
-    """A link that takes what a live one took at that moment."""
+    """A link that takes as long as a live one took at that moment."""
 
     __slots__ = ("_at_ns", "_place", "_ways_ns")
 
@@ -60,9 +59,9 @@ class _PlayedLink(SimLink):
         at_ns, place = self._at_ns, self._place
         while place + 1 < len(at_ns) and at_ns[place + 1] <= sent_ns:
             place += 1
-        self._place = place  # instants of sending do not fall
+        self._place = place  # instants of sending never decrease
         ways_ns = self._ways_ns
-        # What was held up with the one before it comes with it; else the quicker of its neighbours tells.
+        # A message that was held up behind another arrives with it; otherwise use its quicker neighbour.
         usual_ns: int = min(ways_ns[place : place + 2])
         held_ns: int = at_ns[place] + ways_ns[place] - sent_ns if at_ns[place] <= sent_ns else 0
         return max(usual_ns, held_ns)
@@ -70,15 +69,15 @@ class _PlayedLink(SimLink):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MachineDelays:
-    """What a live run's messages took; instants count from the start of the trace.
+    """How long a live run's messages took; instants count from the start of the trace.
 
     Attributes:
         to_workers: DIRECTIVEs, from the router's decision until a worker's loop read them.
-        from_workers: DONEs, from the end of a batch until the router read of it.
-        to_clients: RESULTS: as long as QUERIES took at that moment, for no log has them.
+        from_workers: DONEs, from the end of a batch until the router read its report.
+        to_clients: RESULTS: as long as QUERIES took at that moment, because no log has them.
         sent_ns: When each query was sent, shape (n,).
         read_ns: When the router read it, shape (n,); -1 if it did not.
-        passes_ns: When the router's loop came round, ascending.
+        passes_ns: When the router's loop made a pass, ascending.
     """
 
     to_workers: Series
@@ -90,10 +89,10 @@ class MachineDelays:
 
 
 def load_machine(folder: Path, trace: Trace) -> MachineDelays:
-    """Read what the machine did to a live run of `trace`, of one sender, from its folder of logs.
+    """Read the delays of a live run of `trace`, with one sender, from its folder of logs.
 
     Raises:
-        ConfigError: The logs are missing, are no logs, or are of another run.
+        ConfigError: The logs are missing, malformed, or belong to another run.
     """
     path = folder / "router.jsonl"
     queries, dispatched, finished, passes = _router_log(path)
@@ -108,7 +107,7 @@ def load_machine(folder: Path, trace: Trace) -> MachineDelays:
             f"{path}: expected at most the {trace.n} queries of {trace.name}, from one sender, "
             f"got {int(counts.sum())}"
         )
-    # The sender is never early, and now and then on time: that tells when the trace began.
+    # The sender is never early, and sometimes on time: that gives the start of the trace.
     start_ns = int((sent - trace.due_ns[firsts]).min())
     sent_ns, read_ns = np.full(trace.n, -1, np.int64), np.full(trace.n, -1, np.int64)
     places = np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
@@ -131,7 +130,7 @@ def _series(pairs: Ints, start_ns: int) -> Series:
 def _router_log(
     path: Path,
 ) -> tuple[list[tuple[int, int, int, int]], dict[int, int], dict[int, tuple[int, int]], list[int]]:
-    """Return what the router's log tells.
+    """Return the contents of the router's log.
 
     Messages (sent, read, first id, n), dispatches by batch, reports (read, waited) by batch, and passes.
     """

@@ -8,12 +8,12 @@ A fault file is JSON, instants and durations in milliseconds from the start of t
         {"kind": "loss", "at_ms": 900, "peer": "client:0", "share": 0.1, "for_ms": 50}
     ]}
 
-    kind       says                                                         beside at_ms and peer
+    kind       meaning                                                      fields besides at_ms and peer
     kill       a worker process ends; the router's next send to it fails
     vanish     the same, but no send fails: a host that lost its power
     drain      a worker process gets no more work, and ends when it holds none
     revive     a worker process that has ended starts again, under its old name
-    freeze     a worker process stops; its GPUs go on with what they hold   for_ms
+    freeze     a worker process stops; its GPUs continue with what they hold   for_ms
     slow       GPUs take `factor` times what their profile says             factor, for_ms?, slot?
     delay      messages take `delay_ms` more                                delay_ms, for_ms
     jitter     messages take up to `jitter_ms` more, each its own           jitter_ms, for_ms
@@ -22,9 +22,9 @@ A fault file is JSON, instants and durations in milliseconds from the start of t
     partition  nothing arrives; what was sent does when it ends             for_ms
 
 A peer is `worker:<process>` or `client:<number>`, from 0. Trouble on the way concerns both
-directions. Within one direction of one connection messages keep their order, since TCP keeps it;
-delays of one peer make its messages come later than another's that were sent after them, and that
-is all the reordering there is.
+directions. Within one direction of one connection messages keep their order, because TCP does.
+Delays of one peer make its messages arrive after later ones of another; there is no other
+reordering.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ SCHEMA = 1
 """Version of the fault file."""
 
 MAX_FAULTS = 100_000
-"""Of one file."""
+"""Most faults in one file."""
 
-# What each kind says beside `at_ms` and `peer`; "?" marks what may be left out.
+# The fields of each kind besides `at_ms` and `peer`; "?" marks optional ones.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "kill": (),
     "vanish": (),
@@ -80,7 +80,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 _OF_WORKERS = ("kill", "vanish", "drain", "revive", "freeze", "slow")
-"""What befalls a process, not a connection."""
+"""Kinds that affect a process, not a connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +90,10 @@ class Fault:
     Attributes:
         kind: One of the table's.
         at_ns: When, from the start of the trace.
-        peer: Whom it befalls: `worker:<process>` or `client:<number>`.
-        for_ns: For how long; None is for good.
-        amount: The kind's own number: ns of delay or jitter, a share, or a factor.
-        slot: Which GPU of the process is slow; None is all of them.
+        peer: The peer that it affects: `worker:<process>` or `client:<number>`.
+        for_ns: How long; None until the end.
+        amount: The kind's number: ns of delay or jitter, a share, or a factor.
+        slot: Which GPU of the process is slow; None means all of them.
 
     Raises:
         ConfigError: A field is not what its kind needs.
@@ -119,11 +119,11 @@ class Fault:
 
     @property
     def number(self) -> int:
-        """Which process or client it befalls."""
+        """The number of the process or client that it affects."""
         return int(self.peer.partition(":")[2])
 
     def check(self, n_gpus: Sequence[int], n_clients: int) -> None:
-        """Raise ConfigError unless such a peer, and such a GPU of it, takes part.
+        """Raise ConfigError unless its peer, and its GPU there, exists.
 
         Args:
             n_gpus: Of each worker process.
@@ -140,7 +140,7 @@ class Fault:
             )
 
     def trouble(self, start_ns: int) -> Trouble | None:
-        """Return the window of trouble that it is for a connection; None if it befalls a process."""
+        """Return its window of trouble for a connection; None if it affects a process."""
         make = _TROUBLES.get(self.kind)
         if make is None:
             return None
@@ -148,11 +148,11 @@ class Fault:
         return make(from_ns, FAR_NS if self.for_ns is None else from_ns + self.for_ns, self.amount)
 
     def strike(self, simulation: Simulation, now_ns: int) -> None:
-        """Do to a process what the kind says."""
+        """Apply it to a process."""
         _STRIKES[self.kind](self, simulation, now_ns)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fault as its file holds it."""
+        """Return the fault in the form of its file."""
         found: dict[str, Any] = {"kind": self.kind, "at_ms": self.at_ns / MS, "peer": self.peer}
         for field in _FIELDS[self.kind]:
             name = field.removesuffix("?")
@@ -207,7 +207,7 @@ def load_faults(path: Path) -> tuple[Fault, ...]:
     """Read a fault file.
 
     Raises:
-        ConfigError: It is not one; names the file, the fault and the field.
+        ConfigError: It is malformed; the error names the file, the fault and the field.
     """
     try:
         data = orjson.loads(path.read_bytes())
@@ -284,9 +284,9 @@ def _near(word: Any) -> str:
 def draw_faults(
     seed: int, *, n_processes: int, n_clients: int, duration_ns: int, n_faults: int | None = None
 ) -> tuple[Fault, ...]:
-    """Return the faults of a seed: one to six of them by default, of every kind, within the duration.
+    """Return the faults of a seed: by default one to six, of any kind, within the duration.
 
-    A process that has ended is revived later, more often than not, and at times on a slow way.
+    A process that has ended is usually revived later, sometimes with a slow connection.
     """
     rng = random.Random(f"{seed}/faults")
     faults: list[Fault] = []
@@ -300,7 +300,7 @@ def draw_faults(
         if kind in ("kill", "vanish", "drain") and rng.random() < 0.7:
             faults.append(Fault("revive", at_ns + for_ns, peer))
             if rng.random() < 0.4:
-                # So slow a way has it say HELLO again before it is welcomed, and so speak under an old epoch.
+                # With such a slow connection it sends HELLO twice before a WELCOME, and so uses an old epoch.
                 slow_ns = rng.randrange(150, 450) * MS
                 faults.append(Fault("delay", at_ns + for_ns, peer, 300 * MS, slow_ns))
     return tuple(sorted(faults, key=lambda fault: (fault.at_ns, fault.peer, fault.kind)))

@@ -1,8 +1,8 @@
 """The simulated network: one direction of one peer's connection, on a virtual clock.
 
-What one peer sends another arrives in the order in which it was sent, as TCP has it; messages of
-different peers overtake each other freely, since each connection draws its own delays. Trouble is
-a window of time: a message that is sent within it is delayed, held back, lost or sent twice.
+Messages from one peer to another arrive in the order in which they were sent, as with TCP. Messages of
+different peers overtake each other freely, because each connection draws its own delays. Trouble is
+a window of time: a message sent within it is delayed, held back, lost or sent twice.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 FAR_NS = 1 << 62
-"""Later than anything."""
+"""Later than everything."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """What a message takes in the absence of trouble: `least_ns`, and evenly up to `jitter_ns` more."""
+    """How long a message takes without trouble: `least_ns`, plus uniformly up to `jitter_ns`."""
 
     least_ns: int
     jitter_ns: int
@@ -33,14 +33,14 @@ class Trouble:
     """A window of time in which a connection misbehaves; several add up.
 
     Attributes:
-        from_ns: First instant of sending that it concerns.
-        until_ns: First instant that it does not concern.
-        delay_ns: Added to each message's way.
-        jitter_ns: Added evenly at random, up to this.
-        loss: Share of the messages that are lost. TCP loses none; a connection that breaks and is
-            made anew does, and so does a full buffer.
-        doubled: Share of the messages that arrive twice, as what a peer says again does.
-        is_cut: The connection is parted: what is sent arrives when the window ends, as TCP has it.
+        from_ns: First instant of sending that it affects.
+        until_ns: First instant that it does not affect.
+        delay_ns: Added to each message's time.
+        jitter_ns: Added uniformly at random, up to this.
+        loss: Share of the messages that are lost. TCP loses none, but a connection that breaks and is
+            made again does, and so does a full buffer.
+        doubled: Share of the messages that arrive twice, as if the peer had sent them again.
+        is_cut: The connection is interrupted: messages arrive when the window ends, as with TCP.
     """
 
     from_ns: int
@@ -53,10 +53,10 @@ class Trouble:
 
 
 class SimLink:
-    """One direction of one connection: says when what is sent arrives.
+    """One direction of one connection: determines when messages arrive.
 
     Args:
-        way: What a message takes.
+        way: How long a message takes.
         seed: Of this link's own delays.
         troubles: Its windows of trouble.
     """
@@ -74,7 +74,7 @@ class SimLink:
     def arrivals(self, sent_ns: int) -> tuple[int, ...]:
         """Return when a message sent now arrives: once, twice, or never.
 
-        Instants of sending must not fall from call to call.
+        Instants of sending must not decrease from call to call.
         """
         at_ns = sent_ns + self.way_ns(sent_ns)
         if self._troubles:
@@ -85,13 +85,13 @@ class SimLink:
         return (at_ns,)
 
     def way_ns(self, _sent_ns: int) -> int:
-        """Return what a message that is sent now takes, but for trouble and for those before it."""
+        """Return how long a message sent now takes, without trouble and without waiting for earlier ones."""
         return self._least_ns + int(self._jitter_ns * self._random())
 
     def arrivals_of(self, sent_ns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return when each of many messages arrives, the first time; -1 where one is lost.
+        """Return when each of many messages arrives, the first time; -1 for a lost one.
 
-        For a link whose messages are known beforehand; it is used for nothing else then.
+        For a link whose messages are known beforehand; it must not be used otherwise then.
         """
         if self._troubles:
             found = [self.arrivals(at_ns) for at_ns in sent_ns.tolist()]

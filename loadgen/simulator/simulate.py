@@ -1,12 +1,12 @@
-"""The simulator: the very `RouterCore` that serves, on a virtual clock.
+"""The simulator: the same `RouterCore` that serves live, on a virtual clock.
 
-It is a third host of the core, beside the live router and the replay of a recorded log: it hands
-events in and carries actions out, and decides nothing. Around it are played, from one seed:
+It is a third host of the core, besides the live router and the replay of a recorded log: it passes
+events in and carries actions out, and decides nothing. Around it are simulated, from one seed:
 
     router     the loop around the core, as `router.serve.loop`             loadgen/simulator/world.py
     clients    open loop, as `loadgen.live.sender`                          loadgen/simulator/clients.py
-    network    a way for each message, in order for each peer          loadgen/simulator/links.py
-    workers    profiles in place of GPUs, in processes that rest       loadgen/simulator/workers.py
+    network    a delay for each message, in order for each peer             loadgen/simulator/links.py
+    workers    profiles instead of GPUs, in processes that rest             loadgen/simulator/workers.py
     faults     kill, freeze, slow, revive, and trouble on the way      loadgen/simulator/faults.py
 
 Equal arguments give equal results, byte for byte.
@@ -45,11 +45,11 @@ __all__ = ("START_NS", "SimSettings", "Simulated", "Simulation", "Workload", "si
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """What came of a simulation.
+    """The result of a simulation.
 
     Attributes:
-        run: Its figures and columns, as those of a live run.
-        digest: SHA-256 of what became of every query: equal arguments, equal digests.
+        run: Its figures and columns, in the form of a live run's.
+        digest: SHA-256 of every query's outcome: equal arguments give equal digests.
         n_passes: Passes of the router.
         n_batches: Batches dispatched.
         until_ns: The router's clock at the end.
@@ -91,22 +91,22 @@ def simulate(
     settings: SimSettings | None = None,
     core: CoreSettings | None = None,
 ) -> Simulated:
-    """Serve a trace on a simulated cluster and return what became of it.
+    """Serve a trace on a simulated cluster and return the result.
 
     Args:
-        trace: When the queries are due; or a `Workload`, which brings the next three with it.
+        trace: When the queries are due; or a `Workload`, which contains the next three arguments too.
         cluster: A profile for each GPU; equal ones share a policy.
         policy: As `router.policies.registry.make_policy` takes it.
         slo_ns: From due to deadline: one for all, or shape (n,).
-        min_accuracy: Accuracy floors, percent, shape (n,); None if there are none.
-        priority: Priority classes, shape (n,); None if there are none.
+        min_accuracy: Accuracy floors, percent, shape (n,); None without floors.
+        priority: Priority classes, shape (n,); None without classes.
         seed: Of the network's delays.
         faults: What goes wrong, and when.
-        settings: What machine and network take.
-        core: The core's own numbers.
+        settings: The delays of machine and network.
+        core: The core's settings.
 
     Raises:
-        ConfigError: The policy is unknown, a column has the wrong length, or a fault names nobody.
+        ConfigError: The policy is unknown, a column has the wrong length, or a fault's peer does not exist.
     """
     workload = trace if isinstance(trace, Workload) else Workload(trace, slo_ns, min_accuracy, priority)
     found = Simulation(cluster, policy=policy, seed=seed, faults=faults, settings=settings, core=core)
@@ -118,7 +118,7 @@ def simulate(
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Leave garbage where it is, as the live router does: nothing on a query's way makes cycles."""
+    """Suspend garbage collection, like the live router: nothing in a query's path makes cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -131,7 +131,7 @@ def _uncollected() -> Iterator[None]:
 def _simulated(
     workload: Workload, found: Simulation, clients: Sequence[OpenLoopClient], policy: str
 ) -> Simulated:
-    """Put the clients' columns back into the order of the trace, and sum them up."""
+    """Put the clients' columns back into the order of the trace, and summarise them."""
     trace, n = workload.trace, len(clients)
     columns: dict[str, npt.NDArray[Any]] = {}
     n_duplicates = 0

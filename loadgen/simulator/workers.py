@@ -1,7 +1,7 @@
-"""Simulated worker processes: hosts of `gpu_worker.core` on a virtual clock, with profiles in place of GPUs.
+"""Simulated worker processes: hosts of `gpu_worker.core` on a virtual clock, with profiles instead of GPUs.
 
-What a worker says and when is the core's, which also serves; here are only the loop around it, which rests
-and freezes, and lives that end. What is left out is bytes: a DIRECTIVE is the router core's own `Batch`,
+The core, which also serves live, decides what a worker says and when. Here are only the loop around it,
+which rests and freezes, and lives that end. There are no bytes: a DIRECTIVE is the router core's own `Batch`,
 and reports carry no outputs.
 """
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def outcome_of(batch: Batch, waited_ns: int) -> Outcome:
-    """Return how a batch ends that starts after `waited_ns` at the worker, without outputs.
+    """Return the outcome of a batch that starts after `waited_ns` at the worker, without outputs.
 
-    A query runs if its slack, counted from dispatch, is left.
+    A query runs if it has slack left, counted from dispatch.
     """
     slacks_end_ns = batch.dispatched_ns + waited_ns
     if min([cohort.deadlines_ns[lo] for cohort, lo, _ in batch.stretches]) > slacks_end_ns:
@@ -46,22 +46,22 @@ def outcome_of(batch: Batch, waited_ns: int) -> Outcome:
 class SimProcess:
     """One worker process: a core, GPUs, a mailbox, and the loop around them.
 
-    It is given instants and what has arrived, and returns what it says; its host carries that to
-    the router.
+    It receives instants and messages, and returns the messages to send; its host carries those to the
+    router.
 
     Args:
-        name: What the router calls it.
+        name: Its name at the router.
         gpus: Its GPUs, by slot.
         rest_ns: Time between two passes of its loop, if it has more than one GPU.
         jitter: As the core takes it.
 
     Attributes:
-        core: What it says and does in this life.
-        key: This life's connection; given by the host, with the next three.
+        core: Decides what to say and do in this life.
+        key: This life's connection; set by the host, like the next three.
         way_in: From the router.
         way_out: To the router.
-        act: Has it step.
-        at_ns: When the host will have it step.
+        act: Makes it step.
+        at_ns: When the host will make it step.
     """
 
     __slots__ = (
@@ -89,7 +89,7 @@ class SimProcess:
         self._jitter = jitter
 
     def begin(self, now_ns: int) -> None:
-        """Begin a life; after an earlier one with idle GPUs of the same profiles, as fast as they were."""
+        """Begin a life; after an earlier one with idle GPUs of the same profiles, at the same speed."""
         self.is_alive = True
         self.frozen_until_ns = self.rest_until_ns = 0
         self.gpus = [_successor(gpu) for gpu in self.gpus]
@@ -105,7 +105,7 @@ class SimProcess:
         return max(at_ns, self.rest_until_ns, self.frozen_until_ns)
 
     def step(self, now_ns: int) -> list[Message]:
-        """Read what has arrived, and return what is to be said."""
+        """Read what has arrived, and return the messages to send."""
         self.rest_until_ns = now_ns + self.rest_ns
         inbox, core = self.inbox, self.core
         while inbox and inbox[0][0] <= now_ns:
@@ -113,7 +113,7 @@ class SimProcess:
         return core.poll(now_ns)
 
     def die(self) -> None:
-        """End at once: what it held and had not read is gone."""
+        """End at once: what it held or had not read is lost."""
         self.is_alive = False
         self.inbox.clear()
         self.at_ns = FAR_NS

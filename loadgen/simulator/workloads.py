@@ -1,4 +1,4 @@
-"""Workloads whose queries differ, and clusters whose GPUs do: what options and cells say, as columns."""
+"""Workloads with different queries, and clusters with different GPUs: from options and cells to columns."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from profiles.table import Profile
 
 MAX_GPUS = 65_536
-"""Of a simulated cluster."""
+"""Most GPUs of a simulated cluster."""
 
-_LONGEST_MS = 86_400_000.0
+_LONGEST_MS = 86_400_000.0  # a day, the wire's limit for a slack
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
-    """Queries, each with its own terms, in the order in which they are due.
+    """Queries, each with its own terms, in the order of due instants.
 
     Attributes:
         trace: When they are due.
         slo_ns: From due to deadline: one for all, or shape (n,).
-        min_accuracy: Accuracy floors, percent, 0 where there is none, shape (n,); or None.
+        min_accuracy: Accuracy floors, percent, 0 for none, shape (n,); or None.
         priority: Priority classes, shape (n,); or None.
     """
 
@@ -69,10 +69,10 @@ def parse_cluster(text: str, option: str = "--emulate") -> list[Profile]:
     """Return a profile for each GPU of `PROFILE:N[,PROFILE:N...]`.
 
     `PROFILE*F` is the profile of a device on which everything takes F times as long. Equal parts
-    share one object, and so a policy.
+    share one object, and therefore a policy.
 
     Raises:
-        ConfigError: It is not such a text, or there is no such profile.
+        ConfigError: The text is malformed, or there is no such profile.
     """
     gpus: list[Profile] = []
     for part in text.split(","):

@@ -1,8 +1,8 @@
 """A router core and its surroundings on a virtual clock: the loop of the simulator.
 
-It plays what `router.serve.loop` does around the core: it wakes for the first message, reads what has
-come, has the core decide once, carries out what it says, and rests if there was something to do.
-`loadgen.simulator` is the way in.
+It does what `router.serve.loop` does around the core: it wakes for the first message, reads what has
+arrived, lets the core decide once, carries out the actions, and rests if there was something to do.
+`loadgen.simulator` is the entry point.
 """
 
 from __future__ import annotations
@@ -62,26 +62,26 @@ START_NS = 1_000 * MS
 
 _SAY_HELLO = Control(Kind.REFUSED, {"code": "say-hello"})
 _PONG = Pong(0, 0)
-_JOIN_NS = START_NS - 100 * MS
-_GRACE_NS = 3_000 * MS
+_JOIN_NS = START_NS - 100 * MS  # workers have said HELLO and sent PULL before the first query
+_GRACE_NS = 3_000 * MS  # after the last deadline, so that a lost worker is noticed and its queries end
 
 
 @dataclass(frozen=True, slots=True)
 class SimSettings:
-    """What the machine and the network around the core take.
+    """The delays of the machine and the network around the core.
 
-    The defaults stand for loopback on a calm machine, as the live loops were measured there.
+    The defaults are those of loopback on a quiet machine, as measured with the live loops.
 
     Attributes:
-        way: What each message takes, from one loop into the other's buffer.
+        way: How long each message takes, from one loop into the other's buffer.
         router_rest_ns: Time between two passes of a busy router.
-        worker_rest_ns: Time between two passes of a worker process of several GPUs.
+        worker_rest_ns: Time between two passes of a worker process with several GPUs.
         send_every_ns: Least time between two messages of a client.
-        n_clients: Clients that the queries are dealt out to, in turn.
+        n_clients: Number of clients; the queries are shared out to them in turn.
         gpus_per_process: GPUs of one worker process.
-        actuation_ns: What going over to another subnet takes on a GPU.
-        pace: Of the GPUs beside their profiles; drift counts from the start of the trace.
-        machine: What a live run of the same trace met; takes the place of ways and rests. None is calm.
+        actuation_ns: How long a GPU takes to change subnet.
+        pace: Of the GPUs compared with their profiles; drift counts from the start of the trace.
+        machine: A live run's delays for the same trace, instead of ways and rests. None is a quiet machine.
     """
 
     way: Way = field(default_factory=lambda: Way(100_000, 50_000))
@@ -95,7 +95,7 @@ class SimSettings:
     machine: MachineDelays | None = None
 
     def like(self, machine: MachineDelays) -> SimSettings:
-        """Return settings under which messages take what they took in a live run, with its loops' rests."""
+        """Return settings with the message delays of a live run, and its loops' rests."""
         return replace(self, machine=machine, router_rest_ns=0, worker_rest_ns=0, n_clients=1)
 
 
@@ -104,12 +104,12 @@ class Simulation:
 
     Args:
         cluster: A profile for each GPU.
-        policy: What `make_policy` takes, or what builds a policy from a profile.
+        policy: As `make_policy` takes it, or a function that builds a policy from a profile.
         seed: Of the network's delays.
         faults: What goes wrong, and when: instants count from the start of the trace.
-        settings: What machine and network take.
-        core: The core's own numbers.
-        make_core: Builds the core; tests put broken ones in its place.
+        settings: The delays of machine and network.
+        core: The core's settings.
+        make_core: Builds the core; tests pass broken ones.
 
     Attributes:
         core: The router's core.
@@ -117,7 +117,7 @@ class Simulation:
         now_ns: The router's clock.
         ways_back: From the router to each client, by key.
         on_pass: Called in each pass with its instant and the core's actions, before they are carried out;
-            None calls nobody.
+            may be None.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Simulation:
         self.n_passes = 0
         self._seed = seed
         self._rng = random.Random(f"{seed}/host")
-        # It ends with what never comes, and so is never empty.
+        # The last entry never comes due, so the agenda is never empty.
         self._agenda: list[tuple[int, int, Callable[[int], None]]] = [(FAR_NS, 0, lambda _: None)]
         self._mail: list[tuple[int, int, Callable[[Any, int], None], Any]] = []
         self._serial = 0
@@ -179,15 +179,15 @@ class Simulation:
         return SimProcess(f"worker:{number}", gpus, settings.worker_rest_ns, jitter)
 
     def _built(self, profile: Profile) -> Policy:
-        """Build the policy for a profile, and note whether it looks at more than the queue's head."""
+        """Build the policy for a profile, and record whether it looks at more than the queue's head."""
         policy = self._build(profile)
         self._sees_demand = self._sees_demand or bool(getattr(policy, "sees_demand", False))
         return policy
 
-    # --- what is to happen ----------------------------------------------------------------
+    # --- what will happen -----------------------------------------------------------------
 
     def offer(self, workload: Workload) -> list[OpenLoopClient]:
-        """Deal a workload out to open-loop clients, and return them."""
+        """Share a workload out to open-loop clients, and return them."""
         n = self.settings.n_clients
         due_ns = workload.trace.due_ns + START_NS
         deadlines_ns = due_ns + workload.slo_ns
@@ -206,7 +206,7 @@ class Simulation:
         return clients
 
     def join(self, client: SimClient) -> SimLink:
-        """Let a client say HELLO before the trace begins; return its way to the router."""
+        """Make a client send HELLO before the trace begins; return its way to the router."""
         name = f"client:{client.key}"
         self.clients[client.key] = client
         self.ways_back[client.key] = self._link(name, "out")
@@ -214,7 +214,7 @@ class Simulation:
         return self._link(name, "in")
 
     def reconnect(self, client: Connecting) -> None:
-        """Give a client a new connection in place of its own; what was under way on that is gone."""
+        """Replace a client's connection; what was under way on the old one is lost."""
         del self.clients[client.key]
         self._n_connections += 1
         client.key = key = 1_000_000 + self._n_connections
@@ -224,12 +224,12 @@ class Simulation:
         client.connected(self._link(name, f"{key}/in"))
 
     def later(self, at_ns: int, act: Callable[[int], None]) -> None:
-        """Call `act` with the instant when it comes."""
+        """Call `act` with the instant, when it comes."""
         self._serial += 1
         heappush(self._agenda, (at_ns, self._serial, act))
 
     def _plan(self, fault: Fault) -> None:
-        """Have a fault strike when its time comes; trouble on the way is known to the links beforehand."""
+        """Apply a fault when its time comes; links know trouble on the way beforehand."""
         fault.check([len(process.gpus) for process in self.processes], self.settings.n_clients)
         trouble = fault.trouble(START_NS)
         if trouble is None:
@@ -238,7 +238,7 @@ class Simulation:
             self._troubles.setdefault(fault.peer, []).append(trouble)
 
     def _played(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
-        """Return when a live run's queries were sent and read, if its machine is to be met again."""
+        """Return when a live run's queries were sent and read, if its machine is reproduced."""
         machine = self.settings.machine
         if machine is None:
             return None
@@ -246,7 +246,7 @@ class Simulation:
         return np.where(sent_ns < 0, -1, sent_ns + START_NS), np.where(read_ns < 0, -1, read_ns + START_NS)
 
     def _link(self, name: str, way: str) -> SimLink:
-        """Return one direction of a connection of the peer called `name`; both share its troubles."""
+        """Return one direction of a connection of the peer `name`; both directions share its troubles."""
         machine = self.settings.machine
         if machine is not None:
             back = machine.to_clients if name.startswith("client") else machine.to_workers
@@ -257,7 +257,7 @@ class Simulation:
     # --- the loop -------------------------------------------------------------------------
 
     def run(self, until_ns: int | None = None) -> None:
-        """Let time pass: until all is answered, or until an instant of the router's clock."""
+        """Let time pass: until everything is answered, or until an instant of the router's clock."""
         end_ns = self._end_ns if until_ns is None else until_ns
         agenda, mail, clients = self._agenda, self._mail, tuple(self.clients.values())
         while True:
@@ -289,17 +289,17 @@ class Simulation:
                     break
 
     def _played_pass_ns(self, due_ns: int) -> int:
-        """Return when a live router's loop came round next; after its last time, when one is due."""
-        assert self._passes_ns is not None, "asked only where a live run is played"
+        """Return when a live router's loop made its next pass; after its last one, when a pass is due."""
+        assert self._passes_ns is not None, "called only if a live run is reproduced"
         place = bisect_left(self._passes_ns, max(due_ns, self._rest_until_ns))
         return self._passes_ns[place] if place < len(self._passes_ns) else due_ns
 
     def _may_wait(self, now_ns: int) -> bool:
-        """Tell whether a pass now would only admit queries, and none of them could change anything yet.
+        """Return whether a pass now would only admit queries that cannot change anything yet.
 
-        The core has nothing to do before its next wake, whatever joins the queue behind its head. So
-        such a pass is skipped, at half the cost of a run, and the next one admits its queries too; not
-        under a policy that sees demand, to which it matters in what parts queries came.
+        Before its next wake the core has nothing to do, whatever joins the queue behind its head. So such a
+        pass is skipped, which saves half the cost of a run, and the next one admits its queries too. Not
+        under a policy that sees demand, because that depends on the parts in which queries come.
         """
         queue = self.core.model.queue
         if self._wake_ns <= now_ns or not queue or self._sees_demand or self.on_pass is not None:
@@ -320,7 +320,7 @@ class Simulation:
         return is_idle and all(one.next_ns == FAR_NS and not one.has_unread for one in clients)
 
     def _pass(self, now_ns: int) -> None:
-        """Do what the live router does when it wakes: read what has come, decide once, act."""
+        """Do what the live router does when it wakes: read what has arrived, decide once, act."""
         core, mail = self.core, self._mail
         is_busy = False
         for client in self.clients.values():
@@ -371,10 +371,10 @@ class Simulation:
         for key in gone:
             self.core.handle(ClientLeft(key), now_ns)
 
-    # --- the router's side of the workers' protocol, as `router.serve` has it -------------
+    # --- the router's side of the workers' protocol, as in `router.serve` -----------------
 
     def _hello(self, process: SimProcess, now_ns: int) -> None:
-        """Register a worker process, and forget an older life of it."""
+        """Register a worker process, and forget its earlier life."""
         for key in [peer.key for peer in self.core.peers.values() if peer.name == process.name]:
             self._lose(key, now_ns)
         self._next_epoch += 1
@@ -383,7 +383,7 @@ class Simulation:
         self._say(process.key, Control(Kind.WELCOME, {"epoch": self._next_epoch}), now_ns)
 
     def _heard(self, event: WorkerHeard, now_ns: int) -> None:
-        """Take and answer a PING; a process that is not known, or no longer, must say HELLO."""
+        """Handle and answer a PING; a process that is unknown, or no longer known, must send HELLO."""
         if event.peer in self.core.peers:
             self.core.handle(event, now_ns)
             self._say(event.peer, _PONG, now_ns)
@@ -398,7 +398,7 @@ class Simulation:
         process = self._speakers.get(key)
         if process is None:
             return False
-        if process.is_alive:  # else nobody has noticed yet
+        if process.is_alive:  # otherwise the router has not noticed yet
             for at_ns in process.way_in.arrivals(now_ns):
                 process.inbox.append((at_ns, message))
             self._schedule(process)
@@ -407,7 +407,7 @@ class Simulation:
     # --- the worker processes -------------------------------------------------------------
 
     def _begin(self, process: SimProcess, now_ns: int) -> None:
-        """Start a life of a worker process, on a connection of its own."""
+        """Start a life of a worker process, on a new connection."""
         self._n_lives += 1
         process.key = key = self._n_lives
         process.way_in = self._link(process.name, f"{key}/in")
@@ -426,7 +426,7 @@ class Simulation:
 
     def _step(self, process: SimProcess, now_ns: int) -> None:
         if now_ns != process.at_ns:
-            return  # it was moved
+            return  # it was rescheduled
         process.at_ns = FAR_NS
         if now_ns >= process.frozen_until_ns:
             for message in process.step(now_ns):
@@ -434,7 +434,7 @@ class Simulation:
         self._schedule(process)
 
     def _carry(self, process: SimProcess, message: Message, now_ns: int) -> None:
-        """Send what a worker process says to the router, which reads it as its server would."""
+        """Send a worker process's message to the router, which reads it as its server would."""
         key = process.key
         if isinstance(message, Done):
             self._tell(process, self.core.handle, Finished(key, message), now_ns)
@@ -450,7 +450,7 @@ class Simulation:
     def _tell(
         self, process: SimProcess, take: Callable[[Any, int], None], message: Event | SimProcess, now_ns: int
     ) -> None:
-        """Send to the router, which will have `take` read it."""
+        """Send to the router, where `take` reads it."""
         for at_ns in process.way_out.arrivals(now_ns):
             self._serial += 1
             heappush(self._mail, (at_ns, self._serial, take, message))
@@ -458,14 +458,14 @@ class Simulation:
     # --- what faults do -------------------------------------------------------------------
 
     def kill(self, i: int, now_ns: int, *, silently: bool) -> None:
-        """End a worker process. The router finds its connection broken, or, silently, only misses it."""
+        """End a worker process. The router finds its connection broken, or, if silently, only misses it."""
         process = self.processes[i]
         if not process.is_alive:
             return
         key = process.key
         process.die()
         if not silently:
-            # A send fails: that of the next directive, or of the next PING.
+            # A send will fail: that of the next directive, or of the next PING.
             del self._speakers[key]
             seen_ns = now_ns + self._rng.randrange(HEARTBEAT_NS)
             self.later(seen_ns, lambda at_ns: self._mail_in(at_ns, self._left, key))
@@ -478,7 +478,7 @@ class Simulation:
         heappush(self._mail, (at_ns, self._serial, take, message))
 
     def drain(self, i: int, now_ns: int) -> None:
-        """Have the router give a worker process no more work, and let it go when it holds nothing."""
+        """Make the router give a worker process no more work, and release it when it holds none."""
         process = self.processes[i]
         if process.is_alive:
             self._mail_in(now_ns, self._drained, process.key)
@@ -487,7 +487,7 @@ class Simulation:
         self.core.handle(DrainWorker(key, None), now_ns)
 
     def _release(self, key: int, now_ns: int) -> None:
-        """Let a drained worker process go: it says BYE and ends."""
+        """Release a drained worker process: it sends BYE and ends."""
         process = self._speakers.pop(key, None)
         if process is not None and process.is_alive:
             process.die()
@@ -500,12 +500,12 @@ class Simulation:
             self._begin(process, now_ns)
 
     def freeze(self, i: int, now_ns: int, for_ns: int) -> None:
-        """Stop a worker process for a while; its GPUs go on with what they hold."""
+        """Stop a worker process for a while; its GPUs continue with what they hold."""
         process = self.processes[i]
         process.frozen_until_ns = max(process.frozen_until_ns, now_ns + for_ns)
 
     def slow(self, i: int, factor: float, slot: int | None = None) -> None:
-        """Let GPUs take `factor` times what their profile says, for the batches that start from now on."""
+        """Make GPUs take `factor` times what their profile says, for batches that start from now on."""
         for number, gpu in enumerate(self.processes[i].gpus):
             if slot is None or slot == number:
                 gpu.factor = factor

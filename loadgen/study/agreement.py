@@ -1,10 +1,10 @@
-"""Do live runs and simulations of them agree? Run both, and hold them against each other.
+"""Do live runs and simulations of them agree? Run both, and compare them.
 
     python -m loadgen.study.agreement [--maf FILE] [--duration 20]
 
-Each trace is offered live to emulated GPUs and simulated twice: with the simulator's calm machine,
-and with the ways that the live run's own logs tell (`loadgen.simulator.delays`), stalls included. What
-differs in the second is the model's fault, in the first mostly this machine's.
+Each trace is offered live to emulated GPUs and simulated twice: with the simulator's quiet machine, and
+with the delays in the live run's own logs (`loadgen.simulator.delays`), including stalls. A difference in
+the second is the model's fault, in the first mostly this machine's.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
     from loadgen.traces.trace import Trace
 
 ACCURACY_POINTS = 0.2
-"""By how much mean accuracies may differ and still agree."""
+"""Most that mean accuracies may differ by and still agree."""
 
 ATTAINMENT = 0.001
-"""By how much attainments may differ and still agree."""
+"""Most that attainments may differ by and still agree."""
 
 BURSTY = "bursty:base=1500,variant=5550,cv2=8"
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """A live run beside its simulations.
+    """A live run and its simulations.
 
     Attributes:
-        live: What senders saw.
-        like: Simulated on the machine that the live run met.
-        calm: Simulated on the simulator's own.
+        live: The senders' figures.
+        like: Simulated with the delays of the live run's machine.
+        calm: Simulated with the simulator's own delays.
     """
 
     live: RunResult
@@ -61,7 +61,7 @@ class Agreement:
         return abs(attainment) <= ATTAINMENT and abs(accuracy) <= ACCURACY_POINTS
 
     def lines(self) -> list[str]:
-        """Return the lines that are printed."""
+        """Return the lines to print."""
         found = [f"{self.live.trace}, {self.live.policy}: attainment, mean accuracy, mean batch size"]
         rows = {"live": self.live, "simulated, that machine": self.like, "simulated, a calm one": self.calm}
         for name, one in rows.items():
@@ -76,7 +76,7 @@ class Agreement:
 
 
 def differences(live: RunResult, simulated: RunResult) -> tuple[float, float]:
-    """Return by how much a simulation's attainment and mean accuracy, points, are above the live run's."""
+    """Return how far a simulation's attainment and mean accuracy, in points, are above the live run's."""
     return (
         (simulated.slo_attainment or 0.0) - (live.slo_attainment or 0.0),
         (simulated.mean_accuracy or 0.0) - (live.mean_accuracy or 0.0),
@@ -84,7 +84,7 @@ def differences(live: RunResult, simulated: RunResult) -> tuple[float, float]:
 
 
 def agreement(trace: Trace, emulation: Emulation, slo_ns: int) -> Agreement:
-    """Run a trace live and simulate it; the emulation's folder takes the logs, and must be given."""
+    """Run a trace live and simulate it; the emulation must have a folder, for the logs."""
     assert emulation.folder is not None, "logs need a folder"
     run, _ = run_emulated(trace, RunSettings(slo_ns, grace_ns=500 * MS), emulation)
     cluster = [load_profile(emulation.profile)] * emulation.n_gpus
@@ -104,7 +104,7 @@ def agreement(trace: Trace, emulation: Emulation, slo_ns: int) -> Agreement:
 @click.option("--gpus", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--slo-ms", type=click.FloatRange(0.1, 60_000), default=36.0, show_default=True)
 def main(maf: str | None, duration: float, profile: str, gpus: int, slo_ms: float) -> None:
-    """Run MAF at 6,400 q/s and a bursty trace live and simulated. Exits 1 unless both agree."""
+    """Run MAF at 6,400 q/s and a bursty trace live and simulated. Exit 1 unless both agree."""
     holds = True
     try:
         maf_trace = load_trace(maf or f"maf-like:rate={MAF_QPS:g}", rate_qps=MAF_QPS, duration_s=duration)

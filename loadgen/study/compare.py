@@ -1,8 +1,8 @@
-"""Policies held against each other on the same queries: cells of traces, terms and clusters, by seed.
+"""Policies compared on the same queries: cells of traces, terms and clusters, by seed.
 
-A cell is a trace with the terms of its queries and a cluster. Each seed draws its arrivals anew, and
-each policy serves the very same queries of that seed, so that differences are paired. Beside them
-stands the bound: what no schedule could exceed, from `loadgen.bound`.
+A cell is a trace with the terms of its queries and a cluster. Each seed draws new arrivals, and each policy
+serves the very same queries of that seed, so that differences are paired. The bound is added: what no
+schedule can exceed, from `loadgen.bound`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from profiles.table import Profile
 
 EQUAL_ATTAINMENT = 0.001
-"""Attainments that differ by no more count as equal in the headline comparisons."""
+"""Attainments that differ by at most this count as equal in the headline comparisons."""
 
 MAF_QPS = 6_400.0
 """The mean rate of the paper's CNN runs on MAF."""
@@ -45,12 +45,12 @@ class Cell:
     """One column of a comparison.
 
     Attributes:
-        name: What tables call it.
+        name: Its name in tables.
         trace: A file or a spec, as `loadgen.traces.trace.load_trace` takes it.
         cluster: As `loadgen.simulator.workloads.parse_cluster` takes it.
-        rate_qps: Mean rate of the trace; None is its own.
+        rate_qps: Mean rate of the trace; None keeps its own.
         slo_ms: One SLO or a mix, as `--slo-ms` takes it.
-        floor: An accuracy floor for a share of the queries, as `--floor` takes it; None is none.
+        floor: An accuracy floor for a share of the queries, as `--floor` takes it; or None.
     """
 
     name: str
@@ -68,12 +68,12 @@ class Cell:
 
 
 def paper_cells(profile: str, n_gpus: int, maf: str | None, slo_ms: str = "36") -> list[Cell]:
-    """Return the cells that policies are judged by: the paper's workloads, and what it left open.
+    """Return the cells that policies are judged by: the paper's workloads, and what it leaves open.
 
     Args:
         profile: Of the GPUs.
         n_gpus: How many.
-        maf: A Functions 2019 file; None takes synthetic arrivals of its shape.
+        maf: A Functions 2019 file; None uses synthetic arrivals of its shape.
         slo_ms: Of the cells that have one SLO.
     """
     even = f"{profile}:{n_gpus}"
@@ -108,8 +108,8 @@ class Figures:
 
     Attributes:
         attainment: Share of all queries answered in time.
-        accuracy: Mean profiled accuracy of those, percent; None without any, and of a bound.
-        per_query: Summed accuracy of those, over all queries, percent.
+        accuracy: Their mean profiled accuracy, percent; None without any, and for a bound.
+        per_query: Their summed accuracy, over all queries, percent.
     """
 
     attainment: float
@@ -119,10 +119,10 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class CellResult:
-    """A cell's figures: by policy one for each seed, and the bounds likewise.
+    """A cell's figures: for each policy and for the bound one for each seed.
 
     Attributes:
-        bounds: None where they were not asked for.
+        bounds: None if they were not computed.
     """
 
     cell: Cell
@@ -139,9 +139,9 @@ class CellResult:
         return None if self.bounds is None else _mean(self.bounds)
 
     def gain(self, policy: str, over: str) -> tuple[float, float]:
-        """Return by how much a policy's summed accuracy per query is ahead of another's: mean and its error.
+        """Return how far a policy's summed accuracy per query is ahead of another's: mean and its error.
 
-        The differences are paired by seed; the error is that of their mean, NaN for one seed.
+        Differences are paired by seed; the error is that of their mean, NaN for one seed.
         """
         pairs = zip(self.policies[policy], self.policies[over], strict=True)
         ahead = [one.per_query - other.per_query for one, other in pairs]
@@ -160,10 +160,10 @@ def _mean(figures: Sequence[Figures]) -> Figures:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What is to be compared.
+    """What to compare.
 
     Attributes:
-        policies: As `--policy` takes them; the first one is what the others are held against.
+        policies: As `--policy` takes them; the others are compared with the first.
         with_bound: Whether the bound is computed too.
     """
 
@@ -206,7 +206,7 @@ class Comparison:
         return figures, bound_of(workload, self.paced(cluster)) if self.with_bound else None
 
     def paced(self, cluster: Sequence[Profile]) -> list[Profile]:
-        """Return the profiles of GPUs that keep the pace, or the fastest that it comes to, for a bound."""
+        """Return the profiles of GPUs at their pace, or the fastest that it reaches, for a bound."""
         pace = self.settings.pace
         if pace == AS_PROFILED:
             return list(cluster)
@@ -234,7 +234,7 @@ def _task(task: tuple[Comparison, Cell, int]) -> tuple[dict[str, Figures], Figur
 def bound_of(workload: Workload, cluster: Sequence[Profile]) -> Figures:
     """Return upper bounds on what any schedule attains; see `loadgen.bound`.
 
-    Attainment and summed accuracy are bounded each alone, not both at once; so no mean accuracy.
+    Attainment and summed accuracy are bounded separately, not both at once; so there is no mean accuracy.
     """
     n = workload.trace.n
     slo_ns = np.broadcast_to(np.asarray(workload.slo_ns, np.int64), (n,)).copy()
@@ -253,7 +253,7 @@ def bound_of(workload: Workload, cluster: Sequence[Profile]) -> Figures:
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """How a policy compares with the baselines in one cell, as the paper's abstract does.
+    """How a policy compares with the baselines in one cell, as in the paper's abstract.
 
     Attributes:
         accuracy_gain: Its mean accuracy, less that of the most accurate baseline whose attainment is
@@ -273,7 +273,7 @@ class Headline:
 
 
 def is_baseline(policy: str) -> bool:
-    """Tell whether a policy is one that the headline comparisons are made against."""
+    """Return whether a policy is one of those that the headline comparisons use as a baseline."""
     return policy == "mincost" or policy.startswith("fixed:")
 
 
@@ -305,7 +305,7 @@ def headline(result: CellResult, policy: str) -> Headline:
     )
 
 
-# --- what is printed and written ----------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------
 
 
 def to_dict(comparison: Comparison, results: Sequence[CellResult]) -> dict[str, Any]:
@@ -342,7 +342,7 @@ def _cell_dict(result: CellResult) -> dict[str, Any]:
 
 
 def lines(results: Sequence[CellResult]) -> list[str]:
-    """Return the table: by cell and policy attainment, accuracy, and summed accuracy beside the bound's."""
+    """Return the table: attainment, accuracy and summed accuracy by cell and policy, and the bound."""
     wide = max(len(result.cell.name) for result in results)
     policies = list(results[0].policies)
     longest = max(map(len, policies))
@@ -371,7 +371,7 @@ def lines(results: Sequence[CellResult]) -> list[str]:
 
 
 def headline_lines(results: Sequence[CellResult]) -> list[str]:
-    """Return the headline comparisons, a line for each cell and policy that is no baseline."""
+    """Return the headline comparisons, a line for each cell and policy that is not a baseline."""
     found = []
     for result in results:
         for policy in result.policies:

@@ -1,8 +1,8 @@
-"""Policies held against each other live: the same cells, each policy on a private cluster of emulated GPUs.
+"""Policies compared live: the same cells, each policy on a private cluster of emulated GPUs.
 
-Rounds are interleaved: each seed's queries are served by every policy in turn before the next seed, so that
-a machine that gets busier or calmer meets all of them alike. What the runs themselves had to say, such as
-being disturbed, is kept beside the figures: a live comparison is only as good as its machine.
+Rounds are interleaved: every policy serves each seed's queries in turn before the next seed, so that a
+machine that gets busier or quieter affects all of them alike. The runs' own findings, such as being
+disturbed, are kept with the figures: a live comparison is only as good as its machine.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
     from loadgen.study.compare import Cell, Comparison
 
-_CALM_NS = 2 * MS
+_CALM_NS = 2 * MS  # a sleeper's p99 delay on a machine that is not busy
 
 
 @dataclass(frozen=True, slots=True)
 class LiveRun:
-    """What one live run has to say beside its figures."""
+    """What one live run reports besides its figures."""
 
     cell: str
     policy: str
@@ -64,7 +64,7 @@ def check_live(cells: Sequence[Cell]) -> None:
 def compare_live(
     comparison: Comparison, cells: Sequence[Cell], say: Callable[[str], object]
 ) -> tuple[list[CellResult], list[LiveRun]]:
-    """Run every policy on every cell and seed; return the figures, and what each run has to say.
+    """Run every policy on every cell and seed; return the figures, and each run's report.
 
     Raises:
         ConfigError: A cell cannot be offered live.
@@ -75,7 +75,7 @@ def compare_live(
     for cell in cells:
         figures: dict[str, list[Figures]] = {policy: [] for policy in comparison.policies}
         for turn, seed in enumerate(comparison.seeds):
-            first = turn % len(comparison.policies)  # nobody always goes first
+            first = turn % len(comparison.policies)  # so that no policy always goes first
             for policy in (*comparison.policies[first:], *comparison.policies[:first]):
                 found, note = _one(comparison, cell, policy, seed)
                 figures[policy].append(found)

@@ -1,4 +1,4 @@
-"""The highest rate that still holds, found by doubling, halving and bisection. Pure: probes are given."""
+"""The highest rate that still holds, found by doubling, halving and bisection. Pure: the caller probes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Probe:
     """One short run at one rate.
 
     Attributes:
-        rate_qps: What was offered.
+        rate_qps: The offered rate.
         share: Share of the queries answered in time.
-        holds: Whether that is enough.
+        holds: Whether that share is enough.
         noise_ns: p99.9 of how late the noise probe woke during the run.
         lag_ns: p99.9 of how late the senders were; counted in every latency.
         n_unsent: Queries that were refused at the sender; counted as missed.
@@ -42,11 +42,11 @@ class Bounds:
 
     Attributes:
         start_qps: The first rate tried.
-        lowest_qps: None is tried below this one.
-        highest_qps: Nor above this one.
+        lowest_qps: The lowest rate to try.
+        highest_qps: The highest rate to try.
         tolerance: The search ends when the least rate that fails is at most
             (1 + tolerance) times the highest that holds.
-        max_probes: It also ends after so many rates.
+        max_probes: It also ends after this many rates.
     """
 
     start_qps: float
@@ -90,7 +90,7 @@ def undisturbed(
     may_repeat: Callable[[], bool] = lambda: True,
     max_repeats: int = 1,
 ) -> Probe:
-    """Return a probe at `rate_qps`; one that failed while the machine was noisy is repeated."""
+    """Return a probe at `rate_qps`; one that fails while the machine is noisy is repeated."""
     found = offer(rate_qps)
     for _ in range(max_repeats):
         if found.holds or found.noise_ns <= noisy_ns or not may_repeat():

@@ -1,15 +1,15 @@
 """The highest rate at which a trace is still answered in time: probes, live or simulated, and the answer.
 
-A rate holds if at least the attainment asked for was reached. That is judged from the instants at which
-queries were due, so that a sender's lag can only make a rate fail; a run that holds in spite of it counts,
-though as a measurement of latency it might be invalid. Rates are found by doubling, halving and bisection
-(`loadgen.study.rate_search`). Three things could make the answer one that is not the cluster's:
+A rate holds if at least the requested attainment was reached. Attainment counts from the instants at which
+queries were due, so a sender's lag can only make a rate fail; a run that holds in spite of it counts, even
+if it would be invalid as a measurement of latency. Rates are found by doubling, halving and bisection
+(`loadgen.study.rate_search`). Three things could make the answer something else than the cluster's limit:
 
-    noise   a probe that failed while this machine woke its sleepers late is repeated; if noise stays, the
-            answer says that the limit may lie higher
-    sender  if the load of a probe that failed was not really offered, the answer says whose limit it is
-    luck    the highest rate that held must hold again, with other arrivals of the same trace; else the
-            rates just below are tried
+    noise   a probe that fails while this machine wakes its sleepers late is repeated; if the noise stays,
+            the answer says that the limit may be higher
+    sender  if the load of a failed probe was not really offered, the answer says whose limit it is
+    luck    the highest rate that held must hold again, with other arrivals of the same trace; otherwise
+            the rates just below are tried
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     """Offers a trace, with a seed; returns the figures, and the p99.9 of the machine's noise in ns."""
 
 MAX_REPEATS = 2
-"""Of a probe that failed in noise."""
+"""Most repeats of a probe that fails in noise."""
 _N_STEPS = 6
 _GRACE_NS = 1_000 * MS
 _WARM_UP_S = 1.0
@@ -50,7 +50,7 @@ _WARM_UP_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What is looked for.
+    """What to search for.
 
     Attributes:
         source: What `loadgen.traces.trace.open_source` found under `spec`.
@@ -71,7 +71,7 @@ class Search:
 
     @property
     def noisy_ns(self) -> int:
-        """Return above which p99.9 of noise a failure proves nothing: of 36 ms 4, as in `make bench`."""
+        """Return the p99.9 of noise above which a failure proves nothing: 4 of 36 ms, as in `make bench`."""
         return self.slo_ns // 9
 
     def trace_at(self, rate_qps: float, seed: int) -> Trace:
@@ -127,7 +127,7 @@ class RateAnswer:
     Attributes:
         rate_qps: The highest rate that held, and held again; None if none did.
         fails_qps: The least rate above it that failed; None if none did.
-        is_disturbed: That failure was in noise, each time: the limit may lie higher.
+        is_disturbed: That failure was in noise, each time: the limit may be higher.
         is_by_sender: There the load was not really offered: the limit is the load generator's.
         tried: Every probe, in order.
     """
@@ -174,7 +174,7 @@ class RateAnswer:
 
 @dataclass(slots=True)
 class _Prober:
-    """Makes probes of one search, and keeps them."""
+    """Makes the probes of one search, and keeps them."""
 
     search: Search
     offer: Offer
@@ -199,7 +199,7 @@ class _Prober:
         ).holds  # fmt: skip
 
     def confirm(self, rate_qps: float) -> float | None:
-        """Return the highest rate, from this one down, that holds with other arrivals."""
+        """Return the highest rate, from this one down, that also holds with other arrivals."""
         search = self.search
         self.say("  once more, with other arrivals:")
         return confirmed(
@@ -209,7 +209,7 @@ class _Prober:
 
 
 def find_rate(search: Search, offer: Offer, say: Callable[[str], object]) -> RateAnswer:
-    """Return the highest rate that holds; `say` is given a line for each probe."""
+    """Return the highest rate that holds; `say` receives a line for each probe."""
     prober = _Prober(search, offer, say)
     found = highest_rate(prober.holds, search.bounds)
     rate_qps = None if found is None else prober.confirm(found)
@@ -226,7 +226,7 @@ def find_rate(search: Search, offer: Offer, say: Callable[[str], object]) -> Rat
 
 
 def simulated_offer(cluster: Sequence[Profile], policy: str, slo_ns: int) -> Offer:
-    """Return what offers a trace to a simulated cluster, which has no noise."""
+    """Return a function that offers a trace to a simulated cluster, which has no noise."""
 
     def offer(trace: Trace, seed: int) -> tuple[RunResult, int]:
         return simulate(trace, cluster, policy=policy, slo_ns=slo_ns, seed=seed).result, 0
@@ -235,7 +235,7 @@ def simulated_offer(cluster: Sequence[Profile], policy: str, slo_ns: int) -> Off
 
 
 def live_offer(endpoint: str, settings: RunSettings, noisy_ns: int) -> Offer:
-    """Return what offers a trace to a running cluster, once this machine is calm."""
+    """Return a function that offers a trace to a running cluster, once this machine is quiet."""
 
     def offer(trace: Trace, seed: int) -> tuple[RunResult, int]:
         await_calm(noisy_ns // 4)
@@ -246,7 +246,7 @@ def live_offer(endpoint: str, settings: RunSettings, noisy_ns: int) -> Offer:
 
 
 def warm_up(search: Search, offer: Offer) -> None:
-    """Offer a little that does not count: a router that has just started knows no transport yet."""
+    """Offer a little that does not count: a router that has just started has not measured transports yet."""
     duration_s = None if search.duration_s is None else min(search.duration_s, _WARM_UP_S)
     if isinstance(search.source, Spec):
         offer(
@@ -256,7 +256,7 @@ def warm_up(search: Search, offer: Offer) -> None:
 
 @contextlib.contextmanager
 def private_cluster(emulation: Emulation, reports: list[EventLogReport]) -> Iterator[str]:
-    """Run emulated GPUs for a search; then add what their event logs prove to `reports`."""
+    """Run emulated GPUs for a search; then add the check of their event logs to `reports`."""
     with tempfile.TemporaryDirectory(prefix="superserve-") as name:
         with emulated(replace(emulation, folder=Path(name))) as cluster:
             yield cluster.client_endpoint

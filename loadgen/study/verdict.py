@@ -1,8 +1,8 @@
-"""Whether one policy may take another's place: never behind by more than noise, and ahead where it says so.
+"""Whether one policy may replace another: never behind by more than noise, and ahead where it must be.
 
-A policy is judged cell by cell, by means over seeds on which both served the very same queries. Nowhere
-may it attain less or be less accurate than the limits below allow; and where queries or GPUs differ from
-each other, it must be ahead by a margin that one notices.
+A policy is judged cell by cell, by means over seeds on which both served the very same queries. Nowhere may
+it attain less or be less accurate than the limits below allow; and where queries or GPUs differ from each
+other, it must be ahead by a noticeable margin.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from loadgen.study.compare import Cell, CellResult
 
 ATTAINMENT_BEHIND = 0.0005
-"""Share of all queries by which attainment may fall short, at most."""
+"""Most that attainment may fall short by, as a share of all queries."""
 
 ACCURACY_BEHIND = 0.02
-"""Points of summed accuracy a query by which it may fall short, at most."""
+"""Most that it may fall short by, in points of summed accuracy per query."""
 
 AHEAD = 0.3
-"""Points of summed accuracy a query by which it must be ahead where queries or GPUs differ."""
+"""Least that it must be ahead by where queries or GPUs differ, in points of summed accuracy per query."""
 
 
 def differs(cell: Cell) -> bool:
-    """Tell whether the queries or the GPUs of a cell differ: SLOs, floors, or profiles."""
+    """Return whether the queries or the GPUs of a cell differ: SLOs, floors, or profiles."""
     return "," in cell.slo_ms or "," in cell.cluster or cell.floor is not None
 
 
 def shortfalls(result: CellResult, policy: str, over: str) -> tuple[str, ...]:
-    """Return where a policy falls short of what it must be to take another's place, in words."""
+    """Return how a policy falls short of what it needs to replace another, in words."""
     ours, theirs = result.mean(policy), result.mean(over)
     ahead, _ = result.gain(policy, over)
     found = []
@@ -46,7 +46,7 @@ def shortfalls(result: CellResult, policy: str, over: str) -> tuple[str, ...]:
 
 
 def verdicts(results: Sequence[CellResult]) -> dict[str, list[str]]:
-    """Return, for each policy but the first and the baselines, where it falls short of the first."""
+    """Return, for each policy except the first and the baselines, where it falls short of the first."""
     first, *others = results[0].policies
     return {
         policy: [
@@ -60,7 +60,7 @@ def verdicts(results: Sequence[CellResult]) -> dict[str, list[str]]:
 
 
 def verdict_lines(results: Sequence[CellResult]) -> list[str]:
-    """Return a line for each policy judged, and one for each cell where it falls short."""
+    """Return a line for each judged policy, and one for each cell where it falls short."""
     first = next(iter(results[0].policies))
     found = []
     for policy, short in verdicts(results).items():

@@ -5,13 +5,13 @@
     gamma           gamma gaps of a given CV² (variance over squared mean; Poisson has 1)
     bursty          a constant base stream merged with a gamma variant stream
     accelerating    gamma gaps around a mean that ramps from one rate to another
-    from_counts     exactly so many arrivals in each of equal bins
+    from_counts     an exact number of arrivals in each of equal bins
     from_shape      bins filled in proportion to a shape, with an exact total
     maf_like        from_shape over a synthetic shape in the manner of Azure Functions 2019
 
 Each returns the instants at which queries are due: ascending int64 nanoseconds after the start,
-shape (n_queries,), each in [0, duration_s * 1e9). Equal arguments give equal arrivals for one
-version of numpy; of the gamma processes a longer duration only appends. Bad arguments raise
+shape (n_queries,), each in [0, duration_s * 1e9). Equal arguments give equal arrivals with the same
+version of numpy; for the gamma processes a longer duration only appends. Invalid arguments raise
 TraceError, and so does a process of more than MAX_ARRIVALS queries.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_ARRIVALS = 100_000_000
-"""The most queries a trace may hold: 800 MB of instants. More is a mistyped rate."""
+"""The most queries in a trace: 800 MB of instants. A larger number is a mistyped rate."""
 
 MAX_DURATION_S = 1e7
 """The longest trace: 116 days, up to which a float holds every instant to about a nanosecond."""
@@ -39,9 +39,9 @@ MAX_RATE_QPS = 1e9
 """The highest rate: a query a nanosecond."""
 
 MAX_CV2 = 1e4
-"""The burstiest gaps: the burstiest Azure excerpt has 160. Beyond, a trace is one burst or none."""
+"""The burstiest gaps: the burstiest Azure excerpt has 160. Above this, a trace is one burst or empty."""
 
-# Draws are made in pieces of at most 32 MB, so that a bad guess of how many are needed costs little.
+# Drawn in pieces of at most 32 MB, so that a wrong guess of the number needed costs little.
 _CHUNK = 1 << 22
 
 # A day of the minutes that Azure Functions 2019 counts, and enough functions for a heavy tail.
@@ -50,14 +50,14 @@ _MAF_FUNCTIONS = 1000
 
 
 def check_positive(field: str, value: float, *, at_most: float) -> float:
-    """Return `value` if it is a number in (0, at_most]; else raise TraceError naming `field`."""
+    """Return `value` if it is a number in (0, at_most]; otherwise raise TraceError naming `field`."""
     if not 0 < value <= at_most:  # also false for NaN
         raise TraceError(f"{field}: expected a number above 0 and at most {at_most:.12g}, got {value}")
     return value
 
 
 def check_cv2(value: float, *, field: str = "cv2") -> float:
-    """Return `value` if it is a CV² in [0, MAX_CV2]; else raise TraceError naming `field`."""
+    """Return `value` if it is a CV² in [0, MAX_CV2]; otherwise raise TraceError naming `field`."""
     if not 0 <= value <= MAX_CV2:
         raise TraceError(f"{field}: expected a number from 0 to {MAX_CV2:.12g}, got {value}")
     return value
@@ -154,8 +154,8 @@ def accelerating(
     in_ramp = (from_qps + to_qps) / 2 * ramp
     split = int(np.searchsorted(passed, in_ramp))
     rising, level = passed[:split], passed[split:]
-    # from * t + slope * t² / 2 = u, solved in the form that subtracts no near-equal numbers. The
-    # root is that of the rate at t, which rounding may push below zero at the end of a falling ramp.
+    # from * t + slope * t² / 2 = u, solved in the form that subtracts no nearly equal numbers. The
+    # root is the rate at t, which rounding may make negative at the end of a falling ramp.
     rising[:] = 2 * rising / (from_qps + np.sqrt(np.maximum(from_qps**2 + 2 * slope * rising, 0)))
     level[:] = ramp + (level - in_ramp) / to_qps
     passed *= SECOND
@@ -166,7 +166,7 @@ def from_counts(counts: npt.NDArray[np.int64], *, duration_s: float, seed: int) 
     """Return exactly `counts[i]` arrivals in the i-th of equal bins, uniform inside each bin.
 
     Independent uniform positions are a Poisson process given its count: within a bin the gaps
-    have CV² 1, and bursts shorter than a bin are those of chance alone.
+    have CV² 1, and bursts shorter than a bin occur only by chance.
 
     Args:
         counts: Arrivals per bin, at least 0, shape (n_bins,).
@@ -180,7 +180,7 @@ def from_counts(counts: npt.NDArray[np.int64], *, duration_s: float, seed: int) 
     position *= duration_ns / counts.size
     due_ns = position.astype(np.int64)
     due_ns.sort()
-    # Rounding may carry the last bin's last draw onto its edge.
+    # Rounding may move the last bin's last draw onto its edge.
     return np.minimum(due_ns, duration_ns - 1, out=due_ns)
 
 
@@ -207,10 +207,10 @@ def from_shape(
 
 
 def maf_like(*, rate_qps: float, duration_s: float, seed: int) -> npt.NDArray[np.int64]:
-    """Return synthetic arrivals in the manner of a day of Azure Functions 2019; see maf_like_shape.
+    """Return synthetic arrivals similar to a day of Azure Functions 2019; see maf_like_shape.
 
     The day's 1440 minutes are squeezed into `duration_s` and filled by `from_shape`. It stands in
-    where no real trace is at hand. Results on it are not results on Azure's trace.
+    for a real trace if there is none. Results on it are not results on Azure's trace.
     """
     shape_seed, arrival_seed = np.random.SeedSequence(seed).generate_state(2)
     shape = maf_like_shape(seed=int(shape_seed))
@@ -231,7 +231,7 @@ def maf_like_shape(*, seed: int) -> npt.NDArray[np.float64]:
     rng = np.random.default_rng(seed)
     minute = np.arange(_MAF_MINUTES)
     weight = np.arange(1, _MAF_FUNCTIONS + 1) ** -0.9
-    # Were one of the most popular a slow timer, it would drown all others every time it fires.
+    # A slow timer among the most popular functions would drown all others whenever it fires.
     is_timer = (rng.random(_MAF_FUNCTIONS) < 0.4) & (np.arange(_MAF_FUNCTIONS) >= 50)
     activity = np.where(is_timer[:, None], _timers(rng, minute), _callers(rng, minute))
     total = weight @ activity  # (n_functions,) @ (n_functions, n_minutes) -> (n_minutes,)
@@ -268,10 +268,10 @@ def _renewal(cv2: float, until: float, rng: np.random.Generator) -> npt.NDArray[
     chunks: list[npt.NDArray[np.float64]] = []
     reached, drawn = 0.0, 0
     while reached < until:
-        # Six standard deviations above the expectation, so that one draw is nearly always enough.
+        # Six standard deviations above the expectation, so that one draw is almost always enough.
         left = until - reached
         chunk = draw(min(_CHUNK, int(left + 6 * math.sqrt(cv2 * left) + cv2) + 16))
-        # The sum goes on inside the chunk: the arrivals do not depend on where chunks end.
+        # The sum continues within the chunk, so that the arrivals do not depend on where chunks end.
         chunk[0] += reached
         np.cumsum(chunk, out=chunk)
         chunks.append(chunk)
@@ -292,7 +292,7 @@ def _gaps(cv2: float, rng: np.random.Generator) -> Callable[[int], npt.NDArray[n
 
 def _cut(due_ns: npt.NDArray[np.float64], duration_ns: int) -> npt.NDArray[np.int64]:
     """Return the ascending instants before `duration_ns`, in whole nanoseconds."""
-    # Rounding in a division may carry the last arrival onto the end.
+    # Rounding in a division may move the last arrival onto the end.
     return due_ns[: np.searchsorted(due_ns, duration_ns)].astype(np.int64)
 
 

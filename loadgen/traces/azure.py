@@ -8,12 +8,12 @@
     LLM inference 2023/2024  TIMESTAMP,ContextTokens,GeneratedTokens
                              one row per request, to 100 ns; a time zone is optional, UTC by default
 
-Lines end in LF or CRLF. Files of one format may be joined by `cat`, each with its own header: whole days
-of 2019 then follow one another, and the rows of the others, whose instants are absolute, come together.
-Every row is checked whole, also the columns that are not used, and the first fault is a TraceError that
-names file, line and column. Columns are numbered from 1, as in a spreadsheet.
+Lines end in LF or CRLF. Files of one format may be joined by `cat`, each with its header: whole days
+of 2019 then follow one another, and the rows of the others, which have absolute instants, are combined.
+Every row is checked completely, including the columns that are not used, and the first fault is a TraceError
+that names file, line and column. Columns are numbered from 1, as in a spreadsheet.
 
-Source: https://github.com/Azure/AzurePublicDataset (Microsoft, CC BY 4.0). To be cited: for 2019
+Source: https://github.com/Azure/AzurePublicDataset (Microsoft, CC BY 4.0). Please cite: for 2019
 Shahrad et al., USENIX ATC '20; for 2021 Zhang et al., SOSP '21; for LLM 2023 Patel et al., ISCA '24;
 for LLM 2024 Stojkovic et al., HPCA '25.
 """
@@ -36,7 +36,7 @@ from superserve.clock import SECOND
 from superserve.errors import TraceError
 
 LICENCE = "Azure Public Dataset, Microsoft, CC BY 4.0, github.com/Azure/AzurePublicDataset"
-"""The attribution that everything derived from these files carries along."""
+"""The attribution that everything derived from these files must carry."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +45,7 @@ class MinuteCounts:
 
     Attributes:
         origin: The dataset, its owner and licence.
-        functions: Those summed, with their invocations in the whole file.
+        functions: The summed functions, with their invocations in the whole file.
         first_minute: The first minute column's number.
         counts: Invocations in each of the consecutive minutes, shape (n_minutes,).
     """
@@ -91,7 +91,7 @@ class Invocations:
         due_ns: Ascending nanoseconds after the first invocation, shape (n_invocations,).
         duration_ns: From the first invocation to one mean gap after the last, so that the mean
             rate is one over the mean gap.
-        functions: Those that were invoked; None where the dataset tells of none.
+        functions: Those that were invoked; None if the dataset does not name any.
     """
 
     origin: str
@@ -101,7 +101,7 @@ class Invocations:
 
 
 class Column(NamedTuple):
-    """A column: what its fields look like, as a pattern and in words."""
+    """A column: its fields' format, as a pattern and in words."""
 
     name: str
     pattern: bytes
@@ -109,10 +109,10 @@ class Column(NamedTuple):
 
 
 _WORD = rb"[^,]+"
-# Nine digits fit in an int64 through any sum over a day of a million functions.
+# Nine digits fit in an int64 even when summed over a day of a million functions.
 _COUNT = rb"\d{1,9}"
 _NUMBER = rb"\d{1,15}(?:\.\d{1,30})?(?:[eE][-+]?\d{1,2})?"
-# Years that int64 nanoseconds reach: numpy wraps the others around silently.
+# Years within int64 nanoseconds: numpy silently wraps around for others.
 _TIMESTAMP = rb"(?:19[7-9]|20\d|21\d)\d-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[-+]\d\d:\d\d)?"
 _ZONE = re.compile(r"(?:Z|([-+])(\d\d):(\d\d))?\Z")
 _A_COUNT = "an integer from 0 to 999999999"
@@ -137,7 +137,7 @@ _HEADER_LLM = tuple(column.name for column in _COLUMNS_LLM)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """The rows of a file, or of several that were joined, each with a header.
+    """The rows of a file, or of several joined files, each with a header.
 
     Attributes:
         source: The file's name, for errors.
@@ -154,29 +154,29 @@ class _Table:
     rows: list[bytes]
 
     def line(self, row: int) -> int:
-        """Return the line that a row stands on."""
+        """Return the line number of a row."""
         starts = [sum(self.n_rows[:part]) for part in range(len(self.n_rows))]
         part = bisect_right(starts, row) - 1
         return self.header_lines[part] + 1 + row - starts[part]
 
     def check_one_header(self) -> None:
-        """Raise TraceError at the first header that is not the first one again."""
+        """Raise TraceError at the first header that differs from the first one."""
         for line, header in zip(self.header_lines, self.headers, strict=True):
             if header != self.headers[0]:
                 raise TraceError(f"{self.source}: line {line}: expected the header of line 1 again, or a row")
 
 
 def parse(data: bytes, *, source: str, functions: str | None = None) -> MinuteCounts | Invocations:
-    """Return the trace that a file of one of the three formats holds.
+    """Return the trace in a file of one of the three formats.
 
     Args:
         data: The file, uncompressed.
         source: The file's name, for errors.
-        functions: The functions wanted, as `loadgen.traces.azure_functions` reads them; by default all.
+        functions: The functions to use, as `loadgen.traces.azure_functions` reads them; by default all.
 
     Raises:
         TraceError: The header is none of the three, a row is malformed, there are no invocations, or
-            the functions wanted are not there.
+            the functions are not there.
     """
     data = data.replace(b"\r\n", b"\n").rstrip(b"\n")
     first = data.partition(b"\n")[0]
@@ -187,7 +187,7 @@ def parse(data: bytes, *, source: str, functions: str | None = None) -> MinuteCo
         return _functions_2021(_table(data, header, source), functions)
     if header == _HEADER_LLM:
         if functions is not None:
-            raise TraceError(f"{source}: functions: LLM inference traces do not tell of any")
+            raise TraceError(f"{source}: functions: LLM inference traces have none")
         return _llm(_table(data, header, source))
     raise TraceError(
         f"{source}: line 1: unknown header {first[:60].decode(errors='replace')!r}: expected that of Azure"
@@ -199,8 +199,8 @@ def parse(data: bytes, *, source: str, functions: str | None = None) -> MinuteCo
 def _table(data: bytes, keys: tuple[str, ...], source: str) -> _Table:
     """Return the file's rows, under headers that begin with `keys`.
 
-    A header is found wherever it begins, also behind a row: the published files end without a line
-    end, so that `cat` writes the next file's header on the line of the last row.
+    A header is found wherever it begins, even after a row: the published files do not end with a line
+    end, so that `cat` puts the next file's header on the line of the last row.
     """
     key_bytes = ",".join(keys).encode()
     starts = [found.start() for found in re.finditer(b"(?:\xef\xbb\xbf)?" + key_bytes + b"(?![^,\n])", data)]
@@ -245,7 +245,7 @@ def _minute_counts(table: _Table, choice: str | None) -> MinuteCounts:
     counts = np.zeros((len(table.headers), len(minutes)), dtype=np.int64)
     day_of_row = np.repeat(np.arange(len(table.headers)), table.n_rows)
     for row, function, day in zip(rows, of_row, day_of_row, strict=True):
-        one = _counts(row)  # as they come: a published day has 50,000 functions, 0.6 GB of counts
+        one = _counts(row)  # one at a time: a published day has 50,000 functions, 0.6 GB of counts
         totals[function] += one.sum()
         counts[day] += one
     found = Functions(_names_2019(list(index)), totals)
@@ -263,7 +263,7 @@ def _minute_counts(table: _Table, choice: str | None) -> MinuteCounts:
 def _check_days(table: _Table, minutes: range) -> None:
     """Raise TraceError unless each header after the first begins another whole day.
 
-    Shorter stretches could be of one day or of two: only their owner knows.
+    Shorter parts could belong to one day or to two: the file does not show which.
     """
     table.check_one_header()
     if len(table.headers) > 1 and minutes != _DAY:
@@ -274,7 +274,7 @@ def _check_days(table: _Table, minutes: range) -> None:
 
 
 def _names_2019(keys: list[bytes]) -> tuple[str, ...]:
-    """Return `app/function` of each `owner,app,function`; the owner too where several have the name."""
+    """Return `app/function` of each `owner,app,function`; with the owner if several have the same name."""
     full = [key.decode(errors="replace").replace(",", "/") for key in keys]
     short = [name.partition("/")[2] for name in full]
     times = Counter(short)
@@ -301,13 +301,13 @@ def _functions_2021(table: _Table, choice: str | None) -> Invocations:
         start_s = start_s[is_chosen[of_row]]
         found = _narrowed(found, is_chosen)
     if not np.ptp(start_s) <= MAX_DURATION_S:
-        # Real rows lie together; the one that does not is furthest from the one in the middle.
+        # Real rows are close together; the wrong one is farthest from the median.
         row = int(np.abs(every_s - np.median(every_s)).argmax())
         raise TraceError(
             f"{source}: line {table.line(row)}: expected at most {MAX_DURATION_S:.12g} s from first to last"
             f" arrival, got one at {every_s[row]:.6g} s"
         )
-    # Rows end out of order, and begin in order only to within rounding.
+    # Rows are sorted by neither end nor, because of rounding, exactly by begin.
     start_s = np.sort(start_s)
     due_ns = np.rint((start_s - start_s[0]) * SECOND).astype(np.int64)
     return _invocations(f"Azure Functions 2021 ({LICENCE})", due_ns, source, found)
@@ -326,7 +326,7 @@ def _invoked(fields: list[bytes]) -> tuple[Functions, npt.NDArray[np.int64]]:
 
 
 def _narrowed(found: Functions, is_chosen: npt.NDArray[np.bool_]) -> Functions:
-    """Return those that were chosen."""
+    """Return only the chosen ones."""
     return Functions(tuple(compress(found.names, is_chosen)), found.totals[is_chosen])
 
 
@@ -338,7 +338,7 @@ def _llm(table: _Table) -> Invocations:
     stamps = [row[: row.index(b",")].decode() for row in table.rows]
     locals_, ahead_ns = zip(*map(_zoned, stamps), strict=True)
     try:
-        # numpy reads all seven digits; datetime's parser stops at six.
+        # numpy reads all seven digits; datetime's parser reads only six.
         instants = np.array(locals_, dtype="datetime64[ns]").astype(np.int64) - np.array(ahead_ns, np.int64)
     except ValueError:
         row = next(row for row, stamp in enumerate(locals_) if not _is_instant(stamp))
@@ -384,12 +384,12 @@ def _invocations(
     span_ns = int(due_ns[-1])
     if span_ns == 0:
         raise TraceError(f"{source}: expected arrivals at two different instants at least, for a rate")
-    # One mean gap more than the span: never less than a nanosecond past the last arrival.
+    # One mean gap longer than the span: at least a nanosecond after the last arrival.
     return Invocations(origin, due_ns, span_ns + max(1, round(span_ns / (due_ns.size - 1))), functions)
 
 
 def _check(table: _Table, columns: tuple[Column, ...]) -> None:
-    """Raise TraceError at the first row whose fields are not what the columns hold."""
+    """Raise TraceError at the first row with a field that does not fit its column."""
     source, rows = table.source, table.rows
     for line, n in zip(table.header_lines, table.n_rows, strict=True):
         if not n:

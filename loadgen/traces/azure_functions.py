@@ -1,4 +1,4 @@
-"""The functions of an Azure trace, and a choice among them: `top:N`, or names."""
+"""The functions of an Azure trace, and a choice of some: `top:N`, or names."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Functions:
         return len(self.names)
 
     def chosen(self, choice: str, *, source: str) -> npt.NDArray[np.bool_]:
-        """Tell which functions `choice` names, shape (n_functions,).
+        """Return which functions `choice` names, shape (n_functions,).
 
         Args:
-            choice: `top:N`, the N with the most invocations (of equal ones those that the file names
-                first); or names, each a function's or `app/function`, or the beginning of either.
+            choice: `top:N`, the N with the most invocations (of equal ones those that come first in the
+                file); or names, each a function's or `app/function`, or the beginning of either.
             source: The file's name, for errors.
 
         Raises:
@@ -55,7 +55,7 @@ class Functions:
         return is_chosen
 
     def _index(self, name: str, choice: str, source: str) -> int:
-        """Return which function a name means: one that is it in full goes before those that begin so."""
+        """Return the index of the function that a name means; a full match wins over a beginning."""
         if not name or name.startswith("top:"):
             raise TraceError(f"{source}: functions: {_USAGE}, got {choice!r:.80}")
         forms = [(full, full.partition("/")[2]) for full in self.names]

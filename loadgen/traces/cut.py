@@ -1,4 +1,4 @@
-"""A trace cut out of a larger one and brought to a length or a rate; and what one says of a trace."""
+"""A trace cut out of a larger one and brought to a length or a rate; and the description of a trace."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What is taken of a source, and how fast it is played. `None` leaves it as it is.
+    """The part of a source to use, and how fast to play it. `None` leaves it unchanged.
 
     Attributes:
-        window: `START:END`, END not included, either left out: minutes as a Functions 2019 file's
-            header numbers them, of others seconds after the start.
+        window: `START:END`, END not included, either may be left out: minutes as numbered in a Functions
+            2019 file's header, for others seconds after the start.
         functions: Of an Azure Functions file, as `loadgen.traces.azure_functions` reads them.
-        squeeze_to_s: All of it in so many seconds.
-        speed_up: Or all of it so many times as fast.
-        rate_qps: Or, its mean rate. A spec's rates are multiplied before anything else. Of a
-            Functions 2019 file it goes with either of the others, for within a minute positions are
-            drawn anyway: the queries are then as many as it takes.
-        duration_s: For how long a spec is drawn.
-        seed: Draws whatever is random.
+        squeeze_to_s: Play all of it in this many seconds.
+        speed_up: Or play all of it this many times as fast.
+        rate_qps: Or, its mean rate. A spec's rates are multiplied before anything else. For a
+            Functions 2019 file it may be combined with either of the others, because positions within a
+            minute are drawn anyway: the number of queries then follows from the rate.
+        duration_s: How long to draw a spec for.
+        seed: Of everything random.
     """
 
     window: str | None = None
@@ -52,11 +52,11 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A trace and where it is from.
+    """A trace and its origin.
 
     Attributes:
-        kind: What sort of source it is, in words.
-        functions: Those of an Azure Functions file that are in the trace, else None.
+        kind: The kind of source, in words.
+        functions: The functions in the trace, for an Azure Functions file; otherwise None.
     """
 
     trace: Trace
@@ -68,7 +68,7 @@ def make_trace(spec: str, cut: Cut) -> Made:
     """Return the part of `spec` that `cut` takes, at its rate. Shapes are kept: see `Trace.fitted`.
 
     Raises:
-        TraceError: The source is not what it should be, or does not have what is asked for.
+        TraceError: The source is invalid, or does not contain the requested part.
     """
     if cut.squeeze_to_s is not None and cut.speed_up is not None:
         raise TraceError("squeeze_to_s and speed_up: expected one of them, got both")
@@ -87,7 +87,7 @@ def make_trace(spec: str, cut: Cut) -> Made:
 
 
 def kind_of(source: Source) -> str:
-    """Return what sort of source it is, in words."""
+    """Return the kind of source, in words."""
     if isinstance(source, Spec):
         return f"spec: {source}"
     if isinstance(source, Trace):
@@ -98,7 +98,7 @@ def kind_of(source: Source) -> str:
 
 
 def _minutes(source: azure.MinuteCounts, spec: str, cut: Cut) -> Trace:
-    """Return a window of minutes, each drawn into its part of the time that the cut gives it."""
+    """Return a window of minutes, each drawn into its part of the cut's duration."""
     if cut.window is not None:
         start, end = parse_window(cut.window)
         first = source.first_minute if start is None else _whole(start, cut.window)
@@ -111,7 +111,7 @@ def _minutes(source: azure.MinuteCounts, spec: str, cut: Cut) -> Trace:
 
 
 def _rows(source: Spec | azure.Invocations | Trace, spec: str, cut: Cut) -> Trace:
-    """Return a window of seconds, each gap in it times one factor."""
+    """Return a window of seconds, with each gap in it multiplied by one factor."""
     drawn_qps = cut.rate_qps if isinstance(source, Spec) else None
     trace = trace_of(source, spec, rate_qps=drawn_qps, duration_s=cut.duration_s, seed=cut.seed)
     if cut.window is not None:
@@ -134,7 +134,7 @@ def parse_window(text: str) -> tuple[float | None, float | None]:
     """Return the two ends of `START:END`; None for one that is left out.
 
     Raises:
-        TraceError: The text is not written so.
+        TraceError: The text is malformed.
     """
     start, colon, end = text.partition(":")
     try:
@@ -153,10 +153,10 @@ def _whole(value: float, window: str) -> int:
 
 
 def describe(made: Made) -> list[str]:
-    """Return what `loadgen trace info` prints of a trace, a line each.
+    """Return the lines that `loadgen trace info` prints for a trace.
 
-    Burstiness is shown twice: CV² of the gaps, 1 for a Poisson process, which sees what is shorter than a
-    gap; and variance over mean of the counts by second, likewise 1, which sees what lasts for seconds.
+    Burstiness is shown twice: as CV² of the gaps, 1 for a Poisson process, which shows bursts shorter than a
+    gap; and as variance over mean of the counts by second, also 1, which shows bursts that last for seconds.
     """
     trace = made.trace
     cv2 = "-" if trace.cv2 is None else f"{trace.cv2:.4g}"
@@ -182,7 +182,7 @@ def describe(made: Made) -> list[str]:
 def counts_by_second(trace: Trace) -> npt.NDArray[np.int64]:
     """Return the queries due in each whole second, shape (n_seconds,).
 
-    What is left at the end, less than a second, does not count, unless it is all there is.
+    A remainder at the end of less than a second does not count, unless it is all there is.
     """
     n = max(1, trace.duration_ns // SECOND)
     return np.bincount(trace.due_ns // SECOND, minlength=n)[:n]
@@ -203,7 +203,7 @@ def _by_second(counts: npt.NDArray[np.int64]) -> str:
 def sparkline(trace: Trace, width: int = 64) -> str:
     """Return the rate in `width` equal parts of the trace, as bars; the highest fills its cell.
 
-    A part without queries is blank, and one with any is not.
+    A part without queries is blank, and only such a part is.
     """
     counts = np.bincount(trace.due_ns * width // trace.duration_ns, minlength=width)
     heights = np.ceil(counts * (len(_BARS) - 1) / counts.max()).astype(np.int64)

@@ -5,7 +5,7 @@
     gamma:rate=..,cv2=..                gamma gaps
     bursty:base=..,variant=..,cv2=..    constant base plus gamma variant
     accel:from=..,to=..,tau=..,cv2=..   a rate that ramps by tau q/s every second, then stays
-    maf-like:rate=..                    synthetic, in the manner of Azure Functions 2019
+    maf-like:rate=..                    synthetic, similar to Azure Functions 2019
 
 Rates are in queries a second, `tau` in queries a second per second. `loadgen.traces.arrivals` has the
 processes themselves.
@@ -33,7 +33,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "accel": ("from", "to", "tau", "cv2"),
     "maf-like": ("rate",),
 }
-"""The processes that a spec can name, and the keys that each needs."""
+"""The processes that a spec can name, and the keys that each requires."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
@@ -46,12 +46,12 @@ class Spec:
     values: dict[str, float]
 
     def __str__(self) -> str:
-        """Return the spec as one writes it."""
+        """Return the spec's text."""
         pairs = (f"{key}={value:.12g}" for key, value in self.values.items())
         return f"{self.process}:{','.join(pairs)}"
 
     def implied_s(self) -> float | None:
-        """Return the duration that the values imply, in seconds: the ramp of `accel`, else None."""
+        """Return the duration that the values imply, in seconds: the ramp of `accel`, otherwise None."""
         return arrivals.ramp_s(**self._ramp()) or None if self.process == "accel" else None
 
     def mean_qps(self, duration_s: float) -> float:
@@ -61,9 +61,9 @@ class Spec:
         return sum(value for key, value in self.values.items() if key != "cv2")
 
     def at_mean(self, rate_qps: float, duration_s: float) -> Spec:
-        """Return the spec with every rate, and `tau`, times the factor that gives this mean rate.
+        """Return the spec with every rate, and `tau`, multiplied by the factor that gives this mean rate.
 
-        The relations between the rates, the length of a ramp and the CV² stay as they are.
+        The ratios of the rates, the length of a ramp and the CV² stay the same.
         """
         factor = rate_qps / self.mean_qps(duration_s)
         values = {key: value if key == "cv2" else value * factor for key, value in self.values.items()}
@@ -98,32 +98,32 @@ class Spec:
         raise AssertionError(f"no process {self.process}")
 
     def _ramp(self) -> dict[str, float]:
-        """Return the ramp's arguments under the names that `arrivals` gives them."""
+        """Return the ramp's arguments under their names in `arrivals`."""
         value = self.values
         return {"from_qps": value["from"], "to_qps": value["to"], "tau_qps_per_s": value["tau"]}
 
 
 def is_spec(text: str) -> bool:
-    """Return whether `text` is written like a spec, right or wrong, and not like a path.
+    """Return whether `text` is written like a spec, valid or not, and not like a path.
 
-    A path with a colon in its first part is written ./a:b.
+    Write a path with a colon in its first part as ./a:b.
     """
     name, colon, _ = text.partition(":")
     return name in KEYS or (bool(colon) and _NAME.fullmatch(name) is not None)
 
 
 def nearest(word: str, words: tuple[str, ...]) -> str:
-    """Return a question that suggests the word meant, or nothing if none is near."""
+    """Return a question that suggests the intended word, or nothing if none is near."""
     near = difflib.get_close_matches(word.lower(), words, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse_spec(text: str, *, rate_qps: float | None) -> Spec:
-    """Return the spec that `text` writes.
+    """Return the spec that `text` describes.
 
     Args:
         text: `name:key=value,...` with each of the name's keys once, in any order.
-        rate_qps: Stands in for a missing `rate`; other keys have no stand-in.
+        rate_qps: Used for a missing `rate`; other keys have no default.
 
     Raises:
         TraceError: The name or a key is unknown, a key is missing or repeated, or a value is not

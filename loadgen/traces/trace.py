@@ -40,13 +40,13 @@ from superserve.errors import TraceError
 from superserve.files import write_whole
 
 MAX_FILE_BYTES = 1 << 31
-"""The longest file read, uncompressed: 2 GiB. The longest published one, of 2021, has 0.3."""
+"""The longest file that is read, uncompressed: 2 GiB. The longest published one, of 2021, has 0.3."""
 
 _MAGIC = b"SuperServe-trace "
 _VERSION = b"1"
 _GZIP_MAGIC = b"\x1f\x8b"
 _MINUTE_S = 60
-_BLOCK = 1 << 16
+_BLOCK = 1 << 16  # integers at once: 2 MB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,13 +54,13 @@ class Trace:
     """The instants at which the queries of a run are due.
 
     Attributes:
-        name: What reports call the trace.
+        name: The trace's name in reports.
         due_ns: Ascending nanoseconds after the start, each in [0, duration_ns), shape (n_queries,).
         duration_ns: Length of the trace.
-        provenance: Where the arrivals come from and what was done to them, in words.
+        provenance: Where the arrivals come from and what was changed, in words.
 
     Raises:
-        TraceError: A field is not so, or there are no queries.
+        TraceError: A field is invalid, or there are no queries.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Trace:
         A window longer than the trace is cut to its length.
         """
         window_ns = min(to_ns("window_s", window_s), self.duration_ns)
-        # The fullest window starts at a query: moving it on to the next one loses none.
+        # The fullest window starts at a query: moving its start to the next query loses none.
         after = np.searchsorted(self.due_ns, self.due_ns + window_ns)
         return int((after - np.arange(self.n)).max()) * SECOND / window_ns
 
@@ -116,14 +116,14 @@ class Trace:
         the first round(rate_qps * duration_s) queries are fitted to `duration_s`.
 
         Raises:
-            TraceError: An argument is out of range, or the trace holds less than is asked for.
+            TraceError: An argument is out of range, or the trace contains less than was requested.
         """
         if rate_qps is not None:
             return self._squeezed(check_positive("rate_qps", rate_qps, at_most=MAX_RATE_QPS), duration_s)
         return self if duration_s is None else self._cut(duration_s)
 
     def windowed(self, start_s: float, end_s: float | None = None) -> Trace:
-        """Return what is due from `start_s` on and before `end_s` (by default, the end), as a trace.
+        """Return the part that is due from `start_s` on and before `end_s` (by default, the end), as a trace.
 
         Raises:
             TraceError: The window is empty, or not within the trace.
@@ -141,7 +141,7 @@ class Trace:
         return Trace(self.name, self.due_ns[low:high] - start_ns, end_ns - start_ns, done)
 
     def fitted(self, duration_s: float) -> Trace:
-        """Return all queries of the trace in `duration_s`: every gap times the same factor.
+        """Return all queries of the trace in `duration_s`: every gap multiplied by the same factor.
 
         Raises:
             TraceError: The duration is out of range.
@@ -152,7 +152,7 @@ class Trace:
         return Trace(self.name, due_ns, duration_ns, f"{self.provenance}; {done}")
 
     def save(self, path: Path) -> None:
-        """Write the trace to `path`, in the format that the module's docstring describes.
+        """Write the trace to `path`, in the format described in the module's docstring.
 
         Equal traces give equal files, gzipped ones as well.
 
@@ -187,7 +187,7 @@ class Trace:
         return Trace(self.name, due_ns, duration_ns, f"{self.provenance}; cut to {duration_s:.9g} s")
 
     def _squeezed(self, rate_qps: float, duration_s: float | None) -> Trace:
-        """Return the first queries, as many as the rate gives in `duration_s` (else all), fitted to it."""
+        """Return the first queries, as many as the rate gives in `duration_s` (or all), fitted to it."""
         if duration_s is None:
             n, duration_ns = self.n, to_ns("duration_s", self.n / rate_qps)
         else:
@@ -197,12 +197,12 @@ class Trace:
                 f"{self.name}: expected rate_qps times duration_s to be 1 to {self.n} queries, which is what"
                 f" the trace holds ({self.mean_qps:.6g} q/s for {self.duration_ns / SECOND:.6g} s), got {n}"
             )
-        # The queries used end where the next one arrives.
+        # The used queries end where the next one arrives.
         end_ns = int(self.due_ns[n]) if n < self.n else self.duration_ns
         if end_ns == 0:
             raise TraceError(f"{self.name}: the first {n + 1} queries are due at once: expected a later one")
         due_ns = (self.due_ns[:n] * (duration_ns / end_ns)).astype(np.int64)
-        # A query due together with that next one falls on the end.
+        # A query that is due at the same instant as that next one would be at the end.
         np.minimum(due_ns, duration_ns - 1, out=due_ns)
         done = (
             f"the first {n} of {self.n} queries, {end_ns / SECOND:.9g} s, "
@@ -212,7 +212,7 @@ class Trace:
 
 
 Source: TypeAlias = Spec | azure.MinuteCounts | azure.Invocations | Trace
-"""What a trace is made from."""
+"""What a trace can be made from."""
 
 
 def load_trace(
@@ -224,19 +224,19 @@ def load_trace(
     start_minute: int | None = None,
     minutes: int | None = None,
 ) -> Trace:
-    """Return the trace that `spec` names, at the rate and of the duration asked for.
+    """Return the trace that `spec` names, at the requested rate and duration.
 
     A spec of `loadgen.traces.specs` is drawn for `duration_s`, by default `accel`'s ramp, which no other
     spec has. `rate_qps` multiplies all its rates, and the tau of `accel`, so that the expected mean
-    is `rate_qps`; it also stands in for a missing `rate`.
+    is `rate_qps`; it is also used for a missing `rate`.
 
-    A Functions 2019 file counts invocations per minute, summed here over its functions. The whole
+    A Functions 2019 file counts invocations per minute; they are summed over its functions. The whole
     window is squeezed into `duration_s` (by default, real time), each minute into an equal part.
     Without `rate_qps` every minute has exactly its recorded count. With it, the total is exactly
     round(rate_qps * duration_s), split over the minutes by a multinomial draw in proportion to
-    their counts. When within its minute an invocation arrived was not recorded: positions are
-    drawn uniformly at random. So arrivals are a Poisson process whose rate is constant within a
-    minute, conditioned on its counts or total; bursts shorter than a minute are chance alone, and
+    their counts. The file does not record when within its minute an invocation arrived: positions
+    are drawn uniformly at random. So arrivals are a Poisson process whose rate is constant within a
+    minute, conditioned on its counts or total; bursts shorter than a minute occur only by chance, and
     a real workload's may have been sharper.
 
     A Functions 2021, LLM inference 2023 or saved file has its own instants: see `Trace.scaled`.
@@ -245,12 +245,12 @@ def load_trace(
         spec: A path (gzipped or not), or a spec like `bursty:base=1500,variant=5550,cv2=8`.
         rate_qps: Mean rate; by default the trace's own.
         duration_s: Length; by default the trace's own.
-        seed: Draws whatever is random, at least 0. Equal arguments give equal traces.
-        start_minute: First minute used, as a Functions 2019 file's header numbers it.
-        minutes: Minutes used, of a Functions 2019 file.
+        seed: Of everything random, at least 0. Equal arguments give equal traces.
+        start_minute: First minute to use, as numbered in a Functions 2019 file's header.
+        minutes: Number of minutes to use, of a Functions 2019 file.
 
     Raises:
-        TraceError: The file or spec is not what it should be, or cannot give what is asked for.
+        TraceError: The file or spec is invalid, or does not contain what was requested.
     """
     source = open_source(spec, rate_qps=rate_qps)
     if start_minute is not None or minutes is not None:
@@ -263,16 +263,16 @@ def load_trace(
 
 
 def open_source(spec: str, *, rate_qps: float | None = None, functions: str | None = None) -> Source:
-    """Return what `spec` names: a process to draw from, minute counts, or recorded arrivals.
+    """Return the source that `spec` names: a process to draw from, minute counts, or recorded arrivals.
 
     Args:
         spec: As `load_trace` takes it.
-        rate_qps: Stands in for a missing `rate` of a spec.
-        functions: The functions wanted of an Azure Functions file, as `loadgen.traces.azure_functions`
-        reads them.
+        rate_qps: Used for a missing `rate` of a spec.
+        functions: The functions to use of an Azure Functions file, as `loadgen.traces.azure_functions`
+            reads them.
 
     Raises:
-        TraceError: The file or spec is not what it should be, or has no such functions.
+        TraceError: The file or spec is invalid, or has no such functions.
     """
     if rate_qps is not None:
         check_positive("rate_qps", rate_qps, at_most=MAX_RATE_QPS)
@@ -294,10 +294,10 @@ def trace_of(
     duration_s: float | None = None,
     seed: int = 0,
 ) -> Trace:
-    """Return the trace of what `open_source` found under `spec`; see `load_trace` for the rest.
+    """Return the trace of a source that `open_source` found for `spec`; see `load_trace` for the rest.
 
     Raises:
-        TraceError: It cannot give what is asked for.
+        TraceError: It does not contain what was requested.
     """
     if rate_qps is not None:
         check_positive("rate_qps", rate_qps, at_most=MAX_RATE_QPS)
@@ -359,7 +359,7 @@ def _filled(
 
 
 def _check_no_functions(spec: str, functions: str | None) -> None:
-    """Raise TraceError if functions are asked of a trace that has none."""
+    """Raise TraceError if functions are requested from a trace that has none."""
     if functions is not None:
         raise TraceError(f"trace {spec!r}: functions: only a file of Azure Functions 2019 or 2021 has any")
 
@@ -367,8 +367,8 @@ def _check_no_functions(spec: str, functions: str | None) -> None:
 def _times(ns: npt.NDArray[np.int64], numerator: int, denominator: int) -> npt.NDArray[np.int64]:
     """Return floor(ns * numerator / denominator), shape (n,).
 
-    In Python's integers, since the products leave int64, and floats would move a query that is due on
-    the edge of a bin to the bin before. A block at a time, since each takes 32 bytes.
+    In Python integers, because the products exceed int64, and floats would move a query that is due on
+    the edge of a bin into the bin before. In blocks, because each integer takes 32 bytes.
     """
     scaled = np.empty_like(ns)
     for low in range(0, ns.size, _BLOCK):
@@ -378,7 +378,7 @@ def _times(ns: npt.NDArray[np.int64], numerator: int, denominator: int) -> npt.N
 
 
 def _stem(path: Path) -> str:
-    """Return the file's name without its endings."""
+    """Return the file's name without its suffixes."""
     return path.name.removesuffix(".gz").removesuffix(".csv").removesuffix(".txt")
 
 
@@ -420,7 +420,7 @@ def _decoded(data: bytes, source: str) -> Trace:
         raise TraceError(f"{source}: line 2: n: expected 1 to {MAX_ARRIVALS}, got {n}")
     if len(body) != n * gap_bytes:
         raise TraceError(f"{source}: expected {n * gap_bytes} bytes of gaps, got {len(body)}: cut short?")
-    # A gap beyond int64 turns negative, and the trace finds itself not ascending.
+    # A gap beyond int64 becomes negative, and then the trace is not ascending.
     gaps_ns = np.frombuffer(body, dtype=f"<u{gap_bytes}").astype(np.int64)
     try:
         return Trace(header["name"], np.cumsum(gaps_ns), header["duration_ns"], header["provenance"])

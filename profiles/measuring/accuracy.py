@@ -1,6 +1,6 @@
 """How accurate subnets are: predicted by a published network, or measured on data held out of training.
 
-Both are called with control tuples and return percents, as a search wants them.
+Both are called with control tuples and return percents, for the search.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _SHAPES = {
 
 
 class Judge(Protocol):
-    """Tells how accurate subnets are."""
+    """Returns how accurate subnets are."""
 
     @property
     def words(self) -> str:
-        """What its figures mean, for a profile's provenance."""
+        """The meaning of its figures, for a profile's provenance."""
         ...
 
     def __call__(self, controls: Sequence[Control]) -> Floats:
@@ -88,7 +88,7 @@ class OfaPredictor:
         """Read the published file.
 
         Raises:
-            ConfigError: Naming the file, and the tensor that is missing, unknown or misshapen.
+            ConfigError: A tensor is missing, unknown or misshapen; the error names the file and the tensor.
         """
         tensors = read_tensors(path)
         for name, shape in _SHAPES.items():
@@ -123,9 +123,9 @@ class OfaPredictor:
 
 
 def features(control: Control, image_size: int) -> npt.NDArray[np.float32]:
-    """Return what the predictor is given of an OFA-ResNet50 control tuple, (82,).
+    """Return the predictor's features of an OFA-ResNet50 control tuple, (82,).
 
-    One-hot, in this order: image size; whether d[0] is above 0; each of w; each of e, all zero where the
+    One-hot, in this order: image size; whether d[0] is above 0; each of w; each of e, all zero if the
     block is not kept.
 
     Raises:
@@ -158,14 +158,14 @@ def _one_hot(index: int | None, n: int) -> npt.NDArray[np.float32]:
 
 # --- measured -------------------------------------------------------------------------------
 
-_BATCH = 64  # examples at a time: measured a quarter faster than 256 on a CPU, whose cache they fit
+_BATCH = 64  # examples at a time: measured a quarter faster than 256 on a CPU, because it fits its cache
 
 
 class MeasuredAccuracy:
-    """Accuracy of a supernet's subnets on its own data, each with statistics of its own.
+    """Accuracy of a supernet's subnets on its own data, each with its own statistics.
 
-    A search asks about many subnets, so it is answered from a part of the data. The few finalists are
-    calibrated on all of it and chosen by more; those kept are judged on examples that no choice was made by.
+    A search evaluates many subnets, so it uses a part of the data. The few finalists are calibrated on all
+    of it and chosen by more; the ones kept are evaluated on examples that no choice depended on.
     """
 
     def __init__(
@@ -187,12 +187,12 @@ class MeasuredAccuracy:
 
     @property
     def n_held_out(self) -> int:
-        """Examples that `held_out` judges by."""
+        """Number of examples that `held_out` uses."""
         return len(self._data.held_out.labels)
 
     @property
     def words(self) -> str:
-        """What was measured on what."""
+        """What was measured, and on what."""
         is_calibrated = bool(self.supernet.norms)
         after = ", after calibration" if is_calibrated else ""
         on = f", each subnet calibrated on {self.n_calibration} training examples" if is_calibrated else ""
@@ -248,10 +248,10 @@ def judge_of(
     examples: Path | None,
     placement: Placement,
 ) -> OfaPredictor | MeasuredAccuracy:
-    """Return the predictor if one is given, or what measures on examples: a file's, or the supernet's own.
+    """Return the given predictor, or what measures on examples: a file's, or the supernet's own.
 
     Raises:
-        ConfigError: If there is neither or both, or the predictor is of another supernet.
+        ConfigError: There is neither or both, or the predictor is for another supernet.
     """
     if predictor is not None:
         if examples is not None:
@@ -265,10 +265,10 @@ def judge_of(
 def measured_accuracy(
     kind: SupernetKind, weights: str | None, examples: Path | None, placement: Placement
 ) -> MeasuredAccuracy:
-    """Return what calibrates and measures a supernet on a file's examples, or on its own data.
+    """Return the object that calibrates and measures a supernet on a file's examples, or on its own data.
 
     Raises:
-        ConfigError: If there are neither.
+        ConfigError: There are no examples.
     """
     if examples is not None:
         data = read_examples(examples, kind.input_spec)
@@ -301,7 +301,7 @@ def accuracies(
 
 
 def first_channels(whole: SubnetStatistics, channels: Sequence[int]) -> SubnetStatistics:
-    """Return the statistics that a subnet of these channels finds in those of a larger one."""
+    """Return the part for these channels of a larger subnet's statistics."""
     parts = iter(torch.split(whole.values, [n for size in whole.channels for n in (size, size)]))
     cut = [
         part[:kept]
@@ -316,7 +316,7 @@ def accuracy_by_statistics(
 ) -> list[tuple[float, float]]:
     """Return each subnet's held-out percents with its own statistics and with the largest subnet's.
 
-    The second is what the subnet would reach if SubnetNorm kept one mean and variance for all.
+    The second is what the subnet would reach if SubnetNorm kept one mean and variance for all subnets.
 
     Raises:
         ConfigError: If the supernet has no norm whose statistics could differ.

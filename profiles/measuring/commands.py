@@ -1,6 +1,6 @@
 """The commands `profiles search`, `show` and `accuracy`.
 
-What they run imports torch, which takes seconds: so it is imported where it is needed.
+They use torch, which takes seconds to import, so each imports it when it runs.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
     OnProgress = Callable[[str, int, int], None]
 
 _NS_PER_S = 1_000_000_000
-_WIDTH = 80  # of what is no terminal
+_WIDTH = 80  # of output that is not a terminal
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-# Population and generations: a prediction costs microseconds, a measurement a good part of a second.
+# Population and generations: a prediction costs microseconds, a measurement most of a second.
 _EFFORT_PREDICTED = (100, 40)
 _EFFORT_MEASURED = (20, 2)
-_REMEASURED_ROUNDS = 50
-_REMEASURED_BUDGET_NS = 60 * _NS_PER_S
+_REMEASURED_ROUNDS = 50  # the search has chosen the subnets; these are the latencies that the profile keeps
+_REMEASURED_BUDGET_NS = 60 * _NS_PER_S  # bounds it on slow devices
 
 _weights = click.option(
-    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the one it comes with]'
+    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]'
 )
 _examples = click.option(
     "--examples",
     type=_FILE,
-    help="Labelled examples to measure accuracy on, an .npz.  [default: those it comes with]",
+    help="Labelled examples to measure accuracy on, an .npz.  [default: the supernet's own]",
 )
 _device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:<n>.")
 _threads = click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
@@ -79,13 +79,13 @@ batch_sizes_option = click.option(
     type=click.Choice(["flops", "measured"]),
     default="flops",
     show_default=True,
-    help="Fitted to a dozen subnets, or measured for each that is kept, which takes longer.",
+    help="Fitted to a dozen subnets, or measured for each subnet that is kept, which takes longer.",
 )
 @_device
 @_threads
 @batch_sizes_option
-@click.option("--subnets", "n_subnets", default=32, show_default=True, help="Keep at most so many.")
-@click.option("--seed", default=0, show_default=True, help="One seed gives one search.")
+@click.option("--subnets", "n_subnets", default=32, show_default=True, help="Most subnets to keep.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same search.")
 @click.option(
     "--population",
     type=int,
@@ -155,7 +155,7 @@ def _search(
 def _remeasuring(
     supernet: str, weights: str | None, device: str, threads: int, clock: MonotonicClock
 ) -> Callable[[Profile], Measurement]:
-    """Return what measures every subnet of a profile."""
+    """Return a function that measures every subnet of a profile."""
     from profiles.measuring.measure import Device, Setting, measure_supernet  # noqa: PLC0415  only here
 
     def remeasure(profile: Profile) -> Measurement:
@@ -168,7 +168,7 @@ def _remeasuring(
 
 @contextmanager
 def _progress() -> Iterator[OnProgress]:
-    """Show progress on standard error: bars on a terminal, now and then a line elsewhere."""
+    """Show progress on standard error: bars on a terminal, an occasional line elsewhere."""
     if not sys.stderr.isatty():
         yield _line_of_progress
         return
@@ -213,7 +213,7 @@ def _print_found(found: Found, took_s: float) -> None:
     "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it to this .svg or .png instead."
 )
 def show_command(profile: str, picture: Path | None) -> None:
-    """Show PROFILE, a shipped one's name or a file: a heat map of latency."""
+    """Show PROFILE, a shipped profile's name or a file: a heat map of latency."""
     try:
         shown = load_profile(profile)
         if picture is not None:
@@ -233,9 +233,9 @@ def show_command(profile: str, picture: Path | None) -> None:
 @_device
 @_threads
 def accuracy_command(profile: str, **given: Any) -> None:
-    """Print what SubnetNorm is worth to each subnet of PROFILE.
+    """Print how much accuracy SubnetNorm gives each subnet of PROFILE.
 
-    Held-out accuracy with the subnet's own statistics, and with those of the largest subnet for all.
+    Held-out accuracy with the subnet's own statistics, and with the largest subnet's statistics for all.
     """
     try:
         from profiles.measuring.accuracy import accuracy_by_statistics  # noqa: PLC0415  see above
@@ -259,7 +259,7 @@ def accuracy_command(profile: str, **given: Any) -> None:
 @_threads
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: beside the profile]")
 def calibrate_command(profile: str, out: Path | None, **given: Any) -> None:
-    """Gather SubnetNorm's statistics of each subnet of PROFILE, and write them where workers look."""
+    """Gather SubnetNorm's statistics of each subnet of PROFILE, and write them where workers find them."""
     try:
         from gpu_worker.supernet.calibration import save_statistics  # noqa: PLC0415  see above
 
@@ -287,7 +287,7 @@ def _measured(
     device: str,
     threads: int,
 ) -> MeasuredAccuracy:
-    """Return what calibrates and measures the supernet of a profile."""
+    """Return the object that calibrates and measures the supernet of a profile."""
     import torch  # noqa: PLC0415  see above
 
     from gpu_worker.engines.torch_executor import Placement  # noqa: PLC0415  see above

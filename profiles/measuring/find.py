@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is, and of how much."""
+"""Receives what is being done, how much of it is done, and of how much."""
 
-_POOL = 200  # subnets of which a spread is measured, for latencies to be fitted to
-_RUNNERS_UP = 4  # beside the front, judged again by more examples; the space's ends are two of them
+_POOL = 200  # random subnets; the ones to measure are spread over their costs
+_RUNNERS_UP = 4  # evaluated again with the front, on more examples; two of them are the space's ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class Request:
         supernet: Its name: see `gpu_worker.models.kinds`.
         placement: Where it will serve, with the profile's batch sizes.
         effort: How far to search.
-        n_subnets: At most so many rows.
-        weights: A checkpoint's path, "random", or None for the one that comes with it.
+        n_subnets: Most rows.
+        weights: A checkpoint's path, "random", or None for the shipped one.
         predictor: OFA-ResNet50's published accuracy predictor; None measures accuracy.
         examples: What to measure it on: see `gpu_worker.models.examples`; None for the supernet's own.
     """
@@ -74,14 +74,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A searched profile, and what is written beside it.
+    """A searched profile, and what is written with it.
 
     Attributes:
         profile: Of the pareto subnets.
-        raw: What latencies were fitted to, or measured as.
-        n_judged: Networks whose accuracy was judged.
+        raw: What latencies were fitted to, or the measured ones.
+        n_judged: Networks whose accuracy was evaluated.
         supernet: Holds the statistics of the profile's subnets; None if accuracy was predicted.
-        dropped: Subnets that measuring left out.
+        dropped: Subnets that the measurement left out.
     """
 
     profile: Profile
@@ -91,7 +91,7 @@ class Found:
     dropped: tuple[str, ...] = ()
 
     def write(self, path: Path) -> Path | None:
-        """Write the profile, and SubnetNorm's statistics beside it; return the path of those, if any."""
+        """Write the profile, and SubnetNorm's statistics beside it; return the path of the latter, if any."""
         path.parent.mkdir(parents=True, exist_ok=True)
         document = {**self.profile.to_dict(), "raw": self.raw}
         write_whole(path, orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
@@ -117,11 +117,11 @@ def find_profile(
         request: What to find.
         name: Of the profile.
         clock: Times the runs that latencies are fitted to.
-        remeasure: Measures every subnet of a profile, in place of the fitted latencies.
-        on_progress: Told what is done.
+        remeasure: Measures every subnet of a profile, to replace the fitted latencies.
+        on_progress: Receives the progress.
 
     Raises:
-        ConfigError: Naming what cannot be had: the supernet, its weights, the device, an accuracy.
+        ConfigError: The supernet, its weights, the device or an accuracy is not available; names it.
     """
     kind = supernet_kind(request.supernet)
     judge = judge_of(kind, request.weights, request.predictor, request.examples, request.placement)
@@ -167,7 +167,7 @@ def find_profile(
 
 
 def _pool(space: Space, seed: int) -> list[Control]:
-    """Return different subnets from all over the space, its ends among them."""
+    """Return different subnets from all over the space, including its ends."""
     rng = np.random.default_rng((seed, _POOL))
     drawn = [*space.ends, *(space.levelled(rng) for _ in range(_POOL))]
     found = {space.signature(genome): space.control(space.canonical(genome)) for genome in drawn}
@@ -175,10 +175,10 @@ def _pool(space: Space, seed: int) -> list[Control]:
 
 
 def servable(accuracies: Sequence[float], latency_ms: Floats) -> list[int]:
-    """Return the rows that a profile can hold, by ascending accuracy: each pays for being slower.
+    """Return the rows that a profile can hold, by ascending accuracy: each slower one is more accurate.
 
     Args:
-        accuracies: Percents; what is equal to two decimals counts as equal.
+        accuracies: Percents; values that are equal to two decimals count as equal.
         latency_ms: (subnets, batch sizes), compared by their geometric means.
     """
     mean_log = np.log(latency_ms).mean(axis=1)
@@ -196,7 +196,7 @@ def _servable(candidates: Sequence[Candidate], latency: FittedLatency) -> list[i
 
 
 def _chosen(candidates: Sequence[Candidate], latency: FittedLatency, n: int) -> list[Candidate]:
-    """Return up to `n` candidates that a profile can hold, evenly over their accuracies."""
+    """Return up to `n` candidates that a profile can hold, evenly spread over their accuracies."""
     rows = _servable(candidates, latency)
     return [candidates[rows[i]] for i in spread([candidates[row].accuracy for row in rows], n)]
 
@@ -204,9 +204,9 @@ def _chosen(candidates: Sequence[Candidate], latency: FittedLatency, n: int) -> 
 def _finals(
     front: Front, judge: MeasuredAccuracy, latency: FittedLatency, kind: SupernetKind, n: int
 ) -> tuple[list[Candidate], str]:
-    """Choose by more selection examples, then report what was chosen as the held-out ones have it.
+    """Choose by more selection examples, then report the chosen ones' accuracy on the held-out examples.
 
-    Few examples, as the search had, may misrank the next best. The supernet holds the statistics then.
+    The search has few examples, which may misrank the next best. The supernet then holds the statistics.
     """
     finalists = [*front.candidates, *front.others[:_RUNNERS_UP]]
     subnets = [Subnet(f"{number}", candidate.control) for number, candidate in enumerate(finalists)]
@@ -235,7 +235,7 @@ def _rejudged(candidates: Sequence[Candidate], accuracies: Sequence[float]) -> l
 def _profile_rows(
     chosen: Sequence[Candidate], latency: FittedLatency, kind: SupernetKind
 ) -> tuple[SubnetProfile, ...]:
-    # Monotone at every batch size, and not in the mean alone; what that makes equal is one row.
+    # Monotone at every batch size, not only in the mean; rows that this makes equal become one.
     median = np.rint(1e6 * fit(latency.median_ms([candidate.cost for candidate in chosen])))  # ns
     p99 = np.rint(median * (latency.p99_ratio / latency.median_ratio))
     return tuple(
@@ -253,7 +253,7 @@ def _profile_rows(
 
 
 def _name(kind: SupernetKind, candidate: Candidate) -> str:
-    """Return what tables show: the supernet's first word and the accuracy, which no other row has."""
+    """Return the name for tables: the supernet's first word and the accuracy, which is unique."""
     return f"{re.split('[^A-Za-z0-9]', kind.name)[0]}-{candidate.accuracy:.2f}"
 
 

@@ -1,12 +1,12 @@
 """What a subnet costs: multiply-adds, counted in passes that compute nothing, and a latency fitted to them.
 
-A pass on torch's meta device knows shapes and no numbers. `CostCounter` makes one for each subnet, and
-skips in it every part that it has met before with the same input and the same sizes: so the
-thousandth subnet costs a few operations, whatever the model.
+A pass on torch's meta device has shapes and no numbers. `CostCounter` makes one for each subnet, and
+skips every part in it that it has met before with the same input and the same sizes: so the
+thousandth subnet costs a few operations, for any model.
 
-Latency is fitted to a few measured subnets, for each batch size on its own: a constant, plus so much a
-multiply-add and a kernel, none of them below 0. So a subnet that costs no more in either is never
-modelled as slower.
+Latency is fitted to a few measured subnets, separately for each batch size: a constant, plus a term for
+each multiply-add and one for each kernel, none of them below 0. So a subnet that costs no more in either
+is never modelled as slower.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 
 class Cost(NamedTuple):
-    """What one query costs on a subnet, whatever the device.
+    """What one query costs on a subnet, on any device.
 
     Attributes:
         multiply_adds: Of convolutions, linear layers and attention's products.
-        kernels: How many of those run.
+        kernels: Number of these operations that run.
     """
 
     multiply_adds: int
@@ -68,13 +68,13 @@ class Cost(NamedTuple):
 
 
 def meta_supernet(kind: SupernetKind) -> Supernet:
-    """Return the supernet without any numbers in it: sizes and shapes alone."""
+    """Return the supernet without any numbers: only sizes and shapes."""
     with torch.device("meta"):
         return kind.build().eval()
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Adds up what every operation costs for which torch has a formula; takes others apart."""
+    """Sums the costs of the operations for which torch has a formula; splits others up."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
@@ -97,7 +97,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
 
 
 class _Known(NamedTuple):
-    """What a part gives and costs."""
+    """The output and the cost of a part."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -105,7 +105,7 @@ class _Known(NamedTuple):
 
 
 class CostCounter:
-    """Counts what subnets of one supernet cost; torch's own formulas, attention's products among them."""
+    """Counts what subnets of one supernet cost, by torch's own formulas, including attention's products."""
 
     def __init__(self, kind: SupernetKind) -> None:
         self.supernet = meta_supernet(kind)
@@ -114,13 +114,13 @@ class CostCounter:
         for part in _parts(self.supernet.model):
             part.forward = _remembering(
                 part, self.supernet.cursor, self._counter
-            )  # on an instance of ours alone
+            )  # only on this instance, which is private
 
     def __call__(self, control: Control) -> Cost:
         """Return the cost of one query on the subnet with this control tuple.
 
         Raises:
-            ConfigError: If the tuple does not fit, or the model looks at numbers on its way.
+            ConfigError: The tuple does not fit, or the model reads numbers in its forward pass.
         """
         settings = self.supernet.settings_of(Subnet("counted", control))
         before = self._counter.total
@@ -136,7 +136,7 @@ class CostCounter:
 
 
 def _parts(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the blocks that subnets may leave out, and the operators outside of them."""
+    """Yield the blocks that subnets may leave out, and the operators outside them."""
     for child in model.children():
         if isinstance(child, Switched | Operator):
             yield child
@@ -145,9 +145,9 @@ def _parts(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _remembering(part: nn.Module, cursor: Cursor, counter: _Counter) -> Callable[..., Any]:
-    """Return the part's forward, which then adds what it knows in place of running anew.
+    """Return the part's forward, which adds the known cost instead of running again.
 
-    What a part gives and costs depends on the shapes that it is given and on the settings in it.
+    A part's output and cost depend on the shapes of its input and on its settings.
     """
     forward = part.forward
     inside = _places_in(part)
@@ -166,7 +166,7 @@ def _remembering(part: nn.Module, cursor: Cursor, counter: _Counter) -> Callable
             return torch.empty(shape, dtype=dtype, device="meta")
         before = counter.total
         out = forward(*args, **kwargs)
-        if isinstance(out, torch.Tensor):  # what gives more than that is run every time
+        if isinstance(out, torch.Tensor):  # a part with several outputs runs every time
             known[key] = _Known(out.shape, out.dtype, counter.total.less(before))
         return out
 
@@ -178,17 +178,17 @@ def _outline(value: object) -> object:
 
 
 def _places_in(module: nn.Module) -> tuple[int, ...]:
-    """Return the entries of the settings that decide what a module does: operators', and switches."""
+    """Return the entries of the settings that a module depends on: operators' and switches'."""
     operators = [operator.place for operator in operators_in(module)]
     return (*operators, *(part.switch_place for part in module.modules() if isinstance(part, Switched)))
 
 
 Around = list[tuple[int, ...]]
-"""The switches around a layer, one row for each block of which it is a part."""
+"""The switches around a layer: one row for each block that contains it."""
 
 
 def surroundings(model: nn.Module) -> list[Around]:
-    """Return what lies around each operator and each switch, in the order of the settings."""
+    """Return the surroundings of each operator and each switch, in the order of the settings."""
     found: dict[int, Around] = {}
 
     def walk(module: nn.Module, around: tuple[int, ...]) -> None:
@@ -205,7 +205,7 @@ def surroundings(model: nn.Module) -> list[Around]:
 
 
 def runs(around: Around, settings: Sequence[Any]) -> bool:
-    """Tell whether what has this around it runs under these settings."""
+    """Return whether something with these surroundings runs under these settings."""
     return any(all(settings[switch] for switch in switches) for switches in around)
 
 
@@ -214,11 +214,11 @@ def runs(around: Around, settings: Sequence[Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LatencyModel:
-    """Milliseconds of a batch, from what one of its queries costs.
+    """Milliseconds of a batch, from the cost of one of its queries.
 
     Attributes:
         batch_sizes: Ascending.
-        coefficients: For each batch size: milliseconds flat, for a billion multiply-adds, for a kernel.
+        coefficients: For each batch size: milliseconds constant, per billion multiply-adds, per kernel.
     """
 
     batch_sizes: tuple[int, ...]
@@ -230,10 +230,10 @@ class LatencyModel:
         return np.asarray(np.maximum.accumulate(table, axis=1))
 
     def extended(self, batch_sizes: Sequence[int]) -> LatencyModel:
-        """Return the model with these batch sizes; further ones lie on lines through those known.
+        """Return the model with these batch sizes; new ones are on lines through the known ones.
 
         Raises:
-            ConfigError: If there are further ones, and fewer than two sizes to lay a line through.
+            ConfigError: There are new ones, and fewer than two known sizes for a line.
         """
         known = dict(zip(self.batch_sizes, self.coefficients, strict=True))
         further = [size for size in batch_sizes if size not in known]
@@ -256,7 +256,7 @@ def fit_latency(costs: Sequence[Cost], batch_sizes: Sequence[int], latency_ms: F
         latency_ms: Medians, (subnets, batch sizes).
     """
     features = _features(costs)
-    # Relative, so that the small subnets, on which bursts are served, are fitted as well as the large.
+    # Relative errors, so that small subnets, which serve bursts, are fitted as well as large ones.
     fitted = [non_negative(features / column[:, np.newaxis], np.ones(len(column))) for column in latency_ms.T]
     return LatencyModel(tuple(batch_sizes), tuple(tuple(row.tolist()) for row in fitted))
 
@@ -270,9 +270,9 @@ _NOTHING = 1e-100
 
 
 def non_negative(a: Floats, b: Floats) -> Floats:
-    """Return the x of least |a x - b| with no entry below 0, for few columns: tries every set of them."""
-    # Each column in a unit of its own: beside one of ones, lstsq takes one of 1e-55 for zeros, and products
-    # of subnormal numbers overflow. A column below `_NOTHING` has no effect that a float could hold.
+    """Return the x >= 0 that minimises |a x - b|, for few columns: tries every subset of them."""
+    # Scale each column: beside a column of ones, lstsq treats one of 1e-55 as zero, and products of
+    # subnormal numbers overflow. A column below `_NOTHING` has no effect that a float could hold.
     unit = a.max(axis=0)
     columns = np.flatnonzero(unit > _NOTHING)
     scaled = a[:, columns] / unit[columns]
@@ -296,22 +296,22 @@ def relative_errors(model: LatencyModel, costs: Sequence[Cost], latency_ms: Floa
 
 # --- on a device ----------------------------------------------------------------------------
 
-_N_MEASURED = 12  # subnets, most of them to fit to, the others to judge by
-_ROUNDS = (3, 30)  # least and most, beside the first, in which every shape is new to the device
-_BUDGET_NS = 45_000_000_000  # for the least; larger batch sizes that would exceed it are not measured
+_N_MEASURED = 12  # subnets; most of them to fit the model to, the others to check it
+_ROUNDS = (3, 30)  # least and most, after the first, in which every shape is new to the device
+_BUDGET_NS = 45_000_000_000  # for the least rounds; larger batch sizes that exceed it are not measured
 _MORE_NS = 4_000_000_000  # for further rounds
-_MEAN_SHARE = 0.55  # what the mean of subnets spread over a space takes, as a share of the largest
+_MEAN_SHARE = 0.55  # cost of the mean of subnets spread over a space, as a share of the largest's
 
 
 class FittedLatency(NamedTuple):
     """A latency model of one device.
 
     Attributes:
-        model: Of the least latency of each subnet and batch size, which a busy moment moves least.
-        median_ratio: Of a median to a least latency, over all that was measured.
+        model: Of the least latency of each subnet and batch size, which other load disturbs least.
+        median_ratio: Of a median to a least latency, over all measurements.
         p99_ratio: Of a 99th percentile to a least latency.
-        words: How it came about, and how far off it is.
-        raw: What it was fitted to.
+        words: How it was made, and how far off it is.
+        raw: The measurements.
     """
 
     model: LatencyModel
@@ -326,18 +326,18 @@ class FittedLatency(NamedTuple):
 
 
 def spread(values: Sequence[float], n: int) -> list[int]:
-    """Return up to `n` places, ascending, of values that lie evenly apart; the ends are among them.
+    """Return up to `n` indices, ascending, of values that are evenly apart, including the ends.
 
-    Each further one is the one farthest from all that are chosen.
+    Each further one is the farthest from all chosen ones.
     """
     at = np.asarray(values, dtype=np.float64)
     if len(at) <= n:
         return list(range(len(at)))
     chosen = [int(at.argmin())]
     distance = np.abs(at - at[chosen[0]])
-    distance[at.argmax()] = np.inf  # so the second is the greatest, though rounding may put another as far
+    distance[at.argmax()] = np.inf  # the second choice, though rounding may put another as far
     while len(chosen) < n:
-        distance[chosen] = -1  # equal values: a place is chosen once
+        distance[chosen] = -1  # with equal values too, each index is chosen once
         chosen.append(int(distance.argmax()))
         distance = np.minimum(distance, np.abs(at - at[chosen[-1]]))
     return sorted(chosen)
@@ -360,7 +360,7 @@ def fit_on_device(
         weights: As `gpu_worker.engines.torch_executor.TorchExecutor.load` takes them.
         placement: The device, and the batch sizes of the model.
         clock: Times the runs.
-        on_round: Told how many rounds are done, of how many.
+        on_round: Receives how many rounds are done, and of how many.
     """
     priced = sorted(pool, key=lambda priced: priced[0])
     few = [priced[i] for i in spread([np.log(cost.multiply_adds) for cost, _ in priced], _N_MEASURED)]
@@ -381,15 +381,15 @@ def measure_and_fit(
 ) -> FittedLatency:
     """Measure a few subnets on a device and fit a latency model to most of them.
 
-    Every third one is held out, and tells how far the model is off. Where large batches would take
-    too long, the small ones are measured, and the others lie on lines through them.
+    Every third one is held out and shows how far the model is off. If large batches would take
+    too long, only the small ones are measured, and the others are on lines through them.
 
     Args:
         executor: Hosts the subnets, by ascending multiply-adds, from the smallest to the largest.
-        costs: Theirs.
+        costs: Of these subnets.
         batch_sizes: Of the model, ascending.
         clock: Times the runs.
-        on_round: Told how many rounds are done, of how many.
+        on_round: Receives how many rounds are done, and of how many.
     """
     assert len(executor.subnets) == len(costs), "one cost for each subnet"
     query_ns = _query_ns(executor, batch_sizes[0], clock)
@@ -413,14 +413,14 @@ def measure_and_fit(
 
 
 def _query_ns(executor: TimedExecutor, size: int, clock: Clock) -> float:
-    """Return about how long one query takes on all hosted subnets together, in batches of `size`."""
+    """Return about how long one query takes, summed over all hosted subnets, in batches of `size`."""
     largest = len(executor.subnets) - 1
     took = [_time_one(executor, largest, size, clock) for _ in range(3)]
     return min(took) / size * _MEAN_SHARE * len(executor.subnets)
 
 
 def _affordable(query_ns: float, batch_sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return the sizes, from the smallest on, that can be measured within the budget; two at least."""
+    """Return the sizes, from the smallest on, that can be measured within the budget; at least two."""
     round_ns = [query_ns * n_queries for n_queries in itertools.accumulate(batch_sizes)]
     n_affordable = sum(one * (1 + _ROUNDS[0]) <= _BUDGET_NS for one in round_ns)
     return tuple(batch_sizes[: max(2, n_affordable)])
@@ -439,7 +439,7 @@ def _sample_few(
     """
     rounds = []
     for done in range(1 + n_rounds):
-        # Interleaved: a busy moment of the machine falls on neighbours alike.
+        # Interleaved, so that a busy moment of the machine affects neighbours alike.
         rounds.append(
             [
                 [_time_one(executor, row, size, clock) for size in batch_sizes]
@@ -452,7 +452,7 @@ def _sample_few(
 
 def _time_one(executor: TimedExecutor, row: int, size: int, clock: Clock) -> int:
     spec = executor.input_spec
-    batch = np.ones((size, *spec.shape), dtype=spec.dtype)  # dense layers take as long on any input
+    batch = np.ones((size, *spec.shape), dtype=spec.dtype)  # dense layers take equally long for any input
     before_ns = clock.now_ns()
     executor.execute(row, batch)
     return max(1, clock.now_ns() - before_ns)

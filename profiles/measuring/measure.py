@@ -1,9 +1,9 @@
 """Measure a profile: the latency of each subnet at each batch size, on the device that will serve.
 
 Every round runs each (subnet, batch size) once, in a new order, so that a busy
-moment of the machine falls on all of them alike. Noise is then fitted away
-where it contradicts what must hold: latency grows with the batch size (P1) and
-with accuracy (P2). What was measured stays in the file under "raw".
+moment of the machine affects all of them alike. A fit then removes noise that
+contradicts two rules: latency grows with the batch size (P1) and with accuracy
+(P2). The measured figures stay in the file under "raw".
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from superserve.subnet import TensorSpec
 
 MIN_ROUNDS = 5
-"""Rounds measured even when the budget is spent: a median of fewer says nothing."""
+"""Rounds measured even after the budget is spent: a median of fewer means little."""
 
-_WARM_UP_ROUNDS = 3
-_P99_SAMPLES = 100  # with fewer, a cell's own 99th percentile is just its worst
-_LEAST_SPEED_UP = 0.03  # a less accurate subnet is worth keeping if it is this much faster
-_SEED = 20250428  # of the order and of the images; dense layers take as long on any image
+_WARM_UP_ROUNDS = 3  # the first runs of each shape allocate, and pick kernels
+_P99_SAMPLES = 100  # with fewer, a cell's own 99th percentile is just its maximum
+_LEAST_SPEED_UP = 0.03  # a less accurate subnet is worth keeping if it is at least this much faster
+_SEED = 20250428  # of the order and of the images; dense layers take equally long for any image
 
 
 class TimedExecutor(Protocol):
-    """What can be measured."""
+    """An executor that can be measured."""
 
     @property
     def subnets(self) -> tuple[Subnet, ...]:
@@ -64,7 +64,7 @@ class Setting:
 
     Attributes:
         batch_sizes: Ascending.
-        rounds: Times that each (subnet, batch size) is run.
+        rounds: How often each (subnet, batch size) runs.
         budget_ns: Start no further round after this time, once `MIN_ROUNDS` are done; None for no limit.
     """
 
@@ -90,12 +90,12 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A profile and what it was fitted to.
+    """A profile and the measurements that it was fitted to.
 
     Attributes:
         profile: The fitted profile, of the pareto subnets.
         raw: By subnet name, as measured: least, median and p99 milliseconds by batch size.
-        dropped: Names of the subnets left out, for not being pareto on this device.
+        dropped: Names of the subnets left out because they are not pareto on this device.
     """
 
     profile: Profile
@@ -110,13 +110,13 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where a supernet is measured, and with what in it.
+    """Where a supernet is measured, and how.
 
     Attributes:
         device: "cpu", "cuda" or "cuda:<n>".
         threads: CPU threads of torch.
-        weights: A checkpoint's path, "random", or None for the one that the supernet comes with.
-        precision: What it computes in: see `gpu_worker.engines.torch_executor.Placement`.
+        weights: A checkpoint's path, "random", or None for the shipped one.
+        precision: Precision to compute in: see `gpu_worker.engines.torch_executor.Placement`.
         uses_graphs: Whether CUDA graphs are captured, as the worker does.
     """
 
@@ -134,16 +134,16 @@ def measure_supernet(
 
     Args:
         supernet: Its name: see `gpu_worker.models.kinds`.
-        subnets: A profile of it, searched or measured elsewhere: its subnets and accuracies.
+        subnets: A profile of the supernet, searched or measured elsewhere: its subnets and accuracies.
         setting: How to measure.
         device: Where.
-        name: Of the profile to be made.
+        name: Of the new profile.
         clock: Times the runs.
 
     Raises:
-        ConfigError: If the supernet or the device is not there, or the subnets are of another one.
+        ConfigError: The supernet or the device is not available, or the subnets belong to another one.
     """
-    # torch takes seconds to import: only this function needs it.
+    # torch takes seconds to import, and only this function needs it.
     from gpu_worker.engines.torch_executor import Placement, TorchExecutor  # noqa: PLC0415
     from gpu_worker.models.kinds import RANDOM, supernet_kind  # noqa: PLC0415
 
@@ -158,7 +158,7 @@ def measure_supernet(
         uses_graphs=device.uses_graphs,
     )
     hosted = [Subnet(row.name, row.control) for row in subnets.subnets]
-    # Statistics are left out: they decide answers, not how long a batch takes.
+    # Without statistics: they affect answers, not how long a batch takes.
     executor = TorchExecutor.load(supernet, hosted, weights=device.weights, placement=placement)
     executor.warm_up()
     place = torch_place(device.device, device.threads, executor.precision)
@@ -170,7 +170,7 @@ def measure_supernet(
 
 
 def thinned(profile: Profile, at_most: int | None) -> Profile:
-    """Return a profile with `at_most` of its rows, evenly spread, the first and the last among them."""
+    """Return a profile with `at_most` of its rows, evenly spread, including the first and the last."""
     if at_most is None:
         return profile
     rows = evenly(profile.n_subnets, at_most)
@@ -181,7 +181,7 @@ def save_measurement(measurement: Measurement, path: Path, subnets: str | Path) 
     """Write a profile to `path`; beside it SubnetNorm's statistics, if `subnets`, its source, has any.
 
     Args:
-        measurement: What is written.
+        measurement: What to write.
         path: The profile's file.
         subnets: The profile that was measured: a shipped one's name, or a file.
     """
@@ -203,7 +203,7 @@ def measure(
     clock: Clock,
     notes: Sequence[str] = (),
 ) -> Measurement:
-    """Measure `executor` and fit a profile called `name` to what was seen.
+    """Measure `executor` and fit a profile called `name` to the measurements.
 
     Args:
         executor: Hosts `subnets`, in that order.
@@ -216,7 +216,7 @@ def measure(
         notes: Sentences for the provenance.
 
     Raises:
-        ConfigError: If the subnets cannot make a profile.
+        ConfigError: No profile can be made of the subnets.
     """
     samples = sample(executor, setting, clock)
     median, p99 = np.median(samples, axis=0), percentile_99(samples)
@@ -263,7 +263,7 @@ def sample(executor: TimedExecutor, setting: Setting, clock: Clock) -> npt.NDArr
 
 
 def _batch(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-    """Return random queries: numbers around 0, or, of an integer type, pixels or tokens of a small range."""
+    """Return random queries: numbers around 0, or pixels or tokens in a small range for integer types."""
     if np.issubdtype(np.dtype(dtype), np.integer):
         return rng.integers(0, 2, shape).astype(dtype)
     return rng.standard_normal(shape).astype(dtype)
@@ -272,8 +272,8 @@ def _batch(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> npt.
 def percentile_99(samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Return the 99th percentile of each (subnet, batch size), for samples (rounds, subnets, sizes).
 
-    Below 100 rounds one hiccup would be a cell's whole tail; then the tail is
-    that of all cells together, as a ratio to their medians.
+    Below 100 rounds one hiccup would decide a cell's whole tail. Then the tail is that of
+    all cells together, as a ratio to their medians.
     """
     if len(samples) >= _P99_SAMPLES:
         return np.asarray(np.quantile(samples, 0.99, axis=0))
@@ -284,8 +284,8 @@ def percentile_99(samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
 def pareto_rows(latency: npt.NDArray[np.float64]) -> list[int]:
     """Return the rows worth keeping of a table (subnets by ascending accuracy, batch sizes).
 
-    A row goes if one that is more accurate is about as fast, by the geometric
-    mean over batch sizes.
+    A row is dropped if a more accurate one is about as fast, by the geometric mean over
+    batch sizes.
     """
     mean_log = np.log(latency).mean(axis=1)
     kept: list[int] = []
@@ -298,16 +298,16 @@ def pareto_rows(latency: npt.NDArray[np.float64]) -> list[int]:
 def fit(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the table made monotone along each row and then down each column.
 
-    The second pass keeps what the first one made: isotonic regression preserves order.
+    The second pass does not undo the first: isotonic regression preserves order.
     """
     along = np.stack([isotonic(row) for row in table])
     down = np.stack([isotonic(column) for column in along.T], axis=1)
-    # Means of equal pools can differ in their last bit; a profile must not.
+    # Means of equal pools can differ in the last bit; in a profile they must not.
     return np.asarray(np.maximum.accumulate(np.maximum.accumulate(down, axis=1), axis=0))
 
 
 def isotonic(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the nearest ascending values in least squares: pool adjacent violators."""
+    """Return the ascending values nearest in least squares: pool adjacent violators."""
     pools: list[tuple[float, int]] = []  # mean and number of the values pooled
     for value in values.tolist():
         mean, count = value, 1
@@ -320,7 +320,7 @@ def isotonic(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def torch_place(device: str, threads: int, precision: str = "float32") -> Place:
-    """Return what latencies of torch on this machine depend on."""
+    """Return what torch's latencies on this machine depend on."""
     import torch  # noqa: PLC0415  slow to import, and only measuring needs it
 
     if torch.device(device).type == "cuda":

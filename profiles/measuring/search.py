@@ -1,11 +1,11 @@
 """Search a supernet for its pareto subnets: accuracy up, costs down, in one run.
 
-An evolution with non-dominated survival: parents are crossed or mutated, and of parents and
-children those survive that no other beats in everything; of equals, those in emptier regions. What
-comes back is the best of all that were judged; `find_profile` makes a profile of it, for one device.
+An evolution with non-dominated survival: parents are crossed or mutated, and those parents and
+children survive that no other beats in everything; among equals, those in emptier regions. The
+result is the best of all evaluated subnets; `find_profile` makes a profile of it, for one device.
 
-Costs are properties of a subnet and not of a device, so a search is the same everywhere for one seed.
-With multiply-adds and kernels as costs, the front holds the best subnets for every device whose
+Costs belong to a subnet, not to a device, so the same seed gives the same search everywhere.
+With multiply-adds and kernels as costs, the front contains the best subnets for every device whose
 latency grows with both.
 
 Sources: the operators are those of Once for All's evolution (Cai et al., ICLR '20), the survival is
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 Genome = tuple[Any, ...]
 """All entries of a control tuple, in the order of its space."""
 
-_N_PROBES = 6  # random tuples at which it is seen what each entry touches
-_MUTATION = 0.1  # chance of an entry to change, as in Once for All; of short tuples one changes in any case
-_TRIES = 8  # mutations of a child until it is a network not seen before
-_PARENTS = 0.5  # share of the population, the best of it, that has children
+_N_PROBES = 6  # random tuples at which each entry's effect is observed
+_MUTATION = 0.1  # chance that an entry changes, as in Once for All; of short tuples at least one changes
+_TRIES = 8  # mutations of a child until it is a network that was not seen before
+_PARENTS = 0.5  # share of the population, its best part, that has children
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class SearchEffort:
     Attributes:
         population: Subnets that survive a generation.
         generations: After the first, random one.
-        seed: Of everything that is drawn.
+        seed: Of all random numbers.
     """
 
     population: int
@@ -67,12 +67,12 @@ class SearchEffort:
 
 
 class Candidate(NamedTuple):
-    """A subnet that was judged.
+    """A subnet that was evaluated.
 
     Attributes:
         control: Its control tuple, canonical.
         accuracy: Percent.
-        cost: The less of either part, the better.
+        cost: Two parts; less of either is better.
     """
 
     control: Control
@@ -81,11 +81,11 @@ class Candidate(NamedTuple):
 
 
 class Space:
-    """A supernet's control tuples, of which those that come to the same network count as one.
+    """A supernet's control tuples; tuples that make the same network count as one.
 
-    An entry may not matter: the width of a block that does not run, or a value that is rounded to
-    the same channels as another. Which ones is seen in the settings of the operators, whatever
-    the supernet's tuples mean.
+    An entry may not matter: the width of a block that does not run, or a value that rounds to the
+    same channels as another. The operators' settings show which, independently of what the
+    supernet's tuples mean.
     """
 
     def __init__(self, supernet: Supernet) -> None:
@@ -101,7 +101,7 @@ class Space:
         )
 
     def control(self, genome: Genome) -> Control:
-        """Return a genome as the supernet takes it."""
+        """Return a genome in the supernet's form."""
         values = iter(genome)
         return {key: list(itertools.islice(values, n)) for key, n in self._keys}
 
@@ -110,10 +110,10 @@ class Space:
         return tuple(itertools.chain.from_iterable(control[key] for key, _ in self._keys))
 
     def signature(self, genome: Genome) -> tuple[Any, ...]:
-        """Return what tells networks apart: the settings of every operator that runs, and None for others.
+        """Return what distinguishes networks: the settings of every operator that runs, None for others.
 
         Raises:
-            ConfigError: If an entry is out of bounds.
+            ConfigError: An entry is out of bounds.
         """
         settings = self._settings(genome)
         return tuple(
@@ -122,7 +122,7 @@ class Space:
         )
 
     def canonical(self, genome: Genome) -> Genome:
-        """Return the same network's genome with every entry that does not matter at its lowest."""
+        """Return the genome of the same network with every entry that does not matter at its lowest."""
         settings = self._settings(genome)
         running = {place for place, around in enumerate(self._around) if runs(around, settings)}
         lowered = tuple(
@@ -131,15 +131,15 @@ class Space:
                 genome, self._entries, self._same, self._touched, strict=True
             )
         )
-        # What an entry touches was only seen at a few tuples: at others it may touch more.
+        # The effect of an entry was observed at a few tuples only: at others it may have more.
         return lowered if self.signature(lowered) == self.signature(genome) else genome
 
     def random(self, rng: np.random.Generator) -> Genome:
-        """Draw each entry alike from its choices."""
+        """Draw each entry uniformly from its choices."""
         return tuple(choices[int(rng.integers(len(choices)))] for choices in self.choices)
 
     def levelled(self, rng: np.random.Generator) -> Genome:
-        """Draw a level from smallest to largest, and each entry near it: all of `random` are middling."""
+        """Draw a level from smallest to largest, and entries near it: `random` draws only middling ones."""
         near = np.clip(rng.uniform() + 0.15 * rng.standard_normal(len(self.choices)), 0, 1)
         return tuple(
             choices[min(int(at * len(choices)), len(choices) - 1)]
@@ -147,7 +147,7 @@ class Space:
         )
 
     def mutated(self, genome: Genome, rng: np.random.Generator) -> Genome:
-        """Draw some entries anew, one at least."""
+        """Draw new values for some entries, at least one."""
         is_new = rng.random(len(genome)) < _MUTATION
         is_new[int(rng.integers(len(genome)))] = True
         return tuple(
@@ -156,7 +156,7 @@ class Space:
         )
 
     def crossed(self, one: Genome, other: Genome, rng: np.random.Generator) -> Genome:
-        """Take each entry from one of two."""
+        """Take each entry from one of the two."""
         return tuple(
             pair[side]
             for *pair, side in zip(one, other, rng.integers(2, size=len(one)).tolist(), strict=True)
@@ -172,7 +172,7 @@ class Space:
         return self._supernet.settings_of(Subnet("candidate", self.control(genome)))
 
     def _probe(self) -> tuple[list[frozenset[int]], list[dict[Any, Any]]]:
-        """Return for each entry the settings that it touches, and for each choice the lowest alike."""
+        """Return for each entry the settings that it affects, and for each choice the lowest equivalent."""
         rng = np.random.default_rng(0)
         probes = [*self.ends]
         probes += [self.genome(self._supernet.controls.space.random(rng)) for _ in range(_N_PROBES)]
@@ -205,22 +205,22 @@ class Space:
 
 
 class _Judged:
-    """Every network that was judged, once."""
+    """Every network that was evaluated, once."""
 
     def __init__(
         self, space: Space, accuracy: Callable[[Sequence[Control]], Floats], cost: Callable[[Control], Cost]
     ) -> None:
         self._space, self._accuracy, self._cost = space, accuracy, cost
-        self._seen: set[tuple[Any, ...]] = set()  # only asked for membership: its order means nothing
+        self._seen: set[tuple[Any, ...]] = set()  # for membership only: its order has no meaning
         self.genomes: list[Genome] = []
         self.candidates: list[Candidate] = []
 
     def has(self, genome: Genome) -> bool:
-        """Tell whether a genome's network was judged."""
+        """Return whether a genome's network was evaluated."""
         return self._space.signature(genome) in self._seen
 
     def add(self, genomes: Sequence[Genome]) -> list[int]:
-        """Judge those that are new; return their numbers."""
+        """Evaluate the new ones; return their numbers."""
         fresh = []
         for genome in genomes:
             signature = self._space.signature(genome)
@@ -240,18 +240,18 @@ class _Judged:
         return list(range(first, len(self.candidates)))
 
     def points(self, numbers: Sequence[int]) -> Floats:
-        """Return (n, objectives), each the less the better."""
+        """Return (n, objectives); lower is better."""
         chosen = (self.candidates[number] for number in numbers)
         return np.array([(-accuracy, *cost) for _, accuracy, cost in chosen])
 
 
 class Front(NamedTuple):
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         candidates: Those that no other beats in everything, by ascending accuracy.
-        others: Of the others, the space's smallest and largest, and the next best.
-        n_judged: Different networks that were judged.
+        others: Of the rest, the space's smallest and largest, and the next best.
+        n_judged: Different networks that were evaluated.
     """
 
     candidates: list[Candidate]
@@ -273,9 +273,9 @@ def search(
         accuracy: Percent of each control tuple, higher is better.
         cost: Of a control tuple, lower is better.
         effort: How far; one seed gives one result.
-        on_generation: Told how many generations are done, of how many.
+        on_generation: Receives how many generations are done, and of how many.
 
-    The smallest and the largest subnet are always judged.
+    The smallest and the largest subnet are always evaluated.
     """
     rng = np.random.default_rng(effort.seed)
     judged = _Judged(space, accuracy, cost)
@@ -293,7 +293,7 @@ def search(
         on_generation(generation + 1, effort.generations)
     points = judged.points(range(len(judged.candidates)))
     best = non_dominated(points)
-    ends = range(len(space.ends))  # they were judged first
+    ends = range(len(space.ends))  # they were evaluated first
     near = dict.fromkeys([*ends, *survivors(points, len(best) + effort.population)])
     return Front(
         sorted((judged.candidates[i] for i in best), key=lambda one: (one.accuracy, one.cost)),
@@ -305,7 +305,7 @@ def search(
 def _children(
     space: Space, judged: _Judged, parents: Sequence[Genome], n: int, rng: np.random.Generator
 ) -> list[Genome]:
-    """Return new ones, half mutated and half crossed; fewer than `n` where few are left to find."""
+    """Return new genomes, half mutated and half crossed; fewer than `n` if few are left to find."""
     children = []
     for number in range(n):
         one, other = (parents[int(i)] for i in rng.integers(len(parents), size=2))
@@ -319,12 +319,12 @@ def _children(
 
 
 def non_dominated(points: Floats) -> list[int]:
-    """Return the rows, ascending, to which no other row is as low everywhere and lower somewhere.
+    """Return the rows, ascending, for which no other row is as low everywhere and lower somewhere.
 
     Of equal rows the first is kept.
     """
     kept: list[int] = []
-    # Sorted so, a row can only be dominated by one before it.
+    # In this order a row can only be dominated by one before it.
     for row in np.lexsort(points.T[::-1]).tolist():
         if not kept or not (points[kept] <= points[row]).all(axis=1).any():
             kept.append(row)
@@ -332,7 +332,7 @@ def non_dominated(points: Floats) -> list[int]:
 
 
 def survivors(points: Floats, n: int) -> list[int]:
-    """Return `n` rows, the best first: front by front, and in each front the most apart first."""
+    """Return `n` rows, the best first: front by front, and in each front the most isolated first."""
     left = list(range(len(points)))
     chosen: list[int] = []
     while left and len(chosen) < n:

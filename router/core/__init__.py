@@ -1,24 +1,24 @@
 """RouterCore: events in, actions out. No socket, clock, log, thread or hidden randomness.
 
-A host gives it every event with the instant at which it was handled, and, once it has
-drained its sockets, calls `advance`, which expires, judges and dispatches, and returns
-what to do. The live router, the simulator and the replay of a recorded log are such
-hosts. Given the same calls it returns the same actions.
+A host calls `handle` with each event and the instant at which it was handled. Once it has drained
+its sockets it calls `advance`, which expires, judges and dispatches, and returns the actions to
+carry out. The live router, the simulator and the replay of a recorded log are such hosts. The
+same calls always return the same actions.
 
 Its parts, each of which imports only those above it:
 
     events, settings          what goes in and out; the numbers
     edf, lanes, estimates     the queue; quantiles of what was measured
-    workers                   processes and GPUs: states, credit, slowdown; a batch that is out
+    workers                   processes and GPUs: states, credit, slowdown; a batch in flight
     model                     what belongs to a model: queue, demand, profiles and policies
     ledger                    every query from its arrival to its end: counts, batches, answers
     slack                     the formulas: when a batch can begin, what it takes, the way back
     admission     (ledger)    clients, and which of their queries may wait
-    fleet         (ledger)    workers come, report, fall silent and overrun
+    fleet         (ledger)    workers join, report, fall silent and overrun
     dispatch      (both)      what is refused at the head, and which batch goes to which worker
 
 Clients' events go to admission, workers' to the fleet; `advance` lets the fleet judge and then the
-dispatcher decide. All they have to say goes through the ledger, which ends each query exactly once.
+dispatcher decide. All their results go through the ledger, which ends each query exactly once.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ if TYPE_CHECKING:
 
 
 class RouterCore:
-    """Hands events to its parts, has them decide, and returns what is to be done.
+    """Passes events to its parts, lets them decide, and returns the actions to carry out.
 
     Args:
         make_policy: Builds the policy for a worker's profile; called once per distinct profile.
         settings: The numbers.
-        ledger: Builds this part; tests put broken ones in its place.
+        ledger: Builds this part; tests pass broken ones instead.
         admission: Builds this part.
         fleet: Builds this part.
         dispatcher: Builds this part.
@@ -103,17 +103,17 @@ class RouterCore:
         }
 
     def handle(self, event: Event, now_ns: int) -> None:
-        """Take one event into account. Nothing is decided until `advance`."""
+        """Take one event. Nothing is decided until `advance`."""
         self._handlers[type(event)](event, now_ns)
 
     def advance(self, now_ns: int) -> list[Action]:
-        """Expire, judge and dispatch as of `now_ns`; return everything that is to be done."""
+        """Expire, judge and dispatch as of `now_ns`; return all actions to carry out."""
         self.fleet.judge(now_ns)
         self.dispatcher.decide(now_ns)
         return self.ledger.take_actions()
 
     def next_wake_ns(self) -> int | None:
-        """Return the instant at which `advance` has something to do without any event."""
+        """Return the instant at which `advance` has something to do, even without an event."""
         judge_ns = self.fleet.next_wake_ns()
         decide_ns = self.dispatcher.next_wake_ns()
         if judge_ns is None or decide_ns is None:
@@ -129,10 +129,10 @@ class RouterCore:
         is_first = self.model.reference is None
         self.fleet.joined(event, now_ns)
         if is_first:
-            # Only now can floors become rows of a profile, and only then is it known which lane is whose.
+            # Floors become rows of a profile, and lanes need floors: neither was possible before.
             self.admission.floor_waiting()
             self.model.show_demand()
-            self.fleet.refresh()  # the demand is to know the capacity
+            self.fleet.refresh()  # sets the capacity of the demand that was just made
 
     # --- what hosts and reports read --------------------------------------------------------
 
@@ -148,7 +148,7 @@ class RouterCore:
 
     @property
     def in_flight(self) -> int:
-        """Queries that are out in batches."""
+        """Queries that are in dispatched batches."""
         return self.ledger.in_flight
 
     @property
@@ -208,7 +208,7 @@ class RouterCore:
 
     @property
     def n_stale(self) -> int:
-        """Reports of workers that counted for nothing."""
+        """Reports of workers that were ignored as stale."""
         return self.fleet.n_stale
 
     @property

@@ -1,4 +1,4 @@
-"""Admission: who is connected, and which of the queries that arrive may wait."""
+"""Admission: which clients are connected, and which of the queries that arrive may wait."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from superserve.wire import Queries
 
 _SAMPLE_EVERY_NS = MS
-"""The way of all clients together is sampled at most this often."""
+"""The transit of all clients is sampled at most this often: one bad moment must not fill the window."""
 
 
 class Admission:
-    """Takes events of clients into account.
+    """Handles events of clients.
 
     Args:
-        ledger: Where queries are entered.
+        ledger: Where queries are counted and ended.
         settings: The bounds.
 
     Attributes:
-        clients: Who is connected, by connection.
+        clients: The connected clients, by connection.
         draining: Whether new queries are refused.
     """
 
@@ -57,10 +57,10 @@ class Admission:
     # --- clients ----------------------------------------------------------------------------
 
     def client_joined(self, event: ClientJoined, now_ns: int) -> None:
-        """Register a client, or let one that is known go on over a new connection."""
+        """Register a client, or move a known session to a new connection."""
         before = self.clients.get(event.client)
         if before is not None and before.session != event.session:
-            # A connection's name came back with another application behind it: it must not get the answers.
+            # Another application now has this routing id: it must not get the old one's answers.
             self.client_left(ClientLeft(event.client), now_ns)
         client = self._sessions.get(event.session)
         if client is None:
@@ -68,12 +68,13 @@ class Admission:
             client = ClientState(event.client, event.session, self._client_serial, self._transits)
             self._sessions[event.session] = client
         elif client.key is not None:
+            # Its old connection is dead, or replaced.
             self.clients.pop(client.key, None)
         client.key = event.client
         self.clients[event.client] = client
 
     def client_left(self, event: ClientLeft, _now_ns: int) -> None:
-        """Forget a client and what it has in the queue."""
+        """Forget a client and end its queued queries."""
         client = self.clients.pop(event.client, None)
         if client is None:
             return
@@ -82,7 +83,7 @@ class Admission:
         self._ledger.abandon(client)
 
     def cancel_asked(self, event: CancelAsked, now_ns: int) -> None:
-        """End the queries that a client has lost interest in; ids that are not known are ignored."""
+        """End the queries that a client cancels; unknown ids are ignored."""
         client = self.clients.get(event.client)
         if client is None:
             return
@@ -100,6 +101,7 @@ class Admission:
     def queries_arrived(self, event: QueriesArrived, now_ns: int) -> None:
         """Queue a message's queries, or refuse them."""
         client, queries = self.clients[event.client], event.queries
+        # A client's slack counts from sending, so the time under way, buffers included, is used up.
         base_ns = now_ns - event.transit_ns
         if client.sample_transit(event.transit_ns, now_ns) and now_ns - self._sampled_ns >= _SAMPLE_EVERY_NS:
             self._sampled_ns = now_ns
@@ -119,7 +121,7 @@ class Admission:
             self._admit(client, cohort, [(0, queries.n)])
 
     def _unknown(self, client: ClientState, cohort: Cohort) -> list[tuple[int, int]]:
-        """Return the stretches of what the client sends again that are not on their way to an answer."""
+        """Return the stretches of a resubmission that are not already queued or in flight."""
         ids = _ids(cohort.message)
         known = np.zeros(len(ids), dtype=bool)
         for other in client.cohorts.values():
@@ -127,12 +129,13 @@ class Admission:
             known |= np.isin(ids, _ids(other.message)[waiting])
         cohort.live = int((~known).sum())
         for i in np.flatnonzero(known).tolist():
-            cohort.states[i] = ANSWERED  # of this copy: the first one's end is the query's
+            cohort.states[i] = ANSWERED  # this copy: the query ends with its first copy
         return list(state_stretches(cohort, 0, len(cohort.states), QUEUED))
 
     def _admit(self, client: ClientState, cohort: Cohort, stretches: list[tuple[int, int]]) -> None:
         ledger, queries = self._ledger, cohort.message
         n_bytes = queries.n_bytes()
+        # Before any query is refused: received must never be less than answered.
         ledger.receive(cohort.live, n_bytes)
         refusal = self._refusal(queries, n_bytes)
         if refusal is not None:
@@ -145,6 +148,7 @@ class Admission:
             self._admit_stretch(cohort, lo, hi)
 
     def _admit_stretch(self, cohort: Cohort, lo: int, hi: int) -> None:
+        # Checked for each message, not for each query: only a message that crosses the bound is split.
         bound, queue, ledger = self._settings.max_queries, self._model.queue, self._ledger
         end = min(hi, lo + max(0, bound - len(queue) - ledger.in_flight))
         if end > lo:
@@ -158,7 +162,7 @@ class Admission:
             ledger.refuse(cohort, end, hi, Status.OVERLOADED, reason)
 
     def _push_open(self, cohort: Cohort, lo: int, hi: int) -> None:
-        """Queue what `_floors` left open; a floor that no subnet reaches was refused there."""
+        """Queue what `_floors` left QUEUED; it has refused queries whose floor no subnet reaches."""
         for start, end in tuple(state_stretches(cohort, lo, hi, QUEUED)):
             self._model.queue.push(cohort, start, end)
 
@@ -178,7 +182,7 @@ class Admission:
     # --- floors -----------------------------------------------------------------------------
 
     def _floors(self, cohort: Cohort, lo: int, hi: int) -> list[int] | None:
-        """Turn accuracies asked for into profile rows; refuse those that no subnet reaches."""
+        """Turn requested accuracies into profile rows; refuse those that no subnet reaches."""
         column = cohort.message.min_accuracy
         profile = self._model.reference
         if column is None or profile is None:
@@ -197,7 +201,7 @@ class Admission:
         return floors if any(floors) else cohort.floors
 
     def floor_waiting(self) -> None:
-        """Give queries that came before the first profile the floors that they asked for."""
+        """Give queries that arrived before the first profile their floors."""
         for client in self._sessions.values():
             for cohort in tuple(client.cohorts.values()):
                 live = cohort.live

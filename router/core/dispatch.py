@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from router.core.slack import Slack
 
 Head = tuple[int, "Cohort", int]
-"""The earliest query: its deadline, its cohort and its place in that."""
+"""The earliest query: its deadline, its cohort and its index there."""
 
 _MAX_RIVALS = 8
-"""Workers asked about one head, at most, after the first was too slow for it."""
+"""Most workers asked about one head, after the first was too slow for it: a bound on one decision."""
 
 
 class Dispatcher:
-    """Decides: what expires, what is refused, and which batch goes where.
+    """Decides what expires, what is refused, and which batch goes to which worker.
 
     Args:
         ledger: Where queries are dispatched and refused.
-        fleet: Who can take them.
+        fleet: The workers.
         slack: The formulas.
     """
 
@@ -46,26 +46,27 @@ class Dispatcher:
         self._awaited: Worker | None = None
         self._awaited_until_ns = 0
         self._soonest_ns: dict[int, int] = {}
-        # Overwritten for each decision, so that none has to make objects.
+        # Reused for each decision, so that none allocates.
         self._queue_view = QueueView(0, 0, 0)
         self._worker_view = WorkerView(0, 0, 1.0)
 
     def decide(self, now_ns: int) -> None:
-        """Refuse what is doomed, and give work to the workers that are about to be free."""
+        """Refuse what cannot be served, and give work to the workers that are about to be free."""
         self._refuse_doomed(now_ns)
         self._awaited = None
         if self._model.queue:
             self._dispatch(now_ns)
 
     def next_wake_ns(self) -> int | None:
-        """Return the instant at which `decide` has something to do without any event."""
+        """Return the instant at which `decide` has something to do, even without an event."""
         head = self._model.queue.head()
         if head is None:
             return None
-        wake_ns = head[0] - self._fleet.quickest_ns + 1  # doomed from then on
+        wake_ns = head[0] - self._fleet.quickest_ns + 1  # from then on nothing can serve it in time
         worker = self._awaited
         if worker is None:
             worker = self._fleet.first_free()
+        # From then on the awaited worker is too late for the head as well: decide again.
         elif self._awaited_until_ns < wake_ns:
             wake_ns = self._awaited_until_ns
         if worker is not None and worker.may_take:
@@ -73,7 +74,7 @@ class Dispatcher:
         return wake_ns
 
     def _refuse_doomed(self, now_ns: int) -> None:
-        """End what no subnet can serve in time any more, even alone, even at once."""
+        """End the queries that no subnet can serve in time any more, even alone and at once."""
         queue, ledger, quickest_ns = self._model.queue, self._ledger, self._fleet.quickest_ns
         head = queue.head()
         if head is None or head[0] >= now_ns + quickest_ns:
@@ -81,7 +82,7 @@ class Dispatcher:
         for cohort, lo, hi in queue.take_before(now_ns + quickest_ns):
             expired = bisect_left(cohort.deadlines_ns, now_ns, lo, hi)
             if cohort.arrived_ns == now_ns:
-                expired = lo  # it did not expire in the queue: it came too late
+                expired = lo  # its deadline passed before it arrived, not in the queue: INFEASIBLE
             if expired > lo:
                 waited = "" if self._fleet.peers else "; no worker is connected"
                 reason = f"the deadline passed in the queue{waited}"
@@ -91,10 +92,10 @@ class Dispatcher:
                 reason = f"slack {slack_ms:.2f} ms; the quickest answer takes {quickest_ns / MS:.2f} ms"
                 ledger.refuse(cohort, expired, hi, Status.INFEASIBLE, reason, now_ns)
 
-    # --- who gets the head --------------------------------------------------------------------
+    # --- which worker gets the head -----------------------------------------------------------
 
     def _dispatch(self, now_ns: int) -> None:
-        """Give work to workers that are about to be free, earliest-free first."""
+        """Give work to workers that are about to be free, the earliest-free first."""
         model, fleet, slack = self._model, self._fleet, self._slack
         self._soonest_ns.clear()
         while model.queue and self._awaited is None:
@@ -106,7 +107,7 @@ class Dispatcher:
             self._serve(head, worker, now_ns)
 
     def _serve(self, head: Head, first: Worker, now_ns: int) -> None:
-        """Give the head to the first free worker; if that is too slow for it, to another, or wait for one."""
+        """Give the head to the first free worker; if that is too slow, to another, or wait for one."""
         slack = self._slack
         worker, passed = first, []
         while True:
@@ -123,6 +124,7 @@ class Dispatcher:
                 self._refuse_head(first, head, now_ns)
                 return
             if not rival.may_take or slack.decide_ns(rival) > now_ns:
+                # The whole queue waits with the head: a later query on the free worker would break EDF order.
                 self._awaited = rival
                 self._awaited_until_ns = (
                     self._leave_ns(head) - slack.alone_and_back_ns(rival, _floor(head)) + 1
@@ -131,13 +133,13 @@ class Dispatcher:
             worker = rival
 
     def _rival(self, head: Head, passed: list[Worker], now_ns: int) -> Worker | None:
-        """Return the earliest-free worker not asked yet that could meet the head's deadline, busy or not."""
+        """Return the earliest-free worker not asked yet that could meet the head's deadline, even if busy."""
         fleet, slack = self._fleet, self._slack
         if not fleet.is_uneven or len(passed) > _MAX_RIVALS:
-            return None  # in an even cluster the rest is free later and no quicker
+            return None  # in an even cluster the others are free later and no faster
         floor, limit_ns = _floor(head), self._leave_ns(head)
         if self._soonest_ns.get(floor, limit_ns) > limit_ns:
-            return None  # all were looked at in this pass, for a head with as much time
+            return None  # a scan in this pass found none, for a head with as much time
         best, soonest_ns = None, limit_ns + 1
         for worker in fleet.workers():
             if worker.machine.state is WorkerState.READY and worker.peer.machine.state is PeerState.LIVE:
@@ -150,13 +152,13 @@ class Dispatcher:
         return best
 
     def _leave_ns(self, head: Head) -> int:
-        """When the head's answer must leave the router."""
+        """Return when the head's answer must leave the router."""
         return self._slack.leave_ns(head[0], head[1].client)
 
-    # --- what the policy says -----------------------------------------------------------------
+    # --- asking the policy --------------------------------------------------------------------
 
     def _choose(self, worker: Worker, head: Head, now_ns: int) -> Choice | Shed | None:
-        """Ask the policy, with this worker's own corrections applied to its answer."""
+        """Ask the policy, and apply this worker's corrections to its answer."""
         deadline_ns, cohort, _ = head
         model, slack = self._model, self._slack
         queue, view = self._queue_view, self._worker_view
@@ -166,13 +168,13 @@ class Dispatcher:
         if model.demand is not None:
             model.demand.settle(now_ns)
             queue.demand = model.demand
-            assert isinstance(model.queue, LaneQueue), "with demand comes a queue in lanes"
+            assert isinstance(model.queue, LaneQueue), "with demand the queue is in lanes"
             queue.outranks = model.queue.outranks()
         view.free_at_ns = slack.begin_ns(worker, now_ns)
         view.allowance_ns = slack.way_back_ns(worker, cohort.client)
         choice = self._corrected_choice(worker, now_ns)
         if choice is None:
-            # Nothing leaves room for a bad day on the way: then the usual way must do.
+            # Nothing leaves room for the worst transport: try the usual one, which is better than to refuse.
             view.allowance_ns = slack.usual_way_back_ns(worker, cohort.client)
             choice = self._corrected_choice(worker, now_ns)
         return choice
@@ -180,6 +182,8 @@ class Dispatcher:
     def _corrected_choice(self, worker: Worker, now_ns: int) -> Choice | Shed | None:
         queue, view = self._queue_view, self._worker_view
         view.slowdown = worker.slowdown if abs(worker.slowdown - 1.0) > 0.05 else 1.0
+        # The policy sees one slowdown, but subnets differ. If the chosen subnet is slower here and the batch
+        # does not fit, ask again with its ratio. Three times at most: a decision must end.
         for _ in range(3):
             choice = worker.policy.choose(queue, view, now_ns)
             if (
@@ -194,11 +198,11 @@ class Dispatcher:
         return choice
 
     def _shed(self, shed: Shed, now_ns: int) -> None:
-        """Refuse what the policy gives up for the others."""
+        """Refuse what the policy sheds."""
         queue = self._model.queue
         assert isinstance(queue, LaneQueue), "only a policy that sees demand may shed"
         stretches = queue.shed(shed.before_ns, shed.n)
-        assert stretches, "what a policy sheds is in the queue: its head, or of a class below"
+        assert stretches, "what a policy sheds is in the queue: its head's class, or one below"
         for cohort, lo, hi in stretches:
             slack_ms = (cohort.deadlines_ns[lo] - now_ns) / MS
             reason = f"slack {slack_ms:.2f} ms: more queries wait than the smallest subnet serves in time"
@@ -207,13 +211,14 @@ class Dispatcher:
     # --- how the head ends --------------------------------------------------------------------
 
     def _refuse_head(self, worker: Worker, head: Head, now_ns: int) -> None:
-        """Refuse the head, and with it all that not even the smallest subnet alone would answer in time.
+        """Refuse the head, and all queries that even the smallest subnet alone would answer too late.
 
-        Many at once: under overload a refusal must cost less than an answer.
+        Many at once: in overload a refusal must cost less than an answer.
         """
         queue = self._model.queue
         view = self._worker_view  # as the policy last saw it
         client_ns: int = head[1].client.return_ns
+        # Without the way to the head's client: below, each query's own client counts.
         limit_ns = view.free_at_ns + view.allowance_ns - client_ns + self._slack.alone_ns(worker, 0)
         if head[0] >= limit_ns + client_ns:
             taken, _ = queue.take(1, worker.profile.n_subnets)
@@ -223,7 +228,7 @@ class Dispatcher:
             cut = bisect_left(cohort.deadlines_ns, limit_ns + cohort.client.return_ns, lo, hi)
             if cut > lo:
                 self._refuse_infeasible(worker, cohort, lo, cut, now_ns)
-            if cut < hi:  # nearer than the head's client: an answer may still reach it
+            if cut < hi:  # its client is nearer than the head's: an answer may still be in time
                 queue.push(cohort, cut, hi)
 
     def _refuse_infeasible(self, worker: Worker, cohort: Cohort, lo: int, hi: int, now_ns: int) -> None:
@@ -243,7 +248,7 @@ class Dispatcher:
         stretches, n = self._model.queue.take(choice.batch_size, subnet)
         assert n > 0, f"policy {worker.policy.name} chose subnet {subnet} below the head's floor"
         if len(stretches) > 2 and any(s[0].client is not stretches[0][0].client for s in stretches):
-            # Side by side in the batch, a client's queries are answered as one group.
+            # With a client's queries adjacent in the batch, they are answered as one group.
             stretches.sort(key=_client_serial)
         batch = Batch(
             batch_id=ledger.n_batches + 1,

@@ -2,9 +2,9 @@
 
 A *cohort* is what one QUERIES message brought: columns of ids, deadlines and payloads,
 and a state byte for each query. The heap does not hold queries but *runs*: stretches of
-a cohort whose deadlines ascend. Taking the earliest k queries bisects the first run up
-to the head of the next one, so that the order is exactly earliest deadline first while
-the usual cost is one heap operation a stretch.
+a cohort whose deadlines ascend. Taking the earliest k queries bisects the first run at
+the head of the next one. So the order is exactly earliest deadline first, and the usual
+cost is one heap operation for a stretch.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ Stretch = tuple["Cohort", int, int]
 
 
 class Cohort:
-    """The queries of one QUERIES message. Exempt from frozen dataclasses: this is the hot path.
+    """The queries of one QUERIES message. Not a frozen dataclass: this is the hot path.
 
     Attributes:
         serial: Number of this cohort on this router, ascending.
-        client: Who sent it, and gets its answers.
+        client: The client that sent it and gets its answers.
         deadlines_ns: Instants on the router's clock, as the client ordered them, length n.
-        base_ns: Deadline minus the slack the client sent: the instant of sending.
+        base_ns: Deadline minus the slack that the client sent: the instant of sending.
         floors: Smallest profile row allowed for each query; None if any row will do.
-        classes: Priority class of each query, as the wire has them; None if all are of class 0.
+        classes: Priority class of each query, as on the wire; None if all are of class 0.
         states: One byte a query: QUEUED, DISPATCHED or ANSWERED.
         live: Queries not answered yet.
         n_bytes: Payload bytes, released when `live` reaches 0.
-        message: What the server needs to send it on (ids, slacks, payloads); opaque here.
+        message: What the server needs to forward it (ids, slacks, payloads); opaque here.
         holders: Once any query was dispatched a second time: index -> the batch that
-            holds it now, None while it is queued; absent means its first batch.
-        losses: index -> batches lost under it.
+            holds it now, None while it is queued; no entry means its first batch.
+        losses: index -> batches lost with it.
     """
 
     __slots__ = (
@@ -110,6 +110,7 @@ class EdfQueue:
             self._seq += 1
             heappush(self._heap, (deadlines[lo], self._seq, cohort, lo, hi))
             return
+        # A C sort of a sorted list is one pass, and most messages have one SLO: quicker than a loop to check.
         stretch = deadlines if hi - lo == len(deadlines) else deadlines[lo:hi]
         if stretch == sorted(stretch):
             self._seq += 1
@@ -120,13 +121,14 @@ class EdfQueue:
             heappush(self._heap, (deadlines[start], self._seq, cohort, start, end))
 
     def forget(self, cohort: Cohort, lo: int, hi: int) -> None:  # noqa: ARG002 - lanes look at it
-        """Deduct queries lo to hi, whose states leave QUEUED from outside; the heap sheds them later."""
+        """Deduct queries lo to hi, which leave QUEUED from outside; their heap entries go when reached."""
         self._length -= hi - lo
 
     def head(self) -> tuple[int, Cohort, int] | None:
         """Return (deadline, cohort, index) of the earliest query, or None if there is none."""
         heap = self._heap
         while heap:
+            # Cancelled and refused queries leave the heap only here: searching for them would cost more.
             deadline, seq, cohort, lo, hi = heap[0]
             if cohort.states[lo] == QUEUED:
                 return deadline, cohort, lo
@@ -141,13 +143,13 @@ class EdfQueue:
         """Remove at most `k` earliest queries; stop before one whose floor lies above `subnet`.
 
         Args:
-            k: How many, at most.
-            subnet: The row that is to serve them.
-            until_ns: Take none that is due later; None if any will do.
+            k: How many at most.
+            subnet: The row that will serve them.
+            until_ns: Take none that is due later; None for no limit.
 
         Returns:
-            The stretches in order of deadline, and how many queries they hold.
-            Their states are still QUEUED: the caller says what becomes of them.
+            The stretches in order of deadline, and the number of their queries.
+            Their states are still QUEUED: the caller changes them.
         """
         taken: list[Stretch] = []
         n = 0
@@ -156,20 +158,23 @@ class EdfQueue:
             if until_ns is not None and head[0] > until_ns:
                 break
             _, seq, cohort, lo, hi = heap[0]
-            if hi - lo == 1:  # a message of its own: nothing to cut
+            if hi - lo == 1:  # a single query: nothing to cut
                 if cohort.floors is not None and cohort.floors[lo] > subnet:
                     break
                 heappop(heap)
                 taken.append((cohort, lo, hi))
                 n += 1
                 continue
+            # Up to the next run's head, which comes first from there on; of equal deadlines, the older run.
             end = min(hi, lo + k - n)
             if len(heap) > 1:
+                # The second smallest entry of a heap is one of the first one's two children.
                 rival, rival_seq, *_ = heap[1] if len(heap) == 2 else min(heap[1], heap[2])
                 cut = bisect_right if seq < rival_seq else bisect_left
                 end = cut(cohort.deadlines_ns, rival, lo + 1, end) if end > lo + 1 else end
             if until_ns is not None:
                 end = bisect_right(cohort.deadlines_ns, until_ns, lo, end)
+            # Stop before a query that has left QUEUED meanwhile, such as a cancelled one; `head` skips it.
             end = cohort.states.find(DISPATCHED, lo, end) if DISPATCHED in cohort.states[lo:end] else end
             end = cohort.states.find(ANSWERED, lo, end) if ANSWERED in cohort.states[lo:end] else end
             stop = _floor_stop(cohort.floors, lo, end, subnet)

@@ -1,27 +1,27 @@
-"""Estimates that the core keeps of its peers: integer arithmetic, no clock of its own."""
+"""Estimates that the core keeps of its peers: integer arithmetic, no clock."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
 
-_FRESH = 8
+_FRESH = 8  # values that gather before the window is updated
 
 # Ten batches of a GPU that becomes 1.5 times slower, on three of six subnets: 1.46 of each of these, 1.30 of
 # the others; of one subnet 3 times slower beside one as profiled, in turn: 2.7 and 1.13.
 _GAIN, _GAIN_OF_SUBNET, _SHARED = 1 / 8, 1 / 6, 1 / 32
-"""Exponents: how far the GPU and the subnet move to a measurement, and what the GPU takes over of it."""
-_FAR = 1.6
-_LEAST, _MOST = 0.25, 16.0
+"""Exponents: how far the GPU and the subnet move to a measurement, and how much of it the GPU takes over."""
+_FAR = 1.6  # a batch counts as at most this many times the estimate: a longer one is a stall of the process
+_LEAST, _MOST = 0.25, 16.0  # bounds of a ratio, whatever a worker reports
 _AS_PROFILED = 1.001
-"""A slowdown below this is none: easing goes on for ever otherwise."""
+"""A slowdown below this counts as none, so that easing ends."""
 
 
 class WindowedMin:
     """The least value seen within the last `window_ns`, in O(1) amortised.
 
-    Keeps at most one value a 64th of the window, so that no peer's stamps can make it grow:
-    a value may be forgotten that much early.
+    Keeps at most one value per 64th of the window, so that a peer's stamps cannot make it grow:
+    a value may be forgotten that much too early.
 
     Source: the ascending-minima deque; as a base delay for one-way queueing, LEDBAT (RFC 6817).
     """
@@ -34,7 +34,7 @@ class WindowedMin:
         self._minima: deque[tuple[int, int]] = deque()
 
     def add(self, value: int, now_ns: int) -> int:
-        """Record `value` at `now_ns` and return the least of the window."""
+        """Record `value` at `now_ns` and return the minimum of the window."""
         minima = self._minima
         while minima and minima[-1][1] >= value:
             minima.pop()
@@ -48,14 +48,14 @@ class WindowedMin:
 class RecentQuantiles:
     """The median and the 99th percentile of the last `window` durations.
 
-    A percentile, not a mean with deviations: one stall says nothing about the next message,
-    and with a smoothed deviation it would hold every batch back for as long as it takes to decay.
+    A percentile, not a mean with deviations: one stall does not predict the next message, and a
+    smoothed deviation would hold back every batch until it has decayed.
 
-    Most values are never asked about: they are taken into account together, when somebody
-    asks for the percentile, or `_FRESH` of them are there.
+    Most values are never read: they are sorted in together, when the percentile is read or `_FRESH`
+    of them have gathered.
 
     Attributes:
-        median_ns: The middle of the window; the last few values may be missing in it.
+        median_ns: The middle of the window; may lack the last few values.
     """
 
     __slots__ = ("_bound_ns", "_fresh", "_recent", "_sorted", "_window", "median_ns")
@@ -72,17 +72,17 @@ class RecentQuantiles:
         return len(self._recent) + len(self._fresh)
 
     def add(self, value_ns: int) -> None:
-        """Take one measurement into account, and forget the oldest of a full window.
+        """Add one measurement, and forget the oldest of a full window.
 
-        One far above all others counts as twice the 99th percentile and a millisecond: while
-        the window holds fewer than 100, that percentile is the largest.
+        One far above all others counts as twice the 99th percentile plus a millisecond: while
+        the window holds fewer than 100, that percentile is the maximum.
         """
         self._fresh.append(value_ns)
         if len(self._fresh) >= _FRESH:
             self._settle()
 
     def fade(self, value_ns: int) -> None:
-        """Forget the older quarter and note `value_ns`: what nothing confirms any more counts ever less."""
+        """Forget the older quarter and add `value_ns`: unconfirmed measurements count less and less."""
         self._settle()
         if len(self._recent) < 4 and self._sorted[-1] <= value_ns:
             return  # nothing is left to forget
@@ -91,7 +91,7 @@ class RecentQuantiles:
         self.add(value_ns)
 
     def bound_ns(self) -> int:
-        """Return the 99th percentile: what a careful decision allows for."""
+        """Return the 99th percentile: the allowance of a careful decision."""
         if self._fresh:
             self._settle()
         return self._bound_ns
@@ -116,17 +116,17 @@ class RecentQuantiles:
 
 
 class Correction:
-    """By how much one GPU is slower than its profile: as a whole, and by subnet.
+    """How much slower one GPU is than its profile: as a whole, and by subnet.
 
-    A subnet's ratio is the GPU's times what that subnet differs by. Each measurement moves both towards it,
-    and a little of what the subnet differs by becomes the GPU's. So a subnet that has not been measured, or
-    not lately, follows the GPU: a device that throttles is slow on all of them.
+    A subnet's ratio is the GPU's times the subnet's own difference. Each measurement moves both towards it,
+    and a small part of the subnet's difference becomes the GPU's. So a subnet without recent measurements
+    follows the GPU: a device that throttles is slow on all of them.
 
     A ratio far above the estimate counts as `_FAR` times the estimate: a stall of the process is no property
-    of the device, and must not refuse queries that fit. What lasts is followed all the same.
+    of the device, and must not refuse queries that fit. A lasting slowdown is followed all the same.
 
     Attributes:
-        overall: Measured over profiled latency of the GPU as a whole; 1.0 is as profiled.
+        overall: Measured over profiled latency of the whole GPU; 1.0 means as profiled.
     """
 
     __slots__ = ("_differs", "_is_slow", "_n", "overall")
@@ -143,7 +143,7 @@ class Correction:
         return ratio if _LEAST <= ratio <= _MOST else _bounded(ratio)
 
     def measure(self, subnet: int, ratio: float) -> None:
-        """Take the ratio of one batch into account."""
+        """Add the ratio of one batch."""
         self._n += 1
         if ratio > _AS_PROFILED:
             self._is_slow = True
@@ -157,12 +157,12 @@ class Correction:
         differs = self._differs[subnet] * step**_GAIN_OF_SUBNET
         shared = differs**_SHARED
         self._differs[subnet] = differs / shared
-        # The first measurements weigh more: at the start nothing is known of this device.
+        # The first measurements weigh more: nothing is known yet about this device.
         overall = self.overall * shared * step ** max(_GAIN, 0.5 / self._n)
         self.overall = _bounded(overall)
 
     def ease(self) -> None:
-        """Move what is slow an eighth of the way back to 1."""
+        """Move each slowdown an eighth of the way back to 1."""
         if not self._is_slow:
             return
         self.overall -= max(0.0, self.overall - 1.0) / 8
@@ -177,11 +177,11 @@ def _bounded(ratio: float) -> float:
 
 
 class TransitClock:
-    """How much longer than the quickest a peer's stamped message was under way.
+    """How much longer than the quickest one a peer's stamped message was under way.
 
     Clocks of two hosts are never compared: only differences between stamps of the same
-    peer, whose unknown offset the windowed minimum removes. Drift of 100 ppm over the
-    10 s window is 1 ms at most.
+    peer, and the windowed minimum removes their unknown offset. A drift of 100 ppm over the
+    10 s window is at most 1 ms.
     """
 
     __slots__ = ("_base", "_base_ns", "_step_ns", "_until_ns")
@@ -193,11 +193,11 @@ class TransitClock:
         self._until_ns = 0
 
     def excess_ns(self, sent_ns: int, now_ns: int) -> int:
-        """Return the time in buffers of a message stamped `sent_ns` that is handled now; at least 0."""
+        """Return how long a message stamped `sent_ns` and handled now was in buffers; at least 0."""
         offset = now_ns - sent_ns
         base_ns = self._base_ns
         if base_ns is None or offset < base_ns or now_ns >= self._until_ns:
-            # In between the window would not keep it either.
+            # Otherwise the window would not keep it either: skip the call.
             self._base_ns = base_ns = self._base.add(offset, now_ns)
             self._until_ns = now_ns + self._step_ns
         return offset - base_ns

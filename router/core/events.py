@@ -1,6 +1,6 @@
-"""What goes into the router core and what comes out of it: plain values, no sockets.
+"""What goes into the router core and what comes out: plain values, no sockets.
 
-A message that a peer sent goes in as it was decoded, beside the connection it came by.
+A peer's message goes in as decoded, with the connection that it came on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Key = Any
 
 @dataclass(slots=True)
 class ClientJoined:
-    """A client said HELLO. The same `session` on a new connection takes its queries along."""
+    """A client sent HELLO. The same `session` on a new connection keeps its queries."""
 
     client: Key
     session: int
@@ -33,14 +33,14 @@ class ClientJoined:
 
 @dataclass(slots=True)
 class ClientLeft:
-    """A client said BYE, fell silent or cannot be reached: its queries are forgotten."""
+    """A client sent BYE, fell silent or cannot be reached: its queries are forgotten."""
 
     client: Key
 
 
 @dataclass(slots=True)
 class QueriesArrived:
-    """Queries of a client that has said HELLO; `transit_ns` is how long they were under way."""
+    """Queries of a client that has sent HELLO; `transit_ns` is how long they were under way."""
 
     client: Key
     queries: Queries
@@ -49,7 +49,7 @@ class QueriesArrived:
 
 @dataclass(slots=True)
 class CancelAsked:
-    """A client no longer wants some of its queries."""
+    """A client cancels some of its queries."""
 
     client: Key
     message: Cancel
@@ -57,9 +57,9 @@ class CancelAsked:
 
 @dataclass(slots=True)
 class WorkerJoined:
-    """A worker process said HELLO: one profile for each of its GPUs.
+    """A worker process sent HELLO: one profile for each of its GPUs.
 
-    `payload_bytes` is what its model takes for each query; None if any size will do.
+    `payload_bytes` is what its model takes for each query; None means any size.
     """
 
     peer: Key
@@ -94,7 +94,7 @@ class Finished:
 
 @dataclass(slots=True)
 class WorkerLeft:
-    """A worker process said BYE (`orderly`), or cannot be reached."""
+    """A worker process sent BYE (`orderly`), or cannot be reached."""
 
     peer: Key
     orderly: bool
@@ -102,7 +102,7 @@ class WorkerLeft:
 
 @dataclass(slots=True)
 class DrainWorker:
-    """Give these GPUs of a peer no more work; slot None is all of them."""
+    """Give no more work to these GPUs of a peer; slot None means all of them."""
 
     peer: Key
     slot: int | None
@@ -110,7 +110,7 @@ class DrainWorker:
 
 @dataclass(slots=True)
 class DrainRouter:
-    """Take no more queries; finish what is queued."""
+    """Accept no more queries; finish the queued ones."""
 
 
 Event = (
@@ -162,10 +162,10 @@ class Answer:
 
     Attributes:
         n: Queries in all its stretches.
-        queued_ns: From arrival to dispatch, or to the end where no worker was involved.
-        ran: Of the batch; None where no worker was involved, and `reason` says why.
-        at: Where in the batch its first query stands.
-        more: Further stretches that ended alike, in the batch's order after the first.
+        queued_ns: From arrival to dispatch, or to the end if no worker was involved.
+        ran: The batch's; None if no worker was involved, and then `reason` explains the end.
+        at: Index of its first query in the batch.
+        more: Further stretches that ended alike and follow the first one in the batch.
     """
 
     client: Key
@@ -196,7 +196,7 @@ class Fence:
 
 @dataclass(slots=True)
 class Released:
-    """Tell a drained worker process that it may go: nothing of ours is left on it."""
+    """Tell a drained worker process that it may exit: it holds no batch any more."""
 
     peer: Key
 

@@ -1,4 +1,4 @@
-"""The fleet: workers join, pull, answer, fall silent, overrun and leave, and what that means for queries."""
+"""The fleet: workers join, pull, answer, fall silent, overrun and leave; what that means for queries."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
     from superserve.wire import DoneRow
 
 _JUDGED_AT_ONCE = 64
-"""GPUs looked at in one pass, about: all of a large cluster at once would take milliseconds."""
+"""About how many GPUs are judged in one pass: judging all of a large cluster would take milliseconds."""
 
 
 class Fleet:
-    """Takes events of workers into account, and judges those that are silent or slow.
+    """Handles events of workers, and judges those that are silent or slow.
 
     Args:
-        ledger: Where a batch's queries go on or end.
+        ledger: Where a batch's queries are requeued or end.
         slack: The formulas.
         settings: Heartbeats and bounds.
 
     Attributes:
         peers: The worker processes, by connection.
-        quickest_ns: The quickest answer that any GPU can give: less slack than that is none. 0 without any.
-        is_uneven: Whether its GPUs differ, so that a head too tight for one may suit another.
-        n_stale: Reports that counted for nothing: of an epoch that is over, or a batch given up.
-        n_lost_peers: Processes that were lost; those that said BYE are not.
+        quickest_ns: The quickest answer of any GPU: with less slack a query cannot be served. 0 without GPUs.
+        is_uneven: Whether the GPUs differ, so that a head too tight for one may suit another.
+        n_stale: Ignored reports: of an epoch that is over, or a batch given up.
+        n_lost_peers: Processes that were lost; those that sent BYE do not count.
     """
 
     __slots__ = (
@@ -77,25 +77,26 @@ class Fleet:
             yield from peer.workers
 
     def check(self) -> None:
-        """Assert the bounds of every credit."""
+        """Assert that no credit is negative."""
         assert all(worker.credit >= 0 for worker in self.workers())
 
     def next_wake_ns(self) -> int | None:
         """Return the instant at which `judge` has something to do."""
         wake_ns = None
         if self.peers and self._checked_ns is not None:
+            # A round is judged in parts; one that is not finished goes on at once.
             wake_ns = self._checked_ns + (0 if self._to_judge else self._settings.heartbeat_ns)
         if self._overruns and (wake_ns is None or self._overruns[0][0] < wake_ns):
             wake_ns = self._overruns[0][0]
         return wake_ns
 
-    # --- what workers say -------------------------------------------------------------------
+    # --- workers' events --------------------------------------------------------------------
 
     def joined(self, event: WorkerJoined, now_ns: int) -> None:
-        """Register a worker process; an older life of it on the same connection is lost.
+        """Register a worker process; an older one on the same connection is lost.
 
         Raises:
-            ConfigError: Its subnets are not those of the others.
+            ConfigError: Its subnets differ from those of the others.
         """
         before = self.peers.get(event.peer)
         if before is not None:
@@ -111,7 +112,7 @@ class Fleet:
         self.refresh()
 
     def heard(self, event: WorkerHeard, now_ns: int) -> None:
-        """Note a sign of life."""
+        """Record a sign of life."""
         peer = self.peers.get(event.peer)
         if peer is not None:
             self._hear(peer, now_ns)
@@ -119,22 +120,23 @@ class Fleet:
     def _hear(self, peer: Peer, now_ns: int) -> None:
         peer.heard_ns = now_ns
         if peer.machine.state is not PeerState.LIVE:
+            # `first_free` has dropped the entries of a suspect's GPUs: offer them again.
             peer.machine.on(PeerEvent.HEARD)
             for worker in peer.workers:
                 self._offer(worker)
 
     def _speaker(self, key: Key, epoch: int, now_ns: int) -> Peer | None:
-        """Return the peer; None, and fence it, if its epoch is over."""
+        """Return the peer that sent a message; None, with a fence, if its epoch is over."""
         peer = self.peers.get(key)
         if peer is None or peer.epoch != epoch:
             self.n_stale += 1
-            self._ledger.actions.append(Fence(key, f"epoch {epoch} is over: say HELLO again"))
+            self._ledger.actions.append(Fence(key, f"epoch {epoch} is over: send HELLO again"))
             return None
         self._hear(peer, now_ns)
         return peer
 
     def pulled(self, event: Pulled, now_ns: int) -> None:
-        """Note what GPUs hold and can take."""
+        """Record what GPUs hold and can take."""
         pull = event.message
         peer = self._speaker(event.peer, pull.epoch, now_ns)
         if peer is None:
@@ -151,7 +153,7 @@ class Fleet:
             self._offer(worker)
 
     def finished(self, event: Finished, now_ns: int) -> None:
-        """Answer the batches that a process has run, learn from them, and note what its GPUs can take."""
+        """Answer the batches that a process has run, learn from them, and record what it can take."""
         done = event.message
         peer = self._speaker(event.peer, done.epoch, now_ns)
         if peer is None:
@@ -161,6 +163,7 @@ class Fleet:
             batch = worker.outstanding.get(row.batch_id)
             if batch is not None and batch.n != row.n:
                 raise WireError(f"done: batch {row.batch_id}: expected {batch.n} queries, got {row.n}")
+            # Even the report of a batch that was given up shows that the GPU works again.
             worker.machine.on(WorkerEvent.ANSWERED)
             worker.answered_ns = now_ns
             if batch is None:
@@ -174,28 +177,29 @@ class Fleet:
         self._release(peer)
 
     def _learn(self, batch: Batch, row: DoneRow, now_ns: int) -> int:
-        """Learn from how long a batch took; return what it and its report were under way."""
+        """Learn from how long a batch took; return how long it and its report were under way."""
         worker = batch.worker
+        # Both ways at once: the router's clock sees dispatch and report, the worker's only durations.
         on_the_way_ns = now_ns - batch.dispatched_ns - row.waited_ns - row.executing_ns
         transport_ns = max(0, on_the_way_ns)
         worker.peer.sample_way(transport_ns, now_ns)
-        if row.statuses is None:  # else part of it was not run, and its time says nothing
+        if row.statuses is None:  # otherwise a part was not run, and the time means nothing
             worker.measure(batch.subnet, batch.profiled_ns, row.executing_ns)
         worker.busy_ns += row.executing_ns
         return transport_ns
 
     def left(self, event: WorkerLeft, now_ns: int) -> None:
-        """Forget a worker process that said BYE or cannot be reached."""
+        """Forget a worker process that sent BYE or cannot be reached."""
         peer = self.peers.get(event.peer)
         if peer is not None:
             self._bury(peer, PeerEvent.LEFT if event.orderly else PeerEvent.LOST, now_ns)
 
     def _bury(self, peer: Peer, event: PeerEvent, now_ns: int) -> None:
-        """Forget a worker process; dispatch its queries again where slack is left."""
+        """Forget a worker process; queue its queries again if slack is left."""
         peer.machine.on(event)
         self.n_lost_peers += event is PeerEvent.LOST
         del self.peers[peer.key]
-        self.refresh()  # first: whether its queries have slack left is for those to say who remain
+        self.refresh()  # first, because the remaining workers decide whether its queries have slack left
         for worker in peer.workers:
             worker.machine.on(WorkerEvent.LOST)
             worker.credit = 0
@@ -208,7 +212,7 @@ class Fleet:
         worker.outstanding.clear()
 
     def drain(self, event: DrainWorker, _now_ns: int) -> None:
-        """Give GPUs of a process no more work."""
+        """Give no more work to GPUs of a process."""
         peer = self.peers.get(event.peer)
         if peer is None:
             return
@@ -219,14 +223,14 @@ class Fleet:
         self._release(peer)
 
     def _release(self, peer: Peer) -> None:
-        """Let a peer go when all its GPUs drain and hold nothing of ours."""
+        """Release a peer once all its GPUs drain and hold no batch."""
         if all(w.machine.state is WorkerState.DRAINING and not w.outstanding for w in peer.workers):
             self._ledger.actions.append(Released(peer.key))
 
     # --- judgement --------------------------------------------------------------------------
 
     def judge(self, now_ns: int) -> None:
-        """Suspect and bury the silent; take from those that overran what others can still serve."""
+        """Suspect and bury silent peers; requeue overrun batches that others can still serve."""
         self._judge_peers(now_ns)
         overruns = self._overruns
         while overruns and overruns[0][0] <= now_ns:
@@ -238,13 +242,13 @@ class Fleet:
     def _judge_peers(self, now_ns: int) -> None:
         """Judge a few processes at a time, each once a heartbeat.
 
-        If this router itself was stalled, its peers are not to blame for it.
+        If this router itself was stalled, its peers get that time back: they could not be heard.
         """
         settings, checked_ns = self._settings, self._checked_ns
         if checked_ns is None:
             return
         since_ns = now_ns - checked_ns
-        if not self._to_judge or since_ns > 2 * settings.heartbeat_ns:  # a stall begins the round again
+        if not self._to_judge or since_ns > 2 * settings.heartbeat_ns:  # after a stall, start the round again
             if since_ns < settings.heartbeat_ns:
                 return
             self._checked_ns = now_ns
@@ -276,21 +280,22 @@ class Fleet:
         peer.summarise()
 
     def refresh(self) -> None:
-        """Bring what holds for all GPUs together up to date."""
+        """Update the values that summarise all GPUs."""
         peers = self.peers.values()
         demand = self._model.demand
         if demand is not None:
             live = [peer for peer in peers if peer.machine.state is PeerState.LIVE]
             demand.capacity = sum([peer.capacity for peer in live])
         self.quickest_ns = min([peer.quickest_ns for peer in peers], default=0)
-        # Stale entries stay in the heap until they come up. A few for each GPU may: clearing them out at
-        # every offer would cost a look at all GPUs.
+        # Stale entries stay in the heap until they reach its top. A few for each GPU are allowed:
+        # removing them at every offer would mean scanning all GPUs.
         self._free_at_most = 64 + 8 * len(peers) + 4 * sum([len(peer.workers) for peer in peers])
         if not peers:
             self.is_uneven = False
             return
         slowest = max([peer.slowdowns[1] for peer in peers])
         ways_ns = [peer.way_ns for peer in peers]
+        # 5 % is the noise of the slowdowns (`NOISE`), 1 ms that of the transport estimates.
         self.is_uneven = (
             self._model.n_profiles > 1
             or slowest > 1.05 * min([peer.slowdowns[0] for peer in peers])
@@ -300,17 +305,18 @@ class Fleet:
     def _judge_batch(self, batch: Batch, now_ns: int) -> None:
         """Judge a batch that may have run for too long."""
         worker = batch.worker
+        # It cannot have begun before the batch ahead of it was answered, whatever was expected at dispatch.
         due_ns = max(batch.begin_ns, worker.answered_ns) + batch.limit_ns
         first = next(iter(worker.outstanding))
         if not batch.overran and (due_ns > now_ns or first != batch.batch_id):
-            # Not started yet, or waiting behind another: judged again in its own time.
+            # Not started yet, or behind another batch: check again when it can be due.
             at_ns = due_ns if due_ns > now_ns else now_ns + batch.limit_ns
             heappush(self._overruns, (at_ns, batch.batch_id))
             return
         worker.machine.on(WorkerEvent.OVERRAN)
         worker.version += 1
         if batch.overran:
-            # Its process lives, and its GPU hangs: the queries must end too.
+            # The process lives, but the GPU hangs: its queries must end too.
             self._lose_all(worker, now_ns)
             self._release(worker.peer)
             return
@@ -323,7 +329,7 @@ class Fleet:
     # --- who is free ------------------------------------------------------------------------
 
     def first_free(self) -> Worker | None:
-        """Return the earliest-free worker that may be given work."""
+        """Return the earliest-free worker that may get work."""
         free = self._free
         while free:
             _, _, version, worker = free[0]
@@ -333,10 +339,11 @@ class Fleet:
         return None
 
     def assign(self, batch: Batch) -> None:
-        """Note that a batch was sent to its worker."""
+        """Record that a batch was sent to its worker."""
         worker = batch.worker
         worker.outstanding[batch.batch_id] = batch
         heappush(self._overruns, (batch.begin_ns + batch.limit_ns, batch.batch_id))
+        # Until the worker reports, the batch under way counts too, or the next decision would come too early.
         worker.free_at_ns = batch.begin_ns + worker.expected_ns(batch)
         worker.credit -= 1
         worker.n_batches += 1
@@ -345,7 +352,7 @@ class Fleet:
         self._offer(worker)
 
     def _offer(self, worker: Worker) -> None:
-        """Put a worker among the free ones, by the instant it is free; older entries go stale."""
+        """Add a worker to the heap of free ones, by the instant it is free; older entries become stale."""
         worker.version += 1
         if worker.may_take:
             self._offer_seq += 1

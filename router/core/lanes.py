@@ -1,8 +1,8 @@
-"""A global queue in lanes, one for each priority class and floor, for policies that see demand.
+"""The global queue in lanes, one for each priority class and floor, for policies that see demand.
 
-The order is earliest deadline first across all lanes. What lanes add: a batch may pass over queries
-whose floor lies above its subnet, and a class may be told to give way. With one lane, as for clients
-that ask for neither, it is `EdfQueue` behind one look-up.
+The order is earliest deadline first across all lanes. What lanes add: a batch can skip queries whose
+floor lies above its subnet, and a class can give way. With one lane, if clients use neither, it is an
+`EdfQueue` behind one look-up.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Lane = tuple[int, int]
 
 
 class LaneQueue(EdfQueue):
-    """Queries by ascending deadline, whichever lane they are in. `len()` counts queries."""
+    """Queries by ascending deadline across lanes. `len()` counts queries."""
 
     __slots__ = ("_lanes",)
 
     def __init__(self, earlier: EdfQueue | None = None) -> None:
-        """Take over what is in an earlier queue, whose cohorts have their floors by now."""
+        """Move everything from an earlier queue, whose cohorts have their floors by now."""
         super().__init__()
         self._lanes: dict[Lane, EdfQueue] = {}
         if earlier is not None:
@@ -43,7 +43,7 @@ class LaneQueue(EdfQueue):
             queue.push(cohort, start, end)
 
     def forget(self, cohort: Cohort, lo: int, hi: int) -> None:
-        """Deduct queries lo to hi, whose states leave QUEUED from outside; lanes shed them later."""
+        """Deduct queries lo to hi, which leave QUEUED from outside; their heap entries go when reached."""
         self._length -= hi - lo
         for lane, start, end in _lanes_of(cohort, lo, hi):
             self._lanes[lane].forget(cohort, start, end)
@@ -57,7 +57,7 @@ class LaneQueue(EdfQueue):
         return min(heads, key=_order)[0] if heads else None
 
     def heads(self) -> list[tuple[tuple[int, Cohort, int], Lane]]:
-        """Return the head of each lane, and which lane that is."""
+        """Return the head of each lane, with its lane."""
         return self._heads(self._lanes)
 
     def head_class(self) -> tuple[int, int]:
@@ -67,29 +67,30 @@ class LaneQueue(EdfQueue):
         return lane[0], min(one[0] for _, one in heads)
 
     def outranks(self) -> bool:
-        """Tell whether queries of a lower class than the head's are queued; there must be a head."""
+        """Return whether queries of a lower class than the head's are queued; there must be a head."""
         if len(self._lanes) == 1:
             return False
         head_class, lowest = self.head_class()
         return lowest < head_class
 
     def take(self, k: int, subnet: int, until_ns: int | None = None) -> tuple[list[Stretch], int]:
-        """Remove at most `k` earliest queries, passing over those whose floor lies above `subnet`.
+        """Remove at most `k` earliest queries, skipping those whose floor lies above `subnet`.
 
         Args:
-            k: How many, at most.
-            subnet: The row that is to serve them.
-            until_ns: Take none that is due later; None if any will do.
+            k: How many at most.
+            subnet: The row that will serve them.
+            until_ns: Take none that is due later; None for no limit.
 
         Returns:
-            The stretches in order of deadline, and how many queries they hold.
-            Their states are still QUEUED: the caller says what becomes of them.
+            The stretches in order of deadline, and the number of their queries.
+            Their states are still QUEUED: the caller changes them.
         """
         if len(self._lanes) == 1:
             [only] = self._lanes.values()
             taken, n = only.take(k, subnet, until_ns)  # stops at once if the lane's floor is above
             self._length -= n
             return taken, n
+        # A query of a higher floor stays in its lane, where it keeps its place in the order.
         allowed = [lane for lane in self._lanes if lane[1] <= subnet]
         return self._take(k, allowed, until_ns)
 
@@ -102,7 +103,7 @@ class LaneQueue(EdfQueue):
         return taken
 
     def shed(self, before_ns: int, n: int) -> list[Stretch]:
-        """Remove what `router.policies.Shed` names, at least one query; states stay QUEUED."""
+        """Remove what a `router.policies.Shed` describes, at least one query; states stay QUEUED."""
         head_class, lowest = self.head_class()
         lanes = [lane for lane in self._lanes if lane[0] == lowest]
         if head_class != lowest:
@@ -126,6 +127,7 @@ class LaneQueue(EdfQueue):
                 if head[0] > until_ns:
                     break
                 limit_ns = min(limit_ns, until_ns)
+            # From this lane up to the head of the next one: the order stays that of deadlines across lanes.
             stretches, more = self._lanes[lane].take(k - n, lane[1], limit_ns)
             taken += stretches
             n += more
@@ -133,7 +135,7 @@ class LaneQueue(EdfQueue):
         return taken, n
 
     def _heads(self, lanes: Iterable[Lane]) -> list[tuple[tuple[int, Cohort, int], Lane]]:
-        """Return the head of each of these lanes; lanes found empty go."""
+        """Return the heads of these lanes; empty lanes are removed."""
         heads = []
         for lane in tuple(lanes):
             queue = self._lanes.get(lane)

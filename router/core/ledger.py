@@ -27,19 +27,20 @@ if TYPE_CHECKING:
 
 
 _SAMPLE_EVERY_NS = 2 * MS
-"""A client's way is sampled at most this often."""
+"""A client's transit is sampled at most this often: a drained backlog must not fill the window
+with one bad moment."""
 _ENOUGH_SAMPLES = 100
-"""Messages of a client from which on its own 99th percentile means something."""
+"""From this many messages on, a client's own 99th percentile means something: below, it is the maximum."""
 
 
 class ClientState:
-    """A connected application and the cohorts it waits for. `key` is None once it left.
+    """A connected application and the cohorts that it waits for. `key` is None once it has left.
 
     Args:
         key: Its connection.
-        session: What it calls itself, whichever connection it comes by.
+        session: Its own identifier, the same on every connection.
         serial: Its number on this router, ascending.
-        of_all: How long the messages of all clients were under way.
+        of_all: The transits of all clients' messages.
     """
 
     __slots__ = ("cohorts", "key", "of_all", "sampled_ns", "serial", "session", "transits")
@@ -54,7 +55,7 @@ class ClientState:
         self.sampled_ns = 0
 
     def sample_transit(self, transit_ns: int, now_ns: int) -> bool:
-        """Note how long a message was under way; once a while, lest a drained backlog fill the window."""
+        """Record how long a message was under way, unless the last sample is recent."""
         if now_ns - self.sampled_ns < _SAMPLE_EVERY_NS:
             return False
         self.sampled_ns = now_ns
@@ -63,14 +64,14 @@ class ClientState:
 
     @property
     def return_ns(self) -> int:
-        """How long an answer usually takes to reach it: as long as its queries took."""
+        """The usual time of an answer to reach the client: as long as its queries took."""
         return self.transits.median_ns
 
     def return_bound_ns(self) -> int:
-        """How long an answer may take to reach it, nearly at worst.
+        """Nearly the worst time of an answer to reach the client.
 
         The 99th percentile of a few messages is the slowest of them, and one client of a thousand
-        sends few: until it has sent a hundred, its way varies as that of all clients does.
+        sends few. Until it has sent a hundred, it gets the spread of all clients' transits.
         """
         transits = self.transits
         if len(transits) >= _ENOUGH_SAMPLES:
@@ -79,17 +80,17 @@ class ClientState:
 
 
 class Ledger:
-    """Who waits, what is in flight, how queries ended, and the counts that must agree.
+    """The queries that wait or are in flight, how queries ended, and the counts that must agree.
 
     Args:
-        model: What the queries ask for; its queue is the ledger's.
+        model: What the queries ask for; the ledger uses its queue.
 
     Attributes:
-        actions: What is to be done since the host last took it, in order. The fleet adds to it too.
+        actions: What to do since the host last took them, in order. The fleet adds to them too.
         batches: Batches in flight, by id.
-        received: Queries that arrived, less those sent again whose first copy was not answered yet.
+        received: Queries that arrived, except those sent again whose first copy has no answer yet.
         in_flight: Queries that are DISPATCHED.
-        held_bytes: Payload bytes of messages of which a query has no end yet.
+        held_bytes: Payload bytes of messages with a query that has not ended.
         answered: Queries that ended, by `Status`.
         n_batches: Batches dispatched so far; also the id of the last one.
         n_redispatched: Queries queued a second time.
@@ -139,28 +140,28 @@ class Ledger:
         )
 
     def take_actions(self) -> list[Action]:
-        """Return what is to be done, in order, and begin a new list."""
+        """Return the actions to carry out, in order, and start a new list."""
         actions, self.actions = self.actions, []
         return actions
 
     # --- from arrival to dispatch -----------------------------------------------------------
 
     def receive(self, n: int, n_bytes: int) -> None:
-        """Count a message's queries and its payload bytes, whether they are admitted or not."""
+        """Count a message's queries and payload bytes, whether or not they are admitted."""
         self.received += n
         self.payload_bytes_in += n_bytes
 
     def hold(self, client: ClientState, cohort: Cohort, n_bytes: int) -> None:
         """Keep a cohort for its client until its last query ends, and count its bytes as held.
 
-        Before any of its queries can end: the last to end gives the bytes back.
+        Call it before any of its queries can end: the last one to end gives the bytes back.
         """
         client.cohorts[cohort.serial] = cohort
         cohort.n_bytes = n_bytes
         self.held_bytes += n_bytes
 
     def dispatch(self, batch: Batch) -> None:
-        """Take a batch in flight, whose queries have left the queue and whose id is the next one."""
+        """Put a batch in flight: its queries have left the queue, and its id is the next one."""
         batch_id = batch.batch_id
         self.n_batches += 1
         assert batch_id == self.n_batches, "batches are numbered in the order of dispatch"
@@ -169,6 +170,7 @@ class Ledger:
                 cohort.states[lo] = DISPATCHED
             else:
                 cohort.states[lo:hi] = b"\x01" * (hi - lo)
+            # Dispatched twice, two batches have the query; its state byte does not show which counts.
             if cohort.holders is not None:
                 cohort.holders.update(dict.fromkeys(range(lo, hi), batch_id))
         self.in_flight += batch.n
@@ -182,35 +184,35 @@ class Ledger:
     ) -> None:
         """End queries lo to hi without an output.
 
-        They are out of the queue's and the flight's counts by now. `now_ns` tells how long they were
-        queued; without it they were not.
+        They must already be out of the queue's and the flight's counts. `now_ns` shows how long
+        they were queued; without it they never were.
         """
         self._close(cohort, lo, hi, status)
         queued_ns = 0 if now_ns is None else now_ns - cohort.arrived_ns
         key = cohort.client.key
         if key is not None:
-            # Positional, as in `_end`: under overload most queries end here.
+            # Positional, as in `_end`: in overload most queries end here.
             self.actions.append(Answer(key, cohort, lo, hi, hi - lo, status, queued_ns, None, 0, reason))
 
     def cancel(self, cohort: Cohort, i: int, now_ns: int) -> None:
-        """End one query as its client asks; one that has ended stays as it is."""
+        """End one query at its client's request; one that has ended stays as it is."""
         if cohort.states[i] != ANSWERED:
             self._leave_state(cohort, i)
             self.refuse(cohort, i, i + 1, Status.CANCELLED, "cancelled by the client", now_ns)
 
     def abandon(self, client: ClientState) -> None:
-        """End what a client that left has in the queue, unheard; what is in flight ends with its batch."""
+        """End the queued queries of a client that left, without an answer; batches in flight run on."""
         for cohort in tuple(client.cohorts.values()):
             for lo, hi in tuple(state_stretches(cohort, 0, len(cohort.states), QUEUED)):
                 self.queue.forget(cohort, lo, hi)
                 self._close(cohort, lo, hi, Status.CANCELLED)
 
     def lose(self, batch: Batch, quickest_ns: int, now_ns: int) -> None:
-        """Give up a batch: queue its queries again, once, where slack is left; else they end WORKER_LOST.
+        """Give up a batch: queue its queries again, once, if slack is left; else they end WORKER_LOST.
 
         Args:
-            batch: What its worker holds no longer, or will not answer.
-            quickest_ns: The quickest answer that any worker can give: less slack than that is none.
+            batch: Its worker has lost it, or will not answer it.
+            quickest_ns: The quickest answer of any worker: with less slack a query cannot be served.
             now_ns: This instant.
         """
         del self.batches[batch.batch_id]
@@ -219,7 +221,7 @@ class Ledger:
             for i in range(lo, hi):
                 if cohort.states[i] != DISPATCHED or _holder(cohort, i, batch) != batch.batch_id:
                     continue
-                # Twice only: a query that kills the workers that run it must not go round the cluster.
+                # Only once: a query that crashes its worker must not crash every worker in turn.
                 losses = cohort.losses = cohort.losses or {}
                 losses[i] = losses.get(i, 0) + 1
                 has_slack = cohort.deadlines_ns[i] >= now_ns + quickest_ns
@@ -231,7 +233,7 @@ class Ledger:
                 self.refuse(cohort, i, i + 1, Status.WORKER_LOST, f"worker {name} was lost and {why}", now_ns)
 
     def rescue(self, batch: Batch, quickest_ns: int, now_ns: int) -> None:
-        """Queue an overrun batch's queries again where slack is left; the first answer wins."""
+        """Queue an overrun batch's queries again if slack is left; the first answer wins."""
         for cohort, lo, hi in batch.stretches:
             if cohort.client.key is None:
                 continue
@@ -254,19 +256,19 @@ class Ledger:
     # --- ends by a worker's report ----------------------------------------------------------
 
     def finish(self, batch: Batch, row: DoneRow, transport_ns: int, now_ns: int) -> None:
-        """Answer a batch's queries as its worker reports.
+        """Answer a batch's queries from its worker's report.
 
         Args:
-            batch: It, in flight until now.
+            batch: The batch, in flight until now.
             row: The report.
-            transport_ns: What the batch and its report were under way, both ways together.
+            transport_ns: How long the batch and its report were under way, together.
             now_ns: This instant.
         """
         del self.batches[batch.batch_id]
         self.busy_ns += row.executing_ns
         self.n_executed += batch.n
         self.output_bytes += len(row.output)
-        outbound_ns = transport_ns // 2
+        outbound_ns = transport_ns // 2  # clocks of two hosts are never compared: assume equal ways
         # Positional, as in `_end`.
         ran = Ran(
             row, batch.subnet, batch.n, batch.worker.profile.subnets[batch.subnet].accuracy,
@@ -284,20 +286,22 @@ class Ledger:
     def _answer_remaining(
         self, batch: Batch, ran: Ran, cohort: Cohort, lo: int, hi: int, at: int, now_ns: int
     ) -> None:
-        """Answer those of lo to hi that have no answer yet: the first one wins."""
+        """Answer those of lo to hi without an answer: the first one wins."""
         for i in range(lo, hi):
             if cohort.states[i] != ANSWERED:
                 self._leave_state(cohort, i)
                 self._answer(batch, ran, cohort, i, i + 1, at + i - lo, now_ns)
 
     def _answer(self, batch: Batch, ran: Ran, cohort: Cohort, lo: int, hi: int, at: int, now_ns: int) -> None:
-        """End queries lo to hi, which stand at `at` in the batch, as it reports."""
+        """End queries lo to hi, which begin at index `at` in the batch, as reported."""
         queued_ns = batch.dispatched_ns - cohort.arrived_ns
+        # LATE is judged at the client: an answer that leaves in time can still arrive too late.
         arrives_ns = now_ns + cohort.client.return_ns
         statuses = ran.row.statuses
         if statuses is None and cohort.deadlines_ns[lo] >= arrives_ns:
             self._end(ran, cohort, lo, hi, Status.OK, at, queued_ns)
             return
+        # Deadlines in a stretch ascend: those before the cut are late.
         late = bisect_left(cohort.deadlines_ns, arrives_ns, lo, hi)
         if statuses is None:
             self._end(ran, cohort, lo, late, Status.LATE, at, queued_ns)
@@ -326,17 +330,17 @@ class Ledger:
             and last.status is status
             and last.at + last.n == at
             and ran.row.statuses is None
-        ):  # the last answer ends where this begins, and in the same way
+        ):  # continues the last answer, with the same end: one group of RESULTS instead of two
             if last.more is None:
                 last.more = []
             last.more.append((cohort, lo, hi))
             last.n += hi - lo
             return
-        # Positional: most queries cost one of these, and by keywords it takes twice as long (0.5 and 1.1 us).
+        # Positional: most queries cost one of these, and with keywords it takes 1.1 us instead of 0.5.
         actions.append(Answer(key, cohort, lo, hi, hi - lo, status, queued_ns, ran, at))
 
     def _close(self, cohort: Cohort, lo: int, hi: int, status: Status) -> None:
-        """End queries lo to hi, already out of the queue's and the flight's counts."""
+        """End queries lo to hi, which are already out of the queue's and the flight's counts."""
         n = hi - lo
         if n == 1:
             cohort.states[lo] = ANSWERED
@@ -344,11 +348,12 @@ class Ledger:
             cohort.states[lo:hi] = b"\x02" * n
         cohort.live -= n
         self.answered[status] += n
+        # Payloads are slices of the message, so all its bytes stay in memory until its last query ends.
         if cohort.live == 0 and cohort.client.cohorts.pop(cohort.serial, None) is not None:
             self.held_bytes -= cohort.n_bytes
 
     def _leave_state(self, cohort: Cohort, i: int) -> None:
-        """Take one unanswered query out of the count that it is in."""
+        """Remove one unanswered query from the count that includes it."""
         if cohort.states[i] == QUEUED:
             self.queue.forget(cohort, i, i + 1)
         else:

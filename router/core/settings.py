@@ -1,4 +1,4 @@
-"""The core's numbers."""
+"""The core's tuning constants."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from superserve.clock import MS
 
 @dataclass(frozen=True, slots=True)
 class CoreSettings:
-    """The core's numbers, all with a reason.
+    """The core's tuning constants, each with its reason.
 
     Attributes:
         dispatch_ahead_ns: Decide a worker's next batch at most this long (plus the measured
             transport) before it is free. Long enough to cover a late wake-up on a busy host,
-            short enough not to decide on stale queues: a whole batch ahead costs SlackFit a point.
-        margin_ns: Slack held back for what the transport estimate has not seen yet.
-        max_queries: Queries queued or in flight, at most; more are OVERLOADED.
-        max_bytes: Payload bytes held, at most; more are OVERLOADED.
-        heartbeat_ns: Workers are heard at least this often.
-        suspect_after: Heartbeats missed before a worker gets no more work.
-        dead_after: Heartbeats missed before its queries are dispatched again.
-        overrun_factor: A batch that takes this many times its profiled p99 overran.
+            short enough not to decide on a stale queue: a whole batch ahead costs SlackFit a point.
+        margin_ns: Slack held back for transport that the estimate has not seen yet.
+        max_queries: Most queries queued or in flight; more are OVERLOADED.
+        max_bytes: Most payload bytes held; more are OVERLOADED.
+        heartbeat_ns: Each worker sends something at least this often.
+        suspect_after: Missed heartbeats after which a worker gets no more work.
+        dead_after: Missed heartbeats after which its queries are dispatched again.
+        overrun_factor: A batch that takes this many times its profiled p99 has overrun.
         overrun_grace_ns: Added to that, so that a scheduler hiccup does not condemn short batches.
-        give_up_ns: A batch that has still not answered so long after it overran is given up.
+        give_up_ns: A batch that has no answer this long after it overran is given up.
     """
 
     dispatch_ahead_ns: int = 2 * MS

@@ -1,7 +1,7 @@
-"""What the router knows of the workers: processes that can fall silent, GPUs that can overrun.
+"""What the router knows about workers: processes can fall silent, GPUs can overrun.
 
-A *peer* is a worker process: one connection, one heartbeat. A *worker* is one GPU of it.
-Their states are tables; a pair that is not in a table raises with the recent history.
+A *peer* is a worker process: one connection, one heartbeat. A *worker* is one of its GPUs.
+Their states are tables; a pair that is not in the table raises with the recent history.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ E = TypeVar("E", bound=enum.Enum)
 
 
 class PeerState(enum.Enum):
-    """Is the process there?"""
+    """Whether the process is there."""
 
     LIVE = "live"
     SUSPECT = "suspect"
@@ -39,11 +39,11 @@ class PeerEvent(enum.Enum):
     HEARD = "heard"
     QUIET = "quiet"  # 3 heartbeats missed
     LOST = "lost"  # 6 missed, or its connection is gone
-    LEFT = "left"  # it said BYE
+    LEFT = "left"  # it sent BYE
 
 
 class WorkerState(enum.Enum):
-    """May this GPU be given work?"""
+    """Whether the GPU may get work."""
 
     READY = "ready"
     OVERRUN = "overrun"
@@ -87,24 +87,24 @@ WORKER_TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
 }
 
 
-# Before the first measurement: what loopback TCP and two Python loops were seen to take.
+# Before the first measurement: what loopback TCP and two Python loops usually take.
 _FIRST_TRANSPORT_NS = [400_000] * 15 + [1_000_000]
 
 
 _SAMPLE_EVERY_NS = 1_000_000
-"""The way to a process is sampled at most this often."""
-# Asked about several times a pass, and a member of an enum costs three times a global.
+"""The transport of a process is sampled at most this often, so that one stall does not fill the window."""
+# Read several times a pass, and an enum member costs three times as much as a global.
 _READY, _LIVE = WorkerState.READY, PeerState.LIVE
 NOISE = 0.05
-"""A ratio this near to 1 counts as 1 where a choice hangs on it: that is the timer's noise, not the GPU."""
+"""A ratio this near to 1 counts as 1 in choices: the difference is the timer's noise, not the GPU."""
 
 
 class TransitionError(Exception):
-    """An event that the state's table does not have; says what came before."""
+    """An event that the state's table does not have; the message includes the history."""
 
 
 class StateMachine(Generic[S, E]):
-    """A state, its table, and the last few things that happened to it."""
+    """A state, its table, and its last few changes."""
 
     __slots__ = ("_history", "_table", "_what", "state")
 
@@ -115,7 +115,7 @@ class StateMachine(Generic[S, E]):
         self._history: deque[str] = deque(maxlen=16)
 
     def on(self, event: E) -> S:
-        """Move as the table says and return the new state.
+        """Move as the table demands and return the new state.
 
         Raises:
             TransitionError: The table has no such pair.
@@ -138,21 +138,21 @@ class StateMachine(Generic[S, E]):
 
 @dataclass(slots=True)
 class Batch:
-    """A directive that is out: the ledger's entry, and what is sent of it.
+    """A directive in flight: the ledger's entry, and what is sent.
 
     Attributes:
         batch_id: Its number on this router, ascending from 1.
-        worker: The GPU that it is for.
+        worker: The GPU that runs it.
         subnet: Row of the profile.
         n: Queries in all its stretches.
         stretches: Its queries, in order of deadline or client by client.
-        dispatched_ns: The instant of dispatch, from which the slack that is left counts.
-        begin_ns: When the router expects it to start; when it did, once its worker has said so.
+        dispatched_ns: The instant of dispatch; remaining slacks count from it.
+        begin_ns: When the router expects it to start; when it did, once its worker has reported.
         profiled_ns: Its profiled median latency.
         limit_ns: How long it may run before its worker counts as overrun.
-        overran: Whether it has.
+        overran: Whether it did.
         slot: Which GPU of its worker process.
-        epoch: The life of that process.
+        epoch: The epoch of that process.
     """
 
     batch_id: int
@@ -165,7 +165,7 @@ class Batch:
     profiled_ns: int
     limit_ns: int
     overran: bool = False
-    # Fields and not properties: a simulated worker asks for them seven times a batch.
+    # Fields, not properties: a simulated worker reads them seven times a batch.
     slot: int = field(init=False)
     epoch: int = field(init=False)
 
@@ -178,9 +178,9 @@ class Peer:
     """A worker process: its key at the server, its heartbeat, its GPUs.
 
     Attributes:
-        quickest_ns: The quickest answer any of its GPUs can give, as the fleet last reckoned.
+        quickest_ns: The quickest answer of any of its GPUs, as the fleet last computed it.
         slowdowns: Least and greatest slowdown of its GPUs, as of the last `summarise`.
-        way_ns: 99th percentile of the way to it and back, as of then.
+        way_ns: 99th percentile of the transport to it and back, as of then.
         capacity: Queries a nanosecond that its GPUs serve at their unit costs, as of then.
     """
 
@@ -197,7 +197,7 @@ class Peer:
         self.machine = StateMachine[PeerState, PeerEvent](
             f"worker process {name}", PeerState.LIVE, PEER_TRANSITIONS
         )
-        # One way for all its GPUs: they share a socket and a loop, and so tell the same sooner.
+        # One estimate for all its GPUs: they share a socket and a loop, and together learn it sooner.
         self.transport = RecentQuantiles(_FIRST_TRANSPORT_NS)
         self.workers: list[Worker] = []
         self.sampled_ns = 0
@@ -207,13 +207,13 @@ class Peer:
         self.capacity = 0.0
 
     def sample_way(self, way_ns: int, now_ns: int) -> None:
-        """Note how long a batch was under way; now and then: one stall must not fill the window."""
+        """Record how long a batch was under way, unless the last sample is recent."""
         if now_ns - self.sampled_ns >= _SAMPLE_EVERY_NS:
             self.sampled_ns = now_ns
             self.transport.add(way_ns)
 
     def summarise(self) -> None:
-        """Note what its GPUs have in common; a thousand GPUs are not asked about one query."""
+        """Summarise its GPUs, so that no query has to ask a thousand of them."""
         workers = self.workers
         slowdowns = [w.slowdown for w in workers]
         self.slowdowns = (min(slowdowns), max(slowdowns))
@@ -222,13 +222,14 @@ class Peer:
         self.capacity = sum([1 / (w.profile.unit_cost_ns * w.slowdown) for w in takers])
 
     def ease(self, now_ns: int, idle_ns: int) -> None:
-        """Let GPUs that have been idle for so long forget what slowed them down."""
+        """Make GPUs that have been idle for `idle_ns` forget part of what slowed them down."""
         n_idle = 0
         for worker in self.workers:
             if not worker.outstanding and now_ns - worker.answered_ns >= idle_ns:
                 worker.ease()
                 n_idle += 1
         if n_idle == len(self.workers):
+            # With all GPUs idle nothing measures the way to this process; a bad measurement must not stay.
             self.transport.fade(_FIRST_TRANSPORT_NS[0])
 
 
@@ -236,13 +237,13 @@ class Worker:
     """One GPU.
 
     Attributes:
-        credit: Batches it may be sent now; never negative.
+        credit: Batches that it may be sent now; never negative.
         outstanding: Batches sent and not answered, by ascending batch id.
         free_at_ns: When it is expected to have nothing left to run.
-        correction: Measured over profiled latency, smoothed: of each subnet, and of the GPU as a whole.
+        correction: Measured over profiled latency, smoothed: of each subnet, and of the whole GPU.
         busy_ns: How long it has executed batches, as it reports.
-        last_subnet: Row of the profile that its latest batch runs; None before the first.
-        version: Changes whenever an older entry in the heap of free workers is stale.
+        last_subnet: Profile row of its latest batch; None before the first.
+        version: Changes whenever older entries in the heap of free workers become stale.
     """
 
     __slots__ = (
@@ -273,25 +274,25 @@ class Worker:
 
     @property
     def may_take(self) -> bool:
-        """Whether a batch may be sent to it now."""
+        """Whether it may be sent a batch now."""
         return self.credit > 0 and self.machine.state is _READY and self.peer.machine.state is _LIVE
 
     def grant(self, credit: int, last_batch: int) -> None:
-        """Set the credit to what it offers, less what was sent after it spoke."""
+        """Set the credit to the offered one, less what was sent after the worker wrote its report."""
         unseen = sum(1 for batch_id in self.outstanding if batch_id > last_batch)
         self.credit = max(0, credit - unseen)
 
     def expect_free(self, now_ns: int, row: PullRow | DoneRow) -> None:
-        """Reckon `free_at_ns` from a report, made half a round trip ago, of which batch runs since when.
+        """Compute `free_at_ns` from a report: which batch runs, and since when.
 
-        When that batch ends is the router's to say, for only it knows by how much this GPU differs from its
-        profile. Behind it come the batches that the worker held, and those that are still on the way to it. A
-        batch that is overdue ends now at the earliest.
+        The report is half a round trip old. The router computes the end of that batch, because only it knows
+        how much this GPU differs from its profile. Then come the batches that the worker held, and those
+        still on the way to it. An overdue batch ends now at the earliest.
         """
         if not self.outstanding:
             self.free_at_ns = now_ns
             return
-        way_ns = self.transport.median_ns // 2
+        way_ns = self.transport.median_ns // 2  # one way: the report's, and that of a directive under way
         running, at_ns = row.running_batch, now_ns - way_ns
         for batch_id, batch in self.outstanding.items():
             if batch_id > running:
@@ -303,31 +304,31 @@ class Worker:
                 at_ns = batch.begin_ns + self.expected_ns(batch)
                 if at_ns < now_ns:
                     at_ns = now_ns
-            # Else it has ended, and its own report is on the way or lost.
+            # Otherwise it has ended, and its report is on the way or lost.
         self.free_at_ns = max(now_ns, at_ns)
 
     def expected_ns(self, batch: Batch) -> int:
-        """Return how long a batch takes here, as far as is known now: the profiled median, corrected."""
+        """Return how long a batch takes here, as far as known: the profiled median, corrected."""
         return int(batch.profiled_ns * self.correction.of_subnet(batch.subnet))
 
     def measure(self, subnet: int, profiled_ns: int, measured_ns: int) -> None:
-        """Fold one batch's measured latency into this worker's correction."""
+        """Add one batch's measured latency to this worker's correction."""
         self.correction.measure(subnet, measured_ns / profiled_ns)
 
     def ease(self) -> None:
-        """Move what slows it down an eighth of the way back towards where it began.
+        """Move the slowdown an eighth of the way back to where it began.
 
-        For a worker that has been idle: one whose estimates refuse every query would never
-        be measured again.
+        For an idle worker: if its estimates refused every query, it would never be measured
+        again.
         """
         self.correction.ease()
 
     @property
     def slowdown(self) -> float:
-        """Measured over profiled latency of the GPU as a whole, smoothed."""
+        """Measured over profiled latency of the whole GPU, smoothed."""
         return self.correction.overall
 
     def corrected(self, subnet: int) -> float:
-        """Return the smoothed slowdown of `subnet`, 1.0 within the noise."""
+        """Return the smoothed slowdown of `subnet`; 1.0 within the noise."""
         ratio = self.correction.of_subnet(subnet)
         return ratio if abs(ratio - 1.0) > NOISE else 1.0

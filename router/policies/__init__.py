@@ -24,10 +24,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Shed:
-    """Refuse some queries now, so that the time they would cost serves more of the others; then ask again.
+    """Refuse some queries now, because the time they would cost serves more of the others; then ask again.
 
-    Of the lowest priority class queued: if the head is of that class, every query of it that is due
-    before `before_ns`; else its `n` earliest queries, in the head's favour.
+    Only queries of the lowest priority class queued are refused. If the head is of that class: every
+    query of the class that is due before `before_ns`. Otherwise its `n` earliest, in the head's favour.
 
     Attributes:
         before_ns: An instant after the head's deadline.
@@ -40,7 +40,7 @@ class Shed:
 
 @dataclass(slots=True)
 class QueueView:
-    """What a policy sees of the queue. Made anew or overwritten before each decision.
+    """What a policy sees of the queue. The core may overwrite it before each decision: do not keep it.
 
     Attributes:
         head_deadline_ns: The earliest deadline queued, an instant on the router's clock.
@@ -64,8 +64,8 @@ class WorkerView:
 
     Attributes:
         free_at_ns: The instant at which it can begin; may lie in the past when it is idle.
-        allowance_ns: Measured time for a batch to travel there and its answer back.
-        slowdown: Measured over profiled latency of this worker, smoothed; 1.0 is as profiled.
+        allowance_ns: Measured time for a batch to reach the worker and its answer to come back.
+        slowdown: Measured over profiled latency of this worker, smoothed; 1.0 means as profiled.
     """
 
     free_at_ns: int
@@ -74,33 +74,34 @@ class WorkerView:
 
 
 def usable_slack_ns(queue: QueueView, worker: WorkerView, now_ns: int) -> int:
-    """Return the profiled time that a batch on `worker` may take and meet the head's deadline.
+    """Return how long a batch on `worker` may take, in profiled time, and still meet the head's deadline.
 
-    That is deadline - (the instant it can begin) - transport, over the worker's
-    slowdown; negative when even a batch of no length would be late.
+    That is deadline - (the instant it can begin) - transport, divided by the worker's
+    slowdown; negative when even a batch of zero length would be late.
     """
     begin_ns = max(now_ns, worker.free_at_ns)
     slack_ns = queue.head_deadline_ns - begin_ns - worker.allowance_ns
+    # As profiled: integers stay exact, and an edge exactly as long as the slack still fits.
     return slack_ns if worker.slowdown == 1.0 else int(slack_ns / worker.slowdown)
 
 
 class Policy(Protocol):
     """Chooses the next batch of one worker. Pure: no clock, no log, no hidden state.
 
-    A policy is built once per profile, offline, by `factory(profile, argument)`;
+    The router builds a policy once per profile, offline, by `factory(profile, argument)`;
     `argument` is what follows the colon in `--policy name:argument`, or None.
 
-    One that also has `sees_demand = True` is shown `QueueView.demand`; for it the queue keeps priority
-    classes and floors apart, and a batch passes over queries whose floor lies above its subnet, where
-    otherwise it ends before the first of them. Only such a policy may shed.
+    A policy with `sees_demand = True` also receives `QueueView.demand`. For it the queue keeps priority
+    classes and floors apart, and a batch skips queries whose floor lies above its subnet instead of
+    ending before the first of them. Only such a policy may shed.
     """
 
     name: str
 
     def choose(self, queue: QueueView, worker: WorkerView, now_ns: int) -> Choice | Shed | None:
-        """Return what to run next, in under 20 us, or None if nothing fits the head's slack.
+        """Return what to run next, or None if nothing fits the head's slack. Takes less than 20 us.
 
         On None the core answers the head INFEASIBLE if no subnet could meet its
-        deadline even alone and at once, and otherwise asks again at the next event.
+        deadline even alone and at once; otherwise it asks again at the next event.
         """
         ...

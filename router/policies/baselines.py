@@ -1,6 +1,6 @@
-"""The policies that SlackFit is measured against.
+"""The policies that SlackFit is compared with.
 
-Each looks at the slack of the earliest deadline alone, and fits batches by the profile's p99.
+Each looks only at the slack of the earliest deadline, and fits batches by the profile's p99.
 Each keeps the head's accuracy floor: it serves no row below `head_floor`. With floor 0 they
 are exactly the paper's.
 
@@ -79,8 +79,8 @@ class MaxAcc:
 class Fixed:
     """Clipper+: always one subnet, with the largest batch that fits.
 
-    A head whose floor is above that subnet is served on the floor's row: a promise made to a
-    query outranks the purity of a baseline.
+    A head whose floor is above that subnet is served on the floor's row: keeping a promise to a
+    query matters more than a pure baseline.
 
     Args:
         profile: Latencies by row and batch size.
@@ -102,9 +102,9 @@ class Fixed:
 
 
 class MinCost:
-    """INFaaS without an accuracy constraint: always the cheapest subnet, the least accurate.
+    """INFaaS without an accuracy constraint: always the cheapest, least accurate subnet.
 
-    A head's floor is such a constraint, and makes the cheapest subnet the floor's row.
+    A head's floor is such a constraint: the cheapest subnet is then the floor's row.
 
     Args:
         profile: Latencies by row and batch size.
@@ -137,7 +137,7 @@ def _refuse_argument(name: str, argument: str | None) -> None:
 
 
 def _parse_subnet(profile: Profile, argument: str | None) -> int:
-    """Return the row that follows `fixed:`; a subnet's name wins over a row's number."""
+    """Return the row that the text after `fixed:` means; a subnet's name wins over a row's number."""
     names = tuple(subnet.name for subnet in profile.subnets)
     rows = {str(row): row for row in range(profile.n_subnets)}
     rows |= {"smallest": 0, "largest": profile.n_subnets - 1}

@@ -1,8 +1,8 @@
-"""Demand: how fast queries arrive, how patient they are, and how much there is to serve them with.
+"""Demand: how fast queries arrive, how long they can wait, and how much capacity there is to serve them.
 
-Kept only for policies that ask (`sees_demand`). Arrivals are noted by the message, and taken into
-account when somebody asks. Rate and patience are smoothed over as long as a query may wait: what came
-longer ago is answered by now, and what comes later than that is not this queue's to serve.
+Kept only for policies that ask (`sees_demand`). `arrived` counts each message; `settle` updates the
+averages before a decision. Rate and patience are smoothed over the time that a query may wait: whatever
+came before that is answered, and whatever comes after it meets a different queue.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from math import exp
 
 MS = 1_000_000
 _SETTLE_NS = MS // 2
-"""Arrivals are taken into account together, at most this often: exponentials cost time."""
+"""At most this often are averages updated, for all arrivals since: each update costs an exponential, and
+half a millisecond is short against the slack that the averages are smoothed over."""
 
 
 class Demand:
@@ -20,7 +21,7 @@ class Demand:
     Attributes:
         rate: Queries a nanosecond, smoothed over `slack_ns`.
         slack_ns: Harmonic mean of the slack of queries on arrival, smoothed over itself. Harmonic,
-            because a few very patient queries make nobody else more patient.
+            because a few very patient queries do not make the others more patient.
         capacity: Queries a nanosecond that the cluster serves at each GPU's unit cost: the sum over
             the GPUs that take work of 1 / (unit cost * slowdown); see `Profile.unit_cost_ns`.
     """
@@ -37,19 +38,20 @@ class Demand:
         self._until_ns: int | None = None
 
     def arrived(self, slacks_ns: list[int]) -> None:
-        """Note queries with these slacks; those below a millisecond count as one."""
+        """Count queries with these slacks. Less than a millisecond, or none left, counts as a millisecond."""
         self._n += len(slacks_ns)
         first_ns = slacks_ns[0]
+        # One SLO in a message is the usual case: count() compares in C, the sum below is a loop.
         if slacks_ns[-1] == first_ns and slacks_ns.count(first_ns) == len(slacks_ns):
             self._hastes += len(slacks_ns) / max(MS, first_ns)
         else:
             self._hastes += sum([1.0 / max(MS, slack_ns) for slack_ns in slacks_ns])
 
     def settle(self, now_ns: int) -> None:
-        """Take into account what has arrived by now.
+        """Update the averages with what has arrived by `now_ns`.
 
-        Both averages are of the exponential kind with a time constant of one mean slack; the mean
-        slack is their ratio, so that it weighs queries and not messages.
+        Both averages are exponential with a time constant of one mean slack. The mean slack is their
+        ratio, so that every query has the same weight, whatever message it came in.
         """
         if self._until_ns is None or self.slack_ns <= 0.0:
             self._until_ns = now_ns
@@ -62,6 +64,7 @@ class Demand:
         gain = (1.0 - keep) / passed_ns
         self.rate = self.rate * keep + gain * self._n
         self._haste = self._haste * keep + gain * self._hastes
+        # Without arrivals both averages fade alike, so their ratio stays; in the end both underflow to 0.
         if self._n and self._haste > 0.0:
             self.slack_ns = self.rate / self._haste
         self._n, self._hastes = 0, 0.0

@@ -1,11 +1,11 @@
-"""Policies by name: those shipped, and those that other packages plug in.
+"""Policies by name: the shipped ones, and those that other packages plug in.
 
 A package adds a policy with an entry point in the group `superserve.policies`:
 
     [project.entry-points."superserve.policies"]
     mine = "my_package:MyPolicy"
 
-It is then chosen by `--policy mine` or `--policy mine:argument`, and built as
+You then choose it by `--policy mine` or `--policy mine:argument`, and the router builds it as
 `MyPolicy(profile, argument)`: see `router.policies.Policy`.
 """
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "superserve.policies"
 """The group in which packages register policies."""
 
-# Looked up before the entry points: a checkout whose installed metadata is stale still serves,
-# and no package takes over a shipped name unseen. Imported only when chosen.
+# Looked up before the entry points: a checkout with stale installed metadata still serves, and no
+# package can take over a shipped name. Imported only when chosen.
 _SHIPPED = {
     "slackfit": ("router.policies.slackfit", "SlackFit"),
     "demandfit": ("router.policies.demandfit", "DemandFit"),
@@ -51,8 +51,8 @@ def make_policy(spec: str, profile: Profile) -> Policy:
 
     Args:
         spec: `name` or `name:argument`, such as "slackfit" or "fixed:largest"; or `module:attribute`,
-            perhaps with `:argument`, for a policy of the user's own.
-        profile: What the policy is to choose from.
+            perhaps with `:argument`, for your own policy.
+        profile: What the policy chooses from.
 
     Raises:
         ConfigError: No policy has that name, it cannot be imported, or it refuses the argument.
@@ -73,7 +73,7 @@ def make_policy(spec: str, profile: Profile) -> Policy:
 
 
 def _own_factory(module: str, attribute: str) -> Callable[[Profile, str | None], Any]:
-    """Return what builds a policy of the user's own."""
+    """Return the factory `module:attribute`."""
     try:
         own: Callable[[Profile, str | None], Any] = load_attribute(module, attribute)
     except ModuleNotFoundError as error:
@@ -86,7 +86,7 @@ def _own_factory(module: str, attribute: str) -> Callable[[Profile, str | None],
 
 
 def _factory(name: str) -> Callable[[Profile, str | None], Any] | None:
-    """Return what builds the policy called `name`; None if none is."""
+    """Return the factory of the policy called `name`; None if there is none."""
     if name in _SHIPPED:
         module, attribute = _SHIPPED[name]
         shipped: Callable[[Profile, str | None], Any] = getattr(import_module(module), attribute)
@@ -101,7 +101,7 @@ def _factory(name: str) -> Callable[[Profile, str | None], Any] | None:
 
 
 def _no_policy(name: str) -> str:
-    """Say that no policy is called `name`, and which are known."""
+    """Return the error for an unknown policy: the nearest name, and all that are known."""
     known = known_policies()
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""

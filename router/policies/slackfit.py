@@ -1,9 +1,9 @@
 """SlackFit: spend the slack of the earliest deadline, larger batches before accuracy.
 
-Offline, the latencies that a profile can reach are cut into evenly spaced buckets, and each
-bucket keeps one choice. Online, the slack names the bucket: one division, one look-up.
-Under load slack is short, so buckets are low and hold large batches of small subnets; when
-load falls slack grows, and with it accuracy. Nobody predicts the load.
+Offline, SlackFit cuts the range of latencies of a profile into evenly spaced buckets, and keeps
+one choice for each. Online, the slack selects the bucket: one division, one look-up.
+Under load slack is short, and the low buckets hold large batches of small subnets; when load
+falls slack grows, and accuracy with it. No part of it predicts the load.
 
 Source: SlackFit, section 4 and appendix A.5 of SuperServe (NSDI '25).
 """
@@ -21,21 +21,22 @@ if TYPE_CHECKING:
     from router.policies import QueueView, WorkerView
 
 DEFAULT_BUCKETS = 64
-"""Number of buckets unless `slackfit:<n>` says otherwise."""
+"""Number of buckets without `slackfit:<n>`."""
 
 MAX_BUCKETS = 1_024
-"""Most buckets. The tables of all floors of 1,000 subnets take 6 MB and 0.1 s at 64, 16 times that here."""
+"""Most buckets. With 1,000 subnets the tables of all floors take 6 MB and 0.1 s at 64 buckets; 16 times that
+at 1,024."""
 
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """The choices of SlackFit for queries that rows from `floor` up may serve.
+    """SlackFit's choices for queries that only rows from `floor` up may serve.
 
     Edge k is first_ns + k * span_ns / n for k = 0..n: the first is the latency of one query on
     row `floor`, the last that of the largest batch on the most accurate row, both p99.
 
     Attributes:
-        first_ns: Edge 0; less slack than this fits nothing.
+        first_ns: Edge 0; with less slack nothing fits.
         span_ns: Edge n minus edge 0; at least 1.
         choices: What edge k holds, shape (n + 1,).
     """
@@ -50,15 +51,15 @@ class Buckets:
         if ahead_ns < 0:
             return None
         last = len(self.choices) - 1
-        # Whole numbers throughout: an edge exactly as long as the slack still meets the deadline.
+        # Integers throughout: an edge exactly as long as the slack still meets the deadline.
         return self.choices[min(ahead_ns * last // self.span_ns, last)]
 
 
 def make_buckets(profile: Profile, floor: int, n_buckets: int) -> Buckets:
     """Return the buckets of the profile's rows from `floor` up.
 
-    An edge holds the largest batch whose p99 latency is at most the edge, on whichever row,
-    and of the rows that can take it in that time the most accurate.
+    An edge holds the largest batch whose p99 latency on any row is at most the edge, and the
+    most accurate row that runs this batch in that time.
     """
     first_ns = profile.latency_p99_ns(floor, 1)
     span_ns = profile.latency_p99_ns(profile.n_subnets - 1, profile.max_batch_size) - first_ns
@@ -68,7 +69,7 @@ def make_buckets(profile: Profile, floor: int, n_buckets: int) -> Buckets:
 
 
 def _largest_then_most_accurate(profile: Profile, floor: int, budget_ns: int) -> Choice:
-    """Return the choice for a latency of `budget_ns`, which is at least that of edge 0."""
+    """Return the choice for a latency of `budget_ns`, which is at least edge 0."""
     batch_size = profile.largest_batch(floor, budget_ns)  # no row above `floor` is faster (P2)
     assert batch_size is not None, "edge 0 fits the smallest batch on the floor"
     subnet = profile.most_accurate(batch_size, budget_ns)
@@ -79,8 +80,8 @@ def _largest_then_most_accurate(profile: Profile, floor: int, budget_ns: int) ->
 class SlackFit:
     """The paper's policy: the choice of the bucket closest to, but not above, the head's slack.
 
-    A head with an accuracy floor is served from the buckets of the profile cut to the rows
-    that satisfy it, so a feasible head never goes without; with floor 0 it is exactly the paper.
+    A head with an accuracy floor uses the buckets made from the rows that satisfy it, so that a
+    feasible head always finds a choice; with floor 0 this is exactly the paper's policy.
 
     Args:
         profile: Latencies by row and batch size.
@@ -94,7 +95,7 @@ class SlackFit:
 
     def __init__(self, profile: Profile, argument: str | None = None) -> None:
         n_buckets = DEFAULT_BUCKETS if argument is None else _parse_buckets(argument)
-        # Every floor's, now: built on first use they would cost that decision its 20 us.
+        # For all floors, now: building them on first use would break that decision's limit of 20 us.
         self.buckets = tuple(make_buckets(profile, floor, n_buckets) for floor in range(profile.n_subnets))
 
     def choose(self, queue: QueueView, worker: WorkerView, now_ns: int) -> Choice | None:

@@ -1,7 +1,7 @@
 """Whether the router lives, is ready, and meets its SLOs now: three questions, three answers.
 
-Each is a function of STATUS, and says yes only for a reason: a router without workers is not
-ready, and one that has answered nobody lately meets no SLO unless it could.
+Each is a function of STATUS, and is positive only for a reason: a router without workers is not
+ready, and one that has answered no query lately meets its SLO only if it could serve one.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ if TYPE_CHECKING:
     from superserve.status import EndCounts, RouterSummary
 
 SLO_ATTAINMENT = 0.99
-"""Least share of the last ten seconds' queries that must have ended OK for `slo` to say yes."""
+"""Least share of the last ten seconds' queries that must end OK for `slo` to be positive."""
 
 
 class Health(NamedTuple):
-    """An answer, and what it rests on."""
+    """An answer and its reason."""
 
     is_well: bool
     why: str
 
 
 def attainment(answered: EndCounts) -> float:
-    """Return the share of queries that ended OK, of all that ended uncancelled; NaN of none."""
+    """Return the share that ended OK of all queries that were not cancelled; NaN without any."""
     n = answered.wanted
     return answered.ok / n if n else float("nan")
 
 
 def live(_summary: RouterSummary) -> Health:
-    """Tell whether the loop passes: whoever has a summary of it has seen it do so."""
+    """Return whether the loop passes: it made the summary, so it does."""
     return Health(True, "the loop passes")
 
 
 def ready(summary: RouterSummary) -> Health:
-    """Tell whether a query sent now would be queued for a GPU that takes work."""
+    """Return whether a query sent now would be queued for a GPU that takes work."""
     if summary.router.draining:
         return Health(False, "the router is draining")
     n_ready = summary.workers_ready
@@ -44,11 +44,11 @@ def ready(summary: RouterSummary) -> Health:
 
 
 def slo(summary: RouterSummary) -> Health:
-    """Tell whether queries end by their deadlines now, by those that ended in the last ten seconds."""
+    """Return whether queries meet their deadlines now, judged by those of the last ten seconds."""
     share = attainment(summary.recent.short.answered)
-    if share != share:  # NaN: nothing ended, and what could be done is all there is to tell by
+    if share != share:  # NaN: nothing ended, so judge by whether a query could be served
         could = ready(summary)
         return Health(could.is_well, f"nothing ended in the last 10 s; {could.why}")
-    # Cut, not rounded: below the bound it shall not read as if it were on it.
+    # Truncated, not rounded: a value below the bound must not print as the bound.
     words = f"attainment {int(share * 10_000) / 10_000:.4f} over the last 10 s, expected {SLO_ATTAINMENT}"
     return Health(share >= SLO_ATTAINMENT, words)

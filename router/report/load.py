@@ -1,7 +1,7 @@
-"""The router's recent past: what came and how it ended over the last seconds, and the GPUs that asks for.
+"""The router's recent past: what arrived and how it ended over the last seconds, and the GPUs that it needs.
 
-The loop notes a line of counters once a second; a rate is the difference of two lines. Nothing
-here decides anything: it is for people, dashboards and autoscalers.
+The loop records the counters once a second; a rate is the difference of two records. Nothing here
+decides anything: it is for people, dashboards and autoscalers.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 SECOND = 1_000_000_000
 
 TARGET_UTILISATION = 0.8
-"""Share of a GPU's time that `workers_needed` plans to fill: bursts need the rest."""
+"""Share of a GPU's time that `workers_needed` plans to use: bursts need the rest."""
 
 
 class Line(NamedTuple):
-    """The counters of one instant."""
+    """The counters at one instant."""
 
     at_ns: int
     received: int
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 
 class Load:
-    """A line a second, for a little more than a minute."""
+    """The counters of each second, for a little more than a minute."""
 
     __slots__ = ("_lines",)
 
@@ -40,12 +40,12 @@ class Load:
         self._lines: deque[Line] = deque(maxlen=LONG_S + 1)
 
     def note(self, core: RouterCore, now_ns: int) -> None:
-        """Keep a line if the last one is a second old."""
+        """Record the counters if the last record is a second old."""
         if not self._lines or now_ns - self._lines[-1].at_ns >= SECOND:
             self._lines.append(_line(core, now_ns))
 
     def recent(self, core: RouterCore, now_ns: int, window_s: int) -> RecentWindow:
-        """Return what has happened within the last `window_s` seconds, or since the first line."""
+        """Return what has happened within the last `window_s` seconds, or since the first record."""
         now = _line(core, now_ns)
         since_ns = now_ns - window_s * SECOND - SECOND // 2
         then = next((line for line in self._lines if line.at_ns >= since_ns), now)
@@ -67,7 +67,7 @@ class FleetSize(NamedTuple):
     """The GPUs that take work.
 
     Attributes:
-        ready: How many.
+        ready: Their number.
         least_s: Least GPU time that a query can take, averaged over them; 0 without any.
     """
 
@@ -76,9 +76,9 @@ class FleetSize(NamedTuple):
 
 
 def fleet(core: RouterCore) -> FleetSize:
-    """Return the GPUs that take work, and what a query costs on the smallest subnet in its best batches.
+    """Return the GPUs that take work, and the cost of a query on the smallest subnet in its best batches.
 
-    GPUs that differ are averaged by what they can do: the mean is harmonic, each cost corrected by slowdown.
+    GPUs that differ are averaged by capacity: a harmonic mean, each cost corrected by slowdown.
     """
     least_ns: dict[int, float] = {}
     ready, capacity = 0, 0.0
@@ -96,12 +96,12 @@ def fleet(core: RouterCore) -> FleetSize:
 
 
 def workers_needed(past: RecentWindow, of: FleetSize) -> GpusNeeded:
-    """Return how many GPUs the arrivals of `past` ask for.
+    """Return how many GPUs the arrivals of `past` need.
 
-    `as_served` is arrivals a second x GPU seconds a query as now served / `TARGET_UTILISATION`: what
-    keeps the present accuracy for everybody who asks, those refused included. `at_least` takes
-    the fleet's least cost instead, which is what deadlines need at the lowest accuracy. Both
-    are fractions of a GPU: round up. Where nothing has been executed, both are `at_least`.
+    `as_served` is arrivals a second x GPU seconds a query as now served / `TARGET_UTILISATION`: it keeps
+    the present accuracy for all arrivals, including those that were refused. `at_least` uses the fleet's
+    least cost instead: it meets deadlines at the lowest accuracy. Both are fractions of a GPU: round up.
+    If nothing has been executed, both are `at_least`.
     """
     rate_qps = past.received / past.seconds if past.seconds > 0 else 0.0
     each_s = past.busy_s / past.executed if past.executed else of.least_s

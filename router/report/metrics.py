@@ -1,10 +1,10 @@
-"""What the router exports to Prometheus, and how the loop's figures reach the thread that is asked.
+"""What the router exports to Prometheus, and how the loop's figures reach the thread of a scrape.
 
-The loop adds to plain integers. A scrape raises a flag; at the end of its pass the loop copies
-what must agree with each other (counters, queue, histograms: tens of microseconds) and hands the
-copy over, so that received = answered + queued + in flight holds in every scrape. The text is
-made in the request's thread. What belongs to one worker is read by that thread while the loop
-runs on: each value is a whole one, and nothing adds them up. docs/metrics.md explains each name.
+The loop adds to plain integers. A scrape raises a flag. At the end of its pass the loop copies the
+values that must agree with each other (counters, queue, histograms: tens of microseconds) and passes
+on the copy, so that received = answered + queued + in flight holds in every scrape. The request's
+thread makes the text. It reads the values of single workers while the loop runs: each value is
+consistent by itself, and none of them are summed. docs/metrics.md explains each name.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 _PREFIX = "superserve_router_"
 _MS = 1e3
 _WAIT_S = 1.0
-"""A loop that has not answered for so long hangs: an idle one passes every 50 ms."""
+"""A loop that has not answered for this long hangs: an idle one passes every 50 ms."""
 SWITCH_S = 0.0005
-"""How long the thread of a scrape may compute before the loop gets the interpreter back; Python's
-own 5 ms would add that to answers. Set when metrics are on."""
+"""How long a scrape's thread may compute before the loop gets the interpreter back; Python's default
+of 5 ms would delay answers by that. Set when metrics are on."""
 
 _NAMES = (
     Metric("build", "info", "Version, Python and policy of this router, as labels."),
@@ -99,7 +99,7 @@ METRICS = tuple(Metric(_PREFIX + metric.name, metric.kind, metric.help, metric.l
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What the loop handed over at the end of one pass."""
+    """What the loop passed on at the end of one pass."""
 
     summary: RouterSummary
     histograms: Mapping[str, HistogramBuckets]
@@ -107,10 +107,10 @@ class Snapshot:
 
 
 class RouterMetrics:
-    """Figures that the loop adds to, and their way to whoever asks.
+    """Figures that the loop adds to, and their way to the thread of a scrape.
 
     Attributes:
-        is_wanted: Whether somebody waits for a snapshot: the loop looks at it once a pass.
+        is_wanted: Whether a scrape waits for a snapshot: the loop checks it once a pass.
     """
 
     def __init__(self) -> None:
@@ -136,14 +136,14 @@ class RouterMetrics:
         self._slack.add(min([cohort.deadlines_ns[lo] for cohort, lo, _ in batch.stretches]) - now_ns)
 
     def passed(self, actions: list[Action], took_ns: int) -> None:
-        """Count a pass of the loop and what it dispatched. Call `give` after it if `is_wanted`."""
+        """Count a pass of the loop and its dispatches. Call `give` after it if `is_wanted`."""
         for action in actions:
             if type(action) is Dispatch:
                 self._dispatched(action.batch)
         self._loop.add(took_ns)
 
     def give(self, summary: RouterSummary, subnets: Sequence[str]) -> None:
-        """Hand over a snapshot: `summary` as of this pass, and the names of the profile's rows."""
+        """Pass on a snapshot: `summary` as of this pass, and the names of the profile's rows."""
         self.is_wanted = False
         self._snapshot = self._take(summary, subnets)
         self._given.set()
@@ -160,10 +160,10 @@ class RouterMetrics:
             {subnets[row]: n for row, n in sorted(self._rows.items())},
         )
 
-    # --- the side of whoever asks ---------------------------------------------------------
+    # --- the side of the scrape -----------------------------------------------------------
 
     def ask(self) -> Snapshot:
-        """Return what the loop hands over; from any thread but the loop's.
+        """Return the loop's snapshot; from any thread except the loop's.
 
         Raises:
             UnavailableError: The loop did not answer within a second.
@@ -179,7 +179,7 @@ class RouterMetrics:
 
 
 def pages(core: RouterCore, metrics: RouterMetrics) -> dict[str, Callable[[], Page]]:
-    """Return the router's pages, by path; asked for in other threads than the loop's."""
+    """Return the router's pages, by path; they are made in other threads than the loop's."""
 
     def health(judge: Callable[[RouterSummary], Health]) -> Page:
         said = judge(metrics.ask().summary)
@@ -200,7 +200,7 @@ def _metrics_page(core: RouterCore, metrics: RouterMetrics) -> Page:
     families = Families(METRICS)
     fill(families, snapshot, waited_s)
     now_ns = time.monotonic_ns()
-    # Lists of what is there now: the loop may add and remove while they are read.
+    # Copied lists: the loop may add and remove while this thread reads.
     workers = [
         gpu_status(worker, now_ns) for peer in list(core.peers.values()) for worker in list(peer.workers)
     ]
@@ -209,7 +209,7 @@ def _metrics_page(core: RouterCore, metrics: RouterMetrics) -> Page:
 
 
 def fill(families: Families, snapshot: Snapshot, waited_s: float) -> None:
-    """Give every sample that is not of one worker."""
+    """Add every sample that does not belong to one worker."""
     now = snapshot.summary
     router, queries, queue, batches = now.router, now.queries, now.queue, now.batches
     python = ".".join(map(str, sys.version_info[:3]))
@@ -255,7 +255,7 @@ def fill(families: Families, snapshot: Snapshot, waited_s: float) -> None:
 
 
 def fill_workers(families: Families, gpus: Sequence[GpuStatus]) -> None:
-    """Give the samples of workers: a line a process, however many GPUs it has."""
+    """Add the samples of workers: a line for each process, summed over its GPUs."""
     processes: dict[str, list[GpuStatus]] = {}
     for gpu in gpus:
         processes.setdefault(gpu.name, []).append(gpu)

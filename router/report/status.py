@@ -1,4 +1,4 @@
-"""STATUS: what the router knows, from its core and from what the loop around it says."""
+"""STATUS: the router's report, from its core and from the facts of the loop around it."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ MS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class LoopFacts:
-    """What the loop knows beside its core.
+    """What the loop knows and the core does not.
 
     Attributes:
         epoch: The router's life.
-        policy: As `--policy` took it.
+        policy: As given to `--policy`.
         client_endpoint: Where clients connect.
         worker_endpoint: Where workers connect.
         loop_ns: Time spent in passes so far.
@@ -64,7 +64,7 @@ class LoopFacts:
 
 
 class Origin(NamedTuple):
-    """What a worker process says of itself; "" where it does not say."""
+    """What a worker process states about itself; "" if it does not."""
 
     host: str = ""
     version: str = ""
@@ -74,7 +74,7 @@ _UNKNOWN = Origin()
 
 
 def summary_of(core: RouterCore, loop: LoopFacts, now_ns: int) -> RouterSummary:
-    """Return what costs the same however many workers there are."""
+    """Return the part of STATUS that costs the same for any number of workers."""
     return RouterSummary(**_summary(core, loop, now_ns))
 
 
@@ -89,11 +89,11 @@ def status_of(
     """Return STATUS; durations in milliseconds, instants as durations from now.
 
     Args:
-        core: The router's.
-        loop: What it knows.
-        now_ns: The instant that it is of.
-        origins: What worker processes say of themselves, by their keys in the core.
-        keys: Who is listed; None without keys.
+        core: The router's core.
+        loop: The loop's facts.
+        now_ns: The instant of the report.
+        origins: What worker processes state about themselves, by their keys in the core.
+        keys: The listed keys; None without keys.
     """
     workers = tuple([gpu_status(one, now_ns, origins.get(one.peer.key, _UNKNOWN)) for one in core.workers()])
     return RouterStatus(**_summary(core, loop, now_ns), workers=workers, keys=keys)
@@ -150,7 +150,7 @@ def _info(loop: LoopFacts, *, draining: bool) -> RouterInfo:
 
 
 def gpu_status(worker: Worker, now_ns: int, origin: Origin = _UNKNOWN) -> GpuStatus:
-    """Return what is known of one GPU."""
+    """Return the status of one GPU."""
     row = worker.last_subnet
     return GpuStatus(
         name=worker.peer.name,

@@ -1,4 +1,4 @@
-"""The router's client side: queries in, results out, and what an operator may ask."""
+"""The router's client side: queries in, results out, and operators' requests."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("router")
 
 MS = 1_000_000
-_PING_NS = 1_000 * MS
-_GONE_NS = 10_000 * MS
-_NEAR_NS = 20 * MS
+_PING_NS = 1_000 * MS  # the way to a client changes slowly, and with a thousand clients each PING costs
+_GONE_NS = 10_000 * MS  # ten PINGs: a busy application may pause for seconds, and keeps its queries meanwhile
+_NEAR_NS = 20 * MS  # a client that is near answers sooner, unless it is busy
 _ENOUGH_PONGS = 3
-"""A client that is busy when it has just connected answers late: until it has answered so often, a round
-trip longer than `_NEAR_NS` is taken for that, and not for a way that eats the slack of its queries."""
+"""A client that is busy just after it connected answers late. Until it has answered this often, a round
+trip longer than `_NEAR_NS` counts as that, not as a distance that uses up the slack of its queries."""
 _MAX_TRANSIT_NS = 60_000 * MS
-"""What a message may claim to have been under way: stamps are the peer's, and may be anything."""
+"""Most time that a message counts as under way: the stamps are the peer's, and may be anything."""
 
 
 class ClientSide(RouterSide):
     """The socket that clients connect to.
 
     Args:
-        serving: What it shares with the other side.
+        serving: The state shared with the other side.
         workers: The other side, for operators that drain a worker.
     """
 
@@ -74,9 +74,9 @@ class ClientSide(RouterSide):
         elif isinstance(message, Ping):
             send(self.socket, [key, *wire.encode_pong(Pong(message.stamp_ns, now_ns))])
         elif connection is None or key not in self._core.clients:
-            # Unknown, or its session went on over another connection: this one's HELLO is void.
+            # Unknown, or its session moved to another connection, which made this one's HELLO void.
             self.connections.pop(key, None)
-            self.refuse(key, "say-hello", "this router does not know you: say HELLO")
+            self.refuse(key, "say-hello", "the router has no HELLO from you: send one")
         else:
             handler = self._on.get(message.kind)
             if handler is None:
@@ -92,10 +92,10 @@ class ClientSide(RouterSide):
         self._handle(CancelAsked(key, message), now_ns)
 
     def pong(self, key: bytes, pong: Pong, now_ns: int) -> None:
-        """Take a known client's answer to a PING: how far away it is."""
+        """Handle a known client's answer to a PING: it shows how far away the client is."""
         connection = self.connections[key]
         if pong.stamp_ns != connection.pinged_ns:
-            return  # of an older PING: it lay unread, which says nothing of the way
+            return  # of an older PING: it was unread for a while, which says nothing about the distance
         connection.n_pongs += 1
         rtt_ns = connection.rtts.add(max(0, now_ns - pong.stamp_ns), now_ns)
         is_likely = rtt_ns <= _NEAR_NS or connection.n_pongs >= _ENOUGH_PONGS
@@ -112,6 +112,7 @@ class ClientSide(RouterSide):
         connection = self._greet(key, wire.agreed(message), now_ns)
         self._handle(ClientJoined(key, hello.session), now_ns)
         self._welcome(key)
+        # At once, not with the next round of PINGs: the way to this client matters from its first query on.
         connection.pinged_ns = time.monotonic_ns()
         send(self.socket, [key, *wire.encode_ping(Ping(connection.pinged_ns))])
 
@@ -124,7 +125,7 @@ class ClientSide(RouterSide):
         send(self.socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome.body(), version))])
 
     def welcome_all(self) -> None:
-        """Say WELCOME to every client again: the model is another one."""
+        """Send WELCOME to every client again: the model has changed."""
         for key in self.connections:
             self._welcome(key)
 
@@ -133,7 +134,7 @@ class ClientSide(RouterSide):
         return ClientLeft(key)
 
     def _drain_asked(self, key: bytes, message: Control, now_ns: int) -> None:
-        """Drain the worker process named in `worker`, or the whole router where there is none."""
+        """Drain the worker process named in `worker`, or the whole router without a name."""
         gate = self._serving.gate
         if gate is not None and gate.clients.user not in gate.operators:
             self.refuse(key, "not-an-operator", "drain: expected an operator's key")
@@ -148,7 +149,7 @@ class ClientSide(RouterSide):
     # --- out ------------------------------------------------------------------------------
 
     def send_results(self, client: bytes, answers: list[Answer]) -> None:
-        """Send a client its answers; one that does not take them is dropped, and they are counted."""
+        """Send a client its answers; if it does not take them, count them and drop the client."""
         epoch = self._serving.epoch
         if len(answers) == 1:
             frames = wire.encode_results(Results(epoch, [group_of(answers[0])]))
@@ -161,6 +162,6 @@ class ClientSide(RouterSide):
                 return
 
     def _drop_results(self, client: bytes, n: int) -> None:
-        """Gone, or not reading: its queries shall cost no more GPU time."""
+        """Drop a client that is gone or does not read: its queries must cost no more GPU time."""
         self._counts["results_dropped"] += n
         self.lose(client, time.monotonic_ns())

@@ -1,4 +1,4 @@
-"""Between the core's actions and the wire's messages: which bytes a stretch of a cohort stands for."""
+"""From the core's actions to the wire's messages: which bytes a stretch of a cohort is."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def directive_of(batch: Batch) -> Directive:
-    """Return the DIRECTIVE of a batch; payloads, unless they are small, are what the clients sent."""
+    """Return the DIRECTIVE of a batch; payloads that are not small are forwarded as the clients sent them."""
     now_ns, stretches, worker = batch.dispatched_ns, batch.stretches, batch.worker
     each = stretches[0][0].message.payload_bytes
     if len(stretches) > 1 and each * batch.n < GATHER_BYTES and _are_alike(stretches, each):
@@ -48,7 +48,7 @@ def _are_alike(stretches: list[Stretch], each: int) -> bool:
 
 
 def _joined(stretches: list[Stretch], n: int, each: int, now_ns: int) -> Segment:
-    """Return one segment for many small stretches: they share a frame anyhow, and a segment costs 2 us."""
+    """Return one segment for many small stretches: they share a frame anyway, and each segment costs 2 us."""
     ids: list[Buffer] = []
     payloads: list[Buffer] = []
     deadlines_ns: list[int] = []
@@ -84,7 +84,7 @@ def _segment(cohort: Cohort, lo: int, hi: int, now_ns: int) -> Segment:
 
 
 def _span(each: int, lengths: Buffer | None, lo: int, hi: int) -> tuple[int, int]:
-    """Return where queries lo to hi lie in a buffer that holds all of them end to end."""
+    """Return the range of queries lo to hi in a buffer with all of them end to end."""
     if each != VARIED:
         return each * lo, each * hi
     assert lengths is not None, "VARIED without a column of lengths"
@@ -93,7 +93,7 @@ def _span(each: int, lengths: Buffer | None, lo: int, hi: int) -> tuple[int, int
 
 
 def results_of(epoch: int, answers: Sequence[Answer]) -> Iterator[Results]:
-    """Yield the RESULTS that carry `answers`, all of one client; more than one only past the wire's bound."""
+    """Yield the RESULTS with `answers`, all of one client; more than one only above the wire's limit."""
     groups: list[Group] = []
     n = 0
     for answer in answers:
@@ -107,7 +107,7 @@ def results_of(epoch: int, answers: Sequence[Answer]) -> Iterator[Results]:
 
 
 def group_of(answer: Answer) -> Group:
-    """Return the group of RESULTS that an answer is."""
+    """Return an answer as a group of RESULTS."""
     queries: Queries = answer.cohort.message
     count = answer.n
     ids: Buffer = queries.ids[8 * answer.lo : 8 * answer.hi]
@@ -129,7 +129,7 @@ def group_of(answer: Answer) -> Group:
 
 
 def _merged(answer: Answer) -> tuple[bytes, bytes]:
-    """Return ids and waits of an answer of several stretches, which came at different instants."""
+    """Return ids and waits of an answer with several stretches, which arrived at different instants."""
     ids, waits = [], []
     dispatched_ns = answer.cohort.arrived_ns + answer.queued_ns
     for cohort, lo, hi in answer.stretches:
@@ -139,7 +139,7 @@ def _merged(answer: Answer) -> tuple[bytes, bytes]:
 
 
 def _outputs(row: DoneRow, lo: int, hi: int) -> tuple[int, Buffer, Buffer | None]:
-    """Return bytes of each output, the outputs and their lengths, of queries lo to hi of a batch."""
+    """Return the bytes of each output, the outputs and their lengths, of queries lo to hi of a batch."""
     lengths = None if row.lengths is None else row.lengths[4 * lo : 4 * hi]
     if hi - lo == row.n:
         return row.output_bytes, row.output, lengths

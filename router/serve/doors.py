@@ -1,10 +1,10 @@
 """Doors: the listening sockets of a router, shut while it has no file descriptors left.
 
-At the limit accept() fails, the connection stays in the kernel's queue, and ZeroMQ's thread asks for it again
-at once: a whole processor for as long as the limit lasts. `unbind` would end the spinning and, with it, every
+At the limit accept() fails, the connection stays in the kernel's queue, and ZeroMQ's thread retries at once:
+that takes a whole processor for as long as the limit lasts. `unbind` would end the spinning, but also every
 connection that the listener has ever made. So some descriptors are kept in reserve. Once all others are in
-use, the kernel has to drop what would open another connection, and the reserve is given up to those that
-are in the queue already. Connections that stand are not touched.
+use, the kernel drops attempts to connect, and the reserve serves the connections that are already in its
+queue. Established connections are not affected.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 log = logging.getLogger("router")
 
 MS = 1_000_000
-_LOOK_NS = 20 * MS
+_LOOK_NS = 20 * MS  # between two checks: each makes and closes a descriptor
 _SHUT_NS = 1_000 * MS
-"""Doors stay shut for this long at least, so that they do not flap."""
+"""Doors stay shut for at least this long, so that they do not flap."""
 _BACKLOG = 100
-"""Connections that may wait to be taken: ZeroMQ's own default."""
+"""Connections that may wait to be accepted: ZeroMQ's own default."""
 _SAY_NS = 60_000 * MS
-"""Time between two lines in the log."""
+"""Least time between two log lines about it."""
 
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 _DROP_ALL = struct.pack("HBBI", 6, 0, 0, 0)  # BPF: return 0, keep no byte of the packet
 
 
 class Doors:
-    """Keeps descriptors in reserve, and shuts out further TCP connections while the others are in use.
+    """Keeps descriptors in reserve, and refuses further TCP connections while all others are in use.
 
     Args:
-        endpoints: Where the router listens, as bound; all but tcp:// are left alone.
+        endpoints: Where the router listens, as bound; only tcp:// is affected.
     """
 
     def __init__(self, endpoints: Iterable[str]) -> None:
         self._listeners = [found for endpoint in endpoints for found in _listeners(endpoint)]
         for listener in self._listeners:
-            listener.listen(min(_BACKLOG, reserve() // 2 - 2))  # what waits there, the reserve must hold
+            listener.listen(min(_BACKLOG, reserve() // 2 - 2))  # the reserve must suffice for all that wait
         self._reserve: list[int] = []
         self._is_shut = False
         self._look_ns = 0
@@ -56,7 +56,7 @@ class Doors:
         self._fill()
 
     def look(self, now_ns: int) -> None:
-        """Shut the doors, or open them again; every now and then."""
+        """Shut the doors or open them again, if the next check is due."""
         if now_ns < self._look_ns:
             return
         self._look_ns = now_ns + _LOOK_NS
@@ -69,7 +69,7 @@ class Doors:
                 listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
     def close(self) -> None:
-        """Give up the reserve."""
+        """Close the reserve and the listeners' copies."""
         self._give_up()
         for listener in self._listeners:
             listener.close()
@@ -97,7 +97,7 @@ class Doors:
             for _ in range(reserve()):
                 self._reserve.append(os.eventfd(0, os.EFD_CLOEXEC))
         except OSError:
-            return  # at the limit from the start: the next look shuts
+            return  # at the limit from the start: the next check shuts the doors
 
     def _give_up(self) -> None:
         for fd in self._reserve:
@@ -106,20 +106,20 @@ class Doors:
 
 
 def reserve() -> int:
-    """Return how many descriptors to keep: enough for two listeners' queues, or a quarter of the limit."""
+    """Return how many descriptors to reserve: enough for two listeners' queues, or a quarter of the limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(8, min(256, soft // 4))
 
 
 def raise_limit() -> None:
-    """Let this process open as many files as it may ask for."""
+    """Raise this process's limit of open files to its hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _listeners(endpoint: str) -> Iterator[socket.socket]:
-    """Yield this process's listening sockets of a bound endpoint; ZeroMQ does not say which they are."""
+    """Yield this process's listening sockets of a bound endpoint; ZeroMQ does not reveal them."""
     if not endpoint.startswith("tcp://"):
         return
     port = int(endpoint.rpartition(":")[2])
@@ -137,7 +137,7 @@ def _listeners(endpoint: str) -> Iterator[socket.socket]:
 
 
 def _socket(fd: int) -> socket.socket | None:
-    """Return a second descriptor of a socket; None for what is none, or gone by now."""
+    """Return a second descriptor of a socket; None if `fd` is no socket, or closed by now."""
     try:
         second = os.dup(fd)
     except OSError:

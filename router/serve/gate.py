@@ -1,9 +1,9 @@
-"""The gate: whom a router with keys lets in, and whose messages it still takes.
+"""The gate of a router with keys: which peers may connect, and whose messages still count.
 
-A thread of its own answers ZeroMQ's questions about keys (ZAP), listens to handshakes that fail, and looks
-four times a second at the folder of keys. Each of the router's sockets asks about every message that comes
-in: ZeroMQ says with it which key its connection was made with. So a key that is no longer listed is worth
-nothing from the next message on, whatever routing id the connection has, or whoever had that id before.
+Its own thread answers ZeroMQ's key requests (ZAP), watches failed handshakes, and checks the folder of keys
+four times a second. The router's sockets check every message that arrives: ZeroMQ attaches the key that the
+connection was made with. So a key that is no longer listed is worth nothing from the next message on, for
+any routing id of the connection, and whichever peer had that id before.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ CLIENT_DOMAIN = "superserve.client"
 WORKER_DOMAIN = "superserve.worker"
 
 LOOK_EVERY_MS = 250
-"""How often the folder is looked at: a key is cut off this long after it has left its list, at most."""
+"""How often the folder is checked: at most this long after it leaves its list, a key is cut off."""
 
 QUIET_NS = 10_000_000_000
-"""A peer that fails again within this time is counted and not logged."""
+"""A peer that fails again within this time is counted, not logged."""
 
 _GONE = "an address that was gone too soon"
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
-_MAX_REMEMBERED = 1_024
+_MAX_REMEMBERED = 1_024  # peers whose last warning is remembered: a bound on what strangers can make us keep
 _REFUSED_AUTH = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
 _WATCHED = FAILED | int(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
 _WORDS = {
@@ -54,26 +54,26 @@ _WORDS = {
 
 
 def check_reach(name: str, endpoint: str) -> None:
-    """Refuse to bind a socket without keys where other machines may reach it.
+    """Refuse to bind a socket without keys if other machines can reach it.
 
     Raises:
-        ConfigError: The endpoint is not this machine's alone.
+            ConfigError: Other machines can reach the endpoint.
     """
-    if "://" in endpoint and not is_local(endpoint):  # without a scheme nothing can be bound, which says so
+    if "://" in endpoint and not is_local(endpoint):  # without a scheme, bind fails and reports that
         raise ConfigError(
-            f"{name} {endpoint}: other machines may reach it, and anybody there could send queries or serve "
-            f"them: give --keys FOLDER (from `cluster keys make`), or say --security none"
+            f"{name} {endpoint}: other machines can reach it, and anyone there could send queries or serve "
+            f"them: give --keys FOLDER (from `cluster keys make`), or --security none"
         )
 
 
 class Door:
-    """What one of the router's sockets asks of each message; for the thread that receives.
+    """Checks each message of one of the router's sockets; for the thread that receives.
 
     Attributes:
-        listed: Who may come in here: the name behind each public key.
-        user: The public key that the last message admitted came with.
-        n_unauthenticated: Messages that came with no key at all.
-        n_revoked: Messages that came with a key that is not listed any more.
+        listed: The names of the admitted public keys.
+        user: The public key of the last admitted message.
+        n_unauthenticated: Messages without a key.
+        n_revoked: Messages with a key that is not listed any more.
     """
 
     __slots__ = ("listed", "n_revoked", "n_unauthenticated", "user")
@@ -85,7 +85,7 @@ class Door:
         self.n_revoked = 0
 
     def admits(self, frame: zmq.Frame) -> bool:
-        """Tell whether the message that begins with `frame` may be read; 0.5 us."""
+        """Return whether the message that begins with `frame` may be read; takes 0.5 us."""
         try:
             user = str(frame.get("User-Id"))
         except zmq.ZMQError:
@@ -99,22 +99,22 @@ class Door:
 
 
 class Gate:
-    """Keeps the doors of a router. `open()` before its sockets are bound, `close()` after they are closed.
+    """The doors of a router. Call `open()` before its sockets are bound, `close()` after they are closed.
 
     Args:
         context: The router's.
-        folder: Its keys; see `superserve.net.keys`.
+        folder: Its folder of keys; see `superserve.net.keys`.
 
     Attributes:
-        keys: The router's own.
+        keys: The router's own keys.
         clients: The door of the client socket.
         workers: The door of the worker socket.
-        operators: Those of the clients that may drain.
+        operators: The clients that may drain.
         version: Changes whenever the lists do.
-        n_failed: Handshakes that failed.
+        n_failed: Failed handshakes.
 
     Raises:
-        ConfigError: The folder is not a router's, or lists something that is no key.
+        ConfigError: The folder is not a router's, or lists a malformed key.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path) -> None:
@@ -139,13 +139,13 @@ class Gate:
         self._thread: threading.Thread | None = None
 
     def open(self) -> None:
-        """Bind the handler: sockets bound from now on find it."""
+        """Bind the ZAP handler: sockets that are bound after this use it."""
         self._zap = self._context.socket(zmq.REP)
         self._zap.set(zmq.LINGER, 0)
         self._zap.bind(_ZAP_ENDPOINT)
 
     def start(self, sockets: Mapping[str, zmq.Socket[bytes]]) -> None:
-        """Watch sockets, by what their peers are called, and answer from a thread from now on."""
+        """Watch sockets, given by what their peers are called, and answer from a thread from now on."""
         self._monitors = [
             _Monitor(what, monitor_of(self._context, socket, _WATCHED), self._voice)
             for what, socket in sockets.items()
@@ -155,7 +155,7 @@ class Gate:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread and close what is the gate's own; the context can then be terminated."""
+        """End the thread and close the gate's sockets; the context can then be terminated."""
         if self._thread is not None:
             os.eventfd_write(self._wake_fd, 1)
             self._thread.join()
@@ -165,7 +165,7 @@ class Gate:
         self._zap.close(0)
 
     def counts(self) -> dict[str, int]:
-        """Return what was turned away, for STATUS."""
+        """Return how much was refused, for STATUS."""
         doors = (self.clients, self.workers)
         return {
             "unauthenticated_frames": sum(door.n_unauthenticated for door in doors),
@@ -174,7 +174,7 @@ class Gate:
         }
 
     def listed(self) -> ListedKeys:
-        """Return who is listed, for STATUS."""
+        """Return the listed names, for STATUS."""
         operators = sorted(self.operators.values())
         return ListedKeys(
             clients=tuple(sorted(set(self.clients.listed.values()) - set(operators))),
@@ -205,7 +205,7 @@ class Gate:
                 self._look()
 
     def _answer(self) -> None:
-        """Answer one of ZeroMQ's questions; only CURVE's own keys, on a list of that socket, get in."""
+        """Answer one ZAP request: admit only CURVE keys on that socket's list."""
         request = self._zap.recv_multipart()
         version, number, domain, address, _, mechanism, *credentials = request
         doors = {CLIENT_DOMAIN.encode(): self.clients, WORKER_DOMAIN.encode(): self.workers}
@@ -225,14 +225,14 @@ class Gate:
         self._zap.send_multipart([version, number, *answer, b""])
 
     def _look(self) -> None:
-        """Take the folder's lists as they are now. What cannot be read leaves the last ones in force."""
+        """Load the folder's lists if they changed. If they cannot be read, the last ones stay in force."""
         try:
             found = signature(self._folder)
             if found == self._signature:
                 return
             ring, problems = read_ring(self._folder)
         except OSError as error:
-            self._voice.warn("", f"{self._folder}: cannot be read, the last lists hold: {error}")
+            self._voice.warn("", f"{self._folder}: cannot be read, the last lists stay in force: {error}")
             return
         self._signature = found
         for problem in problems:
@@ -251,13 +251,13 @@ class Gate:
 
 
 class _Voice:
-    """Warns of each peer and fault once in a while: what tries twenty times a second shall fill no disk."""
+    """Warns about each peer and fault once in a while: twenty retries a second must not fill the disk."""
 
     def __init__(self) -> None:
         self._said: dict[str, tuple[int, int]] = {}
 
     def warn(self, peer: str, text: str) -> None:
-        """Say `text`, or count it where `peer` was warned of just now."""
+        """Log `text`, or count it if `peer` was warned about recently."""
         now_ns = time.monotonic_ns()
         said_ns, n_unsaid = self._said.get(peer, (now_ns - QUIET_NS, 0))
         if now_ns - said_ns < QUIET_NS:
@@ -270,11 +270,11 @@ class _Voice:
 
 
 class _Monitor:
-    """Counts one socket's failed handshakes, and says whose they were.
+    """Counts one socket's failed handshakes, and finds out whose they were.
 
-    ZeroMQ names the peer of neither a failure nor an end; but it names the file descriptor of whom it
-    accepts, and a connection whose handshake fails ends right after. One that ends before this thread has
-    looked, as it may from the same machine, stays without a name.
+    ZeroMQ does not name the peer of a failure or a disconnection. But it reports the file descriptor of each
+    connection that it accepts, and one whose handshake fails ends right after. A connection that ends before
+    this thread has looked, as can happen on the same machine, has no name.
     """
 
     def __init__(self, what: str, socket: zmq.Socket[bytes], voice: _Voice) -> None:
@@ -285,7 +285,7 @@ class _Monitor:
         self._why: str | None = None
 
     def take(self) -> int:
-        """Take in what has happened; return how many handshakes have failed."""
+        """Handle the events so far; return how many handshakes have failed."""
         n_failed = 0
         while is_readable(self.socket):
             told = recv_monitor_message(self.socket)
@@ -299,20 +299,20 @@ class _Monitor:
                     self._voice.warn(who, f"{self._what} at {peer}: handshake failed: {why}")
             elif event & FAILED:
                 n_failed += 1
-                if event != _REFUSED_AUTH:  # whoever refused it has said so
-                    self._why = _WORDS.get(value, f"it broke off or is no peer of ours ({value})")
+                if event != _REFUSED_AUTH:  # `_answer` has already logged it
+                    self._why = _WORDS.get(value, f"it broke off or does not speak our protocol ({value})")
         return n_failed
 
 
 def _peer_of(fd: int) -> str:
-    """Return the address at the other end, as far as it is still there."""
+    """Return the address at the other end, if the connection still exists."""
     try:
-        own = os.dup(fd)
+        own = os.dup(fd)  # ZeroMQ may close its descriptor at any moment
     except OSError:
         return _GONE
     try:
         with os_socket.socket(fileno=own) as copy:
-            own = -1  # closed with the socket; where the number is a file's by now, there is none
+            own = -1  # closed with the socket; if the number now belongs to a file, getpeername fails
             address = copy.getpeername()
     except (OSError, ValueError):
         return _GONE

@@ -1,8 +1,8 @@
-"""Lives of a worker: the same process on a new connection, an older one that is gone, or another by its name.
+"""Lives of a worker: the same process on a new connection, an earlier one that is gone, or another process.
 
-A worker that says HELLO under a name that is known takes the place of the one before: mostly that is itself,
-or a life that has ended. Two that both live would throw each other out at every HELLO, several times a
-second, and lose each other's batches. So while the first is heard, the second is refused.
+A worker that sends HELLO under a known name replaces the earlier one: usually that is itself, or a process
+that has ended. Two live processes would replace each other at every HELLO, several times a second, and lose
+each other's batches. So while the first one answers, the second is refused.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from superserve.hello import WorkerHello
 
 SILENT_BEATS = 3
-"""A worker that has missed so many heartbeats may be an older life: its name is free."""
+"""A worker that has missed this many heartbeats may have ended: its name is free."""
 
 
 def life_of(key: bytes, hello: WorkerHello) -> str:
-    """Return what tells a worker process from every other; its HELLO's own word for it, if it has one.
+    """Return what distinguishes a worker process from every other: the identifier in its HELLO, if any.
 
-    Older workers give host and process number. Without any, a connection is a life.
+    Older workers send host and process number. Without those, the connection counts as the process.
     """
     if hello.life:
         return hello.life
@@ -31,13 +31,13 @@ def life_of(key: bytes, hello: WorkerHello) -> str:
 
 
 def check_name(name: str, quiet_ns: int, heartbeat_ns: int, host: str) -> None:
-    """Raise ConfigError if a worker of this name, in another process, has been heard lately.
+    """Raise ConfigError if another process with this worker's name has answered lately.
 
     Args:
-        name: The worker's.
-        quiet_ns: For how long nothing was heard of the one that has the name.
-        heartbeat_ns: How often it should be heard.
-        host: Where it runs, as it says; "" where it does not.
+        name: The worker's name.
+        quiet_ns: How long the process that has the name has been silent.
+        heartbeat_ns: How often it should send something.
+        host: Its host, as it stated; "" if it did not.
     """
     if quiet_ns < SILENT_BEATS * heartbeat_ns:
         where = f" on {host}" if host else ""

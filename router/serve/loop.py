@@ -1,8 +1,8 @@
 """The poll loop around RouterCore, between its two sides.
 
-One thread, one loop: wait, drain both sockets, let the core decide once, carry out what
-it says. Messages become events in the sides and actions become messages; nothing is decided here.
-No send ever blocks: what a peer cannot take at once is counted, and costs that peer its place.
+One thread, one loop: wait, drain both sockets, let the core decide once, carry out its actions.
+The sides turn messages into events and actions into messages; nothing is decided here.
+No send ever blocks: what a peer cannot take at once is counted, and the peer is dropped.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 MS = 1_000_000
 _GOODBYE_MS = 1_000
-"""How long a stopping router waits for its last answers and BYEs to leave this machine, at most."""
-_COLLECT_NS = 100 * MS
+"""Most time that a stopping router waits for its last answers and BYEs to leave this machine."""
+_COLLECT_NS = 100 * MS  # least time between two collections of garbage by idle passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class ServerSettings:
         worker_endpoint: Where workers connect.
         policy: As `router.policies.registry.make_policy` takes it.
         drain_timeout_ns: How long a SIGTERM waits for queued queries.
-        keys: The folder of keys; see `superserve.net.keys`. Without, anybody who reaches a socket is served.
-        is_open: Without keys, other machines may reach the sockets all the same.
+        keys: The folder of keys; see `superserve.net.keys`. Without it, any peer is served.
+        is_open: Without keys, bind even if other machines can reach the sockets.
     """
 
     client_endpoint: str = "tcp://127.0.0.1:*"
@@ -72,7 +72,7 @@ class RouterServer:
     Args:
         settings: Where to listen and what to run.
         recorder: Writes every event and directive, for replay; None records nothing.
-        metrics: Receives what was done, for scrapes; None where nothing is exported.
+        metrics: Receives the loop's figures for scrapes; None exports nothing.
 
     Attributes:
         core: Decides.
@@ -117,7 +117,7 @@ class RouterServer:
 
         Raises:
             ConfigError: An endpoint is malformed, taken, or open to other machines without keys; or the
-                folder of keys is not what it should be.
+                folder of keys is malformed.
         """
         settings = self.settings
         context, keys = self._context, None
@@ -159,7 +159,7 @@ class RouterServer:
         self._context.term()
 
     def _let_peers_read(self) -> None:
-        """Leave the connections open a moment: a DEALER drops what it has not read when one breaks."""
+        """Keep the connections open for a moment: a DEALER drops what it has not read when one breaks."""
         waiter = Waiter((self.clients.socket, self.workers.socket))
         end_ns = time.monotonic_ns() + _GOODBYE_MS * MS // 2
         has_peers = bool(self.clients.connections or self.workers.connections)
@@ -167,20 +167,22 @@ class RouterServer:
             for socket in waiter.wait(left_ns):
                 with contextlib.suppress(WireError):
                     while receive(socket) is not None:
-                        pass  # nothing that comes now is served
+                        pass  # messages that arrive now are not served
 
     # --- the loop -------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until `stop()` was called and the queue is empty, or the drain's time is up."""
+        """Serve until `stop()` was called and the queue is empty, or the drain timeout is over."""
+        # Objects that exist now live until the end: frozen, they are left out of later collections.
         gc.collect()
         gc.freeze()
-        gc.disable()  # nothing on the hot path makes cycles; idle passes collect what others made
+        gc.disable()  # the hot path makes no cycles, and a collection would delay it; idle passes collect
         waiter = Waiter((self.clients.socket, self.workers.socket))
         try:
             deadline_ns: int | None = None
             while True:
                 began_ns = time.monotonic_ns()
+                # Busy: messages during the rest share the next pass. Idle: the first one is served at once.
                 if self._pass():
                     rest(began_ns)
                 else:
@@ -198,7 +200,7 @@ class RouterServer:
 
     def _timeout_ns(self) -> int:
         now_ns = time.monotonic_ns()
-        latest_ns = 50 * MS
+        latest_ns = 50 * MS  # an idle router checks keys, descriptors and `stop` this often
         for side in (self.workers, self.clients):
             ping_ns = side.next_ping_ns()
             if ping_ns is not None:
@@ -207,7 +209,7 @@ class RouterServer:
         return max(0, latest_ns if wake_ns is None else min(latest_ns, wake_ns - now_ns))
 
     def _pass(self) -> int:
-        """Drain every socket, decide once, act; return how many messages there were."""
+        """Drain every socket, decide once, act; return how many messages arrived."""
         began_ns = time.monotonic_ns()
         gate = self._serving.gate
         if gate is not None and gate.version != self._gate_version:
@@ -242,6 +244,7 @@ class RouterServer:
 
     def _carry_out(self, actions: list[Action]) -> None:
         workers = self.workers
+        # All answers of a pass to one client leave as one message: each costs a system call.
         answers: dict[bytes, list[Answer]] = {}
         lost: list[bytes] = []
         for action in actions:
@@ -261,13 +264,14 @@ class RouterServer:
         send_results = self.clients.send_results
         for client, of_client in answers.items():
             send_results(client, of_client)
+        # After the answers: the core requeues what the lost worker held, and the next pass dispatches it.
         for key in lost:
             workers.lose(key, time.monotonic_ns())
 
     def _model_changed(self) -> None:
         self.clients.welcome_all()
 
-    # --- what it reports ------------------------------------------------------------------
+    # --- reports --------------------------------------------------------------------------
 
     def _facts(self) -> LoopFacts:
         serving = self._serving

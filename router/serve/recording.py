@@ -1,8 +1,8 @@
-"""The router's event log: everything the core was told and everything it dispatched, one JSON line each.
+"""The router's event log: each event that the core received and all that it dispatched, one JSON line each.
 
-A recorded run replays: the same events at the same instants through a fresh core give
-the same directives (`python -m router replay FILE`). Payloads and outputs are not kept,
-only their sizes, since no decision looks at them.
+A recorded run replays: the same events at the same instants through a fresh core give the
+same directives (`python -m router replay FILE`). Of payloads and outputs only the sizes are
+kept, since no decision depends on their content.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("router")
 
 SCHEMA = 2
-"""Of the log. 2: a worker's and a client's messages stand in their events whole, as they were decoded."""
-_FLUSH_LINES = 1_000
+"""Of the log. 2: the messages of workers and clients are in their events whole, as decoded."""
+_FLUSH_LINES = 1_000  # one write for this many: a system call for each line would slow the loop
 
 
 class Recorder:
     """Writes an event log; one thread. Lines gather in memory and are written by the thousand.
 
-    Where they cannot be, as on a full disk, recording ends with a line in the log, and the file with the
-    last lines that were written whole: what is served matters more than what is recorded.
+    If they cannot be, as on a full disk, recording stops with a message in the router's log. The file then
+    ends after the last line that was written whole: serving matters more than recording.
     """
 
     def __init__(self, path: Path, policy: str, settings: CoreSettings) -> None:
@@ -72,7 +72,7 @@ class Recorder:
         self._write({"schema": SCHEMA, "policy": policy, "settings": asdict(settings)})
 
     def event(self, now_ns: int, event: Event) -> None:
-        """Record one event as it is handed to the core."""
+        """Record one event as it goes to the core."""
         if self._file is None:
             return
         name = type(event).__name__
@@ -96,20 +96,20 @@ class Recorder:
         self._write([now_ns, name, body])
 
     def advance(self, now_ns: int, actions: Sequence[Action]) -> None:
-        """Record that the core was asked to decide, and what it dispatched."""
+        """Record that the core decided, and what it dispatched."""
         if self._file is None:
             return
         self._write([now_ns, "advance", _dispatches(actions)])
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining lines."""
         self._flush()
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _profile(self, profile: Profile) -> int:
-        """Write each distinct profile once, as a line of its own, and return its number."""
+        """Write each distinct profile once, as a separate line, and return its number."""
         number = self._profiles.get(id(profile))
         if number is None:
             number = self._profiles[id(profile)] = len(self._profiles)
@@ -139,7 +139,7 @@ class Recorder:
 
 
 def _named(value: Event | Pull | Cancel) -> dict[str, Any]:
-    """Return the fields. Not asdict: it copies, and buffers of received frames cannot be."""
+    """Return the fields. asdict would copy, and buffers of received frames cannot be copied."""
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
@@ -178,12 +178,12 @@ def _name_of(key: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What came of replaying a log.
+    """The result of replaying a log.
 
     Attributes:
-        n_events: Events fed to the fresh core.
-        n_directives: Directives the log holds.
-        mismatches: Where the fresh core decided otherwise, at most ten.
+        n_events: Events passed to the fresh core.
+        n_directives: Directives in the log.
+        mismatches: Where the fresh core decided differently, at most ten.
     """
 
     n_events: int
@@ -192,10 +192,10 @@ class Replay:
 
 
 def replay(path: Path) -> Replay:
-    """Feed a recorded log through a fresh core and compare every directive.
+    """Pass a recorded log through a fresh core and compare every directive.
 
     Raises:
-        ConfigError: The file is missing or is no event log.
+        ConfigError: The file is missing or is not an event log.
     """
     core: RouterCore | None = None
     profiles: list[Profile] = []
@@ -217,7 +217,7 @@ def replay(path: Path) -> Replay:
         else:
             n_events += 1
             event = _event(name, body, profiles, where)
-            # What broke the protocol then breaks it again; the server went on.
+            # An event that broke the protocol raises again; the server went on after it.
             with contextlib.suppress(WireError, TransitionError, ConfigError):
                 core.handle(event, now_ns)
     if core is None:
@@ -296,7 +296,7 @@ def _read_pull(body: dict[str, Any]) -> Pull:
 
 
 def _pull_row(body: dict[str, Any]) -> PullRow:
-    nan = float("nan")  # which JSON lacks
+    nan = float("nan")  # JSON has none
     fields: dict[str, Any] = {name: nan if value is None else value for name, value in body.items()}
     return PullRow(**fields)
 

@@ -1,7 +1,7 @@
-"""What the router's two sides, clients and workers, have in common: one socket, its peers, and their keys.
+"""The common part of the router's two sides, clients and workers: one socket, its peers, and their keys.
 
-A side drains its socket, decodes, keeps what the loop needs of each connection, and pings. What a message
-means is the side's own: `client_side`, `worker_side`.
+A side drains its socket, decodes, keeps what the loop needs about each connection, and pings. `client_side`
+and `worker_side` define what each message means.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ MS = 1_000_000
 _DRAIN_NS = 2 * MS
 """Longest time spent on one socket before the core decides: a flood must not delay what is due."""
 _PINGS_AT_ONCE = 16
-"""PINGs in one pass: a thousand clients that came together shall not stop the router every second."""
-_RTT_WINDOW_NS = 10_000 * MS
+"""PINGs in one pass: a thousand clients that connected together must not stop the router every second."""
+_RTT_WINDOW_NS = 10_000 * MS  # the least round trip within this counts: longer ones waited in buffers
 
 
 class PeerConnection:
-    """What a side keeps of one peer: how far away it is, and when it last spoke."""
+    """What a side knows about one peer: how far away it is, and when it last sent something."""
 
     __slots__ = (
         "heard_ns", "host", "life", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user",
@@ -56,8 +56,8 @@ class PeerConnection:
         self.host = ""
         self.life = ""
         self.version = ""
-        self.wire = wire.HIGHEST  # the version agreed on in its HELLO
-        self.user = user  # the public key that it said HELLO with, if the router has keys
+        self.wire = wire.HIGHEST  # the version agreed on at its HELLO
+        self.user = user  # the public key that it sent HELLO with, if the router has keys
         self.n_pongs = 0
         self.one_way_ns = 0
         self.pinged_ns = 0
@@ -66,18 +66,18 @@ class PeerConnection:
 
 
 class Serving:
-    """What both sides and the loop share.
+    """The state that both sides and the loop share.
 
     Args:
         core: The router's.
-        policy: As `--policy` took it.
+        policy: As given to `--policy`.
         recorder: Writes every event, for replay; None records nothing.
         status: Returns STATUS as of an instant.
 
     Attributes:
-        epoch: This router's life, as clients know it.
+        epoch: This router's life, as clients see it.
         counts: Messages, loops and faults, by name.
-        gate: Keeps both doors; None without keys.
+        gate: Checks both sides' peers; None without keys.
         model: What the workers serve; None before one has joined.
         reference: The profile of the first worker of that model.
     """
@@ -96,7 +96,7 @@ class Serving:
         self._recorder = recorder
 
     def handle(self, event: Event, now_ns: int) -> None:
-        """Hand an event to the core, and to the recorder."""
+        """Pass an event to the core, and to the recorder."""
         if self._recorder is not None:
             self._recorder.event(now_ns, event)
         self.core.handle(event, now_ns)
@@ -106,7 +106,7 @@ class RouterSide(ABC):
     """One socket and the peers on it.
 
     Args:
-        serving: What it shares with the other side.
+        serving: The state shared with the other side.
         ping_every_ns: How often each peer is pinged.
 
     Attributes:
@@ -115,11 +115,11 @@ class RouterSide(ABC):
     """
 
     peer: ClassVar[str]
-    """What a peer is called."""
+    """What to call a peer."""
     domain: ClassVar[str]
-    """Which list of keys the gate compares with."""
+    """The list of keys that the gate compares with."""
     gone_ns: ClassVar[int | None] = None
-    """Silence after which a peer is forgotten; None where the core judges that."""
+    """Silence after which a peer is forgotten; None if the core judges that."""
 
     def __init__(self, serving: Serving, ping_every_ns: int) -> None:
         self.endpoint = ""
@@ -133,7 +133,7 @@ class RouterSide(ABC):
         self._admits: Callable[[zmq.Frame], bool] | None = None
         self._entry = self._take
         self._ping_every_ns = ping_every_ns
-        self._due: deque[tuple[int, bytes, PeerConnection]] = deque()  # whom to ping, and when
+        self._due: deque[tuple[int, bytes, PeerConnection]] = deque()  # the PINGs to send, by time
 
     # --- opening and closing --------------------------------------------------------------
 
@@ -146,11 +146,11 @@ class RouterSide(ABC):
         self.socket, self.endpoint = bind_router(context, endpoint, keys, self.domain)
 
     def admit_only(self, door: Door) -> None:
-        """Take messages only of peers whose key the door lists."""
+        """Accept messages only from peers whose key the door lists."""
         self._door, self._admits, self._entry = door, door.admits, self._take_known
 
     def say_bye(self, reason: str) -> None:
-        """Tell every peer that the router leaves, and why."""
+        """Tell every peer that the router stops, and why."""
         goodbye = wire.encode_control(Control(Kind.BYE, {"reason": reason}))
         for key in self.connections:
             send(self.socket, [key, *goodbye])
@@ -158,7 +158,7 @@ class RouterSide(ABC):
     # --- receiving ------------------------------------------------------------------------
 
     def drain(self) -> int:
-        """Take what has come, for at most `_DRAIN_NS`; return how many messages that was."""
+        """Handle messages that have arrived, for at most `_DRAIN_NS`; return how many there were."""
         now_ns = time.monotonic_ns()
         end_ns = now_ns + _DRAIN_NS
         n = 0
@@ -185,7 +185,7 @@ class RouterSide(ABC):
         return n
 
     def _decode(self, key: bytes, frames: list[Buffer]) -> Message | None:
-        """Return the message; a malformed one is counted and its sender told, and None returned."""
+        """Return the message. If it is malformed: count it, tell its sender, and return None."""
         try:
             return wire.decode(frames)
         except VersionError as error:
@@ -201,18 +201,18 @@ class RouterSide(ABC):
 
     @abstractmethod
     def _take(self, key: bytes, frames: list[Buffer], now_ns: int) -> None:
-        """Take one message."""
+        """Handle one message."""
 
     def _take_known(self, key: bytes, frames: list[Buffer], now_ns: int) -> None:
-        """Take a message of a peer with a listed key; its routing id may have been another peer's."""
-        assert self._door is not None, "only a router with keys comes here"
+        """Handle a message of a peer with a listed key; another peer may have used its routing id before."""
+        assert self._door is not None, "only a router with keys calls this"
         connection = self.connections.get(key)
         if connection is not None and connection.user != self._door.user:
             self.lose(key, now_ns)
         self._take(key, frames, now_ns)
 
     def _control(self, key: bytes, message: Control, now_ns: int) -> None:
-        """Take a control message."""
+        """Handle a control message."""
         match message.kind:
             case Kind.HELLO:
                 self._hello(key, message, now_ns)
@@ -229,23 +229,23 @@ class RouterSide(ABC):
 
     @abstractmethod
     def _hello(self, key: bytes, message: Control, now_ns: int) -> None:
-        """Take a HELLO, and answer it."""
+        """Handle a HELLO, and answer it."""
 
     @abstractmethod
     def _drain_asked(self, key: bytes, message: Control, now_ns: int) -> None:
-        """Take a DRAIN."""
+        """Handle a DRAIN."""
 
     # --- answering ------------------------------------------------------------------------
 
     def refuse(self, key: bytes, code: str, reason: str) -> None:
-        """Tell a peer what is wrong with what it sent, or with itself."""
+        """Tell a peer what is wrong with its message, or with itself."""
         refusal = Control(Kind.REFUSED, {"code": code, "reason": reason})
         send(self.socket, [key, *wire.encode_control(refusal)])
 
     # --- peers ----------------------------------------------------------------------------
 
     def _greet(self, key: bytes, version: int, now_ns: int) -> PeerConnection:
-        """Keep a peer that said HELLO, and speaks this version of the wire; ping it from now on."""
+        """Register a peer after its HELLO, with the agreed wire version; ping it from now on."""
         user = "" if self._door is None else self._door.user
         self.connections[key] = connection = PeerConnection(now_ns, user)
         connection.wire = version
@@ -254,20 +254,20 @@ class RouterSide(ABC):
 
     @abstractmethod
     def _left(self, key: bytes, *, orderly: bool) -> Event:
-        """Return the event that a peer has left."""
+        """Return the event for a peer that has left."""
 
     def forget(self, key: bytes, now_ns: int, *, orderly: bool) -> None:
-        """Drop a peer, if it is known; `orderly` where it said BYE."""
+        """Drop a peer, if it is known; `orderly` if it sent BYE."""
         if self.connections.pop(key, None) is not None:
             self._handle(self._left(key, orderly=orderly), now_ns)
 
     def lose(self, key: bytes, now_ns: int) -> None:
-        """Drop a peer that is silent, cannot be reached, or is another one by now."""
+        """Drop a peer that is silent, cannot be reached, or has been replaced."""
         self.forget(key, now_ns, orderly=False)
 
     def expel(self, now_ns: int) -> None:
-        """Forget every peer that said HELLO with a key that is not listed any more, and tell it."""
-        assert self._door is not None, "only a router with keys expels"
+        """Drop every peer whose key is not listed any more, and tell it."""
+        assert self._door is not None, "only a router with keys calls this"
         for key, connection in list(self.connections.items()):
             if connection.user not in self._door.listed:
                 log.warning("%s %s: its key was revoked", self.peer, key.hex())
@@ -275,21 +275,22 @@ class RouterSide(ABC):
                 self.lose(key, now_ns)
 
     def next_ping_ns(self) -> int | None:
-        """Return when the next peer is to be pinged."""
+        """Return when the next PING is due."""
         return self._due[0][0] if self._due else None
 
     def ping_due(self, now_ns: int) -> None:
-        """Ping those whose time has come, a few a pass; forget the unreachable."""
+        """Send the PINGs that are due, a few in each pass; drop unreachable peers."""
         due = self._due
         for _ in range(_PINGS_AT_ONCE):
             if not due or due[0][0] > now_ns:
                 return
             _, key, connection = due.popleft()
-            if self.connections.get(key) is connection:  # else it left
+            if self.connections.get(key) is connection:  # otherwise it has left
                 self._ping(key, connection, now_ns)
 
     def _ping(self, key: bytes, connection: PeerConnection, now_ns: int) -> None:
         connection.pinged_ns = now_ns
+        # ROUTER_MANDATORY makes a send to a connection that is gone fail, so a PING also finds that out.
         is_reached = send(self.socket, [key, *wire.encode_ping(Ping(now_ns))])
         if not is_reached or (self.gone_ns is not None and now_ns - connection.heard_ns > self.gone_ns):
             self.lose(key, now_ns)

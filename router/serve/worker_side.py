@@ -1,4 +1,4 @@
-"""The router's worker side: HELLOs judged, credit and reports in, directives out."""
+"""The router's worker side: checks HELLOs, receives credit and reports, sends directives."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("router")
 
 _MAX_PROFILES = 256
-"""Distinct profiles that workers may bring: each costs a policy's tables."""
+"""Most distinct profiles of workers: for each, the policy builds its tables."""
 
 
 class WorkerSide(RouterSide):
     """The socket that workers connect to.
 
     Args:
-        serving: What it shares with the other side.
+        serving: The state shared with the other side.
         heartbeat_ns: How often workers are pinged.
-        on_model: Called when the workers' model has become another one.
+        on_model: Called when the workers' model has changed.
     """
 
     peer = "worker"
@@ -58,7 +58,7 @@ class WorkerSide(RouterSide):
         }
 
     def origins(self) -> dict[bytes, Origin]:
-        """Return what each worker process says of itself."""
+        """Return the host and version that each worker process states."""
         return {key: Origin(one.host, one.version) for key, one in self.connections.items()}
 
     # --- in -------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class WorkerSide(RouterSide):
         if isinstance(message, Control):
             self._control(key, message, now_ns)
         elif key not in self.connections:
-            self.refuse(key, "say-hello", "this router does not know you: say HELLO")
+            self.refuse(key, "say-hello", "the router has no HELLO from you: send one")
         elif isinstance(message, Ping):
             self._handle(WorkerHeard(key), now_ns)
             send(self.socket, [key, *wire.encode_pong(Pong(message.stamp_ns, now_ns))])
@@ -100,7 +100,7 @@ class WorkerSide(RouterSide):
     # --- control --------------------------------------------------------------------------
 
     def _drain_asked(self, key: bytes, message: Control, now_ns: int) -> None:
-        del message  # it asks for itself
+        del message  # a worker can only drain itself
         self._handle(DrainWorker(key, None), now_ns)
 
     def _hello(self, key: bytes, message: Control, now_ns: int) -> None:
@@ -111,10 +111,10 @@ class WorkerSide(RouterSide):
             self.refuse(key, "refused", str(error))
 
     def admit(self, key: bytes, hello: WorkerHello, version: int, now_ns: int) -> None:
-        """Register a worker process that speaks this version of the wire, and welcome it.
+        """Register a worker process, with the agreed wire version, and welcome it.
 
         Raises:
-            SuperServeError: A profile is not one, or it does not fit the cluster.
+            SuperServeError: A profile is malformed, or does not fit the cluster.
         """
         serving, name = self._serving, hello.name
         profiles = [
@@ -131,7 +131,7 @@ class WorkerSide(RouterSide):
             first = self.connections.get(peer.key)
             if first is not None and first.life != life:
                 check_name(name, now_ns - peer.heard_ns, self._ping_every_ns, first.host)
-            self.forget(peer.key, now_ns, orderly=False)  # an older life of the same worker
+            self.forget(peer.key, now_ns, orderly=False)  # an earlier process of the same worker
         self.forget(key, now_ns, orderly=False)
         self._next_epoch += 1
         slots = profiles * hello.n_slots if len(profiles) == 1 else profiles
@@ -161,7 +161,7 @@ class WorkerSide(RouterSide):
         return WorkerLeft(key, orderly)
 
     def lose(self, key: bytes, now_ns: int) -> None:
-        """Drop a worker that cannot be reached or is another one by now, and count it."""
+        """Drop a worker that cannot be reached or has been replaced, and count it."""
         peer = self._core.peers.get(key)
         log.warning("worker %s is gone", peer.name if peer is not None else key.hex())
         self._counts["workers_lost"] += 1
@@ -171,18 +171,18 @@ class WorkerSide(RouterSide):
         if key in self._core.peers:
             super()._ping(key, connection, now_ns)
         else:
-            del self.connections[key]  # buried by the core; it is fenced when it speaks again
-            self.refuse(key, "say-hello", "you were silent for too long: say HELLO")
+            del self.connections[key]  # the core has buried it; its next message gets a fence
+            self.refuse(key, "say-hello", "you were silent for too long: send HELLO")
 
     # --- out ------------------------------------------------------------------------------
 
     def order_drain(self, name: str, now_ns: int) -> bool:
-        """Have the worker process of that name drain; False if there is none."""
+        """Make the worker process of that name drain; False if there is none."""
         peers = [peer.key for peer in self._core.peers.values() if peer.name == name]
         order = wire.encode_control(Control(Kind.DRAIN, {"worker": name}))
         for peer in peers:
             self._handle(DrainWorker(peer, None), now_ns)
-            send(self.socket, [peer, *order])  # else it would take the BYE for a router's end
+            send(self.socket, [peer, *order])  # or it would take the later BYE for the end of the router
         return bool(peers)
 
     def dispatch(self, action: Dispatch) -> bool:
@@ -195,5 +195,5 @@ class WorkerSide(RouterSide):
 
 
 def _words(model: ModelSpec) -> str:
-    """Return a model as its JSON object reads."""
+    """Return a model in the form of its JSON object."""
     return str(orjson.loads(orjson.dumps(model)))

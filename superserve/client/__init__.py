@@ -1,7 +1,7 @@
 """The client that applications embed: `Client` from threads, `AsyncClient` from asyncio.
 
 Both are shells around one `Session`, which has no socket, thread or clock: it takes what the application
-submits and what the router answers, and returns what to send and how each query ends.
+submits and what the router answers, and returns the messages to send and how each query ended.
 
 Imports `superserve.net` and below. Data: submit -> Session -> `net.link` -> router -> Session ->
 QueryFuture -> Reply.

@@ -5,9 +5,9 @@
         future = client.submit(image, slo_ms=36)            # an asyncio.Future
         reply = await future
 
-What tasks submit in one round of the loop leaves as one message. A task that is cancelled while it
-waits cancels its query at the router too. `superserve.client.session` decides, `superserve.client.link` sends
-and receives, as for `superserve.client`; here are the loop's reader and timers.
+Queries that tasks submit in one round of the loop leave as one message. A task that is cancelled while
+it waits cancels its query at the router too. `superserve.client.session` decides, `superserve.client.link`
+sends and receives, as for `superserve.client`; this module has the loop's reader and timers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from superserve.client.reply import Answers
 
 _unclosed: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
-"""Clients with a socket; closed at exit, so that the interpreter can end."""
+"""Clients with an open socket; closed at exit, so that the interpreter can end."""
 
 NO_LOOP = (
     "no event loop runs in this thread: use AsyncClient in a coroutine, on the loop that made it, "
@@ -58,12 +58,12 @@ OTHER_LOOP = (
 
 
 class AsyncQueryFuture(asyncio.Future[Reply]):
-    """The future of one query. Cancelling it, or the task that awaits it, tells the router too.
+    """The future of one query. If you cancel it, or the task that awaits it, the router drops the query too.
 
     Attributes:
         query_id: As in error messages and in the router's event log.
-        deadline_ns: When the answer is worthless, on the loop's clock, ns.
-        submitted_ns: When it was submitted, likewise.
+        deadline_ns: After this instant the answer is worthless, on the loop's clock, ns.
+        submitted_ns: When it was submitted, on the same clock.
     """
 
     __slots__ = (
@@ -95,7 +95,7 @@ class AsyncQueryFuture(asyncio.Future[Reply]):
 
 @atexit.register
 def _close_all() -> None:
-    """Close the sockets of clients that nobody closed."""
+    """Close the sockets of the clients that the application left open."""
     for client in list(_unclosed):
         client._abandon()
 
@@ -103,19 +103,20 @@ def _close_all() -> None:
 class AsyncClient:
     """A connection to a router for the tasks of one event loop.
 
-    One that is dropped without `close` closes itself, with a ResourceWarning, once no query of it waits.
+    A client that is dropped without `close` closes itself, with a ResourceWarning, once none of its queries
+    is pending.
 
     Args:
         endpoint: The router's client endpoint, such as tcp://10.0.0.1:5555.
-        max_outstanding: Queries without an answer, at most; `submit` then raises OverloadedError.
-        max_bytes: Payload bytes without an answer, at most; likewise.
+        max_outstanding: Most queries without an answer; above it `submit` raises OverloadedError.
+        max_bytes: Most payload bytes without an answer; above it `submit` raises OverloadedError.
         connect_timeout_s: How long `connect` waits for a router.
-        keys: A key file, or a folder with `client.key`, for a router with keys; "" for none. None takes
-            it from the environment, SUPERSERVE_KEYS.
+        keys: A key file, or a folder with `client.key`, for a router with keys; "" for none. None reads
+            the path from the environment variable SUPERSERVE_KEYS.
 
     Raises:
         ConfigError: The key file is missing, malformed, or others may read it.
-        UsageError: A bound or the timeout is no number.
+        UsageError: A bound or the timeout is not a number.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class AsyncClient:
         self._link, self._is_closed = None, True
         if loop.is_closed() or asyncio._get_running_loop() is loop:
             _drop(loop, link)
-        else:  # the collector runs in any thread, and the socket is the loop's
+        else:  # the garbage collector runs in any thread, but only the loop's may use the socket
             loop.call_soon_threadsafe(_drop, loop, link)
         warnings.warn(
             f"AsyncClient({self.endpoint!r}) was not closed", ResourceWarning, source=self, stacklevel=2
@@ -174,12 +175,12 @@ class AsyncClient:
         await self.close()
 
     async def connect(self) -> None:
-        """Connect, and wait until a router has said WELCOME.
+        """Connect, and wait for a router's WELCOME.
 
         Raises:
             UnansweredError: No router answered within `connect_timeout_s`.
             ConfigError: The endpoint is malformed.
-            UsageError: This is not the client's event loop, or not its process.
+            UsageError: It is called on another event loop, or in another process.
         """
         self._check_place()
         if self._is_closed or self._welcomed is None:
@@ -196,20 +197,20 @@ class AsyncClient:
         """Submit one query and wait for its reply. See `submit`.
 
         Raises:
-            QueryError: It got no output; the class and the message say why.
+            QueryError: It got no output; the class and the message give the reason.
         """
         return await self.submit(payload, slo_ms=slo_ms, min_accuracy=min_accuracy, priority=priority)
 
     def submit(
         self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0
     ) -> AsyncQueryFuture:
-        """Submit one query; it leaves once the tasks that are ready have had their turn.
+        """Submit one query; it is sent once the tasks that are ready have run.
 
         Args:
             payload: An array of the model's input dtype and shape, or its bytes in C order. It is not
                 copied before it is sent, and may be sent again: do not write to it until the query
                 has ended.
-            slo_ms: From now until the answer is worthless, milliseconds.
+            slo_ms: How long from now the answer is useful, milliseconds.
             min_accuracy: Least profiled accuracy, percent, that the serving subnet must have.
             priority: Class 0 to 255, for policies that see classes.
 
@@ -220,7 +221,7 @@ class AsyncClient:
             InvalidQueryError: The payload or an option is not what the model takes.
             OverloadedError: `max_outstanding` or `max_bytes` is reached.
             DrainingError: The client is closed.
-            UsageError: This is not the client's event loop, or not its process.
+            UsageError: It is called on another event loop, or in another process.
         """
         loop = asyncio._get_running_loop()
         if loop is None or loop is not self._loop or os.getpid() != self._pid:
@@ -237,7 +238,7 @@ class AsyncClient:
         return future
 
     async def close(self) -> None:
-        """Say BYE and let go of the loop; queries without an answer end as CancelledQueryError."""
+        """Send BYE and detach from the loop; queries without an answer end as CancelledQueryError."""
         if self._loop is not None and not self._loop.is_closed():
             self._check_place()
         self._is_closed = True
@@ -261,7 +262,7 @@ class AsyncClient:
     # --- where it may be used -----------------------------------------------------------
 
     def _check_place(self) -> asyncio.AbstractEventLoop:
-        """Return the running loop, which from the first call on is this client's."""
+        """Return the running loop, which becomes this client's on the first call."""
         if os.getpid() != self._pid:
             raise UsageError(FORKED.format(what="AsyncClient"))
         loop = asyncio._get_running_loop()
@@ -285,7 +286,7 @@ class AsyncClient:
         self._plan(0)
 
     def _let_go(self) -> None:
-        """Leave nothing of ours in the loop."""
+        """Remove this client's reader and timer from the loop."""
         _unclosed.discard(self)
         if self._timer is not None:
             self._timer.cancel()
@@ -296,7 +297,7 @@ class AsyncClient:
             self._welcomed.cancel()
 
     def _abandon(self) -> None:
-        """Close the socket of a client that nobody closed, so that the interpreter can end."""
+        """Close the socket of a client that was left open, so that the interpreter can end."""
         link, self._link = self._link, None
         if link is not None and os.getpid() == self._pid:
             link.connection.close()
@@ -304,10 +305,10 @@ class AsyncClient:
     # --- in the loop --------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """Do what is due: once the socket, a timer or a submit says so."""
+        """Do what is due: the socket is readable, a timer has fired, or a query was submitted."""
         link = self._link
         if link is None:
-            return  # planned before it was closed
+            return  # closed after this turn was planned
         try:
             self._work(link)
         except BaseException as failure:
@@ -317,7 +318,7 @@ class AsyncClient:
             raise
 
     def _work(self, link: SessionLink[AsyncQueryFuture]) -> None:
-        """Take in, look, send; then plan the next turn."""
+        """Receive, check, send; then plan the next turn."""
         link.receive()
         now_ns = time.monotonic_ns()
         link.look(now_ns)
@@ -327,11 +328,11 @@ class AsyncClient:
         wake_ns = link.wake_ns()
         if not self._session.rest():
             wake_ns = min(wake_ns, link.send_at_ns)
-        # Its descriptor tells of changes only, and every call on the socket may have taken one in.
+        # The descriptor is edge-triggered, and each call on the socket may have consumed an edge.
         self._plan(0 if link.connection.is_readable() else wake_ns)
 
     def _plan(self, at_ns: int) -> None:
-        """Have a turn at an instant at the latest; 0 is in the next round of the loop."""
+        """Run a turn at this instant or earlier; 0 means in the next round of the loop."""
         loop, timer = self._loop, self._timer
         assert loop is not None, "an open client has a loop"
         is_kept = self._session.outstanding > 0
@@ -341,7 +342,7 @@ class AsyncClient:
             timer.cancel()
             at_ns = min(at_ns, self._timer_ns)
         self._timer_ns, self._is_kept = at_ns, is_kept
-        # While a query waits, its client lives by this timer, even if the application has dropped it.
+        # While a query waits, this timer keeps the client alive, even if the application has dropped it.
         on_timer = self._on_timer if is_kept else _weakly(self._on_timer)
         delay_ns = at_ns - time.monotonic_ns()
         self._timer = loop.call_soon(on_timer) if delay_ns <= 0 else loop.call_later(delay_ns / 1e9, on_timer)
@@ -358,7 +359,7 @@ class AsyncClient:
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
-    """Return a method's call that does not keep its object alive."""
+    """Return a callable for a method that does not keep the method's object alive."""
     reference = weakref.WeakMethod(method)
 
     def call() -> None:
@@ -370,7 +371,7 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
 
 
 def _drop(loop: asyncio.AbstractEventLoop, link: SessionLink[AsyncQueryFuture]) -> None:
-    """Close what a client left behind that nobody closed."""
+    """Close the link of a client that was dropped without `close`."""
     if not loop.is_closed():
         loop.remove_reader(link.connection.socket.fileno())
     link.close(CancelledQueryError(CLOSED_EARLY))
@@ -392,4 +393,4 @@ def _fail(session: Session[AsyncQueryFuture], ended: list[tuple[AsyncQueryFuture
         if not future.done() and not future.get_loop().is_closed():
             future.set_exception(error)
             if session.is_closed:
-                future.exception()  # on purpose: a future that is not awaited causes no warning
+                future.exception()  # mark it as retrieved: after `close` an unawaited future is no mistake

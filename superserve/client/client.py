@@ -5,12 +5,12 @@
         future = client.submit(image, slo_ms=36)            # a concurrent.futures.Future
         print(future.result().output, future.result().subnet)
 
-What has gathered since the last send goes out as one message, so a busy process pays for
-few messages and an idle one waits for nobody. Every future ends: with a Reply (on time, or
-marked late), with the router's refusal, or with an UnansweredError.
+Queries that gather between two sends leave as one message, so a busy process sends few messages, and an
+idle one sends at once. Every future ends: with a Reply (on time, or marked late), with the router's
+refusal, or with an UnansweredError.
 
 `superserve.client.session` decides, `superserve.client.link` sends and receives, on the thread of
-`superserve.client.iothread`; here is what applications call.
+`superserve.client.iothread`; this module is the API for applications.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from superserve.client.reply import Reply
 
 _unclosed: weakref.WeakSet[Client] = weakref.WeakSet()
-"""Clients with a thread; closed at exit, so that the interpreter can end."""
+"""Clients with a running thread; closed at exit, so that the interpreter can end."""
 
 
 @atexit.register
 def _close_all() -> None:
-    """Close clients that nobody closed, while threads can still be joined."""
+    """Close the clients that the application left open, while threads can still be joined."""
     for client in list(_unclosed):
         client.close()
 
@@ -57,19 +57,20 @@ def _close_all() -> None:
 class Client:
     """A connection to a router that any number of threads may share.
 
-    One that is dropped without `close` closes itself, with a ResourceWarning, once no query of it waits.
+    A client that is dropped without `close` closes itself, with a ResourceWarning, once none of its queries
+    is pending.
 
     Args:
         endpoint: The router's client endpoint, such as tcp://10.0.0.1:5555.
-        max_outstanding: Queries without an answer, at most; `submit` then raises OverloadedError.
-        max_bytes: Payload bytes without an answer, at most; likewise.
+        max_outstanding: Most queries without an answer; above it `submit` raises OverloadedError.
+        max_bytes: Most payload bytes without an answer; above it `submit` raises OverloadedError.
         connect_timeout_s: How long `connect` waits for a router.
-        keys: A key file, or a folder with `client.key`, for a router with keys; "" for none. None takes
-            it from the environment, SUPERSERVE_KEYS.
+        keys: A key file, or a folder with `client.key`, for a router with keys; "" for none. None reads
+            the path from the environment variable SUPERSERVE_KEYS.
 
     Raises:
         ConfigError: The key file is missing, malformed, or others may read it.
-        UsageError: A bound or the timeout is no number.
+        UsageError: A bound or the timeout is not a number.
     """
 
     def __init__(
@@ -92,16 +93,17 @@ class Client:
             max_outstanding=checked_bound("max_outstanding", max_outstanding),
             max_bytes=checked_bound("max_bytes", max_bytes),
         )
+        # Not the guard: while it is held, `_is_cancelled` and the session's state change together.
         self._cancelling = threading.RLock()
         self._io = IoThread(self._session, self.guard)
 
     @property
     def thread(self) -> threading.Thread | None:
-        """The thread that settles futures; None until the first query or `connect`."""
+        """The thread that settles futures; None before the first query or `connect`."""
         return self._io.thread
 
     def __del__(self) -> None:
-        io: IoThread | None = self.__dict__.get("_io")  # a constructor that raised has made none
+        io: IoThread | None = self.__dict__.get("_io")  # absent if the constructor raised
         if io is None or io.thread is None or io.is_closing or os.getpid() != self.pid:
             return
         io.stop()  # not joined: this may be the thread itself
@@ -119,12 +121,12 @@ class Client:
         self.close()
 
     def connect(self) -> None:
-        """Start the I/O thread and wait until a router has said WELCOME.
+        """Start the I/O thread and wait for a router's WELCOME.
 
         Raises:
             UnansweredError: No router answered within `connect_timeout_s`.
             ConfigError: The endpoint is malformed, or too few file descriptors are left.
-            UsageError: An event loop runs in this thread, or the client is from before a fork.
+            UsageError: An event loop runs in this thread, or the client was made before a fork.
         """
         if is_on_a_loop():
             raise UsageError(BLOCKING.format(what="Client.connect()"))
@@ -144,7 +146,7 @@ class Client:
         """Submit one query and wait for its reply. See `submit`.
 
         Raises:
-            QueryError: It got no output; the class and the message say why.
+            QueryError: It got no output; the class and the message give the reason.
             UsageError: An event loop runs in this thread.
         """
         if is_on_a_loop():
@@ -153,7 +155,7 @@ class Client:
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # interrupted: nobody wants the answer any more
+            future.cancel()  # interrupted: the answer is not needed any more
             raise
 
     def submit(
@@ -165,7 +167,7 @@ class Client:
             payload: An array of the model's input dtype and shape, or its bytes in C order. It is not
                 copied before it is sent, and may be sent again: do not write to it until the query
                 has ended.
-            slo_ms: From now until the answer is worthless, milliseconds.
+            slo_ms: How long from now the answer is useful, milliseconds.
             min_accuracy: Least profiled accuracy, percent, that the serving subnet must have.
             priority: Class 0 to 255, for policies that see classes.
 
@@ -176,8 +178,8 @@ class Client:
             InvalidQueryError: The payload or an option is not what the model takes.
             OverloadedError: `max_outstanding` or `max_bytes` is reached.
             DrainingError: The client is closed.
-            ConfigError: The first time, as `connect`.
-            UsageError: The client is from before a fork.
+            ConfigError: On the first call, as `connect`.
+            UsageError: The client was made before a fork.
         """
         buffer, n_bytes = self._session.checked(payload)
         slo_ns = checked_slo(slo_ms)
@@ -194,10 +196,10 @@ class Client:
     def close(self) -> None:
         """Stop the I/O thread; queries without an answer end as CancelledQueryError."""
         if os.getpid() != self.pid:
-            return  # the parent's: its locks may have been held at the fork
+            return  # the parent's client: its locks may have been held at the fork
         thread = self._io.stop()
         if thread is None or threading.current_thread() is thread:
-            return  # called by a future's callback: the thread ends by itself
+            return  # called by a future's callback: the thread ends once it returns
         thread.join()
         _unclosed.discard(self)
 
@@ -214,10 +216,10 @@ class Client:
     # --- inside -------------------------------------------------------------------------
 
     def cancel_query(self, future: QueryFuture) -> bool:
-        """End a query for QueryFuture.cancel; False if it has ended already."""
+        """End a query, for QueryFuture.cancel; False if it has ended already."""
         if os.getpid() != self.pid:
             raise UsageError(FORKED.format(what="Client"))
-        with self._cancelling:  # of two who cancel at once, the second is told True as well
+        with self._cancelling:  # so that of two concurrent cancels the second returns True as well
             is_ended, must_wake = self._session.cancel(future)
             if is_ended:
                 future._is_cancelled = True

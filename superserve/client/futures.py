@@ -1,14 +1,14 @@
-"""QueryFuture: a concurrent.futures.Future that costs little until somebody blocks on it.
+"""QueryFuture: a concurrent.futures.Future that costs little until you block on it.
 
-Most futures are never waited for: by the time `result` is called the answer is there. So the
-condition that `concurrent.futures` keeps in every future is made when somebody first asks for
-it, and the Reply when somebody first asks for that.
+Most futures are never waited for: when `result` is called, the answer is already there. So the
+condition that `concurrent.futures` keeps in every future is made only when a caller first needs it,
+and the Reply when a caller first reads it.
 
-Who sees whom. A future's state changes under the client's guard, and its condition is made under
-the guard. So whoever settles a future either sees the condition, and then changes the state under
-that condition and notifies, as the standard library does; or changes the state before the condition
-is made, and whoever made it sees the new state before he waits. Callbacks are added under the guard
-as well. The order of locks is: conditions, then the guard.
+Why no waiter is missed. A future's state changes under the client's guard, and its condition is made
+under the guard. So the thread that settles a future either sees the condition, and then changes the state
+under that condition and notifies, as the standard library does; or it changes the state before the
+condition exists, and the thread that makes the condition sees the new state before it waits. Callbacks are
+added under the guard too. The lock order is: conditions, then the guard.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ IN_CALLBACK = (
 
 
 class Owner(Protocol):
-    """What a future needs of its client; `thread` is the one that settles futures."""
+    """What a future needs of its client; `thread` is the thread that settles futures."""
 
     guard: AbstractContextManager[Any]
     pid: int
 
     @property
     def thread(self) -> threading.Thread | None:
-        """The thread that settles futures, if there is one."""
+        """The thread that settles futures; None if there is none."""
         ...
 
     def cancel_query(self, future: QueryFuture) -> bool:
@@ -65,23 +65,23 @@ class Owner(Protocol):
 
 
 def is_on_a_loop() -> bool:
-    """Tell whether an event loop runs in this thread, other than that of a notebook.
+    """Return whether an event loop runs in this thread, unless it is a notebook's.
 
-    A notebook's cells run on its kernel's loop, and may block it: it has nothing else to do.
+    A notebook's cells run on its kernel's loop, and may block it: the kernel has nothing else to do.
     """
     return asyncio._get_running_loop() is not None and "ipykernel" not in sys.modules
 
 
 class QueryFuture(concurrent.futures.Future[Reply]):
-    """The future of one query. `cancel()` also tells the router, which then drops it unrun.
+    """The future of one query. `cancel()` also tells the router, which then drops the query unrun.
 
     Attributes:
         query_id: As in error messages and in the router's event log.
-        deadline_ns: When the answer is worthless, on this process's monotonic clock.
-        submitted_ns: When it was submitted, likewise.
+        deadline_ns: After this instant the answer is worthless, on this process's monotonic clock.
+        submitted_ns: When it was submitted, on the same clock.
     """
 
-    # The base class's constructor would make a condition and two lists: it is not called.
+    # The base class's constructor makes a condition and two lists, so it is not called.
     __slots__ = (
         "_answers", "_callbacks", "_index", "_is_cancelled", "_is_waited_for", "_outcome", "_owner", "_state",
         "deadline_ns", "min_accuracy", "n_bytes", "n_sends", "payload", "priority", "query_id",
@@ -116,7 +116,7 @@ class QueryFuture(concurrent.futures.Future[Reply]):
         return self._is_cancelled
 
     def cancelled(self) -> bool:
-        """Tell whether the query was cancelled."""
+        """Return whether the query was cancelled."""
         return self._state == CANCELLED_AND_NOTIFIED
 
     def running(self) -> bool:
@@ -124,15 +124,15 @@ class QueryFuture(concurrent.futures.Future[Reply]):
         return False
 
     def done(self) -> bool:
-        """Tell whether the query has ended, however it did."""
+        """Return whether the query has ended, with or without an output."""
         return self._state != PENDING
 
     def result(self, timeout: float | None = None) -> Reply:
         """Wait for the reply.
 
         Raises:
-            QueryError: The query got no output; the class and the message say why.
-            TimeoutError: It has not ended within `timeout` seconds. It goes on: see `cancel`.
+            QueryError: The query got no output; the class and the message give the reason.
+            TimeoutError: It has not ended within `timeout` seconds. It continues: see `cancel`.
             concurrent.futures.CancelledError: It was cancelled.
             UsageError: It has not ended, and an event loop runs in this thread.
         """
@@ -142,17 +142,18 @@ class QueryFuture(concurrent.futures.Future[Reply]):
         try:
             raise outcome
         finally:
-            del self, outcome  # the error's traceback refers to this frame: no cycle
+            del self, outcome  # the error's traceback refers to this frame: avoid a reference cycle
 
     def exception(self, timeout: float | None = None) -> QueryError | None:
-        """Wait for the end; return the error of a query that got no output, else None. See `result`."""
+        """Wait for the end; return the error of a query without output, else None. See `result`."""
         outcome = self._wait("QueryFuture.exception()", timeout)
         return None if isinstance(outcome, Reply) else outcome
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
         """Call `fn` with this future once it has ended: now, or on the client's thread.
 
-        There it must not block, since nothing is sent or received meanwhile. What it raises is logged.
+        On that thread `fn` must not block, because nothing is sent or received meanwhile. Exceptions of
+        `fn` are logged.
         """
         with self._owner.guard:
             if self._state == PENDING:
@@ -167,7 +168,7 @@ class QueryFuture(concurrent.futures.Future[Reply]):
         state = {PENDING: "pending", FINISHED: "finished"}.get(self._state, "cancelled")
         return f"<QueryFuture {self.query_id} {state}>"
 
-    # --- what concurrent.futures.wait, as_completed and asyncio.wrap_future reach for ---
+    # --- what concurrent.futures.wait, as_completed and asyncio.wrap_future access ----------
 
     def _made_condition(self) -> threading.Condition:
         made = self.__dict__
@@ -180,7 +181,7 @@ class QueryFuture(concurrent.futures.Future[Reply]):
         return condition
 
     def _made_waiters(self) -> list[Any]:
-        waiters: list[Any] = self.__dict__["waiters"]  # made with the condition, which is asked for first
+        waiters: list[Any] = self.__dict__["waiters"]  # made with the condition, which callers use first
         return waiters
 
     def _made_result(self) -> Reply | None:
@@ -200,10 +201,12 @@ class QueryFuture(concurrent.futures.Future[Reply]):
     # --- inside -------------------------------------------------------------------------
 
     def _opened(self) -> Reply | QueryError | None:
+        """Return the outcome; make it from the group of answers the first time."""
         answers = self._answers
         if answers is not None:
             if self._outcome is None:
                 self._outcome = answers.outcome(self._index, self.submitted_ns)
+            # Last: a thread that reads None here finds the outcome.
             self._answers = None
         return self._outcome
 
@@ -231,7 +234,7 @@ class QueryFuture(concurrent.futures.Future[Reply]):
                 raise concurrent.futures.TimeoutError
 
     def _announce(self, guard: AbstractContextManager[Any], state: str) -> None:
-        """Change the state of a future that has a condition, and wake who waits."""
+        """Change the state of a future that has a condition, and wake the threads that wait."""
         with self._condition:
             with guard:
                 self._state = state
@@ -252,12 +255,12 @@ def settle(
     *,
     state: str = FINISHED,
 ) -> None:
-    """End futures whose queries have ended; each belongs to the caller alone, since he ended its query.
+    """End futures whose queries have ended; the caller ended the queries, so no other thread settles them.
 
     Args:
         guard: Their client's.
-        futures: Future `i` is given share `i` of `answers`; None is passed over.
-        answers: None where each future has its `_outcome` already, or needs none.
+        futures: Future `i` gets share `i` of `answers`; None is skipped.
+        answers: None if each future has its `_outcome` already, or needs none.
         state: FINISHED, or CANCELLED_AND_NOTIFIED.
     """
     waited_for, called = [], []
@@ -275,6 +278,7 @@ def settle(
                 called.append(future)
     for future in waited_for:
         future._announce(guard, state)
+    # Outside the guard: a callback is the application's code, and may submit, cancel or take long.
     for future in (*waited_for, *called):
         callbacks, future._callbacks = future._callbacks, None
         for callback in callbacks or ():
@@ -284,5 +288,5 @@ def settle(
 def _call(callback: Callable[[Any], object], future: QueryFuture) -> None:
     try:
         callback(future)
-    except Exception:  # the application's own: logged, and nobody else suffers
+    except Exception:  # the application's code: log it, and settle the other futures
         log.exception("a callback of %r failed", future)

@@ -1,7 +1,7 @@
-"""The thread behind a `Client`: it alone touches the socket, and it never refers to the client.
+"""The thread behind a `Client`: only it uses the socket, and it holds no reference to the client.
 
-A pending query's future does. So a client lives as long as the application holds it or waits for an answer,
-and one that was dropped goes, its thread and descriptors with it.
+A pending query's future does. So a client lives as long as the application holds it or waits for an answer.
+A client that is dropped disappears, with its thread and descriptors.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
     from superserve.client.session import Session
     from superserve.net.keys import PeerKeys
 
-_FD_SETSIZE = 1024
+_FD_SETSIZE = 1024  # select() is undefined from this descriptor on
 
 
 class IoThread:
-    """Sends what a session has gathered, receives its answers, and settles its futures.
+    """Sends a session's queries, receives their answers, and settles the futures.
 
     Args:
-        session: Whose.
-        guard: The session's.
+        session: The session to serve.
+        guard: The session's guard.
 
     Attributes:
-        thread: None until it was started.
-        welcomed: Set once a router has said WELCOME, or the thread has ended.
-        failure: What ended the thread, if it was no `stop`.
-        is_closing: It ends, or has ended: nothing more is sent.
+        thread: None until it is started.
+        welcomed: Set once a router has sent WELCOME, or the thread has ended.
+        failure: The exception that ended the thread, if it did not end by `stop`.
+        is_closing: The thread ends, or has ended: nothing more is sent.
     """
 
     def __init__(self, session: Session[QueryFuture], guard: contextlib.AbstractContextManager[Any]) -> None:
@@ -55,7 +55,7 @@ class IoThread:
     # --- any thread ---------------------------------------------------------------------
 
     def start(self, endpoint: str, keys: PeerKeys | None) -> None:
-        """Start the thread, unless it was started or stopped before.
+        """Start the thread, unless it was already started or stopped.
 
         Raises:
             ConfigError: The endpoint is malformed, or too few descriptors are left.
@@ -71,13 +71,13 @@ class IoThread:
             self.thread.start()
 
     def wake(self) -> None:
-        """Wake the thread: there is something to send, or it is to end."""
-        with self._lock:  # a number that was closed may be another's by now
+        """Wake the thread: there is something to send, or it has to end."""
+        with self._lock:  # a closed descriptor's number may already belong to another file
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
 
     def stop(self) -> threading.Thread | None:
-        """Ask the thread to end, and return it; queries that are left end with it."""
+        """Ask the thread to end, and return it; it ends the queries that are left."""
         with self._lock:
             thread, was_closing, self.is_closing = self.thread, self.is_closing, True
         if thread is None:
@@ -89,7 +89,7 @@ class IoThread:
     # --- the thread ---------------------------------------------------------------------
 
     def _run(self, connection: Connection) -> None:
-        """Serve until stopped. Whatever ends it, no future is left waiting."""
+        """Serve until stopped. However the loop ends, every future is settled."""
         link: SessionLink[QueryFuture] = SessionLink(connection, self._session, self._settle, self._fail)
         error: QueryError = CancelledQueryError(CLOSED_EARLY)
         try:
@@ -111,23 +111,23 @@ class IoThread:
                 os.close(fd)
 
     def _pass(self, link: SessionLink[QueryFuture], sleeper: Sleeper) -> None:
-        """Take in, look, send; then sleep until there is more to do."""
+        """Receive, check, send; then sleep until there is more to do."""
         link.receive()
         now_ns = time.monotonic_ns()
         link.look(now_ns)
         if link.is_welcome and not self.welcomed.is_set():
             self.welcomed.set()
         link.send(now_ns)
-        if link.connection.is_readable():
+        if link.connection.is_readable():  # the descriptor would not wake us for it: it is edge-triggered
             return
         sleeper.clear()
-        if self.is_closing:  # `close` sets this before it writes: the byte may just have been read
+        if self.is_closing:  # `stop` sets it before it writes, and `clear` may just have read that byte
             return
         session = self._session
         wake_ns, send_at_ns = link.wake_ns(), link.send_at_ns
         if now_ns < send_at_ns:
             wake_ns = min(wake_ns, send_at_ns)
-            must_sleep = session.pause()
+            must_sleep = session.pause()  # until the message may leave; only an urgent submit wakes us
         else:
             must_sleep = session.rest()
         if must_sleep:
@@ -144,10 +144,10 @@ class IoThread:
 
 
 class Sleeper:
-    """Sleeps until one of two file descriptors can be read, or an instant has come.
+    """Sleeps until one of two file descriptors is readable, or until an instant.
 
-    select() counts in microseconds but takes no descriptor above 1023, and an application may have
-    many; poll() takes any, and counts in milliseconds.
+    select() has microseconds but accepts no descriptor above 1023, and an application may have more
+    open; poll() accepts any, and has milliseconds.
 
     Attributes:
         is_told: A thread has written to the second descriptor, or is about to.
@@ -164,9 +164,9 @@ class Sleeper:
                 self._poll.register(fd, select.POLLIN)
 
     def clear(self) -> None:
-        """Read what was written, before the next thread may write again: that byte must not be swallowed."""
+        """Read the wake-up before another thread may write one: reading later would lose the new one."""
         if self.is_told:
-            with contextlib.suppress(BlockingIOError):  # not written yet
+            with contextlib.suppress(BlockingIOError):  # the writer has not come to it yet
                 os.eventfd_read(self._wake_fd)
                 self.is_told = False
 

@@ -1,7 +1,7 @@
-"""Link: a session on a connection. What both clients do between two waits; no thread, no loop.
+"""Link: a session on a connection. The work of both clients between two waits; no thread, no loop.
 
-One thread owns it. `receive`, `look` and `send` in this order make one turn; `wake_ns` says when
-the next is due, and the connection's socket says so too.
+One thread owns it. `receive`, `look` and `send` in this order make one turn. The next turn is due at
+`wake_ns`, or when the connection's socket becomes readable.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from superserve.net.connection import Connection
 
 _AT_ONCE = 64
-"""Messages taken in before others have their turn: a flood of answers must not hold up queries."""
+"""Messages received in one turn: a flood of answers must not delay queries."""
 
 Q = TypeVar("Q", bound=Query)
 
@@ -31,12 +31,12 @@ class SessionLink(Generic[Q]):
 
     Args:
         connection: To the router; closed with the link.
-        session: Whose queries they are.
-        settle: Gives a group's queries their answers; None stands for one that has ended already.
-        fail: Ends queries with an error of our own.
+        session: The session whose queries it carries.
+        settle: Settles a group's queries with their answers; None is a query that has ended already.
+        fail: Ends queries with a local error.
 
     Attributes:
-        is_welcome: Whether a router has ever said WELCOME.
+        is_welcome: Whether a router has ever sent WELCOME.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class SessionLink(Generic[Q]):
         self._model: object = self
 
     def receive(self) -> None:
-        """Take in what has arrived; so many messages that the connection may still be readable."""
+        """Take in what has arrived, up to a limit: the connection may still be readable afterwards."""
         session = self.session
         for n, results in enumerate(self.connection.receive(), start=1):
             self._observe()
@@ -66,7 +66,7 @@ class SessionLink(Generic[Q]):
                 return
 
     def look(self, now_ns: int) -> None:
-        """Keep the connection alive, notice a router that came or went, end what has waited too long."""
+        """Keep the connection alive, notice a router that came or went, end overdue queries."""
         connection, session = self.connection, self.session
         connection.look()
         connection.tick(now_ns)
@@ -80,12 +80,13 @@ class SessionLink(Generic[Q]):
             connection.ping(now_ns)
 
     def _observe(self) -> None:
+        """Pass a new router, a lost one or a new model on to the session."""
         connection, session = self.connection, self.session
         if connection.epoch is None:
             if session.epoch is not None:
                 session.lost()
             return
-        if connection.model is not self._model:
+        if connection.model is not self._model:  # before `welcomed`: what is sent next is checked by it
             self._model = connection.model
             model = connection.model
             takes, gives = (None, None) if model is None else (model.input, model.output)
@@ -99,11 +100,11 @@ class SessionLink(Generic[Q]):
 
     @property
     def send_at_ns(self) -> int:
-        """Before this instant nothing is sent; 0 while no answer is awaited."""
+        """The earliest instant to send; 0 if no answer is outstanding."""
         return 0 if self.session.is_idle else self._next_send_ns
 
     def send(self, now_ns: int) -> None:
-        """Send what has gathered, if it is time."""
+        """Send what has gathered, once it is due."""
         if not self.session.has_outbound or now_ns < self.send_at_ns:
             return
         connection = self.connection
@@ -114,20 +115,20 @@ class SessionLink(Generic[Q]):
             else:
                 is_sent = connection.send_cancel(message.n, bytes(message.ids))
             if not is_sent:
-                # Gone, or stuck: say HELLO again. What has slack when a WELCOME comes is sent then.
+                # Gone, or stuck: greet again. Queries with slack left are sent after the next WELCOME.
                 connection.lose()
                 self.session.lost()
                 return
 
     def wake_ns(self) -> int:
-        """Return when `look` is due next, if nothing arrives before."""
+        """Return when `look` is due next, unless something arrives before."""
         wake_ns = self.session.next_wake_ns()
         tick_ns = self.connection.next_tick_ns()
         return tick_ns if wake_ns is None else min(tick_ns, wake_ns)
 
     def close(self, error: QueryError) -> None:
-        """Say BYE, close the socket, and end every query that is left."""
+        """Send BYE, close the socket, and end every query that is left."""
         try:
             self.connection.close()
-        finally:  # queries end whatever has happened to the socket
+        finally:  # queries end even if the socket fails
             self._fail(self.session.close(error))

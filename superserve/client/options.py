@@ -1,8 +1,8 @@
-"""What applications may pass as options: any real number, however it is typed.
+"""Numbers that applications may pass as options: any real number, of any type.
 
-Python's, NumPy's and PyTorch's numbers, `Decimal`, `Fraction` and arrays without dimensions all become a
-plain int or float here, before any arithmetic: `np.int32(3000) * 1_000_000` wraps around without an error. A
-bool counts as 0 or 1, as everywhere in Python; strings, complex numbers and time deltas are refused.
+Numbers of Python, NumPy and PyTorch, `Decimal`, `Fraction` and arrays without dimensions become a plain
+int or float here, before any arithmetic: `np.int32(3000) * 1_000_000` overflows without an error. A bool
+counts as 0 or 1, as always in Python; strings, complex numbers and time deltas are refused.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from superserve.wire import MAX_SLACK_NS
 _MS = 1_000_000
 
 _LONGEST_WAIT_S = 1e9
-"""Longer waits, infinity among them, are this long, 32 years: more than locks and event loops take."""
+"""Longer waits, including infinity, become this, 32 years: locks and event loops accept no more."""
 
 
 def real(value: Any) -> int | float | None:
-    """Return a real number as a plain int or float, of the same value; None for anything else."""
+    """Return a real number as a plain int or float with the same value; None for anything else."""
     if type(value) is int or type(value) is float:
         return value
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "biuf":
-        return None  # a timedelta64 counts as an integer to Python, of whatever unit it is in
+        return None  # Python treats a timedelta64 as an integer, in whatever unit it has
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()  # of NumPy's and PyTorch's scalars and arrays; a long double stays what it is
+        value = value.item()  # a scalar or array of NumPy or PyTorch; a long double stays one
     try:
         if isinstance(value, Integral):
             return int(value)
         return float(value) if isinstance(value, Real | Decimal | Fraction) else None
-    except (OverflowError, ValueError):  # a Fraction beyond floats; a Decimal that is a signalling NaN
+    except (OverflowError, ValueError):  # a Fraction too large for a float; a signalling NaN as Decimal
         return None
 
 
 def checked_slo(slo_ms: Any) -> int:
-    """Return an SLO in ns; InvalidQueryError if it is none."""
+    """Return an SLO in ns; raise InvalidQueryError if it is invalid."""
     number = real(slo_ms)
     if number is not None and 0 < number <= MAX_SLACK_NS / _MS:
         return int(number * _MS)
@@ -50,7 +50,7 @@ def checked_slo(slo_ms: Any) -> int:
 
 
 def checked_accuracy(min_accuracy: Any) -> float:
-    """Return an accuracy floor, percent; InvalidQueryError if it is none."""
+    """Return an accuracy floor, percent; raise InvalidQueryError if it is invalid."""
     number = real(min_accuracy)
     if number is not None and 0 <= number <= 100:
         return float(number)
@@ -58,7 +58,7 @@ def checked_accuracy(min_accuracy: Any) -> float:
 
 
 def checked_priority(priority: Any) -> int:
-    """Return a priority class; InvalidQueryError if it is none."""
+    """Return a priority class; raise InvalidQueryError if it is invalid."""
     number = real(priority)
     if number is not None and 0 <= number <= 255 and number == int(number):
         return int(number)
@@ -66,7 +66,7 @@ def checked_priority(priority: Any) -> int:
 
 
 def checked_bound(name: str, value: Any) -> int:
-    """Return how many there may be at most, rounded down; infinity is no bound. UsageError if it is none."""
+    """Return a bound, rounded down; infinity means no bound. Raise UsageError if it is invalid."""
     number = real(value)
     if number is not None and number >= 0:
         return int(min(number, sys.maxsize))
@@ -74,7 +74,7 @@ def checked_bound(name: str, value: Any) -> int:
 
 
 def checked_wait(name: str, value: Any) -> float:
-    """Return how long to wait, seconds; UsageError if it is no duration."""
+    """Return how long to wait, seconds; raise UsageError if it is no duration."""
     number = real(value)
     if number is not None and not math.isnan(number):
         return float(min(max(number, 0), _LONGEST_WAIT_S))

@@ -1,4 +1,4 @@
-"""What a query gets: a Reply or an error, made from the group of RESULTS when somebody asks for it."""
+"""The outcome of a query: a Reply or an error, made from its group of RESULTS when it is first read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _LATE = int(Status.LATE)
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Where a query's time went, in milliseconds, as the router and the worker measured it."""
+    """Where a query's time went, in milliseconds, as router and worker measured it."""
 
     queued_ms: float
     to_start_ms: float
@@ -58,9 +58,9 @@ class Reply:
     """An answer with an output.
 
     Attributes:
-        output: A read-only array of the model's output dtype and shape, or bytes where the model does
-            not say. Queries that were answered together share its memory: copy what is to be kept long.
-        is_late: It came after its deadline.
+        output: A read-only array of the model's output dtype and shape, or bytes if the model has no
+            spec. Queries that were answered together share its memory: copy it to keep it for long.
+        is_late: It arrived after its deadline.
         subnet: Name of the subnet that served it.
         accuracy: That subnet's profiled accuracy, percent.
         batch_size: Queries that shared its batch.
@@ -78,13 +78,13 @@ class Reply:
 
 
 class Answers:
-    """One group of RESULTS, kept as it came until a query's share of it is asked for.
+    """One group of RESULTS, kept as received until a query's share of it is read.
 
     Args:
-        group: What the router said.
+        group: The group, as decoded.
         subnet: Name of the subnet that served it.
-        spec: What the model gives, or None while that is unknown.
-        arrived_ns: When it came, by this process's clock.
+        spec: The model's output; None if unknown.
+        arrived_ns: When it arrived, by this process's clock.
     """
 
     __slots__ = (
@@ -104,7 +104,7 @@ class Answers:
         self._last_timeline: Timeline | None = None
 
     def outcome(self, i: int, submitted_ns: int) -> Reply | QueryError:
-        """Return what query `i` of the group gets: its reply, or the error that says why not."""
+        """Return the outcome of query `i` of the group: its reply, or the error with the reason."""
         if not self._has_output:
             return self._error(i)
         group = self._group
@@ -117,7 +117,7 @@ class Answers:
         return Reply(output, is_late, self._subnet, group.accuracy, group.batch_size, timeline, latency_ms)
 
     def _arrays(self) -> Any:
-        """Return all outputs as one array, (count, *shape); False where they do not all have its size."""
+        """Return all outputs as one array, (count, *shape); False if they do not all have its size."""
         group, spec = self._group, self._spec
         if spec is None or group.output_bytes != spec.n_bytes:
             return False
@@ -126,9 +126,9 @@ class Answers:
         return rows
 
     def _alone(self, i: int) -> Any:
-        """Return output `i` of a group of which not every output is the model's.
+        """Return output `i` of a group whose outputs differ in size.
 
-        Where a batch-mate failed, its empty output stands beside whole ones.
+        If a query of the batch failed, its empty output is among full ones.
         """
         part, spec = self._part(i), self._spec
         if spec is None or len(part) != spec.n_bytes:
@@ -136,7 +136,7 @@ class Answers:
         return np.ndarray(spec.shape, spec.dtype, part)  # read-only, as bytes are
 
     def _timeline(self, queued_ms: float) -> Timeline:
-        """Return the timeline of a query that waited so long; those that came together share one."""
+        """Return the timeline for a wait of `queued_ms`; queries that arrived together share one object."""
         last = self._last_timeline
         if last is None or last.queued_ms != queued_ms:
             group = self._group
@@ -159,7 +159,7 @@ class Answers:
         return ERRORS[group.status](reason.decode(errors="replace") or Status(group.status).name)
 
     def _part(self, i: int) -> bytes:
-        """Return the bytes of query `i` out of the group's buffer."""
+        """Return the bytes of query `i` from the group's buffer."""
         group = self._group
         view = memoryview(group.output)
         if group.lengths is None:

@@ -1,18 +1,18 @@
-"""Session: the client's core. What is pending, what is sent next, and how each query ends. No I/O.
+"""Session: the client's core. It decides what is sent next and how each query ends. No I/O.
 
-It is given `now_ns` and messages, and returns messages and ends. `Client` and `AsyncClient` are
-two shells around it: they own the socket, the clock and the waiting, and settle the futures.
+It receives `now_ns` and messages, and returns messages and ended queries. `Client` and `AsyncClient`
+are two shells around it: they own the socket, the clock and the waiting, and settle the futures.
 
     submit(query), cancel(query)       any thread
     outbound(now_ns)                   the messages to send now
-    answered(results, now_ns)          whom the answers of a RESULTS message belong to
-    expired(now_ns, heard_ns)          who has waited long enough, and the error that says so
+    answered(results, now_ns)          the queries that a RESULTS message answers
+    expired(now_ns, heard_ns)          the queries that have waited long enough, each with its error
     welcomed(...), lost()              a router is there; it is gone
 
-A query ends where it leaves `_pending`, under the guard, and nowhere else: once. The guard is held
-for moments only, never while a message is built or a callback runs, and nothing here relies on the
-interpreter's own lock. It is reentrant: the garbage collector may run an application's finalizer
-anywhere, and that may submit or cancel.
+A query ends when it leaves `_pending`, under the guard, and nowhere else: once. The guard is held
+only briefly, never while a message is built or a callback runs, and nothing here relies on the
+interpreter's own lock. It is reentrant because the garbage collector may run an application's
+finalizer at any line, and that may submit or cancel.
 """
 
 from __future__ import annotations
@@ -38,51 +38,52 @@ if TYPE_CHECKING:
 MS = 1_000_000
 
 SPACING_NS = MS
-"""Least time between two messages while an answer is awaited. Each message costs the router and the
-client some 60 us whatever it holds, so a busy process may spend a tenth of a core on them, not all
-of it. A client that awaits nothing sends at once: one caller after another never waits here."""
+"""Least time between two messages while answers are outstanding. Each message costs the router and the
+client some 60 us whatever it holds, so a busy process may spend a tenth of a core on them, not a whole
+one. A client without outstanding answers sends at once: sequential calls never wait here."""
 
 GRACE_NS = 2_000 * MS
-"""How long past its deadline a query waits for a LATE answer, while the router is heard: longer than a
-router holds on to a batch that overran (one second), so that the answer says what became of it."""
+"""How long after its deadline a query waits for a LATE answer while the router answers heartbeats: longer
+than a router keeps a batch that overran (one second), so that the answer reports how the query ended."""
 
 QUIET_NS = 12 * MS
-"""How long past a query's deadline nothing need be heard: refusals of what expired come within 5 ms."""
+"""How long after a query's deadline silence is normal: refusals of expired queries arrive within 5 ms."""
 
 PROBE_NS = 100 * MS
-"""How long a router that is silent for longer has to answer a PING."""
+"""How long a router that is silent beyond QUIET_NS has to answer a PING."""
 
 HOPELESS_NS = 2 * MS
-"""With less slack than this and no router, a query ends: HELLO, WELCOME, QUERIES and RESULTS are
-four trips. So its error comes before its deadline, not after."""
+"""Without a router, a query ends when less slack than this is left: HELLO, WELCOME, QUERIES and RESULTS
+are four trips. So its error is raised before its deadline, not after."""
 
 MAX_SENDS = 5
-"""Routers to which one query is sent, at most: one that kills them must not go round for ever."""
+"""Most routers that one query is sent to: a query that crashes its router must not crash every successor."""
 
 FRAMED_BYTES = 65_536
-"""A payload from here on rides in a frame of its own, uncopied (`superserve.net.sockets.ZERO_COPY_BYTES`)."""
+"""Payloads from this size on get their own frame, uncopied (`superserve.net.sockets.ZERO_COPY_BYTES`)."""
 
 PACKED_BYTES = 8 << 20
-"""Smaller payloads are joined to one frame of at most this: far below what ends a connection."""
+"""Smaller payloads are joined into one frame of at most this: far below what ends a connection."""
 
 MAX_PAYLOAD_BYTES = 256 << 20
 """A longer frame would end the connection (`superserve.net.sockets.MAX_MESSAGE_BYTES`)."""
 
 _COARSE_NS = 4 * MS
-"""Queries past their deadline are looked at together, this often."""
+"""Queries past their deadline are checked together, this often."""
 
 _SPARE_TIMED = 4_096
-"""Ids of answered queries that may wait for their deadline, beside as many as are pending."""
+"""Ids of answered queries that may stay in the timer heap until their deadline, beyond twice the pending:
+large enough that an idle client never pays to clean up."""
 
 CLOSED = "the client is closed: make a new one"
 CLOSED_EARLY = "the client was closed before the answer came"
 
 _PLAIN_KINDS = "biufc"
-"""Kinds of dtype that give their buffer without further ado."""
+"""Kinds of dtype whose arrays expose their buffer directly."""
 
 
 class _Input(NamedTuple):
-    """What the model takes; replaced as one, so that no thread sees a half of each."""
+    """What the model takes; replaced as a whole, so that no thread sees parts of two models."""
 
     spec: TensorSpec
     dtype: np.dtype[Any]
@@ -90,10 +91,10 @@ class _Input(NamedTuple):
 
 
 class Query(Protocol):
-    """What a session keeps of a query; the shells' futures are such.
+    """What a session needs of a query; the shells' futures have it.
 
     Attributes:
-        query_id: Given by `submit`; ascending.
+        query_id: Assigned by `submit`; ascending.
         payload: A buffer in C order; b"" once the query has ended.
         n_bytes: Bytes of the payload.
         n_sends: How often it was sent again.
@@ -116,15 +117,15 @@ class Session(Generic[Q]):
     """The queries of one client.
 
     Args:
-        guard: A reentrant lock; held while what several threads change is changed.
-        no_router: What to say to a query that found no router; may be set anew.
-        max_outstanding: Queries without an answer, at most.
-        max_bytes: Their payload bytes, at most.
+        guard: A reentrant lock; protects what several threads change.
+        no_router: The error text for a query that found no router; may be replaced.
+        max_outstanding: Most queries without an answer.
+        max_bytes: Most payload bytes without an answer.
 
     Attributes:
         epoch: The router's, or None while there is none.
         held_bytes: Payload bytes without an answer.
-        wants_ping: Somebody's deadline has passed and the router has said nothing since.
+        wants_ping: A query's deadline has passed and the router has been silent since.
     """
 
     def __init__(
@@ -159,26 +160,26 @@ class Session(Generic[Q]):
 
     @property
     def outstanding(self) -> int:
-        """Queries without an answer."""
+        """Number of queries without an answer."""
         return len(self._pending)
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing more is taken in."""
+        """Whether the session refuses new queries."""
         return self._is_closed
 
     @property
     def is_idle(self) -> bool:
-        """Whether no query that was sent is without an answer."""
+        """Whether every query that was sent has its answer."""
         return len(self._pending) <= len(self._gathered)
 
     # --- any thread ---------------------------------------------------------------------
 
     def submit(self, query: Q) -> bool:
-        """Take a query in and give it its id.
+        """Take a query and assign its id.
 
         Returns:
-            Whether whoever sends must be told; see `rest` and `pause`. Of many who submit, one is.
+            Whether the caller must wake the sender thread; see `rest` and `pause`. Of many submits, one must.
 
         Raises:
             OverloadedError: `max_outstanding` or `max_bytes` is reached.
@@ -199,6 +200,8 @@ class Session(Generic[Q]):
             self._gathered.append(query)
             if query.min_accuracy or query.priority:
                 self._has_options = True
+            # Resting: nothing wakes the sender but this. Pausing, it wakes by itself when SPACING_NS is over,
+            # except for the first query after an idle moment, which must not wait for that.
             must_tell = self._is_resting or (self._is_pausing and len(pending) == 1)
             if must_tell:
                 self._is_resting = self._is_pausing = False
@@ -218,38 +221,38 @@ class Session(Generic[Q]):
         )
 
     def cancel(self, query: Q) -> tuple[bool, bool]:
-        """End a query for its owner's sake; the router hears of it with the next messages.
+        """End a query on behalf of its owner; the router learns it with the next messages.
 
         Returns:
-            Whether this call ended it, and whether whoever sends must be told.
+            Whether this call ended the query, and whether the sender thread must be woken.
         """
         with self._guard:
             if self._pending.pop(query.query_id, None) is None:
                 return False, False
             self.held_bytes -= query.n_bytes
             self._cancelled.append(query)
-            if query.query_id > self._taken_through:
+            if query.query_id > self._taken_through:  # not sent yet: `outbound` has to skip it
                 self._has_holes = True
             must_tell = self._is_resting
             self._is_resting = False
         return True, must_tell
 
-    # --- whoever sends and receives -----------------------------------------------------
+    # --- the sender thread --------------------------------------------------------------
 
     def rest(self) -> bool:
-        """Let the next submit or cancel tell; False if something has come meanwhile."""
+        """Make the next submit or cancel wake the sender; return False if one has come meanwhile."""
         with self._guard:
             self._is_resting = not self.has_outbound
             return self._is_resting
 
     def pause(self) -> bool:
-        """Let only a submit tell that need not wait for others; False if there is one now."""
+        """Make the next urgent submit wake the sender; return False if there is one already."""
         with self._guard:
             self._is_pausing = not self.is_idle
             return self._is_pausing
 
     def resume(self) -> bool:
-        """Let nobody tell: whoever sends is awake. Return whether somebody has told, or is about to."""
+        """Stop wake-up requests: the sender thread is awake. Return whether one was made meanwhile."""
         with self._guard:
             was_told = not (self._is_resting or self._is_pausing)
             self._is_resting = self._is_pausing = False
@@ -261,8 +264,9 @@ class Session(Generic[Q]):
         return bool(self._gathered or self._cancelled or (self._is_greeted and self.epoch is not None))
 
     def outbound(self, now_ns: int) -> list[Queries | Cancel]:
-        """Return what is to be sent now, in this order; it counts as sent. See `lost` if it could not be."""
+        """Return the messages to send now, in order; they count as sent. If a send fails, call `lost`."""
         with self._guard:
+            # Ids ascend, so one number separates the queries that were taken from those that were not.
             self._taken_through = self._last_id
             batch, self._gathered = self._gathered, []
             cancelled, self._cancelled = self._cancelled, []
@@ -274,7 +278,7 @@ class Session(Generic[Q]):
         if batch:
             self._time([query.query_id for query in batch], min([query.deadline_ns for query in batch]))
         for query in cancelled:
-            query.payload = b""  # here, and not in `cancel`: a message may just be built of it
+            query.payload = b""  # not in `cancel`: another thread may be sending it
         if self.epoch is None:
             return []
         messages: list[Queries | Cancel] = []
@@ -283,13 +287,14 @@ class Session(Generic[Q]):
             messages.extend(self._again(everything, now_ns))
         elif batch:
             messages.extend(self._queries(batch, now_ns, has_options=has_options, resubmitted=False))
+        # The router has never seen the others.
         if sent := [query.query_id for query in cancelled if query.query_id <= self._sent_through]:
             messages.append(Cancel(self.epoch, len(sent), array("Q", sent).tobytes()))
         self._sent_through = self._taken_through
         return messages
 
     def _again(self, everything: list[Q], now_ns: int) -> Iterator[Queries]:
-        """Yield what a new router is to know: all that still has slack, marked if an older one had it."""
+        """Yield what a new router needs: all queries with slack left, marked if an older router had them."""
         alive = [query for query in everything if query.deadline_ns - now_ns > HOPELESS_NS]
         fresh = [query for query in alive if query.query_id > self._sent_through]
         again = [query for query in alive if query.query_id <= self._sent_through]
@@ -304,8 +309,8 @@ class Session(Generic[Q]):
     def _queries(
         self, batch: list[Q], now_ns: int, *, has_options: bool, resubmitted: bool
     ) -> Iterator[Queries]:
-        """Yield messages for a batch: the small payloads packed, the large ones in frames of their own."""
-        assert self.epoch is not None, "queries are sent to a router that is there"
+        """Yield messages for a batch: small payloads packed, large ones in their own frames."""
+        assert self.epoch is not None, "queries are sent only to a router that is there"
         sizes = [query.n_bytes for query in batch]
         parts = [(batch, False)]
         if max(sizes) >= FRAMED_BYTES:
@@ -320,32 +325,34 @@ class Session(Generic[Q]):
                 )  # fmt: skip
 
     def answered(self, results: Results, now_ns: int) -> Iterator[tuple[Answers, list[Q | None]]]:
-        """Yield the answers of each group with its queries, None for one that had its end already."""
+        """Yield the answers of each group with its queries; None for a query that had ended already."""
         for group in results.groups:
             ids = memoryview(group.ids).cast("Q").tolist()
-            with self._guard:
+            with self._guard:  # one acquisition for a group, not one for each query
                 pop = self._pending.pop
                 queries = [pop(query_id, None) for query_id in ids]
                 freed = sum([query.n_bytes for query in queries if query is not None])
                 self.held_bytes -= freed
             for query in queries:
                 if query is not None:
-                    query.payload = b""
+                    query.payload = b""  # the future may live long, and must not hold the input
             row = group.subnet
             name = self._subnets[row][0] if row < len(self._subnets) else str(row)
             yield Answers(group, name, self._output, now_ns), queries
 
     def welcomed(self, epoch: int) -> None:
-        """A router is there, or another one: what has slack left is sent to it next."""
+        """A router is there, or another one: queries with slack left are sent to it next."""
         self.epoch = epoch
+        # Only noted here: the next `outbound` sends them, with whatever was submitted meanwhile.
         self._is_greeted = True
         self._asked_ns = None
 
     def lost(self) -> None:
-        """The router is gone: what waits for its grace ends at the next look, the rest at its deadline."""
+        """The router is gone: overdue queries end at the next check, others just before their deadline."""
         self.epoch = None
         self._is_greeted = False
         with self._guard:
+            # Only those that `outbound` took: it will time the others itself.
             ids = [query_id for query_id in self._pending if query_id <= self._taken_through]
         self._timed, self._n_timed = [], 0
         if ids:
@@ -354,12 +361,12 @@ class Session(Generic[Q]):
     def learn(
         self, takes: TensorSpec | None, gives: TensorSpec | None, subnets: Sequence[tuple[str, float]]
     ) -> None:
-        """Note what the model takes and gives, and the subnets' names."""
+        """Store what the model takes and gives, and the subnets' names."""
         self._subnets, self._output = subnets, gives
         self._input = None if takes is None else _Input(takes, np.dtype(takes.dtype), takes.n_bytes)
 
     def close(self, error: QueryError) -> list[tuple[Q, QueryError]]:
-        """Take in nothing more; return every query that is left, with `error`."""
+        """Refuse new queries; return every query that is left, with `error`."""
         with self._guard:
             self._is_closed = True
             queries = list(self._pending.values())
@@ -373,11 +380,11 @@ class Session(Generic[Q]):
 
     # --- time ---------------------------------------------------------------------------
     #
-    # A message's ids wait as one entry for the earliest deadline in it, so that a query costs no
-    # heap operation. Ids, not queries: an answered query, and its output, is not kept alive here.
+    # A message's ids are one heap entry, at the earliest deadline among them, so that a query costs no
+    # heap operation. The entry holds ids, not queries, so that it keeps no answered query or output alive.
 
     def next_wake_ns(self) -> int | None:
-        """Return when `expired` has something to look at; None while nobody waits."""
+        """Return when `expired` has something to check; None if no query waits."""
         if not self._timed:
             return None
         return self._timed[0][0] - (HOPELESS_NS if self.epoch is None else 0)
@@ -390,7 +397,7 @@ class Session(Generic[Q]):
             self._drop_answered()
 
     def _drop_answered(self) -> None:
-        """Forget ids that have their answer. Half of them at least, so it costs a step an id."""
+        """Drop ids that have their answer. At least half of them go, so it costs one step an id overall."""
         pending = self._pending
         kept = [(at, serial, [i for i in ids if i in pending]) for at, serial, ids in self._timed]
         self._timed = [entry for entry in kept if entry[2]]
@@ -398,11 +405,11 @@ class Session(Generic[Q]):
         self._n_timed = sum(len(ids) for _, _, ids in self._timed)
 
     def expired(self, now_ns: int, heard_ns: int) -> list[tuple[Q, QueryError]]:
-        """End what has waited long enough; `heard_ns` is when the router last said anything.
+        """End the queries that have waited long enough; `heard_ns` is when the router last sent anything.
 
-        Without a router that is just before the deadline. With one, it is GRACE_NS past it, since a
-        LATE answer may come; but a router that is silent is asked (`wants_ping`), and if it stays so
-        for PROBE_NS, its queries wait no longer.
+        Without a router a query ends just before its deadline. With one, it waits GRACE_NS longer for a
+        LATE answer. But a router that is silent gets a PING (`wants_ping`), and if it does not answer
+        within PROBE_NS, its queries end.
         """
         if self._asked_ns is not None and heard_ns >= self._asked_ns:
             self._asked_ns = None
@@ -425,15 +432,15 @@ class Session(Generic[Q]):
         return ended
 
     def _look_again_ns(self, query: Q, now_ns: int, heard_ns: int) -> int | None:
-        """Return when to look at a query again; None if it ends now."""
+        """Return when to check a query again; None if it ends now."""
         deadline_ns = query.deadline_ns
-        if self.epoch is None:
+        if self.epoch is None:  # a WELCOME may still come in time to send it
             return deadline_ns if deadline_ns - HOPELESS_NS > now_ns else None
         if now_ns < deadline_ns:
             return deadline_ns
         if now_ns >= deadline_ns + GRACE_NS:
             return None
-        if heard_ns >= deadline_ns:
+        if heard_ns >= deadline_ns:  # the router works: a LATE answer may come
             return _coarse(deadline_ns + GRACE_NS)
         if now_ns < deadline_ns + QUIET_NS:
             return _coarse(deadline_ns + QUIET_NS)
@@ -455,7 +462,7 @@ class Session(Generic[Q]):
     def _forget(self, query: Q) -> bool:
         with self._guard:
             if self._pending.pop(query.query_id, None) is None:
-                return False  # cancelled a moment ago: that was its end
+                return False  # just cancelled: that ended it
             self.held_bytes -= query.n_bytes
         query.payload = b""
         return True
@@ -463,7 +470,7 @@ class Session(Generic[Q]):
     # --- checks -------------------------------------------------------------------------
 
     def checked(self, payload: Any) -> tuple[Any, int]:
-        """Return the payload as a buffer in C order, and its bytes; arrays of numbers stay as they are.
+        """Return the payload as a buffer in C order, and its bytes; numeric arrays stay as they are.
 
         Raises:
             InvalidQueryError: It is not what the model takes.
@@ -488,6 +495,7 @@ class Session(Generic[Q]):
     def _checked_array(self, payload: np.ndarray[Any, Any]) -> tuple[Any, int]:
         dtype = payload.dtype
         expected = self._input
+        # Comparing here first: `check` makes two dtypes, and this runs for every query.
         if expected is not None and (dtype != expected.dtype or payload.shape != expected.spec.shape):
             expected.spec.check(payload)
         n_bytes = payload.nbytes
@@ -501,7 +509,7 @@ class Session(Generic[Q]):
 
 
 def _coarse(at_ns: int) -> int:
-    """Return the next of the instants at which overdue queries are looked at."""
+    """Return the next instant at which overdue queries are checked: many share one check."""
     return -(-at_ns // _COARSE_NS) * _COARSE_NS
 
 
@@ -518,7 +526,7 @@ def _too_long(n_bytes: int) -> InvalidQueryError:
 
 
 def _chunks(batch: list[Q], *, is_framed: bool) -> Iterator[list[Q]]:
-    """Yield the batch in stretches that a message holds."""
+    """Yield the batch in parts that each fit in a message."""
     chunk: list[Q] = []
     n_bytes = 0
     for query in batch:
@@ -535,7 +543,7 @@ def _chunks(batch: list[Q], *, is_framed: bool) -> Iterator[list[Q]]:
 def _message(
     batch: list[Q], epoch: int, now_ns: int, *, is_framed: bool, has_options: bool, resubmitted: bool
 ) -> Queries:
-    """Return one message for `batch`, whose slack is counted from now."""
+    """Return one message for `batch`, with slacks counted from now."""
     ids = array("Q", [query.query_id for query in batch]).tobytes()
     slacks = array("q", [query.deadline_ns - now_ns for query in batch]).tobytes()
     sizes = [query.n_bytes for query in batch]

@@ -1,7 +1,7 @@
-"""One connection to a router: HELLO, heartbeats, and messages in bulk. No thread of its own.
+"""One connection to a router: HELLO, heartbeats, and messages in bulk. It has no thread.
 
-Whoever owns it, a client's I/O thread or a load generator's sender, calls `tick` now and
-then, `send_queries` with whole columns, and `receive` until it yields nothing more.
+Its owner, a client's I/O thread or a load generator's sender, calls `tick` now and then,
+`send_queries` with whole columns, and `receive` until it yields nothing more.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ log = logging.getLogger("superserve")
 
 MS = 1_000_000
 HELLO_EVERY_NS = 100 * MS
+"""Time between the first two HELLOs; it doubles with each one that gets no answer."""
 HELLO_EVERY_AT_MOST_NS = 1_000 * MS
-"""While nobody answers, HELLO is said ever less often up to this: a thousand clients must not stampede."""
-PING_EVERY_NS = 1_000 * MS
+"""Longest time between two HELLOs: without back-off a thousand clients would flood a router that returns."""
+PING_EVERY_NS = 1_000 * MS  # often enough to notice in SILENT_NS that the router has gone
 SILENT_NS = 3_000 * MS
-"""A router that has not answered three PINGs is taken for gone; HELLO finds the next one."""
+"""A router that has not answered three PINGs counts as gone; HELLO finds the next one."""
 
 _POLLIN = int(zmq.POLLIN)
 _POLLOUT = int(zmq.POLLOUT)
@@ -52,19 +53,20 @@ class Connection:
 
     Args:
         endpoint: The router's client endpoint.
-        context: Whose socket it is.
-        keys: What it shows the router; None for a router without keys.
+        context: The ZeroMQ context to make the socket in.
+        keys: The client's keys; None for a router without keys.
 
     Attributes:
-        epoch: The router's, once it said WELCOME; None before, and after it fell silent.
-        model: What WELCOME said of the model's input and output; None if no worker has joined.
+        epoch: The router's, after its WELCOME; None before, and after it fell silent.
+        model: The model's input and output, from WELCOME; None if no worker has joined.
         subnets: Name and accuracy (percent) of each row of the profile.
-        n_welcomes: How often `epoch` became another one: whoever counts along misses no new router.
-        heard_ns: When the router last said anything.
-        refusals: What the router objected to, latest last; at most 16.
+        n_welcomes: How often `epoch` changed: compare it to notice that the router is another one, even if
+            the old one was never missed.
+        heard_ns: When the last message of the router arrived.
+        refusals: Reasons of the router's REFUSED messages, latest last; at most 16.
         n_malformed: Messages that could not be decoded.
-        mismatch: The router speaks none of our wire versions; None again once one welcomes us.
-        status: The latest answer to a STATUS, or why it could not be read; None before one came.
+        mismatch: Set while the router speaks none of our wire versions; None after a WELCOME.
+        status: The latest answer to a STATUS, or why it could not be read; None before the first.
     """
 
     def __init__(
@@ -94,21 +96,22 @@ class Connection:
 
     @property
     def absence(self) -> str:
-        """Why no router answers, as far as is known, and what to do."""
+        """Why no router answers, as far as known, and what to do."""
         if self.mismatch is not None:
             return f"{self.endpoint}: {self.mismatch}"
         return self._handshake.failure or no_router(self.endpoint)
 
     def close(self) -> None:
-        """Say BYE if anybody listens, and close the socket."""
-        with contextlib.suppress(zmq.ZMQError):  # of no use any more: the context was terminated
+        """Send BYE if a router is there, and close the socket."""
+        with contextlib.suppress(zmq.ZMQError):  # the context was terminated: the socket sends nothing more
             self._handshake.close()
             if self.epoch is not None:
                 send(self.socket, wire.encode_control(Control(Kind.BYE)))
-        self.socket.close(linger=100)  # `Context.term` waits for this
+        # Milliseconds for the BYE to leave; `Context.term` waits for it, so no longer than that.
+        self.socket.close(linger=100)
 
     def tick(self, now_ns: int) -> None:
-        """Say HELLO while nobody has welcomed us, and PING now and then."""
+        """Send HELLO until a router answers WELCOME, and PING now and then."""
         if self.epoch is not None:
             if now_ns - self.heard_ns > SILENT_NS:
                 self.epoch = None
@@ -118,25 +121,26 @@ class Connection:
             self._hello(now_ns)
         if self.epoch is None and self._handshake.look(now_ns):
             log.warning("%s", self.absence)
-            self._has_sent = True  # what the socket can do has changed
+            self._has_sent = True  # the socket was connected again: its events must be asked for
 
     def _hello(self, now_ns: int) -> None:
         hello = Control(Kind.HELLO, ClientHello(session=self.session, wire=wire.OURS).body(), wire.LOWEST)
         if self._send(wire.encode_control(hello)):
             self._hello_ns = now_ns
+            # Jitter: clients that lost the same router at once must not greet the next one in step.
             self._hello_wait_ns = int(self._hello_every_ns * random.uniform(0.75, 1.25))
             self._hello_every_ns = min(2 * self._hello_every_ns, HELLO_EVERY_AT_MOST_NS)
 
     def ping(self, now_ns: int) -> None:
-        """Ask whether the router is there; any answer moves `heard_ns`."""
+        """Ask whether the router is there; any answer updates `heard_ns`."""
         self._ping_ns = now_ns
         self._send(wire.encode_ping(Ping(now_ns)))
 
     def look(self) -> None:
-        """Take a router whose connection was found broken for gone, and greet one as it appears.
+        """Notice that the connection broke, or that there is a new one; on a new one send HELLO at once.
 
-        ZeroMQ tells nobody that a connection broke. But with IMMEDIATE a DEALER has no pipe without a
-        connection, and what has no pipe cannot be written to; its file descriptor wakes for that too.
+        ZeroMQ does not report a broken connection. But with IMMEDIATE a DEALER has a pipe only while it is
+        connected, and is writable only with a pipe; its file descriptor also wakes for that change.
         """
         is_connected = bool(self._seen & _POLLOUT)
         if is_connected and not self._is_connected:
@@ -146,10 +150,10 @@ class Connection:
         self._is_connected = is_connected
 
     def is_readable(self) -> bool:
-        """Tell whether something has come that the socket's descriptor will not tell of.
+        """Return whether a message has arrived that the socket's descriptor will not wake for.
 
-        It tells of changes only, and every call on the socket takes in those that it meets. What
-        `receive` saw last still holds, unless something was sent since.
+        The descriptor is edge-triggered, and every call on the socket may consume an edge. What `receive`
+        saw last is still true unless something was sent since.
         """
         return bool((self._look_up() if self._has_sent else self._seen) & _POLLIN)
 
@@ -171,11 +175,11 @@ class Connection:
         return time.monotonic_ns() + HELLO_EVERY_NS
 
     def lose(self) -> None:
-        """Take the router for gone: say HELLO soon, and send nothing until a WELCOME."""
+        """Treat the router as gone: send HELLO soon, and no queries until a WELCOME."""
         self.epoch = None
 
     def send_queries(self, queries: Queries) -> bool:
-        """Send; False if the router is not there or takes no more just now."""
+        """Send; False if the router is gone or its queue is full."""
         return self._send(wire.encode_queries(queries))
 
     def send_cancel(self, n: int, ids: bytes) -> bool:
@@ -187,8 +191,8 @@ class Connection:
         return self._send(wire.encode_control(Control(kind, body or {})))
 
     def receive(self) -> Iterator[Results]:
-        """Yield every RESULTS that has arrived; everything else is dealt with here."""
-        while self._look_up() & _POLLIN:  # cheaper than to receive until that fails
+        """Yield every RESULTS that has arrived; all other messages are handled here."""
+        while self._look_up() & _POLLIN:  # cheaper than receiving until that fails
             try:
                 frames = receive(self.socket)
                 if frames is None:
@@ -244,7 +248,7 @@ class Connection:
         self.subnets = list(welcome.subnets)
 
     def _mismatched(self, error: VersionError) -> None:
-        """Note that this router speaks none of our versions; HELLO goes on, since it may be replaced."""
+        """Record that this router shares no version with us; HELLO goes on, since it may be replaced."""
         is_new = self.mismatch is None
         self.mismatch = error
         self.lose()
@@ -263,9 +267,9 @@ def ask_status(
         keys: As for `Client`.
 
     Raises:
-        ConfigError: Nothing answers within `timeout_s`, or speaks none of our wire versions; or the key file
-            is not what it should be.
-        WireError: What it answers lacks a field, or has another type there; names both.
+        ConfigError: No router answers within `timeout_s`, or it shares no wire version with us; or the key
+            file is malformed.
+        WireError: A field of the answer is missing or has another type; the error names it.
     """
     own = peer_keys(keys)
     check_descriptors("asking a router for its status")
@@ -277,7 +281,7 @@ def ask_status(
                 connection.tick(now_ns)
                 if connection.epoch is not None:
                     connection.send_control(Kind.STATUS, {"wire": wire.OURS})
-                connection.socket.poll(50)
+                connection.socket.poll(50)  # ms; then HELLO and STATUS are due again
                 for _ in connection.receive():
                     pass
                 if connection.mismatch is not None:
@@ -292,5 +296,5 @@ def ask_status(
 
 
 def no_router(endpoint: str) -> str:
-    """Say that nobody answers at `endpoint`, and what to type."""
+    """Return the message for an endpoint where no router answers: what to type."""
     return f"no router answers at {endpoint}: start one with `python -m router`, or check host and port"

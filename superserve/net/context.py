@@ -1,9 +1,9 @@
-"""ZeroMQ contexts of our own, and a look at the descriptors that are left before ZeroMQ takes any.
+"""Our own ZeroMQ contexts, and a check for free file descriptors before ZeroMQ takes any.
 
-An application may do to `zmq.Context.instance()` what it likes: terminate it, which waits for ever while a
-socket of ours is open, or give its sockets an identity, which two of ours must not share. So clients share
-a context that only they know. And libzmq aborts the process where it finds no descriptor for its own
-threads, so each place that makes sockets asks here first.
+An application may do anything to `zmq.Context.instance()`: terminate it, which blocks while one of our
+sockets is open, or give its sockets an identity, which two of ours must not share. So all clients of a
+process share a private context. And libzmq aborts the process if it finds no descriptor for its own
+threads, so every place that makes sockets checks here first.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import zmq
 from superserve.errors import ConfigError
 
 CONNECTION_DESCRIPTORS = 16
-"""What the first client of a process takes is 10: 5 for ZeroMQ's threads, and 5 for its own sockets, wake-up
-and connection. The rest is for whatever else opens files at the same moment."""
+"""The first client of a process takes 10: 5 for ZeroMQ's threads, and 5 for its own sockets, wake-up
+and connection. The rest is for other code that opens files at the same moment."""
 
 _MAX_SOCKETS = 65_535
-"""ZeroMQ's own limit; its default of 1,023 is reached at 341 clients, as a ZMQError that names no limit."""
+"""ZeroMQ's own limit. Its default of 1,023 is reached at 341 clients, as a ZMQError that names no limit."""
 
 
 def check_descriptors(what: str, n: int = CONNECTION_DESCRIPTORS) -> None:
     """Raise ConfigError unless this process can open `n` more file descriptors.
 
     Args:
-        what: Who needs them, for the error.
+        what: What needs them, for the error.
         n: How many.
     """
     if not has_descriptors(n):
@@ -40,7 +40,7 @@ def check_descriptors(what: str, n: int = CONNECTION_DESCRIPTORS) -> None:
 
 
 def has_descriptors(n: int) -> bool:
-    """Tell whether this process can open `n` more file descriptors; opens and closes them to find out."""
+    """Return whether this process can open `n` more file descriptors; opens and closes them to find out."""
     opened: list[int] = []
     try:
         while len(opened) < n:
@@ -54,7 +54,7 @@ def has_descriptors(n: int) -> bool:
 
 
 class _Shared:
-    """The one context of this process's clients; a child of a fork makes its own."""
+    """The context that this process's clients share; a forked child makes a new one."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -65,9 +65,9 @@ _shared = _Shared()
 
 
 def _forget() -> None:
-    """Leave the parent's context alone: its threads did not come along, and its lock may be held."""
+    """Leave the parent's context alone: its threads do not exist in the child, and its lock may be held."""
     global _shared  # noqa: PLW0603  # one a process
-    _inherited.append(_shared)  # kept: to destroy it would wait for those threads
+    _inherited.append(_shared)  # keep it: destroying it would wait for those threads
     _shared = _Shared()
 
 
@@ -76,7 +76,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def client_context() -> zmq.Context[zmq.Socket[bytes]]:
-    """Return the context that the clients of this process share with nobody else.
+    """Return the context that this process's clients share, and nothing else uses.
 
     Raises:
         ConfigError: Too few file descriptors are left for another client.

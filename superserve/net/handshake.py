@@ -1,7 +1,7 @@
-"""Handshakes that fail: why, and another try. ZeroMQ tells only who watches, and gives some up for good.
+"""Reports failed handshakes and retries them. ZeroMQ exposes failures only through a socket monitor.
 
-A router that refuses a key ends the session of whoever came with it: ZeroMQ does not try again, not even
-once the key is listed. So a refused socket is connected anew, every second or so.
+If a router refuses a key, ZeroMQ ends the session and does not retry, not even once the key is listed. So a
+refused socket is disconnected and connected again about every second.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ FAILED = int(
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
 RETRY_NS = 1_000_000_000
-"""Time between two tries of a socket that was refused; each costs the router a line in its log."""
+"""Time between two tries of a refused socket; each try costs the router a line in its log."""
 
 
 def monitor_of(
     context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], events: int
 ) -> zmq.Socket[bytes]:
-    """Return a socket that tells a socket's events; it takes in any number of them unread."""
+    """Return a socket that receives another socket's events; it queues any number of unread ones."""
     address = f"inproc://monitor-{secrets.token_hex(8)}"
     socket.monitor(address, events)
     monitor = context.socket(zmq.PAIR)
-    monitor.set(zmq.RCVHWM, 0)  # ZeroMQ's I/O thread would wait for a slow reader
+    monitor.set(zmq.RCVHWM, 0)  # no limit: with one, a slow reader would block ZeroMQ's I/O thread
     monitor.set(zmq.LINGER, 0)
     monitor.connect(address)
     return monitor
 
 
 class Handshake:
-    """Connects a DEALER, and watches whether it gets to talk to its router. For the socket's thread.
+    """Connects a DEALER, and watches whether the handshake with the router succeeds. For the socket's thread.
 
     Args:
         context: The socket's.
         endpoint: Where it connects.
-        keys: What it shows the router.
+        keys: The keys that it presents to the router.
 
     Attributes:
-        socket: The DEALER; watched from before it connects, and closed by whoever uses it.
-        failure: What is likely to be wrong, as of the last handshake that failed; None if none has.
+        socket: The DEALER; watched from before it connects. The caller closes it.
+        failure: The likely cause of the last failed handshake; None if none has failed.
     """
 
     def __init__(
@@ -76,24 +76,26 @@ class Handshake:
         self._monitor: zmq.Socket[bytes] | None = monitors[0]
 
     def look(self, now_ns: int) -> bool:
-        """Take in what has failed, and try again if it is time; tell whether `failure` has changed."""
+        """Read the monitor's events, retry if it is time, and return whether `failure` has changed."""
         if self._monitor is None:
             return False
         before = self.failure
         while is_readable(self._monitor):
             event = int(recv_monitor_message(self._monitor)["event"])
             self.failure = self._why(event)
+            # Without detail means that the peer closed the connection: ZeroMQ retries that by itself.
             if event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._retry_ns is None:
+                # Jitter: peers that one change of keys has refused must not return in step.
                 self._retry_ns = now_ns + int(RETRY_NS * random.uniform(0.75, 1.25))
         if self._retry_ns is not None and now_ns >= self._retry_ns:
             self._retry_ns = None
-            with contextlib.suppress(zmq.ZMQError):  # it may have let go of the endpoint itself
+            with contextlib.suppress(zmq.ZMQError):  # ZeroMQ may have dropped the endpoint already
                 self.socket.disconnect(self._endpoint)
             self.socket.connect(self._endpoint)
         return self.failure != before
 
     def succeeded(self) -> None:
-        """Forget what failed. Without keys nothing more is watched: a router takes anybody, or nobody."""
+        """Clear `failure`. Without keys, stop watching: such a router admits every peer, or none."""
         self.failure = None
         if self._keys is None:
             self.close()
@@ -127,7 +129,7 @@ class Handshake:
         self.close()
 
     def close(self) -> None:
-        """Stop watching; before the socket is closed."""
+        """Stop watching; call it before the socket is closed."""
         if self._monitor is not None:
             monitor, self._monitor = self._monitor, None
             try:

@@ -1,15 +1,15 @@
-"""Keys: the files that say who may join a cluster. CURVE's own keys, in text files of a few lines.
+"""Key files: who may join a cluster. They hold CURVE keys, as text files of a few lines.
 
 A router has a folder:
 
     router.key              its secret                                  0600
-    router.pub              its public key, for whoever connects        0644
+    router.pub              its public key, for peers                   0644
     operator.key            an operator's secret, for this machine      0600
     clients/NAME.pub        who may send queries
     workers/NAME.pub        who may serve them
-    operators/NAME.pub      clients that may drain workers and the router as well
+    operators/NAME.pub      clients that may also drain workers and the router
 
-and whoever connects has one file, NAME.key: its own key pair and the router's public key. A file is
+and each peer has one file, NAME.key: its own key pair and the router's public key. A file consists of
 lines of `field = value`; a line that begins with # is a comment:
 
     role = client
@@ -18,7 +18,7 @@ lines of `field = value`; a line that begins with # is a comment:
     secret = JTKVSB%%)wK0E.X)V>+}o?pNmC{O&4W4b!Ni{Lh6
     router = Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID
 
-The keys are in Z85, 40 characters. Nothing here overwrites a file, or reads a secret that others may read.
+Keys are in Z85, 40 characters. This module overwrites no file, and reads no secret that others may read.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 ENVIRONMENT = "SUPERSERVE_KEYS"
-"""Where clients look for their key file, or a folder with one, unless told."""
+"""The environment variable with a client's key file, or a folder with one, if `keys` is not given."""
 
 FOLDERS = {"client": "clients", "worker": "workers", "operator": "operators"}
-"""Under a router's folder, the list of each role."""
+"""The folder of each role's list, under a router's folder."""
 
 _DEFAULTS = {"client": ("client.key", "operator.key"), "worker": ("worker.key",)}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_MAX_BYTES = 4_096
-_Z85_CHARACTERS = 40
+_MAX_BYTES = 4_096  # a key file takes a few hundred; a bound on what a wrong path can make us read
+_Z85_CHARACTERS = 40  # 32 bytes, five characters for every four
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class PeerKeys:
     """What a client or a worker needs to talk to a router.
 
     Attributes:
-        path: The file, for messages about it.
+        path: The file, for error messages.
         public: Its own public key, in Z85; so are the others.
         secret: Its own secret key; never shown.
         router: The router's public key.
@@ -78,12 +78,12 @@ class RouterKeys:
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """Whom a router admits: the name behind each public key, by role.
+    """The peers that a router admits: the name of each public key, by role.
 
     Attributes:
         clients: May send queries and ask for STATUS.
         workers: May serve queries.
-        operators: May do what clients may, and drain.
+        operators: May do what clients may, and also drain.
     """
 
     clients: Mapping[str, str]
@@ -95,11 +95,11 @@ class Ring:
 
 
 def peer_keys(keys: str | os.PathLike[str] | None, role: str = "client") -> PeerKeys | None:
-    """Return the keys at a path, or None for a peer without any.
+    """Return the keys at a path, or None for a peer without keys.
 
     Args:
         keys: A key file, or a folder with `client.key` (or `operator.key`), for a worker `worker.key`.
-            None takes the path from SUPERSERVE_KEYS; an empty one stands for no keys.
+            None takes the path from SUPERSERVE_KEYS; an empty path means no keys.
         role: client or worker.
 
     Raises:
@@ -134,10 +134,10 @@ def _within(folder: Path, role: str) -> Path:
 
 
 def router_keys(folder: Path) -> RouterKeys:
-    """Return the key pair of the router whose folder this is.
+    """Return the key pair of the router with this folder.
 
     Raises:
-        ConfigError: There is none, others may read it, or it is malformed.
+        ConfigError: There is no key pair, others may read it, or it is malformed.
     """
     path = folder / "router.key"
     if not path.exists():
@@ -149,7 +149,7 @@ def router_keys(folder: Path) -> RouterKeys:
 
 
 def read_ring(folder: Path) -> tuple[Ring, list[str]]:
-    """Return whom a router's folder lists, and what is wrong with the files that it leaves out.
+    """Return the peers that a router's folder lists, and an error for each file that is left out.
 
     Raises:
         OSError: The folder itself, or one of its lists, cannot be read.
@@ -162,7 +162,7 @@ def read_ring(folder: Path) -> tuple[Ring, list[str]]:
         lists[role] = {}
         for path in _public_files(folder / below):
             try:
-                check_name(path.stem)  # it is shown in STATUS, which takes no bytes that are no text
+                check_name(path.stem)  # STATUS shows it as text, and a file's name may be any bytes
                 _check_file(path)
                 public = read_public(path, role)
             except ConfigError as error:
@@ -184,7 +184,7 @@ def _public_files(folder: Path) -> list[Path]:
 
 
 def _check_file(path: Path) -> None:
-    """Raise ConfigError unless `path` is a file: opening a pipe would wait for a writer, maybe for ever."""
+    """Raise ConfigError unless `path` is a regular file: opening a pipe could wait for a writer for ever."""
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
     except OSError as error:
@@ -197,7 +197,7 @@ def read_public(path: Path, role: str) -> str:
     """Return the public key in a file of a role.
 
     Raises:
-        ConfigError: It cannot be read, is malformed, or is another role's.
+        ConfigError: It cannot be read, is malformed, or belongs to another role.
     """
     fields = _parse(path, _read(path))
     if fields.get("role") != role:
@@ -206,7 +206,7 @@ def read_public(path: Path, role: str) -> str:
 
 
 def signature(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """Return what changes whenever a list does: every public file's path, inode, size and time."""
+    """Return a value that changes whenever a list does: each public file's path, inode, size and time."""
     found: list[tuple[str, int, int, int]] = []
     for below in FOLDERS.values():
         try:
@@ -264,7 +264,7 @@ def _key(path: Path, fields: Mapping[str, str], name: str) -> str:
         is_key = len(text) == _Z85_CHARACTERS and z85.encode(z85.decode(text)).decode() == text
     except (ValueError, KeyError, struct.error):
         is_key = False
-    if not is_key:  # the text may be a secret: it is not shown
+    if not is_key:  # the text may be a secret, so the error does not quote it
         raise ConfigError(f"{path}: {name}: expected a key of 40 characters in Z85")
     return text
 
@@ -273,10 +273,10 @@ def _key(path: Path, fields: Mapping[str, str], name: str) -> str:
 
 
 def make_ring(folder: Path) -> list[Path]:
-    """Make a router's folder: its key pair, an operator's, and the empty lists; return the files.
+    """Make a router's folder: its key pair, an operator's, and empty lists; return the files.
 
     Raises:
-        ConfigError: It has a router's key already, or cannot be written.
+        ConfigError: The folder has a router's key already, or cannot be written.
     """
     if (folder / "router.key").exists():
         raise ConfigError(
@@ -297,16 +297,16 @@ def make_ring(folder: Path) -> list[Path]:
 
 
 def add_peer(folder: Path, role: str, name: str, secret_path: Path | None = None) -> list[Path]:
-    """Make a peer's key, list it, and return its two files: the secret one, and the listed one.
+    """Make a peer's key, list it, and return its two files: the secret one and the listed one.
 
     Args:
-        folder: The router's.
+        folder: The router's folder.
         role: client, worker or operator.
         name: Letters, digits, dot, dash and underscore.
-        secret_path: Where its own file goes; beside the listed one if not given.
+        secret_path: Where the secret file goes; beside the listed one if None.
 
     Raises:
-        ConfigError: The name is malformed or taken, or the folder is not a router's.
+        ConfigError: The name is malformed or taken, or the folder has no router's key.
     """
     check_name(name)
     router = router_keys(folder).public
@@ -324,10 +324,10 @@ def add_peer(folder: Path, role: str, name: str, secret_path: Path | None = None
 
 
 def revoke(folder: Path, name: str) -> list[Path]:
-    """Take a name off every list, and return the files that are gone; its secret goes too.
+    """Remove a name from every list, with its secret, and return the files that were removed.
 
     Raises:
-        ConfigError: Nobody of that name is listed.
+        ConfigError: No key of that name is listed.
     """
     check_name(name)
     listed = [folder / below / f"{name}.pub" for below in FOLDERS.values()]
@@ -339,7 +339,7 @@ def revoke(folder: Path, name: str) -> list[Path]:
         secrets = [path.with_suffix(".key")]
         if path == folder / "operators" / "operator.pub":  # the one that `make_ring` made
             secrets.append(folder / "operator.key")
-        for file in (path, *secrets):  # the list first: that is what cuts it off
+        for file in (path, *secrets):  # the list first: removing that revokes the key
             if file.exists():
                 file.unlink()
                 gone.append(file)
@@ -347,7 +347,7 @@ def revoke(folder: Path, name: str) -> list[Path]:
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError unless `name` can be a key's."""
+    """Raise ConfigError unless `name` is valid for a key."""
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"name {name!r}: expected 1 to 64 letters, digits, dots, dashes and underscores, "
@@ -361,9 +361,9 @@ def _pair() -> tuple[str, str]:
 
 
 def _write(path: Path, fields: Mapping[str, str], mode: int) -> None:
-    """Write a file that did not exist, with its mode from the start, whole or not at all."""
+    """Write a new file, with its mode from the start, whole or not at all."""
     lines = "".join(f"{name} = {value}\n" for name, value in fields.items())
-    note = "# A secret: whoever has it may act as its owner.\n" if "secret" in fields else ""
+    note = "# A secret: anyone who has this file can act as its owner.\n" if "secret" in fields else ""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -372,7 +372,7 @@ def _write(path: Path, fields: Mapping[str, str], mode: int) -> None:
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.link(partial, path)  # unlike a rename, it refuses to overwrite
+            os.link(partial, path)  # unlike a rename, a link refuses to overwrite
         finally:
             partial.unlink()
     except FileExistsError as error:

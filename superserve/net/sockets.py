@@ -1,7 +1,7 @@
 """ZeroMQ sockets as every role here uses them: bounded, never blocking, never silent.
 
 One thread owns a socket, closing included. Routers bind, everything else connects.
-Sends never wait: what cannot be sent at once is the caller's to handle and count.
+Sends never wait: the caller handles and counts what cannot be sent at once.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ if TYPE_CHECKING:
     from superserve.net.keys import PeerKeys, RouterKeys
 
 ZERO_COPY_BYTES = 65_536
-"""From here on, pinning a buffer costs less than copying it (pyzmq's own threshold; measured alike)."""
+"""From this size on, pinning a buffer costs less than copying it: pyzmq's own threshold, and ours measured
+the same."""
 
 KEEP_BYTES = 8_192
-"""A received frame of this size or more is kept as ZeroMQ's own object and handed on by reference: 2 us
-whatever its size, where copying 8 KiB costs 4 us and 150 kB 70. Smaller ones share ZeroMQ's receive
-buffers of 8 KiB, which keeping one would hold."""
+"""A received frame of this size or more stays ZeroMQ's own object and is forwarded by reference: 2 us for
+any size, while copying 8 KiB costs 4 us and 150 kB 70. Smaller frames share ZeroMQ's receive buffers of
+8 KiB, and keeping one would hold the whole buffer."""
 
 MAX_MESSAGE_BYTES = 256 << 20
-"""A frame longer than this ends the connection: a peer gone wrong cannot exhaust the memory."""
+"""A longer frame ends the connection: a faulty peer cannot exhaust the memory."""
 
 HIGH_WATER_MARK = 10_000
-"""Messages queued per peer before a send fails; credits and admission keep it unreached."""
+"""Messages queued per peer before a send fails; credits and admission keep queues far below it."""
 
 # Plain integers: the enumerations' operators would cost more than the calls.
 _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
 
-# The calls themselves: their wrappers' keyword handling costs as much again.
+# The methods without pyzmq's wrappers, whose keyword handling costs as much again.
 _send: Any = _Socket.send
 _recv: Any = _Socket.recv
 _get: Any = _Socket.get
@@ -56,10 +57,10 @@ def bind_router(
     """Bind a ROUTER at `endpoint` (tcp port * or 0 lets the system pick).
 
     Args:
-        context: Whose socket; with keys, a ZAP handler must be bound in it before.
-        endpoint: Where.
-        keys: With them, only those get in whom the context's ZAP handler admits.
-        domain: What the handler is told of the socket.
+        context: The ZeroMQ context; with keys, a ZAP handler must already be bound in it.
+        endpoint: Where to bind.
+        keys: With keys, only peers that the context's ZAP handler admits can connect.
+        domain: Names the socket to the handler.
 
     Returns:
         The socket, and the endpoint that peers connect to.
@@ -69,12 +70,12 @@ def bind_router(
     """
     socket = context.socket(zmq.ROUTER)
     _set_common(socket)
-    socket.set(zmq.ROUTER_MANDATORY, 1)
+    socket.set(zmq.ROUTER_MANDATORY, 1)  # a send to a peer that is gone fails, instead of being dropped
     if keys is not None:
         socket.set(zmq.CURVE_SERVER, 1)
         socket.set(zmq.CURVE_SECRETKEY, keys.secret.encode("ascii"))
         socket.set(zmq.ZAP_DOMAIN, domain.encode("ascii"))
-        socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no handler: nobody gets in, rather than everybody
+        socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a handler, refuse every peer instead of admitting all
     _speak_ipv6(socket, endpoint)
     try:
         socket.bind(endpoint)
@@ -90,9 +91,9 @@ def connect_dealer(
     keys: PeerKeys | None = None,
     prepare: Callable[[zmq.Socket[bytes]], None] | None = None,
 ) -> zmq.Socket[bytes]:
-    """Connect a DEALER to a router's `endpoint`; it reconnects by itself, with back-off.
+    """Connect a DEALER to a router's `endpoint`; ZeroMQ reconnects it, with back-off.
 
-    With keys it talks to that very router only. What the router refuses is not tried again by itself:
+    With keys it talks only to the router with that key. ZeroMQ does not retry a refused handshake:
     `superserve.net.handshake` does. `prepare` is called with the socket before it connects.
 
     Raises:
@@ -102,6 +103,7 @@ def connect_dealer(
     _set_common(socket)
     # Queue nothing for a router that is not there: stale work must not flood it when it returns.
     socket.set(zmq.IMMEDIATE, 1)
+    # Milliseconds: soon at first, since a router restarts quickly; rarely if it stays away.
     socket.set(zmq.RECONNECT_IVL, 50)
     socket.set(zmq.RECONNECT_IVL_MAX, 2000)
     if keys is not None:
@@ -120,7 +122,7 @@ def connect_dealer(
 
 
 def _speak_ipv6(socket: zmq.Socket[bytes], endpoint: str) -> None:
-    """Have a socket take an IPv6 address, where one stands in brackets; a name is looked up as ever."""
+    """Allow IPv6 for an address in brackets only; names are still looked up as IPv4."""
     if endpoint.startswith("tcp://["):
         socket.set(zmq.IPV6, 1)
 
@@ -130,13 +132,13 @@ def _set_common(socket: zmq.Socket[bytes]) -> None:
     socket.set(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.set(zmq.RCVHWM, HIGH_WATER_MARK)
     socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-    # Finds dead TCP peers; whether a role still works is told by heartbeats of our own.
+    # Milliseconds. Finds dead TCP peers; our own heartbeats show whether a role still works.
     socket.set(zmq.HEARTBEAT_IVL, 2000)
     socket.set(zmq.HEARTBEAT_TIMEOUT, 10_000)
 
 
 def is_local(endpoint: str) -> bool:
-    """Tell whether only this machine can reach what is bound at `endpoint`."""
+    """Return whether only this machine can reach a socket bound at `endpoint`."""
     scheme, colon, address = endpoint.partition("://")
     if scheme != "tcp":
         return scheme in ("ipc", "inproc") or not colon  # malformed: nothing binds there
@@ -150,7 +152,7 @@ def is_local(endpoint: str) -> bool:
 
 
 def is_readable(socket: zmq.Socket[bytes]) -> bool:
-    """Tell whether a message has arrived: a sixth of what `receive` costs where none has."""
+    """Return whether a message has arrived; costs a sixth of a `receive` that finds none."""
     events: int = _get(socket, _EVENTS)
     return bool(events & _POLLIN)
 
@@ -161,12 +163,13 @@ def receive(
     """Return the frames of the next message without waiting, or None if there is none.
 
     Args:
-        socket: Where from.
-        admits: Told the first frame; where it says no, the message is discarded, and no frames returned.
+        socket: Where to receive.
+        admits: Called with the first frame. If it returns False, the message is discarded and the result
+            is an empty list.
 
-    From the third on, behind a ROUTER's key and a header, frames of `KEEP_BYTES` or more are ZeroMQ's
-    own objects: buffers that `send` hands on without copying, but that cannot be sliced. A second
-    one of that size is a view; smaller ones are copied out, which is cheaper.
+    From the third frame on, after a ROUTER's key and the header, frames of `KEEP_BYTES` or more are
+    ZeroMQ's own objects: buffers that `send` forwards without copying, but that cannot be sliced. A second
+    frame of that size is a view; smaller ones are copied, which is cheaper.
 
     Raises:
         WireError: More frames than any message has; the rest is discarded.
@@ -176,7 +179,7 @@ def receive(
     except zmq.Again:
         return None
     if admits is not None and not admits(frame):
-        while frame.more:
+        while frame.more:  # a message is received whole: the next receive must begin a new one
             frame = _recv(socket, _NOBLOCK, False)
         return []
     frames: list[Buffer] = [frame.bytes]
@@ -199,9 +202,9 @@ def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
     A message is sent whole or not at all: only the first frame can be refused.
     """
     try:
-        # What is not to be copied, pyzmq copies all the same below its threshold, `ZERO_COPY_BYTES`,
-        # unless it was received as a frame.
-        if len(frames) == 2 and len(frames[1]) < KEEP_BYTES:  # what a ROUTER sends mostly
+        # Below its threshold, `ZERO_COPY_BYTES`, pyzmq copies in spite of copy=False, except for a frame
+        # that was received as an object.
+        if len(frames) == 2 and len(frames[1]) < KEEP_BYTES:  # the usual message of a ROUTER, without a loop
             _send(socket, frames[0], _SNDMORE_NOBLOCK, True)
             _send(socket, frames[1], _NOBLOCK, True)
             return True
@@ -217,21 +220,22 @@ def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> bool:
 
 
 REST_NS = 500_000
-"""A busy loop looks at its sockets at most this often. A pass, its wake-up, and the messages it sends
-cost some 150 us however little is in them, most of it in caches that have gone cold; what comes
-meanwhile shares the next one. An idle loop wakes for the first message at once."""
+"""A busy loop looks at its sockets at most this often. A pass with its wake-up and its messages costs
+some 150 us even if it finds little to do, most of it on cold caches; messages that arrive meanwhile
+share the next pass. An idle loop wakes for the first message at once."""
 
 LONGEST_REST_NS = 1_000_000
-"""A loop that is busy for more than a third of its time rests up to this: a loaded machine shares its
-processors with clients and workers, and larger passes cost less a query."""
+"""A loop that is busy for more than a third of its time rests up to this: on a loaded machine clients and
+workers need the processors too, and larger passes cost less per query."""
 
 _LEAST_REST_NS = 60_000
-"""The kernel's timer slack: a shorter sleep is not worth its system call."""
+"""The kernel's timer slack is about this: a shorter sleep is not worth its system call."""
 
 
 def rest(began_ns: int) -> None:
     """Sleep from the end of a pass, which began at `began_ns`, until the next one is due."""
     now_ns = time.monotonic_ns()
+    # Three times the pass: the loop is busy for a third of the time.
     period_ns = min(LONGEST_REST_NS, max(REST_NS, 3 * (now_ns - began_ns)))
     left_ns = began_ns + period_ns - now_ns
     if left_ns > _LEAST_REST_NS:
@@ -241,13 +245,13 @@ def rest(began_ns: int) -> None:
 class Waiter:
     """Waits until a socket or file descriptor has something to read, or the time is up.
 
-    ZeroMQ's own poll counts in whole milliseconds, which is long beside a batch; its file
-    descriptors with select() give microseconds. They are edge-triggered: the events are
-    asked for before sleeping, and the caller receives until there is nothing left.
+    ZeroMQ's own poll counts in whole milliseconds, which is long compared with a batch; select() on
+    its file descriptors gives microseconds. These are edge-triggered: ask for the events before
+    sleeping, and receive until nothing is left.
 
     Args:
-        sockets: In the order in which `wait` reports them; made early, since select() takes
-            no descriptor above 1023.
+        sockets: In the order in which `wait` reports them. Make them early: select() takes no
+            descriptor above 1023.
         fds: Further file descriptors that end the wait.
     """
 
@@ -259,7 +263,7 @@ class Waiter:
         self._fds = [*(socket.fileno() for socket in sockets), *fds]
 
     def wait(self, timeout_ns: int | None) -> list[zmq.Socket[bytes]]:
-        """Return the sockets that have something to read; none if the time is up first."""
+        """Return the sockets that have something to read; none after a timeout."""
         events: list[tuple[Any, int]] = zmq_poll(self._pairs, 0)
         if not events and (timeout_ns is None or timeout_ns > 0):
             select.select(self._fds, (), (), None if timeout_ns is None else timeout_ns / 1e9)

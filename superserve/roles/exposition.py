@@ -1,7 +1,7 @@
-"""Metrics: what a process exports by name, and histograms that cost little.
+"""Metrics: the names that a process exports, and histograms that are cheap to fill.
 
 A hot loop adds to plain integers. The HTTP request pays for the text: see `superserve.roles.pages`.
-prometheus-client is imported by those who turn metrics on, and by nobody else.
+Only processes with metrics turned on import prometheus-client.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ LATENCY_BOUNDS_S = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.036, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
     0.5, 0.75, 1.0, 2.0, 5.0, 10.0,
 )  # fmt: skip
-"""Upper edges from 1 ms to 10 s: at most a factor of 2.5 apart, closest where SLOs lie."""
+"""Upper edges from 1 ms to 10 s: at most a factor of 2.5 apart, closest around usual SLOs."""
 
 SIZE_BOUNDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
-"""Upper edges for the queries of a batch."""
+"""Upper edges for the queries in a batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One exported name.
+    """One exported metric.
 
     Attributes:
-        name: As scraped, less the `_total` of a counter.
+        name: As scraped, without the `_total` of a counter.
         kind: "counter", "gauge", "histogram", "summary" or "info".
         help: One sentence.
         labels: Names of its labels.
@@ -45,7 +45,7 @@ class Metric:
     labels: tuple[str, ...] = ()
 
     def exported(self) -> tuple[str, ...]:
-        """Return the names that a query language sees."""
+        """Return the names that a query language uses."""
         suffixes = {
             "counter": ("_total",),
             "histogram": ("_bucket", "_sum", "_count"),
@@ -56,10 +56,10 @@ class Metric:
 
 
 class MetricHistogram:
-    """Counts by bucket, and their sum; for one writer.
+    """Counts by bucket, and the sum; for one writer.
 
     Args:
-        bounds: Upper edges, ascending, in the unit of what is added; a last bucket takes the rest.
+        bounds: Upper edges, ascending, in the unit of the values; a last bucket takes the rest.
     """
 
     __slots__ = ("bounds", "counts", "total")
@@ -71,7 +71,7 @@ class MetricHistogram:
 
     @classmethod
     def of_latencies_ns(cls) -> Self:
-        """Return one of `LATENCY_BOUNDS_S` that is given nanoseconds."""
+        """Return a histogram with `LATENCY_BOUNDS_S` that takes nanoseconds."""
         return cls(bound * 1e9 for bound in LATENCY_BOUNDS_S)
 
     def add(self, value: float, n: int = 1) -> None:
@@ -80,12 +80,12 @@ class MetricHistogram:
         self.total += value * n
 
     def copy(self) -> HistogramBuckets:
-        """Return what it holds now."""
+        """Return the counts as they are now."""
         return HistogramBuckets(self.bounds, tuple(self.counts), self.total)
 
 
 class HistogramBuckets(NamedTuple):
-    """What a histogram held at one instant; `counts` has one more entry than `bounds`."""
+    """A histogram's contents at one instant; `counts` has one more entry than `bounds`."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -93,10 +93,10 @@ class HistogramBuckets(NamedTuple):
 
 
 class Families:
-    """Collects samples for a table of metrics, in the client library's own form.
+    """Collects samples for a table of metrics, in the client library's types.
 
     Args:
-        metrics: Every name that may be given; each becomes a family, with samples or without.
+        metrics: Every metric that may be added; each becomes a family, with or without samples.
     """
 
     def __init__(self, metrics: Iterable[Metric]) -> None:
@@ -115,15 +115,15 @@ class Families:
         }
 
     def add(self, name: str, value: Any, *labels: str) -> None:
-        """Give the sample of a counter, a gauge, or an info's dictionary."""
+        """Add the sample of a counter, a gauge, or an info's dictionary."""
         self._families[name].add_metric(labels, value)
 
     def summary(self, name: str, count: int, total: float) -> None:
-        """Give how many there were, and their sum."""
+        """Add a summary: how many there were, and their sum."""
         self._families[name].add_metric((), count, total)
 
     def buckets(self, name: str, held: HistogramBuckets, unit: float = 1.0) -> None:
-        """Give a histogram, its edges divided by `unit`."""
+        """Add a histogram, its edges divided by `unit`."""
         rows, so_far = [], 0
         for bound, n in zip((*held.bounds, float("inf")), held.counts, strict=True):
             so_far += n
@@ -136,7 +136,7 @@ class Families:
 
 
 def exposition(families: Iterable[Family]) -> Page:
-    """Return families as Prometheus reads them."""
+    """Return the page with families in Prometheus's format."""
     from prometheus_client import CollectorRegistry  # noqa: PLC0415  clients do without
     from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest  # noqa: PLC0415
 
@@ -146,7 +146,7 @@ def exposition(families: Iterable[Family]) -> Page:
 
 
 class _Given:
-    """A collector of what was collected."""
+    """A collector of families that were already collected."""
 
     def __init__(self, families: list[Family]) -> None:
         self._families = families

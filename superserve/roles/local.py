@@ -1,14 +1,14 @@
-"""The clusters of this machine: where their state files are, and what those say.
+"""The clusters of this machine: where their state files are, and what is in them.
 
     $SUPERSERVE_STATE, else $XDG_STATE_HOME/superserve, else ~/.local/state/superserve
       default/              a folder a cluster, 0700; its name is `cluster up --name`
-        state.json          a `LocalCluster` as JSON, 0600; there while its keeper lives
+        state.json          a `LocalCluster` as JSON, 0600; exists while its keeper lives
         keeper.log, router.log, worker-0.log, ...
 
-The keeper writes the file, whole or not at all; everybody else reads it, to find the router
-without being told, and to see who runs. A keeper that was killed leaves its file behind.
-So a file counts only while the process that it names lives, and a process is named by its
-number *and* the instant at which it started: a number alone is soon somebody else's.
+The keeper writes the file, whole or not at all. All others read it, to find the router without an
+option, and to see which processes run. A keeper that was killed leaves its file behind, so a file
+counts only while the process that it names lives. A process is identified by its number *and* the
+instant at which it started, because numbers are soon reused.
 """
 
 from __future__ import annotations
@@ -34,61 +34,61 @@ if TYPE_CHECKING:
     from typing import Self
 
 STATE_VARIABLE = "SUPERSERVE_STATE"
-"""Environment variable: the folder that holds the state of clusters, instead of the usual one."""
+"""Environment variable: the folder for the state of clusters, instead of the usual one."""
 
 DEFAULT_NAME = "default"
-"""The cluster that commands mean if none is named."""
+"""The cluster that commands use if none is named."""
 
 REMEMBERED = ".clusters"
-"""The folder of what this machine's user remembers of clusters on other hosts: cluster/remote/record.py."""
+"""The folder where this user's commands remember clusters on other hosts: see cluster/remote/record.py."""
 
-SCHEMA = 2
+SCHEMA = 2  # of the file of a local cluster: one of another version is refused
 
 _FILE = "state.json"
-_LOOK_S = 0.01  # between two looks at a process that gives no descriptor
+_LOOK_S = 0.01  # between two checks of a process for which the kernel gives no descriptor
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_BYTES = 4 << 20  # a thousand roles, each with the end of its log, take less
 T = TypeVar("T")
 
 
 class Phase(enum.StrEnum):
-    """How far a cluster is."""
+    """How far a cluster has got."""
 
-    STARTING = "starting"  # whoever started it may still give up
+    STARTING = "starting"  # the command that started it may still give up
     RUNNING = "running"
     STOPPING = "stopping"
-    FAILED = "failed"  # told to the launcher only: the file is gone by then
+    FAILED = "failed"  # only reported to the launcher: the file no longer exists
 
 
 class RoleState(enum.StrEnum):
-    """How a role stands, in supervisor's words; `cluster.host.watched` has the transitions."""
+    """A role's state, in supervisor's words; `cluster.host.watched` has the transitions."""
 
     STARTING = "STARTING"  # its process runs and is not ready yet
     RUNNING = "RUNNING"  # it is ready
-    BACKOFF = "BACKOFF"  # it crashed, and is started again soon
-    STOPPING = "STOPPING"  # it was told to end
-    STOPPED = "STOPPED"  # it was told to end, and did; or it was not started yet
-    EXITED = "EXITED"  # it ended by itself, with exit code 0
+    BACKOFF = "BACKOFF"  # it crashed, and will soon be restarted
+    STOPPING = "STOPPING"  # it was asked to end
+    STOPPED = "STOPPED"  # it was asked to end, and did; or it was not started yet
+    EXITED = "EXITED"  # it ended without being asked, with exit code 0
     FATAL = "FATAL"  # it ended too often, or before it was ever ready
     UNKNOWN = "UNKNOWN"
 
 
 class Liveness(enum.Enum):
-    """Whether the cluster of a state file is there."""
+    """Whether the cluster of a state file runs."""
 
     ALIVE = "alive"
-    GONE = "gone"  # its keeper ended without tidying up
-    ELSEWHERE = "elsewhere"  # another host wrote the file: nothing can be told from here
+    GONE = "gone"  # its keeper ended without removing the file
+    ELSEWHERE = "elsewhere"  # another host wrote the file: this one cannot check
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """A process of this machine, and no later one that is given its number.
+    """A process of this machine, as opposed to a later one with the same number.
 
     Attributes:
         pid: The operating system's number.
-        start_ticks: When it started, in clock ticks since the machine's start: unlike an
-            instant of the wall clock it never shifts.
+        start_ticks: When it started, in clock ticks since the machine started: unlike wall-clock
+            time it never shifts.
     """
 
     pid: int
@@ -96,26 +96,26 @@ class ProcessId:
 
     @classmethod
     def of(cls, pid: int) -> Self | None:
-        """Return the process that has this number now; None if there is none, or a zombie."""
+        """Return the process with this number now; None if there is none, or a zombie."""
         try:
             text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
-        # The second field is the command in parentheses, which may hold anything: proc(5).
+        # The second field is the command in parentheses, which may contain anything: proc(5).
         state, *rest = text.rpartition(")")[2].split()
         return None if state in "ZX" else cls(pid, int(rest[18]))
 
     def is_alive(self) -> bool:
-        """Tell whether this very process still runs."""
+        """Return whether this very process still runs."""
         return ProcessId.of(self.pid) == self
 
     def open(self) -> int | None:
         """Return a descriptor of it that becomes readable when it ends; None if it has ended.
 
-        The caller closes it. What is signalled through it reaches this process or nobody.
+        The caller closes it. A signal sent through it reaches this process or none.
 
         Raises:
-            OSError: The kernel has none to give: before Linux 5.3, or where a container's profile forbids it.
+            OSError: The kernel gives none: before Linux 5.3, or if a container's profile forbids it.
         """
         try:
             descriptor = os.pidfd_open(self.pid)
@@ -127,17 +127,17 @@ class ProcessId:
         return None
 
     def signal(self, number: int) -> bool:
-        """Send a signal; return whether there was a process to take it.
+        """Send a signal; return whether the process was there to receive it.
 
         Raises:
-            ConfigError: It may not be sent: the process is another user's.
+            ConfigError: The process belongs to another user.
         """
         try:
             try:
                 return self._signal_by_descriptor(number)
             except OSError:
-                # By number instead: it could be another's by now only if it was given away within
-                # the microseconds since the check.
+                # By number instead: this hits another process only if the number was reused in the
+                # microseconds since the check.
                 if not self.is_alive():
                     return False
                 os.kill(self.pid, number)
@@ -160,7 +160,7 @@ class ProcessId:
         return True
 
     def await_end(self, timeout_s: float) -> bool:
-        """Wait until it has ended; return whether it has, within `timeout_s` seconds."""
+        """Wait until it has ended; return whether it ended within `timeout_s` seconds."""
         deadline_s = time.monotonic() + timeout_s
         try:
             descriptor = self.open()
@@ -183,15 +183,15 @@ class Role:
     """A router or worker, as the keeper sees it.
 
     Attributes:
-        name: Unique in the cluster; workers give it to the router too.
+        name: Unique in the cluster; workers also send it to the router.
         kind: "router" or "worker".
-        state: How it stands.
+        state: Its state.
         serves: What it serves, in words.
         log: The file with its output.
         process: Its process; None before the first start and after an end.
-        restarts: How often it was started again.
-        why: What ended it last, with the last lines of its log; "" if nothing did.
-        metrics: Where it serves /metrics, HOST:PORT; "" where it does not.
+        restarts: How often it was restarted.
+        why: How it last ended, with the last lines of its log; "" if it never did.
+        metrics: Where it serves /metrics, HOST:PORT; "" if it does not.
     """
 
     name: str
@@ -207,15 +207,15 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class LocalCluster:
-    """A cluster as its state file tells it.
+    """A cluster, as in its state file.
 
     Attributes:
         name: As given to `cluster up --name`.
-        phase: How far it is.
+        phase: How far it has got.
         host: The machine that wrote the file.
-        boot_id: That machine's latest start: numbers of processes mean nothing beyond it.
-        keeper: The process that holds all others.
-        since: When it was started, for people.
+        boot_id: That machine's latest boot: process numbers mean nothing beyond it.
+        keeper: The process that runs all others.
+        since: When it was started, for people to read.
         options: What it was started with.
         client_endpoint: Where clients connect; "" until the router is ready.
         worker_endpoint: Where workers connect; "" until the router is ready.
@@ -242,7 +242,7 @@ class LocalCluster:
         """Read a state file's text.
 
         Raises:
-            ConfigError: It is malformed; names `where` and the field.
+            ConfigError: It is malformed; the error names `where` and the field.
         """
         try:
             body = orjson.loads(text)
@@ -267,7 +267,7 @@ class LocalCluster:
         )
 
     def liveness(self) -> Liveness:
-        """Tell whether its keeper lives."""
+        """Return whether its keeper lives."""
         if self.boot_id != boot_id():
             return Liveness.GONE if self.host == platform.node() else Liveness.ELSEWHERE
         return Liveness.ALIVE if self.keeper.is_alive() else Liveness.GONE
@@ -299,7 +299,7 @@ def _one_of(kind: type[_E], body: Mapping[str, Any], key: str, where: str) -> _E
 
 def _process(body: Mapping[str, Any], where: str) -> ProcessId:
     pid = _take(body, "pid", int, where)
-    if pid <= 1:  # 0 and below mean groups to kill(2), and nobody's keeper is init
+    if pid <= 1:  # kill(2) takes 0 and below as groups of processes, and 1 is init
         raise ConfigError(f"{where}: pid: expected a number above 1, got {pid}")
     return ProcessId(pid, _take(body, "start_ticks", int, where))
 
@@ -322,7 +322,7 @@ def _role(body: object, where: str) -> Role:
 
 
 def boot_id() -> str:
-    """Return what tells this start of this machine from every other."""
+    """Return the kernel's identifier of this boot of the machine."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
@@ -330,10 +330,10 @@ def boot_id() -> str:
 
 
 def state_folder() -> Path:
-    """Return the folder that holds a folder for each cluster of this user on this machine.
+    """Return the folder that contains a folder for each of this user's clusters on this machine.
 
     Raises:
-        ConfigError: No variable names one, and the user has no home.
+        ConfigError: No variable names a folder, and the user has no home.
     """
     if given := os.environ.get(STATE_VARIABLE):
         return Path(given).absolute()
@@ -349,10 +349,10 @@ def state_folder() -> Path:
 
 
 def cluster_folder(name: str, base: Path | None = None) -> Path:
-    """Return the folder of the cluster `name`, made or not.
+    """Return the folder of the cluster `name`, whether or not it exists.
 
     Raises:
-        ConfigError: It is no name for a cluster.
+        ConfigError: The name is invalid.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
@@ -363,7 +363,7 @@ def cluster_folder(name: str, base: Path | None = None) -> Path:
 
 
 def load(folder: Path) -> LocalCluster | None:
-    """Return what the state file in `folder` says; None if there is none.
+    """Return the cluster in the state file in `folder`; None if there is no file.
 
     Raises:
         ConfigError: It cannot be read, is malformed, or belongs to another user.
@@ -384,7 +384,7 @@ def load(folder: Path) -> LocalCluster | None:
 
 
 def save(cluster: LocalCluster, folder: Path) -> None:
-    """Write the state file: a reader sees the old one or the new one, never a part.
+    """Write the state file: readers see the old one or the new one, never a part.
 
     Raises:
         OSError: It cannot be written.
@@ -397,13 +397,13 @@ def save(cluster: LocalCluster, folder: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Remove the state file, if there is one."""
+    """Remove the state file, if it exists."""
     for path in (folder / f"{_FILE}.new", folder / _FILE):
         path.unlink(missing_ok=True)
 
 
 def names(base: Path | None = None) -> list[str]:
-    """Return the clusters that have a state file, in order of name."""
+    """Return the clusters that have a state file, by name."""
     base = state_folder() if base is None else base
     with contextlib.suppress(OSError):
         return sorted(path.parent.name for path in base.glob(f"*/{_FILE}"))
@@ -411,10 +411,10 @@ def names(base: Path | None = None) -> list[str]:
 
 
 def running(base: Path | None = None) -> LocalCluster:
-    """Return the cluster that runs on this machine: the default one, else the only one.
+    """Return the cluster that runs on this machine: the default one, or the only one.
 
     Raises:
-        ConfigError: None runs, or several do and none is the default; says what to type.
+        ConfigError: None runs, or several do and none is the default; the error shows what to type.
     """
     base = state_folder() if base is None else base
     found = {name: cluster for name in names(base) if (cluster := load(base / name)) is not None}
@@ -435,13 +435,13 @@ def running(base: Path | None = None) -> LocalCluster:
 
 
 def client_endpoint(base: Path | None = None) -> str:
-    """Return where clients connect: the cluster of this machine, or one that it started on others.
+    """Return the client endpoint of this machine's cluster, or of one that it started on other hosts.
 
-    The latter counts only where this machine has none of its own: the default one, else the
-    only one. It is what the operator remembers, and may run no more.
+    The latter counts only if this machine has none itself: the default one, or the only one. It is
+    what the operator's commands remember, and may not run any more.
 
     Raises:
-        ConfigError: There is none to choose, or no telling which; says what to type.
+        ConfigError: There is none, or several; the error shows what to type.
     """
     base = state_folder() if base is None else base
     elsewhere = {} if names(base) else _remembered(base)
@@ -454,17 +454,17 @@ def client_endpoint(base: Path | None = None) -> str:
 
 
 def remembered_keys(endpoint: str, base: Path | None = None) -> str:
-    """Return the key file for the router at `endpoint`, of a cluster that `cluster up FILE` has started.
+    """Return the key file for the router at `endpoint`, of a cluster that `cluster up FILE` started.
 
     Returns:
-        The file's path; "" where no such cluster is known to this machine, or it is one without keys.
+        The file's path; "" if this machine remembers no such cluster, or the cluster has no keys.
     """
     try:
         base = state_folder() if base is None else base
     except ConfigError:
-        return ""  # nothing is remembered without a folder, and an endpoint was given
+        return ""  # without a folder nothing is remembered, and the endpoint was given
     for path in (base / REMEMBERED).glob("[!.]*.json"):
-        with contextlib.suppress(OSError, orjson.JSONDecodeError, TypeError, KeyError):  # torn or not ours
+        with contextlib.suppress(OSError, orjson.JSONDecodeError, TypeError, KeyError):  # torn or foreign
             body = orjson.loads(path.read_bytes())
             if body["client_endpoint"] == endpoint:
                 return str(body["keys"])
@@ -472,10 +472,10 @@ def remembered_keys(endpoint: str, base: Path | None = None) -> str:
 
 
 def _remembered(base: Path) -> dict[str, str]:
-    """Return where clients connect of each cluster that `cluster up FILE` has started on hosts."""
+    """Return the client endpoint of each cluster that `cluster up FILE` has started on hosts."""
     found = {}
     for path in (base / REMEMBERED).glob("[!.]*.json"):
-        with contextlib.suppress(OSError, orjson.JSONDecodeError, TypeError, KeyError):  # torn or not ours
+        with contextlib.suppress(OSError, orjson.JSONDecodeError, TypeError, KeyError):  # torn or foreign
             found[path.stem] = str(orjson.loads(path.read_bytes())["client_endpoint"])
     return found
 
@@ -487,7 +487,7 @@ def _serving(cluster: LocalCluster) -> LocalCluster:
 
 
 def remains(cluster: LocalCluster) -> str:
-    """Say what is left of a cluster whose keeper is not alive here."""
+    """Return what is left of a cluster whose keeper is not alive on this machine, in words."""
     if cluster.liveness() is Liveness.ELSEWHERE:
         return f"was started on {cluster.host}, and can be seen from there only"
     return (

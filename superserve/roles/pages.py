@@ -1,8 +1,8 @@
-"""A small HTTP server for pages that operators and probes ask for: GET and HEAD, one request a connection.
+"""A small HTTP server for pages that operators and probes request: GET and HEAD, one request a connection.
 
-One thread holds every connection, so that one which says nothing costs a descriptor and no thread: a probe
-of an orchestrator is answered at once beside a thousand of them. Pages are made in threads of their own, a
-bounded number at a time.
+One thread holds all connections, so that a silent one costs a descriptor and no thread: an orchestrator's
+probe is answered at once beside a thousand of them. Pages are made in other threads, a bounded number at a
+time.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 MAX_PAGES_AT_ONCE = 8
-"""Pages made at a time; further requests wait for their turn."""
+"""Most pages made at a time; further requests wait for their turn."""
 MAX_CONNECTIONS = 4_096
-"""Connections held; for a further one, that which has said nothing for longest is closed."""
+"""Most connections held; for one more, the connection that has been silent for longest is closed."""
 
-_REQUEST_TIMEOUT_S = 5.0  # a peer that connects and says nothing, or does not read, is let go after this
-_MAX_REQUEST_BYTES = 8_192
+_REQUEST_TIMEOUT_S = 5.0  # a peer that sends no request, or does not read the answer, is dropped after this
+_MAX_REQUEST_BYTES = 8_192  # the request's head; probes and scrapers send hundreds
 _TEXT = "text/plain; charset=utf-8"
 
 
@@ -42,7 +42,7 @@ class Page(NamedTuple):
 
 
 class UnavailableError(SuperServeError):
-    """A page cannot be given now: 503, with these words."""
+    """A page cannot be made now: answered as 503 with this message."""
 
 
 class _PageServer:
@@ -50,16 +50,16 @@ class _PageServer:
 
     Args:
         pages: By path.
-        pool: Where they are made.
+        pool: Threads that make the pages.
     """
 
     def __init__(self, pages: Mapping[str, Callable[[], Page]], pool: ThreadPoolExecutor) -> None:
         self._pages = pages
         self._pool = pool
-        self._silent: dict[asyncio.StreamWriter, None] = {}  # in the order in which they came
+        self._silent: dict[asyncio.StreamWriter, None] = {}  # in order of arrival: the first is the oldest
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one connection's request."""
+        """Answer the request of one connection."""
         if len(self._silent) >= MAX_CONNECTIONS:
             next(iter(self._silent)).transport.abort()
         self._silent[writer] = None
@@ -101,13 +101,13 @@ class _PageServer:
             return await asyncio.get_running_loop().run_in_executor(self._pool, give)
         except UnavailableError as error:
             return Page(503, f"{error}\n".encode())
-        except Exception:  # a page's own fault ends neither the server nor the process
+        except Exception:  # a failing page must end neither the server nor the process
             log.exception("%s could not be made", path)
             return Page(500, b"the page could not be made: see the log\n")
 
 
 class _PageThread(threading.Thread):
-    """The thread with the event loop; `address` is known once `listening` is set, or `failure` is."""
+    """The thread with the event loop; once `listening` is set, `address` is known or `failure` is set."""
 
     def __init__(self, pages: Mapping[str, Callable[[], Page]], address: str, port: int) -> None:
         super().__init__(name="metrics", daemon=True)
@@ -130,9 +130,9 @@ class _PageThread(threading.Thread):
             self.listening.set()
 
     def stop(self) -> None:
-        """Close the port, and every connection."""
+        """Close the port and every connection."""
         if self._loop is not None and self._ending is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended by itself
+            with contextlib.suppress(RuntimeError):  # the loop has already ended
                 self._loop.call_soon_threadsafe(self._ending.set)
         self.join()
 
@@ -152,15 +152,15 @@ class _PageThread(threading.Thread):
 def serve_pages(
     pages: Mapping[str, Callable[[], Page]], *, address: str = LOOPBACK, port: int = 0
 ) -> Iterator[str]:
-    """Serve pages from threads of its own while the block runs; give HOST:PORT, as bound.
+    """Serve pages from other threads while the block runs; give HOST:PORT, as bound.
 
     Args:
-        pages: By path; each is made in a thread, and may raise `UnavailableError`.
+        pages: By path; each is made in a thread and may raise `UnavailableError`.
         address: Where to listen.
         port: 0 lets the system pick.
 
     Raises:
-        ConfigError: The address is not of this machine, or the port is taken.
+        ConfigError: The address is not one of this machine's, or the port is taken.
     """
     thread = _PageThread(pages, address, port)
     thread.start()
@@ -172,5 +172,5 @@ def serve_pages(
     log.info("metrics at http://%s:%d/metrics", host, bound)
     try:
         yield f"{host}:{bound}"
-    finally:  # requests that are being answered end with the process
+    finally:  # requests still being answered end with the process
         thread.stop()

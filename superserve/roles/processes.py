@@ -1,19 +1,19 @@
 """Start a role on this machine, wait until it is ready, stop it.
 
-A role (router, worker, sender) is a Python process of its own. Four promises hold
-between it and the process that starts it:
+A role (router, worker, sender) is a separate Python process. Four promises hold between it
+and the process that starts it:
 
-- **It says when it is ready.** The parent hands down the write end of a pipe, its
-  number in `SUPERSERVE_READY_FD`. The child calls `announce_ready({...})` once it can
-  serve: one line of JSON, then the pipe is closed. A child that ends, closes the pipe
-  or stays silent beforehand is a `ProcessError` that quotes the end of its log.
-- **It dies with its parent.** The child calls `die_with_parent()` first of all: the
-  kernel then kills it when its parent ends, even by SIGKILL. For the kernel the parent
-  is the *thread* that started the child: when that thread ends, so does the child. So
-  start roles from a thread that outlives them, usually the main one.
-- **Ctrl-C does not reach it.** A terminal signals every process of its foreground
-  group. A role has a session of its own, so only the parent hears the signal, and
-  stops its roles in order.
+- **It announces when it is ready.** The parent passes the write end of a pipe, whose number is
+  in `SUPERSERVE_READY_FD`. The child calls `announce_ready({...})` once it can serve: one line
+  of JSON, then the pipe is closed. A child that ends, closes the pipe or stays silent before
+  that is a `ProcessError` that quotes the end of its log.
+- **It dies with its parent.** The child calls `die_with_parent()` first of all: the kernel
+  then kills it when its parent ends, even by SIGKILL. To the kernel the parent is the
+  *thread* that started the child: when that thread ends, so does the child. So start roles
+  from a thread that outlives them, usually the main one.
+- **Ctrl-C does not reach it.** A terminal signals every process of its foreground group. A
+  role has its own session, so only the parent receives the signal, and stops its roles in
+  order.
 - **Nothing is left behind.** `ProcessGroup` stops what it started, last first, however
   the block ends.
 
@@ -55,21 +55,21 @@ if TYPE_CHECKING:
     from typing import NoReturn, Self
 
 READY_FD_VARIABLE = "SUPERSERVE_READY_FD"
-"""Environment variable: the file descriptor on which a role says that it is ready."""
+"""Environment variable: the file descriptor on which a role announces that it is ready."""
 
 PARENT_PID_VARIABLE = "SUPERSERVE_PARENT_PID"
-"""Environment variable: the process that started a role and that it must not outlive."""
+"""Environment variable: the process that started a role and that the role must not outlive."""
 
 STOP_TIMEOUT_S = 5.0
-"""Seconds a role has to end after SIGTERM, unless its caller says otherwise."""
+"""Seconds that a role has to end after SIGTERM, unless its caller passes another limit."""
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _MAX_READY_BYTES = 65_536  # an endpoint and a few names take hundreds
 _TAIL_BYTES = 16_384  # twenty lines of a long traceback
-# Ends of children usually arrive as the end of their pipe; only a grandchild that
-# holds the pipe open hides one, and then we look this often.
+# The end of a child usually shows as the end of its pipe. A grandchild that holds the
+# pipe open hides it, so exit codes are checked this often too.
 _POLL_MS = 100
-_CLEAN_EXITS = (0, -signal.SIGTERM)
+_CLEAN_EXITS = (0, -signal.SIGTERM)  # our SIGTERM kills a role that has no handler yet
 
 
 class RoleProcess:
@@ -78,8 +78,8 @@ class RoleProcess:
     As a context manager it stops the role at the end of the block.
 
     Attributes:
-        name: What errors and logs call it, such as "worker-3".
-        ready: What the role said when it became ready; empty until then.
+        name: Its name in errors and logs, such as "worker-3".
+        ready: What the role announced when it became ready; empty until then.
         log_path: The file with the role's stdout and stderr.
     """
 
@@ -106,7 +106,7 @@ class RoleProcess:
 
     @property
     def pid(self) -> int:
-        """The operating system's number for it; free for reuse once it has ended."""
+        """The operating system's number for it; may be reused once it has ended."""
         return self._popen.pid
 
     @property
@@ -121,10 +121,10 @@ class RoleProcess:
     def check(self) -> bool:
         """Return whether it has announced itself, without waiting.
 
-        For a parent with a loop of its own; `wait_ready` waits.
+        For a parent with its own loop; `wait_ready` waits.
 
         Raises:
-            ProcessError: It has ended, or can no longer announce itself; quotes its log.
+            ProcessError: It has ended, or can no longer announce itself; the error quotes its log.
         """
         if self._ready_fd is not None and _readable([self._ready_fd], 0):
             self._read_ready()
@@ -132,10 +132,10 @@ class RoleProcess:
         return self._is_ready
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
-        """Ask it to end (SIGTERM), insist after `timeout_s` seconds (SIGKILL), and reap it.
+        """Ask it to end (SIGTERM), kill it after `timeout_s` seconds (SIGKILL), and reap it.
 
         Does nothing to a role that has ended. A temporary log is removed if the role
-        ended as it should (exit code 0, or by our SIGTERM), and kept otherwise.
+        ended properly (exit code 0, or by our SIGTERM), and kept otherwise.
 
         Returns:
             Its exit code, -N if signal N ended it.
@@ -149,15 +149,15 @@ class RoleProcess:
         return self._ended(keep_log=self._popen.returncode not in _CLEAN_EXITS)
 
     def terminate(self) -> None:
-        """Ask it to end (SIGTERM), and do not wait: for a parent with a loop of its own."""
+        """Ask it to end (SIGTERM), and do not wait: for a parent with its own loop."""
         if self.poll() is None:
             self._popen.terminate()
 
     def kill(self) -> int:
-        """End it at once (SIGKILL), with whatever it started in its session, and reap it.
+        """End it at once (SIGKILL), with every process in its session, and reap it.
 
-        For faults on purpose and lost patience: a temporary log is removed, `tail()`
-        still answers. Does nothing to a role that has ended.
+        For injected faults and after a timeout: a temporary log is removed, `tail()`
+        still works. Does nothing to a role that has ended.
 
         Returns:
             Its exit code, -9 unless it had ended before.
@@ -168,7 +168,7 @@ class RoleProcess:
         return self._ended(keep_log=exit_code not in (None, *_CLEAN_EXITS))
 
     def tail(self, n_lines: int = 20) -> str:
-        """Return the last `n_lines` lines of its log, of at most 16 KiB; "" if it wrote none."""
+        """Return the last `n_lines` lines of its log, of at most 16 KiB; "" if it is empty."""
         text = self._last_tail if self._last_tail is not None else self._read_tail()
         return "\n".join(text.splitlines()[-n_lines:])
 
@@ -176,26 +176,26 @@ class RoleProcess:
         try:
             with self.log_path.open("rb") as log:
                 size = log.seek(0, os.SEEK_END)
-                # A log given by the caller may hold the lines of an earlier life.
+                # A log given by the caller may contain the lines of an earlier process.
                 log.seek(max(self._log_start, size - _TAIL_BYTES))
                 return log.read().decode(errors="replace")
         except OSError:
             return ""
 
     def _kill_session(self) -> None:
-        # Not reaped yet, so the number still means this child and its own group; where
-        # SIGCHLD is ignored the kernel reaps, and the group may be gone.
+        # Not reaped yet, so the number still belongs to this child and its group. If SIGCHLD
+        # is ignored the kernel reaps, and the group may be gone.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
 
     def _ended(self, *, keep_log: bool) -> int:
-        """Let go of the pipe and the log of a role that has been reaped."""
+        """Release the pipe and the log of a role that has been reaped."""
         self._close_ready_fd()
         if self._owns_log and not keep_log:
             self._last_tail = self._read_tail()
             self.log_path.unlink(missing_ok=True)
-        self._owns_log = False  # removed, or evidence from now on
+        self._owns_log = False  # removed, or kept as evidence
         exit_code = self._popen.returncode
         assert exit_code is not None, f"{self.name} was not reaped"
         return exit_code
@@ -206,7 +206,7 @@ class RoleProcess:
             self._ready_fd = None
 
     def _read_ready(self) -> bool:
-        """Take what the pipe holds; return whether the role is ready.
+        """Read the pipe; return whether the role is ready.
 
         Raises:
             ProcessError: The pipe ended first, or does not hold one JSON object.
@@ -216,7 +216,7 @@ class RoleProcess:
         self._ready_bytes += chunk
         if len(self._ready_bytes) > _MAX_READY_BYTES:
             self._fail(f"said more than {_MAX_READY_BYTES} bytes when ready")
-        # The newline, not the pipe's end, is the end: a grandchild may hold the pipe open.
+        # Wait for the newline, not for the pipe's end: a grandchild may hold the pipe open.
         if self._ready_bytes.endswith(b"\n"):
             self.ready = self._parse_ready()
             self._is_ready = True
@@ -236,9 +236,9 @@ class RoleProcess:
         return said
 
     def _fail_silent(self) -> NoReturn:
-        """Fail a role whose pipe ended without a word."""
+        """Fail a role that closed its pipe without an announcement."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(1.0)  # it is ending: its pipe closed, its code follows
+            self._popen.wait(1.0)  # its pipe closed, so it is probably ending: get the exit code
         self._fail_if_ended("before it was ready")
         self._fail("closed its pipe without saying that it is ready")
 
@@ -268,19 +268,19 @@ class RoleProcess:
 def start(
     name: str, argv: Sequence[str], *, log_path: Path | None = None, env: Mapping[str, str] | None = None
 ) -> RoleProcess:
-    """Start a role in a session of its own and return without waiting for it.
+    """Start a role in its own session and return without waiting for it.
 
     Call it from a thread that outlives the role (see the module's docstring), and stop
     what it returns, or use it as a context manager.
 
     Args:
-        name: What errors and the temporary log call it.
-        argv: What follows the Python interpreter, such as ("-m", "router").
-        log_path: Where its stdout and stderr are appended; a temporary file if None.
-        env: Environment variables to set on top of this process's own.
+        name: Its name in errors and of the temporary log.
+        argv: The arguments after the Python interpreter, such as ("-m", "router").
+        log_path: The file to append its stdout and stderr to; a temporary file if None.
+        env: Environment variables to set in addition to this process's own.
 
     Raises:
-        ProcessError: The log could not be opened or the process not be started.
+        ProcessError: The log could not be opened or the process not started.
     """
     try:
         with contextlib.ExitStack() as undo:
@@ -305,7 +305,7 @@ def _start(
     try:
         popen, log_start = _spawn(argv, path, child_fd, _child_environment(env, child_fd))
     finally:
-        os.close(child_fd)  # the child's copy must be the last, so that its end ends the pipe
+        os.close(child_fd)  # only the child may hold it, so that its end closes the pipe
     return RoleProcess(
         name, popen, ready_fd=ready_fd, log_path=path, log_start=log_start, owns_log=log_path is None
     )
@@ -314,11 +314,11 @@ def _start(
 def _spawn(
     argv: Sequence[str], log_path: Path, child_fd: int, environment: Mapping[str, str]
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """Return the child, and where in the log its lines begin."""
+    """Return the child, and the offset in the log where its lines begin."""
     with log_path.open("ab") as log:
         log_start = log.tell()
         popen = subprocess.Popen(
-            [sys.executable, "-P", *argv],  # whatever lies in the user's folder: see superserve.plugins
+            [sys.executable, "-P", *argv],  # ignore modules in the user's folder: see superserve.plugins
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -332,7 +332,7 @@ def _spawn(
 def _child_environment(env: Mapping[str, str], child_fd: int) -> dict[str, str]:
     return {
         **os.environ,
-        "PYTHONUNBUFFERED": "1",  # a killed role cannot flush, and its last lines are the ones wanted
+        "PYTHONUNBUFFERED": "1",  # a killed role cannot flush, and its last lines are the important ones
         **env,
         READY_FD_VARIABLE: str(child_fd),
         PARENT_PID_VARIABLE: str(os.getpid()),
@@ -347,24 +347,24 @@ def _temporary_log(name: str, undo: contextlib.ExitStack) -> Path:
 
 
 def wait_ready(process: RoleProcess, timeout_s: float) -> dict[str, Any]:
-    """Wait until the role announces itself; return what it said.
+    """Wait until the role announces itself; return what it announced.
 
-    A role that fails to is killed, and its temporary log kept.
+    A role that does not is killed, and its temporary log kept.
 
     Raises:
         ProcessError: It ended, or did not announce itself within `timeout_s` seconds;
-            names the role, its exit code and the last lines of its log.
+            the error names the role, its exit code and the last lines of its log.
     """
     _wait_all_ready([process], timeout_s)
-    if not process.is_ready:  # stopped by its caller, so there is no pipe to wait on
+    if not process.is_ready:  # its caller stopped it, so there is no pipe to wait on
         process._fail_if_ended("before it was ready")
     return process.ready
 
 
 def _wait_all_ready(processes: Sequence[RoleProcess], timeout_s: float) -> None:
-    """Wait for all at once, so that the first to fail is the one reported.
+    """Wait for all at once, so that the first to fail is reported.
 
-    The one at fault is killed; the others are the caller's to stop.
+    That one is killed; the caller stops the others.
     """
     waiting = {p._ready_fd: p for p in processes if p._ready_fd is not None}
     deadline = time.monotonic() + timeout_s
@@ -404,11 +404,11 @@ def _describe_exit(exit_code: int) -> str:
 class ProcessGroup:
     """Roles that live and die together: started in order, stopped in reverse order.
 
-    On leaving the block every role is stopped, last started first, whatever ended the
-    block. A second Ctrl-C while they stop kills those that are left.
+    At the end of the block every role is stopped, the last one first, however the block
+    ended. A second Ctrl-C while they stop kills those that are left.
 
     Attributes:
-        stop_timeout_s: Seconds each role has to end after SIGTERM.
+        stop_timeout_s: Seconds that each role has to end after SIGTERM.
     """
 
     def __init__(self, *, stop_timeout_s: float = STOP_TIMEOUT_S) -> None:
@@ -434,20 +434,20 @@ class ProcessGroup:
         return process
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Wait until every role started so far is ready, at most `timeout_s` seconds in all.
+        """Wait until every role started so far is ready, for at most `timeout_s` seconds in all.
 
         Raises:
-            ProcessError: One ended or stayed silent: the first to fail, whichever it is.
+            ProcessError: One ended or stayed silent; the first to fail is reported.
         """
         _wait_all_ready(self._processes, timeout_s)
 
     def check(self) -> None:
-        """Raise ProcessError if a role has ended; names it and quotes its log."""
+        """Raise ProcessError if a role has ended; the error names it and quotes its log."""
         for process in self._processes:
             process._fail_if_ended("while it was needed")
 
     def stop(self) -> None:
-        """Stop every role, last started first; do nothing to those that have ended."""
+        """Stop every role, the last one first; do nothing to those that have ended."""
         try:
             for process in reversed(self._processes):
                 process.stop(self.stop_timeout_s)
@@ -466,38 +466,38 @@ class ProcessGroup:
 
 
 def announce_ready(info: Mapping[str, Any]) -> None:
-    """Tell the process that started this role that it can serve now.
+    """Report to the process that started this role that it can serve now.
 
-    Does nothing in a process started by hand, and nothing the second time.
+    Does nothing in a process that you started by hand, and nothing the second time.
 
     Args:
-        info: What the parent wants to know, such as the endpoint; JSON values, under 64 KiB.
+        info: Facts for the parent, such as the endpoint; JSON values, under 64 KiB.
     """
-    fd = os.environ.pop(READY_FD_VARIABLE, None)  # popped: no grandchild may speak for us
+    fd = os.environ.pop(READY_FD_VARIABLE, None)  # popped: no grandchild may announce in our place
     if fd is None:
         return
     line = json.dumps(dict(info)).encode() + b"\n"
-    # A parent that no longer listens has given up on us and is about to kill us.
+    # A parent that has closed the pipe has given up on this role and is about to kill it.
     with contextlib.suppress(BrokenPipeError), os.fdopen(int(fd), "wb") as pipe:
         pipe.write(line)
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this role when the thread that started it ends.
+    """Make the kernel kill this role when the thread that started it ends.
 
-    Call it before anything slow. Does nothing in a process started by hand.
+    Call it before anything slow. Does nothing in a process that you started by hand.
 
     Raises:
         SystemExit: The parent was gone before this was called.
         OSError: The kernel refused.
     """
-    parent_pid = os.environ.pop(PARENT_PID_VARIABLE, None)  # popped: it is not a grandchild's parent
+    parent_pid = os.environ.pop(PARENT_PID_VARIABLE, None)  # popped: a grandchild has another parent
     if parent_pid is None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"prctl(PR_SET_PDEATHSIG): {os.strerror(number)}")
-    # The parent may have ended before the call above; then nobody would ever kill us.
+    # The parent may have ended before the call above; then the kernel would never kill this role.
     if os.getppid() != int(parent_pid):
         raise SystemExit(f"process {parent_pid}, which started this one, is gone")

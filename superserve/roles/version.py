@@ -1,6 +1,6 @@
-"""Which code a process runs: the release, and a digest of the source it was started from.
+"""Which code a process runs: the release, and a digest of the source that it was started from.
 
-Two hosts with the same release may run different code, say a checkout in the midst of a change.
+Two hosts with the same release may run different code, for example a checkout with changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SERVING = ("superserve", "router", "gpu_worker", "profiles")  # what a router o
 
 @functools.cache
 def version() -> str:
-    """Return this process's version, such as "0.1.0+3f9c21aa"; it reads some 90 files, once."""
+    """Return this process's version, such as "0.1.0+3f9c21aa"; reads some 90 files, once."""
     try:
         release = metadata.version("superserve")
     except metadata.PackageNotFoundError:  # run from a folder
@@ -26,8 +26,8 @@ def version() -> str:
 def digest(root: Path) -> str:
     """Return a digest of the Python files below `root` that a router or a worker may run, in hex.
 
-    A file's path counts as well as its content, at any depth: a module moved to a sub-folder
-    is another program.
+    A file's path counts as well as its content: a module moved to another folder makes another
+    program.
     """
     found = hashlib.sha256()
     for package in _SERVING:

@@ -1,17 +1,17 @@
 """Wire protocol, version 2: the only place where bytes become messages. This page is the specification.
 
-`layout` holds the numbers and fixed parts, `messages` the dataclasses, `encode` and `decode` one function a
-kind, `versions` the agreement on a version, `runs` the messages between load generators. Imports
-`superserve.errors` alone.
+`layout` holds the numbers and fixed parts, `messages` the dataclasses, `encode` and `decode` one function
+for each kind, `versions` the agreement on a version, `runs` the messages between load generators. Imports
+only `superserve.errors`.
 
 Every message is a list of ZeroMQ frames. Frame 0 begins with the prelude
 
     magic "SS" | version u8 | kind u8 | flags u16 | header_bytes u16       (all integers little-endian)
 
-followed by the kind's header, its rows and its columns. Payloads and outputs ride in frames of their own
-after it, so that nothing on the way has to copy or parse them. Nothing is pickled. Times are integer
-nanoseconds; durations cross hosts, instants do not: where a sender stamps its own clock (`sent_ns`), the
-receiver only compares such stamps of one peer with each other.
+followed by the kind's header, its rows and its columns. Payloads and outputs follow in their own frames,
+so that no process on the way has to copy or parse them. Nothing is pickled. Times are integer
+nanoseconds; durations cross hosts, instants do not: if a sender stamps its own clock (`sent_ns`), the
+receiver compares such stamps only with others of the same peer.
 
     kind          no.  sender -> receiver        frame 0 after the prelude          further frames
     HELLO           1  client|worker -> router   -                                  JSON
@@ -40,28 +40,29 @@ A retired kind's number is never reused.
 
 What later releases add
 -----------------------
-Known fields never move; a release adds without a new version, and a receiver skips what it does not know:
+Known fields never move. A release adds without a new version, and a receiver skips what it does not know:
 
 - fields at the end of a header: `header_bytes` says how long it is;
 - fields at the end of a row (a group, a segment): the header's `row_bytes` says how long each is;
-- columns behind the known ones, with flag EXTENDED: `n_bytes` u32 of all of them together, then for each
-  tag u16, (2 pad), n_bytes u32, and its bytes; at most MAX_EXTENSIONS. No tag is given yet;
+- columns after the known ones, with flag EXTENDED: `n_bytes` u32 of all of them together, then for each
+  tag u16, (2 pad), n_bytes u32, and its bytes; at most MAX_EXTENSIONS. No tag is assigned yet;
 - keys of a JSON object, and columns of a run by name.
 
-A flag adds bytes only where this page defines them; an unknown one is ignored. Where a header
+A flag adds bytes only where this page defines them; an unknown one is ignored. If a header
 or a row is shorter than its known fields, or a length does not add up, the message is malformed.
 
 Versions
 --------
-HELLO states `wire`, the lowest and the highest version that its sender speaks, and is itself sent in the
-lowest. WELCOME answers with `wire`, the highest that both speak; WELCOME and all that follows is in that
-version. A question for STATUS, which needs no HELLO, also states the range. HELLO, STATUS, WELCOME and
-REFUSED have one form in all versions, so that any two releases can find out that they share none. A release
-speaks its predecessor's version (LOWEST, HIGHEST; today both are 2); version 1 alone is refused.
+HELLO states `wire`, the lowest and the highest version that its sender speaks, and is itself written in the
+lowest. WELCOME answers with `wire`, the highest that both speak; WELCOME and everything after it use that
+version. A STATUS question, which needs no HELLO, also states the range. HELLO, STATUS, WELCOME and
+REFUSED have the same layout in all versions, so that any two releases can find out that they share none. A
+release also speaks its predecessor's version (LOWEST, HIGHEST; today both are 2); a peer that speaks only
+version 1 is refused.
 
-Without a version in common the router answers REFUSED, code "version", in the version that the peer wrote in.
-Its reason names both sides' versions, its `wire` the router's own range. It answers any other message in a
-version that it does not speak in the same way.
+Without a common version the router answers REFUSED, code "version", in the version that the peer wrote in.
+The reason names both sides' versions, `wire` is the router's own range. The router answers any other
+message in a version that it does not speak in the same way.
 
 Messages
 --------
@@ -74,20 +75,20 @@ again; `slacks` i64 ns, time left at the moment of sending; then, as flags say,
 the flag FRAMES one frame a query. RESUBMITTED: these ids may be known already.
 
 RESULTS: `epoch` u64, `n` u32, `n_groups` u32, `row_bytes` u16, (2 pad). A group is a
-stretch of queries that share an end: count u32, status u8, (3 pad), subnet u16,
+stretch of queries that ended alike: count u32, status u8, (3 pad), subnet u16,
 batch_size u16, accuracy f32, queued, to_start, executing, returning i64 ns,
 output_bytes u32 (VARIED: the column `lengths`, present with flag LENGTHS for all n).
 Then ids u64, one after the other, and with flag QUEUED `queued` u32 us of each query,
-which may differ within a batch. A buffer a group: its outputs end to end; for a status
-without output, one UTF-8 text that says why, shared by the group, output_bytes long.
+which may differ within a batch. A buffer for each group: its outputs end to end; for a status
+without output, one UTF-8 reason that the group shares, output_bytes long.
 
 CANCEL: `epoch` u64, `n` u32. Column: ids u64.
 
 PULL: `epoch` u64, `n_rows` u32, `row_bytes` u16, (2 pad). A row: slot u16, credit u16
 (batches it can take), held u16, running u16, last_batch u64 (the last directive it had
-seen: the router deducts what it sent after that), running_batch u64 (0: none of this
-epoch runs), running_for_ns i64 (how long it has been running; when it ends is for the
-router to reckon), memory_bytes u64, utilisation f32, temperature_c f32 (NaN where unknown).
+received: the router deducts what it sent after that), running_batch u64 (0: no batch of
+this epoch runs), running_for_ns i64 (how long it has been running; the router computes
+when it ends), memory_bytes u64, utilisation f32, temperature_c f32 (NaN if unknown).
 
 DIRECTIVE: `epoch` u64, `batch_id` u64 (ascending), slot u16, subnet u16, `n` u32,
 `n_segments` u32, `row_bytes` u16, (2 pad). A segment is a stretch of one QUERIES
@@ -103,9 +104,9 @@ u8 of n; for each VARIED row, lengths u32 of n. A buffer a row: outputs, or UTF-
 
 PING: `stamp_ns` i64. PONG: `stamp_ns` i64 of the PING, `own_ns` i64.
 
-The buffers of QUERIES, RESULTS, DIRECTIVE and DONE are frames of their own, or, where
-together they are small (GATHER_BYTES), follow the columns in frame 0, end to end, with
-flag GATHERED: ZeroMQ copies small frames anyway, and each costs as much as kilobytes.
+The buffers of QUERIES, RESULTS, DIRECTIVE and DONE are separate frames. If together they
+are small (GATHER_BYTES), they follow the columns in frame 0 instead, end to end, with
+flag GATHERED: ZeroMQ copies small frames anyway, and a frame costs as much as kilobytes.
 
 RUN_*: the fields of the dataclasses in `runs` as JSON, and `columns`, the names of the columns that follow,
 a frame each, all of the same length; RUN_COLUMNS has their types. PING and PONG measure round trips.

@@ -1,8 +1,8 @@
-"""Frames to messages: one decoder a kind.
+"""Frames to messages: one decoder for each kind.
 
-Every length is checked before anything is read, so a mangled message is a WireError and never an exception
-from struct or NumPy, whatever its bytes. What a later release adds is skipped: header and rows say how long
-they are, and so do columns behind the known ones.
+Each length is checked before anything is read, so a mangled message raises WireError, never an exception
+from struct or NumPy. Additions of later releases are skipped: headers, rows, and columns after the known
+ones carry their length.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _take(kind: Kind, frame: Buffer, at: int, n_bytes: int, what: str) -> Buffer
 def _rows(
     kind: Kind, frame: Buffer, at: int, fixed: struct.Struct, n: int, row_bytes: int
 ) -> tuple[list[tuple[Any, ...]], int]:
-    """Return what is known of n rows, and where they end."""
+    """Return the known fields of n rows, and where the rows end."""
     if row_bytes < fixed.size:
         raise WireError(f"{kind.name.lower()}: row_bytes: expected {fixed.size} or more, got {row_bytes}")
     end = at + n * row_bytes
@@ -120,12 +120,12 @@ def _wrong_size(kind: Kind, frame: int, expected: int, got: int) -> WireError:
 
 
 def _size(count: int, each: int, lengths: Buffer | None) -> int:
-    """Return the bytes of `count` payloads or outputs end to end."""
+    """Return the total bytes of `count` payloads or outputs."""
     return count * each if lengths is None else sum(memoryview(lengths).cast("I"))
 
 
 def _end(kind: Kind, frames: Sequence[Buffer], flags: int, at: int, n_frames: int = 1) -> None:
-    """Check that frame 0 holds nothing more but extension columns, and how many frames there are."""
+    """Check that only extension columns are left in frame 0, and check the number of frames."""
     if flags & EXTENDED:
         at = _skip_extensions(kind, frames[0], at)
     if len(frames[0]) != at:
@@ -136,7 +136,7 @@ def _end(kind: Kind, frames: Sequence[Buffer], flags: int, at: int, n_frames: in
 def _buffers(
     kind: Kind, frames: Sequence[Buffer], flags: int, at: int, sizes: Sequence[int]
 ) -> Sequence[Buffer]:
-    """Return the buffers behind the columns, each of its size, from frames of their own or frame 0."""
+    """Return the buffers after the columns, with these sizes: from their own frames, or from frame 0."""
     if not flags & GATHERED:
         _end(kind, frames, flags, at, 1 + len(sizes))
         for i, size in enumerate(sizes, start=1):
@@ -151,7 +151,7 @@ def _buffers(
     n_left = len(frame) - at
     if n_left != (sizes[0] if len(sizes) == 1 else sum(sizes)):
         raise _wrong_size(kind, 0, sum(sizes), n_left)
-    if len(sizes) == 1:
+    if len(sizes) == 1:  # most messages: no loop
         return [memoryview(frame)[at:]]
     view = memoryview(frame)
     buffers = []
@@ -162,7 +162,7 @@ def _buffers(
 
 
 def _skip_extensions(kind: Kind, frame: Buffer, at: int) -> int:
-    """Return where the extension columns end that begin at `at`; none has a meaning to this release."""
+    """Return where the extension columns at `at` end; this release uses none of them."""
     (n_bytes,) = U32.unpack(_take(kind, frame, at, U32.size, "extensions"))
     at += U32.size
     end = at + n_bytes
@@ -180,7 +180,7 @@ def _skip_extensions(kind: Kind, frame: Buffer, at: int) -> int:
     return at
 
 
-# --- one a kind: `at` is where its header ends -----------------------------------------------
+# --- one for each kind: `at` is where its header ends ----------------------------------------
 
 
 def _decode_queries(frames: Sequence[Buffer], flags: int, at: int) -> Queries:
@@ -193,7 +193,7 @@ def _decode_queries(frames: Sequence[Buffer], flags: int, at: int) -> Queries:
         raise _short(Kind.QUERIES, "ids and slacks", 16 * n, len(frame) - at)
     ids, slacks = frame[at:middle], frame[middle:end]
     _check_slacks(n, slacks)
-    if flags == GATHERED and payload_bytes != VARIED:  # most: none of the options below
+    if flags == GATHERED and payload_bytes != VARIED:  # the usual message, without any option below
         size = n * payload_bytes
         if len(frames) == 1 and len(frame) == end + size:
             return Queries(epoch, sent_ns, n, ids, slacks, payload_bytes, [memoryview(frame)[end:]])
@@ -201,7 +201,7 @@ def _decode_queries(frames: Sequence[Buffer], flags: int, at: int) -> Queries:
 
 
 def _check_slacks(n: int, slacks: Buffer) -> None:
-    if n == 1:
+    if n == 1:  # single queries are frequent, and unpacking one number beats making a list
         (least,) = (most,) = layout.I64.unpack(slacks)
     else:
         slack_ns = int64s(slacks)
@@ -251,7 +251,7 @@ def _decode_results(frames: Sequence[Buffer], flags: int, at: int) -> Results:
         lengths = lengths_of_all[i] if each == VARIED else None
         if each == VARIED and lengths is None:
             raise WireError("results: output_bytes: VARIED without the column of lengths")
-        is_shared = status > _LATE and lengths is None
+        is_shared = status > _LATE and lengths is None  # one reason for the whole group
         sizes.append(each if is_shared else _size(count, each, lengths))
         groups.append(Group(*(*row[:-1], ids[i], each, b"", lengths, queued_of[i])))
     for group, output in zip(groups, _buffers(kind, frames, flags, at, sizes), strict=True):
@@ -262,9 +262,9 @@ def _decode_results(frames: Sequence[Buffer], flags: int, at: int) -> Results:
 def _column(
     kind: Kind, frame: Buffer, at: int, rows: list[tuple[Any, ...]], n_bytes: int, what: str
 ) -> tuple[list[Any], int]:
-    """Return a column of `n_bytes` an entry split by the rows' counts, and where it ends.
+    """Return a column of `n_bytes` an entry, split by the rows' counts, and where it ends.
 
-    One of 0 bytes is not there: as many Nones.
+    0 bytes means that the column is absent: each row gets None.
     """
     if not n_bytes:
         return [None] * len(rows), at
@@ -379,7 +379,7 @@ def decode_json(kind: Kind, frames: Sequence[Buffer]) -> dict[str, Any]:
     if len(frames[1]) > MAX_JSON_BYTES:
         raise WireError(f"{kind.name.lower()}: expected at most {MAX_JSON_BYTES} bytes of JSON")
     try:
-        body = orjson.loads(memoryview(frames[1]))  # which may be ZeroMQ's own object
+        body = orjson.loads(memoryview(frames[1]))  # the frame may be ZeroMQ's own object
     except orjson.JSONDecodeError as error:
         raise WireError(f"{kind.name.lower()}: expected JSON: {error}") from error
     if not isinstance(body, dict):
@@ -408,18 +408,19 @@ _DECODERS: dict[int, tuple[Callable[[Sequence[Buffer], int, int], Message], int]
         (Kind.PONG, _decode_pong),
     )
 }
-"""By the first four bytes of a message: what decodes it, and the bytes of its header that are known."""
+"""By the first four bytes of a message: its decoder, and the bytes of its header that this release knows."""
 
 
 def decode(frames: Sequence[Buffer]) -> Message:
-    """Return the message in `frames`; columns are slices of frame 0, payloads the frames themselves.
+    """Return the message in `frames`; columns are slices of frame 0, payloads are not copied.
 
     Raises:
         VersionError: Its sender speaks no wire version that this release speaks.
-        WireError: The frames do not follow the protocol, or are a load generator's. Nothing else is raised.
+        WireError: The frames break the protocol, or are a load generator's. Nothing else is raised.
     """
     if not frames or len(frames[0]) < _PRELUDE_BYTES:
         raise WireError("prelude: the message is too short")
+    # Magic, version and kind are read as one integer: one look-up replaces three checks.
     key, flags, header_bytes = PRELUDE_KEYED.unpack_from(frames[0])
     known = _DECODERS.get(key)
     if known is None or len(frames) > MAX_FRAMES:
@@ -444,8 +445,8 @@ def kind_in(frames: Sequence[Buffer]) -> tuple[Kind, int, int]:
     """Return the kind of a message, its wire version, and where its header ends.
 
     Raises:
-        VersionError: It is in a wire version that this release does not speak, and no greeting or refusal.
-        WireError: Its first bytes do not follow the protocol.
+        VersionError: This release does not speak its wire version, and it is no greeting or refusal.
+        WireError: Its first bytes break the protocol.
     """
     if not frames or len(frames[0]) < _PRELUDE_BYTES:
         raise WireError("prelude: the message is too short")
@@ -465,11 +466,11 @@ def kind_in(frames: Sequence[Buffer]) -> tuple[Kind, int, int]:
 
 
 def _decode_rare(frames: Sequence[Buffer]) -> Control:
-    """Decode what is none of the kinds with columns, in any wire version that a peer may greet in."""
+    """Decode a kind without columns, in any wire version that a peer may greet in."""
     kind, version, at = kind_in(frames)
     if kind in RUN_KINDS:
         raise WireError(f"kind: {kind.name} is between load generators")
-    assert kind in CONTROL_KINDS, "the others were looked up, or are in a wire version that nobody speaks"
+    assert kind in CONTROL_KINDS, "kinds with columns were looked up, or raised VersionError"
     message = _decode_control(kind, frames, version, at)
     if kind in GREETINGS:
         agreed(message)
@@ -477,5 +478,5 @@ def _decode_rare(frames: Sequence[Buffer]) -> Control:
 
 
 def kind_of(frame: Buffer) -> int:
-    """Return the kind that a sound first frame names, without decoding the message."""
+    """Return the kind in a valid first frame, without decoding the message."""
     return frame[3]

@@ -1,4 +1,4 @@
-"""Messages to frames: one encoder a kind."""
+"""Messages to frames: one encoder for each kind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 
 def _preludes(kind: Kind) -> tuple[bytes, ...]:
-    """Return the preludes of a kind, by flags: packing one costs as much as looking up ten."""
+    """Return the preludes of a kind, by flags: packing one costs as much as ten look-ups."""
     n_bytes = layout.HEADERS[kind].size
     return tuple(PRELUDE.pack(MAGIC, HIGHEST, kind, flags, n_bytes) for flags in range(EXTENDED))
 
@@ -77,7 +77,7 @@ _LATE = int(Status.LATE)  # an IntEnum compares at half the speed
 def _frames(
     preludes: Sequence[bytes], flags: int, parts: Sequence[Buffer], buffers: Sequence[Buffer]
 ) -> list[Buffer]:
-    """Return frame 0 of header and columns, and the buffers: in it if they are small, else behind it."""
+    """Return frame 0 of header and columns, then the buffers: inside it if they are small, else after it."""
     n_bytes = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
     if n_bytes < GATHER_BYTES:
         return [b"".join((preludes[flags | GATHERED], *parts, *buffers))]
@@ -109,8 +109,8 @@ def encode_queries(message: Queries) -> list[Buffer]:
 def encode_results(message: Results) -> list[Buffer]:
     """Return the frames of a RESULTS message.
 
-    A router sends one for nearly every batch, mostly of one group: so that no list is made for one thing,
-    which costs a third more.
+    A router sends one for nearly every batch, mostly with one group. That case builds no list of one
+    element, which would cost a third more.
     """
     groups = message.groups
     flags = n = n_bytes = 0
@@ -123,7 +123,7 @@ def encode_results(message: Results) -> list[Buffer]:
             flags |= QUEUED
         if g.lengths is not None:
             flags |= LENGTHS
-        # A reason is one text, however many queries share it.
+        # Queries without output share one reason, so its length is the whole text's.
         is_each = g.status <= _LATE or g.lengths is not None
         parts.append(
             _GROUP(
@@ -152,7 +152,7 @@ def encode_results(message: Results) -> list[Buffer]:
 
 
 def _group_columns(groups: Sequence[Group], flags: int) -> list[Buffer]:
-    """Return the columns that some group has, for all of them."""
+    """Return the columns that at least one group has, for all groups."""
     columns: list[Buffer] = []
     if flags & QUEUED:
         columns += [queued_us_of(g) for g in groups]
@@ -261,7 +261,7 @@ def encode_control(message: Control) -> list[Buffer]:
 
 
 def encode(message: Message) -> list[Buffer]:
-    """Return the frames of any message but those of load generators."""
+    """Return the frames of any message except a load generator's."""
     match message:
         case Queries():
             return encode_queries(message)

@@ -1,4 +1,4 @@
-"""The layout: numbers, flags and fixed parts that the encoder and the decoder share.
+"""The layout: numbers, flags and fixed parts that encoder and decoder share.
 
 Known fields of a header or a row never move. A later release adds fields at the end.
 """
@@ -11,24 +11,24 @@ import struct
 LOWEST = 2
 """The lowest wire version that this release speaks: its predecessor's."""
 HIGHEST = 2
-"""The highest wire version that this release speaks. A wire version is spoken by two releases."""
+"""The highest wire version that this release speaks. Two successive releases speak each version."""
 OURS = (LOWEST, HIGHEST)
 
 MAGIC = b"SS"
 VARIED = 0xFFFFFFFF
-"""In a *_bytes field: lengths differ and stand in the column `lengths`."""
+"""In a *_bytes field: lengths differ and are in the column `lengths`."""
 
 MAX_QUERIES = 65_536
-"""Queries in one message, at most: a bound on what one decode may allocate."""
-MAX_FRAMES = MAX_QUERIES + 1
+"""Most queries in one message: a bound on what decoding one may allocate."""
+MAX_FRAMES = MAX_QUERIES + 1  # the header's, and one for each payload
 MAX_SLACK_NS = 86_400 * 10**9
-"""No slack is longer than a day; a longer one is a unit mistaken."""
-MAX_JSON_BYTES = 16 << 20
+"""No slack is longer than a day: a larger number is a mistaken unit."""
+MAX_JSON_BYTES = 16 << 20  # HELLOs carry whole profiles; a bound on what a peer can make us parse
 MAX_EXTENSIONS = 64
-"""Extension columns in one message, at most: a bound on the steps that skip them."""
+"""Most extension columns in one message: a bound on the steps to skip them."""
 
 GATHER_BYTES = 16_384
-"""Buffers that together stay below this share a frame: joining them costs less than their frames."""
+"""Buffers shorter than this together go into frame 0: copying them costs less than a frame each."""
 
 Buffer = bytes | memoryview
 
@@ -61,13 +61,13 @@ class Kind(enum.IntEnum):
 
 CONTROL_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.DRAIN, Kind.BYE, Kind.STATUS, Kind.REFUSED})
 GREETINGS = frozenset({Kind.HELLO, Kind.STATUS})
-"""What may open a conversation: decoded in any wire version, since it states which ones its sender speaks."""
+"""Kinds that open a conversation: decoded in any wire version, since they state the sender's versions."""
 RUN_KINDS = frozenset(kind for kind in Kind if kind.name.startswith("RUN_"))
-"""Between load generators."""
+"""Messages between load generators."""
 
 
 class Status(enum.IntEnum):
-    """How a query ended. OK and LATE carry the output, the others a reason."""
+    """How a query ended. OK and LATE carry an output, the others a reason."""
 
     OK = 0
     LATE = 1
@@ -128,10 +128,10 @@ HEADERS: dict[Kind, struct.Struct] = {
     Kind.PING: PING,
     Kind.PONG: PONG,
 }
-"""Each header's known fields; a kind that is not here has none."""
+"""Each header's known fields; kinds that are not listed have no header."""
 
 
 def key_of(kind: int, version: int) -> int:
-    """Return the first four bytes of a message of `kind` as the number to look up."""
+    """Return the first four bytes of a message of `kind` as one integer, the key of the decoders' table."""
     key: int = PRELUDE_KEYED.unpack(PRELUDE.pack(MAGIC, version, kind, 0, 0))[0]
     return key

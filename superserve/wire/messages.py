@@ -1,6 +1,6 @@
-"""The messages, as dataclasses whose columns are bytes: routers never look inside most of them.
+"""The messages, as dataclasses whose columns are bytes: the router never reads most of them.
 
-Not frozen, though messages are not changed once sent: a frozen dataclass takes three times as long to make.
+They are not frozen, although no message changes once sent: making a frozen one takes three times as long.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def int64s(column: Buffer) -> list[int]:
-    """Return a column of i64. The protocol is little-endian, and so is every machine with CUDA."""
+    """Return a column of i64. The protocol is little-endian, like every machine with CUDA."""
     values: list[int] = memoryview(column).cast("q").tolist()
     return values
 
@@ -31,7 +31,7 @@ def uint64s(column: Buffer) -> list[int]:
 
 
 def lengths_of(count: int, uniform: int, column: Buffer | None) -> list[int]:
-    """Return the length of each of `count` buffers: all `uniform`, or as the column says."""
+    """Return the length of each of `count` buffers: all `uniform`, or the column's."""
     if uniform != VARIED:
         return [uniform] * count
     assert column is not None, "VARIED without a column of lengths"
@@ -44,9 +44,9 @@ class Queries:
     """Client to router: queries, as columns of equal length n.
 
     Attributes:
-        epoch: The epoch of the WELCOME this connection was given.
+        epoch: The epoch of the WELCOME that this connection received.
         sent_ns: The sender's own clock at the moment of sending.
-        ids: n u64, little-endian, as bytes: the router never looks inside.
+        ids: n u64, little-endian, as bytes: the router never decodes them.
         slacks: n i64 ns as bytes.
         payload_bytes: Bytes of each payload, or VARIED.
         payloads: One buffer holding all payloads, or n buffers if `framed`.
@@ -71,25 +71,25 @@ class Queries:
     resubmitted: bool = False
 
     def slack_ns(self) -> list[int]:
-        """Return the slacks, ns. A list: most messages are too short for an array to pay."""
+        """Return the slacks, ns. As a list: most messages are too short for an array to pay off."""
         return list(I64.unpack(self.slacks)) if self.n == 1 else int64s(self.slacks)
 
     def n_bytes(self) -> int:
-        """Return the bytes of all payloads together."""
+        """Return the bytes of all payloads."""
         return len(self.payloads[0]) if len(self.payloads) == 1 else sum(map(len, self.payloads))
 
 
 @dataclass(slots=True)
 class Group:
-    """A stretch of RESULTS that share an end. Durations in ns; accuracy in percent.
+    """A stretch of RESULTS whose queries ended alike. Durations in ns; accuracy in percent.
 
     Attributes:
         ids: count u64 as bytes.
         output_bytes: Bytes of each output, or VARIED.
         output: Outputs end to end (OK, LATE), or one UTF-8 reason.
         lengths: count u32 as bytes when VARIED, else None.
-        queued_us: count u32 us as bytes where the queries did not wait equally long, else
-            None; `queued_ns` is then the first one's.
+        queued_us: count u32 us as bytes if the queries waited for different times, else
+            None; `queued_ns` is the first one's.
     """
 
     count: int
@@ -131,7 +131,7 @@ class Cancel:
 
 @dataclass(slots=True)
 class PullRow:
-    """One GPU's queue state. See the module's docstring; `credit` is deducted by the router."""
+    """One GPU's queue state: see the package's docstring. The router deducts from `credit` as it sends."""
 
     slot: int
     credit: int
@@ -147,7 +147,7 @@ class PullRow:
 
 @dataclass(slots=True)
 class Pull:
-    """Worker to router: what its GPUs hold and can take."""
+    """Worker to router: what its GPUs hold, and what they can take."""
 
     kind: ClassVar[Kind] = Kind.PULL
 
@@ -157,12 +157,12 @@ class Pull:
 
 @dataclass(slots=True)
 class Segment:
-    """A stretch of one client's message inside a directive.
+    """A stretch of one client's message within a directive.
 
     Attributes:
         payload_bytes: Bytes of each payload, or VARIED.
         payloads: One buffer if `packed`, else `count` buffers.
-        elapsed_ns: Slack used up since the client sent it.
+        elapsed_ns: How much of the slack was used up when the router sent it.
         ids: count u64 as bytes.
         slacks: count i64 ns as bytes, as the client sent them.
         lengths: count u32 as bytes when VARIED, else None.
@@ -192,16 +192,16 @@ class Directive:
     segments: list[Segment]
 
     def slack_left_ns(self) -> npt.NDArray[np.int64]:
-        """Return what was left of each query's slack at sending, shape (n,), ns."""
+        """Return the slack of each query that was left at sending, shape (n,), ns."""
         parts = [np.frombuffer(s.slacks, "<i8") - s.elapsed_ns for s in self.segments]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def least_slack_left_ns(self) -> int:
-        """Return the least of `slack_left_ns`, without making an array of a handful of numbers."""
+        """Return the minimum of `slack_left_ns`, without making an array of a few numbers."""
         return min([min(memoryview(s.slacks).cast("q")) - s.elapsed_ns for s in self.segments])
 
     def payload_list(self) -> list[Buffer]:
-        """Return the n payloads, each a buffer of its own; nothing is copied."""
+        """Return the n payloads, each a buffer; nothing is copied."""
         payloads: list[Buffer] = []
         for segment in self.segments:
             if not segment.packed:
@@ -216,7 +216,7 @@ class Directive:
 
 @dataclass(slots=True)
 class DoneRow:
-    """One finished batch. `statuses` is n u8 when they are not all OK."""
+    """One finished batch. `statuses` is n u8 if not all are OK."""
 
     batch_id: int
     slot: int
@@ -236,7 +236,7 @@ class DoneRow:
 
 @dataclass(slots=True)
 class Done:
-    """Worker to router: finished batches, and the queue state they leave behind."""
+    """Worker to router: finished batches, and the queue state after them."""
 
     kind: ClassVar[Kind] = Kind.DONE
 
@@ -268,7 +268,7 @@ class Control:
     """HELLO, WELCOME, DRAIN, BYE, STATUS and REFUSED: a JSON object.
 
     Attributes:
-        version: The wire version that it is written in.
+        version: The wire version of this message.
     """
 
     kind: Kind
@@ -280,12 +280,12 @@ Message = Queries | Results | Cancel | Pull | Directive | Done | Ping | Pong | C
 
 
 def queued_us_of(group: Group) -> Buffer:
-    """Return the column `queued` of a group: its own, or the one wait that its queries share."""
+    """Return the column `queued` of a group: its own, or the wait that its queries share."""
     if group.queued_us is not None:
         return group.queued_us
     return pack_queued_us(group.queued_ns) * group.count
 
 
 def pack_queued_us(queued_ns: int) -> bytes:
-    """Return one entry of the column `queued`: microseconds, at most what a u32 holds."""
+    """Return one entry of the column `queued`: microseconds, capped to a u32."""
     return U32.pack(min(max(0, queued_ns) // 1000, 0xFFFFFFFF))

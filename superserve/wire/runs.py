@@ -1,7 +1,7 @@
 """Messages between load generators: the coordinator of a run, its agents on other hosts, and senders.
 
 All have one form: the prelude, a JSON object, and a frame for each column that the object names. This is not
-the hot path. `decode` refuses these messages, so no router, worker or client takes one.
+the hot path. `decode` refuses these messages, so no router, worker or client accepts one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ RUN_COLUMNS: dict[str, str] = {
     "due_ns": "<i8", "sent_ns": "<i8", "answered_ns": "<i8", "status": "<u1", "subnet": "<u2",
     "batch_size": "<u2", "accuracy": "<f4", "queued_ns": "<i8", "executing_ns": "<i8",
 }  # fmt: skip
-"""The columns of a run and their types, as NumPy writes them; the last character is the bytes of an entry."""
-MAX_COLUMNS = 64
-_MOST = 2**63 - 1
+"""The columns of a run and their NumPy types; the last character is the bytes of an entry."""
+MAX_COLUMNS = 64  # a bound on the frames of one message; this release knows nine
+_MOST = 2**63 - 1  # columns are int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class RunShare:
 
     Attributes:
         trace: The trace's name.
-        provenance: Where it comes from.
+        provenance: Where the trace comes from.
         endpoint: The router's client endpoint.
-        due_ns: When each query is due after the start, n i64 ns as bytes, ascending.
+        due_ns: When each query is due, counted from the start, n i64 ns as bytes, ascending.
     """
 
     kind: ClassVar[Kind] = Kind.RUN_SHARE
@@ -58,7 +58,7 @@ class RunShare:
 
 @dataclass(frozen=True, slots=True)
 class RunReady:
-    """Sender or agent to coordinator: all is prepared. `name` is a sender's; an agent has none."""
+    """Sender or agent to coordinator: ready to start. `name` is a sender's; an agent has none."""
 
     kind: ClassVar[Kind] = Kind.RUN_READY
 
@@ -67,11 +67,11 @@ class RunReady:
 
 @dataclass(frozen=True, slots=True)
 class RunStart:
-    """Coordinator to sender or agent: start. One of the two is given.
+    """Coordinator to sender or agent: start. Exactly one of the fields is given.
 
     Attributes:
-        at_ns: For a sender: an instant of the clock that the processes of one host share.
-        in_ns: For an agent: how long from now. Instants do not cross hosts.
+        at_ns: For a sender: an instant of the clock that the processes of a host share.
+        in_ns: For an agent: the delay from now, because instants do not cross hosts.
     """
 
     kind: ClassVar[Kind] = Kind.RUN_START
@@ -99,7 +99,7 @@ class RunProgress:
 
     Attributes:
         rows: How many rows a watched sender has written; None if it is not watched.
-        until_ns: All that is due before this offset is among these rows.
+        until_ns: These rows include every query that is due before this offset.
     """
 
     kind: ClassVar[Kind] = Kind.RUN_PROGRESS
@@ -122,8 +122,8 @@ class RunReport:
         duplicates: Answers beyond the first.
         rows: As in RunProgress; a sender's.
         duration_ns: How much of the trace was offered; an agent's.
-        noise_ns: p99.9 of its noise probe; None if it has none.
-        columns: Each of RUN_COLUMNS but the due instants, as bytes; an agent's. A sender writes files.
+        noise_ns: p99.9 of its noise probe; None without a probe.
+        columns: Each of RUN_COLUMNS except the due instants, as bytes; an agent's. A sender writes files.
     """
 
     kind: ClassVar[Kind] = Kind.RUN_REPORT
@@ -140,7 +140,7 @@ class RunReport:
 
 @dataclass(frozen=True, slots=True)
 class RunFailed:
-    """Agent to coordinator: its share cannot be run, or failed."""
+    """Agent to coordinator: it cannot run its share, or the share failed."""
 
     kind: ClassVar[Kind] = Kind.RUN_FAILED
 
@@ -151,7 +151,7 @@ RunMessage = RunShare | RunReady | RunStart | RunStop | RunProgress | RunReport 
 
 
 def encode_run(message: RunMessage) -> list[Buffer]:
-    """Return the frames of a load generator's message."""
+    """Return the frames of a message between load generators."""
     columns: Mapping[str, Buffer] = {}
     if isinstance(message, RunShare):
         columns = {"due_ns": message.due_ns}
@@ -164,11 +164,11 @@ def encode_run(message: RunMessage) -> list[Buffer]:
 
 
 def decode_run(frames: Sequence[Buffer]) -> RunMessage | Ping | Pong:
-    """Return the message in `frames`, which is between load generators.
+    """Return the message between load generators in `frames`.
 
     Raises:
         VersionError: Its sender speaks no wire version that this release speaks.
-        WireError: The frames do not follow the protocol, or are of another kind.
+        WireError: The frames break the protocol, or are of another kind.
     """
     kind, _, at = kind_in(frames)
     if kind not in RUN_KINDS:
@@ -185,7 +185,7 @@ def decode_run(frames: Sequence[Buffer]) -> RunMessage | Ping | Pong:
 
 
 class _Body:
-    """The JSON object of a message, whose values are checked as they are read."""
+    """The JSON object of a message; each value is checked when it is read."""
 
     __slots__ = ("_kind", "_values")
 
@@ -233,7 +233,7 @@ class _Body:
 
 
 def _columns(body: _Body, frames: Sequence[Buffer]) -> dict[str, Buffer]:
-    """Return the known columns, all of as many entries."""
+    """Return the known columns, all of the same length."""
     names = body.texts("columns")
     if len(set(names)) < len(names) or len(names) > MAX_COLUMNS or len(frames) != 2 + len(names):
         raise body.wrong("columns", f"at most {MAX_COLUMNS} names, each once, and a frame for each")
@@ -242,7 +242,7 @@ def _columns(body: _Body, frames: Sequence[Buffer]) -> dict[str, Buffer]:
     for name, frame in zip(names, frames[2:], strict=True):
         if name not in RUN_COLUMNS:
             continue  # of a later release
-        columns[name] = memoryview(frame)  # which may be ZeroMQ's own object
+        columns[name] = memoryview(frame)  # the frame may be ZeroMQ's own object
         n, rest = divmod(len(frame), int(RUN_COLUMNS[name][-1]))
         counts.add(n)
         if rest or len(counts) > 1:

@@ -1,4 +1,4 @@
-"""Which wire version two peers speak: agreed on in HELLO and WELCOME, or refused by name."""
+"""Which wire version two peers speak: HELLO and WELCOME agree on one, or the router refuses by name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _CODE = "version"
 
 
 def agreed(greeting: Control) -> int:
-    """Return the highest wire version that we and the sender of a HELLO or STATUS speak.
+    """Return the highest wire version that both this release and the sender of a HELLO or STATUS speak.
 
-    A greeting without a range speaks the version that it is written in.
+    The sender of a greeting without a range speaks the version that the greeting is written in.
 
     Raises:
-        VersionError: There is none.
+        VersionError: There is no such version.
         WireError: Its range is malformed.
     """
     theirs = _range(greeting)
@@ -37,9 +37,9 @@ def refusal(error: VersionError) -> Control:
 
 
 def version_refused(message: Control) -> VersionError | None:
-    """Return the error that a REFUSED stands for, if it refuses our wire versions; else None.
+    """Return the error in a REFUSED if it refuses our wire versions; else None.
 
-    A peer that answers in a version that we do not speak speaks none of ours.
+    A peer that answers in a version that this release does not speak shares no version with it.
     """
     if message.kind is not Kind.REFUSED:
         return None
@@ -57,7 +57,7 @@ def _range(message: Control) -> tuple[int, int]:
     """Return the range of versions that a message's sender states.
 
     Raises:
-        WireError: It is malformed, in a version whose form we know.
+        WireError: It is malformed, in a version whose layout this release knows.
     """
     stated: Any = message.body.get("wire")
     if isinstance(stated, list) and len(stated) == 2 and all(type(one) is int for one in stated):

@@ -123,7 +123,7 @@ class Machine:
             return False
 
     def is_running(self, module: str) -> bool:
-        """Tell whether a `python -m <module>` of this test runs."""
+        """Return whether a `python -m <module>` of this test runs."""
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 if module in process.cmdline():

@@ -52,7 +52,7 @@ CLIENT = (
     Mutant(
         "a cancelled query's payload is kept",
         _CLIENT,
-        '            query.payload = b""  # here, and not in `cancel`: a message may just be built of it\n',
+        '            query.payload = b""  # not in `cancel`: another thread may be sending it\n',
         "            pass\n",
         _BOOKS,
     ),
@@ -173,10 +173,7 @@ CLIENT = (
     Mutant(
         "what expires keeps its bytes",
         _CLIENT,
-        (
-            "return False  # cancelled a moment ago: that was its end\n"
-            "            self.held_bytes -= query.n_bytes"
-        ),
+        ("return False  # just cancelled: that ended it\n            self.held_bytes -= query.n_bytes"),
         "return False",
         _BOOKS,
     ),

@@ -1,4 +1,4 @@
-"""What single calls cost: a policy's decision, and an actuation. No process, no socket."""
+"""What single calls cost: a policy's decision, and an actuation. Without a process or a socket."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from superserve.clock import MS
 if TYPE_CHECKING:
     from gpu_worker.supernet.supernet import Supernet
 
-_CALLS = 1_000  # in one reading of the clock: its own cost vanishes
+_CALLS = 1_000  # between two readings of the clock, so that reading it costs nothing
 
 
 def decision_us(policy: str, profile: Profile, *, n_rounds: int = 200, seed: int = 0) -> float:
-    """Return the median over rounds of what one decision of a policy takes, in microseconds.
+    """Return the median over rounds of how long a policy's decision takes, in microseconds.
 
     The demand is that of 6,400 queries a second, each with 36 ms, on eight GPUs.
     """
@@ -47,7 +47,7 @@ def decision_us(policy: str, profile: Profile, *, n_rounds: int = 200, seed: int
 
 
 def decisions_us(profile: Profile) -> tuple[float, dict[str, Any]]:
-    """Return what a decision of DemandFit takes, and beside it SlackFit's, and both with 1,000 subnets."""
+    """Return how long a decision of DemandFit takes, and also SlackFit's, and both with 1,000 subnets."""
     wide = wide_profile(1_000)
     conditions = {
         "policy": "demandfit", "subnets": profile.n_subnets,
@@ -59,7 +59,7 @@ def decisions_us(profile: Profile) -> tuple[float, dict[str, Any]]:
 
 
 def wide_profile(n_subnets: int) -> Profile:
-    """Return a profile of so many subnets, between the fastest and the slowest of the modelled one."""
+    """Return a profile of `n_subnets` subnets, between the fastest and the slowest of the modelled one."""
     model = load_profile("cnn-8gpu-modelled")
     fast, slow = model.subnets[0], model.subnets[-1]
     subnets = []
@@ -92,7 +92,7 @@ def wide_profile(n_subnets: int) -> Profile:
 
 
 def actuation_ns(supernet: Supernet, *, n: int = 100_000, seed: int = 0) -> tuple[int, int]:
-    """Return the p50 and p99 of one `actuate` to a random row, the clock's own cost included."""
+    """Return the p50 and p99 of one `actuate` to a random row, including the cost of the clock."""
     rng = random.Random(seed)
     rows = [rng.randrange(len(supernet.subnets)) for _ in range(n)]
     taken_ns = np.empty(n, np.int64)

@@ -1,4 +1,4 @@
-"""Clients that come and go: a thousand of them, one after another, and what the router keeps of them."""
+"""Clients that come and go: a thousand of them, one after another, and how much memory the router keeps."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 _PAYLOAD = bytes(64)
 _SLO_MS = 10_000.0
-"""Long: memory is measured here, not deadlines."""
+"""Long, because memory is measured here, not deadlines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Churn:
-    """What was seen of the router's memory.
+    """The router's memory.
 
     Attributes:
         n_queries: Queries that got an output.
         n_failed: Queries that did not.
-        rss_mb: Resident memory at each tenth of the way, the first before any client.
-        clients_left: Clients that the router still knows once all have gone.
+        rss_mb: Resident memory at each tenth of the run; the first before any client.
+        clients_left: Clients that the router still has once all have gone.
     """
 
     n_queries: int
@@ -38,12 +38,12 @@ class Churn:
 
     @property
     def growth_mb(self) -> float:
-        """From half of the way, when caches and pools have filled, to its end."""
+        """From the middle of the run, when caches and pools are full, to its end."""
         return self.rss_mb[-1] - self.rss_mb[len(self.rss_mb) // 2]
 
 
 def churn(endpoint: str, router_pid: int, *, n_clients: int, n_each: int, n_at_once: int = 4) -> Churn:
-    """Let `n_clients` connect, submit `n_each` queries, await the answers and leave, a few at once."""
+    """Make `n_clients` connect, submit `n_each` queries, await the answers and leave, a few at once."""
     router = psutil.Process(router_pid)
     rss_mb = [router.memory_info().rss / 1e6]
     n_queries = 0
@@ -58,7 +58,7 @@ def churn(endpoint: str, router_pid: int, *, n_clients: int, n_each: int, n_at_o
 
 
 def _one_client(endpoint: str, n: int) -> int:
-    """Return how many of its queries got an output."""
+    """Return how many of the client's queries got an output."""
     n_answered = 0
     with Client(endpoint, connect_timeout_s=30.0) as client:
         for future in [client.submit(_PAYLOAD, slo_ms=_SLO_MS) for _ in range(n)]:

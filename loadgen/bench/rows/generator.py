@@ -1,4 +1,4 @@
-"""How fast the generator is alone: the highest rate that its senders keep to against a null sink."""
+"""How fast the generator is alone: the highest rate that its senders sustain against a null sink."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from loadgen.live.run import RunSettings
 from loadgen.traces.trace import load_trace
 
 MUST_QPS = 200_000.0
-"""What two cores must send on schedule."""
+"""The rate that two cores must send on schedule."""
 LAG_P99_MS = 1.0
-"""What "on schedule" means."""
+"""The limit of the lag for "on schedule"."""
 N_SENDERS = 2
 _RATES_QPS = (100_000.0, 150_000.0, 200_000.0, 250_000.0, 300_000.0, 400_000.0, 500_000.0)
-_N_TRIES = 3
+_N_TRIES = 3  # a rate counts as sustained if one try is: a stall of a shared machine can spoil the others
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What the generator reached.
+    """The rates of the generator.
 
     Attributes:
-        best: At the highest rate kept to; None if it kept to none.
-        tried: All that was tried, in order.
+        best: At the highest rate that it sustained; None if there was none.
+        tried: All tries, in order.
     """
 
     best: Calibration | None
@@ -32,17 +32,17 @@ class Generated:
 
 
 def is_kept(found: Calibration) -> bool:
-    """Tell whether everything was sent, with a lag p99 under `LAG_P99_MS`."""
+    """Return whether everything was sent, with a lag p99 under `LAG_P99_MS`."""
     lag_ms = found.lag_ms["p99"]
     return found.unsent == 0 and lag_ms is not None and lag_ms < LAG_P99_MS
 
 
 def generator_rate(*, seconds: float, n_senders: int = N_SENDERS, payload_bytes: int = 64) -> Generated:
-    """Offer ever higher rates of Poisson arrivals to a null sink, until one is not kept to.
+    """Offer ever higher rates of Poisson arrivals to a null sink, until one is not sustained.
 
-    The sink drops what it takes: the row is of sending. A rate that was not kept to is tried again, up to
-    three times in all: what else runs on this machine can only make it look slower. Every try is returned,
-    with what the noise probe saw in it.
+    The sink drops what it receives: the row measures sending. A rate that was not sustained is tried again,
+    up to three times in all, because other processes can only make the generator look slower. Every try is
+    returned, with the noise probe's figures.
     """
     settings = RunSettings(36_000_000, n_senders, payload_bytes)
     best, tried = None, []
@@ -60,7 +60,7 @@ def generator_rate(*, seconds: float, n_senders: int = N_SENDERS, payload_bytes:
 
 
 def generator_qps(seconds: float) -> BenchRow:
-    """Return the row of the generator's highest rate, beside what it must reach."""
+    """Return the row of the generator's highest rate, with its budget."""
     found = generator_rate(seconds=seconds)
     conditions = {
         "senders": N_SENDERS,

@@ -1,7 +1,7 @@
 """What SubnetAct costs and saves on a CUDA device, with OFA-ResNet50 as a worker holds it.
 
 Weights are random: neither time nor bytes depend on their values. Kernels are timed by events around
-replays of a CUDA graph, so that what is compared is the device's work and not the launching of it.
+replays of a CUDA graph, so that the comparison is of the device's work, without the launches.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class OnGpu:
 
     @functools.cached_property
     def three(self) -> tuple[Subnet, ...]:
-        """The smallest, the middle and the largest of them."""
+        """The smallest, the middle and the largest of these."""
         return tuple(self.pareto[row] for row in evenly(len(self.pareto), 3))
 
     def actuation(self) -> BenchRow:
-        """Actuate random subnets of the resident 32, each with statistics of its own; p99.
+        """Actuate random subnets of the resident 32, each with its own statistics; p99.
 
-        Beside it: the first time, when a subnet's statistics come from host memory and are waited for; and
+        Also: the first time, when a subnet's statistics are copied from host memory, including the copy; and
         what alternating between two subnets costs a served batch of one. The reference is what actuation
         replaces: reading the middle subnet's checkpoint from disk to the device.
         """
@@ -88,7 +88,7 @@ class OnGpu:
         return {"batch_of_1_same_subnet_us": st.mean(same), "batch_of_1_alternating_us": alternating}
 
     def graph_speedup(self) -> BenchRow:
-        """A batch of one on the middle subnet, by a CUDA graph and launched kernel by kernel."""
+        """A batch of one on the middle subnet, by a CUDA graph compared with kernel by kernel."""
         by_graph = _executor(self.three, uses_graphs=True)
         eager = _executor(self.three, uses_graphs=False)
         found: dict[str, dict[str, float]] = {}
@@ -106,7 +106,7 @@ class OnGpu:
         )
 
     def actuated_over_extracted(self) -> BenchRow:
-        """The device's time for a batch in place over that of the same subnet on its own; the worst."""
+        """The device's time for a batch in place over that of the extracted subnet; the worst."""
         supernet = _supernet(self.three)
         supernet.trim(_images(1, torch.float32))
         supernet.to_half()
@@ -123,7 +123,7 @@ class OnGpu:
         return BenchRow("gpu_actuated_over_extracted", found["views_batch_1"], "x", "budget", 1.6, conditions)
 
     def _ratios(self, supernet: Supernet, row: int, x: torch.Tensor) -> tuple[float, float]:
-        """Return the time by views, and packed, over the time of the subnet alone."""
+        """Return the time by views, and packed, over the time of the extracted subnet."""
         alone = _halved(extracted(control_of(self.three[row])).eval()).cuda()
         alone = alone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
         packed = copy.deepcopy(supernet)
@@ -134,7 +134,7 @@ class OnGpu:
         return views_us / alone_us, packed_us / alone_us
 
     def memory_ratio(self) -> BenchRow:
-        """Bytes on the device of six subnets on their own over a worker's supernet with 32 resident."""
+        """Bytes on the device of six extracted subnets over those of a worker's supernet with 32 resident."""
         chosen = [control_of(self.pareto[row]) for row in evenly(len(self.pareto), N_EXTRACTED)]
         before = torch.cuda.memory_allocated()
         alone = [
@@ -167,7 +167,7 @@ def _conditions(executor: TorchExecutor | None = None) -> dict[str, Any]:
 
 
 def _supernet(subnets: Sequence[Subnet]) -> Supernet:
-    """Return OFA-ResNet50 on the device, channels last, hosting subnets with statistics of their own."""
+    """Return OFA-ResNet50 on the device, channels last, hosting subnets with their own statistics."""
     supernet = resident(KINDS[OFA_RESNET50], RANDOM)
     supernet.to("cuda", memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
     images = torch.randn(2, 3, _CALIBRATION_PIXELS, _CALIBRATION_PIXELS)
@@ -201,7 +201,7 @@ def _images(n: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _halved(model: nn.Module) -> nn.Module:
-    """Cast a network as a worker casts its supernet: all but the norms."""
+    """Cast a network as a worker casts its supernet: everything except the norms."""
     for module in model.modules():
         if not isinstance(module, nn.BatchNorm2d) and not list(module.children()):
             module.half()
@@ -211,7 +211,7 @@ def _halved(model: nn.Module) -> nn.Module:
 def _execute_us(
     executor: TorchExecutor, rows: Sequence[int], batch: npt.NDArray[Any], rounds: int = _ROUNDS
 ) -> list[float]:
-    """Return the microseconds of batches that run on `rows` in turns, copies to and fro included."""
+    """Return the microseconds of batches that run on `rows` in turn, including copies in both directions."""
     took_us = []
     for number in range(_WARM_UP + rounds):
         began_ns = time.perf_counter_ns()
@@ -221,7 +221,7 @@ def _execute_us(
 
 
 def _replay_us(ways: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> list[float]:
-    """Return each way's median microseconds on the device, replayed in turns as CUDA graphs."""
+    """Return each way's median microseconds on the device, replayed in turn as CUDA graphs."""
     graphs = [_captured(way, x) for way in ways]
     took_ms = np.empty((_WARM_UP + _ROUNDS, len(graphs)))
     for number in range(len(took_ms)):
@@ -254,8 +254,8 @@ def _event() -> torch.cuda.Event:
 
 
 def _first_us(supernet: Supernet) -> npt.NDArray[np.float64]:
-    """Return the times of subnets' first actuations, their statistics' arrival on the device included."""
-    supernet.host(supernet.subnets)  # none is prepared now but the first
+    """Return the times of subnets' first actuations, including the copy of their statistics."""
+    supernet.host(supernet.subnets)  # now only the first is prepared
     torch.cuda.synchronize()
     taken = []
     for row in range(1, len(supernet.subnets)):

@@ -1,8 +1,8 @@
 """Where a query's time in the router goes: the core and the wire in this process, without sockets.
 
 Bytes in, bytes out, on a virtual clock: QUERIES of some clients arrive at a steady rate, GPUs that
-take their profiled time answer, and each stage of each pass is timed with the real clock. What the
-operating system and ZeroMQ add is measured live, by `make bench`.
+take their profiled time answer, and each stage of each pass is timed with the real clock. `make bench`
+measures live what the operating system and ZeroMQ add.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 STAGES = ("decode", "admit", "decide", "direct", "finish", "answer")
 """In the order of a query's life: QUERIES and DONE to messages, queries to the queue, the queue to
 batches, batches to DIRECTIVE, reports to ends, ends to RESULTS."""
-_TRANSIT_NS = MS // 5
-_FAR_NS = 3_600_000 * MS
+_TRANSIT_NS = MS // 5  # one way, as on a local network
+_FAR_NS = 3_600_000 * MS  # queries that only wait must not expire during the measurement
 _PAYLOAD = bytes(64)
 
 
 @dataclass(frozen=True, slots=True)
 class PathShape:
-    """What the router is confronted with.
+    """The load on the router.
 
     Attributes:
-        n_waiting: Queries that wait all the time, with deadlines that never come.
+        n_waiting: Queries that always wait, with deadlines that never come.
         gpus_per_process: GPUs of one worker process.
     """
 
@@ -62,7 +62,7 @@ class PathShape:
 
 @dataclass(frozen=True, slots=True)
 class PathCost:
-    """What it took.
+    """The cost.
 
     Attributes:
         stages_us: Microseconds a query, by stage.
@@ -78,7 +78,7 @@ class PathCost:
 
     @property
     def total_us(self) -> float:
-        """All stages."""
+        """Sum of all stages."""
         return sum(self.stages_us.values())
 
 
@@ -117,7 +117,7 @@ class _Path:
         self._refill()
 
     def _refill(self) -> None:
-        """Let as many queries wait as the shape says; GPUs that are free take some of them."""
+        """Keep as many queries waiting as the shape requires; free GPUs take some of them."""
         taken_ns = dict(self.taken_ns)
         while (missing := self.shape.n_waiting - len(self.core.queue)) > 0:
             self._receive(self._message(min(missing, 32), _FAR_NS))
@@ -156,7 +156,7 @@ class _Path:
         self.taken_ns["admit"] += time.perf_counter_ns() - decoded
 
     def _finish(self) -> None:
-        """Let every batch that is due end; a process tells of all of its own in one message."""
+        """End every batch that is due; each process reports all of its batches in one message."""
         while self._under_way and self._under_way[0][0] <= self.now_ns:
             at_ns, batch = self._under_way.popleft()
             self._processes[batch.worker.peer.key].receive(batch, at_ns)
@@ -214,7 +214,7 @@ def _gpus(profile: Profile, n: int) -> PlayedGpus[Batch]:
 
 
 def path_cost(shape: PathShape, n_queries: int) -> PathCost:
-    """Return what a query costs in the router, beside sockets; `n_queries` a multiple of a message's."""
+    """Return what a query costs in the router without sockets; `n_queries` a multiple of a message's."""
     path = _Path(shape)
     path.run(n_queries // 4)  # warm up: caches, and the estimates of the core
     path.taken_ns = dict.fromkeys(STAGES, 0)

@@ -1,4 +1,4 @@
-"""One figure of the benchmarks, and the machine it was measured on."""
+"""One figure of the benchmarks, and the machine that it was measured on."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 
 
 class SkippedError(Exception):
-    """A row cannot be measured here; the text says why."""
+    """A row cannot be measured here; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """One figure: the fields of its file, but for machine and date.
+    """One figure: the fields of its file, except machine and date.
 
     Attributes:
         name: The file's name without .json.
         value: None if nothing was found.
         unit: Of the value and the reference.
-        reference: What it is held against.
+        reference: What it is compared with.
         reference_value: None if nothing was found.
         conditions: How it was measured.
-        noise_p99_9_ms: What the noise probe saw meanwhile; None where none ran.
+        noise_p99_9_ms: The noise probe's p99.9 meanwhile; None if none ran.
     """
 
     name: str
@@ -57,7 +57,7 @@ class BenchRow:
 
 @functools.cache
 def machine() -> str:
-    """Return what was measured on, in words: processor, cores, system, Python."""
+    """Return the machine in words: processor, cores, system, Python."""
     model = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -12,16 +12,16 @@ from profiles.table import load_profile
 RATE_QPS = 7_000.0
 N_GPUS = 8
 MUST_X = 20.0
-"""What the simulator must reach at this rate and so many GPUs."""
+"""What the simulator must reach at this rate and this number of GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What a simulation took.
+    """The cost of a simulation.
 
     Attributes:
         x_realtime: Seconds simulated for each second of CPU time.
-        attainment: Of the run, lest a run that refuses everything count as fast.
+        attainment: Of the run, because refusing everything would be fast.
         us_per_query: CPU time.
     """
 
@@ -37,7 +37,7 @@ def speed(
 ) -> Speed:
     """Simulate Poisson arrivals on the modelled CNN profile, and return how fast that was.
 
-    CPU time, not the wall clock's: on a shared machine that says what a processor of one's own would take.
+    In CPU time, not wall-clock time: on a shared machine that is what a dedicated processor would take.
     """
     trace = load_trace(f"poisson:rate={rate_qps:g}", duration_s=seconds)
     cluster = [load_profile("cnn-8gpu-modelled")] * n_gpus
@@ -50,5 +50,5 @@ def speed(
 
 
 def fastest(*, seconds: float, n_times: int = 3) -> Speed:
-    """Return the fastest of a few simulations: whatever else this machine does only slows them down."""
+    """Return the fastest of a few simulations, because other load on the machine only slows them down."""
     return max((speed(seconds=seconds) for _ in range(n_times)), key=lambda found: found.x_realtime)

@@ -38,8 +38,8 @@ PROFILE = "ofa-resnet50-pareto"
 
 N_RESIDENT, N_EXTRACTED, N_HOSTED = 32, 6, 500
 _PIXELS = 224
-_ROUNDS = {1: 24, 16: 4}  # by batch size, of each subnet and way to run it
-_CALIBRATION_PIXELS = 32  # statistics are as long whatever the images show
+_ROUNDS = {1: 24, 16: 4}  # by batch size, for each subnet and way to run it
+_CALIBRATION_PIXELS = 32  # statistics have the same size for any image
 
 HAND_MADE = {"ResNet-18": (2, 2, 2, 2), "ResNet-34": (3, 4, 6, 3), "ResNet-50": (3, 4, 6, 3),
              "ResNet-101": (3, 4, 23, 3)}  # fmt: skip
@@ -68,7 +68,7 @@ def resnet_parameters(name: str) -> int:
 
 
 def _conv(inputs: int, outputs: int, kernel_size: int) -> int:
-    """Return the parameters of a convolution without bias and the scale and shift behind it."""
+    """Return the parameters of a convolution without bias, and of the scale and shift after it."""
     return inputs * outputs * kernel_size**2 + 2 * outputs
 
 
@@ -84,14 +84,14 @@ def n_bytes(model: torch.nn.Module) -> int:
 
 
 class _Ratios(NamedTuple):
-    """How long one subnet takes in place over on its own, at one batch size; medians over rounds."""
+    """How long one subnet takes in place compared with extracted, at one batch size; medians over rounds."""
 
     views: float
     packed: float
 
 
 class SubnetAct:
-    """Measures one row: each makes the supernet anew, since some give up a part of it."""
+    """Measures one row each; each builds a new supernet, because some rows drop a part of it."""
 
     @functools.cached_property
     def supernet(self) -> Supernet:
@@ -108,7 +108,7 @@ class SubnetAct:
         return tuple(Subnet(row.name, row.control) for row in load_profile(PROFILE).subnets)
 
     def actuation(self) -> BenchRow:
-        """Actuate random subnets of the resident 32, each with statistics of its own; p99.
+        """Actuate random subnets of the resident 32, each with its own statistics; p99.
 
         The reference is what actuation replaces: reading the middle subnet's checkpoint from disk.
         """
@@ -127,7 +127,7 @@ class SubnetAct:
         return BenchRow("actuation_us", p99_ns / 1e3, "us", "the subnet read from disk", load_us, conditions)
 
     def actuated_over_extracted(self) -> BenchRow:
-        """Run the smallest, the middle and the largest subnet in place and on their own; the worst ratio."""
+        """Run the smallest, the middle and the largest subnet in place and extracted; the worst ratio."""
         self.supernet.host(self.pareto)
         self.supernet.trim(_images(1))
         found: dict[str, float] = {}
@@ -143,9 +143,9 @@ class SubnetAct:
         return BenchRow("actuated_over_extracted", found["views_batch_1"], "x", "budget", 1.6, conditions)
 
     def memory_ratio(self) -> BenchRow:
-        """Bytes of six subnets on their own over the supernet's with 32 resident, as a worker holds it.
+        """Bytes of six extracted subnets over the supernet's with 32 resident, as a worker holds it.
 
-        A worker trims it to what its subnets use; whole, it could host any other as well.
+        A worker trims the supernet to what its subnets use; whole, it could host any other subnet too.
         """
         chosen = [control_of(self.pareto[row]) for row in evenly(len(self.pareto), N_EXTRACTED)]
         alone = sum(n_bytes(extracted(control)) for control in chosen)
@@ -175,7 +175,7 @@ class SubnetAct:
         return [self.pareto[row] for row in evenly(len(self.pareto), N_RESIDENT)]
 
     def _host(self, subnets: Sequence[Subnet]) -> Supernet:
-        """Host subnets, each with statistics of its own, and prepare as many as stay resident."""
+        """Host subnets, each with its own statistics, and prepare as many as stay resident."""
         images = torch.randn(2, 3, _CALIBRATION_PIXELS, _CALIBRATION_PIXELS)
         supernet = self.supernet
         supernet.host(subnets)
@@ -184,7 +184,7 @@ class SubnetAct:
         return supernet
 
     def _ratios(self, row: int, x: torch.Tensor, rounds: int) -> _Ratios:
-        """Run one subnet by views, packed and extracted in turns; compare within each round."""
+        """Run one subnet by views, packed and extracted in turn; compare within each round."""
         alone = extracted(control_of(self.pareto[row])).eval()
         alone = alone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
         packed = copy.deepcopy(self.supernet)
@@ -202,15 +202,15 @@ class SubnetAct:
 
 
 def _resident_memory(supernet: Supernet) -> MemoryReport:
-    """Return what a supernet weighs once all its subnets have run."""
+    """Return the memory of a supernet once all its subnets have run."""
     for row in range(len(supernet.subnets)):
         actuate(supernet, row)
     return supernet.memory()
 
 
 def _first_us(supernet: Supernet) -> float:
-    """Return the median time of a subnet's first actuation, when its statistics become views."""
-    supernet.host(supernet.subnets)  # none is prepared now but the first
+    """Return the median time of a subnet's first actuation, which makes views of its statistics."""
+    supernet.host(supernet.subnets)  # now only the first is prepared
     taken = []
     for row in range(1, len(supernet.subnets)):
         began_ns = time.perf_counter_ns()

@@ -222,7 +222,7 @@ def test_a_role_that_does_not_end_is_killed(host: OneHost) -> None:
     )
     host.state("one", "RUNNING")
     host.ask("stop", role="one")
-    assert "did not end in time when told to stop, and was killed" in host.state("one", "STOPPED")["why"]
+    assert "did not end in time when asked to stop, and was killed" in host.state("one", "STOPPED")["why"]
 
 
 def test_a_role_that_leaves_stays_away(host: OneHost) -> None:

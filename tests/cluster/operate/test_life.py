@@ -32,7 +32,7 @@ def finish(command: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def is_well(here: Machine) -> bool:
-    """Tell whether `cluster status` finds nothing wrong."""
+    """Return whether `cluster status` finds nothing wrong."""
     return here.run("status")[0] == 0
 
 
@@ -270,7 +270,7 @@ def test_a_launcher_that_is_killed_before_its_keeper_begins_leaves_nothing(
 
 
 def test_a_cluster_that_starts_can_be_stopped_from_elsewhere(here: Machine) -> None:
-    """`up` says that it was told to stop, and `down` that it stopped it."""
+    """`up` reports that it was asked to stop, and `down` that it stopped it."""
     here.fault("gpu_worker", HANG)
     launcher = here.start("up", *EMULATE)
     here.until(lambda: here.pid("worker-0") is not None)
@@ -282,7 +282,7 @@ def test_a_cluster_that_starts_can_be_stopped_from_elsewhere(here: Machine) -> N
 
     code, output = finish(launcher)
     assert code == 1
-    assert "it was told to stop" in output
+    assert "it was asked to stop" in output
     assert here.processes() == []
     assert here.files() == set()
 

@@ -77,7 +77,7 @@ def test_drained_is_away_until_it_is_asked_back(here: Machine) -> None:
     code, output = here.run("drain", "worker-0")
     assert (code, "worker-0: has ended already (STOPPED)" in output) == (0, True), output
     code, output = here.run("status")
-    assert (code, "worker-0: STOPPED: ended as told, with exit code 0" in output) == (1, True), output
+    assert (code, "worker-0: STOPPED: ended as asked, with exit code 0" in output) == (1, True), output
     code, output = here.run("drain", "worker-O")
     assert (code, "did you mean worker-" in output) == (1, True), output
 

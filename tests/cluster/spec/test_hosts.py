@@ -244,7 +244,7 @@ HOSTS
 
 router: {host: a}
 hosts: [{name: a, workers: 1, address: serve@10.0.0.1}]
-=> 2: hosts[0].address: expected an address alone, got 'serve@10.0.0.1'; `user:` of a host says who logs in
+=> 2: hosts[0].address: expected an address alone, got 'serve@10.0.0.1'; `user:` is the name to log in as
 
 router: {host: a}
 hosts: [{name: a, workers: 1, address: -oProxyCommand=x}]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class DropsRedispatch(Ledger):
-    """Forgets to queue again what a lost worker held: it stays in flight, in nobody's hands."""
+    """Forgets to queue again what a lost worker held: it stays in flight, but in no worker's batch."""
 
     def _requeue(self, cohort: Cohort, i: int) -> None:
         holders = cohort.holders = cohort.holders or {}
@@ -138,7 +138,7 @@ class TakesTooMany(Admission):
 
 
 MUTANTS: dict[str, tuple[Callable[..., RouterCore], str]] = {
-    "re-dispatch dropped": (partial(RouterCore, ledger=DropsRedispatch), "in nobody's hands"),
+    "re-dispatch dropped": (partial(RouterCore, ledger=DropsRedispatch), "in no worker's batch"),
     "answered twice": (partial(RouterCore, ledger=AnswersTwice), "was answered twice"),
     "expired work dispatched": (
         partial(RouterCore, dispatcher=DispatchesExpired),
@@ -150,7 +150,7 @@ MUTANTS: dict[str, tuple[Callable[..., RouterCore], str]] = {
     ),
     "credit ignored": (partial(RouterCore, fleet=SendsOnNoCredit), "a GPU was sent 3 batches"),
     "old lives trusted": (partial(RouterCore, fleet=TrustsOldLives), "epoch .* is over"),
-    "expiry told late": (partial(RouterCore, dispatcher=TellsLate), "expired in the queue and was told"),
+    "expiry told late": (partial(RouterCore, dispatcher=TellsLate), "expired in the queue, answered"),
     "bound ignored": (partial(RouterCore, admission=TakesTooMany), "more queries than --max-queries"),
 }
 """How each core is built, and what the checker says of it."""

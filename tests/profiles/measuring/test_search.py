@@ -105,7 +105,7 @@ def test_a_search_draws_the_ofa_stem_as_it_is() -> None:
 
 
 def dominates(one: Floats, other: Floats) -> bool:
-    """Tell whether `one` is as low everywhere, and lower somewhere."""
+    """Return whether `one` is as low everywhere, and lower somewhere."""
     return bool((one <= other).all() and (one < other).any())
 
 

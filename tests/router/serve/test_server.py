@@ -170,7 +170,7 @@ def emulated_argv(router: RoleProcess, name: str) -> list[str]:
 
 
 def served(client: Peer, query_id: int) -> bool:
-    """Tell whether a good query still gets its output."""
+    """Return whether a good query still gets its output."""
     client.send(queries(query_id))
     return client.results() == {query_id: Status.OK}
 
@@ -186,7 +186,7 @@ def test_whoever_has_not_said_hello_is_told_to(shared: RoleProcess, net: Net, po
     peer.send(message)
 
     refused = peer.control(Kind.REFUSED)
-    assert (refused["code"], refused["reason"]) == ("say-hello", "this router does not know you: say HELLO")
+    assert (refused["code"], refused["reason"]) == ("say-hello", "the router has no HELLO from you: send one")
 
 
 @pytest.mark.parametrize("port", ["client", "worker"])
@@ -414,7 +414,7 @@ def mangled(rng: random.Random, messages: list[list[Buffer]]) -> list[bytes]:
 
 
 def is_order(frame: bytes) -> bool:
-    """Tell whether it is a DRAIN: an operator's, which would end the test's router as it should."""
+    """Return whether it is a DRAIN: an operator's, which would end the test's router as it should."""
     return frame[3:4] == bytes([Kind.DRAIN])
 
 
