@@ -87,8 +87,9 @@ class Due:
             work = get(bucket)
             if work is not None:
                 left -= work
-                # On average what is in a bucket is due in its middle.
-                found.append(((bucket << _FINE) + _HALF_FINE, total - left))
+                # On average what is in a bucket is due in its middle; in the first one the head is known.
+                # With the middle there too, 1 in 100 queues of one message had a query that came too late.
+                found.append(((bucket << _FINE) + _HALF_FINE if found else head_ns, total - left))
             bucket += 1
         if left:
             self._add_far(found, end >> (_COARSE - _FINE), left)

@@ -106,7 +106,7 @@ def test_a_row_below_the_heads_floor_is_raised_to_it() -> None:
 
 
 def test_what_does_not_fit_is_refused_as_ever() -> None:
-    """Where the smallest row that satisfies the head is too slow, it ends INFEASIBLE, with its slack."""
+    """Where the smallest row that satisfies the head is too slow for it, it ends INFEASIBLE."""
     world = make_world(Choice(99, 1))
     served = world.submit(36)
     refused = world.submit(4.5, min_accuracy=[80.0])  # alone 4.78 ms

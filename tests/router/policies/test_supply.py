@@ -19,7 +19,7 @@ FULL = 16 / CNN.latency_p99_ns(0, 16)
 
 
 class Model(RuleBasedStateMachine):
-    """GPUs begin and end batches, overrun, hang, change pace and stop, beside what each is known to do."""
+    """GPUs begin and end batches, overrun, hang and change their pace, beside what each is known to do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ TestSupply = Model.TestCase
 
 @pytest.mark.parametrize(("slowdown", "place"), [(1.0, 16), (2.0, 16), (3.0, 8), (12.0, 1), (13.0, 0)])
 def test_a_pace_is_that_of_the_largest_batch_within_the_limit(slowdown: float, place: int) -> None:
-    """18 ms hold 16 queries at twice 7.57 ms, 8 at three times 4.31 ms, and none at 13 times 1.47 ms."""
+    """18 ms hold 16 queries at twice the profile's 7.57 ms, 8 at 3 times 4.31 ms, none at 13 times 1.47."""
     pace = GpuPace()
     pace.set(CNN, slowdown, LIMIT_NS)
     assert pace.place == place
