@@ -37,7 +37,7 @@ def spikes(n: int, *, every_ms: int = 400, duration_ms: int = 2_300) -> Trace:
 
 
 def test_spikes_are_served_without_giving_up_accuracy_between_them() -> None:
-    """200 at once on eight idle GPUs: as many in time as if all were on the smallest subnet, at 78 % and more."""
+    """200 at once on eight idle GPUs: as many in time as on the smallest subnet, at 78 % and more."""
     ours, cheapest = (simulate(spikes(200), EVEN, policy=name) for name in ("planfit", "mincost"))
     assert attainment(ours) >= attainment(cheapest) - 0.0005
     assert (ours.result.mean_accuracy or 0) > 78
@@ -51,7 +51,7 @@ def test_spikes_near_what_the_cluster_can_do_are_served_on_small_subnets() -> No
 
 
 def test_floors_are_packed() -> None:
-    """A third of 4,500 q/s at the largest subnet is in time, where batches that draw others in lose a tenth."""
+    """A third of 4,500 q/s at the largest subnet is in time; batches that draw others in lose a tenth."""
     trace = load_trace("poisson:rate=4500", duration_s=0.6, seed=1)
     workload = mixed_workload(trace, [(36 * MS, 1.0)], (80.0, 1 / 3), seed=1)
     ours, theirs = (simulate(workload, EVEN, policy=name) for name in ("planfit", "demandfit"))
