@@ -25,7 +25,8 @@ _GUARD = "superserve/roles/command.py"
 _USAGE = re.compile(r"Usage: [^\n]*\n(?:  [^\n]*\n)*Try [^\n]*\n\n(?=Error: )")
 _TEMPORARY = re.compile(r"\.part$|\.tmp$|^tmp[a-z0-9_]{6,}$|^\.|~$|superserve-")
 _KEPT = "home/.local"
-_OF_LIBRARIES = "OpenBLAS "  # it prints, and ends the process or has it interrupted
+_OF_LIBRARIES = ("OpenBLAS ", "Could not save font_manager cache")
+"""What libraries print by themselves; the first ends the process, or has it interrupted."""
 _LOG_LINE = re.compile(r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\s+[\d.]+ s  \w)")
 """Of a server, and of a command that says how far it is."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,18 @@ def test_no_threads_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"ZeroMQ needs 2 threads, .*`ulimit -u`"):
         context.new_context()
     assert not started[0].is_alive()
+
+
+def test_few_descriptors_are_an_error() -> None:
+    """Named with the limit, in every role: without, it shows as an error of some call or an abort."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n_open = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 4, before[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"ZeroMQ: needs 16 file descriptors, .* `ulimit -n`"):
+            context.new_context()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_threads_that_were_tried_are_gone() -> None:

@@ -192,3 +192,22 @@ def test_a_key_that_cannot_be_written_leaves_no_part(tmp_path: Path, monkeypatch
     with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
         keys.make_ring(tmp_path / "keys")
     assert not [path for path in (tmp_path / "keys").rglob("*") if path.is_file()]
+
+
+def test_a_ring_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its last file cannot be written the first goes too: else the next try finds a router's key."""
+    written: list[int] = []
+    sync = os.fsync
+
+    def full_after_two(fd: int) -> None:
+        written.append(fd)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(fd)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", full_after_two)
+        with pytest.raises(ConfigError, match=r"operator.key: cannot be written: No space left"):
+            keys.make_ring(tmp_path / "keys")
+    assert not [path for path in (tmp_path / "keys").rglob("*") if path.is_file()]
+    assert len(keys.make_ring(tmp_path / "keys")) == 4
