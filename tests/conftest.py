@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.effort import QUICK
 from tests.paths import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 settings.register_profile("superserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("quick", settings.get_profile("superserve"), max_examples=QUICK)
+settings.register_profile("quick", settings.get_profile("superserve"), max_examples=25)
 # For `make mutants`: the same examples each time, and none made smaller, since only whether one fails counts.
 settings.register_profile(
     "mutants",

@@ -1,11 +1,8 @@
-"""How many examples a property is tried with: all of them, or a quarter while others wait for the result."""
+"""How many examples a property is tried with: a quarter under `make test` and `make check`, else all."""
 
 from __future__ import annotations
 
 from hypothesis import settings
-
-QUICK = 25
-"""Percent, under `make test` and `make check`; `make test-full` tries all."""
 
 
 def examples(n: int) -> int:

@@ -234,6 +234,7 @@ def test_errors_are_relative() -> None:
     assert relative_errors(model, COSTS, np.full((len(COSTS), 1), 2.0)) == pytest.approx(0.5)
 
 
+@example(values=[999.9999999999999, 1000.0, -25.0], n=2)
 @given(values=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30), n=st.integers(2, 12))
 def test_a_spread_holds_the_ends(values: Sequence[float], n: int) -> None:
     """As many places as asked for or there are, each once, ascending, with the least and the greatest."""
