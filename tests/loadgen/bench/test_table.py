@@ -38,12 +38,6 @@ def probe(rate_qps: float, *, holds: bool, noise_ns: int = 0) -> Probe:
     return Probe(rate_qps, share=1.0 if holds else 0.5, holds=holds, noise_ns=noise_ns)
 
 
-def children_left() -> list[psutil.Process]:
-    """Return this process's children, without those of other tests: what forks commands stays."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if not any("tests.warm" in word for word in child.cmdline())]
-
-
 @given(limit_qps=rates, start_qps=rates)
 def test_the_search_comes_as_close_as_its_tolerance(limit_qps: float, start_qps: float) -> None:
     """Of a limit within the bounds it finds a rate below it, at most 5 % away, wherever it starts."""
@@ -181,7 +175,7 @@ def test_small_clients_are_offered_and_answered() -> None:
 
     assert 0 < echoed.share <= 1
     assert 0 < served.share <= 1
-    assert children_left() == []
+    assert psutil.Process().children(recursive=True) == []
 
 
 @pytest.mark.timeout(180)
@@ -210,7 +204,7 @@ def test_a_row_is_measured_end_to_end_and_leaves_no_process(tmp_path: Path) -> N
     assert written["value"] > 0
     assert written["reference_value"] > 0
     assert written["conditions"]["gpus"] == 8
-    assert children_left() == []
+    assert psutil.Process().children(recursive=True) == []
 
 
 @pytest.mark.e2e
@@ -236,4 +230,4 @@ def test_queries_through_a_client_are_offered_and_answered(target: str) -> None:
     found = bench.Bench(0.5, lambda _: None)._offer_client(target, 300.0, 0.5)
 
     assert 0 < found.share <= 1
-    assert children_left() == []
+    assert psutil.Process().children(recursive=True) == []
