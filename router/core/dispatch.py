@@ -232,8 +232,8 @@ class Dispatcher:
                 return choice
         self.n_wrong += 1
         self._complain(choice, worker)
-        fits = profile.largest_batch(queue.head_floor, usable_slack_ns(queue, self._worker_view, now_ns))
-        return None if fits is None else Choice(queue.head_floor, fits)
+        largest = profile.largest_batch(queue.head_floor, usable_slack_ns(queue, self._worker_view, now_ns))
+        return None if largest is None else Choice(queue.head_floor, largest)
 
     def _complain(self, wrong: object, worker: Worker) -> None:
         """Name a policy whose answer is wrong, once."""

@@ -147,14 +147,14 @@ class Correction:
         n: Batches measured since the last surprise.
     """
 
-    __slots__ = ("_differs", "_is_slow", "_n_all", "n", "overall")
+    __slots__ = ("_differs", "_is_known", "_is_slow", "n", "overall")
 
     def __init__(self, n_subnets: int) -> None:
         self.overall = 1.0
         self._differs = [1.0] * n_subnets
         self.n = 0
-        self._n_all = 0
         self._is_slow = False
+        self._is_known = False  # more than the first batches have been measured, ever
 
     def of_subnet(self, subnet: int) -> float:
         """Return measured over profiled latency of `subnet`."""
@@ -172,7 +172,6 @@ class Correction:
     def measure(self, subnet: int, ratio: float) -> None:
         """Add the ratio of one batch."""
         n = self.n = self.n + 1
-        self._n_all += 1
         if ratio > _AS_PROFILED:
             self._is_slow = True
         if not _LEAST <= ratio <= _MOST:
@@ -182,7 +181,9 @@ class Correction:
             return
         if n <= _N_FIRST:
             step = min(step, _FIRST_FAR)
-        elif step > _SURPRISE:
+        else:
+            self._is_known = True
+        if n > _N_FIRST and step > _SURPRISE:
             # A hiccup, or the device has become another: the next batches tell, and weigh as the first did.
             step = min(step, _FAR)
             self.n = 0
@@ -197,7 +198,7 @@ class Correction:
         """Move each slowdown an eighth of the way back to 1; half of it while few batches were measured."""
         if not self._is_slow:
             return
-        part = _EASE if self._n_all > _N_FIRST else _FIRST_EASE
+        part = _EASE if self._is_known else _FIRST_EASE
         self.overall -= max(0.0, self.overall - 1.0) * part
         self._differs = [ratio - max(0.0, ratio - 1.0) * part for ratio in self._differs]
         self._is_slow = max(self.overall, *self._differs) > _AS_PROFILED

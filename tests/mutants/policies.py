@@ -8,12 +8,20 @@ _POLICIES = "router/policies/__init__.py"
 _ROUTER = "router/core"
 _POLICY = "router/policies"
 _DEMANDFIT = "router/policies/demandfit.py"
+_PLANFIT = "router/policies/planfit.py"
 
 _PRICES = ("tests/router/policies/test_demandfit.py",)
 _WORTH = ("tests/router/policies/test_worth.py",)
 _CAPACITY = ("tests/router/core/test_capacity.py",)
 _RATES = ("tests/router/policies/test_demand.py",)
 _BUCKETS = ("tests/router/policies/test_slackfit.py",)
+_DUE = ("tests/router/policies/test_due.py",)
+_LANES = ("tests/router/core/test_lanes.py",)
+_SURGES = ("tests/router/policies/test_surge.py",)
+_PACES = ("tests/router/policies/test_supply.py",)
+_FLEET = ("tests/router/core/test_supply.py",)
+_PLANS = ("tests/router/policies/test_planfit.py",)
+_WRONG = ("tests/router/core/test_wrong_choices.py",)
 _OTHERS = ("tests/router/policies/test_baselines.py",)
 
 POLICIES = (
@@ -153,6 +161,253 @@ POLICIES = (
         "if w.machine.state is WorkerState.READY]",
         "]",
         _CAPACITY,
+    ),
+    # --- what plans are made from ------------------------------------------------------------
+    Mutant(
+        "what is due far ahead is not counted",
+        "router/policies/due.py",
+        "        if left:\n            self._add_far(",
+        "        if left < 0:\n            self._add_far(",
+        _DUE,
+    ),
+    Mutant(
+        "far buckets begin too early",
+        "router/policies/due.py",
+        "end >> (_COARSE - _FINE), left)",
+        "(end >> (_COARSE - _FINE)) - 1, left)",
+        _DUE,
+    ),
+    Mutant(
+        "the head is due in the middle of its bucket",
+        "router/policies/due.py",
+        " if found else head_ns,",
+        ",",
+        _DUE,
+    ),
+    Mutant(
+        "a floor weighs nothing more",
+        "router/policies/due.py",
+        "sign * weights[floor if floor < len(weights) else -1]",
+        "sign * UNIT",
+        _DUE,
+    ),
+    Mutant(
+        "floors that are taken stay counted",
+        "router/policies/due.py",
+        "of_floor.get(floor, 0) + sign",
+        "of_floor.get(floor, 0) + abs(sign)",
+        _DUE,
+    ),
+    Mutant(
+        "a message is due as its first query is",
+        "router/policies/due.py",
+        "if first_ns >> _FINE == max(stretch) >> _FINE:",
+        "if True:",
+        _DUE,
+    ),
+    Mutant(
+        "what is taken stays due",
+        "router/core/lanes.py",
+        "            self._length -= n\n            self._deduct(taken)",
+        "            self._length -= n",
+        _LANES,
+    ),
+    Mutant(
+        "what is shed stays due",
+        "router/core/lanes.py",
+        "        self._deduct(taken)\n        return taken\n\n    def _take",
+        "        return taken\n\n    def _take",
+        _LANES,
+    ),
+    Mutant(
+        "what is cancelled stays due",
+        "router/core/lanes.py",
+        "        self.due.remove(cohort, lo, hi)\n        for lane, start, end",
+        "        for lane, start, end",
+        _LANES,
+    ),
+    Mutant(
+        "a packed batch takes floors above its subnet",
+        "router/core/lanes.py",
+        "if lane[1] <= subnet]\n        taken, n",
+        "]\n        taken, n",
+        _LANES,
+    ),
+    Mutant(
+        "a packed batch goes by deadline alone",
+        "router/core/lanes.py",
+        "[lane for lane in allowed if lane[1] > first_above]",
+        "allowed",
+        _LANES,
+    ),
+    Mutant(
+        "a spike on the edge of two slots counts half",
+        "router/policies/surge.py",
+        "sums[i] -= counts[-2 - window]",
+        "sums[i] -= counts[-1 - window]",
+        _SURGES,
+    ),
+    Mutant(
+        "surges are never forgotten",
+        "router/policies/surge.py",
+        "keep = max(0.0, 1.0 - n_slots * slot_ns / _FORGET_NS)",
+        "keep = 1.0",
+        _SURGES,
+    ),
+    Mutant(
+        "a window that has had its most expects it again",
+        "router/policies/surge.py",
+        "least = mosts[3] - sums[3]",
+        "least = mosts[3]",
+        _SURGES,
+    ),
+    Mutant(
+        "less is expected than nothing",
+        "router/policies/surge.py",
+        "return (first, second, third) if first >= 0.0 else (0.0, max(0.0, second), max(0.0, third))",
+        "return (first, second, third)",
+        _SURGES,
+    ),
+    Mutant(
+        "after a gap the windows still hold what came before",
+        "router/policies/surge.py",
+        "            self._sums = [0] * len(WINDOWS)\n            self._ends_ns",
+        "            self._ends_ns",
+        _SURGES,
+    ),
+    Mutant(
+        "a GPU that hangs has less and less of what it takes",
+        "router/policies/supply.py",
+        "while ends and ends[0][0] <= now_ns:",
+        "while False:",
+        _PACES,
+    ),
+    Mutant(
+        "what a GPU ran before is counted with what it runs",
+        "router/policies/supply.py",
+        "        self._busy_paces -= per_ns\n        self._busy_until -= until\n        if",
+        "        if",
+        _PACES,
+    ),
+    Mutant(
+        "a GPU too slow for any batch counts as one query at a time",
+        "router/policies/supply.py",
+        "            self.per_ns = self.place = 0\n            return\n        self.place = size",
+        "            size = 1\n        self.place = size",
+        _PACES,
+    ),
+    Mutant(
+        "a slow GPU counts by its profile",
+        "router/policies/supply.py",
+        "(profile.latency_p99_ns(0, size) * slowdown))",
+        "profile.latency_p99_ns(0, size))",
+        _PACES,
+    ),
+    Mutant(
+        "entries that no policy reads are kept for ever",
+        "router/policies/supply.py",
+        "if len(self._ends) > self._ends_at_most:",
+        "if False:",
+        _PACES,
+    ),
+    Mutant(
+        "a GPU found to be slow waits for the heartbeat",
+        "router/core/fleet.py",
+        "and worker.pace.is_stale(worker.slowdown)",
+        "and False",
+        _FLEET,
+    ),
+    Mutant(
+        "a GPU that drains counts again when its batch ends",
+        "router/core/fleet.py",
+        "and worker.machine.state is WorkerState.READY  # one that drains counts for nothing",
+        "and True",
+        _FLEET,
+    ),
+    Mutant(
+        "a GPU that drains keeps its pace",
+        "router/core/fleet.py",
+        "                worker.pace.stop()",
+        "                pass",
+        _FLEET,
+    ),
+    Mutant(
+        "a batch leaves nothing to the queue behind it",
+        _PLANFIT,
+        "                if longest_ns < most_ns:\n                    most_ns = int(longest_ns)",
+        "                pass",
+        _PLANS,
+    ),
+    Mutant(
+        "what a batch serves is not taken off the plan", _PLANFIT, "left = n - served", "left = n", _PLANS
+    ),
+    Mutant(
+        "the other GPUs serve nothing",
+        _PLANFIT,
+        "room_ns = others * until_ns - lost_ns",
+        "room_ns = 0.0",
+        _PLANS,
+    ),
+    Mutant(
+        "the other GPUs are never busy",
+        _PLANFIT,
+        "max(0.0, supply.busy(now_ns) - lead_ns * supply.rate) * unit_ns",
+        "0.0",
+        _PLANS,
+    ),
+    Mutant("no room is kept for a surge", _PLANFIT, "- _WORST * n * plan.unit_ns", "", _PLANS),
+    Mutant(
+        "a GPU is trusted before it is measured",
+        _PLANFIT,
+        "careful_ns = slack_ns / plan.doubt",
+        "careful_ns = slack_ns",
+        _PLANS,
+    ),
+    Mutant(
+        "doubt refuses the smallest subnet too",
+        _PLANFIT,
+        "most_ns = size.p99_ns[floor]\n            if most_ns > slack_ns:",
+        "most_ns = size.p99_ns[floor]\n            if most_ns > careful_ns:",
+        _PLANS,
+    ),
+    Mutant("a floored head takes whoever is next", _PLANFIT, "above = max(0, row)", "above = None", _PLANS),
+    Mutant(
+        "a few late queries are an overload", _PLANFIT, " or self._saves(queue, slack_ns, plan):", ":", _PLANS
+    ),
+    Mutant("overload is not seen", _PLANFIT, "if plan.budget_ns < plan.unit_ns:", "if False:", _PLANS),
+    Mutant(
+        "the queue has no part in the price of a plan", _PLANFIT, "+ intensity / UNIT * n_gpus", "", _PLANS
+    ),
+    Mutant(
+        "a row below the head's floor is served",
+        "router/core/dispatch.py",
+        "and queue.head_floor <= row < len(profile.subnets)",
+        "and 0 <= row < len(profile.subnets)",
+        _WRONG,
+    ),
+    Mutant(
+        "a batch larger than the profile knows is sent",
+        "router/core/dispatch.py",
+        "and 0 < size <= profile.batch_sizes[-1]",
+        "and 0 < size",
+        _WRONG,
+    ),
+    Mutant(
+        "a wrong answer is logged each time",
+        "router/core/dispatch.py",
+        "        self._named.add(name)\n",
+        "",
+        _WRONG,
+    ),
+    Mutant(
+        "wrong answers are not counted", "router/core/dispatch.py", "        self.n_wrong += 1\n", "", _WRONG
+    ),
+    Mutant(
+        "a policy without demand may shed",
+        "router/core/dispatch.py",
+        "if is_sound and self._model.demand is not None:",
+        "if is_sound:",
+        _WRONG,
     ),
     # --- baselines ---------------------------------------------------------------------------
     Mutant(

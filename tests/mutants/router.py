@@ -381,11 +381,17 @@ CORE = (
     Mutant(
         "a stall of the first batch is kept as long as a slow GPU",
         _ROUTER,
-        "_EASE if self._n_all > _N_FIRST else _FIRST_EASE",
+        "_EASE if self._is_known else _FIRST_EASE",
         "_EASE",
         _SLOW,
     ),
-    Mutant("every batch counts like the first two", _ROUTER, "if n <= _N_FIRST:", "if n <= 99:", _UNITS),
+    Mutant(
+        "every batch counts like the first two",
+        _ROUTER,
+        "step = min(step, _FAR)",
+        "step = min(step, _FIRST_FAR)",
+        _UNITS,
+    ),
     Mutant(
         "noise is a slowdown",
         _ROUTER,

@@ -9,6 +9,7 @@ import pytest
 from router.core.events import DrainWorker
 from router.core.settings import CoreSettings
 from router.policies.demandfit import DemandFit
+from router.policies.planfit import PlanFit
 from router.policies.slackfit import SlackFit
 from superserve.clock import MS
 from superserve.wire import Status
@@ -21,7 +22,8 @@ def storm(seed: int) -> World:
     """Run one seeded storm to its end and return its world; the world asserts as it goes."""
     rng = random.Random(seed)
     settings = CoreSettings(max_queries=rng.choice([30, 300, 200_000]), max_bytes=rng.choice([800, 1 << 20]))
-    policy: type[SlackFit] | type[DemandFit] = DemandFit if rng.random() < 0.5 else SlackFit
+    of_demand: type[DemandFit] | type[PlanFit] = PlanFit if seed % 3 == 0 else DemandFit
+    policy: type[SlackFit | DemandFit | PlanFit] = of_demand if rng.random() < 0.5 else SlackFit
     world = World(settings, make_policy=policy, way_ns=rng.choice([20_000, 200_000, 1_500_000]))
     n_processes = rng.randint(1, 4)
     for k in range(n_processes):

@@ -78,16 +78,15 @@ def test_a_gpu_that_drains_counts_no_more() -> None:
     world = World(make_policy=PlanFit)
     world.join("pair", CNN, CNN)
     served(world)
-    run_at(world, "pair", 1.0)
-    world.processes["pair"].gpus[1].factor = 40.0
-    world.submit(*[400.0] * 40)  # both GPUs hold a batch; the second one's takes a second
+    world.processes["pair"].gpus[1].factor = 2.9
+    world.submit(*[400.0] * 64)  # both GPUs hold a batch; the second one's takes 90 ms
     world.do(DrainWorker("pair", 1))
-    world.run(150)  # its pace has stopped by now
-    check(world)
-    for _ in range(120):
-        world.run(10)
+    world.run(60)  # a heartbeat: its pace has stopped
+    assert world.worker("pair", 1).outstanding
+    while world.worker("pair", 1).outstanding:
+        world.run(1)
         check(world)
-    assert not world.worker("pair", 1).outstanding
+    assert world.worker("pair", 1).machine.state is WorkerState.DRAINING
 
 
 def test_a_gpu_that_overruns_counts_no_more_until_it_answers() -> None:

@@ -64,7 +64,7 @@ WRONG = [
     Choice(0, 1, 0.5),  # type: ignore[arg-type]
     (0, 1),
     "0",
-    Shed(1_000 * MS, 1),  # an instant long past, and no policy without demand may shed
+    Shed(1_000 * MS, 1),  # an instant long past
 ]
 
 
@@ -133,6 +133,15 @@ def test_a_sound_shed_is_carried_out() -> None:
     assert world.statuses(ids) == [Status.OVERLOADED] * 3
     assert complaints(world) == []
     assert world.core.n_wrong_choices == 0
+
+
+def test_a_policy_that_sees_no_demand_may_not_shed() -> None:
+    """Its queue has no lanes to shed from: the head is served."""
+    world = make_world(Shed(10**18, 1))
+    ids = world.submit(*[36.0] * 3)
+    world.run(30)
+    assert world.statuses(ids) == [OK] * 3
+    assert len(complaints(world)) == 1
 
 
 def test_a_long_answer_is_cut() -> None:

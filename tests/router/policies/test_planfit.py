@@ -166,6 +166,9 @@ def test_doubt_does_not_refuse_what_fits() -> None:
     """A head that only the smallest subnet can answer is served on it, measured or not."""
     queue = view_of([1.6], demand_of(300), supply_of(8, 35 * MS))
     assert chosen(queue, idle(2.5)) == Choice(0, 1)
+    # Nor does it make batches of one: four of the smallest take 2.9 ms.
+    queue = view_of([3.5] * 4, demand_of(3_000), supply_of(8, 35 * MS))
+    assert chosen(queue, idle(2.5)) == Choice(0, 4)
 
 
 def test_a_head_with_a_floor_takes_those_of_such_floors_along() -> None:
