@@ -33,6 +33,7 @@ from router.core.events import (
 )
 from router.core.lanes import LaneQueue
 from router.core.workers import Batch, PeerState, WorkerState
+from router.policies.planfit import PlanFit
 from router.policies.slackfit import SlackFit
 from superserve.clock import MS
 from superserve.wire import VARIED, Cancel, Control, Done, DoneRow, Kind, Ping, Pong, Pull, Queries, Status
@@ -52,7 +53,7 @@ TRANSFORMER = load_profile("transformer-8gpu-modelled")
 
 START_NS = 1_000 * MS
 HANGS = 1e9
-"""A batch on a GPU that hangs takes its profiled time this many times: weeks."""
+"""So many times its profiled time a batch takes on a GPU that hangs: weeks."""
 
 
 def pack_u64(ids: Sequence[int]) -> bytes:
@@ -95,7 +96,7 @@ class Gpu(PlayedGpu[Batch]):
     """A fake GPU: the one that is emulated and simulated, which a test may spoil.
 
     Attributes:
-        statuses: The status of every query in its reports; None is OK.
+        statuses: What its reports say of every query; None is OK.
         coming: Directives on their way to it.
     """
 
@@ -236,11 +237,11 @@ class World:
         self.do(CancelAsked(client, Cancel(1, len(ids), pack_u64(ids))))
 
     def leave(self, client: str = "client") -> None:
-        """Disconnect a client."""
+        """Let a client go."""
         self.do(ClientLeft(client))
 
     def kill(self, key: str, *, seen: bool) -> None:
-        """Kill a worker process; `seen` if its connection breaks, otherwise only its silence shows it."""
+        """Kill a worker process; `seen` if its connection breaks, else only silence tells."""
         self.processes[key].alive = False
         if seen:
             self.do(WorkerLeft(key, orderly=False))
@@ -252,7 +253,7 @@ class World:
         return self._advance()
 
     def run(self, duration_ms: float) -> None:
-        """Advance the clock: every event and every wake of the core in its turn."""
+        """Let time pass: every event and every wake of the core in its turn."""
         end_ns = self.now_ns + round(duration_ms * MS)
         while True:
             wake_ns = self.core.next_wake_ns()
@@ -262,30 +263,16 @@ class World:
             )
             if due_ns >= end_ns:
                 break
-            if due_ns > self.now_ns + 1 and self._is_awake_early(due_ns - 1):
-                continue
+            # Where the queue waits for a better worker, a policy that sheds may change its mind meanwhile.
+            if due_ns > self.now_ns + 1 and self.core.dispatcher._awaited is None:
+                early = self.core.advance(due_ns - 1)
+                assert not early, f"due before next_wake_ns: {early}"
             self.now_ns = due_ns
             while self._events and self._events[0][0] <= due_ns:
                 heappop(self._events)[2]()
             self._advance()
         self.now_ns = end_ns
         self._advance()
-
-    def _is_awake_early(self, early_ns: int) -> bool:
-        """Return whether the core acts before the wake that it asked for; only shedding may be a reason.
-
-        A policy that sheds may find a head late while that waits for a better GPU. It does so when it is
-        asked, and need not know in advance when that will be.
-        """
-        waited_ns, self.now_ns = self.now_ns, early_ns
-        early = self._advance()
-        if not early:
-            self.now_ns = waited_ns
-            return False
-        first = early[0]
-        is_shed = isinstance(first, Answer) and first.status is Status.OVERLOADED
-        assert is_shed, f"due before next_wake_ns: {early}"
-        return True
 
     def status(self, query: int, client: str = "client") -> Status | None:
         """Return how a query ended; None if it has not."""
@@ -311,7 +298,7 @@ class World:
         heappush(self._events, (self.now_ns + delay_ns, self._seq, call))
 
     def _poll(self, process: Process, *, at_once: bool = False) -> None:
-        """Send a process's messages that are due, now and whenever it has more."""
+        """Let a process say what is due, and again when it next has something to say."""
         if not process.alive or self.processes.get(process.key) is not process:
             return
         if process.core.next_due_ns() <= self.now_ns:
@@ -324,7 +311,7 @@ class World:
         self._later(process.core.next_due_ns() - self.now_ns, partial(self._poll, process))
 
     def _said(self, process: Process, message: Message) -> None:
-        """Deliver a process's messages to the router."""
+        """Let the router read what a process has said."""
         if not process.alive:
             return
         key = process.key
@@ -337,7 +324,7 @@ class World:
             self.core.handle(Finished(key, message), self.now_ns)
 
     def _hear(self, process: Process, message: Batch | Pong) -> None:
-        """Deliver the router's messages to a process."""
+        """Let a process read what the router has said."""
         if isinstance(message, Batch):
             gpu = process.gpus[message.slot]
             gpu.coming.remove(message)
@@ -372,9 +359,16 @@ class World:
             left = [(head[0], 0)] if (head := queue.head()) is not None else []
         for batch in reversed(batches):
             mine = [_terms(cohort, i) for cohort, lo, hi in batch.stretches for i in range(lo, hi)]
-            may_pass = isinstance(queue, LaneQueue)
-            others = [ns for ns, floor in left if floor <= batch.subnet or not may_pass]
-            assert max(mine)[0] <= min(others, default=max(mine)[0]), "an earlier deadline was left behind"
+            if not isinstance(queue, LaneQueue):
+                pairs = [(mine, left)]
+            elif isinstance(batch.worker.policy, PlanFit):  # packs floors: the order is that within each
+                pairs = [(_of(mine, floor), _of(left, floor)) for floor in {floor for _, floor in mine}]
+            else:
+                pairs = [(mine, [term for term in left if term[1] <= batch.subnet])]
+            for ours, others in pairs:
+                assert max(ours)[0] <= min(others, default=max(ours))[0], (
+                    "an earlier deadline was left behind"
+                )
             left += mine
 
     def _record(self, answer: Answer) -> None:
@@ -416,6 +410,11 @@ class World:
 def _terms(cohort: Cohort, i: int) -> tuple[int, int]:
     """Return a query's deadline and floor."""
     return cohort.deadlines_ns[i], 0 if cohort.floors is None else cohort.floors[i]
+
+
+def _of(terms: Sequence[tuple[int, int]], floor: int) -> list[tuple[int, int]]:
+    """Return those of one floor."""
+    return [term for term in terms if term[1] == floor]
 
 
 def hash_of(key: str) -> int:
