@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-full check bench chaos mutants gate reproduce demo train docs wheel clean
+.PHONY: help install lint style test test-full check bench chaos mutants environments gate reproduce demo train \
+	docs wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -32,25 +33,30 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	@touch $@
 
+# Hundreds of Pythons start in a run: each reads what the first has compiled, whatever the shell says of that.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Files of tests go to processes as wholes, in the order that tests/conftest.py gives them: the longest first.
 # Three on two cores, since many tests wait for processes that they have started.
 JOBS ?= 3
-SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder --hypothesis-profile quick
 
-lint: $(INSTALLED) ## format, lint and types
+lint: style ## format, lint and types
+	$(BIN)/mypy
+
+style: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/mypy --num-workers 2
 
-# pytest comes last, so that its summary is what one reads.
-test: lint ## lint, types and every test that is not slow; some five minutes on two cores
+# mypy is one of the tests: tests/test_types.py.
+test: style ## lint, types and every test that is not slow; some five minutes on two cores
 	$(BIN)/pytest -m "not slow" $(SIDE_BY_SIDE)
 
 # One after the other: what is judged live shall not be slowed down by the next test.
-test-full: $(INSTALLED) ## the slow tests, which `make test` leaves out
-	$(BIN)/pytest -m slow
+test-full: $(INSTALLED) ## what `make test` leaves out: the slow tests, and more examples of each property
+	$(BIN)/pytest -m "slow or hypothesis"
 
-check: lint ## lint, types and the tests that start no process; a minute
+check: style ## lint, types and the tests that start no process; a minute
 	$(BIN)/pytest -m "not slow and not e2e" $(SIDE_BY_SIDE)
 
 bench: $(INSTALLED) ## run the benchmarks; out/bench/*.json and a table
@@ -62,6 +68,9 @@ chaos: $(INSTALLED) ## 10,000 fault schedules through the real core on a virtual
 
 mutants: $(INSTALLED) ## break one line after the other; the unit tests must notice each; some minutes
 	$(BIN)/python -m tests.mutants
+
+environments: $(INSTALLED) ## 1,000 commands in hostile environments; half an hour
+	$(BIN)/python -m tests.environments
 
 # TRACES is a folder with Azure's files, which docs/traces.md says where to find; POLICY is who is judged. Every
 # judgement is listed, so try a policy with `loadgen gate` first: see docs/gate.md.

@@ -11,6 +11,10 @@ import importlib
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 PLAIN = (
     "superserve",
@@ -20,8 +24,6 @@ PLAIN = (
     "superserve.hello",
     "superserve.roles.local",
     "superserve.wire",
-    "superserve.wire.messages",
-    "superserve.wire.versions",
     "router.policies",
     "profiles.table",
     "loadgen.traces.trace",
@@ -51,6 +53,17 @@ WITH_TORCH = (
 def modules() -> tuple[str, ...]:
     """Return the modules that have a page here."""
     return (*PLAIN, *WITH_TORCH) if _is_installed("torch") else PLAIN
+
+
+def loaded(name: str) -> ModuleType:
+    """Import a module, with the public names that it only imports when one asks for them.
+
+    pdoc looks public names up in the module itself, and takes one that is not there for a submodule.
+    """
+    module = importlib.import_module(name)
+    for public in getattr(module, "__all__", ()):
+        getattr(module, public)
+    return module
 
 
 def write(folder: Path, names: tuple[str, ...]) -> None:
@@ -87,7 +100,7 @@ def _bare_constructors(name: str) -> None:
 
     pdoc looks their names up where `collections` made the constructor, and finds none of them.
     """
-    for found in vars(importlib.import_module(name)).values():
+    for found in vars(loaded(name)).values():
         if isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields"):
             found.__new__.__annotations__ = {}
 

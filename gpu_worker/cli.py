@@ -30,7 +30,7 @@ from superserve.hello import WorkerHello
 from superserve.net.context import new_context
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version

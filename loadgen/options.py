@@ -33,7 +33,9 @@ connect = click.option(
 )
 keys = click.option("--keys", envvar=ENVIRONMENT, help="A client's key file, for a router with keys.")
 emulate = click.option("--emulate", metavar="PROFILE:N", help="Use a private router and N emulated GPUs.")
-policy = click.option("--policy", help=f"Of a private or simulated router.  [default: {DEFAULT_POLICY}]")
+policy = click.option(
+    "--policy", help=f"Policy of a private or simulated router.  [default: {DEFAULT_POLICY}]"
+)
 seed = click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 slo_ms = click.option("--slo-ms", type=float, default=36.0, show_default=True, help="From due to deadline.")
 senders = click.option(

@@ -19,8 +19,8 @@ from router.serve.doors import raise_limit
 from router.serve.loop import RouterServer, ServerSettings
 from router.serve.recording import Recorder, replay
 from superserve.clock import MS
-from superserve.errors import ConfigError
-from superserve.roles.commands import plain_errors
+from superserve.errors import ConfigError, SuperServeError
+from superserve.roles.command import plain_errors
 from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
@@ -90,24 +90,30 @@ def cli(
         client_endpoint, worker_endpoint, policy, core, keys=keys, is_open=security == "none"
     )
     metrics = None if metrics_port is None else RouterMetrics()
+    recorder = None
     with ExitStack() as stack:
-        if keys is not None and security == "none":
-            raise ConfigError("--keys and --security none: expected one of them, got both")
-        _check_policy(policy)
-        recorder = None if record is None else Recorder(record, policy, core)
-        if recorder is not None:
-            stack.callback(recorder.close)  # also if nothing is served
-        server = RouterServer(settings, recorder, metrics)
-        where = ""
-        if metrics is not None:
-            exporter = serve_pages(
-                pages(server.core, metrics), address=metrics_address, port=metrics_port or 0
-            )
-            where = stack.enter_context(exporter)
-            sys.setswitchinterval(SWITCH_S)
-        for number in (signal.SIGTERM, signal.SIGINT):  # before any peer can know this router
-            signal.signal(number, lambda *_: server.stop())
-        server.open()
+        try:
+            if keys is not None and security == "none":
+                raise ConfigError("--keys and --security none: expected one of them, got both")
+            _check_policy(policy)
+            recorder = None if record is None else Recorder(record, policy, core)
+            if recorder is not None:
+                stack.callback(recorder.close)  # also if nothing is served
+            server = RouterServer(settings, recorder, metrics)
+            where = ""
+            if metrics is not None:
+                exporter = serve_pages(
+                    pages(server.core, metrics), address=metrics_address, port=metrics_port or 0
+                )
+                where = stack.enter_context(exporter)
+                sys.setswitchinterval(SWITCH_S)
+            for number in (signal.SIGTERM, signal.SIGINT):  # before any peer can know this router
+                signal.signal(number, lambda *_: server.stop())
+            server.open()
+        except SuperServeError:
+            if recorder is not None:
+                recorder.abandon()
+            raise
         _serve(server, where)
 
 

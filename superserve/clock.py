@@ -1,4 +1,4 @@
-"""Clocks: integer nanoseconds from the system's monotonic clock."""
+"""Clocks: integer nanoseconds, from the system's monotonic clock."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ OMITTED = {"omitted": True}
 
 
 class AtLeast(NamedTuple):
-    """The least integer that a field takes; the most is what 64 bits hold."""
+    """The least integer that a field accepts; the most is what 64 bits hold."""
 
     least: int
 

@@ -57,16 +57,19 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its user can read; readers see the old one or the new one, never a part.
+    """Write a file for its user alone, whole: readers find the old one or the new one.
 
     Raises:
         OSError: It cannot be written.
     """
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    new.replace(path)
+    try:
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def write_all(file: IO[bytes], data: bytes | bytearray) -> None:

@@ -63,6 +63,8 @@ class ClientHello(Introduction):
         Raises:
             WireError: The session is missing, or a field is not what it should be.
         """
+        if body.get("role") == "worker":
+            raise WireError("hello: a worker came to the endpoint of clients: expected that of workers")
         return read(cls, _with_range(body), "hello")
 
 
@@ -110,6 +112,8 @@ class WorkerHello(Introduction):
         Raises:
             WireError: A field is missing or not what it should be.
         """
+        if body.get("role") == "client":
+            raise WireError("hello: a client came to the endpoint of workers: expected that of clients")
         given = body.get("name") or name
         where = f"worker {given if isinstance(given, str) else name}"
         n_slots, tables = body.get("n_slots"), body.get("profiles")

@@ -3,23 +3,25 @@
 Processes that tests start find the packages of this checkout, wherever the environment's install points:
 they do not look for them in the working folder (see `superserve.plugins`).
 
-Files whose tests start processes come first: they take longest, and of tests that run side by side the long
-ones must not be the last.
+What takes longest comes first, since of tests that run side by side a long one must not be the last.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.paths import ROOT
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Iterator
 
 settings.register_profile("superserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", settings.get_profile("superserve"), max_examples=25)
 # For `make mutants`: the same examples each time, and none made smaller, since only whether one fails counts.
 settings.register_profile(
     "mutants",
@@ -32,9 +34,21 @@ settings.load_profile("superserve")
 
 _PATHS = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(_PATHS))
+# Hundreds of them start in a run: each reads what the first has compiled, whatever the shell says of that.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Torch on one thread, here and in what tests start: small batches on several wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files with tests that start processes first, in whatever order they are."""
+    """Put mypy first, then the files with tests that start processes; beyond that order is random."""
     longest = {item.path for item in items if item.get_closest_marker("e2e")}
-    items.sort(key=lambda item: item.path not in longest)
+    items.sort(key=lambda item: (item.path.name != "test_types.py", item.path not in longest))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heed_ctrl_c() -> Iterator[None]:
+    """A signal that is ignored stays so in children, and a suite in a shell's background ignores Ctrl-C."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)

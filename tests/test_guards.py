@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import tomllib
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
@@ -138,20 +139,21 @@ def test_no_two_public_classes_share_a_name() -> None:
 
 
 def entry_points() -> set[str]:
-    """Return the modules that are commands: of pyproject.toml, `python -m PACKAGE`, or in STARTED."""
+    """Return the modules that are commands: of pyproject.toml, `python -m PACKAGE`, or in STARTED.
+
+    A `__main__` names the module of its command as text: `run` imports it.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = [*project["scripts"].values()]
     named += [value for group in project["entry-points"].values() for value in group.values()]
     mains = {name for name in MODULES if name.endswith(".__main__")}
-    # `__main__` names the module that it runs, and imports it late: see `superserve.roles.command`.
-    run = {
-        node.args[0].value
+    # Imported by name, inside the guard of `superserve.roles.command`.
+    guarded = {
+        module
         for name in mains
-        for node in ast.walk(tree(name))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "run" and node.args
-        if isinstance(node.args[0], ast.Constant)
+        for module in re.findall(r'run\("([\w.]+)"', MODULES[name].read_text("utf-8"))
     }
-    return {value.partition(":")[0] for value in named} | mains | STARTED | run
+    return {value.partition(":")[0] for value in named} | mains | guarded | STARTED
 
 
 def test_every_module_is_used() -> None:

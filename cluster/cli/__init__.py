@@ -29,7 +29,7 @@ from loadgen.options import profile_and_n
 from superserve.errors import ConfigError
 from superserve.files import check_text
 from superserve.roles import local
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 from superserve.roles.local import DEFAULT_NAME, Liveness
 
 if TYPE_CHECKING:

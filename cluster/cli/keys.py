@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from superserve.net import keys
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 _ROLE = click.Choice(list(keys.FOLDERS))
 

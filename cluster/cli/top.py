@@ -18,7 +18,7 @@ from superserve.errors import ConfigError
 from superserve.net.connection import ask_status
 from superserve.net.keys import ENVIRONMENT
 from superserve.roles import local
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 from superserve.roles.local import DEFAULT_NAME, Liveness
 
 if TYPE_CHECKING:

@@ -136,8 +136,8 @@ class Stopped:
 class SupervisorEngine:
     """A supervisord on each host of a cluster.
 
-    None of its verbs says how a process is started, or where: Slurm, Kubernetes or systemd may stand behind
-    them as well. Each raises RemoteError, naming the host, for what cannot be asked or done.
+    No verb determines how or where a process is started: Slurm, Kubernetes or systemd could implement them
+    as well. Each raises RemoteError, naming the host, if it cannot be done.
 
     Attributes:
         record: What is known about the cluster without asking.

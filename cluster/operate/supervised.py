@@ -43,7 +43,7 @@ class HostFacts:
 
 
 class SupervisedCluster:
-    """A cluster, as its keepers and its router report it. What cannot be done raises a SuperServeError.
+    """A cluster, as its keepers and its router report it; what cannot be done raises a SuperServeError.
 
     Args:
         engine: Reaches its hosts.

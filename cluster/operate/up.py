@@ -242,7 +242,9 @@ class _Hold:
 
 
 def _start(plan: Plan, folder: Path) -> tuple[LocalCluster, RouterStatus]:
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    # What the user has ignored, as nohup does SIGHUP, stays ignored.
+    heard = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, _interrupt) for number in heard}
     try:
         with _Hold(plan, folder) as hold:
             cluster = _ready(hold.engine, plan, folder)
@@ -252,7 +254,8 @@ def _start(plan: Plan, folder: Path) -> tuple[LocalCluster, RouterStatus]:
         folders.forget_unused(folder)
         raise StartError("interrupted; everything has been stopped, and nothing was left behind") from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return replace(cluster, phase=Phase.RUNNING), status
 
 

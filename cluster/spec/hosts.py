@@ -168,7 +168,7 @@ class Hosts:
         metrics: Where Prometheus finds figures.
         ssh_config: A file for `ssh -F`, as an absolute path; None for the user's own.
         log: How much output is kept.
-        standby: A second router. Nothing implements one so far: a file that names one is refused.
+        standby: A second router. Not implemented yet: a file that names one is refused.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT

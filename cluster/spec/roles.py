@@ -14,7 +14,7 @@ from superserve.errors import ConfigError
 Environment = tuple[tuple[str, str], ...]
 """Names and values of variables."""
 Served = tuple[tuple[str, ...], str]
-"""A worker's arguments that say what it serves, and that in words."""
+"""A worker's arguments for what it serves, and that in words."""
 
 OURS_VARIABLE = "SUPERSERVE_HOST_FOLDER"
 """Environment variable of every role: the folder of its cluster on its host."""

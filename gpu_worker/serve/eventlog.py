@@ -16,6 +16,7 @@ to its last whole record.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import struct
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from superserve.clock import MS
 from superserve.errors import ConfigError
 from superserve.fields import read_file
 from superserve.files import write_all
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -104,13 +105,15 @@ class EventLogWriter:
         header: Written before the records.
     """
 
-    __slots__ = ("_buffer", "_file", "_header", "_path")
+    __slots__ = ("_buffer", "_file", "_has_records", "_header", "_is_new", "_path")
 
     def __init__(self, path: Path, header: EventLogHeader) -> None:
         self._path = path
         self._header = header
         self._buffer = bytearray()
         self._file: IO[bytes] | None = None
+        self._is_new = not path.exists()
+        self._has_records = False
 
     def open(self) -> None:
         """Create the file and write its header.
@@ -143,6 +146,7 @@ class EventLogWriter:
         # milliseconds whenever the buffer is full.
         if self._file is None:
             return
+        self._has_records = True
         self._buffer += _PACK(batch_id, started_ns, ended_ns, gpu, subnet, batch_size)
         if len(self._buffer) >= _FLUSH_BYTES:
             self.flush()
@@ -180,6 +184,9 @@ class EventLogWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if self._is_new and not self._has_records and isinstance(error, ConfigError):
+            with contextlib.suppress(OSError):  # it was never to serve: a header alone is no log
+                self._path.unlink()
 
 
 def read_log(path: Path) -> tuple[EventLogHeader, npt.NDArray[np.void]]:

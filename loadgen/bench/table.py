@@ -38,7 +38,7 @@ from loadgen.traces.trace import load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
 from superserve.files import write_whole
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 from superserve.roles.processes import ProcessGroup
 from superserve.wire import Status
 

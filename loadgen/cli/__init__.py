@@ -21,7 +21,7 @@ from loadgen.results.report import load_runs
 from loadgen.results.style import check_installed
 from loadgen.results.tables import check_writable, write_page
 from superserve.files import check_text
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 
 @click.group()

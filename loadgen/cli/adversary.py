@@ -17,7 +17,7 @@ from loadgen.study.adversary.evolve import REFERENCES, Question, evolve
 from loadgen.study.adversary.worst import lines, to_dict, write_worst
 from profiles.table import load_profile
 from router.policies.registry import make_policy
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

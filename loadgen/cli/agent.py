@@ -9,7 +9,7 @@ import click
 
 from loadgen.live.agent import Agent
 from superserve.errors import ConfigError
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 
 @click.command("agent")

@@ -13,7 +13,7 @@ from loadgen.live.run import RunSettings
 from loadgen.results.tables import json_line
 from loadgen.traces.trace import load_trace
 from superserve.clock import MS
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 
 @click.command("calibrate")

@@ -32,7 +32,7 @@ from loadgen.study.compare_live import LiveRun, compare_live
 from loadgen.study.verdict import markdown, verdict_lines, verdicts
 from router.policies.registry import make_policy
 from superserve.errors import ConfigError
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

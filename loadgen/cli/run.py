@@ -26,7 +26,7 @@ from loadgen.results.timeline import recorded
 from loadgen.traces.trace import load_trace
 from superserve.clock import MS
 from superserve.errors import ConfigError
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,7 +22,7 @@ from loadgen.traces.azure import Invocations
 from loadgen.traces.trace import Trace, open_source
 from router.policies.registry import make_policy
 from superserve.errors import ConfigError
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,7 +22,7 @@ from loadgen.traces.trace import load_trace
 from router.policies.registry import make_policy
 from superserve.clock import MS
 from superserve.errors import ConfigError
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,7 @@ import click
 from loadgen import options
 from loadgen.results.tables import check_writable
 from loadgen.traces.cut import Cut, describe, make_trace
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 _DURATION = click.option("--duration", type=float, help="Seconds to draw a spec for.")
 _FUNCTIONS = click.option(

@@ -26,7 +26,7 @@ _OPTIONS = (
     click.option("--faults", "path", type=options.FILE, help="A fault file: see docs/simulator.md."),
     click.option(
         "--jitter-ms", type=click.FloatRange(0, 60_000), default=0.0, show_default=True,
-        help="Each message takes up to so much more.",
+        help="Each message takes up to this much more.",
     ),
     click.option(
         "--clients", type=click.IntRange(1, 10_000), default=1, show_default=True, help="That send.",

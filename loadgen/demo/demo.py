@@ -52,7 +52,7 @@ from profiles.table import load_profile
 from superserve.clock import SECOND, MonotonicClock
 from superserve.errors import ConfigError
 from superserve.files import write_whole
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The coordinator of a host's senders: deals a schedule out, starts them together, merges what they saw."""
+"""The coordinator of a host's senders: splits a schedule, starts them together, merges their records."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from superserve.wire import Ping, Pong, RunMessage
 
 SENDER = "loadgen.live.sender"
-"""The module that is a sender's process."""
+"""The module that a sender's process runs."""
 _START_AFTER_NS = 300 * MS
-"""From the order to start until the first instant: by then every sender has received it."""
+"""From the order to start until the first instant: by then every sender has the order."""
 _STOP_AFTER_NS = 400 * MS
-"""From the order to stop until that instant: a sender looks for orders four times a second."""
+"""From the order to stop until that instant: a sender reads orders four times a second."""
+_LAST_WORDS_MS = 1_000
+"""An ended sender's report arrives within this, however busy the machine: it was sent before the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +58,11 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True)
 class Offering:
-    """What senders are to send.
+    """What the senders send.
 
     Attributes:
         trace: When each query is due after the start.
-        n_senders: It is dealt out to this many, query by query.
+        n_senders: Number of senders; the queries go to them in turn.
         payloads: Real payloads, uint8, shape (n_payloads, n_bytes); each query draws one.
         seed: Of that draw.
     """
@@ -101,7 +103,7 @@ def coordinated(
 
 
 def deal(plan: SenderPlan, schedule: Offering) -> list[SenderPlan]:
-    """Deal a schedule out, and write what each sender needs."""
+    """Split a schedule among senders, and write each one's files."""
     folder, pick = Path(plan.folder), None
     if schedule.payloads is not None:
         np.save(folder / "payloads.npy", schedule.payloads)
@@ -143,7 +145,7 @@ class Coordinator:
 
     Attributes:
         start_ns: The instant, of this host's clock; 0 before `start`.
-        stop_ns: After the start, from when on nothing was sent; None if all was.
+        stop_ns: When sending ended early, from the start; None if everything was sent.
         subnets: Name and accuracy of each row of the profile, as the senders received them.
         reasons: For each status without an output, one of the router's reasons.
         n_duplicates: Answers beyond the first of a query.
@@ -205,14 +207,14 @@ class Coordinator:
             send(self._control, [key, *order])
 
     def _stop(self) -> None:
-        """Send every sender the instant from which nothing is sent, late enough for all to receive it."""
+        """Send every sender one instant at which all stop, late enough that each has read it by then."""
         self.stop_ns = max(0, time.monotonic_ns() - self.start_ns) + _STOP_AFTER_NS
         if self._seconds is not None:
             self._seconds.duration_ns = min(self._seconds.duration_ns, self.stop_ns)
         self._order(RunStop(self.stop_ns))
 
     def follow(self, on_progress: Callable[[dict[str, int]], None] | None = None) -> None:
-        """Pass progress on until every sender is done."""
+        """Forward progress until every sender is done."""
         stopper = self._watch or self._hooks
         while self._n_done < len(self._plans):
             if stopper is not None and stopper.stop.is_set() and self.stop_ns is None:
@@ -228,7 +230,7 @@ class Coordinator:
         self.noise = (self._probe.woke_ns - self.start_ns, late_ns)
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """Return what the senders saw, once `follow` has returned."""
+        """Return the senders' records, once `follow` has returned."""
         return merge(self._plans, self._schedule, self.start_ns)
 
     def _finish(self, report: RunReport) -> None:
@@ -255,7 +257,7 @@ class Coordinator:
             yield bytes(frames[0]), decode_run(frames[1:])
 
     def _check_senders(self) -> None:
-        """Raise ProcessError if a sender died; one that is done may have ended already."""
+        """Raise ProcessError if a sender died; one that is done may have ended, its report on the way."""
         n_running = sum(process.poll() is None for process in self._group.processes)
-        if n_running < len(self._plans) - self._n_done:
+        if n_running < len(self._plans) - self._n_done and not self._control.poll(_LAST_WORDS_MS):
             self._group.check()

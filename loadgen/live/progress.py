@@ -124,7 +124,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Endings:
-    """The signals that may end a command early: SIGTERM and SIGHUP interrupt it like Ctrl-C.
+    """The signals that may end a command early: Ctrl-C, and SIGTERM and SIGHUP, which act like it.
 
     A signal interrupts; within `gently` only the second one does, and after `finish` none.
 

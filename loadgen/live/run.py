@@ -1,4 +1,4 @@
-"""A run: offer a trace to a router from several senders, and say what came of it."""
+"""A run: offer a trace to a router from several senders, and compute the result."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class RunSettings:
 
     Attributes:
         slo_ns: From a query's due instant to its deadline.
-        n_senders: Sender processes; the trace is dealt out to them query by query.
-        payload_bytes: Bytes of each payload where none are given.
+        n_senders: Sender processes; the queries go to them in turn.
+        payload_bytes: Bytes of each payload, unless payloads are given.
         payloads: Real payloads, uint8, shape (n_payloads, n_bytes); each query draws one.
         seed: Of that draw.
         keep_outputs: Whether outputs are kept, for checking them.
@@ -75,12 +75,12 @@ class Emulation:
 
     Attributes:
         profile: A shipped profile's name, or a path.
-        n_gpus: Emulated GPUs, dealt out to the processes.
-        policy: What the router runs.
-        n_processes: Worker processes that hold them.
+        n_gpus: Emulated GPUs, split among the processes.
+        policy: The router's policy.
+        n_processes: Worker processes that emulate them.
         folder: Where logs are written.
         record: Whether the router records its event log there.
-        pace: Of the GPUs beside their profile; drift counts from their start.
+        pace: The GPUs' speed relative to their profile; drift counts from their start.
     """
 
     profile: str
@@ -94,7 +94,7 @@ class Emulation:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A running cluster, as a run sees it; `router` and `workers` are its processes, if it is private."""
+    """A running cluster, as a run sees it; `router` and `workers` are the processes of a private one."""
 
     client_endpoint: str
     event_logs: tuple[Path, ...] = ()
@@ -136,7 +136,7 @@ def _shares(n: int, parts: int) -> list[int]:
 def run_emulated(
     trace: Trace, settings: RunSettings, emulation: Emulation, watch: Watch | None = None
 ) -> tuple[Run, EventLogReport]:
-    """Offer `trace` to a private cluster, then prove from its event logs that no GPU cheated."""
+    """Offer `trace` to a private cluster, then check the event logs of its GPUs: see `check_logs`."""
     with contextlib.ExitStack() as stack:
         if emulation.folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="superserve-")))
@@ -155,14 +155,14 @@ def run_trace(
     *,
     hooks: Hooks | None = None,
 ) -> Run:
-    """Offer `trace` to the router at `endpoint`, open loop, and merge what the senders saw.
+    """Offer `trace` to the router at `endpoint`, open loop, and merge the senders' records.
 
-    If `watch` or `hooks` ends it early, the result is that of the trace up to there, and marked as partial.
+    If `watch` or `hooks` ends it early, the result covers the trace up to then, and is marked as partial.
 
     Raises:
-        ConfigError: No router answers, or the payloads are not what its model takes.
+        ConfigError: No router answers, or the payloads do not fit its model.
         ProcessError: A sender died.
-        KeyboardInterrupt: It was ended before any query was due.
+        KeyboardInterrupt: It ended before any query was due.
     """
     if trace.n == 0:
         raise ConfigError(f"trace {trace.name}: expected at least one query")
@@ -206,11 +206,11 @@ def _until(
 
 
 def _router_cpu_s(endpoint: str, keys: str, before: RouterStatus) -> float:
-    """Return the router's CPU time since `before`; NaN if it is gone, or another one."""
+    """Return the router's CPU time since `before`; NaN if it is gone or was replaced."""
     try:
         after = ask_status(endpoint, keys=keys)
     except (ConfigError, WireError):
-        return math.nan  # what the senders saw still counts
+        return math.nan  # the senders' records still count
     if after.router.pid != before.router.pid:
         return math.nan
     return after.router.cpu_s - before.router.cpu_s
@@ -219,7 +219,7 @@ def _router_cpu_s(endpoint: str, keys: str, before: RouterStatus) -> float:
 def count_outcomes(
     columns: dict[str, npt.NDArray[Any]], slo_ns: int | npt.NDArray[np.int64]
 ) -> dict[str, int]:
-    """Return how many queries ended in which way; the parts sum to "total"."""
+    """Return the number of queries by outcome; the parts sum to "total"."""
     status = columns["status"]
     ok = int(in_time(columns, slo_ns).sum())
     counts = {"total": len(status), "ok": ok, "late": int((status <= Status.LATE).sum()) - ok}
@@ -241,7 +241,7 @@ def summarise(
 ) -> RunResult:
     """Compute the result file's figures from the columns of a run.
 
-    Where each query has its own SLO, `slo_ms` is their mean, and send lag is held against the shortest.
+    If each query has its own SLO, `slo_ms` is their mean, and send lag is compared with the shortest.
     """
     is_ok = in_time(columns, slo_ns)
     has_output = columns["status"] <= Status.LATE
@@ -283,5 +283,5 @@ def summarise(
 
 
 def _mean_batch_size(sizes: npt.NDArray[np.uint16]) -> float | None:
-    """Mean over batches, not queries: a batch of n is seen n times, so each sight weighs 1/n."""
+    """Return the mean over batches, not queries: a batch of n appears n times, so each one weighs 1/n."""
     return None if len(sizes) == 0 else float(len(sizes) / (1.0 / sizes).sum())

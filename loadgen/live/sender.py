@@ -1,13 +1,13 @@
-"""The open-loop sender: a process that sends its share of a schedule at the instants it was given.
+"""The open-loop sender: a process that sends its share of a schedule at the planned instants.
 
-The schedule is computed before the run; nothing that happens in it moves a query. When the
-sender wakes late it sends everything that is due at once, and the lag is on record: latency
-is counted from the instant a query was *due*, so a slow sender can only make results worse.
-It sleeps between sends, never spins.
+The schedule is computed before the run; nothing that happens in the run moves a query. A sender that
+wakes late sends everything that is due at once, and records the lag: latency counts from the instant
+at which a query was *due*, so a slow sender can only make results worse. It sleeps between sends, and
+never spins.
 
 `Sender` keeps the schedule; a `SenderTarget` is where queries go and answers come from. `BulkTarget` sends
-what has gathered as one message to a router; those of `loadgen.bench.senders` send one query at a time, as
-applications do.
+everything that is due as one message to a router; those of `loadgen.bench.senders` send one query at a
+time, as applications do.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from superserve.wire import Group
 
     Steps = Generator[int, None, None]
-    """Yields how long there is nothing to do, in ns: whoever runs it waits, or sleeps, for so long."""
+    """Yields how long there is nothing to do, in ns: the caller waits or sleeps that long."""
 
 _PROGRESS_NS = 250 * MS
 _SETTLE_AT = 128
@@ -66,35 +66,35 @@ _WELCOME_NS = 10_000 * MS
 COLUMNS = (
     "sent_ns", "answered_ns", "status", "subnet", "batch_size", "accuracy", "queued_ns", "executing_ns"
 )  # fmt: skip
-"""What a sender writes of each query."""
+"""What a sender writes for each query."""
 UNANSWERED = 255
 """In `status`: no answer came."""
 LIVE_ROW = np.dtype([("sent_ns", "<i8"), ("answered_ns", "<i8"), ("accuracy", "<f4"), ("status", "u1")])
-"""What a watched sender writes of each query while it runs."""
+"""What a watched sender writes for each query while it runs."""
 LATE_NS = 250 * MS
-"""How long after its deadline a query's row is written: longer than all but a stuck answer takes."""
+"""How long after its deadline a query's row is written: only a stuck answer takes longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class SenderPlan:
-    """What one sender is to do; travels as JSON beside the arrays.
+    """The orders of one sender; written as JSON beside the arrays.
 
     Attributes:
-        endpoint: Where to: a router's client endpoint, or an echo's.
+        endpoint: Where it sends: a router's client endpoint, or an echo's.
         slo_ns: From due to deadline.
-        payload_bytes: Bytes of each payload where they are not real.
+        payload_bytes: Bytes of each payload, unless payloads are real.
         grace_ns: How long after the last deadline answers are awaited.
         keep_outputs: Whether outputs are written too.
         is_watched: Whether rows are written while it runs: see `loadgen.live.progress`.
-        keys: As `RunSettings` has it.
-        target: What of `loadgen.bench.senders` sends; "" for `BulkTarget`.
-        n_clients: Sockets, where the target has many.
-        least_sleep_ns: It wakes to send at most this often: finer than a timer's usual lateness is wasted,
-            and the lag it adds is on record like any other. With 0 it wakes for each query.
-        control: Where the coordinator listens, which fills in this and what follows.
+        keys: As in `RunSettings`.
+        target: The target in `loadgen.bench.senders`; "" for `BulkTarget`.
+        n_clients: Number of sockets, if the target has several.
+        least_sleep_ns: The least time between two wake-ups to send: timers are usually later than a shorter
+            one, and the lag that it adds is recorded. With 0 it wakes for each query.
+        control: Where the coordinator listens, which fills in this field and the next ones.
         name: This sender's name.
-        folder: Holds `<name>-due.npy` (int64 ns offsets, ascending) and, where payloads are
-            real, `payloads.npy` (uint8, shape (n, n_bytes)) and `<name>-pick.npy`.
+        folder: Contains `<name>-due.npy` (int64 ns offsets, ascending) and, for real payloads,
+            `payloads.npy` (uint8, shape (n, n_bytes)) and `<name>-pick.npy`.
     """
 
     endpoint: str
@@ -133,11 +133,11 @@ class Payloads:
 
     @property
     def framed(self) -> bool:
-        """Whether each has a frame of its own: so large that nobody shall copy it."""
+        """Whether each is a separate frame: large payloads must not be copied."""
         return self.each >= ZERO_COPY_BYTES
 
     def buffers(self, lo: int, hi: int) -> Sequence[bytes | memoryview]:
-        """Return the payloads of queries lo to hi: one buffer each if `framed`, else one for all."""
+        """Return the payloads of queries lo to hi: one buffer for each if `framed`, otherwise one for all."""
         if self.framed:
             return [self.packed(i, i + 1) for i in range(lo, hi)]
         return (self.packed(lo, hi),)
@@ -240,7 +240,7 @@ class Records:
             self._keep(group, index)
 
     def _keep(self, group: Group, index: npt.NDArray[np.int64]) -> None:
-        """Note the outputs of a group, which are all of one length: a model has one output shape."""
+        """Store the outputs of a group. All have the same length, because a model has one output shape."""
         each = len(group.output) // group.count
         if group.lengths is not None and set(memoryview(group.lengths).cast("I")) != {each}:
             raise WireError(f"results: expected outputs of {each} bytes, got lengths that differ")
@@ -260,8 +260,8 @@ class SenderTarget(abc.ABC):
     """Where queries go and answers come from; both are entered in `records`.
 
     Attributes:
-        at_once: Queries sent in a row, at most, before answers have their turn.
-        idle_ns: How long to wait at a time once all is sent; short where `wait` does not end with an answer.
+        at_once: Most queries sent in a row before answers are received.
+        idle_ns: How long to wait at a time once all is sent; short if an answer does not end `wait`.
         subnets: Name and accuracy of each row of the profile, as far as it is known.
     """
 
@@ -275,26 +275,26 @@ class SenderTarget(abc.ABC):
 
     @abc.abstractmethod
     def send(self, lo: int, slacks_ns: npt.NDArray[np.int64], now_ns: int) -> int:
-        """Send the queries from `lo` on that have so much slack left; return how many were taken."""
+        """Send the queries from `lo` on, with the slack left to each; return how many were taken."""
 
     @abc.abstractmethod
     def take(self) -> None:
-        """Receive what has come."""
+        """Receive the answers that have come."""
 
     @abc.abstractmethod
     def settle(self) -> None:
         """Enter all that was received."""
 
     def tick(self, now_ns: int) -> None:  # noqa: B027  most have nothing to do
-        """Do what is due now and then, such as heartbeats."""
+        """Do periodic work, such as heartbeats."""
 
     @abc.abstractmethod
     def wait(self, duration_ns: int) -> None:
-        """Wait for so long, or until there is something to take."""
+        """Wait this long, or until there is something to take."""
 
 
 class BulkTarget(SenderTarget):
-    """A router that is given what is due at one wake-up in one message, over one connection."""
+    """A router: everything due at one wake-up goes as one message, over one connection."""
 
     def __init__(self, plan: SenderPlan, records: Records, connection: Connection) -> None:
         super().__init__(plan, records)
@@ -303,7 +303,7 @@ class BulkTarget(SenderTarget):
         self._waiter = Waiter((connection.socket,))
 
     def send(self, lo: int, slacks_ns: npt.NDArray[np.int64], now_ns: int) -> int:
-        """Send the queries as one message; a connection that is full takes none."""
+        """Send the queries as one message; a full connection takes none."""
         n, hi = len(slacks_ns), lo + len(slacks_ns)
         ids = np.arange(lo, hi, dtype="<u8").tobytes()
         message = Queries(
@@ -316,7 +316,7 @@ class BulkTarget(SenderTarget):
         return n
 
     def take(self) -> None:
-        """Gather the answers that have come."""
+        """Collect the answers that have come."""
         for results in self.connection.receive():
             arrived_ns = time.monotonic_ns()
             for group in results.groups:
@@ -324,7 +324,7 @@ class BulkTarget(SenderTarget):
                     self.settle()
 
     def settle(self) -> None:
-        """Enter what was gathered."""
+        """Enter the collected answers."""
         self.records.settle(keep_outputs=self.plan.keep_outputs)
 
     def wait(self, duration_ns: int) -> None:
@@ -332,13 +332,13 @@ class BulkTarget(SenderTarget):
         self._waiter.wait(duration_ns)
 
     def tick(self, now_ns: int) -> None:
-        """Keep the connection."""
+        """Send heartbeats, and HELLO again if the router has gone."""
         self.connection.tick(now_ns)
         self.subnets = self.connection.subnets
 
 
 class Sender:
-    """Sends a schedule to a target; `run` returns when all is answered or given up."""
+    """Sends a schedule to a target; `run` returns when every query is answered or given up."""
 
     def __init__(self, target: SenderTarget, due_ns: npt.NDArray[np.int64]) -> None:
         self.plan = target.plan
@@ -349,14 +349,14 @@ class Sender:
         self._n_written = 0
 
     def run(self, start_ns: int, on_progress: Callable[[int], int | None]) -> None:
-        """Send every query at `start_ns` plus its offset, and gather the answers; see `steps`."""
+        """Send every query at `start_ns` plus its offset, and collect the answers; see `steps`."""
         for duration_ns in self.steps(start_ns, on_progress):
             self.target.wait(duration_ns)
 
     def steps(self, start_ns: int, on_progress: Callable[[int], int | None]) -> Steps:
-        """Send every query at `start_ns` plus its offset, and gather the answers.
+        """Send every query at `start_ns` plus its offset, and collect the answers.
 
-        `on_progress` is told how many were due; it may return the offset at which the schedule ends early.
+        `on_progress` receives how many were due; it may return the offset at which the schedule ends early.
         """
         plan, target, records, due_ns = self.plan, self.target, self.records, self._due_ns
         n, i = len(due_ns), 0
@@ -369,7 +369,7 @@ class Sender:
             if i < n and next_due_ns <= now_ns:
                 part_ns = due_ns[i : min(n, i + target.at_once)]
                 part_ns = part_ns[: part_ns.searchsorted(now_ns - start_ns, "right")]
-                # What is refused is unsent: an open loop does not wait for a router that takes no more.
+                # Refused queries count as unsent: an open loop does not wait for a router that is full.
                 self.n_sent += target.send(i, part_ns + (start_ns + plan.slo_ns - now_ns), now_ns)
                 i += len(part_ns)
                 next_due_ns = start_ns + int(due_ns[i]) if i < n else 0
@@ -382,17 +382,17 @@ class Sender:
                     n = max(i, min(n, int(due_ns.searchsorted(stop_ns))))
                     give_up_ns = max(now_ns, start_ns + (int(due_ns[n - 1]) if n else 0)) + patience_ns
             if i >= n and (records.n_ended >= self.n_sent or now_ns >= give_up_ns):
-                target.settle()  # which may find that some were duplicates
+                target.settle()  # this may find duplicates, and then answers are still missing
                 if records.n_ended >= self.n_sent or now_ns >= give_up_ns:
                     return
-            # Waking for every query would cost more than sending it: see `least_sleep_ns`.
+            # Waking for every query would cost more than sending it: see `SenderPlan.least_sleep_ns`.
             next_ns = max(next_due_ns, now_ns + plan.least_sleep_ns) if i < n else now_ns + target.idle_ns
             left_ns = min(next_ns, next_progress_ns) - time.monotonic_ns()
             if left_ns > 0 and not (i < n and next_due_ns <= now_ns):
                 yield left_ns
 
     def write_rows(self, until_ns: int | None) -> int:
-        """Write the rows of what is due before this offset, None for all; return how many there are now."""
+        """Write the rows of queries due before this offset, None for all; return how many are written."""
         records, low = self.records, self._n_written
         self.target.settle()
         high = len(self._due_ns) if until_ns is None else int(np.searchsorted(self._due_ns, until_ns))
@@ -408,10 +408,10 @@ class Sender:
     # --- on a coordinator's orders ------------------------------------------------------------
 
     def play(self, context: zmq.Context[zmq.Socket[bytes]]) -> Steps:
-        """Report that all is ready, start when ordered to, send; then write what came of it, and report."""
+        """Report readiness, start when ordered to, send; then write the records, and report."""
         gc.collect()
         gc.freeze()
-        gc.disable()  # what is kept until the end of the run would be walked again and again
+        gc.disable()  # answers are kept until the end of the run: each collection would walk all of them
         announce_ready({"name": self.plan.name})
         control = connect_dealer(context, self.plan.control)
         try:
@@ -423,7 +423,7 @@ class Sender:
                 yield 20 * MS
             order = decode_run(frames)
             assert isinstance(order, RunStart), "the first order is to start"
-            assert order.at_ns is not None, "the coordinator of a sender shares its clock"
+            assert order.at_ns is not None, "a sender and its coordinator share a clock"
             start_ns = order.at_ns
             yield from self.steps(start_ns, lambda i: self._report(control, i, start_ns))
             rows = self.write_rows(None) if self.plan.is_watched else 0
@@ -435,7 +435,7 @@ class Sender:
             control.close(linger=2_000)
 
     def _report(self, control: zmq.Socket[bytes], i: int, start_ns: int) -> int | None:
-        """Report what was due, sent and answered so far. Return when to stop, if so ordered."""
+        """Report what was due, sent and answered so far. Return when to stop, if an order says so."""
         rows, until_ns = None, 0
         if self.plan.is_watched:
             until_ns = max(0, time.monotonic_ns() - start_ns - self.plan.slo_ns - LATE_NS)
@@ -468,7 +468,7 @@ def run_sender(plan: SenderPlan) -> None:
     """Connect, wait for the coordinator's start, send the schedule, write the records.
 
     Raises:
-        SuperServeError: The router is absent, or the plan's files are not what they should be.
+        SuperServeError: The router is absent, or the plan's files are malformed.
     """
     due_ns = np.load(plan.path("due"))
     records = Records(len(due_ns))
@@ -490,7 +490,7 @@ def run_sender(plan: SenderPlan) -> None:
 
 
 def main(argv: list[str], run: Callable[[SenderPlan], None] = run_sender) -> int:
-    """Run the sender whose plan is the JSON file named on the command line."""
+    """Run the sender of the plan, a JSON file named on the command line."""
     die_with_parent()
     plan = SenderPlan(**orjson.loads(Path(argv[0]).read_bytes()))
     try:

@@ -28,7 +28,7 @@ from loadgen.paper.pictures import pictures
 from loadgen.results.style import check_installed
 from loadgen.results.tables import check_writable, write
 from superserve.files import write_whole
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,7 +25,7 @@ from loadgen.study.compare import MAF_QPS
 from loadgen.traces.trace import load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 
 if TYPE_CHECKING:
     from loadgen.results.result import RunResult

@@ -55,7 +55,7 @@ SLOW_FACTOR = 2.5
 """How much slower the slower half of unequal GPUs is."""
 
 DURATION_S = 30.0
-"""How long a cell is drawn for where neither it nor the comparison says so."""
+"""How long a cell is drawn for where neither the cell nor the comparison has a duration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +71,11 @@ class Cell:
         floor: An accuracy floor for a share of the queries, as `--floor` takes it; or None.
         priority: Priority classes for shares of the queries, as `--priority` takes them; or None.
         faults: What goes wrong, from the start of the trace.
-        jitter_ms: Each message of every peer takes up to this much longer, all the time.
+        jitter_ms: Each message of every peer takes up to this much more, all the time.
         n_clients: Clients that the queries are dealt out to.
         speed: Of its GPUs: times as fast as their profile.
-        duration_s: Its own length; None takes the comparison's.
-        minutes: Of a Functions 2019 file only this many minutes, others with each seed; None takes them all.
+        duration_s: Its own length; None is that of the comparison.
+        minutes: How many minutes of a Functions 2019 file are played, others with each seed; None is all.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Cell:
     minutes: int | None = None
 
     def workload(self, duration_s: float | None, seed: int) -> Workload:
-        """Return the queries of a seed, drawn for `duration_s` unless the cell has a length of its own."""
+        """Return the queries of a seed, drawn for `duration_s` unless the cell has its own length."""
         trace = self._trace(duration_s if self.duration_s is None else self.duration_s, seed)
         floor = None if self.floor is None else parse_floor(self.floor)
         classes = () if self.priority is None else parse_priorities(self.priority)
@@ -111,7 +111,7 @@ class Cell:
         return trace_of(source, self.trace, rate_qps=self.rate_qps, duration_s=duration_s, seed=seed)
 
     def settings(self, settings: SimSettings, *, speed: float = 1.0) -> SimSettings:
-        """Return the settings under which it is simulated, on GPUs that are `speed` times as fast besides."""
+        """Return the settings under which it is simulated, on GPUs that are another `speed` times as fast."""
         pace = replace(settings.pace, speed=settings.pace.speed * self.speed * speed)
         return replace(settings, pace=pace, n_clients=max(settings.n_clients, self.n_clients))
 
@@ -236,8 +236,8 @@ class Comparison:
     """What to compare.
 
     Attributes:
-        policies: As `--policy` takes them, with or without `@SPEED`; the others are compared with the first.
-        duration_s: Of the cells without a length of their own; None is 30 s, or all that was recorded.
+        policies: As `--policy` takes them, `@SPEED` included; the first is what the others are compared with.
+        duration_s: Of cells that have no length; None is 30 s, or all that was recorded.
         with_bound: Whether the bound is computed too.
     """
 

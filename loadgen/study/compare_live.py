@@ -55,7 +55,7 @@ def check_live(cells: Sequence[Cell], policies: Sequence[str] = ()) -> None:
         is_troubled = bool(cell.faults or cell.jitter_ms) or cell.speed != 1.0
         if is_troubled or cell.priority is not None or cell.n_clients > 1:
             raise ConfigError(
-                f"cell {cell.name}: faults, jitter, a speed of its own, priorities and several clients are "
+                f"cell {cell.name}: faults, jitter, other speeds, priorities and several clients are "
                 "only simulated; compare it with --simulate"
             )
         if len(parse_slos(cell.slo_ms)) > 1 or cell.floor is not None:

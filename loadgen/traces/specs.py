@@ -5,8 +5,8 @@
     gamma:rate=..,cv2=..                gamma gaps
     bursty:base=..,variant=..,cv2=..    constant base plus gamma variant
     accel:from=..,to=..,tau=..,cv2=..   a rate that ramps by tau q/s every second, then stays
-    spikes:size=..,every=..             a number of queries at once, at intervals in seconds
-        width=..                        each spread over this many seconds
+    spikes:size=..,every=..             `size` queries at once, every `every` seconds
+        width=..                        each spread over `width` seconds
         base=..                         over a Poisson base
     onoff:high=..,low=..,on=..,off=..   one rate for `on` seconds, another for `off` seconds
         cv2=..                          with gamma gaps instead of exponential ones

@@ -1,4 +1,4 @@
-"""The commands `profiles search`, `show` and `accuracy`.
+"""The commands `profiles measure`, `search`, `show`, `accuracy` and `calibrate`.
 
 They use torch, which takes seconds to import, so each imports it when it runs.
 """
@@ -15,11 +15,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gpu_worker.models.names import SHIPPED_SUPERNETS
+from profiles.measuring.declared import subnets_of
+from profiles.measuring.measure import (
+    Device,
+    Measurement,
+    Setting,
+    measure_supernet,
+    save_measurement,
+    thinned,
+)
 from profiles.show import draw_heat_map, flops, flops_unit, print_heat_map
 from profiles.table import load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError
-from superserve.roles.commands import plain_errors
+from superserve.roles.command import plain_errors
 from superserve.subnet import Subnet
 
 if TYPE_CHECKING:
@@ -27,7 +36,6 @@ if TYPE_CHECKING:
 
     from profiles.measuring.accuracy import MeasuredAccuracy
     from profiles.measuring.find import Found
-    from profiles.measuring.measure import Measurement
     from profiles.table import Profile
 
     OnProgress = Callable[[str, int, int], None]
@@ -36,12 +44,20 @@ _NS_PER_S = 1_000_000_000
 _WIDTH = 80  # of output that is not a terminal
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
+_QUICK_ROUNDS = 40  # enough for a median; the tail needs the full number
+_QUICK_BUDGET_NS = 6_000_000_000  # with torch's import and the warm-up, under 15 s in all
 # Population and generations: a prediction costs microseconds, a measurement most of a second.
 _EFFORT_PREDICTED = (100, 40)
 _EFFORT_MEASURED = (20, 2)
 _REMEASURED_ROUNDS = 50  # the search has chosen the subnets; these are the latencies that the profile keeps
 _REMEASURED_BUDGET_NS = 60 * _NS_PER_S  # bounds it on slow devices
 
+_supernet = click.option(
+    "--supernet", default="digits", show_default=True, help="A supernet's name, or module:attribute."
+)
+_out = click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
+)
 _weights = click.option(
     "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]'
 )
@@ -62,15 +78,85 @@ def _parsed(_context: click.Context, _option: click.Parameter, text: str) -> tup
         raise click.ClickException(words) from error
 
 
-batch_sizes_option = click.option(
+_batch_sizes = click.option(
     "--batch-sizes", default="1,2,4,8,16", show_default=True, callback=_parsed, help="Ascending, with commas."
 )
 
 
-@click.command("search")
+@click.command("measure")
+@_supernet
 @click.option(
-    "--supernet", default="digits", show_default=True, help="A supernet's name, or module:attribute."
+    "--subnets",
+    "source",
+    metavar="FILE",
+    help="Measure the subnets of this profile, or of a list of names, control tuples and accuracies.",
 )
+@click.option(
+    "--at-most", type=click.IntRange(2), help="Measure this many of them, evenly spread.  [default: all]"
+)
+@_weights
+@_device
+@_threads
+@click.option("--precision", default="auto", show_default=True, help="auto, float32, float16 or bfloat16.")
+@click.option("--eager", is_flag=True, help="Capture no CUDA graphs.")
+@_batch_sizes
+@click.option("--repeats", default=200, show_default=True, help="Times each subnet and size is run.")
+@click.option("--quick", is_flag=True, help="Stop after a few seconds; at most 40 repeats.")
+@_out
+@plain_errors(OSError)
+def measure_command(
+    supernet: str, source: str | None, at_most: int | None, batch_sizes: tuple[int, ...], repeats: int,
+    quick: bool, eager: bool, out: Path, **device: Any,
+) -> None:  # fmt: skip
+    """Measure a supernet's subnets on this machine and write the profile to OUT."""
+    kind, shipped = _kind(supernet)
+    source = source or shipped
+    if source is None:
+        raise ConfigError(f"--subnets: {kind} comes without a profile: make one by `profiles search`")
+    setting = Setting(
+        batch_sizes=batch_sizes,
+        rounds=min(repeats, _QUICK_ROUNDS) if quick else repeats,
+        budget_ns=_QUICK_BUDGET_NS if quick else None,
+    )
+    measurement = measure_supernet(
+        supernet,
+        thinned(subnets_of(source, kind), at_most),
+        setting,
+        Device(**device, uses_graphs=not eager),
+        name=out.stem,
+        clock=MonotonicClock(),
+    )
+    save_measurement(measurement, out, source)
+    _show(measurement)
+    click.echo(f"wrote {out}")
+
+
+def _kind(supernet: str) -> tuple[str, str | None]:
+    """Return a supernet's own name, and the profile that it comes with, if any."""
+    from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  it imports torch
+
+    kind = supernet_kind(supernet)
+    return kind.name, kind.profile
+
+
+def _show(measurement: Measurement) -> None:
+    profile = measurement.profile
+    click.echo(f"{profile.device}: median / p99 ms by batch size")
+    width = max(len(subnet.name) for subnet in profile.subnets)
+    sizes = "".join(f"{size:>16}" for size in profile.batch_sizes)
+    click.echo(f"{'':{width}}        %{sizes}")
+    for subnet in profile.subnets:
+        cells = (
+            f"{median / 1e6:7.4g} /{p99 / 1e6:6.4g}"
+            for median, p99 in zip(subnet.latency_ns, subnet.latency_p99_ns, strict=True)
+        )
+        click.echo(f"{subnet.name:{width}}  {subnet.accuracy:6.2f}{''.join(cells)}")
+    for name in measurement.dropped:
+        click.echo(f"left out {name}: a more accurate subnet is about as fast here")
+
+
+@click.command("search")
+@_supernet
 @_weights
 @click.option(
     "--predictor", type=_FILE, help="OFA-ResNet50's accuracy predictor.  [default: accuracy is measured]"
@@ -85,7 +171,7 @@ batch_sizes_option = click.option(
 )
 @_device
 @_threads
-@batch_sizes_option
+@_batch_sizes
 @click.option("--subnets", "n_subnets", default=32, show_default=True, help="Most subnets to keep.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same search.")
 @click.option(
@@ -98,9 +184,7 @@ batch_sizes_option = click.option(
     type=int,
     help=f"[default: {_EFFORT_PREDICTED[1]}, or {_EFFORT_MEASURED[1]} if accuracy is measured]",
 )
-@click.option(
-    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
-)
+@_out
 @plain_errors(OSError)
 def search_command(out: Path, latency: str, **options: Any) -> None:
     """Search a supernet for its pareto subnets and write them as a profile to OUT."""
@@ -156,7 +240,6 @@ def _remeasuring(
     supernet: str, weights: str | None, device: str, threads: int, clock: MonotonicClock
 ) -> Callable[[Profile], Measurement]:
     """Return a function that measures every subnet of a profile."""
-    from profiles.measuring.measure import Device, Setting, measure_supernet  # noqa: PLC0415  only here
 
     def remeasure(profile: Profile) -> Measurement:
         setting = Setting(profile.batch_sizes, _REMEASURED_ROUNDS, _REMEASURED_BUDGET_NS)

@@ -334,7 +334,8 @@ def spread(values: Sequence[float], n: int) -> list[int]:
     if len(at) <= n:
         return list(range(len(at)))
     chosen = [int(at.argmin())]
-    distance = np.abs(at - at[chosen[0]])  # so the second choice is the greatest
+    distance = np.abs(at - at[chosen[0]])
+    distance[at.argmax()] = np.inf  # the second choice, though rounding may put another as far
     while len(chosen) < n:
         distance[chosen] = -1  # with equal values too, each index is chosen once
         chosen.append(int(distance.argmax()))

@@ -144,7 +144,7 @@ class Correction:
 
     Attributes:
         overall: Measured over profiled latency of the whole GPU; 1.0 means as profiled.
-        n: Batches measured.
+        n: Batches measured since the last surprise.
     """
 
     __slots__ = ("_differs", "_is_known", "_is_slow", "n", "overall")

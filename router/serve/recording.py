@@ -61,6 +61,7 @@ class Recorder:
     """
 
     def __init__(self, path: Path, policy: str, settings: CoreSettings) -> None:
+        self._is_new = not path.exists()
         try:
             self._file: IO[bytes] | None = path.open("wb", buffering=0)
         except OSError as error:
@@ -107,6 +108,14 @@ class Recorder:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def abandon(self) -> None:
+        """Close it, and remove the file that was made for a router which never served."""
+        self._lines.clear()
+        self.close()
+        if self._is_new:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
 
     def _profile(self, profile: Profile) -> int:
         """Write each distinct profile once, as a separate line, and return its number."""

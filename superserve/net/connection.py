@@ -98,6 +98,8 @@ class Connection:
         """Why no router answers, as far as known, and what to do."""
         if self.mismatch is not None:
             return f"{self.endpoint}: {self.mismatch}"
+        if self._handshake.failure is None and self.epoch is None and self.n_welcomes == 0 and self.refusals:
+            return f"{self.endpoint} refused this client: {self.refusals[-1]}"
         return self._handshake.failure or no_router(self.endpoint)
 
     def close(self) -> None:
@@ -217,15 +219,17 @@ class Connection:
         elif message.kind is Kind.WELCOME:
             self._welcomed(ClientWelcome.from_body(body))
         elif message.kind is Kind.REFUSED:
-            self.refusals = [*self.refusals[-15:], str(body.get("reason"))]
+            reason = str(body.get("reason"))
+            is_new = reason not in self.refusals
+            self.refusals = [*self.refusals[-15:], reason]
             if body.get("code") == "say-hello":
                 self.lose()
             elif body.get("code") == "revoked":
                 self._handshake.failure = f"{self.endpoint}: {body.get('reason')}"
                 log.warning("%s", self.absence)
                 self.lose()
-            else:
-                log.warning("%s refused a message: %s", self.endpoint, body.get("reason"))
+            elif is_new:  # it is said again with each HELLO
+                log.warning("%s refused a message: %s", self.endpoint, reason)
         elif message.kind is Kind.BYE:
             self.epoch = None
         elif message.kind is Kind.STATUS:

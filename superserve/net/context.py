@@ -53,11 +53,12 @@ def has_descriptors(n: int) -> bool:
 
 
 def new_context() -> zmq.Context[zmq.Socket[bytes]]:
-    """Return a context whose threads can be started.
+    """Return a context whose threads can be started, and have the descriptors that they need.
 
     Raises:
         ConfigError: They cannot be started: libzmq would abort the process at its first socket.
     """
+    check_descriptors("ZeroMQ")
     if not has_threads(_ZMQ_THREADS):
         raise ConfigError(
             f"ZeroMQ needs {_ZMQ_THREADS} threads, and this user may start no more: end some processes, or "

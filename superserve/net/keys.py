@@ -23,6 +23,7 @@ Keys are in Z85, 40 characters. This module overwrites no file, and reads no sec
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -37,7 +38,7 @@ from zmq.utils import z85
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 ENVIRONMENT = "SUPERSERVE_KEYS"
 """The environment variable with a client's key file, or a folder with one, if `keys` is not given."""
@@ -290,10 +291,27 @@ def make_ring(folder: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be made: {error.strerror}") from error
     body = {"role": "router", "name": "router", "public": public}
-    _write(folder / "router.key", {**body, "secret": secret}, 0o600)
-    _write(folder / "router.pub", body, 0o644)
-    made = add_peer(folder, "operator", "operator", folder / "operator.key")
-    return [folder / "router.key", folder / "router.pub", *made]
+    ours = [folder / "router.key", folder / "router.pub"]
+    with _all_or_none(ours):
+        _write(ours[0], {**body, "secret": secret}, 0o600)
+        _write(ours[1], body, 0o644)
+        made = add_peer(folder, "operator", "operator", folder / "operator.key")
+    return [*ours, *made]
+
+
+@contextlib.contextmanager
+def _all_or_none(paths: Sequence[Path]) -> Iterator[None]:
+    """Remove files that were made where a later one cannot be: the command can then be typed again.
+
+    Those that were there before stay.
+    """
+    new = [path for path in paths if not path.exists()]
+    try:
+        yield
+    except ConfigError:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def add_peer(folder: Path, role: str, name: str, secret_path: Path | None = None) -> list[Path]:

@@ -1,8 +1,9 @@
 """How each command begins and ends, whatever its environment: `run`, which every entry point calls.
 
-It imports nothing but Python's own modules, and the command itself inside its guard: what is wrong with an
-environment often shows while numpy, ZeroMQ or torch are loaded. An error of the system then ends the command
-in one line on stderr. Errors of our own keep their traceback.
+It imports only Python's own modules and `superserve.errors`, and the command itself inside its guard: a
+broken environment often shows while numpy, ZeroMQ or torch are loaded. An error of the system then ends the
+command in one line on stderr. So does a SuperServeError, by `plain_errors` around the command's function.
+Bugs keep their traceback.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+from superserve.errors import SuperServeError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _HEARD = (*_ENDING, signal.SIGINT, signal.SIGCHLD)
+_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 _NO_THREAD = "can't start new thread"  # Python's only word for it: a plain RuntimeError
 _TEXT = 500  # characters of a message; some libraries put a page into theirs
 
@@ -37,11 +41,30 @@ def run(module: str, name: str | None = None) -> NoReturn:
     try:
         with _one_line():
             command = importlib.import_module(module).cli
+            _unwind_on_signals()
             command(prog_name=name)
             code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     sys.exit(_flushed(code))
+
+
+@contextlib.contextmanager
+def plain_errors(*more: type[Exception]) -> Iterator[None]:
+    """Print a command's errors without a traceback; the innermost decorator of its function.
+
+    Args:
+        more: Other errors that the user can fix.
+    """
+    errors: tuple[type[Exception], ...] = (SuperServeError, *more)
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # an OSError that no user can fix: click ends the command
+    except errors as error:
+        import click  # noqa: PLC0415  applications that embed the client may not have it
+
+        raise click.ClickException(str(error)) from error
 
 
 def begin() -> None:
@@ -56,10 +79,23 @@ def begin() -> None:
     os.environ["MPLBACKEND"] = "agg"
     # Ignored, it has the kernel forget how children ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # Until the command is loaded there is nothing to tidy, and an exception in the midst of a library's own
+    # initialisation may crash it. What the user has ignored, as nohup does, stays so.
+    for number in (*_ENDING, signal.SIGINT):
+        if signal.getsignal(number) in _DEFAULTS:
+            signal.signal(number, _end_at_once)
+
+
+def _end_at_once(number: int, _frame: FrameType | None) -> NoReturn:
+    os._exit(128 + number)
+
+
+def _unwind_on_signals() -> None:
+    """Have signals that end Python unwind first: a command has promised to remove files and to stop roles."""
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in _ENDING:
-        # By default these end Python at once, and with it every promise to remove files and stop roles.
-        # What the user has ignored, as nohup does, stays so.
-        if signal.getsignal(number) is signal.SIG_DFL:
+        if signal.getsignal(number) is _end_at_once:
             signal.signal(number, _end)
 
 

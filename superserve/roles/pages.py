@@ -81,14 +81,16 @@ class _PageServer:
 
     async def _answer(self, request: bytes) -> bytes:
         method, _, rest = request.partition(b"\r\n")[0].decode("latin-1").partition(" ")
+        allowed = ""
         if method not in ("GET", "HEAD"):
-            page = Page(501, f"expected GET or HEAD, got {method[:20]!r}\n".encode())
+            page = Page(405, f"expected GET or HEAD, got {method[:20]!r}\n".encode())
+            allowed = "Allow: GET, HEAD\r\n"
         else:
             page = await self._page(rest.partition(" ")[0].partition("?")[0])
         head = (
             f"HTTP/1.0 {page.status} {HTTPStatus(page.status).phrase}\r\n"
             f"Content-Type: {page.content_type}\r\n"
-            f"Content-Length: {len(page.body)}\r\n"
+            f"Content-Length: {len(page.body)}\r\n{allowed}"
             "Connection: close\r\n\r\n"
         ).encode("latin-1")
         return head if method == "HEAD" else head + page.body

@@ -1,4 +1,4 @@
-"""Which code a process runs (the release, and a digest of the source that it was started from), and on what.
+"""Which code a process runs, as the release and a digest of its source, and on which processor.
 
 Two hosts with the same release may run different code, for example a checkout with changes.
 """
@@ -39,7 +39,7 @@ def digest(root: Path) -> str:
 
 
 def cpu_name() -> str:
-    """Return the name of this machine's processor; its architecture if the system gives none."""
+    """Return the name of this machine's processor, or its architecture if the system gives no name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -31,7 +31,7 @@ RUN_COLUMNS: dict[str, str] = {
 """The columns of a run and their NumPy types; the last character is the bytes of an entry."""
 MAX_COLUMNS = 64  # a bound on the frames of one message; this release knows nine
 Signed = Annotated[int, AtLeast(-(2**63) + 1)]
-Column = Any  # a `Buffer`: which of its types is up to ZeroMQ, and nothing to check
+Column = Any  # a `Buffer`: ZeroMQ chooses which of its types, so there is nothing to check
 
 
 @dataclass(frozen=True, slots=True)

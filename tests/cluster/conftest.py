@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,10 +16,5 @@ if TYPE_CHECKING:
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[Machine]:
     """Yield a state folder of this test's own; whatever runs in it is gone at the end."""
-    # A signal that is ignored stays so in children: a suite in a shell's background ignores Ctrl-C.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with machine(tmp_path) as here:
-            yield here
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    with machine(tmp_path) as here:
+        yield here

@@ -25,7 +25,7 @@ class FakeCluster(SupervisedCluster):
     """Workers that take a while to end and to come back.
 
     Attributes:
-        did: What it was told, in order.
+        did: The calls, in order.
         wont: Roles that do not come back, and why.
         stuck: Roles that do not end.
         always_live: The fewest workers that were ever live.
@@ -43,7 +43,7 @@ class FakeCluster(SupervisedCluster):
         self.always_live = len(self._live())
 
     def pause(self, seconds: float) -> None:
-        """Let time pass, and what is due happen."""
+        """Advance the clock, and do what is due."""
         self.clock.advance(int(seconds * 1e9))
         for name, (due_ns, view) in list(self._due.items()):
             if self.clock.now_ns() >= due_ns:

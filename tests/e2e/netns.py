@@ -1,4 +1,4 @@
-"""Hosts for a test: network namespaces with addresses of their own, each with its own sshd.
+"""Hosts for a test: network namespaces with own addresses and an own sshd each.
 
 A namespace more is the operator's, and holds the bridge that joins them all: nothing is in
 the machine's own network, so runs beside each other need no addresses of their own. Files are
@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 import pytest
+
+from tests import warm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -162,18 +163,27 @@ class Net:
 
     def start(self, *argv: str, host: str = "op") -> subprocess.Popen[str]:
         """Start a command of the operator, or of a host."""
-        env = {
-            **os.environ, "SUPERSERVE_STATE": str(self.state(host)), "PYTHONPATH": str(ROOT),
-            "SUPERSERVE_SSH_CONFIG": str(self.ssh_config), "COLUMNS": "200",
-        }  # fmt: skip
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.namespace(host), *argv], env=env, cwd=ROOT, text=True,
+            ["ip", "netns", "exec", self.namespace(host), *argv], env=self._env(host), cwd=ROOT, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def cluster(self, *args: str, host: str = "op") -> tuple[int, str]:
         """Run `python -m cluster ...`; return its exit code and all that it printed."""
-        return self.run(sys.executable, "-m", "cluster", *args, host=host)
+        return self._warm("cluster", *args, host=host)
+
+    def loadgen(self, *args: str, host: str = "op") -> tuple[int, str]:
+        """Run `python -m loadgen ...`; return its exit code and all that it printed."""
+        return self._warm("loadgen", *args, host=host)
+
+    def _warm(self, module: str, *args: str, host: str) -> tuple[int, str]:
+        return warm.run(module, *args, env=self._env(host), timeout_s=WAIT_S, namespace=self.namespace(host))
+
+    def _env(self, host: str) -> dict[str, str]:
+        return {
+            **os.environ, "SUPERSERVE_STATE": str(self.state(host)), "PYTHONPATH": str(ROOT),
+            "SUPERSERVE_SSH_CONFIG": str(self.ssh_config), "COLUMNS": "200",
+        }  # fmt: skip
 
     def run(self, *argv: str, host: str = "op") -> tuple[int, str]:
         """Run a command to its end; return its exit code and all that it printed."""

@@ -1,4 +1,4 @@
-"""What a page of docs/ shows of a command, held against what the command printed, masked."""
+"""Compare what a page of docs/ shows for a command with what it printed, masked."""
 
 from __future__ import annotations
 

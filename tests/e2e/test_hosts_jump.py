@@ -12,7 +12,7 @@ from tests.e2e.netns import Net, net
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 N_HOSTS = 8
 BUSY_S = 1.5

@@ -1,9 +1,8 @@
-"""A cluster on two hosts with keys: who is listed is served, nobody else is, and `up` sends new lists."""
+"""A cluster on two hosts with keys: only listed clients are served, and `up` sends new lists."""
 
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
@@ -25,20 +24,22 @@ def hosts() -> Iterator[Net]:
         yield here
 
 
-def load(here: Net, *keys: str, host: str = "c") -> tuple[int, str]:
-    """Offer a little load to the router from a host; return the exit code and what was printed."""
+def load(here: Net, *keys: str, host: str = "c") -> tuple[bool, str]:
+    """Offer a little load to the router from a host; return whether it was served, and what was printed.
+
+    A busy machine makes the run invalid; here it counts that it was answered.
+    """
     router = f"{here.address('a')}:5555"
-    return here.run(
-        sys.executable, "-m", "loadgen", "run", "--connect", router, "--trace", "poisson:rate=100",
-        "--duration", "1", "--slo-ms", "1000", "--json", str(here.folder / "run.json"), *keys, host=host,
+    path = here.folder / "run.json"
+    path.unlink(missing_ok=True)
+    _, output = here.loadgen(
+        "run", "--connect", router, "--trace", "poisson:rate=100",
+        "--duration", "1", "--slo-ms", "10000", "--json", str(path), *keys, host=host,
     )  # fmt: skip
-
-
-def answered(here: Net) -> int:
-    """Return how many queries of the last run were answered; all must be."""
-    queries = json.loads((here.folder / "run.json").read_text())["queries"]
-    assert queries["total"] == queries["ok"] > 0, queries
-    return int(queries["ok"])
+    if path.exists():
+        queries = json.loads(path.read_text())["queries"]
+        assert queries["total"] == queries["ok"] > 0, output
+    return path.exists(), output
 
 
 def received(here: Net) -> int:
@@ -72,16 +73,14 @@ def test_only_listed_clients_are_served_and_a_later_up_revokes(hosts: Net) -> No
     assert own.read_bytes() == (ring / "workers/b.key").read_bytes()
 
     web = ring / "clients/web.key"
-    code, output = load(hosts, "--keys", str(web))
-    assert code == 0, output
-    answered(hosts)
-    code, output = load(hosts, host="op")  # the operator's own key, which `up` has made and remembers
-    assert code == 0, output
-    answered(hosts)
+    is_served, output = load(hosts, "--keys", str(web))
+    assert is_served, output
+    is_served, output = load(hosts, host="op")  # the operator's own key, which `up` has made and remembers
+    assert is_served, output
 
     before = received(hosts)
-    code, output = load(hosts)
-    assert code != 0
+    is_served, output = load(hosts)
+    assert not is_served
     assert "key" in output
     assert received(hosts) == before
 
@@ -92,9 +91,9 @@ def test_only_listed_clients_are_served_and_a_later_up_revokes(hosts: Net) -> No
     output = up(hosts, file)
     assert "nothing was restarted; new files for a\n" in output
     assert pids(hosts) == roles
-    hosts.until(lambda: load(hosts, "--keys", str(kept))[0] != 0)  # the router looks at its lists
+    hosts.until(lambda: not load(hosts, "--keys", str(kept))[0])  # the router looks at its lists
     before = received(hosts)
-    assert load(hosts, "--keys", str(kept))[0] != 0
+    assert not load(hosts, "--keys", str(kept))[0]
     assert received(hosts) == before
 
     assert "nothing was changed" in up(hosts, file)

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.calm import judged_live
 from tests.e2e.test_hosts import hosts, pids, up, write
 
 if TYPE_CHECKING:
     from tests.e2e.netns import Net
 
 __all__ = ["hosts"]  # the fixture
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+@judged_live
 def test_a_rolling_restart_of_three_hosts_under_load_fails_no_query(hosts: Net) -> None:
     """At an SLO of 1 s, with load from a fourth: every query is answered, every worker is a new process."""
     up(hosts, write(hosts, "a", "b", "c"))
     before = pids(hosts)
     path = hosts.folder / "run.json"
+    began_s = time.monotonic()
     with hosts.start(
-        sys.executable, "-m", "loadgen", "run", "--trace", "poisson:rate=200", "--duration", "45",
+        sys.executable, "-m", "loadgen", "run", "--trace", "poisson:rate=200", "--duration", "600",
         "--slo-ms", "1000", "--json", str(path),
     ) as load:  # fmt: skip
         code, output = hosts.cluster("restart", "--rolling")
-        is_loaded = load.poll() is None
+        after_s = time.monotonic() - began_s
+        load.send_signal(signal.SIGINT)  # to `ip netns exec`, which it has become
         said, _ = load.communicate(timeout=90)
 
     assert code == 0, output
-    assert is_loaded, "the load outlasts the restart"
     after = pids(hosts)
     assert after["router"] == before["router"]
     for host in "abc":
@@ -39,7 +44,7 @@ def test_a_rolling_restart_of_three_hosts_under_load_fails_no_query(hosts: Net) 
         assert f"{name}: live again" in output
         assert after[name] != before[name]
     queries = json.loads(path.read_text())["queries"]
-    assert queries["total"] > 8_000
+    assert queries["total"] > 100 * after_s, "the load lasted as long as the restart"
     assert (queries["ok"], queries["unsent"]) == (queries["total"], 0), said
 
     code, output = hosts.cluster("doctor")
@@ -66,7 +71,7 @@ def test_a_shell_that_prints_is_no_obstacle(hosts: Net) -> None:
 
 
 def test_a_drained_host_stays_away_until_it_is_asked_back(hosts: Net) -> None:
-    """Drain a host, and again; the doctor says what to type; what it says, and `up`, bring it back."""
+    """Drain a host twice; the doctor's command, and also `up`, bring it back."""
     file = write(hosts, "a", "b")
     up(hosts, file)
     code, output = hosts.cluster("drain", "b")

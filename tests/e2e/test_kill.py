@@ -1,4 +1,7 @@
-"""A worker process dies, or stops and comes back, in mid-run: no query is lost or answered twice."""
+"""A worker process dies, or stops and comes back, in mid-run: no query is lost or answered twice.
+
+What that costs is judged on eight processes, which need this machine for themselves.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from loadgen.live.run import Emulation, RunSettings, emulated, run_trace
 from loadgen.results.result import OUTCOMES
 from loadgen.results.run import in_time
 from loadgen.traces.trace import load_trace
+from tests.calm import judged_live
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,29 +27,39 @@ if TYPE_CHECKING:
     from loadgen.live.run import Cluster
     from loadgen.results.run import Run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-SLO_NS = 60_000_000
-N_WORKERS = 8
-DURATION_S = 8.0
-FAULT_S = 3.0
-RATE_QPS = 1_600.0
-"""60 % of what eight such GPUs serve in batches of four, 12 ms, on the smallest subnet."""
 PROFILE = "transformer-8gpu-modelled"
 RECOVERY_S = 2
 
 
-def offer(fault: Callable[[Cluster], None]) -> Run:
-    """Offer a trace to eight one-GPU processes and do `fault` once that many seconds' queries are out."""
-    trace = load_trace(f"poisson:rate={RATE_QPS:g}", duration_s=DURATION_S, seed=4)
+class Load(NamedTuple):
+    """What is offered to how many one-GPU processes, and when one of them is struck."""
+
+    n_workers: int
+    rate_qps: float
+    duration_s: float
+    fault_s: float
+    slo_ns: int = 60_000_000
+
+
+FULL = Load(n_workers=8, rate_qps=1_600.0, duration_s=8.0, fault_s=3.0)
+"""60 % of what eight such GPUs serve in batches of four, 12 ms, on the smallest subnet."""
+SHORT = Load(n_workers=2, rate_qps=400.0, duration_s=2.5, fault_s=0.5, slo_ns=20_000_000_000)
+"""With so much slack both always hold a batch, and what one loses the other can serve."""
+
+
+def offer(load: Load, fault: Callable[[Cluster], None]) -> Run:
+    """Offer a trace and do `fault` once that many seconds' queries are out."""
+    trace = load_trace(f"poisson:rate={load.rate_qps:g}", duration_s=load.duration_s, seed=4)
     reached = threading.Event()
-    n_before = int(RATE_QPS * FAULT_S)
+    n_before = int(load.rate_qps * load.fault_s)
 
     def watch(progress: dict[str, int]) -> None:
         if progress["sent"] >= n_before:
             reached.set()
 
-    emulation = Emulation(PROFILE, N_WORKERS, n_processes=N_WORKERS)
+    emulation = Emulation(PROFILE, load.n_workers, n_processes=load.n_workers)
     with emulated(emulation) as cluster, concurrent.futures.ThreadPoolExecutor(1) as pool:
 
         def strike() -> None:
@@ -53,7 +67,7 @@ def offer(fault: Callable[[Cluster], None]) -> Run:
             fault(cluster)
 
         striking = pool.submit(strike)
-        run = run_trace(trace, RunSettings(SLO_NS), cluster.client_endpoint, watch)
+        run = run_trace(trace, RunSettings(load.slo_ns), cluster.client_endpoint, watch)
         striking.result()
     return run
 
@@ -68,36 +82,52 @@ def check_all_answered_once(run: Run) -> None:
 def attainment_by_second(run: Run) -> list[float]:
     """Return the share answered in time of the queries due in each second."""
     second = run.columns["due_ns"] // 1_000_000_000
-    is_ok = in_time(run.columns, SLO_NS)
+    is_ok = in_time(run.columns, FULL.slo_ns)
     return [float(is_ok[second == s].mean()) for s in np.unique(second)]
 
 
+def kill(cluster: Cluster) -> None:
+    """SIGKILL."""
+    cluster.workers[-1].kill()
+
+
+def stop_and_continue(cluster: Cluster) -> None:
+    """SIGSTOP, SIGCONT."""
+    pid = cluster.workers[-1].pid
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(1.2)  # the fault itself: longer than the six heartbeats after which it is dead
+    os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("fault", [kill, stop_and_continue])
+def test_every_query_is_answered_once_whatever_befalls_a_worker(fault: Callable[[Cluster], None]) -> None:
+    """The other worker is there for what the first one held."""
+    run = offer(SHORT, fault)
+
+    check_all_answered_once(run)
+    queries = run.result.queries
+    assert queries["ok"] + queries["late"] == queries["total"], queries
+
+
+@pytest.mark.slow
+@judged_live
 def test_a_killed_worker_costs_seconds_of_attainment_and_no_query() -> None:
     """SIGKILL: each query has one answer, and two seconds later attainment is above 0.99 again."""
-
-    def kill(cluster: Cluster) -> None:
-        cluster.workers[3].kill()
-
-    run = offer(kill)
+    run = offer(FULL, kill)
 
     check_all_answered_once(run)
     seconds = attainment_by_second(run)
-    # Progress is told four times a second: the fault came in this second or the next.
-    recovered = seconds[int(FAULT_S) + 1 + RECOVERY_S :]
+    # Progress comes four times a second: the fault came in this second or the next.
+    recovered = seconds[int(FULL.fault_s) + 1 + RECOVERY_S :]
     assert len(recovered) >= 2
     assert min(recovered) > 0.99, f"attainment by second: {seconds}; ends: {run.result.queries}"
 
 
+@pytest.mark.slow
+@judged_live
 def test_a_stopped_worker_that_comes_back_answers_nothing_twice() -> None:
-    """SIGSTOP, SIGCONT: fenced or recovered, its late answers count for nobody a second time."""
-
-    def stop_and_continue(cluster: Cluster) -> None:
-        pid = cluster.workers[3].pid
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(1.2)  # the fault itself: longer than the six heartbeats after which it is dead
-        os.kill(pid, signal.SIGCONT)
-
-    run = offer(stop_and_continue)
+    """SIGSTOP, SIGCONT: fenced or recovered; its late answers are never counted twice."""
+    run = offer(FULL, stop_and_continue)
 
     check_all_answered_once(run)
     seconds = attainment_by_second(run)

@@ -18,6 +18,7 @@ from superserve.client.aio import AsyncClient
 from superserve.client.client import Client
 from superserve.errors import ExpiredError, InfeasibleError, InvalidQueryError, UnansweredError
 from superserve.net.connection import ask_status
+from tests.calm import judged_live
 from tests.superserve.client.fakes import WAIT_S
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from loadgen.live.run import Cluster
     from superserve.client.reply import Reply
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.e2e
 
 PROFILE = load_profile("cnn-8gpu-modelled")
 SLO_MS = 20_000.0
@@ -101,6 +102,7 @@ def test_tasks_of_one_loop_each_get_their_own_answers(cluster: Cluster) -> None:
     assert ask_status(cluster.client_endpoint).queue.held_bytes == 0
 
 
+@judged_live
 def test_a_killed_router_costs_its_queries_no_more_than_their_slo() -> None:
     """SIGKILL: what it had ends without any grace, and what comes later by its deadline."""
     with emulated(Emulation(PROFILE.name, 1)) as cluster, Client(cluster.client_endpoint) as client:

@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument(
         "--only", type=int, metavar="K", help="run the pair of this number alone, and show it"
     )
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="go on from this number")
     parser.add_argument("--match", default="", help="run those alone whose names hold this")
     parser.add_argument("--sample", action="store_true", help="run those that `make test` runs")
     parser.add_argument("--at-once", type=int, default=len(os.sched_getaffinity(0)))
@@ -30,13 +31,16 @@ def main() -> int:
     chosen = {
         number: pair
         for number, pair in enumerate(drawn)
-        if (asked.only is None or number == asked.only) and asked.match in str(pair)
+        if (number >= asked.first if asked.only is None else number == asked.only)
+        and asked.match in str(pair)
     }
     began_s = time.monotonic()
     counts: Counter[str] = Counter()
     with inputs() as folder:
         verdicts = run_all(chosen.values(), folder, asked.at_once)
         for number, verdict in zip(chosen, verdicts, strict=True):
+            if sys.stderr.isatty() or counts.total() % 100 == 99:
+                click.echo(f"{counts.total() + 1} of {len(chosen)}", err=True)
             counts["skipped" if verdict.skipped else "failed" if verdict.complaints else "passed"] += 1
             if verdict.skipped:
                 counts[f"skipped: {verdict.skipped}"] += 1

@@ -25,8 +25,10 @@ _GUARD = "superserve/roles/command.py"
 _USAGE = re.compile(r"Usage: [^\n]*\n(?:  [^\n]*\n)*Try [^\n]*\n\n(?=Error: )")
 _TEMPORARY = re.compile(r"\.part$|\.tmp$|^tmp[a-z0-9_]{6,}$|^\.|~$|superserve-")
 _KEPT = "home/.local"
-_OF_LIBRARIES = "OpenBLAS "  # it prints, and ends the process or has it interrupted
-_LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+_OF_LIBRARIES = ("OpenBLAS ", "Could not save font_manager cache")
+"""What libraries print by themselves; the first ends the process, or has it interrupted."""
+_LOG_LINE = re.compile(r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\s+[\d.]+ s  \w)")
+"""Of a server, and of a command that says how far it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ def _unclear(step: Step, seen: Seen, hostile: Hostile) -> list[str]:
     if hostile.streams.get("stdout") == "broken" and not seen.stderr.strip():
         return []  # whoever left knows
     found = _one_line(seen.stderr)
-    if not _excused(seen.stderr, hostile):
+    if not _excused(f"{seen.stderr}\n{seen.stdout or ''}", hostile):  # a table may hold the reason
         found.append(f"the error does not speak of {hostile.excuse!r}")
     return found
 
@@ -153,17 +155,20 @@ def _one_line(text: str) -> list[str]:
     lines = [line for line in said.splitlines() if line.strip() and not _LOG_LINE.match(line)]
     if not lines:
         return ["failed without a word"]
+    if of_library := [line for line in lines if line.startswith(_OF_LIBRARIES)]:
+        # All that there is where it ends the process itself.
+        lines = [line for line in lines if line not in of_library] or [f"Error: {of_library[0]}"]
     errors = [line for line in lines if line.startswith(("Error: ", "Aborted!"))]
-    if errors != lines[:1]:  # below a library's own words, which may be all where it ends the process
-        lines = [line for line in lines if not line.startswith(_OF_LIBRARIES)] or [f"Error: {lines[0]}"]
-        errors = errors or lines[:1]
+    # What a role had said before it ended is quoted below the error that names it.
+    is_quoting = errors[:1] == lines[:1] and lines[0].rstrip().endswith(":")
+    if is_quoting:
+        errors, lines = errors[:1], lines[:1]
     if len(errors) != 1:
         return [f"{len(errors)} lines begin with 'Error: '"]
-    # What a role had said before it ended is quoted below the error that names it.
-    after = lines[lines.index(errors[0]) + 1 :]
+    after = lines[1:]
     if lines[0] != errors[0]:
         return [f"more than its error on stderr: {lines[0][:200]!r}"]
-    if after and not errors[0].rstrip().endswith(":"):
+    if after:
         return [f"more than one line: {after[0][:200]!r}"]
     return [f"a line of {len(errors[0])} characters"] if len(errors[0]) > _LINE else []
 

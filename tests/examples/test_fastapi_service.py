@@ -1,4 +1,4 @@
-"""The FastAPI example answers rightly or says why not, in time, whatever happens behind it."""
+"""The FastAPI example answers correctly or gives a reason, in time, whatever happens behind it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 from superserve import errors
 from superserve.errors import QueryError
 from superserve.net.connection import ask_status
+from tests.calm import judged_live
 from tests.examples.cluster import serving
 from tests.examples.service import (
     EXAMPLES,
@@ -50,8 +51,7 @@ BEFORE_THE_KILL = 300
 SLOS_MS = [400.0, 4_000.0] * (N // 2)
 """Some that outlive a router's restart, and some that do not."""
 
-CALLERS = pytest.mark.parametrize("callers", [from_threads, from_tasks])
-LIVE = (pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180))
+LIVE = (pytest.mark.e2e, pytest.mark.timeout(180))
 
 
 def live(test: Any) -> Any:
@@ -102,7 +102,7 @@ def test_only_a_503_says_when_to_come_back(status: int, retry_after: str | None)
 
 
 @live
-@CALLERS
+@pytest.mark.parametrize("callers", [from_tasks, pytest.param(from_threads, marks=pytest.mark.slow)])
 def test_a_thousand_requests_are_answered_rightly(callers: Any, url: str) -> None:
     """From 64 threads, and from a thousand tasks: each answer is what its subnet makes of its image."""
     outcomes = callers(url, [SLO_MS] * N)
@@ -114,7 +114,10 @@ def test_a_thousand_requests_are_answered_rightly(callers: Any, url: str) -> Non
 
 
 @live
-@CALLERS
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("callers", [from_threads, from_tasks])
+@judged_live
 def test_a_router_killed_in_the_middle_leaves_nobody_waiting(callers: Any, tmp_path: Path) -> None:
     """Each request is answered rightly, or refused with its cause by its deadline; then all is well again."""
     grace_ms = load_example().GRACE_MS
@@ -176,7 +179,7 @@ def test_a_wrong_query_is_the_callers_fault(url: str) -> None:
 
 @live
 def test_too_little_time_is_a_504_and_health_is_a_query(url: str) -> None:
-    """What no subnet can do is refused with the reason; a healthy cluster says who answered."""
+    """An impossible SLO is refused with the reason; a healthy cluster names the subnet that answered."""
     with httpx.Client(base_url=url, timeout=HANGS_S) as client:
         refused = ask(client, slo_ms=0.05)
         healthy = client.get("/health")

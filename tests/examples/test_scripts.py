@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+from tests.calm import judged_live
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -24,6 +26,7 @@ def run_example(name: str, endpoint: str) -> str:
     return done.stdout
 
 
+@judged_live
 def test_the_threaded_worker_serves_every_job(endpoint: str) -> None:
     """Each of its 400 jobs has one end, and most of the digits are read right."""
     (line,) = run_example("threaded_worker.py", endpoint).splitlines()
@@ -34,6 +37,7 @@ def test_the_threaded_worker_serves_every_job(endpoint: str) -> None:
     assert ends["right"] >= 300, line  # the smallest subnet alone has 83 %
 
 
+@judged_live
 def test_the_notebook_tells_how_deadlines_and_subnets_go_together(endpoint: str) -> None:
     """Every cell runs; of each hundred queries all ended; the tables have their rows."""
     printed = run_example("notebook.py", endpoint)

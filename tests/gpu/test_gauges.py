@@ -1,4 +1,4 @@
-"""What the device says of itself, read from the driver."""
+"""The device's own figures, read from the driver."""
 
 from __future__ import annotations
 

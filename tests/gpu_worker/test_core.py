@@ -19,6 +19,7 @@ from profiles.table import load_profile
 from superserve.clock import MS, SECOND
 from superserve.errors import ConfigError, WireError
 from superserve.wire import Control, Done, Kind, Ping, Pong, Pull, PullRow, Status
+from tests.effort import examples
 
 if TYPE_CHECKING:
     from superserve.wire import DoneRow, Message
@@ -59,7 +60,7 @@ BYE = Control(Kind.BYE)
 
 
 class Router:
-    """What a router could know from what one worker process has told it, checked message by message."""
+    """What a router can derive from one worker process's messages, checked message by message."""
 
     def __init__(self) -> None:
         self.core = make_core()
@@ -80,7 +81,7 @@ class Router:
             self.sent[order.batch_id] = order
 
     def say(self, message: Control) -> None:
-        """Say something that may end an epoch; its batches are then another's."""
+        """Send a message that may end an epoch; its batches then belong to another epoch."""
         before = self.core.epoch
         self.core.receive(message, self.now_ns)
         self.pinged_ns = None  # each WELCOME is answered by a PING
@@ -89,7 +90,7 @@ class Router:
             self.last_ended = [0] * N_GPUS
 
     def poll(self) -> None:
-        """Let the core speak, and check each word."""
+        """Take the core's messages, and check each one."""
         for message in self.core.poll(self.now_ns):
             self.hear(message)
 
@@ -122,7 +123,7 @@ class Router:
         assert row.last_batch <= self.n_sent
 
     def run_dry(self) -> None:
-        """Let time pass until everything has ended, as the core itself asks for it."""
+        """Advance the clock by the core's own wake-ups until every batch has ended."""
         for _ in range(10_000):
             if self.core.link is LinkState.STOPPED or not (self.sent or self.core._gpus.next_event_ns()):
                 return
@@ -174,7 +175,7 @@ def play(router: Router, step: tuple[str | int, ...]) -> None:
                 router.sent.clear()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(steps=STEPS)
 def test_whatever_comes_the_core_keeps_its_word(steps: list[tuple[str | int, ...]]) -> None:
     """Each batch of the present epoch ends once and in order, credit is bounded, old epochs are silent."""
@@ -206,7 +207,7 @@ def test_it_beats_as_often_as_it_promises(gaps: list[int]) -> None:
 
 
 def test_a_report_says_what_runs_and_since_when() -> None:
-    """It says no end: 3 ms into the first of two batches both are named, and how far the first is."""
+    """It contains no end: 3 ms into the first of two batches it names both, and the first one's progress."""
     core = make_core()
     core.receive(welcome(1), 0)
     core.receive(Order(1, 1, subnet=5, n=16), 0)

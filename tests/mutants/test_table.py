@@ -55,7 +55,7 @@ def tree(tmp_path: Path) -> Path:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text(text)
     (tmp_path / "tests" / "test_half.py").write_text(TEST)
-    for name in ("conftest.py", "paths.py"):
+    for name in ("conftest.py", "effort.py", "paths.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = ["-ra"]\n')
     return tmp_path
@@ -66,7 +66,7 @@ def little(old: str, new: str) -> Mutant:
     return Mutant(f"{old} to {new}", "little/__init__.py", old, new, ("tests/test_half.py",))
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_the_runner_reports_how_each_mutant_fared(tree: Path) -> None:
     """Noticed, passed unnoticed, not applicable, and broken altogether: only the first is good."""
     mutants = (
@@ -89,6 +89,7 @@ def test_the_runner_reports_how_each_mutant_fared(tree: Path) -> None:
     assert (tree / "little" / "__init__.py").read_text() == HALF
 
 
+@pytest.mark.e2e
 def test_the_runner_wants_tests_that_pass(tree: Path) -> None:
     """Tests that fail anyway cannot show that a mutant was noticed."""
     assert baseline(["tests/test_half.py"], tree) is None

@@ -50,7 +50,7 @@ def test_five_batch_sizes_stand_in_one_table_of_80_columns() -> None:
 
 
 def test_a_cell_is_the_median_and_how_much_longer_the_p99_is() -> None:
-    """1.41 ms and 1.452 ms: 3 %; a p99 of several medians is told as their ratio."""
+    """1.41 ms and 1.452 ms: 3 %; a p99 of several medians is shown as their ratio."""
     profile = load_profile("cnn-8gpu-modelled")
     first = profile.subnets[0]
     heavy = replace(first, latency_p99_ns=tuple(6 * latency for latency in first.latency_ns))

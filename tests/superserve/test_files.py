@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from superserve.errors import ConfigError
-from superserve.files import check_text, write_whole
+from superserve.files import check_text, write_private, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(30)
-
 
 @contextlib.contextmanager
 def full_after(n_bytes: int) -> Iterator[None]:
-    """Let no file grow beyond so many bytes, as a full disk does not."""
+    """Limit files to this many bytes, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
     try:
@@ -70,6 +68,18 @@ def test_links_devices_and_pipes_are_written_through(tmp_path: Path) -> None:
 
     assert (link.is_symlink(), real.read_text(), read) == (True, "linked", ["piped"])
     write_whole(tmp_path.__class__(os.devnull), "nothing")
+
+
+def test_a_private_file_is_replaced_whole_and_is_its_users_alone(tmp_path: Path) -> None:
+    """Where it cannot be written, what was there stays, and nothing lies beside it."""
+    path = tmp_path / "state.json"
+    write_private(path, b"old")
+    with full_after(1_000), pytest.raises(OSError, match="File too large"):
+        write_private(path, bytes(2_000))
+
+    assert path.read_bytes() == b"old"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_word_that_is_not_utf8_is_refused() -> None:

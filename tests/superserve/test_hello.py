@@ -107,7 +107,7 @@ def test_a_workers_hello_that_is_wrong_is_named_with_the_worker(change: dict[str
 
 
 def test_a_worker_without_a_name_has_that_of_its_connection() -> None:
-    """Where it says none, or an empty one."""
+    """If it states none, or an empty one."""
     for body in ({}, {"name": ""}, {"name": None}):
         assert WorkerHello.from_body({"n_slots": 1, "profiles": [{}], **body}, "c0ffee").name == "c0ffee"
 
@@ -149,3 +149,12 @@ def test_a_clients_hello_needs_a_session(session: object) -> None:
     """It is what the router knows the client by."""
     with pytest.raises(WireError, match="hello: session: expected an integer, got "):
         ClientHello.from_body({} if session is ... else {"session": session})
+
+
+def test_who_comes_to_the_others_endpoint_hears_so() -> None:
+    """A router has an endpoint for each, and their ports are easily taken for each other."""
+    client = over_json(ClientHello(session=7).body())
+    with pytest.raises(WireError, match="a client came to the endpoint of workers"):
+        WorkerHello.from_body(client, "w")
+    with pytest.raises(WireError, match="a worker came to the endpoint of clients"):
+        ClientHello.from_body({"role": "worker", "name": "w"})

@@ -181,7 +181,7 @@ def test_a_field_of_another_type_is_named(path: str, value: object, words: str) 
 
 @given(path=st.sampled_from(REQUIRED), value=st.none() | st.booleans() | SIZES | TEXT | st.lists(SIZES))
 def test_nothing_but_a_wire_error_comes_of_a_wrong_value(path: str, value: object) -> None:
-    """A peer may say anything; the caller learns what is wrong, or reads it."""
+    """Whatever a peer sends, the caller gets a value or an error that names the fault."""
     said = complaint(changed(path, value))
 
     assert said is None or said.startswith(f"status: {path.replace('.', ': ')}")
@@ -246,7 +246,7 @@ def test_a_gpu_is_well_only_if_its_process_is_heard_and_it_answers_in_time(
     ],
 )
 def test_the_condition_is_what_is_wrong_first(process: str, state: str, word: str) -> None:
-    """A process that is not heard says more than what its GPU did when it was."""
+    """A silent process matters more than the last state of its GPU."""
     assert gpu(process=process, state=state).condition == word
 
 

@@ -230,7 +230,7 @@ def test_the_client_imports_alone_and_light(venv: Venv, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_mypy_sees_the_types_of_an_installed_client(venv: Venv, tmp_path: Path) -> None:
-    """py.typed arrives: under --strict an application is told that a reply's subnet is no number."""
+    """py.typed arrives: under --strict an application learns that a reply's subnet is no number."""
     right = tmp_path / "right.py"
     right.write_text("import superserve\n\nname: str = superserve.Client('x').infer(b'', slo_ms=1).subnet\n")
     wrong = tmp_path / "wrong.py"

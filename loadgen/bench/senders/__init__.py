@@ -1,1 +1,1 @@
-"""Senders and echoes that rows of `make bench` are measured with and against."""
+"""Senders that measure rows of `make bench`, and the echo that they are compared with."""

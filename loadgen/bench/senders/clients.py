@@ -1,8 +1,8 @@
-"""A thousand small clients in one process: every query is a message of its own, over its client's socket.
+"""A thousand small clients in one process: every query is one message, over its client's socket.
 
-The same generator, sockets and schedule for the router and for the bare echo, so that their
-rates compare. What arrives is kept as it came, with its instant, and decoded after the run:
-during it, neither of the two costs the generator more than the other.
+The generator, sockets and schedule are the same for the router and for the bare echo, so that their
+rates can be compared. Arriving frames are stored with their instants and decoded after the run, so
+that during it neither costs the generator more than the other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from loadgen.live.sender import Records, SenderPlan
 
-_WELCOME_NS = 20_000_000_000
+_WELCOME_NS = 20_000_000_000  # a thousand clients join one after another
 _POLLIN = int(zmq.POLLIN)
 _U64, _I64 = struct.Struct("<Q").pack, struct.Struct("<q").pack
 _AT_ONCE = 256
@@ -37,7 +37,7 @@ _AT_ONCE = 256
 
 
 class SingleTarget(SenderTarget):
-    """What the targets have in common to which each query is a call of its own."""
+    """What the targets share that send each query by its own call."""
 
     at_once = 128
     idle_ns = MS
@@ -51,24 +51,24 @@ class SingleTarget(SenderTarget):
         """Return when each query's answer came; -1 where none did."""
 
     def send(self, lo: int, slacks_ns: npt.NDArray[np.int64], now_ns: int) -> int:
-        """Send the queries, each by itself; return how many were taken."""
+        """Send the queries one by one; return how many were taken."""
         taken = [i for i, slack_ns in enumerate(slacks_ns.tolist(), lo) if self.send_one(i, slack_ns)]
         self.records.sent_ns[taken] = now_ns
         return len(taken)
 
     def settle(self) -> None:
-        """Enter when answers came: nothing else is asked of them."""
+        """Enter the instants of the answers: these rows use nothing else of them."""
         self.records.answered_ns[:] = self.answered_ns()
 
     def wait(self, duration_ns: int) -> None:
-        """Sleep; where the sender is to wake for each query, it wakes for answers too."""
+        """Sleep; a sender that wakes for each query also wakes for answers."""
         if self.plan.least_sleep_ns:
             time.sleep(duration_ns / 1e9)
         else:
             self.wait_for_answers(duration_ns)
 
     def wait_for_answers(self, duration_ns: int) -> None:
-        """Wait until something has come; where another thread takes it in, sleep."""
+        """Wait until an answer has come; sleep if another thread receives them."""
         time.sleep(duration_ns / 1e9)
 
 
@@ -102,10 +102,10 @@ class ManyTarget(SingleTarget):
         self._ready: list[zmq.Socket[bytes]] = []
 
     def await_peer(self) -> None:
-        """Exchange one message over every socket, so that all connections stand before the run.
+        """Exchange one message over every socket, so that all are connected before the run.
 
         Raises:
-            ConfigError: Somebody does not answer.
+            ConfigError: One gets no answer.
         """
         if self._is_echo:
             for socket in self._sockets:
@@ -134,7 +134,7 @@ class ManyTarget(SingleTarget):
         message = Queries(
             self._epoch, time.monotonic_ns(), 1, _U64(i), _I64(slack_ns), len(self._payload), (self._payload,)
         )
-        (frame,) = wire.encode_queries(message)  # one: a small payload shares it
+        (frame,) = wire.encode_queries(message)  # one frame: a small payload shares it
         try:
             socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
@@ -166,7 +166,7 @@ class ManyTarget(SingleTarget):
             self._ready.extend([self._of_fd[fd] for fd, _ in self._poller.poll(duration_ns / 1e9, _AT_ONCE)])
 
     def answered_ns(self) -> list[int]:
-        """Return when each query's answer came, -1 where none with an output did."""
+        """Return when each query's answer came; -1 if none with an output did."""
         answered_ns = [-1] * len(self.records.sent_ns)
         for now_ns, frame in self._arrived:
             if wire.kind_of(frame) not in (Kind.QUERIES, Kind.RESULTS):

@@ -1,4 +1,4 @@
-"""The yardstick: a bare pyzmq ROUTER that sends every message back, and does nothing else."""
+"""The reference: a bare pyzmq ROUTER that sends every message back, and does nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from superserve.roles.processes import announce_ready, die_with_parent
 def serve() -> None:
     """Echo until killed; announces {"endpoint": ..}."""
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
-        # The router's own bound: with pyzmq's default of 1,000 a burst would be dropped unseen.
+        # As the router has it: with pyzmq's default of 1,000 a burst would be dropped silently.
         socket.set(zmq.SNDHWM, HIGH_WATER_MARK)
         socket.set(zmq.RCVHWM, HIGH_WATER_MARK)
         socket.bind("tcp://127.0.0.1:*")

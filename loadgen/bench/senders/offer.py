@@ -1,4 +1,4 @@
-"""Offer a schedule one query at a time, from sender processes, and gather what came of it."""
+"""Offer a schedule one query at a time, from sender processes, and collect the outcome."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """What became of a schedule.
+    """The outcome of a schedule.
 
     Attributes:
         due_ns: Instants counted from the start, ascending, shape (n_queries,).
-        sent_ns: Likewise, -1 where it did not happen.
-        answered_ns: Likewise.
+        sent_ns: Instants of the same kind; -1 if it was not sent.
+        answered_ns: Instants of the same kind; -1 if it was not answered.
         noise_ns: p99.9 of the noise probe's lateness.
         server_cpu_s: CPU time that the measured process took.
     """
@@ -43,13 +43,13 @@ class Offered:
 
 
 def offer_singly(plan: SenderPlan, trace: Trace, *, n_senders: int, server_pid: int | None = None) -> Offered:
-    """Deal the trace out to `n_senders` processes and run it.
+    """Split the trace among `n_senders` processes and run it.
 
     Args:
         plan: What each sender does.
         trace: When queries are due.
         n_senders: Sender processes.
-        server_pid: The process whose CPU time is wanted.
+        server_pid: The process whose CPU time is measured.
 
     Raises:
         ProcessError: A sender failed.

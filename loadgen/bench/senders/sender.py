@@ -1,7 +1,7 @@
 """A sender with one query in each call: to the bare echo, or through `superserve.Client`.
 
-The sender is `loadgen.live.sender`'s, with its schedule and its clock. Where that one submits in bulk, the
-targets here do what an application does: one message to the echo, or one `submit`, a query.
+The sender is `loadgen.live.sender`'s, with its schedule and its clock. That one submits in bulk; the targets
+here do what an application does: one message to the echo, or one `submit`, for each query.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from superserve.client.futures import QueryFuture
 
 _MAX_OUTSTANDING = 200_000
-"""Far beyond what an SLO of tens of milliseconds leaves without an answer at any rate tried."""
+"""Far more than an SLO of tens of milliseconds leaves without an answer at any rate tried."""
 _INDEX = struct.Struct("<Q")
 
 
@@ -46,13 +46,13 @@ class EchoTarget(SingleTarget):
         self._socket = connect_dealer(context, plan.endpoint)
 
     def await_peer(self) -> None:
-        """Exchange one message, so that the connection stands before the run."""
+        """Exchange one message, so that it is connected before the run."""
         self._socket.setsockopt(zmq.RCVTIMEO, 5_000)
         self._socket.send(b"hello")
         self._socket.recv()
 
-    def send_one(self, i: int, slack_ns: int) -> bool:  # noqa: ARG002  the echo knows no deadlines
-        """Send query `i` as one message; a large payload in a frame of its own, which is not copied."""
+    def send_one(self, i: int, slack_ns: int) -> bool:  # noqa: ARG002  the echo ignores deadlines
+        """Send query `i` as one message; a large payload is a separate frame, which is not copied."""
         head = _INDEX.pack(i)
         try:
             if self._is_large:
@@ -88,7 +88,7 @@ class EchoTarget(SingleTarget):
 
 
 class ClientTarget(SingleTarget):
-    """`submit` of a client, once a query; the replies, which say when they came, are read after the run."""
+    """One `submit` of a client for each query; the replies, with their instants, are read after the run."""
 
     def __init__(self, plan: SenderPlan, records: Records, client: Client | AsyncClient) -> None:
         super().__init__(plan, records)
@@ -99,18 +99,18 @@ class ClientTarget(SingleTarget):
     def send_one(self, i: int, slack_ns: int) -> bool:
         """Submit query `i`; False if the client holds too many without an answer."""
         try:
-            # One that is already too late is submitted all the same: its load was due.
+            # A query that is already too late is submitted too: its load was due.
             self._futures[i] = self._client.submit(self._payload, slo_ms=max(slack_ns, 1_000) / MS)
         except OverloadedError:
             return False
         return True
 
     def take(self) -> None:
-        """Count: the client itself takes in what comes."""
+        """Count only: the client itself receives the answers."""
         self.records.n_answered = len(self._futures) - self._client.outstanding
 
     def answered_ns(self) -> list[int]:
-        """Return when each query was answered, -1 where no output came."""
+        """Return when each query was answered; -1 if no output came."""
         answered_ns = [-1] * len(self.records.sent_ns)
         for i, future in self._futures.items():
             if future.done() and not future.cancelled() and future.exception() is None:
@@ -136,13 +136,13 @@ def run_single(plan: SenderPlan) -> None:
             target = peer = kind(plan, records, context)
             stack.callback(peer.close)
             peer.await_peer()
-        # All of it before the client is closed: that ends what is left, which is no answer.
+        # To the end before the client closes: closing ends queries without an answer.
         for duration_ns in Sender(target, due_ns).play(context):
             target.wait(duration_ns)
 
 
 async def _play(plan: SenderPlan, records: Records, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-    """Do the same from one coroutine, beside the client's own part of the loop."""
+    """Run an AsyncClient from one coroutine, in the same loop as the client's own tasks."""
     async with AsyncClient(plan.endpoint, max_outstanding=_MAX_OUTSTANDING) as client:
         target = ClientTarget(plan, records, client)
         for duration_ns in Sender(target, np.load(plan.path("due"))).play(context):

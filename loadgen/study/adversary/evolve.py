@@ -67,7 +67,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A workload and what came of it.
+    """A workload and its outcome.
 
     Attributes:
         genome: The workload.
@@ -167,9 +167,9 @@ def evolve(
     Args:
         question: Who is to fail, and beside whom.
         seed: Draws everything.
-        is_over: Told the number of evaluations so far after each generation; True ends the search.
+        is_over: Gets the number of evaluations after each generation; True ends the search.
         n_processes: That evaluate.
-        say: Told what each generation came to.
+        say: Gets the progress after each generation.
     """
     state = _State(random.Random(f"{seed}/adversary"))
     n_evaluations = generation = 0

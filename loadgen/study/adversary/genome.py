@@ -53,8 +53,8 @@ class Genome:
         cv2: Of the gaps beside the spikes.
         slos: (ms, weight) of each.
         n_gpus: GPUs.
-        unequal: Half of them are told to take so many times as long; 1 is none.
-        slowness: All of them take so many times as long as told.
+        unequal: The profile of half of them takes this many times as long; 1 is none.
+        slowness: All of them take this many times as long as their profile says.
         floor: (row of the profile, share of the queries); None is none.
         jitter_ms: Of each message.
         seed: Draws the arrivals.
@@ -75,7 +75,7 @@ class Genome:
 
     @property
     def family(self) -> str:
-        """What kind of arrivals it has, and what makes them hard besides."""
+        """What kind of arrivals it has, and what else makes them hard."""
         kinds = (("spikes", bool(self.spikes)), ("jumps", len(self.rates) > 1), ("bursts", self.cv2 > 2))
         terms = (
             ("floors", self.floor is not None), ("mix", len(self.slos) > 1), ("slow", self.slowness > 1),
@@ -111,7 +111,7 @@ class Genome:
         )  # fmt: skip
 
     def trace(self, queries: int) -> Trace:
-        """Return its arrivals: whole cycles until there are about so many queries, or 20 s of them."""
+        """Return its arrivals: whole cycles until there are about `queries` queries, or 20 s of them."""
         can_qps = self._can_qps()
         sizes = [max(1, round(size * can_qps * self._slo_s())) for _, size in self.spikes]
         per_cycle = sum(share * load for share, load in self.rates) * self.cycle_s * can_qps + sum(sizes)

@@ -51,7 +51,7 @@ def command(question: Question, one: Scored, path: Path) -> str:
 
 
 def lines(question: Question, worst: Sequence[Scored], paths: Sequence[Path]) -> list[str]:
-    """Return two lines for each: what it is and what came of it, and the command that repeats it."""
+    """Return two lines for each: what it is and how it ended, and the command that repeats it."""
     found = []
     for i, (one, path) in enumerate(zip(worst, paths, strict=True), start=1):
         attained = ", ".join(f"{name} {share:.5f}" for name, share in one.attainments.items())

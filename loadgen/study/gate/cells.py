@@ -2,7 +2,7 @@
 
 A family asks one question. Loads are shares of what the cluster's GPUs do on the smallest subnet in full
 batches. Every second cell of a family is held out: a policy is tuned on the others, so that a judgement also
-says whether it holds where nobody looked.
+says whether it holds where it was not tuned.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAMPLE = 20
 """Cells of a sample."""
 
 # A sample is for a quick look: these take seconds each.
-_COSTLY = ("512 GPUs", "64 at", "accel")
+_COSTLY = ("512 GPUs", "64 GPUs", "64 at", "accel")
 
 
 def gate_cells(traces: Path | None = None) -> list[GateCell]:

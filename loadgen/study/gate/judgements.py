@@ -1,6 +1,6 @@
 """The list of judgements: each one that was made, also those that failed, and the page that shows them.
 
-A policy is tuned on seeds 1 to 20. A judgement takes seeds that nobody has looked at: from 21 on, and none
+A policy is tuned on seeds 1 to 20. A judgement takes seeds that no tuning has seen: from 21 on, and none
 that an earlier judgement of the list has used.
 """
 

@@ -43,7 +43,7 @@ OF_BOUND = 0.3
 NEAR_GPUS = 8
 NEAR_SLO_NS = 36_000_000
 NEAR_BATCH = 14.0
-"""Line e holds from so many GPUs, so long an SLO and so large a mean batch of mincost on."""
+"""The least number of GPUs, SLO and mean batch of mincost for line e to count."""
 
 # Sums and means of floats: a margin this far below 0 is 0.
 _ROUNDING = 1e-9

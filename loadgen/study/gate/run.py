@@ -6,13 +6,14 @@ candidate simulates that alone. The candidate's own figures are never taken from
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loadgen.simulator.workloads import parse_cluster
 from loadgen.study.compare import CellResult, Figures, bound_in, serve
-from loadgen.study.gate.promise import PromiseLine, Standing, shortcomings
+from loadgen.study.gate.promise import PromiseLine, Standing, findings, shortcomings
 from loadgen.study.gate.store import BOUND
 
 if TYPE_CHECKING:
@@ -42,6 +43,13 @@ class Judged:
     result: CellResult
     standing: Standing
     fails: tuple[PromiseLine, ...]
+
+    @property
+    def verdict(self) -> str:
+        """The lines that hold, or those that fail and by how much."""
+        if not self.fails:
+            return f"holds {''.join(dict.fromkeys(line.line for line in findings(self.standing)))}"
+        return "FAILS " + "; ".join(map(str, self.fails))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +105,18 @@ class PolicyGate:
                     tasks.append(_Task(one.cell, seed, missing))
         n_missing = sum(len(task.policies) for task in tasks)
         say(f"{len(played)} cells, {len(self.seeds)} seeds: {n_missing} figures to compute")
+        by_name = {cell.name: cell for cell in played}
+        open_seeds = Counter(task.cell.name for task in tasks)
         for task, figures in zip(tasks, _all(tasks, n_processes), strict=True):
             known[task.cell.name, task.seed].update(figures)
             for policy, computed in figures.items():
                 if policy == BOUND or policy in self.comparators:
                     self.store.put(task.cell, task.seed, policy, computed)
-            say(f"{task.cell.name}, seed {task.seed}: {', '.join(task.policies)}")
+            open_seeds[task.cell.name] -= 1
+            if not open_seeds[task.cell.name]:
+                done = self._judged(by_name[task.cell.name], known)
+                ours = done.standing.candidate
+                say(f"{done.of.name}: {ours.attainment:.5f} {ours.per_query:.3f}  {done.verdict}")
         return [self._judged(cell, known) for cell in played]
 
     def _own(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ def table_lines(gate: PolicyGate, judged: Sequence[Judged], skipped: Sequence[Ga
             f"{one.of.name:<{wide}}  {'out' if one.of.is_held_out else 'tuned':<5}  "
             f"{at.candidate.attainment:.5f} {accuracy:>7} {at.candidate.per_query:7.3f}   "
             f"{_two(at.slackfit)}  {_two(at.mincost)}  {at.slower.attainment:.5f}  {_two(at.baseline)}  "
-            f"{_two(at.bound)}  {at.of_bound:+8.3f}  {_verdict(one)}"
+            f"{_two(at.bound)}  {at.of_bound:+8.3f}  {one.verdict}"
         )
     found += [f"{cell.name}: skipped: {cell.skipped}" for cell in skipped]
     return found
@@ -39,12 +39,6 @@ def table_lines(gate: PolicyGate, judged: Sequence[Judged], skipped: Sequence[Ga
 
 def _two(figures: Figures) -> str:
     return f"{figures.attainment:.5f} {figures.per_query:7.3f}"
-
-
-def _verdict(one: Judged) -> str:
-    if not one.fails:
-        return f"holds {''.join(dict.fromkeys(line.line for line in findings(one.standing)))}"
-    return "FAILS " + "; ".join(map(str, one.fails))
 
 
 def summary_lines(gate: PolicyGate, judged: Sequence[Judged], n_skipped: int) -> list[str]:
@@ -87,7 +81,7 @@ def markdown_lines(gate: PolicyGate, judged: Sequence[Judged]) -> list[str]:
         cells = [
             one.of.name, "held out" if one.of.is_held_out else "tuned", _page_two(at.candidate), accuracy,
             _page_two(at.slackfit), _page_two(at.mincost), f"{at.slower.attainment:.5f}",
-            _page_two(at.baseline), _page_two(at.bound), f"{at.of_bound:+.3f}", _verdict(one),
+            _page_two(at.baseline), _page_two(at.bound), f"{at.of_bound:+.3f}", one.verdict,
         ]  # fmt: skip
         found.append(f"| {' | '.join(cells)} |")
     return found

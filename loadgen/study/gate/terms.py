@@ -29,7 +29,7 @@ def jitter_family() -> list[GateCell]:
 
 
 def slow_family() -> list[GateCell]:
-    """Return GPUs that are slower than told: all of them, half of them, one process of two."""
+    """Return GPUs that are slower than their profile: all of them, half of them, one process of two."""
     found = [
         draft("slow", f"{factor:g}x at 5000 q/s", "poisson:rate=5000", speed=1 / factor)
         for factor in (1.1, 1.25, 1.5, 1.75, 2, 2.5)
@@ -57,7 +57,7 @@ def _gamma_at(rate_qps: float) -> str:
 
 
 def unequal_family() -> list[GateCell]:
-    """Return clusters of GPUs that are told to differ."""
+    """Return clusters of GPUs whose profiles differ."""
     old = f"{CNN}*1.86:4,{CNN}*4.65:12"
     halves = f"{CNN}:4,{CNN}*2.5:4"
     one_fast = f"{CNN}:1,{CNN}*3:7"
@@ -101,7 +101,7 @@ def slos_family() -> list[GateCell]:
 def mixes_family() -> list[GateCell]:
     """Return queries of several SLOs."""
     three = "29.4:7.5,381.5:3,499.8:0.36"
-    ramps = "ramp-crash:from=200,to=16000,ramp=0.07,rest=0.05"
+    ramps = "ramp-crash:from=50,to=17000,ramp=0.096,rest=0.265"
     mixes = [
         ("29/382/500 on ramps", ramps, three),
         ("29/382/500 at 50%", _poisson(0.5), three),

@@ -102,7 +102,7 @@ def test_with_gpus_each_has_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_placed_plan_has_each_port_once() -> None:
-    """A port that is named is taken as it is; any other is a free one, and workers are told the router's."""
+    """A named port is used as given; any other is a free one, and workers receive the router's."""
     ports = iter((6_001, 6_002, 6_003))
     plan = planned(emulate="cnn-8gpu-modelled", n_gpus=1, client_port=5_555, metrics=True)
     (router, worker), client_endpoint, worker_endpoint = plan.placed(lambda: next(ports))

@@ -119,7 +119,7 @@ def test_the_package_is_unpacked_once_for_its_user_alone(tmp_path: Path) -> None
 
 
 def test_a_broken_wheel_leaves_no_part_that_counts(tmp_path: Path) -> None:
-    """An interrupted transfer is an error, and the next one begins anew."""
+    """An interrupted transfer is an error, and the next one starts from the beginning."""
     content = wheel(**{"router/x.py": "whole"})
     said = run("install", asked(), content[:-30], SUPERSERVE_STATE=str(tmp_path))
     assert "error" in said
@@ -128,7 +128,7 @@ def test_a_broken_wheel_leaves_no_part_that_counts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_is_lacking_comes_by_the_hosts_own_pip(tmp_path: Path) -> None:
-    """An environment is made that sees all the named Python has; pip finds the rest where it is told."""
+    """The new environment sees the packages of the named Python; pip finds the rest in the given folder."""
     about = "Metadata-Version: 2.1\nName: tinydep\nVersion: 1.2\n"
     kind = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     info = "tinydep-1.2.dist-info"
@@ -151,7 +151,7 @@ def test_what_is_lacking_comes_by_the_hosts_own_pip(tmp_path: Path) -> None:
 
 
 def test_a_name_that_cannot_be_looked_up_is_told(tmp_path: Path) -> None:
-    """Nothing is said of one that can, or where there is none."""
+    """No message if it can, or if there is none."""
     for name, is_known in (
         ("localhost", True),
         ("", True),

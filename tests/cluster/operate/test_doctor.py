@@ -1,4 +1,4 @@
-"""The doctor: for each thing that can be wrong, what it says and what it says to type."""
+"""The doctor: for each possible problem, its finding and the command that it suggests."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def bad(seen: Seen) -> list[Finding]:
 
 
 def roles(**worker: Any) -> tuple[Any, ...]:
-    """Return the roles, of which w0 is as said."""
+    """Return the roles; w0 has the given state."""
     return (role("router"), role("w0", **worker), role("w1", host="b"))
 
 
 def facts(**other: Any) -> tuple[HostFacts, ...]:
-    """Return the hosts, of which the first is as said."""
+    """Return the hosts; the first one has the given facts."""
     return (HostFacts("a", "", replace(FACTS, **other), 0.0, 0.0), WELL.hosts[1])
 
 
@@ -140,7 +140,7 @@ def test_a_role_of_a_host_that_cannot_be_asked_is_not_told_of_twice() -> None:
 
 
 def test_last_words_are_told() -> None:
-    """What a role said before it ended is most of the answer."""
+    """The finding shows a role's last lines: they usually contain the cause."""
     assert bad(replace(WELL, roles=roles(**GIVEN_UP)))[0].more == "ended:\nno memory"
 
 

@@ -1,4 +1,4 @@
-"""A cluster of this machine whose roles keep crashing, or whose disk is full: said, and nothing is left."""
+"""A local cluster whose roles keep crashing, or whose disk is full: reported, and nothing is left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tests.cluster.machine import Machine
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 # A worker that serves for a while, each time.
 CRASHES_LATER = """
@@ -101,8 +101,9 @@ def fill(path: Path) -> None:
             file.write(b"\0")
 
 
+@pytest.mark.slow
 def test_a_cluster_outlives_a_full_disk(here: Machine, small_disk: Path) -> None:
-    """Roles are started again, `status` tells the truth, and `down` leaves nothing."""
+    """Roles are restarted, `status` is right, and `down` leaves nothing."""
     here.up()
     fill(small_disk)
     before = roles(here)
@@ -123,6 +124,7 @@ def test_a_cluster_outlives_a_full_disk(here: Machine, small_disk: Path) -> None
     assert here.files() == set()
 
 
+@pytest.mark.slow
 def test_up_on_a_full_disk_says_so_and_leaves_nothing(here: Machine, small_disk: Path) -> None:
     """No process, no file, and the reason; there is room again: it comes up."""
     fill(small_disk)

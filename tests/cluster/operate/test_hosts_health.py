@@ -60,7 +60,7 @@ def test_a_worker_that_the_router_does_not_use_is_waited_for(said: RouterStatus 
     ],
 )  # fmt: skip
 def test_waiting_for_a_role_that_is_given_up_would_be_in_vain(role: RoleSeen, text: str) -> None:
-    """Given up, or left by itself: nobody starts it again, and its log says why."""
+    """A role that was given up or exited by itself: it is not restarted, and its log has the reason."""
     (line,) = unready(seen(ROUTER, role), status(n=0), SLOTS)
     assert (line.text, line.is_final) == (text, True)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tests.cluster.machine import Machine
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.e2e
 
 EMULATE = ("--emulate", "cnn-8gpu-modelled:1")
 
@@ -47,7 +47,7 @@ os.pidfd_open = refuse
 
 
 def test_down_stops_a_cluster_also_without_descriptors_of_processes(here: Machine) -> None:
-    """As on Linux 4.18, or in a container whose profile forbids them: what it says is stopped, is."""
+    """As on Linux 4.18, or in a container that forbids them: what `down` reports as stopped has ended."""
     here.up()
     here.fault("cluster", NO_PIDFD)
     code, output = here.run("down")
@@ -60,7 +60,7 @@ def test_down_stops_a_cluster_also_without_descriptors_of_processes(here: Machin
 
 
 def test_a_cluster_is_ready_when_up_returns_and_gone_when_down_does(here: Machine, tmp_path: Path) -> None:
-    """Status is well, load finds it without being told, a second up is a no-op, down leaves nothing."""
+    """Status is well, load finds it without --connect, a second up is a no-op, down leaves nothing."""
     cluster = here.up()
     pids = [cluster.keeper.pid, *(role.process.pid for role in cluster.roles if role.process)]
     assert len(pids) == 4
@@ -110,7 +110,6 @@ def test_a_cluster_is_ready_when_up_returns_and_gone_when_down_does(here: Machin
     assert "worker-1 joined" in output
 
 
-@pytest.mark.slow
 def test_a_plain_up_serves_digits_and_load_sends_what_they_take(here: Machine, tmp_path: Path) -> None:
     """Without options the shipped supernet is up, and a plain load has payloads of the model's size."""
     code, output = here.run("up", "--device", "cpu")
@@ -128,7 +127,6 @@ def test_a_plain_up_serves_digits_and_load_sends_what_they_take(here: Machine, t
     assert here.processes() == []
 
 
-@pytest.mark.slow
 def test_down_answers_what_is_queued(here: Machine) -> None:
     """Queries that the router has taken are served before it ends, in order."""
     code, output = here.run("up", "--emulate", "transformer-8gpu-modelled:1")
@@ -145,7 +143,6 @@ def test_down_answers_what_is_queued(here: Machine) -> None:
         assert [future.result(WAIT_S).is_late for future in futures] == [False] * 100
 
 
-@pytest.mark.slow
 def test_clusters_of_two_names_run_side_by_side(here: Machine) -> None:
     """Each goes down alone; what to type next names the one that is not the default."""
     here.up()
@@ -164,7 +161,7 @@ def test_clusters_of_two_names_run_side_by_side(here: Machine) -> None:
 
 
 def test_of_two_ups_at_once_one_starts_and_nothing_is_left(here: Machine) -> None:
-    """The other finds it running or under way, and says so."""
+    """The other finds it running or starting, and reports that."""
     ended = [finish(command) for command in [here.start("up", *EMULATE) for _ in range(2)]]
 
     codes = sorted(code for code, _ in ended)
@@ -206,9 +203,8 @@ def test_a_worker_that_is_not_ready_in_time_is_named(here: Machine) -> None:
     assert here.processes() == []
 
 
-@pytest.mark.slow
 def test_a_port_that_is_taken_is_told_from_the_routers_log(here: Machine) -> None:
-    """The router cannot bind, and says which port."""
+    """The router cannot bind, and names the port."""
     cluster = here.up()
     port = cluster.client_endpoint.rpartition(":")[2]
 
@@ -250,7 +246,7 @@ def test_a_launcher_that_ends_in_mid_start_takes_everything_with_it(
     code, output = finish(launcher)
     here.until_empty()
     assert code != 0
-    if number in (signal.SIGINT, signal.SIGTERM):
+    if number != signal.SIGKILL:
         assert "interrupted; everything has been stopped" in output
     assert list(here.base.iterdir()) == []
 
@@ -294,7 +290,6 @@ def test_a_cluster_that_starts_can_be_stopped_from_elsewhere(here: Machine) -> N
 # --- what dies later --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["worker-1", "router"])
 def test_a_role_that_is_killed_is_started_again_and_status_says_so(here: Machine, name: str) -> None:
     """The others stay; a router gets its ports again, so that all find it."""
@@ -319,9 +314,8 @@ def test_a_role_that_is_killed_is_started_again_and_status_says_so(here: Machine
     assert here.processes() == []
 
 
-@pytest.mark.slow
 def test_a_worker_that_waits_for_its_restart_makes_status_unwell(here: Machine) -> None:
-    """Exit 1, its state, and what it said last."""
+    """Exit 1, with its state and its last lines."""
     here.up()
     here.fault("gpu_worker", CRASH)
     pid = here.pid("worker-0")
@@ -340,7 +334,7 @@ def test_a_worker_that_waits_for_its_restart_makes_status_unwell(here: Machine) 
 
 
 def test_an_unwell_cluster_is_not_what_up_asks_for(here: Machine) -> None:
-    """A second up does not call it good; it says how to see what is wrong, and how to start anew."""
+    """A second up fails; it shows how to find the problem, and how to start again."""
     here.up()
     here.fault("gpu_worker", HANG)
     pid = here.pid("worker-0")
@@ -356,9 +350,8 @@ def test_an_unwell_cluster_is_not_what_up_asks_for(here: Machine) -> None:
     assert here.processes() == []
 
 
-@pytest.mark.slow
 def test_a_killed_keeper_takes_all_with_it_and_the_next_up_recovers(here: Machine) -> None:
-    """No process stays; status and load say what happened; up removes the remains and says so."""
+    """No process stays; status and load report what happened; up removes the remains and reports that."""
     cluster = here.up()
 
     os.kill(cluster.keeper.pid, signal.SIGKILL)
@@ -378,9 +371,8 @@ def test_a_killed_keeper_takes_all_with_it_and_the_next_up_recovers(here: Machin
     assert here.run("down")[0] == 0
 
 
-@pytest.mark.slow
 def test_down_tidies_up_after_a_killed_keeper(here: Machine) -> None:
-    """It says so, and removes the file."""
+    """It reports that, and removes the file."""
     cluster = here.up()
     os.kill(cluster.keeper.pid, signal.SIGKILL)
     here.until_empty()
@@ -392,9 +384,8 @@ def test_down_tidies_up_after_a_killed_keeper(here: Machine) -> None:
     assert here.files() == set()
 
 
-@pytest.mark.slow
 def test_a_keeper_that_does_not_stop_is_killed_and_its_roles_with_it(here: Machine) -> None:
-    """Stopped by SIGSTOP, it hears no SIGTERM; down says that it was killed."""
+    """Stopped by SIGSTOP, it handles no SIGTERM; down reports that it was killed."""
     cluster = here.up()
     os.kill(cluster.keeper.pid, signal.SIGSTOP)
 

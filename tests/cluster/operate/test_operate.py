@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import stat
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from cluster.host.onhost import do
 from cluster.operate.engine import here as engine_here
 from superserve.errors import ConfigError
 from superserve.net.connection import ask_status
+from tests.calm import judged_live
 from tests.cluster.machine import CRASH, ROOT, WAIT_S
 from tests.e2e.pages import check
 
@@ -31,21 +33,25 @@ import superserve.roles.version
 superserve.roles.version.version = lambda: "0.0.9+old"
 """
 PAGE = "operating.md"
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.slow
+@judged_live
 def test_a_rolling_restart_under_load_fails_no_query(here: Machine, tmp_path: Path) -> None:
     """At an SLO of 1 s and some hundred queries a second, every one is answered in time."""
     cluster = here.up()
     before = {name: here.pid(name) for name in ("router", "worker-0", "worker-1")}
     path = tmp_path / "run.json"
     with here.start(
-        "run", "--trace", "poisson:rate=300", "--duration", "12", "--slo-ms", "1000", "--json", str(path),
+        "run", "--trace", "poisson:rate=300", "--duration", "600", "--slo-ms", "1000", "--json", str(path),
         module="loadgen",
     ) as load:  # fmt: skip
         here.until(lambda: ask_status(cluster.client_endpoint).queries.received > 300)
         code, output = here.run("restart", "--rolling")
         received = ask_status(cluster.client_endpoint).queries.received
+        here.until(lambda: ask_status(cluster.client_endpoint).queries.received > received + 300)
+        load.send_signal(signal.SIGINT)
         said, _ = load.communicate(timeout=WAIT_S)
 
     assert code == 0, output
@@ -54,15 +60,14 @@ def test_a_rolling_restart_under_load_fails_no_query(here: Machine, tmp_path: Pa
         assert here.pid(name) not in (None, before[name])
     assert here.pid("router") == before["router"]
     queries = json.loads(path.read_text())["queries"]
-    assert received < queries["total"], "the load outlasts the restart"
-    assert queries["total"] > 2_000
+    assert received < queries["total"]
     assert (queries["ok"], queries["unsent"]) == (queries["total"], 0), said
     assert here.run("status")[0] == 0
     assert here.run("down")[0] == 0
 
 
 def test_drained_is_away_until_it_is_asked_back(here: Machine) -> None:
-    """Drain twice, status, restart by name, drain again, up: each says what it did."""
+    """Drain twice, status, restart by name, drain again, up: each prints what it did."""
     cluster = here.up()
 
     code, output = here.run("drain", "worker-0")
@@ -111,7 +116,7 @@ def test_a_worker_that_cannot_start_ends_a_rolling_restart(here: Machine) -> Non
 
 
 def test_the_doctor_finds_nothing_wrong_with_a_cluster_that_is_well(here: Machine) -> None:
-    """And another version of a worker, once one is started: exit 1, and JSON that says the same."""
+    """Doctor also finds a worker of another version: exit 1, and the same in JSON."""
     here.up()
     code, output = here.run("doctor")
     assert code == 0, output
@@ -131,7 +136,7 @@ def test_the_doctor_finds_nothing_wrong_with_a_cluster_that_is_well(here: Machin
 
 
 def test_the_router_is_restarted_only_if_asked_for(here: Machine) -> None:
-    """It comes back on its ports, its workers find it, and what that costs is said."""
+    """It comes back on its ports, its workers find it, and the command prints what that costs."""
     cluster = here.up()
     before = {name: here.pid(name) for name in ("router", "worker-0", "worker-1")}
 

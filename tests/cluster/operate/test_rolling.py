@@ -62,7 +62,7 @@ def test_a_host_stands_for_its_workers() -> None:
 
 
 def test_a_worker_that_does_not_come_back_ends_it() -> None:
-    """The rest is not touched and serves; the error has the log's end and says how far it came."""
+    """The other workers stay and serve; the error has the end of the log and how far the restart came."""
     scene = Scene()
     scene.cluster.wont["w1"] = "no memory"
 
@@ -121,7 +121,7 @@ def test_the_router_comes_back_before_its_workers_are_counted() -> None:
 
 
 def test_a_drained_worker_stays_away() -> None:
-    """It says who is left; the second time it says that there is nothing to do."""
+    """It lists the workers that are left; the second time there is nothing to do."""
     scene = Scene()
 
     scene.operator.drain(["w0"])
@@ -132,7 +132,7 @@ def test_a_drained_worker_stays_away() -> None:
 
 
 def test_the_last_worker_may_be_drained_with_a_warning() -> None:
-    """Somebody may want just that; it is told what becomes of queries."""
+    """The operator may want just that; the output shows what happens to queries."""
     scene = Scene()
 
     scene.operator.drain(["a", "b"])
@@ -152,7 +152,7 @@ def test_what_was_drained_is_started_again() -> None:
 
 
 def test_without_a_router_nothing_is_drained() -> None:
-    """A worker that drains needs somebody who takes its place."""
+    """A worker drains only if another takes its place."""
     scene = Scene()
     scene.cluster.is_silent = True
 

@@ -66,7 +66,7 @@ def test_what_would_keep_a_role_from_running_is_wrong(change: dict[str, Any], me
 
 
 def test_a_host_that_cannot_look_up_the_router_takes_no_part() -> None:
-    """It is said before anything starts, with what would help; workers would try in vain for ever."""
+    """The error comes before anything starts, with a fix: workers would try to connect for ever."""
     want = replace(WANTED, router="alias")
     found = judge(want, FOUND | {"router": "Name or service not known"}, offset_s=0.0, within_s=0.1)
     assert found.lacks_router
@@ -101,7 +101,7 @@ def test_only_real_supernets_need_torch() -> None:
 
 
 class Fake:
-    """A way to hosts that answers or fails as told."""
+    """A shell to hosts that answers or fails as the test requires."""
 
     def __init__(self, answers: dict[str, Completed | UnreachableError]) -> None:
         self._answers = answers

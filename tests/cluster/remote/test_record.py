@@ -45,7 +45,7 @@ def test_it_is_read_as_it_was_written_by_this_user_alone() -> None:
     "text", ["", "[]", "{", '{"schema": 1}', '{"schema": 9}', '{"schema": 1, "hosts": [1]}']
 )
 def test_a_malformed_one_is_an_error_that_says_how_to_go_on(text: str) -> None:
-    """It names the file; `up` writes it anew."""
+    """The error names the file; `up` writes it again."""
     records.save(RECORD)
     records.path_of("prod").write_text(text)
     with pytest.raises(ConfigError, match=r"prod\.json: .*(cluster up|another version)"):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_the_same_files_give_the_same_wheel() -> None:
-    """Its hash is what tells versions apart, so nothing but content may change it."""
+    """Its hash identifies the version, so only the content may change it."""
     assert wheel.pack() == wheel.pack()
 
 

@@ -155,7 +155,7 @@ class Terminal:
         os.close(inner)
 
     def shows(self, words: str) -> bool:
-        """Read what there is; tell whether these words have been drawn."""
+        """Read the output so far; return whether these words have been drawn."""
         if select.select([self._fd], [], [], 0.05)[0]:
             try:
                 self.text += os.read(self._fd, 65_536).decode(errors="replace")
@@ -174,7 +174,7 @@ class Terminal:
 
 @pytest.mark.e2e
 def test_on_a_terminal_it_stays_until_ctrl_c_and_says_when_the_router_is_gone(here: Machine) -> None:
-    """It draws pages, keeps the last one when nobody answers, and leaves without a word."""
+    """It draws pages, keeps the last one if the router does not answer, and ends without output."""
     here.up()
     terminal = Terminal(here)
     poll(lambda: terminal.shows("GPUs 2 ready of 2"))

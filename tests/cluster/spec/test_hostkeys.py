@@ -154,7 +154,7 @@ def test_a_key_of_another_router_or_name_is_refused(ring: Path) -> None:
 
 
 def test_a_folder_that_is_no_router_s_is_named_with_its_line(tmp_path: Path) -> None:
-    """The path counts from the file; the message says how to make such a folder."""
+    """The path is relative to the file; the message shows how to make such a folder."""
     path = tmp_path / "hosts.yaml"
     path.write_text(TEXT)
     with pytest.raises(ConfigError, match=r"hosts\.yaml:7.*keys: .*ring.*cluster keys --out .*ring make"):

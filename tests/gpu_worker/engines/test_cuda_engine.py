@@ -154,7 +154,7 @@ def test_every_way_out_gives_the_buffer_back(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("_fake_cuda")
 def test_graphs_are_captured_for_each_subnet_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest sizes come first, at most so many rows and sizes get one, and the others run eagerly."""
+    """The largest sizes come first; a limited number of rows and sizes get a graph, others run eagerly."""
     monkeypatch.setattr(cuda_engine, "MAX_GRAPH_SUBNETS", 3)
     monkeypatch.setattr(cuda_engine, "MAX_GRAPH_SIZES", 2)
     engine = engine_of(1, 2, 4, uses_graphs=True)

@@ -62,7 +62,6 @@ def test_the_smallest_subnet_is_as_accurate_as_the_profile_says() -> None:
     assert measured_accuracy(0) == pytest.approx(PROFILE.subnets[0].accuracy, abs=0.1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("row", range(1, LARGEST + 1))
 def test_every_subnet_is_as_accurate_as_the_profile_says(row: int) -> None:
     """So do all the larger subnets."""
@@ -189,7 +188,7 @@ def test_a_bad_option_is_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_lower_precision_answers_nearly_alike() -> None:
-    """bfloat16 on request: the same labels but for few, another fingerprint; auto stays in float32 here."""
+    """bfloat16 on request: nearly the same labels, another fingerprint; auto stays in float32 here."""
     lower = loaded(precision="bfloat16")
     batch = np.asarray(digits_data().held_out.inputs[:256])
 
@@ -234,7 +233,7 @@ def test_random_weights_are_the_same_everywhere() -> None:
 
 
 def test_the_names_are_those_of_the_kinds() -> None:
-    """Whoever must not wait for torch knows the same supernets."""
+    """Code that does not import torch has the same list of supernets."""
     assert tuple(KINDS) == SHIPPED_SUPERNETS
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -39,13 +40,14 @@ def plain(state: dict[str, torch.Tensor], depths: list[int], widths: list[float]
     return network.eval()
 
 
-def test_random_subnets_of_the_digits_supernet_answer_as_plain_networks() -> None:
-    """200 random control tuples, actuated, against networks of their own sizes."""
+@pytest.mark.parametrize("n_tuples", [24, pytest.param(200, marks=pytest.mark.slow)])
+def test_random_subnets_of_the_digits_supernet_answer_as_plain_networks(n_tuples: int) -> None:
+    """Random control tuples, actuated, against networks of their own sizes."""
     supernet = resident(KINDS["digits"], None)
     state = dict(supernet.model.state_dict())
     rng = np.random.default_rng(0)
     x = torch.randn(2, 1, 20, 20, generator=torch.Generator().manual_seed(0))
-    for _ in range(200):
+    for _ in range(n_tuples):
         control = supernet.controls.space.random(rng)
         with torch.inference_mode():
             found = supernet.run_with(supernet.settings_of(Subnet("drawn", control)), x)

@@ -14,7 +14,6 @@ from tests.gpu_worker.models.published import dynabert_shapes, n_parameters, ran
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-pytestmark = pytest.mark.timeout(30)
 
 N_WORDS = 100
 SHAPES = dynabert_shapes(n_words=N_WORDS)

@@ -20,7 +20,6 @@ from tests.gpu_worker.models.published import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-pytestmark = pytest.mark.timeout(30)
 
 Control = dict[str, list[float]]
 

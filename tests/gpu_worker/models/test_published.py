@@ -22,7 +22,6 @@ from tests.gpu_worker.models.published import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(30)
 
 needs_lists = pytest.mark.skipif(
     not STATE_DICTS.is_dir(), reason="the published tensor lists do not lie beside the repository"

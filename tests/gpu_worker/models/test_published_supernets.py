@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gpu_worker.supernet.control import Control
     from gpu_worker.supernet.supernet import Supernet
 
-N_TUPLES = 200
+N_TUPLES = pytest.mark.parametrize("n_tuples", [24, pytest.param(200, marks=pytest.mark.slow)])
 WORDS = 100  # a vocabulary so small costs no time to fill
 
 
@@ -63,32 +63,32 @@ def assert_alike(supernet: Supernet, control: Control, plain: nn.Module, x: torc
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.slow
+@N_TUPLES
 @pytest.mark.timeout(300)
 def test_random_subnets_of_ofa_resnet50_answer_as_plain_networks(
-    ofa: tuple[Supernet, dict[str, torch.Tensor]],
+    ofa: tuple[Supernet, dict[str, torch.Tensor]], n_tuples: int
 ) -> None:
-    """200 random control tuples, actuated, against networks of their own sizes."""
+    """Random control tuples, actuated, against networks of their own sizes."""
     supernet, tensors = ofa
     rng = np.random.default_rng(0)
     x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
-    for _ in range(N_TUPLES):
+    for _ in range(n_tuples):
         control = supernet.controls.space.random(rng)
         assert_alike(supernet, control, plain_ofa(tensors, control), x)
 
 
-@pytest.mark.slow
+@N_TUPLES
 @pytest.mark.timeout(300)
 def test_random_subnets_of_dynabert_answer_as_plain_networks(
-    bert: tuple[Supernet, dict[str, torch.Tensor]],
+    bert: tuple[Supernet, dict[str, torch.Tensor]], n_tuples: int
 ) -> None:
-    """200 random control tuples, actuated, against networks of their own sizes; one query is padded."""
+    """Random control tuples, actuated, against networks of their own sizes; one query is padded."""
     supernet, tensors = bert
     rng = np.random.default_rng(0)
     x = torch.randint(1, WORDS, (2, 2, 6), generator=torch.Generator().manual_seed(0))
     x[:, 1] = torch.tensor([0, 0, 0, 1, 1, 1])
     x[1, :, 4:] = 0
-    for _ in range(N_TUPLES):
+    for _ in range(n_tuples):
         control = supernet.controls.space.random(rng)
         assert_alike(supernet, control, plain_dynabert(tensors, control["d"][0], control["w"]), x)
 
@@ -229,7 +229,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_tensors_name(
 
 
 def test_a_file_of_another_model_is_told_in_a_few_lines(tmp_path: Path) -> None:
-    """Hundreds of faults are counted, and only the first told."""
+    """Hundreds of faults are counted, and only the first is shown."""
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
     with torch.device("meta"):
@@ -243,12 +243,12 @@ def test_a_file_of_another_model_is_told_in_a_few_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"not tensors", b""])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_what_is_no_checkpoint_is_refused(content: bytes, suffix: str, tmp_path: Path) -> None:
-    """Mere bytes, nothing at all and a missing file are said to be none."""
+    """Random bytes, an empty file and a missing file are refused as no checkpoint."""
     path = tmp_path / f"junk{suffix}"
     path.write_bytes(content)
     for candidate in (path, tmp_path / f"absent{suffix}"):
         with pytest.raises(ConfigError, match=r"expected a safetensors or .pt file"):
-            resident(KINDS["dynabert"], str(candidate))
+            resident(KINDS["digits"], str(candidate))
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -256,10 +256,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "evil.pt"
     torch.save({"weight": tmp_path}, path)
     with pytest.raises(ConfigError, match=r"expected a safetensors or .pt file"):
-        resident(KINDS["dynabert"], str(path))
+        resident(KINDS["digits"], str(path))
     torch.save([1, 2], path)
     with pytest.raises(ConfigError, match="expected a dictionary of tensors"):
-        resident(KINDS["dynabert"], str(path))
+        resident(KINDS["digits"], str(path))
 
 
 def test_a_kind_without_weights_asks_for_them() -> None:

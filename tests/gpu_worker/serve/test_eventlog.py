@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from gpu_worker.core.batches import EndedBatch
 
-pytestmark = pytest.mark.timeout(30)
 
 HEADER = EventLogHeader(
     worker="worker-0", profile="toy", batch_sizes=(1, 4, 16), latency_ns=((10, 20, 40), (30, 60, 120))
@@ -74,7 +73,7 @@ def test_what_was_added_is_read_back(entries: list[Entry], tmp_path_factory: pyt
 
 
 def test_a_full_disk_ends_the_log_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The worker goes on; it is said once, and the log is read up to there."""
+    """The worker goes on and logs it once; the event log is readable up to there."""
     path = tmp_path / "w.log"
     with full_after(300_000), EventLogWriter(path, HEADER) as log:
         for batch_id in range(20_000):

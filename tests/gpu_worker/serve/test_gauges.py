@@ -1,4 +1,4 @@
-"""What a CUDA device says of itself, with NVML and the device played."""
+"""The figures of a CUDA device; NVML and the device are simulated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker exports: every name of its table, and what it was told of batches."""
+"""What a worker exports: every name of its table, and the figures of its batches."""
 
 from __future__ import annotations
 

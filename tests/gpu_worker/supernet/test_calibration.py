@@ -103,7 +103,7 @@ def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Non
 
 
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    """Another supernet's, another control tuple, an unknown subnet, no such file: each is said."""
+    """Another supernet's, another control tuple, an unknown subnet, no such file: each has its own error."""
     supernet = small_supernet()
     path = tmp_path / "small.safetensors"
     save_statistics(path, supernet, "small", SUBNETS[:2])
@@ -121,7 +121,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    """Values that do not add up, and a file without metadata, are said to be so."""
+    """Inconsistent values, and a file without metadata, are refused with the reason."""
     supernet = small_supernet()
     path = tmp_path / "small.safetensors"
     save_statistics(path, supernet, "small", SUBNETS)

@@ -18,8 +18,6 @@ from superserve.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def model() -> nn.Module:
     """Return a model of four tensors whose names begin differently."""
@@ -66,7 +64,7 @@ def test_a_beginning_of_the_models_own_stays(tmp_path: Path) -> None:
 
 
 def test_names_that_do_not_fit_are_listed_with_the_files_own(tmp_path: Path) -> None:
-    """Five that are missing do not say what is there instead."""
+    """With five missing tensors the error does not list the tensors that exist."""
     path = saved(
         tmp_path / "weights.pt", {"encoder.weight": torch.zeros(1), "decoder.weight": torch.zeros(1)}
     )

@@ -76,7 +76,7 @@ def plain_encoder_layer(
     x: torch.Tensor,
     padding: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute one post-norm layer with so many heads and hidden units, written out."""
+    """Compute one post-norm layer with the given numbers of heads and hidden units, written out."""
     p = {
         name.removeprefix(f"layers.{layer}."): t
         for name, t in state.items()

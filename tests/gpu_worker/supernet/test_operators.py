@@ -232,7 +232,7 @@ def test_a_layer_norm_follows_an_elastic_width(affine: bool) -> None:
 
 
 class Add(nn.Module):
-    """A block that adds a constant, so that a sum tells which blocks ran."""
+    """A block that adds a constant, so that the sum shows which blocks ran."""
 
     def __init__(self, amount: float) -> None:
         super().__init__()

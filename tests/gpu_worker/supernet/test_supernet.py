@@ -150,7 +150,7 @@ def test_an_architecture_has_as_many_channels_as_depths() -> None:
 
 
 def test_idle_subnets_rest_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only so many subnets are prepared; the others' statistics are counted as idle, and nothing is lost."""
+    """Only this many subnets are prepared; the statistics of others count as idle, and nothing is lost."""
     monkeypatch.setitem(supernet_module.MAX_PREPARED, "cpu", 2)
     supernet = small_supernet()
     before = outputs_of(supernet)

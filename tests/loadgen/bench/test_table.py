@@ -66,7 +66,7 @@ def test_the_search_is_bounded_and_returns_what_it_tried(limit_qps: float, max_p
 
 
 def test_nothing_holds_and_everything_holds() -> None:
-    """The search says None if even the lowest rate fails, and stops at the highest one."""
+    """The search returns None if even the lowest rate fails, and stops at the highest one."""
     assert highest_rate(lambda _: False, BOUNDS) is None
     assert highest_rate(lambda _: True, BOUNDS) == BOUNDS.highest_qps
 
@@ -162,7 +162,6 @@ def test_gpus_come_with_the_rate() -> None:
     assert bench.n_gpus(40_000) == 34
 
 
-@pytest.mark.slow
 @pytest.mark.e2e
 def test_small_clients_are_offered_and_answered() -> None:
     """A socket a client and a query a message: to the router and to the echo alike."""
@@ -179,7 +178,8 @@ def test_small_clients_are_offered_and_answered() -> None:
     assert psutil.Process().children(recursive=True) == []
 
 
-@pytest.mark.parametrize("name", ["policy_decision_us", "actuation_us"])
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("name", ["policy_decision_us", pytest.param("actuation_us", marks=pytest.mark.slow)])
 def test_single_calls_are_measured(name: str, tmp_path: Path) -> None:
     """The command writes the row's file and prints it."""
     result = CliRunner().invoke(bench.cli, ["--only", name, "--out", str(tmp_path)])
@@ -192,7 +192,6 @@ def test_single_calls_are_measured(name: str, tmp_path: Path) -> None:
         assert written["value"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_row_is_measured_end_to_end_and_leaves_no_process(tmp_path: Path) -> None:
     """At low load the path and the echo both answer; afterwards every process is gone."""
@@ -208,7 +207,6 @@ def test_a_row_is_measured_end_to_end_and_leaves_no_process(tmp_path: Path) -> N
     assert psutil.Process().children(recursive=True) == []
 
 
-@pytest.mark.slow
 @pytest.mark.e2e
 def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
     """Ctrl-C in the middle of a run ends the command and every process that it started."""
@@ -225,7 +223,6 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
     assert not any(child.is_running() for child in children)
 
 
-@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize("target", ["client", "async-client"])
 def test_queries_through_a_client_are_offered_and_answered(target: str) -> None:

@@ -128,7 +128,7 @@ def test_a_worked_example_of_the_integer_program() -> None:
 
 
 def test_an_instance_that_was_not_solved_reports_a_bound_not_a_find() -> None:
-    """Without time the integer program proves little, and says no more than it proved."""
+    """With little time the integer program proves little, and claims no more than that."""
     work = workload(*[(i, 9, 0) for i in range(8)])
     hurried = exact_bound(work, [QUICK, SLOW], time_limit_s=1e-9)
     solved = exact_bound(work, [QUICK, SLOW])

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     import click
 
-pytestmark = pytest.mark.timeout(60)
 
 SPEC = "poisson:rate=200"
 RUN = ("run", "--trace", SPEC, "--duration", "1")

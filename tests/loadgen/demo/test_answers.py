@@ -31,7 +31,7 @@ def answers_by(ran: npt.NDArray[np.int64], named: npt.NDArray[np.int64]) -> Serv
 
 @given(accuracy=st.floats(1.0, 99.0))
 def test_enough_answers_make_three_sigmas_fit_the_tolerance(accuracy: float) -> None:
-    """So many answers do, one fewer would not."""
+    """This number of answers is enough, one fewer is not."""
     n, share = enough(accuracy), accuracy / 100
 
     assert 300 * (share * (1 - share) / n) ** 0.5 <= answers.TOLERANCE_POINTS + 1e-9

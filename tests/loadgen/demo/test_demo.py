@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(120)
 def test_the_demos_cluster_is_gone_however_its_block_ends(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A null sink answers every query, and calibration says what the generator does alone."""
+"""A null sink answers every query, and calibration measures the generator alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from superserve.wire import Control, Kind, Queries, Results, Status
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(60)
 
 FOUND = Calibration(
     seconds=1.0,

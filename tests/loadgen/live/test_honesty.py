@@ -18,8 +18,6 @@ from loadgen.traces.trace import Trace, load_trace
 from superserve.clock import MS
 from superserve.net.sockets import bind_router, wait
 
-pytestmark = pytest.mark.timeout(60)
-
 SLO_NS = 36 * MS
 FREEZE_NS = 500 * MS
 
@@ -27,7 +25,7 @@ FREEZE_NS = 500 * MS
 def serve_with_a_freeze(
     socket: zmq.Socket[bytes], freeze: threading.Event, stop: threading.Event
 ) -> None:  # fmt: skip
-    """Answer as the sink does, and stand still once for `FREEZE_NS` when told to."""
+    """Answer like the sink, and stand still once for `FREEZE_NS` on request."""
     sink = Sink(socket)
     while not stop.is_set():
         if freeze.is_set():

@@ -60,7 +60,6 @@ def agents(n: int) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_two_generators_give_the_result_of_one() -> None:
     """Every query of the trace is sent and answered once, in the trace's order, by two at one instant."""
@@ -81,11 +80,10 @@ def test_two_generators_give_the_result_of_one() -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_a_generator_that_is_killed_leaves_a_marked_gap() -> None:
     """What the others saw counts; the lost one's queries are unsent, named, and spoil the run."""
-    trace = load_trace("poisson:rate=100", duration_s=8.0, seed=6)
+    trace = load_trace("poisson:rate=100", duration_s=4.0, seed=6)
     with agents(2) as both, sink_server() as endpoint:
         (victim, lost), (_, kept) = both
 
@@ -106,7 +104,6 @@ def test_a_generator_that_is_killed_leaves_a_marked_gap() -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_a_run_across_hosts_that_is_stopped_is_reported_up_to_there() -> None:
     """All stop; the result is partial, and every query before the end is accounted for."""
@@ -123,10 +120,8 @@ def test_a_run_across_hosts_that_is_stopped_is_reported_up_to_there() -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
-@pytest.mark.timeout(60)
 def test_a_generator_that_cannot_begin_is_named_with_the_reason() -> None:
-    """The agent checks what it is given, says what is wrong with it, and lives."""
+    """The agent checks its orders, reports what is wrong, and goes on."""
     trace = load_trace("poisson:rate=100", duration_s=1.0, seed=8)
     with agents(1) as only, sink_server() as endpoint:
         name = only[0][1]
@@ -135,7 +130,6 @@ def test_a_generator_that_cannot_begin_is_named_with_the_reason() -> None:
             Head([name], threading.Event()).run(trace, nowhere, endpoint)
 
 
-@pytest.mark.timeout(30)
 def test_nobody_there_is_an_error_that_names_the_generator() -> None:
     """It says what to start, where."""
     trace = load_trace("poisson:rate=100", duration_s=1.0)
@@ -195,7 +189,6 @@ def agent() -> Iterator[Agent]:
     assert not thread.is_alive()
 
 
-@pytest.mark.timeout(30)
 def test_an_agent_answers_its_own_messages_alone(agent: Agent) -> None:
     """A PING comes back; what is no message between load generators is dropped, and the agent lives."""
     wrong: list[list[Buffer]] = [[b"x"], [b""], wire.encode_control(Control(Kind.STATUS)), [b"SS\x02\x0f"]]
@@ -209,7 +202,6 @@ def test_an_agent_answers_its_own_messages_alone(agent: Agent) -> None:
         assert wire.decode_run(ask(wire.encode_ping(Ping(2)))).kind is Kind.PONG
 
 
-@pytest.mark.timeout(30)
 def test_an_agent_refuses_another_wire_version_by_name(agent: Agent) -> None:
     """An older coordinator asked in STATUS, version 1: it is answered in that version."""
     with asking(agent.endpoint) as ask:
@@ -219,7 +211,6 @@ def test_an_agent_refuses_another_wire_version_by_name(agent: Agent) -> None:
     assert orjson.loads(body)["reason"].startswith("wire version: expected 2, got 1: ")
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     ("frames", "says"),
     [

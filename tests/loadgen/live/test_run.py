@@ -1,4 +1,4 @@
-"""A run's figures are its columns' figures, and a run's end is known whatever becomes of the router."""
+"""A run's figures follow from its columns, and a run ends whatever happens to the router."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from tests.superserve.client.fakes import FakeRouter
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(60)
 
 MS = 1_000_000
 SLO_NS = 36 * MS
@@ -34,7 +33,7 @@ EMULATION = Emulation("cnn-8gpu-modelled", 4, n_processes=2)
 
 @st.composite
 def columns(draw: st.DrawFn) -> dict[str, np.ndarray[Any, Any]]:
-    """Draw what may have become of a handful of queries."""
+    """Draw possible outcomes of a few queries."""
     n = draw(st.integers(1, 12))
     due_ns = np.sort(np.array(draw(st.lists(st.integers(0, 999 * MS), min_size=n, max_size=n)), np.int64))
     made: dict[str, list[Any]] = {name: [] for name in COLUMNS}

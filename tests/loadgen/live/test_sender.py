@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from loadgen.results.result import RunResult
 
-pytestmark = pytest.mark.timeout(40)
 
 MS = 1_000_000
 N = 20
@@ -108,7 +107,7 @@ def test_a_router_that_froze_is_charged_for_it_from_the_due_instant(
 
 
 def test_slack_is_counted_from_the_due_instant(router: FakeRouter, tmp_path: Path) -> None:
-    """A query sent late has less than the SLO left, and the router is told so."""
+    """A query sent late has less than the SLO left, and its slack is that."""
     with sending(router, tmp_path) as (sender, start):
         running = start()
         for queries in take_all(router):
@@ -122,7 +121,7 @@ def test_slack_is_counted_from_the_due_instant(router: FakeRouter, tmp_path: Pat
 
 
 def test_queries_that_could_not_be_sent_are_unsent_and_spoil_the_run(tmp_path: Path) -> None:
-    """A router that is gone takes nothing: an open loop does not wait, and says so."""
+    """A router that is gone takes nothing: an open loop does not wait, and counts the queries as unsent."""
     gone = FakeRouter()
     with sending(gone, tmp_path) as (sender, start):
         gone.close()

@@ -155,7 +155,7 @@ class FakeWorker:
 
 
 def test_kills_come_in_order_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each worker is killed when so many queries have been sent, however coarse the progress is."""
+    """Each worker is killed after the planned number of queries, however coarse the progress is."""
 
     class AtOnce:
         def __init__(self, target: Any) -> None:

@@ -246,7 +246,7 @@ def test_a_run_without_a_timeline_is_in_the_tables() -> None:
 
 
 def test_a_timeline_of_another_run_is_refused() -> None:
-    """Its sums or its length tell."""
+    """Its sums or its length give it away."""
     one, other = result_of(100), result_of(101, duration_s=3.0)
 
     with pytest.raises(ConfigError, match=r"timeline\.queries\.\w+: expected counts that sum to"):

@@ -31,7 +31,6 @@ from superserve.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(30)
 
 DURATIONS = st.lists(st.integers(-(2**53), 2**53), min_size=1, max_size=3_000)
 RUN = RunResult(

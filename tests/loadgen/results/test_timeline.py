@@ -21,8 +21,6 @@ from superserve.errors import ConfigError
 from superserve.wire import Status
 from tests.loadgen.results.columns import MS, SLO_NS, SUBNETS, UNSENT, columns_of, noise_of
 
-pytestmark = pytest.mark.timeout(60)
-
 ENDS = st.lists(st.sampled_from((*Status, UNANSWERED, UNSENT)), min_size=1, max_size=4)
 
 

@@ -98,7 +98,7 @@ class LeavesTheHead(Ledger):
 
 
 class SendsOnNoCredit(Fleet):
-    """Does not deduct what it sends from what a worker said that it can take."""
+    """Does not deduct what it sends from the worker's credit."""
 
     def assign(self, batch: Batch) -> None:
         """Note a batch, and offer its worker all the same."""
@@ -159,7 +159,7 @@ MUTANTS: dict[str, tuple[Callable[..., RouterCore], str]] = {
     "expiry told late": (partial(RouterCore, dispatcher=TellsLate), "expired in the queue, answered"),
     "bound ignored": (partial(RouterCore, admission=TakesTooMany), "more queries than --max-queries"),
 }
-"""How each core is built, and what the checker says of it."""
+"""How each core is built, and the checker's message about it."""
 
 
 def main() -> None:

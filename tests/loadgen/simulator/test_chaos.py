@@ -1,4 +1,4 @@
-"""Whatever goes wrong, what must hold holds; and the checker that says so finds cores that are broken."""
+"""The promises hold whatever goes wrong, and their checker finds cores that are broken."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from loadgen.traces.trace import Trace, load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
 from superserve.errors import ConfigError
+from tests.calm import judged_live
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +25,8 @@ CNN = load_profile("cnn-8gpu-modelled")
 
 @pytest.mark.e2e
 @pytest.mark.slow
+@pytest.mark.timeout(180)
+@judged_live
 def test_a_live_run_and_its_simulation_agree(tmp_path: Path) -> None:
     """Simulated on the machine that the live run met, attainment and accuracy are nearly the same.
 

@@ -67,7 +67,7 @@ def test_a_malformed_fault_is_refused(tmp_path: Path, change: dict[str, Any], sa
     "body", [[], {}, {"schema": 2, "faults": []}, {"schema": 1}, {"schema": 1, "faults": 3}]
 )
 def test_a_file_that_is_none_is_refused(tmp_path: Path, body: object) -> None:
-    """A wrong schema and a missing list are said to be that."""
+    """A wrong schema and a missing list have their own errors."""
     with pytest.raises(ConfigError, match=r"faults\.json: (expected|faults: expected)"):
         load_faults(written(tmp_path, body))
 
@@ -99,7 +99,7 @@ def test_a_frozen_process_reports_when_it_thaws() -> None:
 
 @pytest.mark.parametrize("kind", ["kill", "vanish"])
 def test_work_of_a_process_that_ends_is_done_by_another(kind: str) -> None:
-    """With slack left nothing is lost, whether a send fails or only silence tells."""
+    """With slack left nothing is lost, whether a send fails or only silence shows the loss."""
     trace = Trace("even", np.arange(0, 200 * MS, 10 * MS), 200 * MS, "made by a test")
     faults = [Fault(kind, 101 * MS, "worker:0")]
 

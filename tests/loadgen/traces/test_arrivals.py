@@ -20,7 +20,6 @@ from superserve.errors import TraceError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.timeout(30)
 
 SEEDS = st.integers(0, 2**70)
 RATES = st.floats(0.1, 5_000)
@@ -270,7 +269,7 @@ def test_a_duration_below_a_nanosecond_is_an_error() -> None:
 @settings(deadline=None)
 @given(size=st.integers(1, 500), every_ms=st.integers(1, 300), n=st.integers(1, 20), seed=SEEDS)
 def test_spikes_of_a_whole_size_are_exact(size: int, every_ms: int, n: int, seed: int) -> None:
-    """At half of the interval and then at each whole one, so many queries at once: whatever the seed."""
+    """At half of the interval and then at each whole one, `size` queries at once: whatever the seed."""
     due_ns = arrivals.spikes(
         size=size, every_s=every_ms / 1e3, width_s=0, base_qps=0, duration_s=n * every_ms / 1e3, seed=seed
     )

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-pytestmark = pytest.mark.timeout(30)
-
 TRACES = SHARED / "traces"
 MAF = TRACES / "invocations_per_function_md.anon.sample500.m0480-0959.csv.gz"
 MAF_DAY = TRACES / "invocations_per_function_md.anon.head9.csv.gz"
@@ -390,6 +388,6 @@ def test_the_2019_sample_squeezed_keeps_its_shape() -> None:
 
 @needs_traces
 def test_the_durations_table_is_no_trace() -> None:
-    """It has no arrivals, and its header says so."""
+    """It has no arrivals, and its header shows that."""
     with pytest.raises(TraceError, match="unknown header 'HashOwner,HashApp,HashFunction,Average"):
         load_trace(str(DURATIONS))

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-pytestmark = pytest.mark.timeout(30)
-
 TRACES = SHARED / "traces"
 MAF = TRACES / "invocations_per_function_md.anon.sample500.m0480-0959.csv.gz"
 LLM_CODE = TRACES / "AzureLLMInferenceTrace_code.1815-1855.csv.gz"
@@ -213,7 +211,7 @@ def test_functions_without_invocations_are_an_error(tmp_path: Path) -> None:
 
 
 def test_functions_are_refused_where_there_are_none(llm: str, tmp_path: Path) -> None:
-    """An LLM trace, a saved one and a spec tell of no functions."""
+    """An LLM trace, a saved one and a spec have no functions."""
     saved = tmp_path / "saved"
     load_trace("poisson:rate=50", duration_s=1).save(saved)
     for spec in (llm, str(saved), "poisson:rate=50"):

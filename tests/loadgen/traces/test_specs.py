@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from loadgen.traces.specs import KEYS, OPTIONAL, is_spec, parse_spec
 from superserve.errors import TraceError
 
-pytestmark = pytest.mark.timeout(30)
-
 EXAMPLES = (
     "constant:rate=100",
     "poisson:rate=100",

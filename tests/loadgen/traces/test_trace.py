@@ -19,7 +19,6 @@ from superserve.errors import TraceError
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.timeout(30)
 
 MAF_TEXT = (
     b"HashOwner,HashApp,HashFunction,Trigger,480,481,482\no,a,f,http,100,0,500\no,a,g,timer,200,0,100\n"

@@ -225,7 +225,6 @@ def test_show_prints_a_heat_map_or_draws_it(tmp_path: Path) -> None:
     assert "did you mean 'cnn-8gpu-modelled'?" in refused.output
 
 
-@pytest.mark.slow
 def test_without_subnet_norm_small_digits_subnets_guess(tmp_path: Path) -> None:
     """The shipped digits: the smallest is right on most images; with the largest's statistics, on few."""
     shipped = load_profile("digits-cpu")
@@ -244,7 +243,7 @@ def test_without_subnet_norm_small_digits_subnets_guess(tmp_path: Path) -> None:
 @pytest.mark.timeout(180)  # a dozen subnets at 224 pixels on a busy machine
 @pytest.mark.skipif(not PREDICTOR.exists(), reason=WITHOUT)
 def test_ofa_resnet50_is_searched_with_its_predictor(tmp_path: Path) -> None:
-    """A short search: valid, of predicted accuracies from the smallest subnet on, and it says so."""
+    """A short search: valid, with predicted accuracies from the smallest subnet on, and labelled as such."""
     out = tmp_path / "ofa.json"
     options: list[Any] = ["--supernet", "ofa-resnet50", "--weights", "random", "--predictor", PREDICTOR]
     options += ["--batch-sizes", "1,2", "--population", "16", "--generations", "4", "--subnets", "8"]

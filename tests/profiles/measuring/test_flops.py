@@ -172,7 +172,7 @@ def test_the_fit_finds_what_a_device_does() -> None:
 
 
 def test_a_slow_device_is_measured_at_small_batches() -> None:
-    """Where a batch of 16 takes minutes, the others lie on lines through the small ones, and it says so."""
+    """If a batch of 16 takes minutes, the others are extrapolated from the small ones, and marked so."""
     clock = VirtualClock()
     device = KnownDevice(clock, scale=100.0)
     fitted = measure_and_fit(device, COSTS, (1, 2, 4, 8, 16), clock)
@@ -228,12 +228,13 @@ def test_one_size_gives_no_line() -> None:
 
 
 def test_errors_are_relative() -> None:
-    """A model that says 3 ms for 2 ms is half off."""
+    """A model that predicts 3 ms for 2 ms has an error of half."""
     model = fit_latency(COSTS, (1,), np.full((len(COSTS), 1), 3.0))
 
     assert relative_errors(model, COSTS, np.full((len(COSTS), 1), 2.0)) == pytest.approx(0.5)
 
 
+@example(values=[999.9999999999999, 1000.0, -25.0], n=2)
 @given(values=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30), n=st.integers(2, 12))
 def test_a_spread_holds_the_ends(values: Sequence[float], n: int) -> None:
     """As many places as asked for or there are, each once, ascending, with the least and the greatest."""

@@ -145,7 +145,7 @@ def test_the_most_accurate_subnet_is_always_kept(scores: list[float]) -> None:
     ("at_most", "rows"), [(None, [0, 1, 2, 3, 4, 5]), (9, [0, 1, 2, 3, 4, 5]), (3, [0, 2, 5])]
 )
 def test_a_thinned_profile_keeps_its_ends(at_most: int | None, rows: list[int]) -> None:
-    """So many rows, evenly spread; all of them where there are no more."""
+    """The given number of rows, evenly spread; all of them if there are no more."""
     profile = load_profile("cnn-8gpu-modelled")
 
     assert thinned(profile, at_most).subnets == tuple(profile.subnets[row] for row in rows)

@@ -203,6 +203,7 @@ print(json.dumps([toy.seen, [one.control for one in front]]))
 """
 
 
+@pytest.mark.e2e
 def test_one_seed_gives_one_result_in_every_process() -> None:
     """Nothing depends on the order of sets, which differs from process to process."""
     front, toy, _ = searched(SearchEffort(12, 3, 4))

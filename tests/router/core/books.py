@@ -109,7 +109,7 @@ def report(
     waited_ns: int = 0,
     executing_ns: int = MS,
 ) -> None:
-    """Let the worker of directive `k` answer it at an instant: all OK, or with a status for each query."""
+    """Answer directive `k` from its worker at an instant: all OK, or with a status for each query."""
     world.now_ns = at_ns
     dispatch = world.dispatches()[k]
     batch = _sent(dispatch)
@@ -123,12 +123,12 @@ def report(
 
 
 def hang(world: World, key: str) -> None:
-    """Let the first GPU of a process never end what it is sent from now on."""
+    """Make the first GPU of a process never end the batches it is sent from now on."""
     world.processes[key].gpus[0].hang()
 
 
 def run_at(world: World, key: str, factor: float) -> None:
-    """Let the first GPU of a process take `factor` times its profile for what it is sent from now on."""
+    """Make the first GPU of a process take `factor` times its profile for batches sent from now on."""
     world.processes[key].gpus[0].factor = factor
 
 

@@ -92,7 +92,7 @@ def test_a_queued_query_that_is_cancelled_never_runs() -> None:
 
 
 def test_a_query_cancelled_in_flight_is_answered_once() -> None:
-    """CANCELLED at once; what its worker says later is nobody's."""
+    """CANCELLED at once; its worker's later answer is dropped."""
     world = make_world()
     first, second = world.submit(36, 36)
     world.cancel(first)

@@ -28,7 +28,7 @@ def make_world() -> World:
 
 
 def hear(world: World, transit_ms: float, *, client: str = "near", n: int = 1, gap_ms: float = 3) -> None:
-    """Let messages arrive that took `transit_ms`; their queries are too late for an answer."""
+    """Deliver messages that took `transit_ms`; their queries are too late for an answer."""
     for _ in range(n):
         message = make_queries([next(IDS)], [-1])
         world.do(QueriesArrived(client, message, transit_ns=round(transit_ms * MS)))

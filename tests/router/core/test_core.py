@@ -16,7 +16,7 @@ OK, LATE, EXPIRED, INFEASIBLE = Status.OK, Status.LATE, Status.EXPIRED, Status.I
 
 
 def make_world(n_workers: int = 1, settings: CoreSettings | None = None) -> World:
-    """Return a world of so many worker processes, one CNN GPU each."""
+    """Return a world with this many worker processes, one CNN GPU each."""
     world = World(settings)
     for k in range(n_workers):
         world.join(f"w{k}", CNN)

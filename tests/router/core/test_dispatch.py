@@ -19,7 +19,7 @@ OK, LATE, EXPIRED, INFEASIBLE = Status.OK, Status.LATE, Status.EXPIRED, Status.I
 
 
 def slower(profile: Profile, factor: int) -> Profile:
-    """Return the same subnets on a device so many times slower."""
+    """Return the same subnets on a device that is this many times slower."""
     subnets = tuple(
         dataclasses.replace(
             subnet,
@@ -65,7 +65,7 @@ def test_what_becomes_hopeless_in_the_queue_is_infeasible_then() -> None:
 
 
 def test_without_workers_a_query_expires_at_its_deadline() -> None:
-    """Nobody is there: EXPIRED within a nanosecond of the deadline, and the reason says why."""
+    """No worker is there: EXPIRED within a nanosecond of the deadline, with the reason."""
     world = World()
     (query,) = world.submit(10)
     world.run(50)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from router.core.edf import ANSWERED, DISPATCHED, QUEUED, Cohort, EdfQueue, Stretch, ascending_stretches
+from tests.effort import examples
 
 DEADLINES = st.lists(st.integers(0, 12), min_size=1, max_size=8)
 
@@ -116,7 +117,7 @@ class Model(RuleBasedStateMachine):
             assert head[0] == self.queued[order[0]][0]
 
 
-Model.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+Model.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=25, deadline=None)
 TestEdfQueue = Model.TestCase
 
 

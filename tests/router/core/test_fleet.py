@@ -151,7 +151,7 @@ def test_a_gpu_that_hangs_is_given_up() -> None:
 
 
 def test_an_answer_of_a_batch_given_up_is_stale_and_brings_the_worker_back() -> None:
-    """It answers nobody, is counted, and shows that the GPU is alive."""
+    """It answers no query, is counted, and shows that the GPU is alive."""
     world = make_world(1, CoreSettings(give_up_ns=300 * MS))
     process = world.processes["w0"]
     process.gpus[0].hang()
@@ -168,7 +168,7 @@ def test_an_answer_of_a_batch_given_up_is_stale_and_brings_the_worker_back() -> 
 
 
 def test_an_epoch_that_is_over_is_fenced() -> None:
-    """A worker buried for its silence, or unknown, is told to say HELLO; what it says counts for nothing."""
+    """A worker that was dropped for its silence, or is unknown, must send HELLO; its reports are ignored."""
     world = make_world()
     row = PullRow(0, 2, 0, 0, 0, 0, 0)
     process = world.processes["w0"]
@@ -257,7 +257,7 @@ def test_every_directive_goes_to_a_live_epoch() -> None:
 
 
 def test_a_draining_worker_is_released_once_it_holds_nothing() -> None:
-    """It gets no new batch, answers the one it has, and is then told that it may go."""
+    """It gets no new batch, answers the one it has, and then receives BYE."""
     world = make_world()
     (query,) = world.submit(36)
     assert not [a for a in world.do(DrainWorker("w0", None)) if isinstance(a, Released)]
@@ -284,7 +284,7 @@ def test_a_report_of_another_length_is_a_wire_error() -> None:
 
 
 def test_a_slot_that_is_not_there_is_a_wire_error() -> None:
-    """A worker process speaks only of the GPUs that it said hello for."""
+    """A worker process may report only on the GPUs in its HELLO."""
     world = make_world()
     world.submit(36)
     process = world.processes["w0"]

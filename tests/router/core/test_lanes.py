@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from router.core.edf import ANSWERED, DISPATCHED, QUEUED, Cohort, EdfQueue
 from router.core.lanes import LaneQueue
 from router.policies.due import UNIT
+from tests.effort import examples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -172,7 +173,7 @@ class Model(RuleBasedStateMachine):
             assert due.steps(head[0])[-1][1] == due.total
 
 
-Model.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+Model.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=25, deadline=None)
 TestLaneQueue = Model.TestCase
 
 

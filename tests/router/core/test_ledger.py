@@ -177,7 +177,7 @@ def test_a_batch_lost_after_its_rescue_loses_only_what_it_still_holds() -> None:
 
 
 def test_a_client_that_left_is_not_answered() -> None:
-    """What it has in the queue ends at once, what is in flight with its batch, and nothing is said."""
+    """Its queued queries end at once, those in flight with their batch, and nothing is sent."""
     desk = Desk()
     desk.arrive(36, 36, 36)
     batch = desk.send(1)

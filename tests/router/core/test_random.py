@@ -73,7 +73,9 @@ def _one_thing(world: World, rng: random.Random, ids: list[int]) -> None:
         world.do(DrainWorker(key, rng.choice([None, 0])))
 
 
-@pytest.mark.parametrize("base", range(0, 200, 20))
+@pytest.mark.parametrize(
+    "base", [pytest.param(base, marks=[pytest.mark.slow] * (base >= 60)) for base in range(0, 200, 20)]
+)
 def test_every_query_of_a_storm_is_answered_exactly_once(base: int) -> None:
     """Whatever dies, hangs or answers late, each query gets one answer, by its deadline if it never ran."""
     for seed in range(base, base + 20):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def stall(world: World, duration_ms: int) -> None:
-    """Let the router do nothing for a while: the clock goes on, and nothing is handled."""
+    """Stall the router: the clock goes on, and nothing is handled."""
     world.now_ns += duration_ms * MS
     world.core.advance(world.now_ns)
 

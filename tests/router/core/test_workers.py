@@ -43,14 +43,14 @@ def make_worker() -> Worker:
 
 
 def hold(worker: Worker, batch_id: int, subnet: int = 0) -> None:
-    """Let the worker have a batch of one outstanding, sent just now."""
+    """Give the worker a batch of one, sent just now."""
     profiled_ns = CNN.latency_ns(subnet, 1)
     batch = Batch(batch_id, worker, subnet, 1, [], NOW_NS, NOW_NS, profiled_ns, 50 * MS)
     worker.outstanding[batch_id] = batch
 
 
 def report(running_batch: int, running_for_ns: int, last_batch: int) -> PullRow:
-    """Return what a GPU says that may take nothing more."""
+    """Return the report of a GPU that takes nothing more."""
     return PullRow(0, 0, 0, 1, last_batch, running_batch, running_for_ns)
 
 
@@ -128,7 +128,7 @@ def test_work_is_taken_only_with_credit_ready_and_live() -> None:
 
 
 def test_a_worker_with_nothing_outstanding_is_free_now() -> None:
-    """Whatever it says of its queue, we know that it has nothing of ours."""
+    """Whatever it reports of its queue, it has no batch of this router."""
     worker = make_worker()
     worker.expect_free(NOW_NS, report(9, 50 * MS, last_batch=9))
 
@@ -180,7 +180,7 @@ def test_an_overdue_batch_ends_now_at_the_earliest(running_for_ns: int) -> None:
 
 
 def test_what_a_worker_invents_keeps_it_busy_no_longer() -> None:
-    """A batch of which it says that it will begin some day has begun when it spoke."""
+    """A batch that it reports as still to begin counts as begun at the report."""
     worker = make_worker()
     hold(worker, 1)
     worker.expect_free(NOW_NS, report(1, -(2**63), last_batch=1))

@@ -11,7 +11,7 @@ from superserve.clock import MS
 
 
 def fed(*arrivals: tuple[float, int, float], demand: Demand | None = None, from_ms: float = 0) -> Demand:
-    """Return what becomes of (milliseconds passed, queries, slack in ms each), settled after each."""
+    """Return the demand after each (milliseconds passed, queries, slack in ms each)."""
     demand = demand or Demand()
     now_ns = round(from_ms * MS)
     demand.settle(now_ns)

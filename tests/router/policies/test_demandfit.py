@@ -25,14 +25,14 @@ IDLE = WorkerView(free_at_ns=0, allowance_ns=MS, slowdown=1.0)
 
 
 def demand_of(rate_qps: float, *, slack_ms: float = 36, n_gpus: float = 8, profile: Profile = CNN) -> Demand:
-    """Return a demand on so many GPUs of a profile."""
+    """Return a demand on this many GPUs of a profile."""
     return Demand(rate=rate_qps / 1e9, slack_ns=slack_ms * MS, capacity=n_gpus / profile.unit_cost_ns)
 
 
 def chosen(
     slack_ms: float, length: int, demand: Demand, *, floor: int = 0, profile: Profile = CNN
 ) -> Choice | Shed | None:
-    """Return what is chosen for an idle worker and a head with so much slack left after the way."""
+    """Return the choice for an idle worker and a head with this slack left after the transport."""
     queue = QueueView(round((slack_ms + 1) * MS), floor, length, demand)
     return DemandFit(profile).choose(queue, IDLE, 0)
 

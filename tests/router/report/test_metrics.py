@@ -70,7 +70,7 @@ def get(where: str, path: str = "/metrics") -> tuple[int, str]:
 
 @pytest.mark.e2e
 def test_a_scrape_gives_every_metric_of_the_table_with_help_and_no_other() -> None:
-    """What the table says is what is scraped, from a router that has seen nobody yet."""
+    """A new router's scrape has exactly the names in the table."""
     with running() as (server, metrics), serve_pages(pages(server.core, metrics)) as where:
         status, text = get(where)
     families = {family.name: family for family in text_string_to_metric_families(text)}
@@ -92,7 +92,7 @@ def test_a_path_that_is_not_there_is_answered_with_those_that_are() -> None:
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(request, timeout=10)
         refusal.value.close()
-        assert refusal.value.code == 501
+        assert (refusal.value.code, refusal.value.headers["Allow"]) == (405, "GET, HEAD")
 
 
 @pytest.mark.e2e
@@ -105,7 +105,7 @@ def test_a_router_without_workers_lives_and_is_not_ready() -> None:
 
 
 def test_a_page_that_cannot_be_given_is_503_with_the_reason() -> None:
-    """A loop that hangs is seen by whoever scrapes: nothing stale is given instead."""
+    """Scrapers see a loop that hangs: they get no stale values."""
 
     def hangs() -> Page:
         raise UnavailableError("the loop has not answered")
@@ -115,7 +115,7 @@ def test_a_page_that_cannot_be_given_is_503_with_the_reason() -> None:
 
 
 def test_a_loop_that_does_not_pass_gives_no_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks is told after a bounded time, and the next one asks anew."""
+    """A request ends after a bounded time, and the next one asks the loop again."""
     monkeypatch.setattr("router.report.metrics._WAIT_S", 0.01)
     metrics = RouterMetrics()
 
@@ -156,13 +156,13 @@ def test_a_slow_page_occupies_its_share_and_others_wait(monkeypatch: pytest.Monk
 
 
 def opened(where: str, n: int, stack: ExitStack) -> list[socket.socket]:
-    """Return connections that stand and say nothing."""
+    """Return connections that are open and send nothing."""
     host, _, port = where.rpartition(":")
     return [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(n)]
 
 
 def test_a_probe_is_answered_beside_idle_connections() -> None:
-    """A thousand that say nothing do not make an orchestrator restart a healthy router."""
+    """A thousand silent connections do not make an orchestrator restart a healthy router."""
     with (
         enough_files(3_000),
         serve_pages({"/live": lambda: Page(200, b"lives")}) as where,
@@ -209,7 +209,7 @@ def test_what_is_no_request_ends_its_own_connection(request_bytes: bytes) -> Non
 
 @contextlib.contextmanager
 def enough_files(n: int) -> Iterator[None]:
-    """Let this process open so many files."""
+    """Limit the files that this process may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(n, hard)), hard))
     try:
@@ -248,7 +248,7 @@ def test_exported_names_follow_the_conventions() -> None:
 
 
 def test_the_core_counts_what_its_answers_say() -> None:
-    """Accuracy of OK answers, queries and time executed, and bytes: the sums of what was told one by one."""
+    """Accuracy of OK answers, queries and time executed, and bytes: the sums of single reports."""
     world = World()
     world.join("w", CNN, CNN, speed=1.1)
     world.submit_spaced(40.0, n=50, gap_ms=1.0)

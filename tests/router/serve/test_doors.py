@@ -28,7 +28,7 @@ LIMIT = 300
 
 
 def connected(endpoint: str, n: int, stack: ExitStack) -> None:
-    """Open connections that say nothing; those that the router does not take stay under way."""
+    """Open connections that send nothing; those that the router does not accept stay pending."""
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
     for _ in range(n):
         one = stack.enter_context(socket.socket())
@@ -37,7 +37,7 @@ def connected(endpoint: str, n: int, stack: ExitStack) -> None:
 
 
 def busy_s(router: RoleProcess, for_s: float) -> float:
-    """Return the processor time that the router takes in so many seconds."""
+    """Return the processor time that the router takes in this many seconds."""
     before_s, end_s = cpu_s(router.pid), time.monotonic() + for_s
     poll(lambda: time.monotonic() >= end_s)
     return cpu_s(router.pid) - before_s
@@ -68,7 +68,7 @@ def test_a_router_at_its_limit_rests_and_says_so_once() -> None:
 
 
 def answer(endpoint: str) -> RouterStatus | None:
-    """Return a router's STATUS, or None where it lets nobody in."""
+    """Return a router's STATUS, or None if it admits no client."""
     try:
         return ask_status(endpoint, 1.0)
     except ConfigError:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from superserve.roles.processes import RoleProcess
     from superserve.status import RouterStatus
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.e2e]
+pytestmark = pytest.mark.e2e
 
 SEED = 40_961
 
@@ -106,7 +106,7 @@ def strange_router_key(folder: Path, tmp_path: Path) -> Path:
 def test_who_is_not_listed_gets_nothing(
     router: RoleProcess, folder: Path, net: Net, tmp_path: Path, port: str, shown: str
 ) -> None:
-    """No connection comes about, and nothing of theirs reaches the decoder: the counters prove it."""
+    """No connection is made, and none of their messages reaches the decoder: the counters prove it."""
     other = tmp_path / "other"
     keys.make_ring(other)
     (other / "router.key").write_text((folder / "router.key").read_text())
@@ -172,7 +172,7 @@ def test_a_failed_handshake_is_logged_with_its_cause_once(
 def test_a_wrong_router_key_does_not_look_like_a_router_that_is_down(
     router: RoleProcess, folder: Path, tmp_path: Path
 ) -> None:
-    """The error names the file and the key in it; a client without keys is told that it needs some."""
+    """The error names the file and the key in it; a client without keys learns that it needs some."""
     endpoint, strange = router.ready["client"], strange_router_key(folder, tmp_path)
     with pytest.raises(ConfigError, match=r"probably not the one in .*strange.key"):
         ask_status(endpoint, timeout_s=0.5, keys=strange)
@@ -212,14 +212,14 @@ def test_a_key_that_is_listed_later_gets_in(router: RoleProcess, folder: Path) -
 
 
 def refusal(peer: Peer) -> dict[str, Any]:
-    """Return the next REFUSED that a peer is told."""
+    """Return the next REFUSED that a peer receives."""
     return peer.control(Kind.REFUSED)
 
 
 def test_a_revoked_client_is_cut_off_mid_load_and_the_others_are_not(
     router: RoleProcess, folder: Path, net: Net
 ) -> None:
-    """It is told, and what it goes on sending is never decoded; each query of the other is answered."""
+    """It gets REFUSED, and its further messages are never decoded; each query of the other is answered."""
     worker = ["-m", "gpu_worker", "--connect", router.ready["worker"], "--emulate", "cnn-8gpu-modelled"]
     with processes.start("worker", [*worker, "--keys", str(folder / "workers" / "gpu-1.key")]) as process:
         processes.wait_ready(process, WAIT_S)
@@ -385,7 +385,7 @@ def test_beyond_loopback_with_keys_or_when_asked(folder: Path, *, has_keys: bool
 def test_a_folder_that_lists_nonsense_is_refused_at_the_start_and_left_out_later(
     router: RoleProcess, folder: Path
 ) -> None:
-    """At the start whoever starts it can mend it; later the others must go on."""
+    """At the start it is an error for the operator; later the other peers must go on."""
     (folder / "clients" / "new.pub").write_text("nonsense")
     poll(lambda: "left out" in router.tail())
     assert listed_clients(router, folder) == ("batch", "web")

@@ -12,8 +12,6 @@ from router.serve.gate import Gate, _peer_of
 from superserve.errors import ConfigError
 from superserve.net import keys
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def _n_open() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))

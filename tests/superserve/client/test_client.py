@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from superserve.client.futures import QueryFuture
 
-pytestmark = pytest.mark.timeout(40)
 
 SLO_MS = 20_000.0  # no answer of these tests is late on its own account
 
@@ -132,7 +131,7 @@ def test_a_late_reply_carries_its_output_and_is_marked(client: Client, router: F
 def test_each_refusal_is_an_error_of_its_own_with_the_routers_reason(
     client: Client, router: FakeRouter, status: Status, kind: type[QueryError]
 ) -> None:
-    """Applications tell refusals apart by class, people by the router's words."""
+    """Applications distinguish refusals by class, people by the router's message."""
     future = client.submit(b"image", slo_ms=SLO_MS)
     router.answer(router.expect(Queries), status, b"because I say so")
 
@@ -201,7 +200,7 @@ def test_options_travel_with_their_query(client: Client, router: FakeRouter) -> 
 
 
 def test_an_answer_that_comes_twice_counts_once(client: Client, router: FakeRouter) -> None:
-    """The first end of a query is its end; answers to unknown ids harm nobody."""
+    """The first end of a query is its end; answers to unknown ids are ignored."""
     future = client.submit(b"image", slo_ms=SLO_MS)
     queries = router.expect(Queries)
     router.answer(queries)

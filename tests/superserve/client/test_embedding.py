@@ -1,4 +1,4 @@
-"""A client in somebody's program: forks, loops, callbacks, many files, and nobody who calls close()."""
+"""A client in another program: forks, loops, callbacks, many files, and no call of close()."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from superserve.client.futures import QueryFuture
 
-pytestmark = pytest.mark.timeout(40)
+pytestmark = pytest.mark.e2e
 
 SLO_MS = 20_000.0
 
@@ -209,7 +209,7 @@ def test_a_finalizer_may_use_the_client_wherever_it_runs(client: Client) -> None
 
 
 def test_what_is_written_after_the_last_look_wakes() -> None:
-    """Somebody was told and writes late: reading that must not swallow what the next one writes."""
+    """A thread writes its wake-up late: reading it must not swallow the next thread's."""
     wake_fd, socket_fd = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
     try:
         sleeper = Sleeper(socket_fd, wake_fd)

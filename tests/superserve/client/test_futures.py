@@ -23,13 +23,12 @@ from tests.superserve.client.fakes import WAIT_S, group
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.timeout(40)
 
 N = 300  # futures of a race: enough for some of each outcome, within a second
 
 
 class FakeOwner:
-    """A client whose queries end when a test says so; who ends one is told apart under a lock."""
+    """A client whose queries end when a test orders it; a lock decides which thread ends one."""
 
     def __init__(self) -> None:
         self.guard: contextlib.AbstractContextManager[Any] = threading.RLock()
@@ -44,7 +43,7 @@ class FakeOwner:
         return future
 
     def take(self, future: QueryFuture) -> bool:
-        """Be the one who ends this query; False if somebody was before."""
+        """Claim the end of this query; False if another thread was first."""
         with self.guard:
             is_mine = future in self.left
             self.left.discard(future)
@@ -91,7 +90,7 @@ def test_a_future_that_nobody_waits_for_makes_no_condition(owner: FakeOwner) -> 
 
 
 def test_a_refusal_is_raised_each_time_and_returned_as_it_is(owner: FakeOwner) -> None:
-    """The same error, whoever asks and however."""
+    """Every call and every thread gets the same error."""
     future = owner.future()
     owner.answer([future], Status.EXPIRED, b"too late")
 
@@ -202,7 +201,7 @@ def test_waiting_on_the_thread_that_would_end_it_is_refused(owner: FakeOwner) ->
 
 
 def test_waiting_after_a_fork_is_refused(owner: FakeOwner) -> None:
-    """Nobody will answer in the child."""
+    """No answer will come in the child."""
     owner.pid = os.getppid()
     with pytest.raises(UsageError, match="Client was made before a fork"):
         owner.future().result()
@@ -286,7 +285,7 @@ def test_groups_of_futures_can_be_waited_for_while_they_end(owner: FakeOwner) ->
 @pytest.mark.usefixtures("_switching")
 @pytest.mark.parametrize("when", [concurrent.futures.FIRST_COMPLETED, concurrent.futures.ALL_COMPLETED])
 def test_waiting_begins_while_they_end(owner: FakeOwner, when: str) -> None:
-    """A future that ends just as somebody begins to wait is either seen as ended or wakes him."""
+    """A future that ends just as a thread begins to wait is either seen as ended or wakes that thread."""
     for _ in range(100):
         futures = [owner.future() for _ in range(3)]
         answering = threading.Thread(target=owner.answer, args=(futures,))

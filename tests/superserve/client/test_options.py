@@ -22,8 +22,6 @@ from superserve.client.options import (
 )
 from superserve.errors import InvalidQueryError, UsageError
 
-pytestmark = pytest.mark.timeout(40)
-
 MS = 1_000_000
 NOWHERE = "tcp://127.0.0.1:1"
 NUMBERS: list[Any] = [

@@ -23,7 +23,7 @@ from tests.superserve.client.test_embedding import run_script
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.e2e
 
 SLO_MS = 20_000.0
 

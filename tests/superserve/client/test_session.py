@@ -35,7 +35,7 @@ SLO_NS = 36 * MS
 
 @dataclass(eq=False)
 class FakeQuery:
-    """A query as the session sees it; `ends` is what became of it."""
+    """A query as the session sees it; `ends` lists how it ended."""
 
     payload: Any
     deadline_ns: int
@@ -263,7 +263,7 @@ def test_the_thresholds_are_those_of_the_sockets() -> None:
 
 
 def test_one_of_many_who_submit_is_asked_to_tell(world: World) -> None:
-    """Whoever sends is woken once a rest; and not at all while he is awake."""
+    """The sender is woken once in each rest, and not at all while it is awake."""
     session = world.session
     told = [session.submit(FakeQuery(b"", SLO_NS)) for _ in range(3)]
     assert told == [True, False, False]
@@ -341,7 +341,7 @@ def test_a_query_cancelled_after_it_was_sent_is_cancelled_at_the_router(world: W
 
 
 def test_without_a_router_queries_wait_for_one(world: World) -> None:
-    """They are sent to the first that comes, unmarked: nobody can know them."""
+    """They are sent to the first router that comes, unmarked: no router can know them."""
     world.session.lost()
     world.submit()
     assert world.turn() == []

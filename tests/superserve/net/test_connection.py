@@ -51,7 +51,7 @@ def connection(router: FakeRouter) -> Iterator[Connection]:
 
 
 def is_connected(connection: Connection) -> bool:
-    """Look, and tell whether a router is connected."""
+    """Process events, and return whether a router is connected."""
     for _ in connection.receive():
         pass
     connection.look()
@@ -102,7 +102,7 @@ def test_without_a_connection_nothing_is_said_and_nothing_queued() -> None:
 
 
 def test_a_broken_connection_is_noticed_without_a_word(connection: Connection, router: FakeRouter) -> None:
-    """Long before the heartbeat would tell."""
+    """Long before the heartbeat would show it."""
     welcome(connection, router, 10**9)
     router.close()
     poll(lambda: not is_connected(connection))
@@ -217,3 +217,19 @@ def test_asking_such_a_router_for_status_fails_at_once(
         router.send(refused)
         with pytest.raises(ConfigError, match=f"wire version: expected 2, got {theirs}: "):
             asked.result(WAIT_S)
+
+
+def test_why_a_router_refuses_is_said_once_and_kept(
+    connection: Connection, router: FakeRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refusal comes with each HELLO; who gives up waiting hears it, and not that nobody answers."""
+    assert "no router answers" in connection.absence
+    router.welcome = lambda: None  # type: ignore[method-assign]  # this one refuses
+    connection.tick(10**9)
+    router._next(10**9)
+    for _ in range(3):
+        router.send(Control(Kind.REFUSED, {"code": "refused", "reason": "expected that of clients"}))
+    poll(lambda: is_connected(connection) and len(connection.refusals) == 3)
+
+    assert connection.absence == f"{router.endpoint} refused this client: expected that of clients"
+    assert caplog.text.count("expected that of clients") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from typing import TYPE_CHECKING
 
@@ -172,9 +174,40 @@ def test_a_key_that_is_replaced_changes_the_signature(folder: Path) -> None:
 
 
 def test_a_router_key_is_no_peers(folder: Path) -> None:
-    """Whoever gives the router's own secret to a client is told."""
+    """Giving the router's own secret to a client is an error."""
     with pytest.raises(ConfigError, match="the router's own secret"):
         keys.peer_keys(folder / "router.key")
     (folder / "router.key").write_text((folder / "operator.key").read_text())
     with pytest.raises(ConfigError, match="role: expected router"):
         keys.router_keys(folder)
+
+
+def test_a_key_that_cannot_be_written_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: neither the file nor what was to become it."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        keys.make_ring(tmp_path / "keys")
+    assert not [path for path in (tmp_path / "keys").rglob("*") if path.is_file()]
+
+
+def test_a_ring_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its last file cannot be written the first goes too: else the next try finds a router's key."""
+    written: list[int] = []
+    sync = os.fsync
+
+    def full_after_two(fd: int) -> None:
+        written.append(fd)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(fd)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", full_after_two)
+        with pytest.raises(ConfigError, match=r"operator.key: cannot be written: No space left"):
+            keys.make_ring(tmp_path / "keys")
+    assert not [path for path in (tmp_path / "keys").rglob("*") if path.is_file()]
+    assert len(keys.make_ring(tmp_path / "keys")) == 4

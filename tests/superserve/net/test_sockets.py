@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket as stdlib_socket
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,11 +92,15 @@ def test_a_message_of_too_many_frames_is_dropped_whole(pair: tuple[Socket, Socke
 
 def test_sending_to_nobody_is_refused_at_once(context: zmq.Context[Socket]) -> None:
     """A DEALER queues nothing for a router that is not there; a ROUTER nothing for strangers."""
-    router, endpoint = sockets.bind_router(context, "tcp://127.0.0.1:*")
+    router, _ = sockets.bind_router(context, "tcp://127.0.0.1:*")
     assert not sockets.send(router, [b"stranger", b"hello"])
     router.close(0)
-    with sockets.connect_dealer(context, endpoint) as dealer:
-        assert not sockets.send(dealer, [b"hello"])
+    # Bound and not listening: nobody answers, and nobody else can take the port.
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        with sockets.connect_dealer(context, endpoint) as dealer:
+            assert not sockets.send(dealer, [b"hello"])
 
 
 def test_a_full_queue_refuses_whole_messages(pair: tuple[Socket, Socket, bytes]) -> None:
@@ -186,7 +190,7 @@ def test_a_path_that_another_listens_at_is_taken(context: zmq.Context[Socket], t
     assert (tmp_path / "router").is_socket()
     first.close(0)
 
-    with stdlib_socket.socket(stdlib_socket.AF_UNIX) as dead:
+    with socket.socket(socket.AF_UNIX) as dead:
         (tmp_path / "router").unlink(missing_ok=True)
         dead.bind(str(tmp_path / "router"))
     sockets.bind_router(context, endpoint)[0].close(0)

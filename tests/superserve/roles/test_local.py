@@ -216,7 +216,7 @@ def test_a_file_from_before_a_restart_of_this_machine_is_stale() -> None:
 
 
 def test_a_file_of_another_host_is_left_alone() -> None:
-    """Nothing can be told of it from here, where home folders are shared."""
+    """With shared home folders, its state cannot be seen from this host."""
     there = replace(example(), boot_id="another", host="elsewhere")
 
     assert there.liveness() is Liveness.ELSEWHERE

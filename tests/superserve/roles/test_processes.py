@@ -7,23 +7,33 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from superserve.errors import ProcessError
+from superserve.roles import processes
 from superserve.roles.processes import ProcessGroup, RoleProcess, start, wait_ready
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.e2e
 
-WAIT_S = 20.0  # far more than any child here takes; reached only when something is broken
+WAIT_S = 60.0  # far more than any child here takes; reached only when something is broken
 PRELUDE = "import os, signal, sys\nfrom superserve.roles.processes import announce_ready, die_with_parent\n"
 OBEDIENT = PRELUDE + "die_with_parent()\nannounce_ready({'pid': os.getpid()})\nsignal.pause()\n"
 SILENT = PRELUDE + "die_with_parent()\nprint('still loading')\nsignal.pause()\n"
-DEAF = PRELUDE + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nannounce_ready({})\nsignal.pause()\n"
+DEAF = (
+    PRELUDE
+    + """
+print("deaf", flush=True)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+announce_ready({})
+signal.pause()
+"""
+)
 # Notes in a file that it was asked to stop, then obeys.
 NOTING = (
     PRELUDE
@@ -154,7 +164,7 @@ def test_a_role_that_ends_before_it_is_ready_is_an_error_with_its_last_words(tmp
 
 
 def test_a_role_killed_before_it_is_ready_is_named_with_its_signal() -> None:
-    """An exit by a signal is told by the signal's name."""
+    """An exit by a signal is reported with the signal's name."""
     role = start("worker", ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
 
     with pytest.raises(ProcessError, match="SIGKILL"):
@@ -163,9 +173,11 @@ def test_a_role_killed_before_it_is_ready_is_named_with_its_signal() -> None:
 
 def test_a_role_that_stays_silent_is_killed_when_its_time_is_up(tmp_path: Path) -> None:
     """Time out: an error that names the limit, and no process left."""
-    role = start("router", ["-c", SILENT])
+    role = start("router", ["-c", "import signal; signal.pause()"])
 
-    with pytest.raises(ProcessError, match=r"router .*was not ready within 0.2 s"):
+    with pytest.raises(
+        ProcessError, match=r"router .*was not ready within 0.2 s; it wrote nothing to its log"
+    ):
         wait_ready(role, 0.2)
 
     assert role.poll() == -signal.SIGKILL
@@ -409,7 +421,7 @@ def test_the_first_role_to_fail_is_the_one_reported() -> None:
 
 
 def test_all_late_roles_are_named() -> None:
-    """One error tells of every role that was not ready in time."""
+    """One error lists every role that was not ready in time."""
     with pytest.raises(ProcessError, match=r"worker-0 .*nor: worker-1"):
         _wait_for_group({"worker-0": SILENT, "worker-1": SILENT}, 0.2)
 
@@ -424,3 +436,40 @@ def test_a_group_tells_when_a_role_has_ended() -> None:
 
         with pytest.raises(ProcessError, match=r"worker .*SIGKILL.* while it was needed"):
             group.check()
+
+
+@pytest.mark.parametrize("how", ["ignored", "blocked"])
+def test_a_role_can_be_stopped_wherever_its_parent_runs(how: str) -> None:
+    """A parent that ignores or blocks SIGTERM hands that down, and is the one that sends it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        if how == "ignored":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        else:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        role = start("router", ["-c", OBEDIENT])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    wait_ready(role, WAIT_S)
+    assert role.stop(timeout_s=WAIT_S) == -signal.SIGTERM
+
+
+def test_garbage_in_our_variables_is_no_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was started by hand, where somebody has set them, serves all the same."""
+    monkeypatch.setenv("SUPERSERVE_READY_FD", "garbage")
+    monkeypatch.setenv("SUPERSERVE_PARENT_PID", "garbage")
+    processes.die_with_parent()
+    processes.announce_ready({"port": 1})
+
+
+def test_a_role_that_could_write_nothing_on_a_full_disk_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty log alone would tell nobody why it ended."""
+    real = os.statvfs
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: SimpleNamespace(f_bavail=0) if path == tmp_path else real(path)
+    )
+    with pytest.raises(ProcessError, match=rf"it wrote nothing, as no space is left in {tmp_path}"):
+        wait_ready(start("worker", ["-c", "raise SystemExit(1)"]), WAIT_S)

@@ -13,6 +13,7 @@ from superserve import wire
 from superserve.errors import WireError
 from superserve.wire import VARIED, Kind, decode, encode
 from superserve.wire.layout import HEADERS, MAX_EXTENSIONS
+from tests.effort import examples
 from tests.superserve.wire.messages import (
     CONTROL_KINDS,
     DATA_MESSAGES,
@@ -34,7 +35,7 @@ def prelude(
     return PRELUDE.pack(magic, version, kind, flags, header_bytes)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(frames=DATA_MESSAGES.map(frames_of) | EXTENDED_MESSAGES)
 def test_a_frame_0_cut_anywhere_is_a_wire_error(frames: list[bytes]) -> None:
     """Every proper prefix of frame 0 is refused, and so is a byte too many."""
@@ -47,7 +48,6 @@ def test_a_frame_0_cut_anywhere_is_a_wire_error(frames: list[bytes]) -> None:
         decode([first + b"\x00", *rest])
 
 
-@settings(max_examples=100)
 @given(message=MESSAGES, extra=st.binary(max_size=8))
 def test_a_frame_missing_or_added_is_a_wire_error(message: wire.Message, extra: bytes) -> None:
     """The header says how many frames there are: not one less, not one more."""
@@ -60,7 +60,6 @@ def test_a_frame_missing_or_added_is_a_wire_error(message: wire.Message, extra: 
         decode([*frames, extra])
 
 
-@settings(max_examples=100)
 @given(message=MESSAGES.filter(lambda m: not isinstance(m, wire.Results)), data=st.data())
 def test_a_payload_of_another_length_is_a_wire_error(message: wire.Message, data: st.DataObject) -> None:
     """Payload frames are exactly as long as the columns say."""
@@ -85,7 +84,7 @@ def decode_or_refuse(frames: list[bytes]) -> None:
         assert len(message.payload_list()) == message.n == len(message.slack_left_ns())
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(frames=MESSAGES.map(frames_of) | EXTENDED_MESSAGES, data=st.data())
 def test_mangled_bytes_decode_or_are_a_wire_error(frames: list[bytes], data: st.DataObject) -> None:
     """Random bytes anywhere in a sound message, of this or a later release, raise WireError or nothing."""
@@ -100,7 +99,7 @@ def test_mangled_bytes_decode_or_are_a_wire_error(frames: list[bytes], data: st.
     decode_or_refuse([bytes(frame) for frame in mangled])
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(
     kind=st.sampled_from(Kind) | st.integers(0, 255),
     flags=st.integers(0, 255) | st.integers(0, 2**16 - 1),
@@ -189,7 +188,7 @@ def test_a_negative_duration_is_a_wire_error(field: str) -> None:
 # --- what later releases add ----------------------------------------------------------------
 
 
-@settings(max_examples=250)
+@settings(max_examples=examples(250))
 @given(message=DATA_MESSAGES, data=st.data())
 def test_what_a_later_release_adds_is_skipped(message: wire.Message, data: st.DataObject) -> None:
     """A longer header, longer rows and unknown columns leave what is known as it is."""

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from superserve import wire
 from superserve.errors import WireError
 from superserve.wire import Kind, decode, encode
+from tests.effort import examples
 from tests.superserve.wire.messages import MESSAGES, frames_of
 
 
-@settings(max_examples=250)
+@settings(max_examples=examples(250))
 @given(message=MESSAGES)
 def test_every_message_decodes_to_what_was_encoded(message: wire.Message) -> None:
     """A message survives its frames, as bytes and as memoryviews alike."""

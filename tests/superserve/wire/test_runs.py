@@ -14,6 +14,7 @@ from superserve import wire
 from superserve.errors import VersionError, WireError
 from superserve.wire import RUN_KINDS, Control, Kind, Ping, Pong, decode_run, encode_run
 from superserve.wire.runs import MAX_COLUMNS
+from tests.effort import examples
 from tests.superserve.wire.messages import RUN_MESSAGES, frames_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def changed(message: RunMessage, **changes: Any) -> list[bytes]:
     return [first, orjson.dumps(orjson.loads(body) | changes), *columns]
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(message=RUN_MESSAGES)
 def test_every_message_between_load_generators_survives_its_frames(message: RunMessage) -> None:
     """With all of its fields and columns; as bytes and as memoryviews."""
@@ -46,7 +47,6 @@ def test_every_message_between_load_generators_survives_its_frames(message: RunM
     assert decode_run([memoryview(frame) for frame in frames]) == message
 
 
-@settings(max_examples=100)
 @given(message=RUN_MESSAGES)
 def test_nobody_else_takes_them(message: RunMessage) -> None:
     """Routers, workers and clients refuse them, naming the kind; nothing rides in STATUS."""
@@ -55,7 +55,7 @@ def test_nobody_else_takes_them(message: RunMessage) -> None:
     assert message.kind in RUN_KINDS
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(message=RUN_MESSAGES, data=st.data())
 def test_mangled_messages_decode_or_are_a_wire_error(message: RunMessage, data: st.DataObject) -> None:
     """Random bytes anywhere, a frame cut or added: WireError or nothing."""

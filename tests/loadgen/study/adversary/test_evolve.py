@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -17,14 +18,13 @@ from loadgen.study.adversary.evolve import (
     WORST_OF_FAMILY,
     Progress,
     Question,
+    Scored,
     evaluated,
     evolve,
 )
+from loadgen.study.adversary.worst import command
 from superserve.errors import ConfigError
 from tests.loadgen.study.adversary.test_genome import CNN, PLAIN
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -82,6 +82,24 @@ def test_what_a_policy_is_compared_with() -> None:
     assert set(bound.attainments) == {"maxacc", "bound"}
     with pytest.raises(ConfigError, match="--against: expected one of yardstick, mincost, slackfit, bound"):
         Question("maxacc", "nothing", CNN, 2_000)
+
+
+def test_the_command_has_every_term() -> None:
+    """Trace, GPUs, SLOs, floor, jitter and speed, each where it is one; the bound where it was asked for."""
+    rich = replace(PLAIN, floor=(5, 0.25), jitter_ms=1.5, slowness=1.25, slos=((18.0, 1.0), (100.0, 2.0)))
+
+    yardstick = command(Question("maxacc", "yardstick", CNN, 9), Scored(rich, 0.1, {}), Path("a b.trace"))
+    bound = command(Question("maxacc", "bound", CNN, 9), Scored(PLAIN, 0.1, {}), Path("x"))
+
+    assert yardstick == (
+        ".venv/bin/loadgen compare --simulate --seeds 1 --policy maxacc --policy slackfit "
+        "--policy mincost@0.8 --trace 'a b.trace' --emulate cnn-8gpu-modelled:8 --slo-ms 18:1,100:2 "
+        "--floor 80.16:0.25 --jitter-ms 1.5 --speed 0.8 --no-bound"
+    )
+    assert bound == (
+        ".venv/bin/loadgen compare --simulate --seeds 1 --policy maxacc "
+        "--trace x --emulate cnn-8gpu-modelled:8 --slo-ms 36"
+    )
 
 
 def test_the_command_repeats_what_was_found(tmp_path: Path) -> None:

@@ -69,6 +69,19 @@ def test_a_bad_policy_fails_and_a_good_one_does_not(tmp_path: Path) -> None:
     assert slower > mincost  # the same queries take a quarter more of its time
 
 
+def test_verdicts_are_said_as_cells_end(tmp_path: Path) -> None:
+    """How much there is to do first, then each cell's figures and verdict once its last seed is done."""
+    said: list[str] = []
+
+    heavy, _ = gate(tmp_path).run([HEAVY, LIGHT], say=said.append)
+
+    assert said[0] == "2 cells, 2 seeds: 24 figures to compute"
+    assert len(said) == 3
+    assert said[1].startswith(f"tiny heavy: {heavy.standing.candidate.attainment:.5f} ")
+    assert "FAILS a -0." in said[1]
+    assert said[2].startswith("tiny light: 1.00000 80.160  holds ")
+
+
 def test_figures_are_those_of_the_simulations(tmp_path: Path) -> None:
     """Each policy serves the queries of its seed, and the bound is theirs; two processes find the same."""
     [judged] = gate(tmp_path / "one").run([HEAVY])
