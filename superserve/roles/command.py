@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -77,6 +78,7 @@ def begin() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
     # Pictures go to files; a notebook names a backend here that this environment may lack.
     os.environ["MPLBACKEND"] = "agg"
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of caches that cannot be written
     # Ignored, it has the kernel forget how children ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Until the command is loaded there is nothing to tidy, and an exception in the midst of a library's own

@@ -16,6 +16,7 @@ class Step:
             test listens at.
         stdout: A pattern that its output holds, if it worked.
         codes: The exit codes of a command that worked.
+        verdict: A further exit code, with the same output, for what it may find wrong where something is.
         stderr: A pattern of its error line, where working means to refuse.
         serves: How to see that it serves, if only SIGTERM ends it: it "listens", or "connects" to `{port}`.
         files: What it writes into `{out}`: the name, and what a whole one begins and ends with.
@@ -24,6 +25,7 @@ class Step:
     argv: tuple[str, ...]
     stdout: str = ""
     codes: tuple[int, ...] = (0,)
+    verdict: int = 0
     stderr: str = ""
     serves: str = ""
     files: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -72,7 +74,7 @@ COMMANDS: dict[str, tuple[Step, ...]] = {
     ),
     "cluster up": (
         step(f"cluster up --emulate {EMULATED}:1 --ready-timeout-s 25", r"(?s)is up.*worker-0.*Stop it"),
-        step("cluster status", r"(?s)router.*worker-0"),
+        step("cluster status", r"(?s)router.*worker-0", verdict=1),
         step("cluster down", r"(?s)router.*worker-0|stopped"),
     ),
     "loadgen help": helps("loadgen"),

@@ -25,8 +25,7 @@ _GUARD = "superserve/roles/command.py"
 _USAGE = re.compile(r"Usage: [^\n]*\n(?:  [^\n]*\n)*Try [^\n]*\n\n(?=Error: )")
 _TEMPORARY = re.compile(r"\.part$|\.tmp$|^tmp[a-z0-9_]{6,}$|^\.|~$|superserve-")
 _KEPT = "home/.local"
-_OF_LIBRARIES = ("OpenBLAS ", "Could not save font_manager cache")
-"""What libraries print by themselves; the first ends the process, or has it interrupted."""
+_OF_LIBRARIES = "OpenBLAS "  # it prints, and ends the process or has it interrupted
 _LOG_LINE = re.compile(r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\s+[\d.]+ s  \w)")
 """Of a server, and of a command that says how far it is."""
 
@@ -56,9 +55,10 @@ class Seen:
     sent: tuple[int, ...] = ()
 
 
-def worked(step: Step, seen: Seen) -> bool:
+def worked(step: Step, seen: Seen, hostile: Hostile) -> bool:
     """Tell whether a step ended as one that worked."""
-    return seen.code in step.codes and (not step.serves or seen.was_serving)
+    codes = step.codes if hostile.excuse is None else (*step.codes, step.verdict)
+    return seen.code in codes and (not step.serves or seen.was_serving)
 
 
 def complaints(step: Step, seen: Seen, hostile: Hostile, asked: Collection[str] = ()) -> list[str]:
@@ -74,7 +74,7 @@ def complaints(step: Step, seen: Seen, hostile: Hostile, asked: Collection[str] 
         return ["did not end in time", *_broken(seen)]
     found = _broken(seen)
     is_unread = hostile.streams.get("stdout") in ("broken", "full")
-    if worked(step, seen) and not (step.stderr == "" and seen.code != 0 and _is_refusal(seen)):
+    if worked(step, seen, hostile) and not (step.stderr == "" and seen.code != 0 and _is_refusal(seen)):
         found += _half_done(step, seen, hostile)
     else:
         found += _unclear(step, seen, hostile)

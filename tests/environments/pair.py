@@ -252,11 +252,13 @@ def _run(stage: Stage, steps: tuple[Step, ...]) -> tuple[list[str], list[Seen]]:
     for number, step in enumerate(steps):
         old = stage.contents(step)
         seen = run_step(stage, step, stage.hostile)
-        is_last = number == len(steps) - 1 or not judge.worked(step, seen)
+        is_last = number == len(steps) - 1 or not judge.worked(step, seen, stage.hostile)
         # Also where it could not print that it is up: exit code 1, and a cluster that `down` finds.
         is_unread = stage.hostile.streams.get("stdout") in ("full", "broken")
-        is_up = is_up or (step.argv[:2] == ("cluster", "up") and (is_unread or judge.worked(step, seen)))
-        if is_last and is_up and not (step.argv[1] == "down" and judge.worked(step, seen)):
+        is_up = is_up or (
+            step.argv[:2] == ("cluster", "up") and (is_unread or judge.worked(step, seen, stage.hostile))
+        )
+        if is_last and is_up and not (step.argv[1] == "down" and judge.worked(step, seen, stage.hostile)):
             # The cluster was asked for, and is up: what is judged is that a later `down` finds all of it.
             run_step(stage, steps[-1], stage.clean())
         if is_last:
