@@ -111,7 +111,7 @@ class LaneQueue(EdfQueue):
         """Remove at most `k` queries, those first whose floor lies above row `first_above`.
 
         Args:
-            k: How many, at most.
+            k: How many at most.
             subnet: The row that is to serve them; queries of a floor above it stay.
             first_above: Queries whose floor is at most this row get the places that are left.
 

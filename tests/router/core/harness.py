@@ -53,7 +53,7 @@ TRANSFORMER = load_profile("transformer-8gpu-modelled")
 
 START_NS = 1_000 * MS
 HANGS = 1e9
-"""So many times its profiled time a batch takes on a GPU that hangs: weeks."""
+"""A batch on a GPU that hangs takes its profiled time this many times: weeks."""
 
 
 def pack_u64(ids: Sequence[int]) -> bytes:
@@ -96,7 +96,7 @@ class Gpu(PlayedGpu[Batch]):
     """A fake GPU: the one that is emulated and simulated, which a test may spoil.
 
     Attributes:
-        statuses: What its reports say of every query; None is OK.
+        statuses: The status of every query in its reports; None is OK.
         coming: Directives on their way to it.
     """
 
@@ -237,11 +237,11 @@ class World:
         self.do(CancelAsked(client, Cancel(1, len(ids), pack_u64(ids))))
 
     def leave(self, client: str = "client") -> None:
-        """Let a client go."""
+        """Disconnect a client."""
         self.do(ClientLeft(client))
 
     def kill(self, key: str, *, seen: bool) -> None:
-        """Kill a worker process; `seen` if its connection breaks, else only silence tells."""
+        """Kill a worker process; `seen` if its connection breaks, otherwise only its silence shows it."""
         self.processes[key].alive = False
         if seen:
             self.do(WorkerLeft(key, orderly=False))
@@ -253,7 +253,7 @@ class World:
         return self._advance()
 
     def run(self, duration_ms: float) -> None:
-        """Let time pass: every event and every wake of the core in its turn."""
+        """Advance the clock: every event and every wake of the core in its turn."""
         end_ns = self.now_ns + round(duration_ms * MS)
         while True:
             wake_ns = self.core.next_wake_ns()
@@ -298,7 +298,7 @@ class World:
         heappush(self._events, (self.now_ns + delay_ns, self._seq, call))
 
     def _poll(self, process: Process, *, at_once: bool = False) -> None:
-        """Let a process say what is due, and again when it next has something to say."""
+        """Send a process's messages that are due, now and whenever it has more."""
         if not process.alive or self.processes.get(process.key) is not process:
             return
         if process.core.next_due_ns() <= self.now_ns:
@@ -311,7 +311,7 @@ class World:
         self._later(process.core.next_due_ns() - self.now_ns, partial(self._poll, process))
 
     def _said(self, process: Process, message: Message) -> None:
-        """Let the router read what a process has said."""
+        """Deliver a process's messages to the router."""
         if not process.alive:
             return
         key = process.key
@@ -324,7 +324,7 @@ class World:
             self.core.handle(Finished(key, message), self.now_ns)
 
     def _hear(self, process: Process, message: Batch | Pong) -> None:
-        """Let a process read what the router has said."""
+        """Deliver the router's messages to a process."""
         if isinstance(message, Batch):
             gpu = process.gpus[message.slot]
             gpu.coming.remove(message)
