@@ -98,6 +98,8 @@ def cli(
             if recorder is not None:
                 stack.callback(recorder.close)  # also where nothing is served
             server = RouterServer(settings, recorder, metrics)
+            for number in (signal.SIGTERM, signal.SIGINT):  # before anybody can know that it is there
+                signal.signal(number, lambda *_: server.stop())
             where = ""
             if metrics is not None:
                 exporter = serve_pages(
@@ -105,8 +107,6 @@ def cli(
                 )
                 where = stack.enter_context(exporter)
                 sys.setswitchinterval(SWITCH_S)
-            for number in (signal.SIGTERM, signal.SIGINT):  # before anybody can know that it is there
-                signal.signal(number, lambda *_: server.stop())
             server.open()
         except SuperServeError as error:
             if recorder is not None:
