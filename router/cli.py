@@ -100,6 +100,8 @@ def cli(
             if recorder is not None:
                 stack.callback(recorder.close)  # also if nothing is served
             server = RouterServer(settings, recorder, metrics)
+            for number in (signal.SIGTERM, signal.SIGINT):  # before any peer can know this router
+                signal.signal(number, lambda *_: server.stop())
             where = ""
             if metrics is not None:
                 exporter = serve_pages(
@@ -107,8 +109,6 @@ def cli(
                 )
                 where = stack.enter_context(exporter)
                 sys.setswitchinterval(SWITCH_S)
-            for number in (signal.SIGTERM, signal.SIGINT):  # before any peer can know this router
-                signal.signal(number, lambda *_: server.stop())
             server.open()
         except SuperServeError:
             if recorder is not None:

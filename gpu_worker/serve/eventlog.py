@@ -164,6 +164,9 @@ class EventLogWriter:
         except OSError as error:
             log.error("%s: the event log ends here: %s", self._path, error.strerror)
             self._file = None
+            with contextlib.suppress(OSError):
+                if self._is_new and file.tell() == 0:
+                    self._path.unlink()  # not even its header: an empty file is no log
             file.close()
         self._buffer.clear()
 

@@ -7,7 +7,9 @@ schedule can exceed, from `loadgen.bound`.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
@@ -33,6 +35,7 @@ from loadgen.traces.specs import Spec
 from loadgen.traces.trace import open_source, trace_of
 from superserve.clock import MS
 from superserve.errors import ConfigError
+from superserve.net.context import has_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -340,18 +343,45 @@ def _least_slowness(pace: Pace, duration_ns: int) -> float:
     return min(pace.slowness(pace.began_ns + at_ns) for at_ns in (0, duration_ns))
 
 
+_POOL_THREADS = 2  # one that hands out work, one that feeds its pipe
+
+
 def _all(
     tasks: list[tuple[Comparison, Cell, int]], n_processes: int
 ) -> Iterable[tuple[dict[str, Figures], Figures | None]]:
-    try:
-        pool = ProcessPoolExecutor(n_processes) if n_processes > 1 else None
-    except OSError:  # where /dev/shm takes no semaphore, as in some containers: it takes longer here
-        pool = None
+    pool = None
+    # Else this process does it all, and takes longer: where /dev/shm takes no semaphore, as in some
+    # containers, or where no more processes may be started, which a pool does not survive.
+    if n_processes > 1 and _can_fork(n_processes):
+        with contextlib.suppress(OSError):
+            pool = ProcessPoolExecutor(n_processes)
     if pool is None:
         yield from map(_task, tasks)
         return
     with pool:
         yield from pool.map(_task, tasks)
+
+
+def _can_fork(n: int) -> bool:
+    """Tell whether `n` processes and a pool's threads can be started; starts and ends them."""
+    reader, writer = os.pipe()
+    children: list[int] = []
+    try:
+        while len(children) < n:
+            child = os.fork()
+            if child == 0:  # until the parent has seen all, or is gone
+                os.close(writer)
+                os.read(reader, 1)
+                os._exit(0)
+            children.append(child)
+        return has_threads(_POOL_THREADS)
+    except OSError:
+        return False
+    finally:
+        os.close(writer)
+        os.close(reader)
+        for child in children:
+            os.waitpid(child, 0)
 
 
 def _task(task: tuple[Comparison, Cell, int]) -> tuple[dict[str, Figures], Figures | None]:

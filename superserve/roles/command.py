@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -78,7 +77,6 @@ def begin() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
     # Pictures go to files; a notebook names a backend here that this environment may lack.
     os.environ["MPLBACKEND"] = "agg"
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of caches that cannot be written
     # Ignored, it has the kernel forget how children ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Until the command is loaded there is nothing to tidy, and an exception in the midst of a library's own
@@ -86,6 +84,11 @@ def begin() -> None:
     for number in (*_ENDING, signal.SIGINT):
         if signal.getsignal(number) in _DEFAULTS:
             signal.signal(number, _end_at_once)
+    # A mask that closes files to their owner: we could not read what we write.
+    os.umask(os.umask(0o077) & 0o077)
+    import logging  # noqa: PLC0415  only now would Ctrl-C be no traceback
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of caches that cannot be written
 
 
 def _end_at_once(number: int, _frame: FrameType | None) -> NoReturn:

@@ -127,7 +127,7 @@ def no_tmpdir(rng: random.Random) -> Hostile:
 def full_tmpdir(rng: random.Random) -> Hostile:
     """TMPDIR where nothing can be written."""
     kind = rng.choice(["full", "readonly", "tiny"])
-    return Hostile(kind, mounts={"tmp": kind}, excuse=r"No space left|Read-only file system")
+    return Hostile(kind, mounts={"tmp": kind}, excuse=r"[Nn]o space (is )?left|Read-only file system")
 
 
 @family

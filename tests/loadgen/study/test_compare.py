@@ -232,3 +232,23 @@ def test_a_comparison_goes_on_where_processes_cannot_share(monkeypatch: pytest.M
     monkeypatch.setattr("loadgen.study.compare.ProcessPoolExecutor", refuse)
     comparison = Comparison(("mincost",), (0,), 0.2, with_bound=False, settings=SimSettings())
     assert comparison.run([CELL], n_processes=2) == comparison.run([CELL])
+
+
+def test_a_pool_is_not_begun_where_no_process_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for ever for one that never came; those that were tried are gone."""
+    tried: list[int] = []
+    fork = os.fork
+
+    def refuse_the_second() -> int:
+        if tried:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        child = fork()
+        if child:
+            tried.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", refuse_the_second)
+    comparison = Comparison(("mincost",), (0,), 0.2, with_bound=False, settings=SimSettings())
+    assert comparison.run([CELL], n_processes=2) == comparison.run([CELL])
+    with pytest.raises(ChildProcessError):
+        os.waitpid(tried[0], os.WNOHANG)
