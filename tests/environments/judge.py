@@ -74,7 +74,8 @@ def complaints(step: Step, seen: Seen, hostile: Hostile, asked: Collection[str] 
         return ["did not end in time", *_broken(seen)]
     found = _broken(seen)
     is_unread = hostile.streams.get("stdout") in ("broken", "full")
-    is_verdict = not (is_unread and seen.code)  # what nobody could print is none
+    # A verdict that could not be printed is none; an expected error goes to stderr.
+    is_verdict = bool(step.stderr) or not (is_unread and seen.code)
     if (
         worked(step, seen, hostile)
         and is_verdict

@@ -172,8 +172,7 @@ def test_a_signal_while_a_command_is_loaded_ends_it_without_a_word(
 
 def test_a_mask_that_closes_files_to_their_owner_is_opened_for_it(tmp_path: Path) -> None:
     """We could not read what we write; what it closes to others stays closed."""
-    done = run(
-        tmp_path, "open(MADE, 'w').close()\nprint(oct(os.stat(MADE).st_mode & 0o777))\n".replace("MADE", repr(str(tmp_path / "made"))),
-        preexec_fn=lambda: os.umask(0o477),
-    )  # fmt: skip
+    made = str(tmp_path / "made")
+    code = f"open({made!r}, 'w').close()\nprint(oct(os.stat({made!r}).st_mode & 0o777))\n"
+    done = run(tmp_path, code, preexec_fn=lambda: os.umask(0o477))
     assert (done.returncode, done.stdout) == (0, "0o600\n")
