@@ -93,6 +93,7 @@ class Head:
         self._agents = agents
         self._stop = stop
         self._is_stopping = False
+        self._next_ping_s = 0.0
         self._generators: list[_Generator] = []
 
     def run(
@@ -157,11 +158,18 @@ class Head:
             one.say(RunStart(in_ns=left_ns))
 
     def _take(self) -> None:
-        """Handle messages that have arrived, and send PINGs.
+        """Handle messages that have arrived, and send the PINGs that are due.
+
+        Also while agents prepare: that takes a busy host longer than an agent waits for a silent coordinator.
 
         Raises:
             ConfigError: An agent reports a failure, or sent a malformed message.
         """
+        now_s = time.monotonic()
+        if now_s >= self._next_ping_s:  # each side knows by this that the other is there
+            self._next_ping_s = now_s + _PING_EVERY_S
+            for one in self._generators:
+                send(one.socket, encode_ping(Ping(time.monotonic_ns())))
         poller = zmq.Poller()
         for one in self._generators:
             poller.register(one.socket, zmq.POLLIN)
@@ -178,15 +186,9 @@ class Head:
 
     def _follow(self, on_progress: Callable[[dict[str, int]], None] | None) -> None:
         """Pass progress on until every agent has finished or is lost."""
-        next_ping_s = 0.0
         for one in self._generators:
             one.heard_s = time.monotonic()
         while any(one.done is None and not one.is_lost for one in self._generators):
-            now_s = time.monotonic()
-            if now_s >= next_ping_s:  # each side knows by this that the other is there
-                next_ping_s = now_s + _PING_EVERY_S
-                for one in self._generators:
-                    send(one.socket, encode_ping(Ping(time.monotonic_ns())))
             if self._stop.is_set() and not self._is_stopping:
                 self._is_stopping = True
                 for one in self._generators:

@@ -27,7 +27,7 @@ from loadgen.traces.trace import load_trace
 from superserve import wire
 from superserve.errors import ConfigError
 from superserve.net.sockets import bind_router, connect_dealer, send
-from superserve.wire import Control, Kind, Ping
+from superserve.wire import Control, Kind, Ping, Pong, RunFailed, RunShare
 from tests.superserve.client.fakes import next_message, poll
 
 if TYPE_CHECKING:
@@ -241,6 +241,39 @@ def test_an_agent_of_another_wire_version_is_named_with_both_versions(
                 Head([name], threading.Event()).run(trace, RunSettings(SLO_NS), router)
         finally:
             thread.join(20)
+            socket.close(0)
+
+
+def test_agents_are_pinged_while_they_prepare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy host that takes longer than an agent waits for a coordinator that it does not hear."""
+    monkeypatch.setattr("loadgen.live.hosts._PING_EVERY_S", 0.01)
+    monkeypatch.setattr("loadgen.live.hosts._PREPARE_S", 20.0)
+    with zmq.Context() as context:
+        socket, endpoint = bind_router(context, "tcp://127.0.0.1:*")
+
+        def answer() -> None:
+            """Be ready for nothing until two PINGs have come after the share."""
+            n_after: int | None = None
+            while n_after is None or n_after < 2:
+                assert socket.poll(30_000)
+                key, *frames = socket.recv_multipart()
+                message = wire.decode_run(frames)
+                if isinstance(message, Ping):
+                    n_after = None if n_after is None else n_after + 1
+                    send(socket, [key, *wire.encode_pong(Pong(message.stamp_ns, 0))])
+                elif isinstance(message, RunShare):
+                    n_after = 0
+            send(socket, [key, *wire.encode_run(RunFailed("heard it"))])
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        trace = load_trace("poisson:rate=100", duration_s=1.0)
+        name = endpoint.removeprefix("tcp://")
+        try:
+            with sink_server() as router, pytest.raises(ConfigError, match=f"generator {name}: heard it"):
+                Head([name], threading.Event()).run(trace, RunSettings(SLO_NS), router)
+        finally:
+            thread.join(40)
             socket.close(0)
 
 
