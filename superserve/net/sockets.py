@@ -95,7 +95,7 @@ def bind_router(
 def _check_free(endpoint: str) -> None:
     """Refuse a path that another process listens at, or that is no socket: libzmq removes what is there.
 
-    Whoever listened would hear from nobody any more, and would not know.
+    A client of the first would not hear from it again, and would not know why.
     """
     scheme, _, name = endpoint.partition("://")
     if scheme != "ipc" or not name or name.startswith("@") or name == "*":

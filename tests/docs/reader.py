@@ -53,7 +53,7 @@ def free_port() -> str:
 
 
 class Reader:
-    """Somebody who follows the page in an empty folder, with a state folder of their own."""
+    """A reader who follows the page in an empty folder, with an own state folder."""
 
     def __init__(self, folder: Path, state: Path) -> None:
         self.folder = folder

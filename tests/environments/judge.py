@@ -144,7 +144,7 @@ def _unclear(step: Step, seen: Seen, hostile: Hostile) -> list[str]:
     if seen.sent and _GUARD not in seen.stderr:
         return []
     if hostile.streams.get("stdout") == "broken" and not seen.stderr.strip():
-        return []  # whoever left knows
+        return []  # the reader that left knows
     found = _one_line(seen.stderr)
     if not _excused(f"{seen.stderr}\n{seen.stdout or ''}", hostile):  # a table may hold the reason
         found.append(f"the error does not speak of {hostile.excuse!r}")

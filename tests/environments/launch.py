@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.environments.hostile import Hostile
 
 MARK = "SUPERSERVE_TEST_PAIR"
-"""A variable by which the processes of a pair are known, whoever is their parent."""
+"""A variable by which the processes of a pair are known, whichever process is their parent."""
 
 _NEW_MOUNTS, _NEW_USERS = 0x0002_0000, 0x1000_0000
 _READ_ONLY, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = 1, 32, 4_096, 16_384, 1 << 18

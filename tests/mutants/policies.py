@@ -370,7 +370,13 @@ POLICIES = (
         "most_ns = size.p99_ns[floor]\n            if most_ns > careful_ns:",
         _PLANS,
     ),
-    Mutant("a floored head takes whoever is next", _PLANFIT, "above = max(0, row)", "above = None", _PLANS),
+    Mutant(
+        "a floored head takes the next queries, floored or not",
+        _PLANFIT,
+        "above = max(0, row)",
+        "above = None",
+        _PLANS,
+    ),
     Mutant(
         "a few late queries are an overload", _PLANFIT, " or self._saves(queue, slack_ns, plan):", ":", _PLANS
     ),

@@ -151,7 +151,7 @@ def test_what_stands_in_a_checkpoints_place_is_named(
 
 
 def test_a_file_that_is_cut_off_says_so(tmp_path: Path) -> None:
-    """In words that somebody who copied it can use."""
+    """In words that help a user who copied it."""
     save_file({"weight": torch.ones(2, 3)}, tmp_path / "w.safetensors")
     content = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "w.safetensors").write_bytes(content[:-3])

@@ -456,7 +456,7 @@ def test_a_role_can_be_stopped_wherever_its_parent_runs(how: str) -> None:
 
 
 def test_garbage_in_our_variables_is_no_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that was started by hand, where somebody has set them, serves all the same."""
+    """A process that was started by hand, where a user has set them, serves all the same."""
     monkeypatch.setenv("SUPERSERVE_READY_FD", "garbage")
     monkeypatch.setenv("SUPERSERVE_PARENT_PID", "garbage")
     processes.die_with_parent()
