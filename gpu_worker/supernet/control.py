@@ -101,6 +101,11 @@ class ControlSpace:
         """The control tuple with every entry at its upper bound: the whole supernet."""
         return {key: [entry.choices[-1] for entry in row] for key, row in self.entries.items()}
 
+    @property
+    def n_tuples(self) -> int:
+        """How many control tuples there are."""
+        return math.prod(len(entry.choices) for row in self.entries.values() for entry in row)
+
     def random(self, rng: np.random.Generator) -> Control:
         """Draw each entry alike from its choices."""
         return {
