@@ -46,9 +46,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path.name != "test_types.py", item.path not in longest))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _heed_ctrl_c() -> Iterator[None]:
-    """A signal that is ignored stays so in children, and a suite in a shell's background ignores Ctrl-C."""
+    """Each test heeds Ctrl-C, whatever shell started the suite and whatever a test before it has set.
+
+    A suite in a shell's background ignores it, and so would what tests start; a command that runs in this
+    process gives it another meaning.
+    """
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Runs its last argument as a remote shell would, with what it was called with in $CALLS.
 SSH = """#!/bin/sh
-printf '%s\\n' "$@" >> "$CALLS"; echo --- >> "$CALLS"
+call=$(printf '%s\\n' "$@" ---)
+printf '%s\\n' "$call" >> "$CALLS"  # in one write: many may write at once
 for last; do :; done
 case "$*" in *"-O exit"*) exit 0;; esac
 if [ -s "$CALLS.refusals" ]; then
