@@ -97,7 +97,7 @@ class Seen:
 
 
 def examine(seen: Seen) -> list[Finding]:
-    """Return the findings of every check, in order; a check without problems has one finding that says so."""
+    """Return the findings of every check, in order; a check without problems has one: that all is well."""
     findings: list[Finding] = []
     for name, check, well in CHECKS:
         found = list(check(seen))

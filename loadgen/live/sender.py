@@ -435,7 +435,7 @@ class Sender:
             control.close(linger=2_000)
 
     def _report(self, control: zmq.Socket[bytes], i: int, start_ns: int) -> int | None:
-        """Report what was due, sent and answered so far. Return when to stop, if an order says so."""
+        """Report what was due, sent and answered so far. Return when to stop, if one was ordered."""
         rows, until_ns = None, 0
         if self.plan.is_watched:
             until_ns = max(0, time.monotonic_ns() - start_ns - self.plan.slo_ns - LATE_NS)

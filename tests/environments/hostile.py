@@ -47,7 +47,7 @@ class Hostile:
     ignored: tuple[int, ...] = ()
     blocked: tuple[int, ...] = ()
     sent: tuple[tuple[float, int], ...] = ()
-    cwd: str = "work"
+    cwd: str = "cwd"
     user: int | None = None
     out: str = "out"
     excuse: str | None = None
@@ -96,7 +96,7 @@ def no_home(rng: random.Random) -> Hostile:
 def strange_home(rng: random.Random) -> Hostile:
     """HOME not there, a file, a relative path, one that is not UTF-8."""
     home = rng.choice(
-        ["{base}/none/at/all", "{base}/work/plain", "relative", "{base}/h\udcff me", "/dev/null"]
+        ["{base}/none/at/all", "{base}/cwd/plain", "relative", "{base}/h\udcff me", "/dev/null"]
     )
     return Hostile(repr(home), {"HOME": home}, files={"work/plain": "text"}, excuse=r"plain|/dev/null|h.*me")
 
@@ -119,7 +119,7 @@ def no_passwd_entry(rng: random.Random) -> Hostile:
 @family
 def no_tmpdir(rng: random.Random) -> Hostile:
     """TMPDIR that is not there, or no folder: Python falls back to /tmp."""
-    value = rng.choice(["{base}/none", "{base}/work/plain", "", "relative/none", "/dev/null"])
+    value = rng.choice(["{base}/none", "{base}/cwd/plain", "", "relative/none", "/dev/null"])
     return Hostile(value, {"TMPDIR": value}, files={"work/plain": "text"})
 
 
@@ -145,7 +145,7 @@ def strange_state(rng: random.Random) -> Hostile:
     """State folders whose paths are long, odd, or of the wrong kind."""
     value = rng.choice([
         "{base}/home/" + "long" * 40, "{base}/home/with space", "{base}/home/new\nline",
-        "{base}/home/%percent%d", "relative", "{base}/work/plain", "/dev/null", "/proc/none", "~/state",
+        "{base}/home/%percent%d", "relative", "{base}/cwd/plain", "/dev/null", "/proc/none", "~/state",
         "{base}/home/b\udcff",
         "{base}/home/;x",
     ])  # fmt: skip
@@ -171,7 +171,7 @@ def python_variables(rng: random.Random) -> Hostile:
 @family
 def python_path(rng: random.Random) -> Hostile:
     """A PYTHONPATH of folders that are not there, or that hold modules of other programs."""
-    value = rng.choice(["{base}/none", "{base}/work", ":", "relative", "{base}/work:{base}/none"])
+    value = rng.choice(["{base}/none", "{base}/cwd", ":", "relative", "{base}/cwd:{base}/none"])
     return Hostile(
         value, {"PYTHONPATH": value}, files={"work/helpers.py": "raise RuntimeError", "work/notes.txt": "x"}
     )
@@ -246,13 +246,13 @@ def gone_folder(rng: random.Random) -> Hostile:
 def unreadable_folder(rng: random.Random) -> Hostile:
     """A working folder that may not be read, or not be entered again."""
     mode = rng.choice([0o000, 0o111, 0o444, 0o555])
-    return Hostile(oct(mode), modes={"work": mode}, user=NOBODY, excuse=r"Permission denied|working folder")
+    return Hostile(oct(mode), modes={"cwd": mode}, user=NOBODY, excuse=r"Permission denied|working folder")
 
 
 @family
 def read_only_system(rng: random.Random) -> Hostile:
     """Nothing can be written anywhere but in /tmp."""
-    folders = rng.choice([("out",), ("work", "out"), ("home", "work", "out"), ("home", "tmp", "work", "out")])
+    folders = rng.choice([("out",), ("cwd", "out"), ("home", "cwd", "out"), ("home", "tmp", "cwd", "out")])
     return Hostile(
         " ".join(folders), mounts=dict.fromkeys(folders, "readonly"), excuse=r"Read-only file system"
     )

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LIMIT_S = 45.0
 _STOP_S = 15.0
 _END_S = 5.0  # for what ends by itself once its parent has
-_FOLDERS = ("home", "tmp", "work", "out", "gone")
+_FOLDERS = ("home", "tmp", "cwd", "out", "gone")
 _SHOWN = 2_500
 
 
@@ -103,7 +103,7 @@ class Stage:
         base = str(self.base)
         plain: dict[str, str | None] = {
             "PATH": f"{base}/bin:{os.environ.get('PATH', os.defpath)}", "HOME": f"{base}/home",
-            "TMPDIR": f"{base}/tmp", "PWD": f"{base}/work", "LANG": "C.UTF-8", "TERM": "xterm",
+            "TMPDIR": f"{base}/tmp", "PWD": f"{base}/cwd", "LANG": "C.UTF-8", "TERM": "xterm",
             "USER": "root",
             "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR"),
         }  # fmt: skip
