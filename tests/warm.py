@@ -7,6 +7,7 @@ forks.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import importlib
@@ -80,6 +81,7 @@ def _forking() -> socket.socket:
         cwd=ROOT, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, check=True,
     )  # fmt: skip
     its.close()
+    atexit.register(ours.close)
     return ours
 
 

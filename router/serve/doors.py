@@ -47,8 +47,6 @@ class Doors:
 
     def __init__(self, endpoints: Iterable[str]) -> None:
         self._listeners = [found for endpoint in endpoints for found in _listeners(endpoint)]
-        for listener in self._listeners:
-            listener.listen(min(_BACKLOG, reserve() // 2 - 2))  # the reserve must suffice for all that wait
         self._reserve: list[int] = []
         self._is_shut = False
         self._look_ns = 0
@@ -93,8 +91,12 @@ class Doors:
             )
 
     def _fill(self) -> None:
+        """Reserve what the present limit allows, and let no more connections wait than it can take."""
+        size = reserve()
+        for listener in self._listeners:
+            listener.listen(min(_BACKLOG, size // 2 - 2))
         try:
-            for _ in range(reserve()):
+            for _ in range(size):
                 self._reserve.append(os.eventfd(0, os.EFD_CLOEXEC))
         except OSError:
             return  # at the limit from the start: the next check shuts the doors
