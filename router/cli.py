@@ -48,7 +48,11 @@ _LOOPBACK = "tcp://127.0.0.1:*"
     show_default=True,
     help="Payload bytes held, at most.",
 )
-@click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back as a safety margin.")
+@click.option(
+    "--margin-ms",
+    type=float,
+    help="Slack held back for late messages.  [default: by the latest ones measured, 0.1 to 1]",
+)
 @click.option(
     "--metrics-port", type=click.IntRange(0, 65_535),
     help="Serve /metrics to Prometheus here; 0 is any free port.  [default: off]",
@@ -70,7 +74,7 @@ def cli(
     policy: str,
     max_queries: int,
     max_bytes: int,
-    margin_ms: float,
+    margin_ms: float | None,
     metrics_port: int | None,
     metrics_address: str,
     keys: Path | None,
@@ -83,9 +87,11 @@ def cli(
     die_with_parent()
     raise_limit()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
-    if not 0 <= margin_ms <= _MAX_MARGIN_MS:  # a FloatRange lets NaN pass
+    if margin_ms is not None and not 0 <= margin_ms <= _MAX_MARGIN_MS:  # a FloatRange lets NaN pass
         raise click.ClickException(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {margin_ms}")
-    core = CoreSettings(max_queries=max_queries, max_bytes=max_bytes, margin_ns=int(margin_ms * MS))
+    core = CoreSettings(max_queries=max_queries, max_bytes=max_bytes)
+    if margin_ms is not None:
+        core = core.with_margin(int(margin_ms * MS))
     settings = ServerSettings(
         client_endpoint, worker_endpoint, policy, core, keys=keys, is_open=security == "none"
     )

@@ -72,7 +72,11 @@ cli.add_command(keys_command)
     show_default=True,
     help="demandfit, slackfit, fixed:<subnet>, maxacc, ...",
 )
-@click.option("--margin-ms", default=1.0, show_default=True, help="Slack held back as a safety margin.")
+@click.option(
+    "--margin-ms",
+    type=float,
+    help="Slack held back for late messages.  [default: by the latest ones measured, 0.1 to 1]",
+)
 @click.option("--client-port", type=_PORT, default=0, help="Where clients connect.  [default: any free one]")
 @click.option("--worker-port", type=_PORT, default=0, help="Where workers connect.  [default: any free one]")
 @click.option("--metrics", is_flag=True, help="Each process serves /metrics to Prometheus, on loopback.")

@@ -161,7 +161,7 @@ class Hosts:
         weights: Its checkpoint's path on each host, or "random"; None for the shipped one.
         profile: A shipped profile's name, or a file's absolute path on this machine.
         policy: The router's policy.
-        margin_ms: Slack that the router holds back.
+        margin_ms: Slack that the router holds back; None for what it measures.
         security: "keys", or "none" for a trusted network.
         keys: The folder of `cluster keys`, as an absolute path on this machine; None for no keys, and then
             nothing listens beyond loopback unless `security` is "none".
@@ -181,7 +181,7 @@ class Hosts:
     weights: Word | None = None
     profile: Word | None = None
     policy: Word = "demandfit"
-    margin_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False)] = 1.0
+    margin_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False)] | None = None
     security: Literal["keys", "none"] = "keys"
     keys: Word | None = None
     metrics: MetricsPorts = field(default_factory=MetricsPorts)

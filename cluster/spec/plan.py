@@ -49,7 +49,7 @@ class Options:
 
     Attributes:
         policy: The router's policy.
-        margin_ms: Slack that the router holds back.
+        margin_ms: Slack that the router holds back; None for what it measures.
         client_port: Where clients connect, on loopback.
         worker_port: Where workers connect, on loopback.
         emulate: A profile; its GPUs are emulated.
@@ -65,7 +65,7 @@ class Options:
     """
 
     policy: str = "demandfit"
-    margin_ms: float = 1.0
+    margin_ms: float | None = None
     client_port: int = ANY_PORT
     worker_port: int = ANY_PORT
     emulate: str | None = None
@@ -120,8 +120,9 @@ def make_plan(name: str, options: Options, ready_timeout_s: float) -> Plan:
     Raises:
         ConfigError: An option is invalid, or this machine lacks what it names.
     """
-    if not 0 <= options.margin_ms <= _MAX_MARGIN_MS:  # a FloatRange lets NaN pass
-        raise ConfigError(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {options.margin_ms}")
+    margin_ms = options.margin_ms
+    if margin_ms is not None and not 0 <= margin_ms <= _MAX_MARGIN_MS:  # a FloatRange lets NaN pass
+        raise ConfigError(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {margin_ms}")
     if options.client_port == options.worker_port != ANY_PORT:
         raise ConfigError(
             f"--client-port and --worker-port: expected two ports, got {options.client_port} twice"
@@ -133,7 +134,7 @@ def make_plan(name: str, options: Options, ready_timeout_s: float) -> Plan:
     workers, profile, asked = _emulated(options) if options.emulate is not None else _real(options)
     make_policy(options.policy, load_profile(profile))
     router = {name: getattr(options, name) for name in ("policy", "margin_ms", "client_port", "worker_port")}
-    roles = [router_role(CLIENT, WORKER, options.policy, options.margin_ms), *workers]
+    roles = [router_role(CLIENT, WORKER, options.policy, margin_ms), *workers]
     if options.metrics:
         roles = [replace(role, argv=(*role.argv, "--metrics-port", METRICS_PORT)) for role in roles]
         asked["metrics"] = "on"

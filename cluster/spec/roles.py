@@ -46,12 +46,13 @@ class HostRole:
 
 
 def router_role(
-    client: str, worker: str, policy: str, margin_ms: float, *more: str, env: Environment = ()
+    client: str, worker: str, policy: str, margin_ms: float | None, *more: str, env: Environment = ()
 ) -> HostRole:
     """Return a router that binds these endpoints."""
+    margin = () if margin_ms is None else ("--margin-ms", f"{margin_ms:g}")
     argv = (
         "-m", "router", "--client-endpoint", client, "--worker-endpoint", worker,
-        "--policy", policy, "--margin-ms", f"{margin_ms:g}", *more,
+        "--policy", policy, *margin, *more,
     )  # fmt: skip
     return HostRole("router", "router", argv, env, f"policy {policy}")
 

@@ -71,7 +71,7 @@ def score_lines(scores: Sequence[Score]) -> list[str]:
 def comparison_lines(comparisons: Sequence[DemoComparison]) -> list[str]:
     """Return the table of answers that were computed again."""
     return [
-        f"  {one.name:<22}{one.n_same:>4} of {one.n} are its own, {one.n_telling}of them no other's"
+        f"  {one.name:<22}{one.n_same:>4} of {one.n} are its own, {one.n_telling:>4} of them no other's"
         for one in comparisons
     ]
 

@@ -58,10 +58,12 @@ class Dispatcher:
 
     def decide(self, now_ns: int) -> None:
         """Refuse what cannot be served, and give work to the workers that are about to be free."""
+        self._slack.punctuality.came(now_ns)
         self._refuse_doomed(now_ns)
         self._awaited = None
         if self._model.queue:
             self._dispatch(now_ns)
+            self._slack.punctuality.expect(self._due_ns(now_ns))
 
     def next_wake_ns(self) -> int | None:
         """Return the instant at which `decide` has something to do, even without an event."""
@@ -78,6 +80,16 @@ class Dispatcher:
         if worker is not None and worker.may_take:
             wake_ns = min(wake_ns, self._slack.decide_ns(worker))
         return wake_ns
+
+    def _due_ns(self, now_ns: int) -> int | None:
+        """Return when the next worker is due for a batch, if nothing else is to come before."""
+        if not self._model.queue or self._awaited is not None:
+            return None
+        worker = self._fleet.first_free()
+        if worker is None or not worker.may_take:
+            return None
+        due_ns = self._slack.decide_ns(worker)
+        return due_ns if due_ns > now_ns else None
 
     def _refuse_doomed(self, now_ns: int) -> None:
         """End the queries that no subnet can serve in time any more, even alone and at once."""

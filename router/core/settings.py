@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from superserve.clock import MS
 
@@ -15,7 +15,9 @@ class CoreSettings:
         dispatch_ahead_ns: Decide a worker's next batch at most this long (plus the measured
             transport) before it is free. Long enough to cover a late wake-up on a busy host,
             short enough not to decide on a stale queue: a whole batch ahead costs SlackFit a point.
-        margin_ns: Slack held back for transport that the estimate has not seen yet.
+        least_ahead_ns: At least this long, on a machine on which the router has not come late.
+        margin_ns: Slack held back, at most, for transport that the estimate has not seen yet.
+        least_margin_ns: Slack held back at least, where no way took longer than nearly all of them.
         max_queries: Most queries queued or in flight; more are OVERLOADED.
         max_bytes: Most payload bytes held; more are OVERLOADED.
         heartbeat_ns: Each worker sends something at least this often.
@@ -27,7 +29,9 @@ class CoreSettings:
     """
 
     dispatch_ahead_ns: int = 2 * MS
+    least_ahead_ns: int = 2 * MS // 10
     margin_ns: int = MS
+    least_margin_ns: int = MS // 10
     max_queries: int = 200_000
     max_bytes: int = 2 << 30
     heartbeat_ns: int = 100 * MS
@@ -36,3 +40,7 @@ class CoreSettings:
     overrun_factor: int = 3
     overrun_grace_ns: int = 10 * MS
     give_up_ns: int = 1000 * MS
+
+    def with_margin(self, margin_ns: int) -> CoreSettings:
+        """Return settings with a margin that is always the same, whatever is measured."""
+        return replace(self, margin_ns=margin_ns, least_margin_ns=margin_ns)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from router.core.estimates import Punctuality
+
 if TYPE_CHECKING:
     from router.core.ledger import ClientState
     from router.core.settings import CoreSettings
@@ -18,16 +20,20 @@ if TYPE_CHECKING:
 
 
 class Slack:
-    """The formulas, with the core's constants. It has no other state and changes nothing.
+    """The formulas, with the core's constants.
 
     Args:
         settings: The core's constants.
+
+    Attributes:
+        punctuality: How late the router comes to its decisions. It tells how far ahead to decide.
     """
 
-    __slots__ = ("_ahead_ns", "_grace_ns", "_margin_ns", "_overrun_factor")
+    __slots__ = ("_grace_ns", "_least_margin_ns", "_margin_ns", "_overrun_factor", "punctuality")
 
     def __init__(self, settings: CoreSettings) -> None:
-        self._ahead_ns = settings.dispatch_ahead_ns
+        self.punctuality = Punctuality(settings.least_ahead_ns, settings.dispatch_ahead_ns)
+        self._least_margin_ns = min(settings.least_margin_ns, settings.margin_ns)
         self._margin_ns = settings.margin_ns
         self._overrun_factor = settings.overrun_factor
         self._grace_ns = settings.overrun_grace_ns
@@ -45,7 +51,7 @@ class Slack:
 
     def decide_ns(self, worker: Worker) -> int:
         """Return the instant from which a worker gets its next batch: shortly before it is free."""
-        return worker.free_at_ns - (self._ahead_ns + worker.transport.median_ns)
+        return worker.free_at_ns - (self.punctuality.ahead_ns + worker.transport.median_ns)
 
     # --- the way there and back -------------------------------------------------------------
 
@@ -55,8 +61,18 @@ class Slack:
         return worker.transport.median_ns // 2
 
     def back_ns(self, worker: Worker) -> int:
-        """Return how long a report may take back to the router: nearly the worst seen, plus the margin."""
-        return worker.transport.bound_ns() - self.there_ns(worker) + self._margin_ns
+        """Return how long a report may take back to the router: nearly the worst seen, plus a margin.
+
+        The margin is what the worst way of the last ten seconds took beyond that, within bounds: nothing
+        that an estimate of so few ways leaves out.
+        """
+        nearly_ns, worst_ns = worker.transport.bound_ns(), worker.peer.worst_way_ns
+        margin_ns = worst_ns - nearly_ns
+        if margin_ns > self._margin_ns:
+            margin_ns = self._margin_ns
+        elif margin_ns < self._least_margin_ns:
+            margin_ns = self._least_margin_ns
+        return nearly_ns - self.there_ns(worker) + margin_ns
 
     def way_back_ns(self, worker: Worker, client: ClientState) -> int:
         """Return how long the way back to the client may take: nearly the worst seen on both parts."""

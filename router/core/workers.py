@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from router.core.estimates import Correction, RecentQuantiles
+from router.core.estimates import Correction, RecentQuantiles, WindowedMin
 from router.policies.supply import GpuPace
 
 if TYPE_CHECKING:
@@ -94,6 +94,12 @@ _FIRST_TRANSPORT_NS = [400_000] * 15 + [1_000_000]
 
 _ENOUGH = 64
 """Batches of a process's GPUs that are counted; by then none of them is in doubt."""
+
+_WORST_OF_NS = 10_000_000_000
+"""The worst way is that of this time: thousands of ways, where their 99th percentile is of 256."""
+_MANY_WAYS = 128
+"""Until this many are measured the worst counts as unknown. The window starts with 16 assumed ones."""
+_UNKNOWN_NS = 1 << 62
 
 _SAMPLE_EVERY_NS = 1_000_000
 """The transport of a process is sampled at most this often, so that one stall does not fill the window."""
@@ -185,12 +191,13 @@ class Peer:
         quickest_ns: The quickest answer of any of its GPUs, as the fleet last computed it.
         slowdowns: Least and greatest slowdown of its GPUs, as of the last `summarise`.
         way_ns: 99th percentile of the transport to it and back, as of then.
+        worst_way_ns: The longest transport of about ten seconds; more than any until enough are measured.
         capacity: Queries a nanosecond that its GPUs serve at their unit costs, as of then.
     """
 
     __slots__ = (
-        "capacity", "epoch", "heard_ns", "key", "machine", "n_measured", "name", "quickest_ns", "sampled_ns",
-        "slowdowns", "transport", "way_ns", "workers",
+        "_negated_ways", "capacity", "epoch", "heard_ns", "key", "machine", "n_measured", "name",
+        "quickest_ns", "sampled_ns", "slowdowns", "transport", "way_ns", "workers", "worst_way_ns",
     )  # fmt: skip
 
     def __init__(self, key: Any, name: str, epoch: int, heard_ns: int) -> None:
@@ -208,6 +215,8 @@ class Peer:
         self.quickest_ns = 0
         self.slowdowns = (1.0, 1.0)
         self.way_ns = 0
+        self.worst_way_ns = _UNKNOWN_NS
+        self._negated_ways = WindowedMin(_WORST_OF_NS)
         self.capacity = 0.0
         self.n_measured = 0
 
@@ -216,6 +225,8 @@ class Peer:
         if now_ns - self.sampled_ns >= _SAMPLE_EVERY_NS:
             self.sampled_ns = now_ns
             self.transport.add(way_ns)
+            worst_ns = -self._negated_ways.add(-way_ns, now_ns)
+            self.worst_way_ns = worst_ns if len(self.transport) >= _MANY_WAYS else _UNKNOWN_NS
 
     def summarise(self) -> None:
         """Summarise its GPUs, so that no query has to ask a thousand of them."""

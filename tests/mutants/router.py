@@ -21,6 +21,7 @@ _SLOW = ("tests/router/core/test_corrections.py",)
 _WHICH = ("tests/router/core/test_which_worker.py",)
 _UNITS = ("tests/router/core/test_workers.py",)
 _QUANTILES = ("tests/router/core/test_estimates.py",)
+_ESTIMATES = (*_QUANTILES, "tests/router/core/test_slack.py", *_UNITS)
 _QUEUES = (
     "tests/router/core/test_holes.py",
     "tests/router/core/test_edf.py",
@@ -119,6 +120,55 @@ CORE = (
         "worker.peer.sample_way(transport_ns, now_ns)",
         "worker.peer.sample_way(0, now_ns)",
         _SLOW,
+    ),
+    Mutant(
+        "a margin knows no least",
+        _ROUTER,
+        "elif margin_ns < self._least_margin_ns:",
+        "elif margin_ns < -self._least_margin_ns:",
+        _ESTIMATES,
+    ),
+    Mutant(
+        "a margin knows no most",
+        _ROUTER,
+        "if margin_ns > self._margin_ns:",
+        "if margin_ns > 2 * self._margin_ns:",
+        _ESTIMATES,
+    ),
+    Mutant(
+        "the worst way counts from the first measurement",
+        _ROUTER,
+        "worst_ns if len(self.transport) >= _MANY_WAYS else _UNKNOWN_NS",
+        "worst_ns",
+        _ESTIMATES,
+    ),
+    Mutant(
+        "the least way counts as the worst",
+        _ROUTER,
+        "-self._negated_ways.add(-way_ns, now_ns)",
+        "self._negated_ways.add(way_ns, now_ns)",
+        _ESTIMATES,
+    ),
+    Mutant(
+        "a decision before its time counts as late",
+        _ROUTER,
+        "if due_ns is not None and now_ns >= due_ns:",
+        "if due_ns is not None:",
+        _ESTIMATES,
+    ),
+    Mutant(
+        "a decision counts as late twice",
+        _ROUTER,
+        "            self._due_ns = None\n            self._late.add",
+        "            self._late.add",
+        _ESTIMATES,
+    ),
+    Mutant(
+        "the router decides as far ahead as ever",
+        _ROUTER,
+        "max(self._least_ns, min(self._most_ns, ahead_ns))",
+        "self._most_ns",
+        _ESTIMATES,
     ),
     # --- what is taken in --------------------------------------------------------------------
     Mutant(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.estimates import RecentQuantiles, TransitClock, WindowedMin
+from router.core.estimates import Punctuality, RecentQuantiles, TransitClock, WindowedMin
 from superserve.clock import MS, SECOND
 
 STEPS = st.lists(st.tuples(st.integers(0, 400), st.integers(-100, 100)), min_size=1, max_size=80)
@@ -84,3 +85,42 @@ def test_a_clock_that_drifts_away_is_forgiven() -> None:
     clock.excess_ns(0, 0)
 
     assert clock.excess_ns(SECOND, 2 * SECOND) == 0
+
+
+def late(punctuality: Punctuality, *late_ns: int) -> int:
+    """Have decisions that were due come late by these; return how far ahead the next ones are due."""
+    for one_ns in late_ns:
+        punctuality.expect(1_000)
+        punctuality.came(999)  # before it is due: an event brought the loop here
+        punctuality.came(1_000 + one_ns)
+        punctuality.came(9_999_999)  # nothing was due any more
+    return punctuality.ahead_ns
+
+
+def test_a_lead_is_the_longest_until_lateness_is_known() -> None:
+    """Sixteen assumed ones are in the window of 256 at first; 240 measured ones do not outvote them."""
+    assert late(Punctuality(200_000, 2_000_000)) == 2_000_000
+    assert late(Punctuality(200_000, 2_000_000), *[0] * 240) == 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("late_ns", "expected_ns"),
+    [
+        ([0] * 272, 200_000),
+        ([150_000] * 272, 250_000),
+        ([50_000] * 253 + [700_000] * 3, 800_000),  # the 99th percentile of the last 256
+        ([50_000] * 254 + [700_000] * 2, 200_000),
+        ([9_000_000] * 272, 2_000_000),
+    ],
+)
+def test_a_lead_follows_how_late_the_loop_comes(late_ns: list[int], expected_ns: int) -> None:
+    """Nearly the latest of the last 256 times and a little, within bounds."""
+    punctuality = Punctuality(200_000, 2_000_000)
+    late(punctuality, *[0] * 16)
+
+    assert late(punctuality, *late_ns) == expected_ns
+
+
+def test_a_lead_that_is_the_same_at_least_and_at_most_is_fixed() -> None:
+    """Nothing is learnt where nothing may change."""
+    assert late(Punctuality(2_000_000, 1_000_000), *[0] * 300) == 1_000_000

@@ -128,3 +128,31 @@ def test_a_batch_overruns_after_three_times_its_p99(ratio: float, factor: float)
     p99_ns = int(CNN.latency_p99_ns(2, 8) * factor)
 
     assert SLACK.overrun_ns(make_worker(1, 1, ratio), 2, 8) == 3 * p99_ns + BOUND_NS + 10 * MS
+
+
+@pytest.mark.parametrize(
+    ("worst_ns", "expected_ns"),
+    [(BOUND_NS, 100_000), (BOUND_NS + 100_001, 100_001), (BOUND_NS + 400_000, 400_000), (9 * MS, MS)],
+)
+def test_the_margin_is_by_how_much_the_worst_way_exceeds_nearly_all(worst_ns: int, expected_ns: int) -> None:
+    """On a quiet machine a tenth of what one with stalls needs."""
+    worker = make_worker()
+    worker.peer.worst_way_ns = worst_ns
+
+    assert SLACK.back_ns(worker) == BOUND_NS - THERE_NS + expected_ns
+
+
+def test_a_margin_that_was_asked_for_is_kept() -> None:
+    """Whatever the worst way was."""
+    slack, worker = Slack(CoreSettings().with_margin(7 * MS)), make_worker()
+    worker.peer.worst_way_ns = BOUND_NS
+
+    assert slack.back_ns(worker) == BOUND_NS - THERE_NS + 7 * MS
+
+
+def test_a_decision_is_due_as_far_ahead_as_the_router_came_late() -> None:
+    """The transport's median, and the lead that its punctuality asks for."""
+    slack, worker = Slack(CoreSettings()), make_worker(free_in_ns=10 * MS)
+    slack.punctuality.ahead_ns = 345_678
+
+    assert slack.decide_ns(worker) == NOW_NS + 10 * MS - MEDIAN_NS - 345_678

@@ -307,3 +307,19 @@ def test_the_batches_of_one_stall_count_once() -> None:
         peer.sample_way(50 * MS, now_ns=10 * MS)
 
     assert peer.transport.median_ns < MS
+
+
+def test_the_worst_way_is_known_once_many_are_measured() -> None:
+    """Each millisecond one; it is remembered for ten seconds, and then others are the worst."""
+    peer = make_worker().peer
+    unknown_ns = peer.worst_way_ns
+    assert unknown_ns > 1_000_000 * MS
+
+    for i in range(1, 113):
+        assert peer.worst_way_ns == unknown_ns
+        peer.sample_way(3 * MS if i == 50 else MS, now_ns=i * MS)
+    assert peer.worst_way_ns == 3 * MS
+
+    for i in range(1, 111):
+        peer.sample_way(MS, now_ns=(112 + 100 * i) * MS)
+    assert peer.worst_way_ns == MS
