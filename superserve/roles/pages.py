@@ -30,6 +30,7 @@ MAX_CONNECTIONS = 4_096
 
 _REQUEST_TIMEOUT_S = 5.0  # a peer that sends no request, or does not read the answer, is dropped after this
 _MAX_REQUEST_BYTES = 8_192  # the request's head; probes and scrapers send hundreds
+_MAX_DISCARDED_BYTES = 1 << 20  # of a longer one; then the connection is closed all the same
 _TEXT = "text/plain; charset=utf-8"
 
 
@@ -43,6 +44,36 @@ class Page(NamedTuple):
 
 class UnavailableError(SuperServeError):
     """A page cannot be made now: answered as 503 with this message."""
+
+
+def _response(page: Page, headers: str = "", *, has_body: bool = True) -> bytes:
+    """Return a page as HTTP has it."""
+    head = (
+        f"HTTP/1.0 {page.status} {HTTPStatus(page.status).phrase}\r\n"
+        f"Content-Type: {page.content_type}\r\n"
+        f"Content-Length: {len(page.body)}\r\n{headers}"
+        "Connection: close\r\n\r\n"
+    ).encode("latin-1")
+    return head + page.body if has_body else head
+
+
+_TOO_LONG = _response(Page(431, f"expected a request of {_MAX_REQUEST_BYTES} bytes at most\n".encode()))
+
+
+async def _head(reader: asyncio.StreamReader) -> bytes | None:
+    """Read a request up to its empty line; return None if it is too long."""
+    try:
+        return await reader.readuntil(b"\r\n\r\n")
+    except asyncio.LimitOverrunError:
+        return None
+
+
+async def _discard(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Read what the peer still sends: closed before, the connection would be reset, and the answer lost."""
+    writer.write_eof()
+    for _ in range(_MAX_DISCARDED_BYTES // _MAX_REQUEST_BYTES):
+        if not await reader.read(_MAX_REQUEST_BYTES):
+            return
 
 
 class _PageServer:
@@ -65,15 +96,17 @@ class _PageServer:
         self._silent[writer] = None
         try:
             async with asyncio.timeout(_REQUEST_TIMEOUT_S):
-                request = await reader.readuntil(b"\r\n\r\n")
+                request = await _head(reader)
             self._silent.pop(writer, None)
-            head = await self._answer(request)
+            answer = _TOO_LONG if request is None else await self._answer(request)
             async with asyncio.timeout(_REQUEST_TIMEOUT_S):
-                writer.write(head)
+                writer.write(answer)
                 await writer.drain()
+                if request is None:
+                    await _discard(reader, writer)
                 writer.close()
                 await writer.wait_closed()
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             log.debug("a request was not answered: %r", error)
         finally:
             self._silent.pop(writer, None)
@@ -87,13 +120,7 @@ class _PageServer:
             allowed = "Allow: GET, HEAD\r\n"
         else:
             page = await self._page(rest.partition(" ")[0].partition("?")[0])
-        head = (
-            f"HTTP/1.0 {page.status} {HTTPStatus(page.status).phrase}\r\n"
-            f"Content-Type: {page.content_type}\r\n"
-            f"Content-Length: {len(page.body)}\r\n{allowed}"
-            "Connection: close\r\n\r\n"
-        ).encode("latin-1")
-        return head if method == "HEAD" else head + page.body
+        return _response(page, allowed, has_body=method != "HEAD")
 
     async def _page(self, path: str) -> Page:
         give = self._pages.get(path)

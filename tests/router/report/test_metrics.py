@@ -68,6 +68,20 @@ def get(where: str, path: str = "/metrics") -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
+@pytest.mark.parametrize(("n_bytes", "status"), [(7_000, b"200 OK"), (9_000, b"431 "), (300_000, b"431 ")])
+def test_a_request_that_is_too_long_is_refused_with_the_reason(n_bytes: int, status: bytes) -> None:
+    """Though the peer is still sending: the answer reaches it before the connection ends."""
+    with serve_pages({"/live": lambda: Page(200, b"alive")}) as where:
+        host, port = where.split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as peer:
+            peer.sendall(b"GET /live HTTP/1.1\r\nX-Long: " + b"x" * n_bytes + b"\r\n\r\n")
+            peer.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: peer.recv(4096), b""))
+
+    assert answer.startswith(b"HTTP/1.0 " + status)
+    assert b"alive" in answer or b"8192 bytes" in answer
+
+
 @pytest.mark.e2e
 def test_a_scrape_gives_every_metric_of_the_table_with_help_and_no_other() -> None:
     """A new router's scrape has exactly the names in the table."""
