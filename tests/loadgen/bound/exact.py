@@ -82,6 +82,7 @@ def exact_bound(
     if not gpus:
         raise ConfigError("bound: expected at least one GPU, got none")
     program = Program()
+    best = np.zeros(workload.n)
     once = program.rows(workload.n, upper=1.0)
     kinds: list[Profile] = []
     n_rides = 0
@@ -92,13 +93,17 @@ def exact_bound(
             n_rides += sum(len(batch.riders) for batch in batches)
             if n_rides > MAX_RIDES:
                 raise ConfigError(f"bound: expected a small workload, got over {MAX_RIDES} possible rides")
+            for batch in batches:
+                best[list(batch.riders)] = np.maximum(best[list(batch.riders)], batch.worth)
             if batches:
                 _add_kind(program, once, batches, gpus.count(profile))
     if program.n_columns == 0:
         return ExactBound(accuracy=0.0, found=0.0, is_optimal=True)
     bound = program.maximise(time_limit_s=time_limit_s)
     found = None if bound.found is None else bound.found / workload.n
-    return ExactBound(bound.upper / workload.n, found, bound.is_optimal)
+    # A solver that was stopped may have proved less than this: no query gets more than its best subnet.
+    upper = min(bound.upper, float(best.sum()))
+    return ExactBound(upper / workload.n, found, bound.is_optimal)
 
 
 def _add_kind(program: Program, once: np.ndarray, batches: Sequence[_Batch], n_gpus: int) -> None:
