@@ -25,8 +25,6 @@ ROOT = Path(__file__).parent.parent.parent
 CLIENT = ROOT / "wheels" / "client"
 OTHER_ROLES = ("router", "gpu_worker", "loadgen", "profiles", "cluster")
 HEAVY = ("torch", "click", "psutil", "rich", "safetensors", "sklearn", "scipy", "fastapi", "httpx")
-IMPORT_S = 2.0
-"""`import superserve` takes 0.2 s here, most of it NumPy's; ten times that says that something is wrong."""
 
 
 class Venv(NamedTuple):
@@ -202,30 +200,25 @@ def test_the_whole_wheel_holds_six_packages_and_their_data(whole_wheel: Path, cl
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_client_imports_alone_and_light(venv: Venv, tmp_path: Path) -> None:
-    """Where only the client is installed nothing else of ours is, and importing it takes little."""
+    """Where only the client is installed nothing else of ours is, and it loads what it needs and no more."""
     code = (
-        "import importlib.util, json, sys, time\n"
-        "began_s = time.perf_counter()\n"
+        "import importlib.util, json, sys\n"
         "import superserve\n"
         "superserve.Client\n"  # what it is made of is loaded when it is first asked for
-        "import_s = time.perf_counter() - began_s\n"
         f"names = {(*OTHER_ROLES, *HEAVY)!r}\n"
         "there = [name for name in names if importlib.util.find_spec(name)]\n"
         # Compiled modules make some that have no file.
         "files = {name for name, module in sys.modules.items() if getattr(module, '__file__', None)}\n"
         "loaded = sorted({name.partition('.')[0] for name in files} - sys.stdlib_module_names)\n"
-        "print(json.dumps([superserve.__file__, there, loaded, import_s]))\n"
+        "print(json.dumps([superserve.__file__, there, loaded]))\n"
     )
-    # The first import writes bytecode and warms the disk cache.
-    done = [venv.run(code, cwd=tmp_path) for _ in range(3)]
+    done = venv.run(code, cwd=tmp_path)
 
-    assert all(one.returncode == 0 for one in done), done[0].stderr
-    seen = [json.loads(one.stdout) for one in done]
-    file, there, loaded, _ = seen[-1]
+    assert done.returncode == 0, done.stderr
+    file, there, loaded = json.loads(done.stdout)
     assert Path(file).is_relative_to(venv.site_packages)
     assert there == []
     assert set(loaded) == {"superserve", "zmq", "numpy", "orjson"}
-    assert min(one[-1] for one in seen) < IMPORT_S
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import timeit
 from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
@@ -18,6 +17,7 @@ from router.policies.registry import ENTRY_POINT_GROUP, known_policies, make_pol
 from router.policies.slackfit import SlackFit
 from superserve.clock import MS
 from superserve.errors import ConfigError
+from tests.instructions import instructions
 from tests.router.core.random_profiles import at_slack, many_subnets, profiles, slacks_ns
 
 CNN = load_profile("cnn-8gpu-modelled")
@@ -157,12 +157,19 @@ def test_a_feasible_head_is_never_left(spec: str, data: st.DataObject) -> None:
     assert (at_slack(make_policy(spec, profile), slack_ns, floor=floor) is not None) == feasible
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("n_subnets", [6, 1_000])
-def test_a_decision_takes_microseconds_however_many_subnets(spec: str, n_subnets: int) -> None:
-    """The budget is 20 us; the best of several rounds, for a machine that does other work."""
+def decision_instructions(spec: str, n_subnets: int) -> int:
+    """Return how much work a decision is."""
     policy = make_policy(spec, many_subnets(n_subnets))
     queue = QueueView(head_deadline_ns=25 * MS, head_floor=n_subnets // 2, length=1_000)
     worker = WorkerView(free_at_ns=MS, allowance_ns=100_000, slowdown=1.07)
-    rounds_s = timeit.repeat(lambda: policy.choose(queue, worker, MS), number=1_000, repeat=20)
-    assert min(rounds_s) / 1_000 < 20e-6
+    policy.choose(queue, worker, MS)  # the first one may prepare
+    return instructions(lambda: policy.choose(queue, worker, MS))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_decision_takes_as_long_however_many_subnets(spec: str) -> None:
+    """Instructions, not microseconds, which depend on the machine: 1,000 of them take 10 to 20 us."""
+    few = decision_instructions(spec, 6)
+
+    assert 0 < few < 2_000
+    assert decision_instructions(spec, 1_000) < 1.25 * few + 50
