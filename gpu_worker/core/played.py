@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Generic
 
 from gpu_worker.core.batches import FULL, EndedBatch, Outcome, Refusal, end_of, fault_of
 from gpu_worker.core.queue import B, GpuQueue
+from superserve.build import mypyc_attr
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Pace:
 AS_PROFILED = Pace()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class PlayedGpu(Generic[B]):
     """One GPU that follows a profile.
 

@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from router.core.edf import Stretch
 from router.core.estimates import Correction, RecentQuantiles, WindowedMin
 from router.policies.supply import GpuPace
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from profiles.table import Profile
-    from router.core.edf import Stretch
     from router.policies import Policy
     from superserve.wire import DoneRow, PullRow
 

@@ -13,6 +13,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 from router.policies import Choice, usable_slack_ns
+from superserve.build import mypyc_attr
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from router.policies import QueueView, WorkerView
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class MaxBatch:
     """The largest batch that fits with the smallest subnet, then the most accurate subnet for it.
 
@@ -48,6 +50,7 @@ class MaxBatch:
         return Choice(subnet, batch_size)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class MaxAcc:
     """The most accurate subnet that fits with one query, then the largest batch on it.
 
@@ -76,6 +79,7 @@ class MaxAcc:
         return Choice(subnet, batch_size)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Fixed:
     """Clipper+: always one subnet, with the largest batch that fits.
 
@@ -101,6 +105,7 @@ class Fixed:
         return _largest_on(self._profile, subnet, usable_slack_ns(queue, worker, now_ns))
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class MinCost:
     """INFaaS without an accuracy constraint: always the cheapest, least accurate subnet.
 

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 from router.policies import Choice, Shed, usable_slack_ns
 from router.policies.pricing import limits_of, make_prices, sizes_of
+from superserve.build import mypyc_attr
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ _LATE = 0.5
 late while a lower class is queued. With 1.0 an SLO of 10 ms sheds queries that it could serve."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class DemandFit:
     """The batch whose queries are worth most after paying for GPU time at the price that demand sets.
 

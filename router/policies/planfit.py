@@ -42,6 +42,7 @@ from router.policies.due import UNIT
 from router.policies.pricing import limits_of, make_prices, sizes_of
 from router.policies.supply import FULL
 from router.policies.surge import SLOTS, WINDOWS
+from superserve.build import mypyc_attr
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Outlook:
     share_ns: float
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class PlanFit:
     """The batch worth most at demand's price, of those after which the smallest subnet can save the rest.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from router.policies import Choice, usable_slack_ns
+from superserve.build import mypyc_attr
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def _largest_then_most_accurate(profile: Profile, floor: int, budget_ns: int) ->
     return Choice(subnet, batch_size)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class SlackFit:
     """The paper's policy: the choice of the bucket closest to, but not above, the head's slack.
 

@@ -2,7 +2,7 @@
 
 `layout` holds the numbers and fixed parts, `messages` the dataclasses, `encode` and `decode` one function
 for each kind, `versions` the agreement on a version, `runs` the messages between load generators. Imports
-`superserve.errors` and, for what is not on the hot path, `superserve.fields`.
+`superserve.errors`, `superserve.build` and, for what is not on the hot path, `superserve.fields`.
 
 Every message is a list of ZeroMQ frames. Frame 0 begins with the prelude
 
@@ -114,6 +114,7 @@ a frame each, all of the same length; RUN_COLUMNS has their types. PING and PONG
 Flags: MIN_ACCURACY 1, PRIORITY 2, LENGTHS 4, FRAMES 8, RESUBMITTED 16, GATHERED 32, QUEUED 64, EXTENDED 128.
 """
 
+from superserve.build import build
 from superserve.wire.decode import decode, kind_of
 from superserve.wire.encode import (
     encode,
@@ -177,3 +178,5 @@ from superserve.wire.runs import (
     encode_run,
 )
 from superserve.wire.versions import agreed, refusal, version_refused
+
+build()  # refuses a stale one: every role and every client imports this package

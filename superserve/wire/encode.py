@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +76,9 @@ _RESULTS_HEADER = layout.RESULTS.pack
 _GROUP = GROUP.pack
 _GROUP_BYTES = GROUP.size
 # The fields that a row's fixed part holds, in its order, which is the dataclass's own.
-_PULL_FIELDS = attrgetter(*PullRow.__slots__)
-_DONE_FIELDS = attrgetter(*DoneRow.__slots__[: DoneRow.__slots__.index("output")])
+_PULL_FIELDS = attrgetter(*[field.name for field in fields(PullRow)])
+_DONE_NAMES = [field.name for field in fields(DoneRow)]
+_DONE_FIELDS = attrgetter(*_DONE_NAMES[: _DONE_NAMES.index("output")])
 _LATE = int(Status.LATE)  # an IntEnum compares at half the speed
 
 

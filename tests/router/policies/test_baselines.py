@@ -105,7 +105,7 @@ def test_fixed_refuses_what_is_no_subnet(argument: str | None, message: str) -> 
 @pytest.mark.parametrize("policy", [MaxAcc, MaxBatch, MinCost])
 def test_the_others_take_no_argument(policy: type[MaxAcc | MaxBatch | MinCost]) -> None:
     """An argument that would be ignored is refused."""
-    with pytest.raises(ConfigError, match=f"{policy.name}: expected no argument, got 'x'"):
+    with pytest.raises(ConfigError, match=f"{policy.__name__.lower()}: expected no argument, got 'x'"):
         policy(CNN, "x")
 
 
