@@ -178,7 +178,7 @@ class Dispatcher:
             queue.outranks = model.queue.outranks()
             queue.due = model.queue.due
             queue.supply = self._fleet.supply
-            self._fleet.fit_supply(model.demand.slack_ns - slack.way_back_ns(worker, cohort.client))
+            self._fleet.fit_supply(model.demand.slack_ns - slack.way_back_ns(worker, cohort.client), now_ns)
         view.doubt = worker.doubt()
         view.free_at_ns = slack.begin_ns(worker, now_ns)
         view.allowance_ns = slack.way_back_ns(worker, cohort.client)
