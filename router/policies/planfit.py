@@ -370,7 +370,8 @@ class PlanFit:
         plan.patience_ns = max(1.0, slack_ns)
         self._set_full(plan, FULL * plan.patience_ns)
         plan.others = plan.taken_ns = 0.0
-        plan.tight = [(float(slack_ns), float(length))]
+        is_lost = slack_ns - length * plan.unit_ns < self._quickest_ns - self._heaviest * plan.unit_ns
+        plan.tight = None if is_lost else [(float(slack_ns), float(length))]
         plan.budget_ns = plan.patience_ns / length
         plan.room_ns = plan.share_ns = _FOR_EVER
 

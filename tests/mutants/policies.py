@@ -482,6 +482,20 @@ POLICIES = (
         "wrong answers are not counted", "router/core/dispatch.py", "        self.n_wrong += 1\n", "", _WRONG
     ),
     Mutant(
+        "a policy that raises ends the router",
+        "router/core/dispatch.py",
+        "except Exception as error:  # noqa",
+        "except ArithmeticError as error:  # noqa",
+        _WRONG,
+    ),
+    Mutant(
+        "a policy that cannot be built ends the router",
+        "router/policies/registry.py",
+        "except Exception as error:\n        # A worker",
+        "except KeyError as error:\n        # A worker",
+        ("tests/router/policies/test_registry.py",),
+    ),
+    Mutant(
         "a policy without demand may shed",
         "router/core/dispatch.py",
         "if is_sound and self._model.demand is not None:",
