@@ -52,6 +52,8 @@ class GpuTime(Protocol):
         taken_ns: Their time that is taken.
         lost_ns: That, and what they waste before any deadline.
         unit_ns: What a query costs.
+        enough_ns: A deadline is met whatever this GPU does first if the time until it, less what the queries
+            left to this GPU cost, is at least that.
         lost_at_ns: A deadline is lost whatever this GPU does if the time until it, less what the queries left
             to this GPU cost, is below that; and if all GPUs together are too slow, no later one matters.
         patience_ns: How long a query can wait and run.
@@ -63,6 +65,7 @@ class GpuTime(Protocol):
     taken_ns: float
     lost_ns: float
     unit_ns: float
+    enough_ns: float
     lost_at_ns: float
     patience_ns: float
 
@@ -71,8 +74,8 @@ _LESS = 0.9999 * UNIT
 """A little less, so that rounding decides nothing."""
 
 Tight = list[tuple[float, float]] | None
-"""Time until a deadline, and how many queries due by then the other GPUs cannot serve; both ascend. None if
-deadlines are missed whatever is done."""
+"""Time until a deadline, and how many queries due by then the other GPUs cannot serve, if more than one; both
+ascend. None if deadlines are missed whatever is done."""
 
 
 class Due:
@@ -248,12 +251,13 @@ def _scan(
     buckets, width, first, end, work, total = region
     # Each figure once: a step costs a third of a microsecond, and there may be twenty.
     begin_ns, slowdown, others, taken_ns = time.begin_ns, time.slowdown, time.others, time.taken_ns
-    lost_ns, unit_ns, lost_at_ns = time.lost_ns, time.unit_ns, time.lost_at_ns
+    lost_ns, unit_ns = time.lost_ns, time.unit_ns
+    lost_at_ns, enough_ns = time.lost_at_ns, time.enough_ns
     n_gpus, half_ns, each_ns = others + 1.0, 1 << (width - 1), unit_ns / _LESS
     head, get = head_ns >> width if head_ns >= 0 else -1, buckets.get
     exact_ns = time.patience_ns if is_exact else float("-inf")
     tight: list[tuple[float, float]] = []
-    most, soon = 0.0, 0
+    most, soon = 1.0, 0  # one is in the batch, whichever it is
     for bucket in range(first, end):
         more = get(bucket)
         if more is None:
@@ -271,7 +275,7 @@ def _scan(
         room_ns = others * until_ns - lost_ns
         if work * each_ns > room_ns:
             left = work / UNIT if room_ns <= 0.0 else work / UNIT - room_ns / unit_ns
-            if left > most:
+            if left > most and until_ns - left * unit_ns < enough_ns:
                 most = left
                 tight.append((until_ns, left))
                 if until_ns - left * unit_ns < lost_at_ns and intensity * unit_ns > UNIT:

@@ -118,7 +118,7 @@ class Outlook:
         others: How many such GPUs the other ones are worth.
         taken_ns: Their time that is taken by batches already sent.
         lost_ns: That, and what they waste before a deadline.
-        lost_at_ns: What tells that a deadline is lost: see `router.policies.due.GpuTime`.
+        lost_at_ns, enough_ns: What tells that a deadline is lost, or met: see `router.policies.due.GpuTime`.
         tight: (time until a deadline, queries due by then that the other GPUs cannot serve), ascending; None
             if one is missed whatever is run.
         tightest: Which of them left the last batch least time.
@@ -129,8 +129,9 @@ class Outlook:
     """
 
     __slots__ = (
-        "begin_ns", "budget_ns", "doubt", "full", "full_ns", "limit_ns", "lost_at_ns", "lost_ns", "others",
-        "patience_ns", "room_ns", "share_ns", "slowdown", "taken_ns", "tight", "tightest", "unit_ns",
+        "begin_ns", "budget_ns", "doubt", "enough_ns", "full", "full_ns", "limit_ns", "lost_at_ns",
+        "lost_ns", "others", "patience_ns", "room_ns", "share_ns", "slowdown", "taken_ns", "tight",
+        "tightest", "unit_ns",
     )  # fmt: skip
 
     begin_ns: int
@@ -143,6 +144,7 @@ class Outlook:
     taken_ns: float
     lost_ns: float
     lost_at_ns: float
+    enough_ns: float
     tight: Tight
     tightest: int
     budget_ns: float
@@ -255,6 +257,13 @@ class PlanFit:
             n = size
             if length < n:
                 n = length
+            each = price / n
+            wished = hull[bisect_right(slopes, -each)]
+            if wished < floor:
+                wished = floor
+            is_whole = size <= length and self._grows
+            if is_whole and accuracies[wished] - each * latency_ns[wished] <= best_worth:
+                break  # each row costs a query more in a smaller batch, so that none is worth more
             # Neither doubt nor reserve forbids the smallest row: nothing is safer.
             freed_ns = room_ns + n * unit_ns
             if freed_ns > careful_ns:
@@ -266,18 +275,14 @@ class PlanFit:
                     if longest_ns < least_ns:
                         continue
                     most_ns = int(longest_ns)
-            each = price / n
-            row = hull[bisect_right(slopes, -each)]
-            if row < floor:
-                row = floor
-            is_free = p99_ns[row] <= most_ns
-            if not is_free:
+            row = wished
+            if p99_ns[row] > most_ns:
                 row = lookup.best(each, floor, most_ns, accuracies) or floor
             worth = accuracies[row] - each * latency_ns[row]
             if worth > best_worth:  # of equals the larger: it leaves fewer queries waiting
                 best_row, best_size, best_worth = row, size, worth
-            if is_free and size <= length and self._grows:
-                break  # each row costs a query more in a smaller batch, so that none is worth more
+            if row == wished and is_whole:
+                break
         return best_row, best_size
 
     def _longest_ns(
@@ -344,6 +349,8 @@ class PlanFit:
         plan.begin_ns = begin_ns + allowance_ns
         n_gpus = others + 1.0
         plan.slowdown = slowdown
+        # No batch takes longer than the slack; what is left takes a query and a batch more than its share.
+        plan.enough_ns = slack_ns + unit_ns + plan.full_ns
         plan.lost_at_ns = self._quickest_ns - self._heaviest * unit_ns
         plan.lost_ns = taken_ns + _EMPTY * others * plan.full_ns
         spare_ns = self._spare_ns(demand, plan, now_ns)

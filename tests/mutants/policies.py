@@ -250,15 +250,15 @@ POLICIES = (
     Mutant(
         "of the largest batch alone the worth is asked",
         _PLANFIT,
-        "if is_free and size <= length and self._grows:",
-        "if True:",
+        "            if row == wished and is_whole:",
+        "            if is_whole:",
         _PLANS,
     ),
     Mutant(
         "a smaller batch is never worth more",
         _PLANFIT,
-        "if is_free and size <= length and self._grows:",
-        "if is_free and size <= length:",
+        "is_whole = size <= length and self._grows",
+        "is_whole = size <= length",
         _PLANS,
     ),
     Mutant(

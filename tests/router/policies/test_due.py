@@ -162,6 +162,7 @@ class GpuTime:
     taken_ns: float = 0.0
     lost_ns: float = 0.0
     unit_ns: float = 0.46 * MS
+    enough_ns: float = math.inf
     lost_at_ns: float = -math.inf
     patience_ns: float = 35.0 * MS
 
@@ -188,7 +189,7 @@ def expected_asked(due: Due, head_ns: int, time: GpuTime) -> tuple[float, list[t
         if gpu_ns > 0:
             intensity = max(intensity, work / gpu_ns)
         left = work / UNIT - max(0.0, time.others * until_ns - time.lost_ns) / time.unit_ns
-        if left > max([0.0, *[one for _, one in tight]]):
+        if left > max([1.0, *[one for _, one in tight]]):
             tight.append((until_ns, left))
         if until_ns <= time.patience_ns:
             soon = work
