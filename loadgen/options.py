@@ -14,7 +14,7 @@ from superserve.clock import MS
 from superserve.errors import ConfigError
 from superserve.net.keys import ENVIRONMENT
 
-DEFAULT_POLICY = "demandfit"
+DEFAULT_POLICY = "planfit"
 """Of private and simulated routers, and of the demo; `router` and `cluster` have the same default."""
 
 _MAX_SLO_MS = 86_400_000  # a day, the wire's limit for a slack

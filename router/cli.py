@@ -34,9 +34,9 @@ _LOOPBACK = "tcp://127.0.0.1:*"
 @click.option("--worker-endpoint", default=_LOOPBACK, show_default=True, help="Where workers connect.")
 @click.option(
     "--policy",
-    default="demandfit",
+    default="planfit",
     show_default=True,
-    help="demandfit, slackfit, fixed:<subnet>, maxacc, ...",
+    help="planfit, demandfit, slackfit, fixed:<subnet>, maxacc, ...",
 )
 @click.option(
     "--max-queries", type=click.IntRange(1), default=200_000, show_default=True, help="Queries held, at most."

@@ -68,9 +68,9 @@ cli.add_command(keys_command)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each worker's torch.  [default: 1]")
 @click.option(
     "--policy",
-    default="demandfit",
+    default="planfit",
     show_default=True,
-    help="demandfit, slackfit, fixed:<subnet>, maxacc, ...",
+    help="planfit, demandfit, slackfit, fixed:<subnet>, maxacc, ...",
 )
 @click.option(
     "--margin-ms",

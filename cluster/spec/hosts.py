@@ -6,7 +6,7 @@
       - {name: a, address: 10.0.0.1, user: serve, gpus: [0, 1]}
       - {name: b, address: 10.0.0.2, user: serve, workers: 4, device: cpu}
     supernet: digits
-    policy: demandfit
+    policy: planfit
     security: none
 
 `load_hosts` reads a file and fills in every default, so that no other code has to know them;
@@ -180,7 +180,7 @@ class Hosts:
     supernet: Word | None = None
     weights: Word | None = None
     profile: Word | None = None
-    policy: Word = "demandfit"
+    policy: Word = "planfit"
     margin_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False)] | None = None
     security: Literal["keys", "none"] = "keys"
     keys: Word | None = None

@@ -411,7 +411,7 @@ def _profile_and_policy(data: dict[str, Any], folder: Path) -> Iterator[Found]:
         yield (key,), str(error)
         profile = load_profile(DEFAULT_PROFILE)  # to check the policy's name all the same
     try:
-        make_policy(_get(data, "policy", str) or "demandfit", profile)
+        make_policy(_get(data, "policy", str) or "planfit", profile)
     except ConfigError as error:
         yield ("policy",), str(error)
 

@@ -64,7 +64,7 @@ class Options:
         metrics: Whether every process serves /metrics, on a free port of loopback.
     """
 
-    policy: str = "demandfit"
+    policy: str = "planfit"
     margin_ms: float | None = None
     client_port: int = ANY_PORT
     worker_port: int = ANY_PORT

@@ -1,7 +1,7 @@
 """The paper's experiments on the modelled profiles, simulated: each one a function that returns JSON.
 
 For what each of them is, see "Workloads" and "Results" of the SuperServe paper (NSDI '25), section 6. The
-paper's policy is `slackfit`; ours, the default, is `demandfit`. Baselines are every fixed subnet (Clipper+)
+paper's policy is `slackfit`; ours, the default, is `planfit`. Baselines are every fixed subnet (Clipper+)
 and `mincost` (INFaaS).
 """
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loadgen.options import DEFAULT_POLICY
 from loadgen.paper.figures import ENOUGH, N_GPUS, Point, ablation, throughput_range
 from loadgen.results.run import in_time
 from loadgen.simulator.faults import Fault
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from loadgen.results.run import Run
 
 CNN, TRANSFORMER = "cnn-8gpu-modelled", "transformer-8gpu-modelled"
-POLICIES = ("slackfit", "demandfit")
+POLICIES = ("slackfit", DEFAULT_POLICY)
 """The paper's, and this system's default."""
 
 SLO_NS = 36 * MS

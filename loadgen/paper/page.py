@@ -121,14 +121,14 @@ def _left_by_the_bound(cell: Found, policy: str) -> str:
 
 
 def _cnn_words(cell: Found) -> Iterator[str]:
-    slackfit, ours = cell["headline"]["slackfit"], cell["headline"]["demandfit"]
+    slackfit, ours = cell["headline"]["slackfit"], cell["headline"][OURS[1]]
     over = slackfit["over"]
     if over is None:
         yield "No baseline attains as much as SlackFit."
         return
     yield (
         f"Against the cheapest subnet the gain is {_signed(slackfit['mincost_gain'])} points for SlackFit and "
-        f"{_signed(ours['mincost_gain'])} for DemandFit; the paper has 4.67. Against the best fixed subnet it is "
+        f"{_signed(ours['mincost_gain'])} for {OURS[1]}; the paper has 4.67. Against the best fixed subnet it is "
         f"smaller, {_signed(slackfit['accuracy_gain'])} and {_signed(ours['accuracy_gain'])}: on the modelled "
         f"profile {_subnet(over)} alone attains {_attained(cell, over)} at this rate, and the bound itself is only "
         f"{_left_by_the_bound(cell, over)} above it: as much as any schedule could gain over that one."
@@ -174,10 +174,8 @@ def _grids(found: Found) -> Iterator[str]:
             f"{mean(cell['policies'][name], 'per_query') - mean(cell['bound'], 'per_query'):+.3f}"
             for name in OURS
         ]
-        rows.append(
-            (cell["name"], *ours, f"{mean(cell['bound'], 'attainment'):.5f}", _gains(cell, "demandfit"))
-        )
-    yield from _table(("cell", *OURS, "bound on attainment", "gains of demandfit"), rows)
+        rows.append((cell["name"], *ours, f"{mean(cell['bound'], 'attainment'):.5f}", _gains(cell, OURS[1])))
+    yield from _table(("cell", *OURS, "bound on attainment", f"gains of {OURS[1]}"), rows)
     yield "\n![Accuracy of each cell](results-grids.svg)\n"
     for kind, promise in (("bursty", 0.999), ("accelerating", 0.991)):
         yield from _short_cells(found[kind]["cells"], kind, promise)
@@ -193,8 +191,8 @@ def _grids(found: Found) -> Iterator[str]:
     }
     yield (
         f"\nThe paper's best bursty gains are 4.33 points and 2.06 x. Here, over mincost: SlackFit "
-        f"{best['slackfit']:+.2f}, DemandFit {best['demandfit']:+.2f}; attainment at equal accuracy: "
-        f"SlackFit {ratios['slackfit']:.2f} x, DemandFit {ratios['demandfit']:.2f} x."
+        f"{best['slackfit']:+.2f}, {OURS[1]} {best[OURS[1]]:+.2f}; attainment at equal accuracy: "
+        f"SlackFit {ratios['slackfit']:.2f} x, {OURS[1]} {ratios[OURS[1]]:.2f} x."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loadgen.options import DEFAULT_POLICY
 from loadgen.results.style import MUTED, RUNS
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     Draw = Callable[[Axes], None]
 
-OURS = ("slackfit", "demandfit")
+OURS = ("slackfit", DEFAULT_POLICY)
 _COLOURS = dict(zip(OURS, RUNS, strict=False))
 
 
@@ -55,7 +56,7 @@ def _plane(cell: Mapping[str, Any]) -> Draw:
             words = name.removeprefix("fixed:") + (", mincost" if name == smallest else "")
             is_at_edge = place[0] > 0.9
             axes.annotate(
-                words, place, (-7 if is_at_edge else 7, 5 if name == "demandfit" else -3),
+                words, place, (-7 if is_at_edge else 7, 5 if name == DEFAULT_POLICY else -3),
                 textcoords="offset points", ha="right" if is_at_edge else "left", fontsize=8,
                 color=_COLOURS.get(name, MUTED),
             )  # fmt: skip

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from router.core.workers import Batch
 
 PROFILE = "cnn-8gpu-modelled"
-POLICIES = ("slackfit", "demandfit", "maxacc", "maxbatch", "mincost", "fixed:cnn-78.25")
+POLICIES = ("slackfit", "planfit", "maxacc", "demandfit", "mincost", "fixed:cnn-78.25")
 _SHOWN = 20
 """Most failures printed."""
 _TOLD_WITHIN_NS = 5 * MS

@@ -190,7 +190,7 @@ class Dispatcher:
             queue.outranks = model.queue.outranks()
             queue.due = model.queue.due
             queue.supply = self._fleet.supply
-            self._fleet.fit_supply(model.demand.slack_ns - slack.way_back_ns(worker, cohort.client))
+            self._fleet.fit_supply(model.demand.slack_ns - slack.way_back_ns(worker, cohort.client), now_ns)
         view.doubt = worker.doubt()
         view.free_at_ns = slack.begin_ns(worker, now_ns)
         view.allowance_ns = slack.way_back_ns(worker, cohort.client)
@@ -207,7 +207,12 @@ class Dispatcher:
         # The policy sees one slowdown, but subnets differ. If the chosen subnet is slower here and the batch
         # does not fit, ask again with its ratio. Three times at most: a decision must end.
         for _ in range(3):
-            choice = self._sound(worker.policy.choose(queue, view, now_ns), worker, now_ns)
+            answer: object
+            try:
+                answer = worker.policy.choose(queue, view, now_ns)
+            except Exception as error:  # noqa: BLE001  # other packages' code: the router must serve on
+                answer = error
+            choice = self._sound(answer, worker, now_ns)
             if (
                 not isinstance(choice, Choice)
                 or (corrected := worker.corrected(choice.subnet)) <= view.slowdown
@@ -219,10 +224,10 @@ class Dispatcher:
             view.slowdown = corrected
         return choice
 
-    def _sound(self, choice: Choice | Shed | None, worker: Worker, now_ns: int) -> Choice | Shed | None:
+    def _sound(self, choice: object, worker: Worker, now_ns: int) -> Choice | Shed | None:
         """Return a policy's answer; in place of one that cannot be carried out, one that can.
 
-        Policies come from other packages too, and the router serves on whatever they return.
+        Policies come from other packages too, and the router serves on whatever they return or raise.
         """
         if choice is None:
             return None
@@ -258,7 +263,7 @@ class Dispatcher:
             Complaint(
                 f"policy {name!r}: expected a Choice of a row from {floor} (the head's floor) to "
                 f"{profile.n_subnets - 1} and of 1 to {profile.max_batch_size} queries{shed}, or None; "
-                f"got {repr(wrong)[:200]}. Served on {profile.subnets[floor].name} instead; further ones "
+                f"{_said(wrong)}. Served on {profile.subnets[floor].name} instead; further ones "
                 f"are only counted"
             )
         )
@@ -333,6 +338,17 @@ class Dispatcher:
         )
         ledger.dispatch(batch)
         self._fleet.assign(batch)
+
+
+def _said(wrong: object) -> str:
+    """Return what a policy answered, or raised and where."""
+    if not isinstance(wrong, Exception):
+        return f"got {repr(wrong)[:200]}"
+    place, trace = "", wrong.__traceback__
+    while trace is not None:
+        place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return f"it raised {repr(wrong)[:200]} at {place}"
 
 
 def _client_serial(stretch: Stretch) -> int:

@@ -42,6 +42,42 @@ class Message(Protocol):
     floors: list[int] | None
 
 
+class GpuTime(Protocol):
+    """What GPU time there is until a deadline, in times of one GPU's profile.
+
+    Attributes:
+        begin_ns: The instant at which that GPU can begin.
+        slowdown: What the clock's time is divided by.
+        others: How many such GPUs the other ones are worth.
+        taken_ns: Their time that is taken.
+        lost_ns: That, and what they waste before any deadline.
+        unit_ns: What a query costs.
+        enough_ns: A deadline is met whatever this GPU does first if the time until it, less what the queries
+            left to this GPU cost, is at least that.
+        lost_at_ns: A deadline is lost whatever this GPU does if the time until it, less what the queries left
+            to this GPU cost, is below that; and if all GPUs together are too slow, no later one matters.
+        patience_ns: How long a query can wait and run.
+    """
+
+    begin_ns: int
+    slowdown: float
+    others: float
+    taken_ns: float
+    lost_ns: float
+    unit_ns: float
+    enough_ns: float
+    lost_at_ns: float
+    patience_ns: float
+
+
+_LESS = 0.9999 * UNIT
+"""A little less, so that rounding decides nothing."""
+
+Tight = list[tuple[float, float]] | None
+"""Time until a deadline, and how many queries due by then the other GPUs cannot serve, if more than one; both
+ascend. None if deadlines are missed whatever is done."""
+
+
 class Due:
     """The work queued, by deadline.
 
@@ -95,6 +131,58 @@ class Due:
             self._add_far(found, end >> (_COARSE - _FINE), left)
         return found
 
+    def ask(self, head_ns: int, time: GpuTime, harmless: float) -> tuple[float, Tight, int]:
+        """Return what the `steps` ask of the GPUs, without reading those that change nothing.
+
+        Args:
+            head_ns: The earliest deadline queued.
+            time: What GPU time there is.
+            harmless: Up to here the third figure may be too small.
+
+        Returns:
+            The greatest work over the GPU time until it is due, in `UNIT` a nanosecond; the deadlines that
+            ask something of this GPU; the work due within a patience.
+        """
+        coarse, total = self._coarse, self.total
+        first = head_ns >> _COARSE
+        far = (((head_ns >> _FINE) + _NEAR) >> (_COARSE - _FINE)) + 1
+        near = coarse.get(first, 0)
+        if far - first > 1:
+            near += coarse.get(first + 1, 0)
+        intensity, soon = 0.0, 0
+        after: Tight = []
+        is_exact = total > harmless and self._by(time, near, far) > harmless
+        if near < total:
+            # The far part first: where all have time the near one asks for less, and need not be read.
+            region = (coarse, _COARSE, far, far + _FAR, near, total)
+            intensity, after, soon = _scan(region, -1, time, 0.0, is_exact)
+            if after is None:
+                return intensity, None, 0
+            if soon or not is_exact:
+                until_ns = (head_ns - time.begin_ns) / time.slowdown
+                time_ns = until_ns * (time.others + 1.0) - time.taken_ns
+                room_ns = time.others * until_ns - time.lost_ns
+                if near <= intensity * time_ns and near * time.unit_ns < _LESS * room_ns:
+                    return intensity, after, soon
+        region = (self._fine, _FINE, head_ns >> _FINE, far << (_COARSE - _FINE), 0, near)
+        intensity, tight, at_least = _scan(region, head_ns, time, intensity, is_exact)
+        if tight is None:
+            return intensity, None, 0
+        if after:
+            # What is due later and leaves no more is met if that is.
+            most = tight[-1][1] if tight else 0.0
+            tight += [one for one in after if one[1] > most]
+        return intensity, tight, soon or at_least
+
+    def _by(self, time: GpuTime, work: int, far: int) -> int:
+        """Return at least the work due within a patience, from that before a coarse bucket on."""
+        end = int(time.begin_ns + time.patience_ns * time.slowdown) >> _COARSE
+        if end >= far + _FAR:
+            return self.total
+        for bucket in range(far, end + 1):
+            work += self._coarse.get(bucket, 0)
+        return work
+
     def _add_far(self, found: list[tuple[int, int]], bucket: int, left: int) -> None:
         """Add the steps from a coarse bucket on; what lies beyond `_FAR` of them counts as due then."""
         get, total, end = self._coarse.get, self.total, bucket + _FAR
@@ -105,7 +193,7 @@ class Due:
                 found.append(((bucket << _COARSE) + _HALF_COARSE, total - left))
             bucket += 1
         if left:
-            found.append((end << _COARSE, total))
+            found.append(((end << _COARSE) + _HALF_COARSE, total))
 
     def _count(self, cohort: Message, lo: int, hi: int, sign: int) -> None:
         deadlines_ns, floors = cohort.deadlines_ns, cohort.floors
@@ -141,6 +229,69 @@ class Due:
                 buckets[bucket] = left
             else:
                 del buckets[bucket]
+
+
+def _scan(
+    region: tuple[dict[int, int], int, int, int, int, int],
+    head_ns: int,
+    time: GpuTime,
+    intensity: float,
+    is_exact: bool,
+) -> tuple[float, Tight, int]:
+    """Return what the steps of one region ask: see `Due.ask`.
+
+    Args:
+        region: Its buckets, their width, the first and the one after the last; the work due before it, and by
+            its end: what is not found in the buckets is due then.
+        head_ns: The head's deadline, which is known; -1 if its bucket is not in the region.
+        time: What GPU time there is.
+        intensity: The greatest found so far.
+        is_exact: Whether all steps within a patience are to be read.
+    """
+    buckets, width, first, end, work, total = region
+    # Each figure once: a step costs a third of a microsecond, and there may be twenty.
+    begin_ns, slowdown, others, taken_ns = time.begin_ns, time.slowdown, time.others, time.taken_ns
+    lost_ns, unit_ns = time.lost_ns, time.unit_ns
+    lost_at_ns, enough_ns = time.lost_at_ns, time.enough_ns
+    n_gpus, half_ns, each_ns = others + 1.0, 1 << (width - 1), unit_ns / _LESS
+    head, get = head_ns >> width if head_ns >= 0 else -1, buckets.get
+    exact_ns = time.patience_ns if is_exact else float("-inf")
+    tight: list[tuple[float, float]] = []
+    most, soon = 1.0, 0  # one is in the batch, whichever it is
+    for bucket in range(first, end):
+        more = get(bucket)
+        if more is None:
+            continue
+        work += more
+        # On average what is in a bucket is due in its middle.
+        until_ns = (((bucket << width) + half_ns if bucket != head else head_ns) - begin_ns) / slowdown
+        time_ns = until_ns * n_gpus - taken_ns
+        if work > intensity * time_ns:
+            if time_ns < 0.5 * until_ns:
+                time_ns = 0.5 * until_ns
+            if time_ns > 0.0 and work > intensity * time_ns:
+                intensity = work / time_ns
+        # What the others cannot serve by then is left to this GPU.
+        room_ns = others * until_ns - lost_ns
+        if work * each_ns > room_ns:
+            left = work / UNIT if room_ns <= 0.0 else work / UNIT - room_ns / unit_ns
+            if left > most and until_ns - left * unit_ns < enough_ns:
+                most = left
+                tight.append((until_ns, left))
+                if until_ns - left * unit_ns < lost_at_ns and intensity * unit_ns > UNIT:
+                    return intensity, None, soon
+        elif until_ns > exact_ns and total <= intensity * time_ns and total * each_ns <= room_ns:
+            return intensity, tight, soon
+        if until_ns <= exact_ns:
+            soon = work
+        if work >= total:
+            return intensity, tight, soon
+    # What is due later counts as due in the next bucket: a decision must not read them all.
+    region = ({end: total - work}, width, end, end + 1, work, total)
+    intensity, last, at_least = _scan(region, -1, time, intensity, is_exact)
+    if last is None:
+        return intensity, None, 0
+    return intensity, tight + [one for one in last if one[1] > most], at_least or soon
 
 
 def weights_of(costs_ns: list[float]) -> tuple[int, ...]:

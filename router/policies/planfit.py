@@ -33,12 +33,13 @@ optimal speed scaling (FOCS '95); reserving for the worst seen is an arrival cur
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from math import ceil
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
+from math import ceil, inf
 from typing import TYPE_CHECKING
 
 from router.policies import Choice, Shed, usable_slack_ns
-from router.policies.due import UNIT
+from router.policies.due import UNIT, Tight
 from router.policies.pricing import limits_of, make_prices, sizes_of
 from router.policies.supply import FULL
 from router.policies.surge import SLOTS, WINDOWS
@@ -108,13 +109,20 @@ class Outlook:
     Times are those of the profile of the worker that is asked for, from the instant at which it can begin.
 
     Attributes:
+        begin_ns: The instant at which the worker can begin, plus the way back.
+        slowdown: What the clock's time is divided by.
         patience_ns: How long a query can wait and run.
-        full: Queries of a full batch of the smallest subnet within half a patience.
+        limit_ns: How long a full batch may take.
+        full: Queries of a full batch of the smallest subnet within that.
         full_ns: How long it takes, at p99.
         unit_ns: What it costs each of them.
         others: How many such GPUs the other ones are worth.
         taken_ns: Their time that is taken by batches already sent.
-        tight: (time until a deadline, queries due by then that the other GPUs cannot serve), ascending.
+        lost_ns: That, and what they waste before a deadline.
+        lost_at_ns, enough_ns: What tells that a deadline is lost, or met: see `router.policies.due.GpuTime`.
+        tight: (time until a deadline, queries due by then that the other GPUs cannot serve), ascending; None
+            if one is missed whatever is run.
+        tightest: Which of them left the last batch least time.
         budget_ns: GPU time that there is for a query.
         doubt: See `router.policies.WorkerView`.
         room_ns: GPU time neither taken, nor reserved for a surge, nor asked for by the queue.
@@ -122,30 +130,31 @@ class Outlook:
     """
 
     __slots__ = (
-        "budget_ns",
-        "doubt",
-        "full",
-        "full_ns",
-        "others",
-        "patience_ns",
-        "room_ns",
-        "share_ns",
-        "taken_ns",
-        "tight",
-        "unit_ns",
+        "begin_ns", "budget_ns", "doubt", "enough_ns", "full", "full_ns", "limit_ns", "lost_at_ns",
+        "lost_ns", "others", "patience_ns", "room_ns", "share_ns", "slowdown", "taken_ns", "tight",
+        "tightest", "unit_ns",
     )  # fmt: skip
 
+    begin_ns: int
+    slowdown: float
     patience_ns: float
     full: int
     full_ns: int
     unit_ns: float
     others: float
     taken_ns: float
-    tight: list[tuple[float, float]]
+    lost_ns: float
+    lost_at_ns: float
+    enough_ns: float
+    tight: Tight
+    tightest: int
     budget_ns: float
     doubt: float
     room_ns: float
     share_ns: float
+
+    def __init__(self) -> None:
+        self.limit_ns = -1.0
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -170,8 +179,21 @@ class PlanFit:
         self.limits_ns = limits_of(profile)
         self.prices = tuple(make_prices(profile, limit_ns) for limit_ns in self.limits_ns)
         self._profile = profile
+        columns = [(one.size, one.p99_ns, one.latency_ns, one.hull, one.slopes, one) for one in self.sizes]
+        self._columns = tuple(
+            tuple(reversed(columns[: 1 + bisect_left([one.size for one in self.sizes[:-1]], length)]))
+            for length in range(profile.max_batch_size + 1)
+        )
+        self._grows = all(
+            a_ns * other.size >= b_ns * one.size
+            for one, other in pairwise(self.sizes)
+            for a_ns, b_ns in zip(one.latency_ns + one.p99_ns, other.latency_ns + other.p99_ns, strict=True)
+        )
+        # One object for all decisions: to make another takes half a microsecond.
+        self._outlook = Outlook()
         self._accuracies = tuple(subnet.accuracy for subnet in profile.subnets)
         n_sizes = profile.max_batch_size + 1
+        self._most = profile.max_batch_size
         self._smallest_ns = (0, *(profile.latency_p99_ns(0, size) for size in range(1, n_sizes)))
         longest_ns = profile.latency_p99_ns(profile.n_subnets - 1, profile.max_batch_size)
         self._waits = tuple(
@@ -180,6 +202,9 @@ class PlanFit:
         )
         costs_ns = profile.least_costs_ns()
         self._weights = tuple(cost_ns / costs_ns[0] for cost_ns in costs_ns)
+        self._quickest_ns = self.sizes[0].p99_ns[0]
+        # What the batch itself can take off the queue at most, in queries of the smallest subnet.
+        self._heaviest = profile.max_batch_size * self._weights[-1] if self._grows else inf
 
     def choose(self, queue: QueueView, worker: WorkerView, now_ns: int) -> Choice | Shed | None:
         """Return the batch worth most that the plan allows; None if no batch fits the head's slack."""
@@ -189,21 +214,23 @@ class PlanFit:
             shed = self._shed(queue, worker, now_ns, slack_ns, plan)
             if shed is not None:
                 return shed
-        limit_ns = min(_LONGEST * plan.patience_ns, _GRACE * slack_ns)
-        limit = bisect_right(self.limits_ns, limit_ns) - 1
-        price = self.prices[max(0, limit)].at(plan.budget_ns)
-        row, size = self._best(plan, price, slack_ns, 0, queue.length)
-        floor = queue.head_floor
-        above = None
-        if row < floor and floor:
-            # The head asks for more than the price would buy: those that also do are served with it.
-            above = max(0, row)
-            floored = 1 if queue.due is None else max(1, queue.due.floored(above, floor))
-            row, size = self._best(plan, price, slack_ns, floor, floored)
-        if row >= 0:
-            return Choice(row, size, above)
+        floor, above = queue.head_floor, None
+        if plan.tight is not None:
+            limit_ns = min(_LONGEST * plan.patience_ns, _GRACE * slack_ns)
+            limit = bisect_right(self.limits_ns, limit_ns) - 1
+            price = self.prices[max(0, limit)].at(plan.budget_ns)
+            row, size = self._best(plan, price, slack_ns, 0, queue.length)
+            if row < floor and floor:
+                # The head asks for more than the price would buy: those that also do are served with it.
+                above = max(0, row)
+                floored = 1 if queue.due is None else max(1, queue.due.floored(above, floor))
+                row, size = self._best(plan, price, slack_ns, floor, floored)
+            if row >= 0:
+                return Choice(row, size, above)
         # The plan fails whatever is run: as many as the head's slack allows, as quickly as possible.
         largest = self._profile.largest_batch(floor, slack_ns)
+        if above is None and floor:
+            above = 0
         return None if largest is None else Choice(floor, largest, above)
 
     def _best(self, plan: Outlook, price: float, slack_ns: int, floor: int, length: int) -> tuple[int, int]:
@@ -224,103 +251,138 @@ class PlanFit:
             careful_ns = plan.share_ns
         weight = self._weights[floor]
         room_ns, unit_ns = plan.room_ns, plan.unit_ns * weight
-        for size in self.sizes:
-            most_ns = size.p99_ns[floor]
-            if most_ns > slack_ns:
-                break  # P1: no larger batch fits either
-            n = min(length, size.size)
+        columns = self._columns[min(length, self._most)]
+        for size, p99_ns, latency_ns, hull, slopes, lookup in columns:
+            least_ns = p99_ns[floor]
+            if least_ns > slack_ns:
+                continue
+            n = size
+            if length < n:
+                n = length
+            each = price / n
+            wished = hull[bisect_right(slopes, -each)]
+            if wished < floor:
+                wished = floor
+            is_whole = size <= length and self._grows
+            if is_whole and accuracies[wished] - each * latency_ns[wished] <= best_worth:
+                break  # each row costs a query more in a smaller batch, so that none is worth more
             # Neither doubt nor reserve forbids the smallest row: nothing is safer.
             freed_ns = room_ns + n * unit_ns
             if freed_ns > careful_ns:
                 freed_ns = careful_ns
-            if freed_ns > most_ns:
-                most_ns = int(freed_ns)
+            most_ns = int(freed_ns) if freed_ns > least_ns else least_ns
             if tight:
-                longest_ns = self._longest_ns(plan, n * weight)
+                longest_ns = self._longest_ns(plan, tight, n * weight, least_ns)
                 if longest_ns < most_ns:
+                    if longest_ns < least_ns:
+                        continue
                     most_ns = int(longest_ns)
-            each = price / n
-            row = size.best(each, floor, most_ns, accuracies)
-            if row is not None:
-                worth = accuracies[row] - each * size.latency_ns[row]
-                if worth >= best_worth:
-                    best_row, best_size, best_worth = row, size.size, worth
-            if size.size >= length:
+            row = wished
+            if p99_ns[row] > most_ns:
+                row = lookup.best(each, floor, most_ns, accuracies) or floor
+            worth = accuracies[row] - each * latency_ns[row]
+            if worth > best_worth:  # of equals the larger: it leaves fewer queries waiting
+                best_row, best_size, best_worth = row, size, worth
+            if row == wished and is_whole:
                 break
         return best_row, best_size
 
-    def _longest_ns(self, plan: Outlook, served: float) -> float:
+    def _longest_ns(
+        self, plan: Outlook, tight: list[tuple[float, float]], served: float, least_ns: float
+    ) -> float:
         """Return how long a batch may take after which the smallest subnet still serves what is left in time.
 
         Args:
             plan: The queue and the GPUs.
+            tight: Its deadlines.
             served: How many queries the batch takes off the queue, the earliest, by their weight.
+            least_ns: Below this any answer means the same.
         """
         longest_ns = _FOR_EVER
-        for until_ns, n in plan.tight:
+        full, full_ns, smallest_ns = plan.full, plan.full_ns, self._smallest_ns
+        # First the deadline that was the tightest for the batch before: in a jam it says all.
+        i, n_tight = plan.tightest, len(tight)
+        for _ in range(n_tight):
+            until_ns, n = tight[i]
             left = n - served
             if left > 0.0:
                 # This GPU serves them after the batch.
-                batches, rest = divmod(ceil(left), plan.full)
-                most_ns = until_ns - batches * plan.full_ns - self._smallest_ns[rest]
+                batches, rest = divmod(ceil(left), full)
+                most_ns = until_ns - batches * full_ns - smallest_ns[rest]
                 if most_ns < longest_ns:
                     longest_ns = most_ns
+                    plan.tightest = i
+                    if most_ns < least_ns:
+                        break
+            i += 1
+            if i == n_tight:
+                i = 0
         return longest_ns
 
     def _plan(self, queue: QueueView, worker: WorkerView, now_ns: int, slack_ns: int) -> Outlook:
-        plan, slowdown, demand, supply = Outlook(), worker.slowdown, queue.demand, queue.supply
+        plan, slowdown, demand, supply, due = (
+            self._outlook, worker.slowdown, queue.demand, queue.supply, queue.due,
+        )  # fmt: skip
         plan.doubt = worker.doubt
-        if demand is None or supply is None or queue.due is None or supply.rate <= 0.0:
-            # As if this worker were alone, and nothing arrived.
-            plan.patience_ns = max(1.0, slack_ns)
-            plan.full, plan.full_ns = self._full(FULL * plan.patience_ns)
-            plan.unit_ns = plan.full_ns / plan.full
-            plan.others = plan.taken_ns = 0.0
-            plan.tight = [(slack_ns, queue.length)]
-            plan.budget_ns = plan.patience_ns / queue.length
-            plan.room_ns = plan.share_ns = _FOR_EVER
+        plan.tightest = 0
+        if demand is None or supply is None or due is None or supply.rate <= 0.0:
+            self._plan_alone(plan, slack_ns, queue.length)
             return plan
-        patience_ns = max(1.0, demand.slack_ns - worker.allowance_ns)
-        plan.patience_ns = patience_ns / slowdown
-        plan.full, plan.full_ns = self._full(supply.limit_ns / slowdown)
-        unit_ns = plan.unit_ns = plan.full_ns / plan.full
+        allowance_ns, free_at_ns = worker.allowance_ns, worker.free_at_ns
+        patience_ns = demand.slack_ns - allowance_ns
+        if patience_ns < 1.0:
+            patience_ns = 1.0
+        plan.patience_ns = patience_ns = patience_ns / slowdown
+        limit_ns = supply.limit_ns / slowdown
+        if limit_ns != plan.limit_ns:
+            self._set_full(plan, limit_ns)
+        unit_ns = plan.unit_ns
         # The supply counts this GPU too, at the pace that it has here.
-        pace = 1.0 / (unit_ns * slowdown)
-        others = plan.others = max(0.0, supply.rate / pace - 1.0)
-        lead_ns = max(0, worker.free_at_ns - now_ns)
-        taken_ns = plan.taken_ns = max(0.0, supply.busy(now_ns) - lead_ns * supply.rate) * unit_ns
+        others = supply.rate / (1.0 / (unit_ns * slowdown)) - 1.0
+        if others < 0.0:
+            others = 0.0
+        plan.others = others
+        taken = supply.busy(now_ns)
+        begin_ns = now_ns
+        if free_at_ns > now_ns:
+            taken -= (free_at_ns - now_ns) * supply.rate
+            begin_ns = free_at_ns
+        taken_ns = plan.taken_ns = taken * unit_ns if taken > 0.0 else 0.0
+        plan.begin_ns = begin_ns + allowance_ns
         n_gpus = others + 1.0
-        begin_ns = max(now_ns, worker.free_at_ns) + worker.allowance_ns
-        plan.tight = tight = []
-        intensity = 0.0
-        near = 0
-        lost_ns = taken_ns + _EMPTY * others * plan.full_ns
-        for due_ns, work in queue.due.steps(queue.head_deadline_ns):
-            until_ns = (due_ns - begin_ns) / slowdown
-            time_ns = until_ns * n_gpus - taken_ns
-            if time_ns < 0.5 * until_ns:
-                time_ns = 0.5 * until_ns
-            if work > intensity * time_ns and time_ns > 0.0:
-                intensity = work / time_ns
-            # What the others cannot serve by then is left to this GPU.
-            room_ns = others * until_ns - lost_ns
-            left = work / UNIT if room_ns <= 0.0 else work / UNIT - room_ns / unit_ns
-            if left > 0.0:
-                tight.append((until_ns, left))
-            if until_ns <= plan.patience_ns:
-                near = work
+        plan.slowdown = slowdown
+        # No batch takes longer than the slack; what is left takes a query and a batch more than its share.
+        plan.enough_ns = slack_ns + unit_ns + plan.full_ns
+        plan.lost_at_ns = self._quickest_ns - self._heaviest * unit_ns
+        plan.lost_ns = taken_ns + _EMPTY * others * plan.full_ns
+        spare_ns = self._spare_ns(demand, plan, now_ns)
+        share_ns = plan.share_ns = _FAIR * spare_ns / n_gpus
+        room_ns = spare_ns - taken_ns
+        # What is due within a patience matters only where less may be left than a batch would take.
+        careful_ns = slack_ns / plan.doubt
+        if share_ns < careful_ns:
+            careful_ns = share_ns
+        harmless = (room_ns - careful_ns) / unit_ns * UNIT
+        intensity, plan.tight, soon = due.ask(queue.head_deadline_ns, plan, harmless)
+        plan.room_ns = room_ns - soon / UNIT * unit_ns
+        wait = self._wait_of(demand.calm_rate * slowdown, n_gpus, patience_ns)
         asked = 0.0
-        rate = demand.calm_rate * slowdown
-        wait = self._wait_of(rate, n_gpus, plan.patience_ns)
         for bits, one in demand.classes.items():
             share = self._waits[bits]
             asked += one.rate * (1.0 - (share if share > _SET_POINT else wait))
         need = asked * slowdown + intensity / UNIT * n_gpus
         plan.budget_ns = n_gpus / need / (1.0 + _CAUTION * (worker.doubt - 1.0)) if need > 0.0 else _FOR_EVER
-        spare_ns = self._spare_ns(demand, plan, now_ns)
-        plan.share_ns = _FAIR * spare_ns / n_gpus
-        plan.room_ns = spare_ns - taken_ns - near / UNIT * unit_ns
         return plan
+
+    def _plan_alone(self, plan: Outlook, slack_ns: int, length: int) -> None:
+        """Plan as if this worker were alone, and nothing arrived."""
+        plan.patience_ns = max(1.0, slack_ns)
+        self._set_full(plan, FULL * plan.patience_ns)
+        plan.others = plan.taken_ns = 0.0
+        is_lost = slack_ns - length * plan.unit_ns < self._quickest_ns - self._heaviest * plan.unit_ns
+        plan.tight = None if is_lost else [(float(slack_ns), float(length))]
+        plan.budget_ns = plan.patience_ns / length
+        plan.room_ns = plan.share_ns = _FOR_EVER
 
     def _wait_of(self, rate: float, n_gpus: float, patience_ns: float) -> float:
         """Return the share of a patience up to which the queue may grow.
@@ -330,29 +392,44 @@ class PlanFit:
             n_gpus: How many GPUs like this one serve them.
             patience_ns: How long a query can wait and run.
         """
-        if rate <= 0.0:
+        queued = rate * patience_ns
+        if queued <= 0.0:
             return _SET_POINT
-        fits = 1.0 - _CYCLE * self._profile.max_batch_size * n_gpus / (rate * patience_ns)
-        fills = _QUEUE / (rate * patience_ns)
-        return min(_SET_POINT, max(fits, fills))
+        share = 1.0 - _CYCLE * self._most * n_gpus / queued
+        fills = _QUEUE / queued
+        if fills > share:
+            share = fills
+        if share > _SET_POINT:
+            share = _SET_POINT
+        return share
 
     def _spare_ns(self, demand: Demand, plan: Outlook, now_ns: int) -> float:
         """Return the GPU time that may be taken while a surge like the worst seen can still be served."""
         surge = demand.surge
         surge.advance(now_ns)
-        n_gpus, patience_ns = plan.others + 1.0, plan.patience_ns
-        spare_ns = _FOR_EVER
-        for share, n in zip(_SHARES, surge.expected(), strict=True):
-            left_ns = share * n_gpus * patience_ns - _WORST * n * plan.unit_ns
-            if left_ns < spare_ns:
-                spare_ns = left_ns
-        spare_ns -= n_gpus * _CUT * plan.full_ns
-        return max(spare_ns, _LEAST * n_gpus * patience_ns)
+        all_ns = (plan.others + 1.0) * plan.patience_ns
+        each_ns = _WORST * plan.unit_ns
+        first, second, third = surge.expected()
+        # Unrolled, and compared one by one: a loop with min() takes a microsecond.
+        spare_ns = _SHARES[0] * all_ns - each_ns * first
+        left_ns = _SHARES[1] * all_ns - each_ns * second
+        if left_ns < spare_ns:
+            spare_ns = left_ns
+        left_ns = _SHARES[2] * all_ns - each_ns * third
+        if left_ns < spare_ns:
+            spare_ns = left_ns
+        spare_ns -= (plan.others + 1.0) * _CUT * plan.full_ns
+        least_ns = _LEAST * all_ns
+        if spare_ns < least_ns:
+            spare_ns = least_ns
+        return spare_ns
 
-    def _full(self, limit_ns: float) -> tuple[int, int]:
-        """Return size and p99 of the smallest subnet's largest batch within a limit, or of one query."""
-        size = self._profile.largest_batch(0, int(limit_ns)) or self.sizes[0].size
-        return size, self._smallest_ns[size]
+    def _set_full(self, plan: Outlook, limit_ns: float) -> None:
+        """Set what a full batch is: the smallest subnet's largest within a limit, or one query."""
+        plan.limit_ns = limit_ns
+        plan.full = self._profile.largest_batch(0, int(limit_ns)) or self.sizes[0].size
+        plan.full_ns = self._smallest_ns[plan.full]
+        plan.unit_ns = plan.full_ns / plan.full
 
     def _shed(
         self, queue: QueueView, worker: WorkerView, now_ns: int, slack_ns: int, plan: Outlook
@@ -378,8 +455,8 @@ class PlanFit:
         """
         floor = queue.head_floor
         size = self._profile.largest_batch(floor, slack_ns)
-        if size is None:
+        if size is None or plan.tight is None:
             return False
         n = min(size, queue.length)
         takes_ns = self._profile.latency_p99_ns(floor, n)
-        return takes_ns <= self._longest_ns(plan, n * self._weights[floor])
+        return takes_ns <= self._longest_ns(plan, plan.tight, n * self._weights[floor], takes_ns)

@@ -65,7 +65,13 @@ def make_policy(spec: str, profile: Profile) -> Policy:
         factory = _own_factory(name, attribute)
     if factory is None:
         raise ConfigError(_no_policy(name))
-    policy: Policy = factory(profile, argument if colon else None)
+    try:
+        policy: Policy = factory(profile, argument if colon else None)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # A worker with such a profile is refused, as one with other subnets is; the router serves on.
+        raise ConfigError(f"policy {name!r}: it cannot be built for {profile.name}: {error!r}") from error
     if not callable(getattr(policy, "choose", None)) or not isinstance(getattr(policy, "name", None), str):
         raise ConfigError(
             f"policy {name!r}: expected an object with a name and choose(), got {type(policy).__name__}"

@@ -63,7 +63,7 @@ class ServerSettings:
 
     client_endpoint: str = "tcp://127.0.0.1:*"
     worker_endpoint: str = "tcp://127.0.0.1:*"
-    policy: str = "demandfit"
+    policy: str = "planfit"
     core: CoreSettings = field(default_factory=CoreSettings)
     drain_timeout_ns: int = 5_000 * MS
     keys: Path | None = None

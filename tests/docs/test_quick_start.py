@@ -26,5 +26,5 @@ def test_the_quick_start_works_in_an_empty_folder(reader: Reader) -> None:
     answers = outputs["python client.py"].splitlines()
     assert len(answers) == 32
     assert all(re.fullmatch(r"digits-[\d.]+ \([\d.]+ %\) in [\d.]+ ms", line) for line in answers), answers
-    assert "policy     demandfit" in outputs["cluster status"]
+    assert "policy     planfit" in outputs["cluster status"]
     assert "stopped" in outputs["cluster down"]

@@ -206,6 +206,76 @@ POLICIES = (
         _DUE,
     ),
     Mutant(
+        "the far part is left out where the near one asks for less",
+        "router/policies/due.py",
+        "if near <= intensity * time_ns and near * time.unit_ns < _LESS * room_ns:",
+        "if True:",
+        _DUE,
+    ),
+    Mutant(
+        "reading ends at the first deadline that leaves time",
+        "router/policies/due.py",
+        "elif until_ns > exact_ns and total <= intensity * time_ns and total * each_ns <= room_ns:",
+        "elif until_ns > exact_ns and total * each_ns <= room_ns:",
+        _DUE,
+    ),
+    Mutant(
+        "reading does not end where nothing can change",
+        "router/policies/due.py",
+        "if near <= intensity * time_ns and near * time.unit_ns < _LESS * room_ns:",
+        "if False:",
+        _DUE,
+    ),
+    Mutant(
+        "a deadline far ahead that leaves more is forgotten",
+        "router/policies/due.py",
+        "        if after:",
+        "        if after and not tight:",
+        _DUE,
+    ),
+    Mutant(
+        "what is due within a patience lacks what is far ahead",
+        "router/policies/due.py",
+        "        if end >= far + _FAR:\n            return self.total\n",
+        "",
+        _DUE,
+    ),
+    Mutant(
+        "a queue that one batch can mend counts as lost",
+        "router/policies/due.py",
+        "if until_ns - left * unit_ns < lost_at_ns and intensity * unit_ns > UNIT:",
+        "if intensity * unit_ns > UNIT:",
+        _DUE,
+    ),
+    Mutant(
+        "of the largest batch alone the worth is asked",
+        _PLANFIT,
+        "            if row == wished and is_whole:",
+        "            if is_whole:",
+        _PLANS,
+    ),
+    Mutant(
+        "a smaller batch is never worth more",
+        _PLANFIT,
+        "is_whole = size <= length and self._grows",
+        "is_whole = size <= length",
+        _PLANS,
+    ),
+    Mutant(
+        "a decision reckons all GPUs for each client",
+        "router/core/fleet.py",
+        "if supply.limit_ns > 0.0 and (self._n_gpus > _JUDGED_AT_ONCE or now_ns < self._fit_at_ns):",
+        "if False:",
+        _FLEET,
+    ),
+    Mutant(
+        "many GPUs keep the first patience",
+        "router/core/fleet.py",
+        "                self._limit_ns = self._wanted_ns\n",
+        "                pass\n",
+        _FLEET,
+    ),
+    Mutant(
         "what is taken stays due",
         "router/core/lanes.py",
         "            self._length -= n\n            self._deduct(taken)",
@@ -334,8 +404,8 @@ POLICIES = (
     Mutant(
         "a batch leaves nothing to the queue behind it",
         _PLANFIT,
-        "                if longest_ns < most_ns:\n                    most_ns = int(longest_ns)",
-        "                pass",
+        "                if longest_ns < most_ns:\n                    if longest_ns < least_ns:",
+        "                if False:\n                    if longest_ns < least_ns:",
         _PLANS,
     ),
     Mutant(
@@ -343,31 +413,34 @@ POLICIES = (
     ),
     Mutant(
         "the other GPUs serve nothing",
-        _PLANFIT,
-        "room_ns = others * until_ns - lost_ns",
-        "room_ns = 0.0",
+        "router/policies/due.py",
+        "        room_ns = others * until_ns - lost_ns\n        if",
+        "        room_ns = 0.0\n        if",
         _PLANS,
     ),
     Mutant(
         "the other GPUs are never busy",
         _PLANFIT,
-        "max(0.0, supply.busy(now_ns) - lead_ns * supply.rate) * unit_ns",
-        "0.0",
+        "plan.taken_ns = taken * unit_ns if taken > 0.0 else 0.0",
+        "plan.taken_ns = 0.0",
         _PLANS,
     ),
-    Mutant("no room is kept for a surge", _PLANFIT, "- _WORST * n * plan.unit_ns", "", _PLANS),
+    Mutant(
+        "no room is kept for a surge", _PLANFIT, "each_ns = _WORST * plan.unit_ns", "each_ns = 0.0", _PLANS
+    ),
     Mutant(
         "a GPU is trusted before it is measured",
         _PLANFIT,
-        "careful_ns = slack_ns / plan.doubt",
+        "# Comparisons instead of min() and max(): a call of those costs as much as a line of this loop.\n"
+        "        careful_ns = slack_ns / plan.doubt",
         "careful_ns = slack_ns",
         _PLANS,
     ),
     Mutant(
         "doubt refuses the smallest subnet too",
         _PLANFIT,
-        "most_ns = size.p99_ns[floor]\n            if most_ns > slack_ns:",
-        "most_ns = size.p99_ns[floor]\n            if most_ns > careful_ns:",
+        "            if least_ns > slack_ns:",
+        "            if least_ns > careful_ns:",
         _PLANS,
     ),
     Mutant(
@@ -407,6 +480,20 @@ POLICIES = (
     ),
     Mutant(
         "wrong answers are not counted", "router/core/dispatch.py", "        self.n_wrong += 1\n", "", _WRONG
+    ),
+    Mutant(
+        "a policy that raises ends the router",
+        "router/core/dispatch.py",
+        "except Exception as error:  # noqa",
+        "except ArithmeticError as error:  # noqa",
+        _WRONG,
+    ),
+    Mutant(
+        "a policy that cannot be built ends the router",
+        "router/policies/registry.py",
+        "except Exception as error:\n        # A worker",
+        "except KeyError as error:\n        # A worker",
+        ("tests/router/policies/test_registry.py",),
     ),
     Mutant(
         "a policy without demand may shed",

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpu_worker.supernet.actuation import actuate
+from loadgen.options import DEFAULT_POLICY
 from loadgen.results.result import quantile_ns
 from profiles.table import Profile, SubnetProfile, load_profile
 from router.policies import QueueView, WorkerView
 from router.policies.demand import Demand
+from router.policies.due import Due, weights_of
 from router.policies.registry import make_policy
+from router.policies.supply import FULL, GpuPace, Supply
 from superserve.clock import MS
 
 if TYPE_CHECKING:
@@ -26,16 +30,13 @@ _CALLS = 1_000  # between two readings of the clock, so that reading it costs no
 def decision_us(policy: str, profile: Profile, *, n_rounds: int = 200) -> float:
     """Return the median over rounds of how long a policy's decision takes, in microseconds.
 
-    The demand is that of 6,400 queries a second, each with 36 ms, on eight GPUs.
+    The demand is that of 6,400 queries a second, each with 36 ms, on eight GPUs that are half busy; the queue
+    holds 1 to 100 queries.
     """
     rng = random.Random(0)
     choose = make_policy(policy, profile).choose
     worker = WorkerView(free_at_ns=0, allowance_ns=MS // 2, slowdown=1.0)
-    demand = Demand(rate=6.4e-6, slack_ns=36 * MS, capacity=8 / profile.unit_cost_ns)
-    queues = [
-        QueueView(rng.randrange(40 * MS), rng.randrange(profile.n_subnets), rng.randrange(1, 100), demand)
-        for _ in range(_CALLS)
-    ]
+    queues = _queues(rng, profile)
     taken_ns = []
     for _ in range(n_rounds):
         began_ns = time.perf_counter_ns()
@@ -47,16 +48,49 @@ def decision_us(policy: str, profile: Profile, *, n_rounds: int = 200) -> float:
     return median_ns / _CALLS / 1_000
 
 
+def _queues(rng: random.Random, profile: Profile) -> list[QueueView]:
+    """Return queues of one moment, with all that a policy may see of them."""
+    demand = Demand(rate=6.4e-6, slack_ns=36 * MS, capacity=8 / profile.unit_cost_ns)
+    demand.arrived([36 * MS] * 100, 0)
+    supply = Supply()
+    supply.limit_ns = FULL * 36 * MS
+    paces = [GpuPace() for _ in range(8)]
+    for i, pace in enumerate(paces):
+        pace.set(profile, 1.0, supply.limit_ns)
+        supply.note(pace, 10 * MS if i < 4 else None)
+    supply.restate(paces)
+    weights = weights_of(profile.least_costs_ns())
+    queues = []
+    for _ in range(_CALLS):
+        length = rng.randrange(1, 100)
+        deadlines_ns = sorted(rng.randrange(20 * MS, 36 * MS) for _ in range(length))
+        floors = [rng.randrange(profile.n_subnets)] + [0] * (length - 1)
+        due = Due(weights)
+        due.add(_Queued(deadlines_ns, floors), 0, length)
+        queues.append(QueueView(deadlines_ns[0], floors[0], length, demand, False, due, supply))
+    return queues
+
+
+@dataclass(slots=True)
+class _Queued:
+    """What `Due` counts."""
+
+    deadlines_ns: list[int]
+    floors: list[int] | None
+
+
 def decisions_us(profile: Profile) -> tuple[float, dict[str, Any]]:
-    """Return how long a decision of DemandFit takes, and also SlackFit's, and both with 1,000 subnets."""
+    """Return how long a decision of the default policy takes, and those of others, with 1,000 subnets too."""
     wide = wide_profile(1_000)
     conditions = {
-        "policy": "demandfit", "subnets": profile.n_subnets,
-        "with_1000_subnets_us": decision_us("demandfit", wide, n_rounds=50),
+        "policy": DEFAULT_POLICY, "subnets": profile.n_subnets,
+        "with_1000_subnets_us": decision_us(DEFAULT_POLICY, wide, n_rounds=50),
+        "demandfit_us": decision_us("demandfit", profile),
+        "demandfit_with_1000_subnets_us": decision_us("demandfit", wide, n_rounds=50),
         "slackfit_us": decision_us("slackfit", profile),
         "slackfit_with_1000_subnets_us": decision_us("slackfit", wide, n_rounds=50),
     }  # fmt: skip
-    return decision_us("demandfit", profile), conditions
+    return decision_us(DEFAULT_POLICY, profile), conditions
 
 
 def wide_profile(n_subnets: int) -> Profile:

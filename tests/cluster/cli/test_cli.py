@@ -84,7 +84,7 @@ def test_without_a_gpu_one_worker_serves_digits_on_the_cpu() -> None:
     """The plain `cluster up` of a laptop."""
     plan = planned()
 
-    assert [role.serves for role in plan.roles] == ["policy demandfit", "digits on cpu"]
+    assert [role.serves for role in plan.roles] == ["policy planfit", "digits on cpu"]
     assert "--client-endpoint {client}" in " ".join(plan.roles[0].argv)
 
 

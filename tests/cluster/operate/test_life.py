@@ -69,7 +69,7 @@ def test_a_cluster_is_ready_when_up_returns_and_gone_when_down_does(here: Machin
 
     code, output = here.run("status")
     assert code == 0, output
-    for words in (cluster.client_endpoint, "worker-1", "1 of 1", "policy     demandfit"):
+    for words in (cluster.client_endpoint, "worker-1", "1 of 1", "policy     planfit"):
         assert words in output
     body = json.loads(here.run("status", "--json")[1])
     assert body["problems"] == []
@@ -89,7 +89,7 @@ def test_a_cluster_is_ready_when_up_returns_and_gone_when_down_does(here: Machin
     code, output = here.run("up", "--emulate", "cnn-8gpu-modelled:2", "--policy", "maxacc")
     assert code == 1
     for words in (
-        "policy: it runs with demandfit, asked for maxacc",
+        "policy: it runs with planfit, asked for maxacc",
         "in 2 processes, asked for",
         "cluster down",
     ):

@@ -169,4 +169,4 @@ def test_a_run_prints_a_table_and_writes_a_result_that_loads(tmp_path: Path) -> 
     run = load_run(path)
     assert run.valid == (result.exit_code == 0)
     assert (run.queries["unanswered"], run.queries["unsent"]) == (0, 0)
-    assert run.policy == "demandfit"
+    assert run.policy == "planfit"

@@ -11,6 +11,7 @@ from loadgen.demo.load import burst_spec, capacity_qps
 from loadgen.demo.machine import MachineUse, MachineWatch, use_of
 from loadgen.demo.serve import Served, until_calm
 from loadgen.demo.verdict import MISSED, judge_serving, missed_by_adapting
+from loadgen.options import DEFAULT_POLICY
 from loadgen.results.run import Run
 from loadgen.simulator.simulate import simulate
 from loadgen.simulator.workloads import slowed
@@ -53,21 +54,21 @@ def test_an_honest_serve_passes() -> None:
 
 def test_a_worker_that_takes_three_times_as_long_has_headroom() -> None:
     """The load leaves the smallest subnet room: the default policy still meets the deadlines."""
-    assert missed_by_adapting(served("demandfit", slower=3.0)) == []
+    assert missed_by_adapting(served(DEFAULT_POLICY, slower=3.0)) == []
 
 
 @pytest.mark.parametrize("slower", [20.0, 100.0])
 def test_a_broken_serve_fails_on_a_calm_machine(slower: float) -> None:
     """A worker far slower than it was measured misses deadlines, and nothing excuses it."""
-    verdict = judge_serving([served("demandfit", slower=slower), *HONEST[1:]])
+    verdict = judge_serving([served(DEFAULT_POLICY, slower=slower), *HONEST[1:]])
 
     assert verdict.exit_code == 1
-    assert "attainment under demandfit: expected at least 0.99" in verdict.failures[0]
+    assert f"attainment under {DEFAULT_POLICY}: expected at least 0.99" in verdict.failures[0]
 
 
 def test_deadlines_that_other_work_cost_are_a_warning() -> None:
     """The same misses, with the machine seen busy; the line says what was seen."""
-    slow = served("demandfit", slower=8.0, noise=BUSY)
+    slow = served(DEFAULT_POLICY, slower=8.0, noise=BUSY)
     verdict = judge_serving([slow, *(served(one, slower=8.0, noise=BUSY) for one in tuple(MISSED)[1:])])
 
     assert missed_by_adapting(slow)
@@ -105,14 +106,14 @@ def test_a_run_that_does_not_count_fails_only_if_nothing_explains_it() -> None:
 
 def test_a_disturbed_half_is_served_once_more() -> None:
     """If it missed what is expected of it, and there is time; the second one counts."""
-    tries = [served("demandfit", slower=20.0, noise=BUSY), HONEST[0]]
+    tries = [served(DEFAULT_POLICY, slower=20.0, noise=BUSY), HONEST[0]]
     left = iter(tries)
 
     assert until_calm(lambda: next(left), missed_by_adapting, lambda: True) is HONEST[0]
     assert until_calm(lambda: tries[0], missed_by_adapting, lambda: False) is tries[0]
 
 
-@pytest.mark.parametrize("first", [served("demandfit", slower=20.0), replace(HONEST[0], noise=BUSY)])
+@pytest.mark.parametrize("first", [served(DEFAULT_POLICY, slower=20.0), replace(HONEST[0], noise=BUSY)])
 def test_a_calm_half_and_one_that_passed_are_not_repeated(first: Served) -> None:
     """A calm miss is a fact, and a disturbed pass is a pass."""
     left = iter([first])

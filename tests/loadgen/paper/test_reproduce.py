@@ -100,7 +100,7 @@ def test_each_experiment_has_one_name() -> None:
 
 def test_faults_are_told_by_how_many_workers_live() -> None:
     """From eight down to four, all queries are in one span, and accuracy falls as workers go."""
-    run = faults(effort(0.1))["runs"]["demandfit"]
+    run = faults(effort(0.1))["runs"]["planfit"]
 
     assert [span["live"] for span in run["spans"]] == [8, 7, 6, 5, 4]
     assert sum(span["queries"] for span in run["spans"]) == run["queries"]["total"]

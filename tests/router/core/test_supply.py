@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from router.core.events import DrainWorker
 from router.core.workers import PeerState, WorkerState
 from router.policies.planfit import PlanFit
-from router.policies.supply import FULL
+from router.policies.supply import FULL, GpuPace
 from superserve.clock import MS
 from tests.router.core.books import hang, run_at, slower
 from tests.router.core.harness import CNN, World
 
 if TYPE_CHECKING:
+    from profiles.table import Profile
     from router.core.workers import Worker
 
 PLANNED = 36.0 - 1.5
@@ -116,6 +117,42 @@ def test_a_gpu_found_to_be_slow_is_counted_so_before_the_next_heartbeat() -> Non
     world.run(20)
     check(world)
     assert world.core.fleet.supply.rate < 0.8 * rate
+
+
+def reckonings(world: World) -> list[float]:
+    """Return a list that grows by an entry whenever a GPU is reckoned."""
+    found: list[float] = []
+
+    class Counted(GpuPace):
+        __slots__ = ()
+
+        def set(self, profile: Profile, slowdown: float, limit_ns: float) -> None:
+            found.append(limit_ns)
+            super().set(profile, slowdown, limit_ns)
+
+    for worker in world.core.workers():
+        worker.pace.__class__ = Counted
+    return found
+
+
+@pytest.mark.parametrize(("n_gpus", "most"), [(2, 2), (70, 0)])
+def test_clients_that_differ_do_not_have_all_gpus_reckoned_each_time(n_gpus: int, most: int) -> None:
+    """Two GPUs at most once in 0.2 ms, seventy in their heartbeats: by then the last patience counts."""
+    world = World(make_policy=PlanFit)
+    world.join("w0", *[CNN] * n_gpus)
+    served(world)
+    fleet, found = world.core.fleet, reckonings(world)
+    now_ns = world.now_ns
+    for patience_ms in (200, 20) * 50:
+        fleet.fit_supply(patience_ms * MS, now_ns)
+    assert len(found) <= most
+    check(world)
+    world.run(250)
+    check(world)
+    if n_gpus == 70:
+        assert fleet.supply.limit_ns == FULL * 20 * MS
+    fleet.fit_supply(300 * MS, world.now_ns)
+    assert (fleet.supply.limit_ns == FULL * 300 * MS) == (n_gpus == 2)
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])

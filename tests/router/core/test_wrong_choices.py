@@ -144,6 +144,39 @@ def test_a_policy_that_sees_no_demand_may_not_shed() -> None:
     assert len(complaints(world)) == 1
 
 
+class Failing(Careless):
+    """Raises what it was made with on every second question."""
+
+    n = 0
+
+    def choose(self, queue: QueueView, worker: WorkerView, now_ns: int) -> Any:
+        """Raise, or choose the largest row."""
+        del queue, worker, now_ns
+        self.n += 1
+        if self.n % 2:
+            raise self.answer
+        return Choice(5, 4)
+
+
+@pytest.mark.parametrize("sees_demand", [False, True])
+@pytest.mark.parametrize("error", [ZeroDivisionError("no rate"), KeyError(7), RecursionError()], ids=repr)
+def test_a_policy_that_raises_is_a_wrong_answer(error: Exception, sees_demand: bool) -> None:
+    """The head is served on the smallest row; what was raised, and where, is said once."""
+    world = World(make_policy=lambda _profile: Failing(error, sees_demand=sees_demand))
+    world.join("w0", CNN)
+    ids = []
+    for _ in range(4):
+        ids += world.submit(36)
+        world.run(30)
+
+    assert world.statuses(ids) == [OK] * 4
+    assert [batch.subnet for batch in sent(world)] == [0, 5, 0, 5]
+    assert world.core.n_wrong_choices == 2
+    (reason,) = complaints(world)
+    assert reason.startswith("policy 'careless': expected a Choice of a row from 0")
+    assert f"it raised {error!r} at {__file__}:" in reason
+
+
 def test_a_long_answer_is_cut() -> None:
     """A log line is no place for a megabyte."""
     world = make_world(["x" * 10_000])

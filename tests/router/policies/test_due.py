@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -144,3 +147,104 @@ def test_the_first_step_is_the_heads_own_deadline() -> None:
     due = Due()
     due.add(Terms([15 * MS + 200_000] * 18, None), 0, 18)
     assert due.steps(15 * MS + 200_000) == [(15 * MS + 200_000, 18 * UNIT)]
+
+
+# --- what the steps ask of the GPUs -----------------------------------------------------------
+
+
+@dataclass
+class GpuTime:
+    """What GPU time there is, for `Due.ask`."""
+
+    begin_ns: int = 0
+    slowdown: float = 1.0
+    others: float = 7.0
+    taken_ns: float = 0.0
+    lost_ns: float = 0.0
+    unit_ns: float = 0.46 * MS
+    enough_ns: float = math.inf
+    lost_at_ns: float = -math.inf
+    patience_ns: float = 35.0 * MS
+
+
+TIMES = st.builds(
+    GpuTime,
+    begin_ns=st.integers(-5 * MS, 20 * MS),
+    slowdown=st.sampled_from([1.0, 0.7, 2.5]),
+    others=st.sampled_from([0.0, 0.4, 3.0, 7.0]),
+    taken_ns=st.sampled_from([0.0, 20.0 * MS, 400.0 * MS]),
+    lost_ns=st.sampled_from([0.0, 20.0 * MS, 400.0 * MS]),
+    unit_ns=st.sampled_from([0.46 * MS, 6.0 * MS]),
+    patience_ns=st.sampled_from([5.0 * MS, 35.0 * MS, 3_000.0 * MS]),
+)
+
+
+def expected_asked(due: Due, head_ns: int, time: GpuTime) -> tuple[float, list[tuple[float, float]], int]:
+    """Return what all steps ask, one by one."""
+    intensity, soon = 0.0, 0
+    tight: list[tuple[float, float]] = []
+    for due_ns, work in due.steps(head_ns):
+        until_ns = (due_ns - time.begin_ns) / time.slowdown
+        gpu_ns = max(until_ns * (time.others + 1) - time.taken_ns, until_ns / 2)
+        if gpu_ns > 0:
+            intensity = max(intensity, work / gpu_ns)
+        left = work / UNIT - max(0.0, time.others * until_ns - time.lost_ns) / time.unit_ns
+        if left > max([1.0, *[one for _, one in tight]]):
+            tight.append((until_ns, left))
+        if until_ns <= time.patience_ns:
+            soon = work
+    return intensity, tight, soon
+
+
+@given(queries=st.lists(QUERIES, min_size=1, max_size=12), copies=st.integers(1, 60), time=TIMES)
+def test_what_the_queue_asks_is_what_its_steps_ask(
+    queries: list[list[tuple[int, int]]], copies: int, time: GpuTime
+) -> None:
+    """The pass leaves steps out, and no answer differs but the last, where it may be too small."""
+    due = Due(WEIGHTS)
+    for message in queries:
+        terms = Terms([one for one, _ in message] * copies, [floor for _, floor in message] * copies)
+        due.add(terms, 0, len(message) * copies)
+    head_ns = min(one for message in queries for one, _ in message)
+    intensity, tight, soon = expected_asked(due, head_ns, time)
+    for harmless in (-1.0, float(soon - 1), float(soon)):
+        found = due.ask(head_ns, time, harmless)
+        assert found[0] == pytest.approx(intensity, rel=1e-9)
+        assert found[1] is not None
+        assert [at_ns for at_ns, _ in found[1]] == pytest.approx([at_ns for at_ns, _ in tight])
+        assert [left for _, left in found[1]] == pytest.approx([left for _, left in tight], abs=1e-9)
+        assert found[2] == soon if soon > harmless else found[2] <= soon
+
+
+def test_a_queue_that_is_lost_is_not_read_to_its_end() -> None:
+    """A thousand due in 10 ms are more than a batch can mend, and more than all GPUs serve in time."""
+    due = Due(WEIGHTS)
+    due.add(Terms([10 * MS] * 1_000, None), 0, 1_000)
+    assert due.ask(10 * MS, GpuTime(lost_at_ns=-20.0 * MS), 0.0)[1] is None
+    # On ten times as many GPUs they are no loss; nor are they where one batch could take them all.
+    assert due.ask(10 * MS, GpuTime(lost_at_ns=-20.0 * MS, others=79.0), 0.0)[1] is not None
+    assert due.ask(10 * MS, GpuTime(lost_at_ns=-500.0 * MS), 0.0)[1] is not None
+
+
+@pytest.mark.parametrize(
+    ("first_ms", "last_ms", "others", "most"),
+    [(20, 10_000, 7.0, 24 + 40 + 4), (300, 800, 79.0, 16)],
+    ids=["ten seconds", "all have time"],
+)
+def test_a_decision_reads_few_buckets(first_ms: int, last_ms: int, others: float, most: int) -> None:
+    """However long the queue; and where all have time, the near part is not read."""
+    due = Due(WEIGHTS)
+    n_read = 0
+
+    class Counting(dict[int, int]):
+        def get(self, key: int, default: Any = None) -> Any:
+            nonlocal n_read
+            n_read += 1
+            return super().get(key, default)
+
+    due._fine, due._coarse = Counting(), Counting()
+    for at_ms in range(first_ms, last_ms, 2):
+        due.add(Terms([at_ms * MS] * 50, None), 0, 50)
+    n_read = 0
+    due.ask(first_ms * MS, GpuTime(others=others), math.inf)
+    assert n_read <= most

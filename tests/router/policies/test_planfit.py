@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from profiles.table import load_profile
+from profiles.table import Profile, SubnetProfile, load_profile
 from router.policies import Choice, QueueView, Shed, WorkerView
 from router.policies.demand import Demand
 from router.policies.due import UNIT, Due, weights_of
@@ -23,9 +22,6 @@ from tests.router.core.books import numbers
 from tests.router.core.harness import World
 from tests.router.core.random_profiles import profiles
 from tests.router.policies.test_due import Terms
-
-if TYPE_CHECKING:
-    from profiles.table import Profile
 
 CNN = load_profile("cnn-8gpu-modelled")
 BEST = CNN.n_subnets - 1
@@ -273,6 +269,45 @@ def test_what_is_chosen_fits_whatever_the_outlook(
         assert type(choice.before_ns) is type(choice.n) is int
     else:
         assert profile.latency_p99_ns(queue.head_floor, 1) > math.floor(slack_ns / worker.slowdown)
+
+
+UNEVEN = Profile(
+    "uneven", "none", "none", "modelled", "", {}, "2026-01-02", (1, 2),
+    (
+        SubnetProfile("s0", None, 50.0, None, (200, 1_100), (200, 1_100)),
+        SubnetProfile("s1", None, 51.0, None, (600, 1_900), (600, 1_900)),
+    ),
+)  # fmt: skip
+"""A profile on which two queries together cost more than one after the other."""
+
+
+@example(profile=UNEVEN, length=4, slack=1.84, floor=0)
+@given(profile=profiles(), length=st.integers(1, 40), slack=st.floats(0.2, 4.0), floor=st.integers(0, 5))
+def test_no_batch_is_worth_more(profile: Profile, length: int, slack: float, floor: int) -> None:
+    """Alone, without floors or a limit but the plan: no size and row that keep it are worth more."""
+    policy, floor = PlanFit(profile), min(floor, profile.n_subnets - 1)
+    slack_ns = round(slack * profile.latency_p99_ns(profile.n_subnets - 1, profile.max_batch_size))
+    queue = QueueView(slack_ns, floor, length)
+    choice = policy.choose(queue, WorkerView(0, 0, 1.0), 0)
+    limit_ns = min(0.75 * slack_ns, 1.25 * slack_ns)
+    limit = max(0, sum(one <= limit_ns for one in policy.limits_ns) - 1)
+    price = policy.prices[limit].at(slack_ns / length)
+    full = profile.largest_batch(0, slack_ns // 2) or policy.sizes[0].size
+
+    def worth(size: int, row: int) -> float:
+        n = min(size, length)
+        takes_ns = profile.latency_p99_ns(row, size)
+        takes_ns += (length - n) // full * profile.latency_p99_ns(0, full)
+        rest = (length - n) % full
+        takes_ns += profile.latency_p99_ns(0, rest) if rest else 0
+        if takes_ns > slack_ns:
+            return -math.inf
+        return profile.subnets[row].accuracy - price / n * profile.latency_ns(row, size)
+
+    best = max(worth(one.size, row) for one in policy.sizes for row in range(profile.n_subnets))
+    if isinstance(choice, Choice) and choice.first_above is None and best > -math.inf:
+        found = worth(choice.batch_size, choice.subnet)
+        assert found == pytest.approx(best, rel=1e-6, abs=1e-6)
 
 
 # --- the plan's promise -----------------------------------------------------------------------

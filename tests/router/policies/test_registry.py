@@ -53,6 +53,11 @@ def no_policy(profile: Profile, argument: str | None) -> object:
     return object()
 
 
+def failing(profile: Profile, argument: str | None) -> object:
+    """Fail to build a policy."""
+    raise ZeroDivisionError(profile, argument)
+
+
 @pytest.fixture
 def plugged_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that packages with these entry points are installed, and ours is not."""
@@ -116,6 +121,12 @@ def test_what_is_no_policy_is_refused(spec: str, message: str) -> None:
     """The message names the policies that there are, or what is wrong with this one."""
     with pytest.raises(ConfigError, match=message):
         make_policy(spec, CNN)
+
+
+def test_a_policy_that_cannot_be_built_is_refused() -> None:
+    """Whatever its constructor raises: a worker that brings such a profile must not end the router."""
+    with pytest.raises(ConfigError, match=r"cannot be built for cnn-8gpu-modelled: ZeroDivisionError\("):
+        make_policy(f"{__name__}:failing", CNN)
 
 
 @pytest.mark.parametrize("spec", SPECS)
