@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from router.core.events import Complaint
 from router.core.lanes import LaneQueue
@@ -232,8 +232,9 @@ class Dispatcher:
         if choice is None:
             return None
         queue, profile = self._queue_view, worker.profile
+        answered: Any = choice  # its fields may be anything, whatever their annotations say
         if type(choice) is Choice:
-            row, size, above = choice.subnet, choice.batch_size, choice.first_above
+            row, size, above = answered.subnet, answered.batch_size, answered.first_above
             # By type: a numpy integer would go into a message, and True is no row.
             if (
                 type(row) is type(size) is int
@@ -243,7 +244,7 @@ class Dispatcher:
             ):
                 return choice
         elif type(choice) is Shed:
-            before_ns, n = choice.before_ns, choice.n
+            before_ns, n = answered.before_ns, answered.n
             is_sound = type(before_ns) is type(n) is int and before_ns > queue.head_deadline_ns and n > 0
             if is_sound and self._model.demand is not None:
                 return choice
