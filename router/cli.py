@@ -115,18 +115,23 @@ def cli(
                 )
                 where = stack.enter_context(exporter)
                 sys.setswitchinterval(SWITCH_S)
+            version()  # cached: read the code now, while it is what runs, not in the loop at the first STATUS
             server.open()
-        except SuperServeError:
+            try:
+                _announce(server, where)
+            except BaseException:
+                server.close()  # an open context would wait for its sockets when Python ends
+                raise
+        except (SuperServeError, OSError):
             if recorder is not None:
                 recorder.abandon()
             raise
-        _serve(server, where)
+        server.run()
 
 
-def _serve(server: RouterServer, metrics: str) -> None:
-    """Announce and run; `metrics` is HOST:PORT of the exporter, "" without one."""
+def _announce(server: RouterServer, metrics: str) -> None:
+    """Tell who started this, and the user, where it listens; `metrics` is HOST:PORT of the exporter or ""."""
     ends = {"client": server.client_endpoint, "worker": server.worker_endpoint}
-    version()  # cached: read the code now, while it is what runs, and not in the loop at the first STATUS
     announce_ready(ends | ({"metrics": metrics} if metrics else {}))
     where = (
         f"clients: {server.client_endpoint}  workers: {server.worker_endpoint}  "
@@ -134,7 +139,6 @@ def _serve(server: RouterServer, metrics: str) -> None:
     )
     with contextlib.suppress(OSError):  # a full disk behind stderr, or no reader: it serves all the same
         click.echo(where, err=True)
-    server.run()
 
 
 def _check_policy(policy: str) -> None:

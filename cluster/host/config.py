@@ -76,6 +76,7 @@ logfile={KEEPER_LOG}
 logfile_maxbytes=1MB
 logfile_backups=1
 pidfile=keeper.pid
+childlogdir=.
 minfds={min_files}
 umask=077
 

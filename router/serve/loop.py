@@ -149,7 +149,8 @@ class RouterServer:
         """Ask `run` to drain and return. Safe in a signal handler."""
         self._is_stopping = True
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Send the peers BYE and close the sockets. `run` ends so; what has opened and cannot run must."""
         for side in (self.clients, self.workers):
             side.say_bye("the router stops")
         self._let_peers_read()
@@ -200,7 +201,7 @@ class RouterServer:
                     if now_ns >= deadline_ns or not (core.queue or core.in_flight):
                         break
         finally:
-            self._close()
+            self.close()
 
     def _timeout_ns(self) -> int:
         now_ns = time.monotonic_ns()

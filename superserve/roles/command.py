@@ -14,6 +14,8 @@ import importlib
 import os
 import signal
 import sys
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from superserve.errors import SuperServeError
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
+_OTHERS = r"(?!(superserve|router|gpu_worker|loadgen|profiles|cluster|__main__)(\.|$))"
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _HEARD = (*_ENDING, signal.SIGINT, signal.SIGCHLD)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+_NO_TEMPORARY = "No usable temporary directory"  # of `tempfile`: an error without a file's name
 _NO_THREAD = "can't start new thread"  # Python's only word for it: a plain RuntimeError
 _TEXT = 500  # characters of a message; some libraries put a page into theirs
 
@@ -86,9 +90,16 @@ def begin() -> None:
             signal.signal(number, _end_at_once)
     # A mask that closes files to their owner: we could not read what we write.
     os.umask(os.umask(0o077) & 0o077)
+    _pass_over_others_warnings()
     import logging  # noqa: PLC0415  only now would Ctrl-C be no traceback
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of caches that cannot be written
+
+
+def _pass_over_others_warnings() -> None:
+    """Where warnings are errors have them be so in this package alone: a library's, no user can fix."""
+    if any(action == "error" for action, *_ in warnings.filters):
+        warnings.filterwarnings("ignore", module=_OTHERS)
 
 
 def _end_at_once(number: int, _frame: FrameType | None) -> NoReturn:
@@ -174,7 +185,10 @@ def _root(error: BaseException) -> BaseException:
 def _text(error: BaseException) -> str:
     """Return an error's message as one line."""
     if isinstance(error, FileNotFoundError) and error.filename is None:
-        said = "the working folder is gone: change to one that is there"
+        if _NO_TEMPORARY in str(error):
+            said = f"{error.strerror}: {_why_no_temporary()}"
+        else:
+            said = "the working folder is gone: change to one that is there"
     elif isinstance(error, OSError) and error.strerror:
         names = [
             os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
@@ -184,6 +198,19 @@ def _text(error: BaseException) -> str:
         said = str(error) or type(error).__name__
     line = " ".join(said.split())
     return line if len(line) <= _TEXT else f"{line[:_TEXT]}..."
+
+
+def _why_no_temporary() -> str:
+    """Return why no temporary file can be written: `tempfile` tries its folders, and keeps the reasons."""
+    name = Path(os.environ.get("TMPDIR") or "/tmp", f".superserve-{os.getpid()}")  # noqa: S108  as it does
+    try:
+        with open(name, "xb", buffering=0) as file:  # noqa: PTH123  without a buffer
+            file.write(b"?")
+    except OSError as error:
+        return f"{name.parent}: {error.strerror}"
+    finally:
+        name.unlink(missing_ok=True)
+    return "now there is one"
 
 
 def _fail(line: str) -> NoReturn:

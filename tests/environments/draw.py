@@ -39,6 +39,15 @@ class Pair:
         return f"{self.command} / {self.family}: {self.hostile.what}".replace("\n", "\\n").rstrip(": ")
 
 
+ONCE_WRONG = (
+    Pair("python variables", "0/600", "report"),
+    Pair("strange tmpdir", "0/780", "cluster up"),
+    Pair("few descriptors", "0/956", "router record"),
+    Pair("small files", "0/971", "run"),
+)
+"""Pairs that failed in no environment of the sample: a library's warning, a folder's name, and two limits."""
+
+
 def pairs(seed: int, count: int) -> list[Pair]:
     """Return the pairs of a seed: all families beside all commands, in random order."""
     rng = random.Random(seed)
@@ -54,11 +63,12 @@ def pairs(seed: int, count: int) -> list[Pair]:
 
 
 def sample() -> list[Pair]:
-    """Return pairs that have every family and every command."""
+    """Return pairs that have every family and every command, and those that were wrong once."""
     commands, families = list(COMMANDS), list(FAMILIES)
     random.Random(1).shuffle(commands)
     n = max(SAMPLED, len(commands), len(families))
-    return [
+    drawn = [
         Pair(families[number % len(families)], f"sample/{number}", commands[number % len(commands)])
         for number in range(n)
     ]
+    return [*drawn, *ONCE_WRONG]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -66,6 +67,31 @@ def test_what_the_system_lacks_is_one_line(tmp_path: Path, raised: str, line: st
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(line)
     assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_for_temporary_files_that_takes_none_says_why(tmp_path: Path) -> None:
+    """`tempfile` names the folders that it tried, and no reason."""
+    done = run(
+        tmp_path, "import tempfile\ntempfile.mkdtemp()\n",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: No usable temporary directory found in ")
+    assert done.stderr.endswith(f": {os.strerror(errno.EFBIG)}\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("module", "code"), [("library", 0), ("loadgen.page", 1), ("loadgenerator", 0)])
+def test_a_warning_of_a_library_is_no_error(
+    tmp_path: Path, module: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where warnings are errors; one of this package is."""
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    done = run(
+        tmp_path, f"import warnings\nwarnings.warn_explicit('old', UserWarning, 'x.py', 1, {module!r})\n"
+    )
+    assert done.returncode == code
+    assert ("UserWarning: old" in done.stderr) == bool(code)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
