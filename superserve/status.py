@@ -75,6 +75,7 @@ class RouterInfo:
     Attributes:
         draining: Whether it takes no new queries.
         version: Of its code; "" if an older router does not send it.
+        build: Whether that code runs as pure Python or "compiled"; "" if an older router does not send it.
         epoch: Identifies this run of the router: in another epoch all counters start from 0.
         policy: As `--policy` takes it.
         cpu_s: CPU time, user and system.
@@ -85,6 +86,7 @@ class RouterInfo:
     pid: int
     host: str
     version: str = ""
+    build: str = ""
     epoch: int
     policy: str
     client_endpoint: str

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -125,7 +125,8 @@ class EventLogWriter:
             self._file = self._path.open("wb", buffering=0)
         except OSError as error:
             raise ConfigError(f"{self._path}: expected a path that can be written: {error}") from error
-        blob = orjson.dumps(self._header)
+        # By asdict: orjson reads a dataclass's memory, and a compiled one has another layout.
+        blob = orjson.dumps(self._header, default=asdict, option=orjson.OPT_PASSTHROUGH_DATACLASS)
         self._buffer += _PREFIX.pack(_MAGIC, SCHEMA, len(blob)) + blob
         self.flush()
 

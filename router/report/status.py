@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from router.report.load import fleet, workers_needed
+from superserve.build import build
 from superserve.clock import MS
 from superserve.roles.version import version
 from superserve.status import (
@@ -139,6 +140,7 @@ def _info(loop: LoopFacts, *, draining: bool) -> RouterInfo:
         pid=os.getpid(),
         host=socket.gethostname(),
         version=version(),
+        build=build(),
         epoch=loop.epoch,
         policy=loop.policy,
         client_endpoint=loop.client_endpoint,

@@ -26,6 +26,7 @@ import numpy as np
 from superserve.client.reply import Answers
 from superserve.clock import MS
 from superserve.errors import DrainingError, InvalidQueryError, OverloadedError, UnansweredError
+from superserve.subnet import TensorSpec
 from superserve.wire import MAX_QUERIES, VARIED, Cancel, Queries
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from superserve.errors import QueryError
-    from superserve.subnet import TensorSpec
     from superserve.wire import Results
 
 

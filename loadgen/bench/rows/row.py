@@ -9,6 +9,7 @@ import platform
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from superserve.build import build
 from superserve.roles.version import cpu_name
 
 
@@ -57,6 +58,7 @@ class BenchRow:
 
 @functools.cache
 def machine() -> str:
-    """Return the machine in words: processor, cores, system, Python."""
+    """Return the machine in words: processor, cores, system, Python, and how the core runs on it."""
     cores = len(os.sched_getaffinity(0))
-    return f"{cpu_name()}, {cores} cores, {platform.system()}, Python {platform.python_version()}"
+    python = platform.python_version()
+    return f"{cpu_name()}, {cores} cores, {platform.system()}, Python {python}, {build()} core"

@@ -12,6 +12,7 @@ from router.core.events import DrainWorker
 from router.core.workers import PeerState, WorkerState
 from router.policies.planfit import PlanFit
 from router.policies.supply import FULL, GpuPace
+from superserve.build import COMPILED, build
 from superserve.clock import MS
 from tests.router.core.books import hang, run_at, slower
 from tests.router.core.harness import CNN, World
@@ -135,6 +136,9 @@ def reckonings(world: World) -> list[float]:
     return found
 
 
+@pytest.mark.skipif(
+    build() == COMPILED, reason="counts calls by another class, which compiled objects refuse"
+)
 @pytest.mark.parametrize(("n_gpus", "most"), [(2, 2), (70, 0)])
 def test_clients_that_differ_do_not_have_all_gpus_reckoned_each_time(n_gpus: int, most: int) -> None:
     """Two GPUs at most once in 0.2 ms, seventy in their heartbeats: by then the last patience counts."""

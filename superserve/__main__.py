@@ -1,0 +1,41 @@
+"""`superserve --version`: which release and which code runs here, and whether its core is compiled."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+from superserve.build import build
+from superserve.errors import SuperServeError
+from superserve.roles.command import begin
+from superserve.roles.version import version
+
+_TOLD = """\
+commands:
+  cluster             start, watch and stop a cluster, here or on other hosts
+  loadgen             offer a trace to a router, or simulate that
+  profiles            measure a supernet on a device
+  superserve-router   one router
+  superserve-worker   one worker process
+"""
+
+
+def main() -> None:
+    """Print the version, or what commands there are."""
+    begin()
+    parser = argparse.ArgumentParser(
+        "superserve", description=__doc__, epilog=_TOLD, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    if not parser.parse_args().version:
+        parser.print_help()
+        return
+    try:
+        text = f"superserve {version()}, {build()} core, Python {platform.python_version()}"
+    except (SuperServeError, OSError) as error:
+        raise SystemExit(f"Error: {error}") from error
+    print(text)  # noqa: T201  a command's only output
+
+
+if __name__ == "__main__":
+    main()
