@@ -453,6 +453,20 @@ POLICIES = (
     Mutant(
         "a few late queries are an overload", _PLANFIT, " or self._saves(queue, slack_ns, plan):", ":", _PLANS
     ),
+    Mutant(
+        "a spike that is too large is shed as a rate that is",
+        _PLANFIT,
+        "            if left < waiting * UNIT:",
+        "            if left < 0:",
+        _PLANS,
+    ),
+    Mutant(
+        "a rate that is too high is shed as a spike is",
+        _PLANFIT,
+        "            if left < waiting * UNIT:",
+        "            if True:",
+        _PLANS,
+    ),
     Mutant("overload is not seen", _PLANFIT, "if plan.budget_ns < plan.unit_ns:", "if False:", _PLANS),
     Mutant(
         "the queue has no part in the price of a plan", _PLANFIT, "+ intensity / UNIT * n_gpus", "", _PLANS

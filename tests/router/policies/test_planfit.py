@@ -198,6 +198,21 @@ def test_few_late_queries_are_no_overload() -> None:
     assert isinstance(chosen(queue), Shed)
 
 
+def test_a_spike_that_is_too_large_is_served_while_batches_are_nearly_full() -> None:
+    """140 are due in 6 ms, less than a full batch takes: eight go, since few are left to serve."""
+    spike = demand_of(10, spike=600)
+    spike.arrived([36 * MS] * 600, NOW_NS - 2 * MS)
+    spike.settle(NOW_NS)
+    assert chosen(view_of([6.0] * 140, spike, supply_of(8, 35 * MS))) == Choice(0, 8)
+    # In time for one or two only: refused. And so are all that are late where enough others wait.
+    late = chosen(view_of([2.2] * 140, spike, supply_of(8, 35 * MS)))
+    assert isinstance(late, Shed)
+    assert late.before_ns == NOW_NS + WAY_NS + CNN.latency_p99_ns(0, 4)
+    queued = chosen(view_of([6.0] * 140 + [30.0] * 900, spike, supply_of(8, 35 * MS)))
+    assert isinstance(queued, Shed)
+    assert queued.before_ns == NOW_NS + WAY_NS + CNN.latency_p99_ns(0, 16)
+
+
 def test_without_demand_a_worker_plans_as_if_it_were_alone() -> None:
     """It knows its own queue and slack: one query gets the best subnet, many the smallest."""
     for length, choice in ((1, Choice(BEST, 1)), (400, Choice(0, 16))):
