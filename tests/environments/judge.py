@@ -73,6 +73,8 @@ def complaints(step: Step, seen: Seen, hostile: Hostile, asked: Collection[str] 
     if seen.code is None:
         return ["did not end in time", *_broken(seen)]
     found = _broken(seen)
+    if step.starts and -seen.code in seen.sent and re.search(step.stdout, seen.stdout or ""):
+        return found  # the signal came when all was done, and is no reason to undo it
     is_unread = hostile.streams.get("stdout") in ("broken", "full")
     # A verdict that could not be printed is none; an expected error goes to stderr.
     is_verdict = bool(step.stderr) or not (is_unread and seen.code)
