@@ -429,6 +429,20 @@ POLICIES = (
         "no room is kept for a surge", _PLANFIT, "each_ns = _WORST * plan.unit_ns", "each_ns = 0.0", _PLANS
     ),
     Mutant(
+        "what came at once may grow as what comes in a while",
+        _PLANFIT,
+        "_SUDDEN * plan.unit_ns * first",
+        "each_ns * first",
+        _PLANS,
+    ),
+    Mutant(
+        "in overload a plan that just holds is trusted",
+        _PLANFIT,
+        " - _WARY * plan.others * plan.full",
+        "",
+        _PLANS,
+    ),
+    Mutant(
         "a GPU is trusted before it is measured",
         _PLANFIT,
         "# Comparisons instead of min() and max(): a call of those costs as much as a line of this loop.\n"
