@@ -64,7 +64,7 @@ class MemoryReport:
         shared: Parameters and buffers of the model, on its device; all subnets use them.
         statistics_resident: SubnetNorm's of the subnets prepared, on the device.
         statistics_idle: SubnetNorm's of the others, in host memory.
-        packed: Contiguous copies of slices, on the device.
+        packed: Copies of slices, on the device: packed ones, and those of several parts.
         n_subnets: Subnets hosted.
         n_resident: Those of them that are prepared.
     """
@@ -116,12 +116,15 @@ class Supernet(nn.Module):
         self._inserted = inserted
         self._one_pass = threading.Lock()
         self._statistics: dict[str, SubnetStatistics] = {}
+        self._gathered_for: dict[str, Mapping[str, Any] | None] = {}
         self._pinned: frozenset[int] = frozenset()
         self._trimmed_to: frozenset[str] | None = None
         self.host((Subnet("largest", controls.space.largest),))
 
     def host(self, subnets: Sequence[Subnet]) -> None:
-        """Host these subnets and actuate the first; statistics stay with the subnets' names.
+        """Host these subnets and actuate the first; statistics stay with a name and its control tuple.
+
+        A name that is hosted with another control tuple than its statistics were set for loses them.
 
         Raises:
             ConfigError: If there is no subnet, two have one name, or one has a control tuple that
@@ -134,6 +137,7 @@ class Supernet(nn.Module):
         rows = [self.settings_of(subnet) for subnet in subnets]
         self.subnets = tuple(subnets)
         self._rows = rows
+        self._drop_others_statistics()
         self._pinned = frozenset()
         self._forget()
         self.cursor.chosen = self.prepared(0)
@@ -214,7 +218,19 @@ class Supernet(nn.Module):
                         f"got {channels}"
                     )
         self._statistics.update(statistics)
+        # Statistics of names that are not hosted are those of whatever is hosted first under the name.
+        self._gathered_for |= dict.fromkeys(statistics)
+        self._drop_others_statistics()
         self._refresh()
+
+    def _drop_others_statistics(self) -> None:
+        """Drop the statistics that were set for other control tuples than those now hosted by that name."""
+        for name, control in ((subnet.name, subnet.control) for subnet in self.subnets):
+            if name in self._statistics:
+                if self._gathered_for[name] is None:
+                    self._gathered_for[name] = control
+                elif self._gathered_for[name] != control:
+                    del self._statistics[name], self._gathered_for[name]
 
     # --- packed slices, and what is not needed --------------------------------------------------
 
@@ -239,6 +255,7 @@ class Supernet(nn.Module):
                 (layer, (self.cursor.settings[layer.place], inputs))
                 for layer, inputs in self._inputs_of(row, example).items()
                 if isinstance(layer, WeightSlice)
+                and (self.cursor.settings[layer.place], inputs) in layer.slices
             ]
             # Kernels of many positions first: they gather most.
             for layer, key in sorted(used, key=lambda found: -found[0].weight[0, 0].numel()):
@@ -273,6 +290,8 @@ class Supernet(nn.Module):
     def _inputs_of(self, row: int, example: torch.Tensor) -> dict[Operator, int]:
         """Return how many input channels each operator that runs is given, by running subnet `row`."""
         seen: dict[Operator, int] = {}
+        with torch.inference_mode():  # what a block is like that never ran is learnt before anything is noted
+            self.run_with(self.prepared(row).settings, example)
 
         def note(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             assert isinstance(layer, Operator), "hooks are on operators alone"
@@ -294,12 +313,7 @@ class Supernet(nn.Module):
         names = {subnet.name for subnet in self.subnets}
         of_subnets = {name: _n_bytes(held.values) for name, held in self._statistics.items() if name in names}
         resident = sum(of_subnets.get(self.subnets[row].name, 0) for row in self._prepared)
-        packed = sum(
-            _n_bytes(copy.weight)
-            for op in self._inserted.operators
-            if isinstance(op, WeightSlice)
-            for copy in op.packed.values()
-        )
+        packed = sum(op.copied_bytes for op in self._inserted.operators)
         return MemoryReport(
             shared=sum(map(_n_bytes, (*self.model.parameters(), *self.model.buffers()))),
             statistics_resident=resident,
@@ -319,7 +333,7 @@ class Supernet(nn.Module):
                     if parameter.is_floating_point():
                         setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
         for op in self._inserted.operators:
-            op.forget()
+            op.renew()
 
     @property
     def device(self) -> torch.device:
