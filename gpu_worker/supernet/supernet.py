@@ -18,6 +18,7 @@ from gpu_worker.supernet.operators import (
     WeightSlice,
     is_packed_already,
 )
+from gpu_worker.supernet.operators.base import address_of
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 
@@ -90,6 +91,9 @@ class MemoryReport:
         )
 
 
+_address = torch.Tensor.data_ptr
+
+
 def _mb(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:.2f} MB"
 
@@ -119,6 +123,8 @@ class Supernet(nn.Module):
         self._gathered_for: dict[str, Mapping[str, Any] | None] = {}
         self._pinned: frozenset[int] = frozenset()
         self._trimmed_to: frozenset[str] | None = None
+        self._held: list[torch.Tensor] = []
+        self._addresses: list[int] = []
         self.host((Subnet("largest", controls.space.largest),))
 
     def host(self, subnets: Sequence[Subnet]) -> None:
@@ -184,8 +190,24 @@ class Supernet(nn.Module):
     def run_with(self, settings: Settings, *args: Any, **kwargs: Any) -> Any:
         """Run the model once with these settings, whatever is actuated."""
         with self._one_pass:
-            self.cursor.settings = settings
-            return self.model(*args, **kwargs)
+            cursor = self.cursor
+            if list(map(_address, self._held)) != self._addresses:  # p.data = ...: their views are old
+                for op in self._inserted.operators:
+                    op.renew()
+            cursor.settings = settings
+            try:
+                return self.model(*args, **kwargs)
+            finally:
+                if cursor.is_moved:
+                    self._note_addresses()
+
+    def _note_addresses(self) -> None:
+        """Note where the parameters are of which operators hold views."""
+        held = [tensor for op in self._inserted.operators for tensor in op.held]
+        at = [(tensor, address_of(tensor)) for tensor in held if isinstance(tensor, torch.Tensor)]
+        self._held = [tensor for tensor, address in at if address >= 0]
+        self._addresses = [address for _, address in at if address >= 0]
+        self.cursor.is_moved = False
 
     # --- SubnetNorm's statistics --------------------------------------------------------------
 

@@ -27,14 +27,16 @@ class Cursor:
             the whole layer's, by their place: spans of the whole layer's inputs, each (start, length).
         chosen: What the next forward pass will use. Actuation is one store of it, and a pass takes it
             over once, at its start; so no pass is half of one subnet and half of another.
+        is_moved: Whether an operator has met other parameters since the supernet noted where they are.
     """
 
-    __slots__ = ("chosen", "layouts", "settings")
+    __slots__ = ("chosen", "is_moved", "layouts", "settings")
 
     def __init__(self, chosen: Prepared) -> None:
         self.chosen = chosen
         self.settings = chosen.settings
         self.layouts: Layouts = {}
+        self.is_moved = True
 
     @property
     def row(self) -> int:
@@ -65,8 +67,9 @@ class Operator:
     """What every operator has beside its layer: a cursor, its place in the settings, its path.
 
     An operator keeps views of its parameters. Before it uses one it looks whether its parameters are the
-    tensors that they were, at the address where they were: `p.data = ...`, a new parameter,
-    `torch.func.functional_call` and weights that are computed for each pass leave views of old numbers.
+    tensors that they were: a new parameter, `torch.func.functional_call` and weights that are computed for
+    each pass leave views of old numbers. `p.data = ...` keeps the tensor and moves it: a supernet looks once
+    a pass whether any has moved.
     """
 
     channel_axis: ClassVar[int] = 1
@@ -96,12 +99,10 @@ class Operator:
         return self.cursor.layouts.get(self.place) if self.is_joined else None
 
     def look(self) -> None:
-        """Drop the views unless the parameters are those of which they are views."""
-        if self.is_derived:
-            self.renew()
-            return
-        for tensor, (held, address) in zip(self._now(), self.seen, strict=True):
-            if tensor is not held or (tensor is not None and tensor.data_ptr() != address):
+        """Drop the views unless the parameters are the tensors of which they are views."""
+        held = self.held
+        for i, tensor in enumerate(self._now()):
+            if tensor is not held[i]:
                 self.renew()
                 return
 
@@ -117,12 +118,12 @@ class Operator:
     def renew(self) -> None:
         """Drop all views, and note of which parameters the next ones will be."""
         self.forget()
-        held = self._now()
-        self.seen = [(tensor, 0 if tensor is None else address_of(tensor)) for tensor in held]
         # What a hook or a parametrization computes is no parameter, and may be another tensor each time.
-        self.is_derived = any(
-            tensor is None and used is not None for tensor, used in zip(held, self._used(), strict=True)
+        self.held: tuple[Any, ...] = tuple(
+            _COMPUTED if tensor is None and used is not None else tensor
+            for tensor, used in zip(self._now(), self._used(), strict=True)
         )
+        self.cursor.is_moved = True
 
     # Moving a module to a device or a dtype replaces its parameters.
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
@@ -137,6 +138,10 @@ class Operator:
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # as above
         self.renew()  # the views in a deep copy are not views of the copy's parameters
+
+
+_COMPUTED = object()
+"""Held in place of a computed tensor: no tensor is it, and so nothing is kept from one pass to the next."""
 
 
 class ElasticOperator(Operator):

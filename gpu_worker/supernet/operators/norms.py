@@ -62,20 +62,18 @@ class VectorOperator(Operator):
 
     def forget(self) -> None:
         """Drop the views of the vectors."""
-        self.parts: dict[Any, Vectors] = {}
+        self.parts: dict[int, Vectors] = {}
 
     def vectors(self, channels: int) -> Vectors:
         """Return the watched vectors of the channels in use, None where the layer has none."""
-        spans = self.spans
         if torch.is_grad_enabled():
-            return self._part(channels, spans, is_recorded=True)
+            return self._part(channels, self.spans, is_recorded=True)
         self.look()
-        if spans is not None and len(spans) > 1:
-            return self._part(channels, spans)  # a copy, which would not see its vector change
-        key = (channels, spans)
-        part = self.parts.get(key)
+        if self.is_joined and self.spans is not None:
+            return self._part(channels, self.spans)  # a copy, which would not see its vector change
+        part = self.parts.get(channels)
         if part is None:
-            part = self.parts[key] = self._part(channels, spans)
+            part = self.parts[channels] = self._part(channels, None)
         return part
 
     def _part(self, channels: int, spans: Spans | None, *, is_recorded: bool = False) -> Vectors:
@@ -270,6 +268,25 @@ class SubnetNorm(VectorOperator):
     def n_channels(self) -> int:
         """Return the channels of the whole layer."""
         return self.num_features
+
+    def vectors(self, channels: int) -> Vectors:
+        """Return scale, shift, mean and variance of the channels in use, None where the layer has none."""
+        if self.is_joined or torch.is_grad_enabled():
+            return super().vectors(channels)
+        # As `look`, written out: it is done for every norm of every pass.
+        attributes = self.__dict__
+        parameters, buffers, held = attributes["_parameters"], attributes["_buffers"], self.held
+        if (
+            parameters.get("weight") is not held[0]
+            or parameters.get("bias") is not held[1]
+            or buffers.get("running_mean") is not held[2]
+            or buffers.get("running_var") is not held[3]
+        ):
+            self.renew()
+        part = self.parts.get(channels)
+        if part is None:
+            part = self.parts[channels] = self._part(channels, None)
+        return part
 
     def _now(self) -> Sequence[torch.Tensor | None]:
         parameters, buffers = self.__dict__["_parameters"], self.__dict__["_buffers"]

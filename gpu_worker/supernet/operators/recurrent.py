@@ -62,7 +62,7 @@ class SlicedRecurrent(ElasticOperator):
     def look(self) -> None:
         """Drop the copies if a parameter was written or replaced."""
         held = self._now()
-        if len(held) != len(self.seen) or version_of(*held) != self.written:
+        if len(held) != len(self.held) or version_of(*held) != self.written:
             self.renew()
         super().look()
 

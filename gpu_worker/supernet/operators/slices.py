@@ -39,6 +39,7 @@ class WeightSlice(ElasticOperator):
         self.slices: dict[Key, Parameters] = {}
         self.packed: dict[Key, Parameters] = {}
         self.gathered: dict[Key, Parameters] = {}
+        self.copied: int | None = None  # the parameters' version, if there are copies
 
     @property
     def copied_bytes(self) -> int:
@@ -58,14 +59,17 @@ class WeightSlice(ElasticOperator):
 
     def slice_in_use(self, inputs: int) -> Parameters:
         """Return the actuated subnet's part of the parameters, for an activation of `inputs` channels."""
-        key: Key = (self.cursor.settings[self.place], inputs)
+        cursor = self.cursor
+        key: Key = (cursor.settings[self.place], inputs)
         if self.is_joined:
-            key = (*key, self.spans)
+            key = (*key, cursor.layouts.get(self.place))
         if torch.is_grad_enabled():
             return self._slice(self.weight, self.bias, *key)
-        self.look()
-        if self.packed or self.gathered:
-            self._drop_old_copies()
+        parameters, held = self.__dict__["_parameters"], self.held
+        if parameters.get("weight") is not held[0] or parameters.get("bias") is not held[1]:
+            self.renew()
+        elif self.copied is not None and self.copied != version_of(self.weight, self.bias):
+            self.forget()
         found = self.slices.get(key)
         return self._first_use(key) if found is None else found
 
@@ -75,10 +79,6 @@ class WeightSlice(ElasticOperator):
             self.gathered[key] = found
             self.copied = version_of(self.weight, self.bias)
         return found
-
-    def _drop_old_copies(self) -> None:
-        if version_of(self.weight, self.bias) != self.copied:
-            self.forget()
 
     def _slice(
         self,

@@ -125,6 +125,8 @@ def test_new_parameters_are_seen(change: Callable[[nn.Module, State], None], is_
     alike(run(supernet, x), expected_old)
     change(model, new)
     alike(run(supernet, x), expected_new)
+    new_data(model, Net().state_dict())  # the parameters that are new have moved
+    alike(run(supernet, x), expected_old)
 
 
 def test_a_functional_call_is_answered_by_its_parameters_and_no_other_is() -> None:
