@@ -64,6 +64,11 @@ class SlicedAttention(ElasticOperator, nn.MultiheadAttention):
         return [*super()._used(), self.out_proj.weight, self.out_proj.bias]
 
     @property
+    def n_inputs(self) -> int:
+        """Features of the queries."""
+        return int(self.embed_dim)
+
+    @property
     def n_outputs(self) -> int:
         """Heads of the whole layer."""
         return int(self.num_heads)

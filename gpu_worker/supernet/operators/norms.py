@@ -56,6 +56,11 @@ class VectorOperator(Operator):
         self.whole = self.n_channels()
         super().attach(cursor, place, path)
 
+    @property
+    def n_inputs(self) -> int:
+        """Channels of the layer."""
+        return self.whole
+
     def n_channels(self) -> int:
         """Return the channels of the whole layer."""
         raise NotImplementedError
