@@ -36,6 +36,8 @@ class SlicedAttention(ElasticOperator, nn.MultiheadAttention):
     """
 
     channel_axis = -1
+    follows_inputs = False
+    gives_channels = False
     watched = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
     @classmethod

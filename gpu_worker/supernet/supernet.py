@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import nn
 
-from gpu_worker.supernet.flow import Flow
-from gpu_worker.supernet.layouts import NeedsWhole, forget_tags, tensors_in
+from gpu_worker.supernet.flow.follow import Flow
+from gpu_worker.supernet.flow.layouts import NeedsWhole, forget_tags, tensors_in
 from gpu_worker.supernet.operators import (
     NormCalibration,
     Operator,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gpu_worker.supernet.control import Controls
-    from gpu_worker.supernet.flow import Shapes
+    from gpu_worker.supernet.flow.follow import Shapes
     from gpu_worker.supernet.insertion import Inserted
     from gpu_worker.supernet.operators.base import Layouts, Settings
 
@@ -255,13 +255,13 @@ class Supernet(nn.Module):
         """Return what each call gives in the whole network, of these inputs; nothing if it does not run."""
         inputs = tuple(tuple(tensor.shape) for tensor in tensors_in((*args, *kwargs.values())))
         if self._whole_shapes is None or self._whole_shapes[0] != inputs:
-            flow = Flow(self.model, self.cursor, {})
+            shapes: Shapes = {}
             try:
-                with torch.no_grad(), flow:
+                with torch.no_grad(), Flow(self.model, self.cursor, shapes, is_whole=True):
                     self._run(self._inserted.defaults, {}, args, kwargs)
             except (RuntimeError, ConfigError):
-                flow.shapes = {}  # then whatever depends on them is refused
-            self._whole_shapes = inputs, flow.shapes
+                shapes = {}  # then whatever depends on them is refused
+            self._whole_shapes = inputs, shapes
         return self._whole_shapes[1]
 
     def _run(

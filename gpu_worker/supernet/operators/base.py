@@ -81,6 +81,8 @@ class Operator:
     path: str
     whole_inputs: int
     """Inputs of the whole layer, also after a trim."""
+    follows_inputs = True
+    """Whether a part of its inputs may be given to it."""
     is_joined = False
     """Whether in some subnet its inputs are not the first of the whole layer's: `cursor.layouts` has them."""
 
@@ -163,6 +165,8 @@ class ElasticOperator(Operator):
         whole_parts: The same of the layer as it was before a trim; its outputs if there is one part.
     """
 
+    gives_channels = True
+    """Whether its outputs are what is chosen; heads are inside."""
     parts: tuple[int, ...] = ()
     whole_parts: tuple[int, ...]
 

@@ -220,6 +220,11 @@ class SlicedPReLU(VectorOperator, nn.PReLU):
 
     watched = ("weight",)
 
+    def attach(self, cursor: Any, place: int, path: str) -> None:
+        """Become entry `place` of `cursor.settings`; `path` is the layer's name in its model."""
+        super().attach(cursor, place, path)
+        self.follows_inputs = self.whole > 1
+
     def n_channels(self) -> int:
         """Return how many slopes there are."""
         return self.num_parameters

@@ -338,6 +338,7 @@ class WeightSliceEmbedding(WeightSlice, nn.Embedding):
     out_axis = 1
     in_axis = 0
     bias = None
+    follows_inputs = False
 
     def _slice(
         self,

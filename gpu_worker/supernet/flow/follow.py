@@ -1,14 +1,4 @@
-"""Follows which channels of the whole network an activation holds, from a cut layer to those after it.
-
-A subnet is followed in its first pass: every tensor carries, for each axis along which it was cut, a layout:
-the pieces that it consists of, each the first channels of a piece of the whole network's. So behind a
-concatenation, a fused projection or a flattening with channels last, a layer uses the inputs that it is given,
-and not its first ones; where it is not known how a tensor came about, the layer that is given a part of it
-refuses.
-
-Some calls mean one thing in the whole network and another in the subnet: `view(batch, length, 8, -1)` keeps
-the number of heads and cuts each. They are compared with what the same call gave in a pass of the whole network.
-"""
+"""Flow: a pass in which every call is followed."""
 
 from __future__ import annotations
 
@@ -17,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gpu_worker.supernet.attention import SlicedAttention
-from gpu_worker.supernet.layouts import Call, Lost, rule_of, tags_of, tensors_in
-from gpu_worker.supernet.operators import ElasticOperator, Operator, norms, recurrent, slices
+from gpu_worker.supernet.flow.layouts import Call, Lost, Whole, tags_of, tensors_in
+from gpu_worker.supernet.flow.rules import rule_of
+from gpu_worker.supernet.operators import ElasticOperator, Operator, recurrent, slices
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,12 +17,14 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from gpu_worker.supernet.layouts import Layout, Tags
+    from gpu_worker.supernet.flow.layouts import Layout, Tags
     from gpu_worker.supernet.operators import Cursor
     from gpu_worker.supernet.operators.base import Spans
 
-Shapes = dict[tuple[str, int], tuple[str, tuple[tuple[int, ...], ...]]]
+Shapes = dict[tuple[str, int], tuple[str, Whole]]
 """What each call gave: by the path of the module that made it and its number there, its name and shapes."""
+
+_UNKNOWN = Whole((), (), {})
 
 _ADDING = frozenset(
     {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "rsub"}
@@ -51,14 +43,20 @@ class Flow(TorchFunctionMode):
 
     Attributes:
         layouts: Spans of the whole layer's inputs, by the operator's place, where they are not the first.
-        shapes: What each call gave in this pass.
+
+    Args:
+        model: What runs.
+        cursor: Of its operators.
+        whole: What each call gave in the whole network; None if that is not known.
+        is_whole: Whether this is a pass of the whole network: `whole` is filled.
     """
 
-    def __init__(self, model: nn.Module, cursor: Cursor, whole: Shapes | None) -> None:
+    def __init__(
+        self, model: nn.Module, cursor: Cursor, whole: Shapes | None, *, is_whole: bool = False
+    ) -> None:
         super().__init__()
         self.layouts: dict[int, Spans] = {}
-        self.shapes: Shapes = {}
-        self._model, self._cursor, self._whole = model, cursor, whole
+        self._model, self._cursor, self._whole, self._is_whole = model, cursor, whole, is_whole
         self._inside: list[str] = [""]
         self._calls: dict[str, int] = {}
 
@@ -89,7 +87,7 @@ class Flow(TorchFunctionMode):
         outs = list(tensors_in((out,)))
         if not outs:
             return out
-        whole = self._note(name, outs)
+        whole = self._note(name, Whole(tuple(tuple(tensor.shape) for tensor in outs), args[1:], kwargs))
         _carry_marks(given, outs)
         if any(tags for _, tags in before):
             call = Call(name, args, kwargs, before, outs, whole)
@@ -100,15 +98,16 @@ class Flow(TorchFunctionMode):
                 _tag(tensor, {})
         return out
 
-    def _note(self, name: str, outs: list[torch.Tensor]) -> tuple[tuple[int, ...], ...] | None:
-        """Note what a call gave, and return what it gave in the whole network; None if that is not known."""
+    def _note(self, name: str, found: Whole) -> Whole | None:
+        """Note a call, and return the same one in the whole network; None if that has not been looked at."""
         path = self._inside[-1]
         number = self._calls[path] = self._calls.get(path, 0) + 1
-        self.shapes[path, number] = (name, tuple(tuple(tensor.shape) for tensor in outs))
         if self._whole is None:
             return None
-        same, shapes = self._whole.get((path, number), ("", ()))
-        return shapes if same == name and len(shapes) == len(outs) else ()
+        if self._is_whole:
+            self._whole[path, number] = (name, found.without_tensors())
+        same, whole = self._whole.get((path, number), ("", _UNKNOWN))
+        return whole if same == name and len(whole.shapes) == len(found.shapes) else _UNKNOWN
 
     # --- modules ----------------------------------------------------------------------------
 
@@ -139,7 +138,7 @@ class Flow(TorchFunctionMode):
             return
         axis = op.channel_axis if op.channel_axis < 0 else op.channel_axis - x.dim()
         layout = tags_of(x).get(axis)
-        if layout is None or x.shape[axis] == whole:
+        if layout is None:
             return
         if isinstance(layout, Lost):
             raise ConfigError(
@@ -214,11 +213,7 @@ def _carry_marks(given: list[torch.Tensor], outs: list[torch.Tensor]) -> None:
 
 def whole_inputs_of(op: Operator) -> int | None:
     """Return the inputs of the whole layer; None if no part of them is ever given."""
-    if isinstance(op, slices.WeightSliceEmbedding | SlicedAttention):
-        return None
-    if isinstance(op, norms.SlicedPReLU) and op.whole == 1:
-        return None
-    return op.whole_inputs
+    return op.whole_inputs if op.follows_inputs else None
 
 
 def _spans(layout: Layout) -> Spans:
@@ -271,7 +266,7 @@ def _tag_outputs(op: Operator, x: torch.Tensor | None, outs: list[torch.Tensor])
 
 
 def _outputs_of(op: Operator, x: torch.Tensor) -> Layout:
-    if not isinstance(op, ElasticOperator) or isinstance(op, SlicedAttention):
+    if not isinstance(op, ElasticOperator) or not op.gives_channels:
         return ()
     if isinstance(op, slices.Grouped) and op.groups > 1:
         inputs = tags_of(x).get(op.channel_axis)
