@@ -103,9 +103,6 @@ def _sizes(settings: Settings) -> tuple[int | None, ...]:
     return tuple(entry if isinstance(entry, int) else None for entry in settings)
 
 
-_address = torch.Tensor.data_ptr
-
-
 def _mb(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:.2f} MB"
 
@@ -138,7 +135,7 @@ class Supernet(nn.Module):
         self._followed: dict[tuple[int | None, ...], Layouts] = {}
         self._layouts: dict[int, Layouts] = {}
         self._whole_shapes: tuple[Any, Shapes] | None = None
-        self._held: list[torch.Tensor] = []
+        self._where: list[Callable[[], int]] = []
         self._addresses: list[int] = []
         self.host((Subnet("largest", controls.space.largest),))
 
@@ -269,7 +266,7 @@ class Supernet(nn.Module):
     ) -> Any:
         with self._one_pass:
             cursor = self.cursor
-            if list(map(_address, self._held)) != self._addresses:  # p.data = ...: their views are old
+            if [where() for where in self._where] != self._addresses:  # p.data = ...: their views are old
                 for op in self._inserted.operators:
                     op.renew()
             cursor.settings, cursor.layouts = settings, layouts
@@ -283,7 +280,7 @@ class Supernet(nn.Module):
         """Note where the parameters are of which operators hold views."""
         held = [tensor for op in self._inserted.operators for tensor in op.held]
         at = [(tensor, address_of(tensor)) for tensor in held if isinstance(tensor, torch.Tensor)]
-        self._held = [tensor for tensor, address in at if address >= 0]
+        self._where = [tensor.data_ptr for tensor, address in at if address >= 0]
         self._addresses = [address for _, address in at if address >= 0]
         self.cursor.is_moved = False
 
@@ -447,11 +444,13 @@ class Supernet(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_one_pass"}
+        # Methods of this supernet's tensors and its lock are not a copy's.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_one_pass", "_where")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._one_pass = threading.RLock()
+        self._note_addresses()
         self._refresh()  # the views in a deep copy are not views of the copy's statistics
 
     def _refresh(self) -> None:
