@@ -243,10 +243,19 @@ class Supernet(nn.Module):
         shapes = None
         while True:
             try:
-                with Flow(self.model, self.cursor, shapes) as flow:
+                flow = Flow(self.model, self.cursor, shapes)
+                with flow:
                     return self._run(settings, flow.layouts, args, kwargs), flow
             except NeedsWhole:
                 shapes = self._shapes_of_whole(args, kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError) as error:
+                if not self._shapes_of_whole(args, kwargs):
+                    raise  # the whole network fails too
+                raise ConfigError(
+                    f"{flow.path or 'the model'}: runs in the whole network and not in this subnet: {error}"
+                ) from error
 
     def _shapes_of_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
         """Return what each call gives in the whole network, of these inputs; nothing if it does not run."""

@@ -31,6 +31,15 @@ _ADDING = frozenset(
 )
 
 
+_ASKING = frozenset(
+    """
+    shape size dim ndim numel stride dtype device layout is_cuda is_meta is_sparse is_quantized is_nested
+    is_contiguous is_floating_point is_complex is_inference requires_grad data_ptr _version item tolist
+    """.split()  # noqa: SIM905  as many words as lines otherwise
+)
+"""Calls that give no tensor: most of those of a pass."""
+
+
 class _LeftOut(NamedTuple):
     """Marks what came back from a block that was left out: the block, its input, and what that came of."""
 
@@ -60,6 +69,11 @@ class Flow(TorchFunctionMode):
         self._inside: list[str] = [""]
         self._calls: dict[str, int] = {}
 
+    @property
+    def path(self) -> str:
+        """The module that is running, or in which the pass ended with an error."""
+        return self._inside[-1]
+
     def __enter__(self) -> Flow:
         self._hooks = [
             hook for path, module in self._model.named_modules() for hook in self._hooked(path, module)
@@ -79,6 +93,8 @@ class Flow(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = _name_of(func)
+        if name in _ASKING:
+            return func(*args, **kwargs)
         given = list(tensors_in((*args, *kwargs.values())))
         if name in _ADDING:
             _refuse_twice(given)

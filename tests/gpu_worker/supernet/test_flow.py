@@ -542,3 +542,21 @@ def test_blocks_that_add_by_themselves_are_not_taken_for_branches() -> None:
     supernet = insert(model, stages=[Stage("", rule=lambda d, n: (0, n - 1) if d == 2 else tuple(range(d)))])
 
     checked(supernet, {"d": [2]}, expected, x)
+
+
+def test_what_fails_in_a_subnet_alone_names_the_module() -> None:
+    """A bias of eight does not fit four: torch's own error, and where it came up."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.bias
+
+    supernet = insert(random(nn.Sequential(nn.Linear(4, 8), Biased())), elastic=[Elastic("w", ["0"])])
+    with pytest.raises(ConfigError, match="1: runs in the whole network and not in this subnet: The size of"):
+        answer(supernet, {"w": [0.5]}, drawn(2, 4))
+    with pytest.raises(ConfigError, match="0: expected at most 4 inputs, got 5"):
+        answer(supernet, {"w": [0.5]}, drawn(2, 5))
