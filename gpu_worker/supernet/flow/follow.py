@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gpu_worker.supernet.flow.layouts import Call, Lost, Whole, tags_of, tensors_in
+from gpu_worker.supernet.flow.layouts import Call, Lost, NeedsWhole, Whole, tags_of, tensors_in
 from gpu_worker.supernet.flow.rules import rule_of
 from gpu_worker.supernet.operators import ElasticOperator, Operator, recurrent, slices
 from superserve.errors import ConfigError
@@ -154,7 +154,10 @@ class Flow(TorchFunctionMode):
             return
         axis = op.channel_axis if op.channel_axis < 0 else op.channel_axis - x.dim()
         layout = tags_of(x).get(axis)
+        if self._is_whole and self._whole is not None:
+            self._whole[op.path, 0] = ("given", Whole(((x.shape[axis],),), (), {}))
         if layout is None:
+            self._refuse_unseen(op, x.shape[axis], whole)
             return
         if isinstance(layout, Lost):
             raise ConfigError(
@@ -170,6 +173,18 @@ class Flow(TorchFunctionMode):
         if spans != ((0, x.shape[axis]),):
             op.is_joined = True
             self.layouts[op.place] = spans
+
+    def _refuse_unseen(self, op: Operator, n: int, whole: int) -> None:
+        """Raise ConfigError if a part came about where no call was seen, unless it is the model's input."""
+        if n >= whole:
+            return
+        if self._whole is None:
+            raise NeedsWhole
+        if self._whole.get((op.path, 0), ("", _UNKNOWN))[1].shapes != ((n,),):
+            raise ConfigError(
+                f"{op.path}: given {n} of {whole} inputs by code that calls no function of torch, or a "
+                "scripted one: leave the layers before it whole"
+            )
 
     # --- blocks that are left out ---------------------------------------------------------------
 

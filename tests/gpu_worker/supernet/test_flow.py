@@ -544,6 +544,30 @@ def test_blocks_that_add_by_themselves_are_not_taken_for_branches() -> None:
     checked(supernet, {"d": [2]}, expected, x)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("is_scripted", [True, False])
+def test_what_no_call_of_torch_gave_is_refused(is_scripted: bool) -> None:
+    """Code that is scripted or goes by way of numpy may do anything with channels."""
+
+    def reordered(x: torch.Tensor) -> torch.Tensor:
+        return x.flip(-1)
+
+    def by_numpy(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(x.numpy()[:, ::-1].copy())
+
+    between = torch.jit.script(reordered) if is_scripted else by_numpy
+    model, x = random(Between2(nn.Linear(4, 8), between, nn.Linear(8, 3))), drawn(2, 4)
+    with torch.inference_mode():
+        whole = model(x)
+    supernet = insert(model, elastic=[Elastic("w", ["first"])])
+
+    alike(answer(supernet, {"w": [1.0]}, x), whole)
+    with pytest.raises(
+        ConfigError, match="last: given 4 of 8 inputs by code that calls no function of torch"
+    ):
+        answer(supernet, {"w": [0.5]}, x)
+
+
 def test_what_fails_in_a_subnet_alone_names_the_module() -> None:
     """A bias of eight does not fit four: torch's own error, and where it came up."""
 

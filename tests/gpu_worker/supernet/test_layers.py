@@ -149,12 +149,13 @@ def test_gradients_flow_through_a_part(name: str) -> None:
 
 def test_groups_are_kept_whole() -> None:
     """Five of eight channels do not fill groups of two: refused, with what to do."""
-    supernet = insert(nn.Sequential(random(nn.GroupNorm(4, 8))))
+    model = random(nn.Sequential(nn.Conv1d(2, 8, 1), nn.GroupNorm(4, 8)))
+    supernet = insert(model, elastic=[Elastic("w", ["0"])])
 
     with pytest.raises(
-        ConfigError, match=r"0: expected whole groups of 2 channels, got 5: give .*multiple_of=2"
+        ConfigError, match=r"1: expected whole groups of 2 channels, got 5: give .*multiple_of=2"
     ):
-        answer(supernet, {}, drawn(2, 5, 3))
+        answer(supernet, {"w": [5 / 8]}, drawn(2, 2, 3))
 
 
 class ScaledNorm(nn.Module):
