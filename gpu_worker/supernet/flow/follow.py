@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -41,10 +42,13 @@ _ASKING = frozenset(
 
 
 class _LeftOut(NamedTuple):
-    """Marks what came back from a block that was left out: the block, its input, and what that came of."""
+    """Marks what came back from a block that was left out: the block, its input, and what that came of.
+
+    Tensors by weak references, as everywhere here: a pass frees what it no longer needs.
+    """
 
     path: str
-    inputs: tuple[torch.Tensor, ...]
+    inputs: tuple[weakref.ref[torch.Tensor], ...]
 
 
 class Flow(TorchFunctionMode):
@@ -160,9 +164,10 @@ class Flow(TorchFunctionMode):
             self._refuse_unseen(op, x.shape[axis], whole)
             return
         if isinstance(layout, Lost):
+            n = f"{x.shape[axis]}" + (f" of {whole}" if x.shape[axis] != whole else "")
             raise ConfigError(
-                f"{op.path}: given {x.shape[axis]} of {whole} inputs through {layout.by}, after which it is "
-                f"not known which they are: {_ADVICE}"
+                f"{op.path}: given {n} inputs through {layout.by}, after which it is not known which they are: "
+                f"{_ADVICE}"
             )
         if sum(total for _, total in layout) != whole:
             raise ConfigError(
@@ -194,7 +199,8 @@ class Flow(TorchFunctionMode):
             return stands
         alias = stands.view_as(stands)
         _tag(alias, tags_of(stands))
-        alias._superserve_left_out = _LeftOut(path, (stands, *getattr(stands, "_superserve_of", ())))  # type: ignore[attr-defined]  # ours
+        inputs = (weakref.ref(stands), *getattr(stands, "_superserve_of", ()))
+        alias._superserve_left_out = _LeftOut(path, inputs)  # type: ignore[attr-defined]  # ours
         return alias
 
 
@@ -220,7 +226,7 @@ def _refuse_twice(given: list[torch.Tensor]) -> None:
     """Raise ConfigError if a caller adds to a tensor what stands for a block that was given it."""
     for tensor in given:
         mark: _LeftOut | None = getattr(tensor, "_superserve_left_out", None)
-        if mark is not None and any(other is one for other in given for one in mark.inputs):
+        if mark is not None and any(other is one() for other in given for one in mark.inputs):
             raise ConfigError(
                 f"{mark.path}: when it is left out it gives back its input, and its caller adds that to the "
                 'same input once more: give its stage skipped="zero"'
@@ -236,7 +242,7 @@ def _carry_marks(given: list[torch.Tensor], outs: list[torch.Tensor]) -> None:
     if len(same) == 1 and same[0] is not out:
         if marks:
             out._superserve_left_out = marks[0]  # type: ignore[attr-defined]  # ours
-        out._superserve_of = (same[0], *getattr(same[0], "_superserve_of", ()))[:_FEW]  # type: ignore[attr-defined]
+        out._superserve_of = (weakref.ref(same[0]), *getattr(same[0], "_superserve_of", ()))[:_FEW]  # type: ignore[attr-defined]
 
 
 # --- operators ------------------------------------------------------------------------------

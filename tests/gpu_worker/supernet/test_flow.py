@@ -6,6 +6,7 @@ channels that a subnet lacks set to zero.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -584,3 +585,22 @@ def test_what_fails_in_a_subnet_alone_names_the_module() -> None:
         answer(supernet, {"w": [0.5]}, drawn(2, 4))
     with pytest.raises(ConfigError, match="0: expected at most 4 inputs, got 5"):
         answer(supernet, {"w": [0.5]}, drawn(2, 5))
+
+
+def test_a_first_pass_keeps_no_activation_for_longer() -> None:
+    """What later passes free while they run, the first frees too: at each layer one activation is there."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    counts: list[int] = []
+
+    def count(_layer: nn.Module, _args: Any, out: torch.Tensor) -> None:
+        counts.append(sum(one() is not None for one in alive))
+        alive.append(weakref.ref(out))
+
+    model = random(nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))))
+    supernet = insert(model, elastic=[Elastic("w", ["2"])])
+    for layer in model:
+        layer.register_forward_hook(count)
+    with torch.inference_mode():
+        supernet(drawn(2, 8))
+
+    assert max(counts) <= 1
