@@ -166,7 +166,7 @@ class Flow(TorchFunctionMode):
         if isinstance(layout, Lost):
             n = f"{x.shape[axis]}" + (f" of {whole}" if x.shape[axis] != whole else "")
             raise ConfigError(
-                f"{op.path}: given {n} inputs through {layout.by}, after which it is not known which they are: "
+                f"{op.path}: given {n} inputs through {layout.by}, and it is not known which they are: "
                 f"{_ADVICE}"
             )
         if sum(total for _, total in layout) != whole:

@@ -542,6 +542,19 @@ class SameNorm(nn.BatchNorm1d):
     """A BatchNorm by another name."""
 
 
+@pytest.mark.parametrize("kind", [NormAct, SameNorm])
+def test_a_batch_norm_of_another_class_keeps_its_statistics_in_training(kind: type[nn.BatchNorm1d]) -> None:
+    """It normalises by the batch, and its running statistics stay for all subnets."""
+    norm = random(kind(4))
+    before = {name: t.clone() for name, t in norm.state_dict().items() if "running" in name}
+    supernet, x = insert(nn.Sequential(norm)).train(), drawn(16, 3)
+    normed = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+    expected = normed * norm.get_parameter("weight")[:3] + norm.get_parameter("bias")[:3]
+
+    alike(supernet(x).detach(), expected.relu() if kind is NormAct else expected)
+    assert all(torch.equal(norm.get_buffer(name), tensor) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize(
     ("kind", "rectify"), [(NormAct, F.relu), (SameNorm, nn.Identity()), (nn.SyncBatchNorm, nn.Identity())]
 )
