@@ -15,20 +15,24 @@ with metadata
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from gpu_worker.supernet.operators import NormCalibration
+from gpu_worker.supernet.operators import NormCalibration, SubnetNorm
 from gpu_worker.supernet.supernet import SubnetStatistics
 from superserve.errors import ConfigError
 from superserve.files import write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from torch import nn
 
     from gpu_worker.supernet.supernet import Supernet
     from superserve.subnet import Subnet
@@ -37,35 +41,71 @@ if TYPE_CHECKING:
 def calibrate(
     supernet: Supernet, subnets: Iterable[Subnet], batches: Sequence[torch.Tensor]
 ) -> dict[str, SubnetStatistics]:
-    """Gather each subnet's statistics: means over `batches` of what each norm's input is like.
+    """Gather each subnet's statistics: means over all examples of what each norm's input is like.
 
-    The subnets need not be hosted. What is actuated, and what the supernet holds, stays.
+    A batch counts by its examples, and its variance is the biased one, as in Once for All. A norm behind
+    another sees what that one normalised by the batch. The subnets need not be hosted. What is actuated,
+    and what the supernet holds, stays; dropout is off meanwhile.
 
     Args:
         supernet: In float32, on any device.
         subnets: The subnets to gather statistics for.
         batches: Inputs of the model, each of several queries; more of them give steadier statistics.
 
+    Returns:
+        By subnet name; {} if the supernet has no BatchNorm.
+
     Raises:
-        ConfigError: If there is no batch, or a subnet does not fit.
+        ConfigError: If there is no batch, a subnet does not fit, or a BatchNorm has a class of its own,
+            whose statistics cannot be exchanged: names it.
+
+    Source: Cai et al., "Once for All" (ICLR '20), `set_running_statistics` of its published code.
     """
     if not batches:
         raise ConfigError("calibration: expected at least one batch")
-    return {subnet.name: _calibrate_one(supernet, subnet, batches) for subnet in subnets}
+    _check_norms(supernet)
+    if not supernet.norms:
+        return {}
+    with _in_evaluation(supernet.model):
+        return {subnet.name: _calibrate_one(supernet, subnet, batches) for subnet in subnets}
+
+
+def _check_norms(supernet: Supernet) -> None:
+    """Raise ConfigError if a BatchNorm is no SubnetNorm: all subnets would share its running statistics."""
+    for path, module in supernet.model.named_modules():
+        is_foreign = isinstance(module, _BatchNorm) and not isinstance(module, SubnetNorm)
+        if is_foreign and module.track_running_stats:
+            raise ConfigError(
+                f"calibration: {path}: expected an nn.BatchNorm1d, 2d or 3d, got {type(module).__name__}, "
+                "which keeps one mean and variance for all subnets: replace it by the plain layer before "
+                "you insert operators"
+            )
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Switch every module to evaluation, and back to what each was in."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in before.items():
+            module.training = was_training
 
 
 def _calibrate_one(supernet: Supernet, subnet: Subnet, batches: Sequence[torch.Tensor]) -> SubnetStatistics:
     settings = list(supernet.settings_of(subnet))
     gathered = []
     for norm in supernet.norms:
-        zeros = torch.zeros(norm.num_features, device=supernet.device)
+        zeros = torch.zeros(norm.num_features, dtype=torch.float64, device=supernet.device)
         gathered.append(NormCalibration(zeros, torch.ones_like(zeros)))
         settings[norm.place] = gathered[-1]
     with torch.no_grad():
         for batch in batches:
             supernet.run_with(tuple(settings), batch.to(supernet.device))
     parts = [part[: seen.channels] for seen in gathered for part in (seen.mean, seen.variance)]
-    values = torch.cat(parts).cpu() if parts else torch.empty(0)
+    values = torch.cat(parts).float().cpu() if parts else torch.empty(0)
     return SubnetStatistics(tuple(seen.channels for seen in gathered), values)
 
 

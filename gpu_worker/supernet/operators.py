@@ -83,19 +83,28 @@ class Statistics(NamedTuple):
 
 @dataclass(slots=True)
 class NormCalibration:
-    """A SubnetNorm's setting while its statistics are gathered: running means over all batches.
+    """A SubnetNorm's setting while its statistics are gathered: means over all examples.
 
     Attributes:
-        mean: (all channels,), float32; the first `channels` are in use.
+        mean: (all channels,), float64; the first `channels` are in use.
         variance: The same.
         channels: Of the activations seen; 0 until the norm has run.
-        n_batches: Batches folded in.
+        n_examples: Examples folded in.
     """
 
     mean: torch.Tensor
     variance: torch.Tensor
     channels: int = 0
-    n_batches: int = 0
+    n_examples: int = 0
+
+    def fold(self, mean: torch.Tensor, variance: torch.Tensor, n_examples: int) -> None:
+        """Add a batch's mean and variance, each (C,), weighted by its number of examples."""
+        self.channels = len(mean)
+        self.n_examples += n_examples
+        share = n_examples / self.n_examples
+        for kept, seen in ((self.mean, mean), (self.variance, variance)):
+            first = kept[: self.channels]
+            first += share * (seen - first)
 
 
 class Operator:
@@ -436,19 +445,17 @@ class SubnetNorm(Operator):
         )
 
     def _calibrate(self, x: torch.Tensor, setting: NormCalibration) -> torch.Tensor:
-        channels = setting.channels = x.shape[1]
+        channels = x.shape[1]
+        if setting.channels not in (0, channels):
+            raise ConfigError(
+                f"{self.path}: expected {setting.channels} channels, as in the pass before, got {channels}"
+            )
         weight, bias, _, _ = self._part(channels)
-        setting.n_batches += 1
-        return F.batch_norm(
-            x,
-            setting.mean[:channels],
-            setting.variance[:channels],
-            weight,
-            bias,
-            training=True,
-            momentum=1 / setting.n_batches,  # a running mean over all batches
-            eps=self.eps,
-        )
+        # Not torch's own training mode: it refuses one value a channel, as the last batch may have, and
+        # keeps the unbiased variance, which grows without bound for small batches.
+        variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        setting.fold(mean, variance, len(x))
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=self.eps)
 
 
 class SubnetNorm1d(SubnetNorm, nn.BatchNorm1d):

@@ -230,7 +230,7 @@ class MeasuredAccuracy:
     def _calibrated(
         self, subnets: Sequence[Subnet], batches: Sequence[torch.Tensor]
     ) -> dict[str, SubnetStatistics]:
-        return calibrate(self.supernet, subnets, batches) if self.supernet.norms else {}
+        return calibrate(self.supernet, subnets, batches)
 
     def _examples(self, examples: Examples, n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         labels = torch.split(torch.from_numpy(examples.labels[:n]), _BATCH)

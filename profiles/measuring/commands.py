@@ -344,9 +344,10 @@ def calibrate_command(profile: str, out: Path | None, **given: Any) -> None:
 
     calibrated = load_profile(profile)
     subnets, judge = _subnets(calibrated), _measured(calibrated, **given)
+    statistics = judge.calibrated(subnets)
     if not judge.supernet.norms:
         raise ConfigError("calibrate: expected a supernet with BatchNorm: LayerNorm keeps no statistics")
-    judge.supernet.set_statistics(judge.calibrated(subnets))
+    judge.supernet.set_statistics(statistics)
     path = out or statistics_path(profile)
     save_statistics(path, judge.supernet, calibrated.supernet, subnets)
     click.echo(f"wrote {path}: statistics of {len(subnets)} subnets")
