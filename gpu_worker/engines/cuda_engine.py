@@ -18,7 +18,7 @@ import torch
 
 from gpu_worker.engines.torch_executor import Staged, fill, model_input
 from gpu_worker.supernet.actuation import actuate
-from gpu_worker.supernet.fused_norm import fusing
+from gpu_worker.supernet.operators.fused_norm import fusing
 from profiles.table import evenly
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from gpu_worker.supernet.control import Controls
     from gpu_worker.supernet.insertion import Inserted
-    from gpu_worker.supernet.operators import Settings
+    from gpu_worker.supernet.operators.base import Settings
 
 MAX_PREPARED = {"cpu": 1_024}
 """By device, the most subnets that are ready to run, unless more are pinned: on a CPU they are only views."""
