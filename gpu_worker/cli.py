@@ -114,6 +114,7 @@ class WorkerDevice(NamedTuple):
     help="Precision to compute in; auto is float16 on CUDA if it holds.  [default: auto]",
 )  # fmt: skip
 @click.option("--eager", is_flag=True, default=None, help="Capture no CUDA graphs.")
+@click.option("--no-trim", is_flag=True, default=None, help="Keep what no subnet of the profile uses.")
 @plain_errors()
 def cli(
     endpoint: str,
@@ -135,7 +136,11 @@ def cli(
     # Containers share host names, and each has a process 1.
     name = name or f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"
     _only_with("--emulate", emulate, _given(gpus, speed, drift, event_log))
-    _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
+    _only_with(
+        "--supernet",
+        supernet,
+        {f"--{option.replace('_', '-')}": value for option, value in of_supernet.items()},
+    )
     if (emulate is None) == (supernet is None):
         raise ConfigError("expected one of --emulate and --supernet")
     own = peer_keys(keys or "", "worker")
@@ -200,6 +205,7 @@ class Asked:
     cores: str | None = None
     precision: str | None = None
     eager: bool | None = None
+    no_trim: bool | None = None
 
 
 @contextmanager
@@ -257,6 +263,7 @@ def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
         batch_sizes=profile.batch_sizes,
         precision=asked.precision or "auto",
         uses_graphs=not asked.eager,
+        trims=not asked.no_trim,
     )
     statistics = asked.statistics
     if statistics is None and (beside := statistics_path(name)).exists():

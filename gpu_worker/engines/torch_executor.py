@@ -55,6 +55,7 @@ class Placement:
         uses_graphs: Capture a CUDA graph for each subnet and batch size.
         packed_bytes: Budget of packed slices; None for `PACKED_SHARE` of the weights on CUDA, and for none
             on a CPU, where it was measured to gain nothing.
+        trims: Drop what no hosted subnet uses, as far as a trace proves it.
     """
 
     device: str = "cpu"
@@ -63,6 +64,7 @@ class Placement:
     precision: str = "auto"
     uses_graphs: bool = True
     packed_bytes: int | None = None
+    trims: bool = True
 
     def __post_init__(self) -> None:
         sizes = list(self.batch_sizes)
@@ -250,7 +252,10 @@ class TorchExecutor:
         if isinstance(statistics, Path):
             statistics = load_statistics(statistics, supernet, kind.name, subnets)
         supernet.set_statistics(statistics or {})
-        supernet.trim(example_input(supernet, kind, torch.float32))
+        # Before anything is cut or cast: what a worker leaves out changes no answer.
+        found = fingerprint(supernet)
+        if placement.trims:
+            supernet.trim(*_unlike_inputs(supernet, kind))
         layout = {"memory_format": torch.channels_last} if kind.takes_images else {}
         supernet.to(device, **layout)  # type: ignore[call-overload]  # the stub lacks memory_format
         precision = _settle_precision(supernet, kind, placement)
@@ -260,7 +265,7 @@ class TorchExecutor:
             kind,
             _engine(supernet, kind, placement, precision),
             placement=placement,
-            fingerprint=fingerprint(supernet) + mark,
+            fingerprint=found + mark,
             precision=precision,
         )
 
@@ -330,15 +335,24 @@ def _pack(supernet: Supernet, kind: SupernetKind, placement: Placement, dtype: t
     _LOG.info("packed %.1f MB of slices; %s", packed / 1e6, supernet.memory())
 
 
-def example_input(supernet: Supernet, kind: SupernetKind, dtype: torch.dtype, n: int = 1) -> torch.Tensor:
+def example_input(
+    supernet: Supernet, kind: SupernetKind, dtype: torch.dtype, n: int = 1, seed: int = 0
+) -> torch.Tensor:
     """Return `n` random queries as the model takes them."""
     spec = kind.input_spec
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     if np.issubdtype(np.dtype(spec.dtype), np.integer):
         batch = rng.integers(0, 2, (n, *spec.shape)).astype(spec.dtype)
     else:
         batch = rng.standard_normal((n, *spec.shape)).astype(spec.dtype)
     return model_input(kind, torch.from_numpy(batch).to(supernet.device), dtype)
+
+
+def _unlike_inputs(supernet: Supernet, kind: SupernetKind) -> list[torch.Tensor]:
+    """Return inputs for a trace: zeros, as padding has, a query, and a batch of two."""
+    zeros = torch.zeros((1, *kind.input_spec.shape), dtype=getattr(torch, kind.input_spec.dtype))
+    random = [example_input(supernet, kind, torch.float32, n, seed=n) for n in (1, 2)]
+    return [model_input(kind, zeros.to(supernet.device), torch.float32), *random]
 
 
 def _settle_precision(supernet: Supernet, kind: SupernetKind, placement: Placement) -> str:

@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import nn
 
-from gpu_worker.supernet.operators import (
-    Operator,
-    Prepared,
-    Statistics,
-    SubnetNorm,
-    WeightSlice,
-    is_packed_already,
-)
+from gpu_worker.supernet.operators import Prepared, Statistics, SubnetNorm, WeightSlice, is_packed_already
+from gpu_worker.supernet.trimming import Trimmed, trim
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 
@@ -238,7 +232,6 @@ class Supernet(nn.Module):
             used = [
                 (layer, (self.cursor.settings[layer.place], inputs))
                 for layer, inputs in self._inputs_of(row, example).items()
-                if isinstance(layer, WeightSlice)
             ]
             # Kernels of many positions first: they gather most.
             for layer, key in sorted(used, key=lambda found: -found[0].weight[0, 0].numel()):
@@ -249,36 +242,36 @@ class Supernet(nn.Module):
                     spent += _n_bytes(view)
         return spent
 
-    def trim(self, example: torch.Tensor) -> None:
-        """Drop everything that no hosted subnet uses: then only these subnets can be hosted.
+    def trim(self, *examples: torch.Tensor) -> Trimmed:
+        """Drop what no hosted subnet uses, as far as `examples` prove it: then only these can be hosted.
 
         A layer keeps the outputs and inputs of its largest slice, a norm its most channels, a block that
-        never runs nothing. Attention layers and LayerNorms stay whole.
+        never runs nothing. Attention layers and LayerNorms stay whole, and so does every layer that a trace
+        cannot follow: see `gpu_worker.supernet.trimming`. Memory never grows.
 
         Args:
-            example: A batch, to find out what each subnet uses.
+            examples: Batches, unlike each other, to find out what each subnet uses.
         """
-        used: dict[Operator, set[tuple[int, int]]] = {op: set() for op in self._inserted.operators}
-        for row in range(len(self.subnets)):
-            for op, inputs in self._inputs_of(row, example).items():
-                used[op].add((self.cursor.settings[op.place] if isinstance(op, WeightSlice) else 0, inputs))
-        for op, keys in used.items():
-            if isinstance(op, WeightSlice):
-                op.trim(keys)
-            elif isinstance(op, SubnetNorm):
-                op.trim(max((inputs for _, inputs in keys), default=0))
-        self._trimmed_to = frozenset(subnet.name for subnet in self.subnets)
+        found = trim(self, examples)
+        if found.n_cut:
+            self._trimmed_to = frozenset(subnet.name for subnet in self.subnets)
         self._refresh()
+        return found
 
-    def _inputs_of(self, row: int, example: torch.Tensor) -> dict[Operator, int]:
-        """Return how many input channels each operator that runs is given, by running subnet `row`."""
-        seen: dict[Operator, int] = {}
+    def _inputs_of(self, row: int, example: torch.Tensor) -> dict[WeightSlice, int]:
+        """Return how many input channels each sliced layer that runs is given, by running subnet `row`."""
+        seen: dict[WeightSlice, int] = {}
 
-        def note(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            assert isinstance(layer, Operator), "hooks are on operators alone"
-            seen[layer] = args[0].shape[layer.channel_axis]
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert isinstance(layer, WeightSlice), "hooks are on these alone"
+            given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            seen[layer] = given.shape[layer.channel_axis]
 
-        hooks = [cast("nn.Module", op).register_forward_pre_hook(note) for op in self._inserted.operators]
+        hooks = [
+            cast("nn.Module", op).register_forward_pre_hook(note, with_kwargs=True)
+            for op in self._inserted.operators
+            if isinstance(op, WeightSlice)
+        ]
         try:
             with torch.inference_mode():
                 self.run_with(self.prepared(row).settings, example)

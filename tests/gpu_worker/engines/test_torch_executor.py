@@ -137,6 +137,21 @@ def test_packed_slices_and_views_answer_alike() -> None:
         )
 
 
+def test_a_supernet_is_trimmed_unless_asked_not_to() -> None:
+    """What only larger subnets use is freed, and answers stay; untrimmed, it is all there."""
+    few = SUBNETS[:2]
+    trimmed, whole = loaded(1, 4, subnets=few), loaded(1, 4, subnets=few, trims=False)
+    batch = some_images(3)
+
+    assert trimmed.memory().shared < 0.5 * whole.memory().shared
+    assert whole.memory().shared == loaded(subnets=SUBNETS, trims=False).memory().shared
+    assert trimmed.fingerprint == whole.fingerprint
+    for row in range(len(few)):
+        np.testing.assert_allclose(
+            trimmed.execute(row, batch), whole.execute(row, batch), rtol=1e-3, atol=1e-4
+        )
+
+
 def test_without_statistics_small_subnets_guess() -> None:
     """SubnetNorm is what makes them work: with the whole's statistics the smallest is far off."""
     bare = loaded(statistics=None)
