@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 import numpy as np
 import torch
 
-from gpu_worker.models.kinds import SupernetKind, fingerprint, resident, supernet_kind
+from gpu_worker.models.kinds import SupernetKind, fingerprint, fitted, resident, supernet_kind
 from gpu_worker.supernet.actuation import actuate
 from gpu_worker.supernet.calibration import load_statistics
 from superserve.errors import ConfigError, InvalidQueryError
@@ -246,7 +246,7 @@ class TorchExecutor:
         device = placement.torch_device()
         if placement.threads is not None:
             torch.set_num_threads(placement.threads)
-        kind = supernet_kind(name)
+        kind = fitted(supernet_kind(name), weights)
         supernet = resident(kind, weights)
         supernet.host(subnets)
         if isinstance(statistics, Path):

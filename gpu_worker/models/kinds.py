@@ -7,8 +7,9 @@ query is, where weights come from, what a subnet costs.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from gpu_worker.models.examples import Data, Examples
 from gpu_worker.models.names import DIGITS as DIGITS_NAME
 from gpu_worker.models.names import DYNABERT, OFA_RESNET50
 from gpu_worker.models.ofa_resnet50 import N_CLASSES, ofa_resnet50, published_name
-from gpu_worker.supernet.checkpoints import load_checkpoint
+from gpu_worker.supernet.checkpoints import load_checkpoint, shape_of
 from superserve.errors import ConfigError
 from superserve.plugins import load_attribute
 from superserve.subnet import TensorSpec
@@ -54,6 +55,8 @@ class SupernetKind:
         profile: The shipped profile of its subnets, if any.
         data: Returns what it can be judged on, if it comes with any.
         takes_images: Whether its activations are images: then memory is channels last.
+        of_checkpoint: From a checkpoint's path to the kind that fits its sizes, such as its number of
+            classes; None if all checkpoints have the same.
     """
 
     name: str
@@ -67,6 +70,7 @@ class SupernetKind:
     profile: str | None = None
     data: Callable[[], Data] | None = None
     takes_images: bool = False
+    of_checkpoint: Callable[[Path], SupernetKind] | None = None
 
 
 def as_floats(batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -110,6 +114,18 @@ def digits_data() -> Data:
     return Data(digits.training(_CALIBRATION_IMAGES, seed=1), Examples(*selection), Examples(*held_out))
 
 
+def _dynabert_of(path: Path) -> SupernetKind:
+    """Return the kind with as many classes as a checkpoint's classifier has."""
+    shape = shape_of(path, "classifier.weight")
+    if shape is None or len(shape) != 2 or shape[0] == MNLI.n_classes:
+        return KINDS[DYNABERT]  # loading names what is wrong
+    return replace(
+        KINDS[DYNABERT],
+        build=functools.partial(dynabert, replace(MNLI, n_classes=shape[0])),
+        output_spec=TensorSpec("float32", (shape[0],)),
+    )
+
+
 _KINDS = (
     SupernetKind(
         name=DIGITS_NAME,
@@ -138,6 +154,7 @@ _KINDS = (
         output_spec=TensorSpec("float32", (MNLI.n_classes,)),
         preprocess=as_tokens,
         ignored=("bert.embeddings.position_ids",),  # a constant that older files hold
+        of_checkpoint=_dynabert_of,
     ),
 )
 KINDS = {kind.name: kind for kind in _KINDS}
@@ -166,6 +183,18 @@ def supernet_kind(name: str) -> SupernetKind:
     if not isinstance(kind, SupernetKind):
         raise ConfigError(f"supernet {name}: expected a SupernetKind, got {type(kind).__name__}")
     return kind
+
+
+def fitted(kind: SupernetKind, weights: str | None) -> SupernetKind:
+    """Return the kind that fits the checkpoint `weights`, which `resident` takes too.
+
+    Raises:
+        ConfigError: If it is no checkpoint.
+    """
+    path = kind.weights if weights is None else Path(weights)
+    if kind.of_checkpoint is None or weights == RANDOM or path is None:
+        return kind
+    return kind.of_checkpoint(path)
 
 
 def resident(kind: SupernetKind, weights: str | None) -> Supernet:

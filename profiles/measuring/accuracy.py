@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812  torch's own convention
 
 from gpu_worker.engines.torch_executor import model_input
 from gpu_worker.models.examples import read_examples
-from gpu_worker.models.kinds import resident
+from gpu_worker.models.kinds import fitted, resident
 from gpu_worker.models.names import OFA_RESNET50
 from gpu_worker.models.ofa_resnet50 import BASE_DEPTHS, CONTROLS, DEPTHS, EXPAND_RATIOS, WIDTHS
 from gpu_worker.supernet.calibration import accuracy_percent, calibrate
@@ -270,6 +270,7 @@ def measured_accuracy(
     Raises:
         ConfigError: There are no examples.
     """
+    kind = fitted(kind, weights)
     if examples is not None:
         data = read_examples(examples, kind.input_spec)
     elif kind.data is not None:
