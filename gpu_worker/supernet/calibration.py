@@ -190,11 +190,26 @@ def _one(
 def accuracy_percent(
     forward: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> float:
-    """Return the percentage of labels (B,) at which `forward`'s logits (B, classes) of inputs peak."""
+    """Return the percentage of labels (B,) that `forward` of inputs hits.
+
+    Args:
+        forward: Returns logits (B, classes), which peak at the answer, or class numbers (B,).
+        batches: Inputs and their labels.
+
+    Raises:
+        ConfigError: If there is no batch, or the answers are neither.
+    """
     right = total = 0
     with torch.inference_mode():
         for inputs, labels in batches:
-            right += int((forward(inputs).argmax(1).cpu() == labels.cpu()).sum())
+            answers = forward(inputs)
+            if answers.dim() != (2 if answers.is_floating_point() else 1):
+                raise ConfigError(
+                    "accuracy: expected logits (B, classes) or class numbers (B,), "
+                    f"got {answers.dtype} {tuple(answers.shape)}"
+                )
+            classes = answers.argmax(1) if answers.is_floating_point() else answers
+            right += int((classes.cpu() == labels.cpu()).sum())
             total += len(labels)
     if not total:
         raise ConfigError("accuracy: expected at least one batch")

@@ -306,11 +306,15 @@ class Supernet(nn.Module):
 
     def to_half(self, dtype: torch.dtype = torch.float16) -> None:
         """Cast everything except SubnetNorm: its statistics and scales are small, and rounding matters."""
+        halves: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
         for module in self.model.modules():
             if not isinstance(module, SubnetNorm):
                 for name, parameter in module.named_parameters(recurse=False):
                     if parameter.is_floating_point():
-                        setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+                        if parameter not in halves:
+                            half = parameter.detach().to(dtype)
+                            halves[parameter] = nn.Parameter(half, requires_grad=False)
+                        setattr(module, name, halves[parameter])
         for op in self._inserted.operators:
             op.forget()
 

@@ -253,3 +253,13 @@ def test_accuracy_counts_the_peaks() -> None:
     labels = torch.tensor([1, 0, 0])
 
     assert accuracy_percent(lambda x: x, [(logits, labels)]) == pytest.approx(200 / 3)
+
+
+def test_accuracy_counts_class_numbers_too() -> None:
+    """A network that answers with classes is judged by them; one number a query is neither."""
+    assert accuracy_percent(
+        lambda x: x, [(torch.tensor([1, 0, 2]), torch.tensor([1, 0, 0]))]
+    ) == pytest.approx(200 / 3)
+    for other in (torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2, 2)):
+        with pytest.raises(ConfigError, match=r"accuracy: expected logits \(B, classes\) or class numbers"):
+            accuracy_percent(lambda x: x, [(other, torch.zeros(3))])
