@@ -18,7 +18,7 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 
 from gpu_worker.core.link import Gauges
 from gpu_worker.core.played import SPEEDS, Pace
-from gpu_worker.models.names import SHIPPED_SUPERNETS
+from gpu_worker.models.names import SHIPPED_SUPERNETS, with_example
 from gpu_worker.serve.emulated import OUTPUT, emulated_gpus
 from gpu_worker.serve.eventlog import EventLogHeader, EventLogWriter
 from gpu_worker.serve.metrics import WorkerMetrics, pages
@@ -99,7 +99,13 @@ class WorkerDevice(NamedTuple):
     metavar="NAME",
     help=f"Serve a supernet: {', '.join(SHIPPED_SUPERNETS)}, or module:attribute.",
 )
-@click.option("--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]')
+@click.option(
+    "--example-input", metavar="SHAPE:DTYPE",
+    help="One query of a module:function that returns a supernet: 3x224x224:float32, or a .npy file.",
+)  # fmt: skip
+@click.option(
+    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: those that come with it]'
+)
 @click.option(
     "--statistics",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -197,6 +203,7 @@ class Asked:
     """The options of a worker with a real supernet; None is the default."""
 
     supernet: str
+    example_input: str | None = None
     profile: str | None = None
     weights: str | None = None
     statistics: Path | None = None
@@ -247,7 +254,8 @@ def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
     from gpu_worker.engines.torch_executor import Placement, TorchExecutor  # noqa: PLC0415
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  these import torch
 
-    kind = supernet_kind(asked.supernet)
+    supernet = with_example(asked.supernet, asked.example_input)
+    kind = supernet_kind(supernet)
     name = asked.profile or kind.profile
     if name is None:
         raise ConfigError(f"--profile: {kind.name} comes without one: expected one, from `profiles search`")
@@ -270,7 +278,7 @@ def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
         statistics = beside
     try:
         executor = TorchExecutor.load(
-            asked.supernet, subnets, weights=asked.weights, statistics=statistics, placement=placement
+            supernet, subnets, weights=asked.weights, statistics=statistics, placement=placement
         )
     except ConfigError as error:
         raise ConfigError(f"profile {profile.name!r}: {error}") from error

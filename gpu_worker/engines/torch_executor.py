@@ -369,10 +369,12 @@ def _pack(supernet: Supernet, kind: SupernetKind, placement: Placement, dtype: t
 def example_input(
     supernet: Supernet, kind: SupernetKind, dtype: torch.dtype, n: int = 1, seed: int = 0
 ) -> torch.Tensor:
-    """Return `n` random queries as the model takes them."""
+    """Return `n` queries as the model takes them: of seed 0 the kind's example if it has one, else random."""
     spec = kind.input_spec
     rng = np.random.default_rng(seed)
-    if np.issubdtype(np.dtype(spec.dtype), np.integer):
+    if kind.example is not None and seed == 0:
+        batch = np.stack([kind.example] * n)
+    elif np.issubdtype(np.dtype(spec.dtype), np.integer):
         batch = rng.integers(0, 2, (n, *spec.shape)).astype(spec.dtype)
     else:
         batch = rng.standard_normal((n, *spec.shape)).astype(spec.dtype)
@@ -380,9 +382,9 @@ def example_input(
 
 
 def _unlike_inputs(supernet: Supernet, kind: SupernetKind) -> list[torch.Tensor]:
-    """Return inputs for a trace: zeros, as padding has, a query, and a batch of two."""
+    """Return inputs for a trace: zeros, as padding has, an example, and a batch of two."""
     zeros = torch.zeros((1, *kind.input_spec.shape), dtype=getattr(torch, kind.input_spec.dtype))
-    random = [example_input(supernet, kind, torch.float32, n, seed=n) for n in (1, 2)]
+    random = [example_input(supernet, kind, torch.float32, n, seed) for seed, n in ((0, 1), (1, 2))]
     return [model_input(kind, zeros.to(supernet.device), torch.float32), *random]
 
 

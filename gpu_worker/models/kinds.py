@@ -11,14 +11,16 @@ import functools
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from gpu_worker.models import digits
 from gpu_worker.models.digits_supernet import DIGITS, digits_supernet
 from gpu_worker.models.dynabert import MNLI, dynabert
 from gpu_worker.models.examples import Data, Examples
+from gpu_worker.models.factory import SEED, described
 from gpu_worker.models.names import DIGITS as DIGITS_NAME
 from gpu_worker.models.names import DYNABERT, OFA_RESNET50
 from gpu_worker.models.ofa_resnet50 import N_CLASSES, ofa_resnet50, published_name
@@ -30,12 +32,13 @@ from superserve.subnet import TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy.typing as npt
+
     from gpu_worker.supernet.supernet import Supernet
 
 RANDOM = "random"
 """In place of a checkpoint: seeded random weights. Latencies are realistic, answers are meaningless."""
 
-_RANDOM_SEED = 20250428
 _HERE = Path(__file__).parent
 
 
@@ -55,6 +58,8 @@ class SupernetKind:
         profile: The shipped profile of its subnets, if any.
         data: Returns what it can be judged on, if it comes with any.
         takes_images: Whether its activations are images: then memory is channels last.
+        loads_weights: Whether `build` fills the supernet itself: then a checkpoint is not needed.
+        example: One query, where random numbers would be none; None draws random ones.
         of_checkpoint: From a checkpoint's path to the kind that fits its sizes, such as its number of
             classes; None if all checkpoints have the same.
     """
@@ -70,6 +75,8 @@ class SupernetKind:
     profile: str | None = None
     data: Callable[[], Data] | None = None
     takes_images: bool = False
+    loads_weights: bool = False
+    example: npt.NDArray[Any] | None = None
     of_checkpoint: Callable[[Path], SupernetKind] | None = None
 
 
@@ -164,12 +171,16 @@ KINDS = {kind.name: kind for kind in _KINDS}
 def supernet_kind(name: str) -> SupernetKind:
     """Return the kind called `name`, or the one that `package.module:attribute` names.
 
+    An attribute may also be a function that returns a supernet, with an example of its input behind an `@`:
+    see `gpu_worker.models.factory`.
+
     Raises:
-        ConfigError: If there is none, or it is no `SupernetKind`.
+        ConfigError: If there is none, or it is neither a `SupernetKind` nor such a function.
     """
     if name in KINDS:
         return KINDS[name]
-    module, colon, attribute = name.partition(":")
+    path, _, example = name.partition("@")
+    module, colon, attribute = path.partition(":")
     if not colon:
         near = difflib.get_close_matches(name, KINDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -179,10 +190,30 @@ def supernet_kind(name: str) -> SupernetKind:
     try:
         kind = load_attribute(module, attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"supernet {name}: {error}") from error
+        raise ConfigError(f"supernet {path}: {error}") from error
+    if callable(kind) and example:
+        return _of_function(path, kind, example)
     if not isinstance(kind, SupernetKind):
-        raise ConfigError(f"supernet {name}: expected a SupernetKind, got {type(kind).__name__}")
+        hint = "; a function that returns a supernet needs --example-input" if callable(kind) else ""
+        raise ConfigError(f"supernet {path}: expected a SupernetKind, got {type(kind).__name__}{hint}")
+    if example:
+        raise ConfigError(f"--example-input: {path} is a SupernetKind, which states its input itself")
     return kind
+
+
+@functools.lru_cache(maxsize=8)  # a command asks for a kind several times, and to describe one builds it
+def _of_function(name: str, function: Callable[[], object], example: str) -> SupernetKind:
+    found = described(name, function, example)
+    is_float = np.issubdtype(np.dtype(found.input_spec.dtype), np.floating)
+    return SupernetKind(
+        name=name,
+        build=found.build,
+        input_spec=found.input_spec,
+        output_spec=found.output_spec,
+        preprocess=as_floats if is_float else as_tokens,
+        loads_weights=True,
+        example=found.example,
+    )
 
 
 def fitted(kind: SupernetKind, weights: str | None) -> SupernetKind:
@@ -202,14 +233,15 @@ def resident(kind: SupernetKind, weights: str | None) -> Supernet:
 
     Args:
         kind: Which.
-        weights: A checkpoint's path, "random", or None for the one that comes with it.
+        weights: A checkpoint's path, "random", or None for the one that comes with it, or for what `build`
+            loads.
 
     Raises:
         ConfigError: If it comes with none, or the checkpoint does not fit.
     """
-    if weights == RANDOM:
+    if weights == RANDOM or (weights is None and kind.weights is None and kind.loads_weights):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_RANDOM_SEED)
+            torch.manual_seed(SEED)
             return kind.build().eval()
     path = kind.weights if weights is None else Path(weights)
     if path is None:
