@@ -416,7 +416,7 @@ def half_holds(supernet: Supernet, kind: SupernetKind) -> bool:
     for module, parameters in masters:
         module._parameters.update(parameters)
     for op in operators_in(supernet.model):
-        op.forget()
+        op.renew()
     return False
 
 

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from gpu_worker.supernet.operators import NormCalibration, SubnetNorm
+from gpu_worker.supernet.operators import NormCalibration
 from gpu_worker.supernet.supernet import SubnetStatistics
 from superserve.errors import ConfigError
 from superserve.files import write_whole
@@ -56,30 +55,16 @@ def calibrate(
         By subnet name; {} if the supernet has no BatchNorm.
 
     Raises:
-        ConfigError: If there is no batch, a subnet does not fit, or a BatchNorm has a class of its own,
-            whose statistics cannot be exchanged: names it.
+        ConfigError: If there is no batch, or a subnet does not fit.
 
     Source: Cai et al., "Once for All" (ICLR '20), `set_running_statistics` of its published code.
     """
     if not batches:
         raise ConfigError("calibration: expected at least one batch")
-    _check_norms(supernet)
     if not supernet.norms:
         return {}
     with _in_evaluation(supernet.model):
         return {subnet.name: _calibrate_one(supernet, subnet, batches) for subnet in subnets}
-
-
-def _check_norms(supernet: Supernet) -> None:
-    """Raise ConfigError if a BatchNorm is no SubnetNorm: all subnets would share its running statistics."""
-    for path, module in supernet.model.named_modules():
-        is_foreign = isinstance(module, _BatchNorm) and not isinstance(module, SubnetNorm)
-        if is_foreign and module.track_running_stats:
-            raise ConfigError(
-                f"calibration: {path}: expected an nn.BatchNorm1d, 2d or 3d, got {type(module).__name__}, "
-                "which keeps one mean and variance for all subnets: replace it by the plain layer before "
-                "you insert operators"
-            )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gpu_worker.supernet.operators import Prepared, Statistics, SubnetNorm, WeightSlice, is_packed_already
+from gpu_worker.supernet.operators.base import address_of
 from gpu_worker.supernet.trimming import Trimmed, trim
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
@@ -58,7 +59,7 @@ class MemoryReport:
         shared: Parameters and buffers of the model, on its device; all subnets use them.
         statistics_resident: SubnetNorm's of the subnets prepared, on the device.
         statistics_idle: SubnetNorm's of the others, in host memory.
-        packed: Contiguous copies of slices, on the device.
+        packed: Copies of slices, on the device: packed ones, and those of several parts.
         n_subnets: Subnets hosted.
         n_resident: Those of them that are prepared.
     """
@@ -82,6 +83,9 @@ class MemoryReport:
             f"{_mb(self.statistics_resident)} of statistics for {self.n_resident} resident subnets, "
             f"{_mb(self.statistics_idle)} for idle ones in host memory, {_mb(self.packed)} packed"
         )
+
+
+_address = torch.Tensor.data_ptr
 
 
 def _mb(n_bytes: int) -> str:
@@ -110,12 +114,17 @@ class Supernet(nn.Module):
         self._inserted = inserted
         self._one_pass = threading.Lock()
         self._statistics: dict[str, SubnetStatistics] = {}
+        self._gathered_for: dict[str, Mapping[str, Any] | None] = {}
         self._pinned: frozenset[int] = frozenset()
         self._trimmed_to: frozenset[str] | None = None
+        self._held: list[torch.Tensor] = []
+        self._addresses: list[int] = []
         self.host((Subnet("largest", controls.space.largest),))
 
     def host(self, subnets: Sequence[Subnet]) -> None:
-        """Host these subnets and actuate the first; statistics stay with the subnets' names.
+        """Host these subnets and actuate the first; statistics stay with a name and its control tuple.
+
+        A name that is hosted with another control tuple than its statistics were set for loses them.
 
         Raises:
             ConfigError: If there is no subnet, two have one name, or one has a control tuple that
@@ -128,6 +137,7 @@ class Supernet(nn.Module):
         rows = [self.settings_of(subnet) for subnet in subnets]
         self.subnets = tuple(subnets)
         self._rows = rows
+        self._drop_others_statistics()
         self._pinned = frozenset()
         self._forget()
         self.cursor.chosen = self.prepared(0)
@@ -174,8 +184,24 @@ class Supernet(nn.Module):
     def run_with(self, settings: Settings, *args: Any, **kwargs: Any) -> Any:
         """Run the model once with these settings, whatever is actuated."""
         with self._one_pass:
-            self.cursor.settings = settings
-            return self.model(*args, **kwargs)
+            cursor = self.cursor
+            if list(map(_address, self._held)) != self._addresses:  # p.data = ...: their views are old
+                for op in self._inserted.operators:
+                    op.renew()
+            cursor.settings = settings
+            try:
+                return self.model(*args, **kwargs)
+            finally:
+                if cursor.is_moved:
+                    self._note_addresses()
+
+    def _note_addresses(self) -> None:
+        """Note where the parameters are of which operators hold views."""
+        held = [tensor for op in self._inserted.operators for tensor in op.held]
+        at = [(tensor, address_of(tensor)) for tensor in held if isinstance(tensor, torch.Tensor)]
+        self._held = [tensor for tensor, address in at if address >= 0]
+        self._addresses = [address for _, address in at if address >= 0]
+        self.cursor.is_moved = False
 
     # --- SubnetNorm's statistics --------------------------------------------------------------
 
@@ -208,7 +234,19 @@ class Supernet(nn.Module):
                         f"got {channels}"
                     )
         self._statistics.update(statistics)
+        # Statistics of names that are not hosted are those of whatever is hosted first under the name.
+        self._gathered_for |= dict.fromkeys(statistics)
+        self._drop_others_statistics()
         self._refresh()
+
+    def _drop_others_statistics(self) -> None:
+        """Drop the statistics that were set for other control tuples than those now hosted by that name."""
+        for name, control in ((subnet.name, subnet.control) for subnet in self.subnets):
+            if name in self._statistics:
+                if self._gathered_for[name] is None:
+                    self._gathered_for[name] = control
+                elif self._gathered_for[name] != control:
+                    del self._statistics[name], self._gathered_for[name]
 
     # --- packed slices, and what is not needed --------------------------------------------------
 
@@ -232,6 +270,7 @@ class Supernet(nn.Module):
             used = [
                 (layer, (self.cursor.settings[layer.place], inputs))
                 for layer, inputs in self._inputs_of(row, example).items()
+                if (self.cursor.settings[layer.place], inputs) in layer.slices
             ]
             # Kernels of many positions first: they gather most.
             for layer, key in sorted(used, key=lambda found: -found[0].weight[0, 0].numel()):
@@ -261,6 +300,8 @@ class Supernet(nn.Module):
     def _inputs_of(self, row: int, example: torch.Tensor) -> dict[WeightSlice, int]:
         """Return how many input channels each sliced layer that runs is given, by running subnet `row`."""
         seen: dict[WeightSlice, int] = {}
+        with torch.inference_mode():  # what a block is like that never ran is learnt before anything is noted
+            self.run_with(self.prepared(row).settings, example)
 
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert isinstance(layer, WeightSlice), "hooks are on these alone"
@@ -287,12 +328,7 @@ class Supernet(nn.Module):
         names = {subnet.name for subnet in self.subnets}
         of_subnets = {name: _n_bytes(held.values) for name, held in self._statistics.items() if name in names}
         resident = sum(of_subnets.get(self.subnets[row].name, 0) for row in self._prepared)
-        packed = sum(
-            _n_bytes(copy.weight)
-            for op in self._inserted.operators
-            if isinstance(op, WeightSlice)
-            for copy in op.packed.values()
-        )
+        packed = sum(op.copied_bytes for op in self._inserted.operators)
         return MemoryReport(
             shared=sum(map(_n_bytes, (*self.model.parameters(), *self.model.buffers()))),
             statistics_resident=resident,
@@ -316,7 +352,7 @@ class Supernet(nn.Module):
                             halves[parameter] = nn.Parameter(half, requires_grad=False)
                         setattr(module, name, halves[parameter])
         for op in self._inserted.operators:
-            op.forget()
+            op.renew()
 
     @property
     def device(self) -> torch.device:

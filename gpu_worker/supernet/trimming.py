@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from gpu_worker.supernet.operators import Operator, SubnetNorm, Switched, WeightSlice, operators_in
+from gpu_worker.supernet.operators.slices import WeightSliceEmbedding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import nn
 
@@ -47,6 +48,8 @@ _TOLERANCE = 1e-3  # relative: another slice may take another kernel, which adds
 _HARMLESS = frozenset(
     {"device", "dtype", "grad", "is_cuda", "is_floating_point", "is_meta", "is_quantized", "layout"}
     | {"is_complex", "is_nested", "is_sparse", "requires_grad"}
+    # The supernet itself looks whether a parameter has moved or was written.
+    | {"_version", "data_ptr", "is_inference"}
 )
 
 
@@ -132,17 +135,21 @@ def _may_shrink(layer: Cuttable, around: Sequence[tuple[int, ...]], rows: Sequen
     return most < layer.n_outputs
 
 
-def _shrinks(layer: Cuttable, used: Iterable[Key]) -> bool:
+def _shrinks(layer: Cuttable, used: Collection[Key]) -> bool:
     outputs, inputs = _largest(used)
+    if isinstance(layer, WeightSliceEmbedding):
+        return bool(used) and outputs < layer.n_outputs  # its inputs are a length of text
     if isinstance(layer, SubnetNorm):
-        return inputs < layer.num_features
-    n_inputs = layer.weight.shape[1] * getattr(layer, "groups", 1)
-    return outputs < layer.n_outputs or inputs < n_inputs
+        return inputs < layer.num_features and not (layer.is_joined and used)
+    if outputs < layer.n_outputs:
+        return True
+    # A convolution's weight has the inputs of one group, a transposed one's all.
+    n_inputs = layer.n_inputs * (getattr(layer, "groups", 1) if layer.in_axis == 1 else 1)
+    return inputs < n_inputs and not (layer.is_joined and used)
 
 
-def _largest(used: Iterable[Key]) -> Key:
-    keys = list(used)
-    return max((key[0] for key in keys), default=0), max((key[1] for key in keys), default=0)
+def _largest(used: Collection[Key]) -> Key:
+    return max((key[0] for key in used), default=0), max((key[1] for key in used), default=0)
 
 
 # --- the trace --------------------------------------------------------------------------------
@@ -190,9 +197,10 @@ class _Trace:
 def _trace(
     supernet: Supernet, layers: Sequence[Cuttable], rows: Sequence[Settings], examples: Sequence[torch.Tensor]
 ) -> _Trace:
+    _run(supernet, rows[0], examples[0])  # what a block returns that never ran is learnt by running it
     trace = _Trace(len(examples))
     for op in operators_in(supernet.model):
-        op.forget()  # a cached slice would hide that somebody reads the parameter
+        op.forget()  # a cached slice would hide that the parameter is read
     running: set[Operator] = set()
     seen: dict[Operator, set[int]] = {}
 
@@ -356,7 +364,7 @@ def _cut(used: Mapping[Cuttable, set[Key]], is_repeated: Callable[[], bool]) -> 
     for layer, attributes in before:
         vars(layer).clear()
         vars(layer).update(attributes)
-        layer.forget()
+        layer.renew()
     return 0
 
 

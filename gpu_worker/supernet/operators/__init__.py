@@ -18,7 +18,14 @@ Source: SubNetAct, SuperServe (NSDI '25).
 
 from __future__ import annotations
 
-from gpu_worker.supernet.operators.base import Cursor, Operator, Parameters, Prepared, operators_in
+from gpu_worker.supernet.operators.base import (
+    Cursor,
+    ElasticOperator,
+    Operator,
+    Parameters,
+    Prepared,
+    operators_in,
+)
 from gpu_worker.supernet.operators.norms import (
     NormCalibration,
     SlicedLayerNorm,
@@ -37,15 +44,18 @@ from gpu_worker.supernet.operators.slices import (
     WeightSliceLinear,
     is_packed_already,
 )
-from gpu_worker.supernet.operators.switch import LayerSelect, Switched, switched
+from gpu_worker.supernet.operators.switch import LayerSelect, Skip, Skipped, Switched, switched
 
 __all__ = [
     "Cursor",
+    "ElasticOperator",
     "LayerSelect",
     "NormCalibration",
     "Operator",
     "Parameters",
     "Prepared",
+    "Skip",
+    "Skipped",
     "SlicedLayerNorm",
     "Statistics",
     "SubnetNorm",

@@ -139,12 +139,40 @@ class OwnNorm(nn.BatchNorm1d):
     """A user's own."""
 
 
-@pytest.mark.parametrize("norm", [nn.SyncBatchNorm(6), OwnNorm(6)], ids=lambda norm: type(norm).__name__)
-def test_a_norm_with_a_class_of_its_own_is_refused_by_name(norm: nn.Module) -> None:
-    """Its statistics would stay those of the whole, and nothing would say so."""
-    supernet = insert(Dropping(norm), elastic=[Elastic("w", ["0"])])
-    with pytest.raises(ConfigError, match=rf"calibration: 2: expected an nn.*got {type(norm).__name__}"):
-        calibrate(supernet, [Subnet("whole", {"w": [1.0]})], [torch.randn(4, 4)])
+class ActivatedNorm(nn.BatchNorm1d):
+    """One with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise and rectify."""
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("cls", [nn.SyncBatchNorm, OwnNorm, ActivatedNorm])
+def test_a_norm_with_a_class_of_its_own_is_calibrated_alike(cls: type[nn.BatchNorm1d]) -> None:
+    """By examples and with the biased variance, in batches of 5 and 1; a second one sees what the first gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), cls(6), cls(6))
+    nn.init.normal_(model.get_parameter("1.weight"))
+    supernet = insert(model, elastic=[Elastic("w", ["0"])])
+    x = torch.randn(6, 4)
+    [held] = calibrate(supernet, [Subnet("half", {"w": [0.5]})], [x[:5], x[5:]]).values()
+    with torch.no_grad():
+        first = torch.nn.functional.linear(
+            x, model.get_parameter("0.weight")[:3], model.get_parameter("0.bias")[:3]
+        )
+    seconds = []
+    for batch in (first[:5], first[5:]):
+        normed = (batch - batch.mean(0)) / (batch.var(0, correction=0) + 1e-5).sqrt()
+        scaled = normed * model.get_parameter("1.weight")[:3].detach()
+        seconds.append(scaled.relu() if cls is ActivatedNorm else scaled)
+
+    assert held.channels == (3, 3)
+    for mean, variance, batches in zip(
+        (held.values[:3], held.values[6:9]), (held.values[3:6], held.values[9:]),
+        ((first[:5], first[5:]), seconds), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(mean, sum(len(b) * b.mean(0) for b in batches) / 6)
+        torch.testing.assert_close(variance, sum(len(b) * b.var(0, correction=0) for b in batches) / 6)
 
 
 def test_only_norms_that_run_are_kept() -> None:
