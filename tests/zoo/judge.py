@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5
 """Largest error, relative to the largest number that is expected, of an answer that is right."""
 
-Oracle = "Callable[[nn.Module], nn.Module]"
+PROOF = "gpu_worker.proof.prove"
+IS_PROVEN = importlib.util.find_spec("gpu_worker.proof") is not None
+"""Whether a worker proves its subnets at its start: then what insertion cannot follow is refused there."""
 
 
 class Verdict(Enum):
@@ -90,7 +93,10 @@ def judge(row: Row) -> Outcome:
     assert apart > 10 * TOLERANCE, f"{row.name}: expected an answer apart from the whole's, got {apart}"
     try:
         supernet = insert(model, stages=row.stages, elastic=row.elastic).eval()
-        supernet.host([Subnet("smaller", row.control), Subnet("whole", supernet.controls.space.largest)])
+        subnets = [Subnet("smaller", row.control), Subnet("whole", supernet.controls.space.largest)]
+        if IS_PROVEN:
+            importlib.import_module(PROOF).prove(supernet, x, subnets=subnets)
+        supernet.host(subnets)
         answers = [_answer(supernet, number, x) for number in range(2)]
         supernet.host([Subnet("smaller", row.control)])
         supernet.trim(x, x[:1])

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from gpu_worker.supernet.operators.switch import Skipped
+
 WIDTH, HEADS, UNITS, BLOCKS, TOKENS = 32, 4, 48, 4, 50
 KEPT = (0, 2)  # of 4 blocks 2, spread evenly
 DEPTH: dict[str, list[Any]] = {"d": [2]}
@@ -52,6 +54,8 @@ def _encoder_rows(
     image: int | None = None,
     groups: int = 1,
     down: str | None = None,
+    parts: tuple[int, int | tuple[int, ...]] = (1, 1),
+    skipped: Skipped = "input",
 ) -> list[Row]:
     """Return rows for depth, hidden units and heads of a transformer of equal blocks.
 
@@ -68,11 +72,13 @@ def _encoder_rows(
         groups: Query heads that share a head of keys and values.
         down: In each block, the layer whose inputs are the hidden units, where the first part of each
             tensor is not what a smaller network has.
+        parts: Of the outputs of the layers of `up`, and of the projections.
+        skipped: What a block gives that is left out.
     """
     build = functools.partial(_build, model or f"{network}Model", f"{network.removesuffix('Encoder')}Config")
     heads, out = attention
     ups = [up] if isinstance(up, str) else up
-    sizes = [Elastic("w", [f"{blocks}.*.{layer}" for layer in heads])]
+    sizes = [Elastic("w", [f"{blocks}.*.{layer}" for layer in heads], parts=parts[1])]
     control = HALF
     if groups > 1:  # queries have more heads than keys and values
         sizes = [
@@ -93,7 +99,7 @@ def _encoder_rows(
             "depth",
             built_smaller(smaller(**{depth: len(KEPT)}), kept_blocks(f"{blocks}.", KEPT)),
             DEPTH,
-            stages=[Stage(blocks, rule=spread_blocks)],
+            stages=[Stage(blocks, rule=spread_blocks, skipped=skipped)],
         ),
         row(
             "hidden units",
@@ -101,7 +107,7 @@ def _encoder_rows(
             if down is None
             else ignoring({f"{blocks}.*.{down}": UNITS // 2}),
             HALF,
-            elastic=[Elastic("w", [f"{blocks}.*.{layer}" for layer in ups])],
+            elastic=[Elastic("w", [f"{blocks}.*.{layer}" for layer in ups], parts=parts[0])],
         ),
         row("heads", ignoring({f"{blocks}.*.{out}": WIDTH // 2}), control, elastic=sizes),
     ]
@@ -158,21 +164,26 @@ def _transformers() -> list[Row]:
         *_encoder_rows("ViT", _VISION, blocks="layers", up="mlp.fc1", attention=_NEW_ATTENTION, image=16),
         *_encoder_rows("DeiT", _VISION, blocks="layers", up="mlp.fc1", attention=_NEW_ATTENTION, image=16),
         *_encoder_rows(
-            "GPT2", gpt2, blocks="h", up="mlp.c_fc", units="n_inner", depth="n_layer",
+            "GPT2", gpt2, blocks="h", up="mlp.c_fc", units="n_inner", depth="n_layer", parts=(1, 3),
             attention=(["attn.c_attn"], "attn.c_proj"),
         ),
         *_decoder_rows("Llama"),
         *_decoder_rows("Qwen2"),
         *_decoder_rows("Mistral"),
-        *_decoder_rows(
-            "Phi3", up="mlp.gate_up_proj", down="mlp.down_proj", groups=1,
-            attention=(["self_attn.qkv_proj"], "self_attn.o_proj"),
+        *_fused(
+            _decoder_rows(
+                "Phi3", up="mlp.gate_up_proj", down="mlp.down_proj", groups=1,
+                attention=(["self_attn.qkv_proj"], "self_attn.o_proj"), parts=(2, (32, 16, 16)),
+            )
         ),
         *_one_head(
-            _encoder_rows(
+            _with_its_bias(
+                _encoder_rows(
                 "T5Encoder", t5, blocks="encoder.block", up="layer.1.DenseReluDense.wi", units="d_ff",
-                depth="num_layers",
+                depth="num_layers", skipped=_with_bias,
                 attention=([f"layer.0.SelfAttention.{x}" for x in "qkv"], "layer.0.SelfAttention.o"),
+                ),
+                "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
             ),
             "encoder.block.*.layer.0.SelfAttention.o",
         ),
@@ -352,6 +363,41 @@ def _windowed() -> list[Row]:
             ],
         ),
     ]  # fmt: skip
+
+
+def _with_bias(
+    hidden: torch.Tensor, _mask: object = None, bias: object = None, *_more: object, **_others: object
+) -> Any:
+    """Return what a block of T5 gives that is left out: later ones add the positions' bias too."""
+    return hidden, bias, None
+
+
+def _fused(rows: list[Row]) -> list[Row]:
+    """Return rows and what they are if it is forgotten that a layer's outputs have parts."""
+    forgotten = [
+        dataclasses.replace(
+            row,
+            what=f"{row.what}, without parts",
+            elastic=[dataclasses.replace(size, parts=1) for size in row.elastic],
+        )
+        for row in rows
+        if row.elastic
+    ]
+    return [*rows, *forgotten]
+
+
+def _with_its_bias(rows: list[Row], bias: str) -> list[Row]:
+    """Return rows and one for heads of which the positions' bias is cut too."""
+    [heads] = [row for row in rows if row.what == "heads"]
+    return [
+        *rows,
+        dataclasses.replace(
+            heads,
+            what="heads and their bias",
+            elastic=[*heads.elastic, Elastic("bias", [bias])],
+            control={"w": [0.5, 0.5]},
+        ),
+    ]
 
 
 def _one_head(rows: list[Row], out: str) -> list[Row]:

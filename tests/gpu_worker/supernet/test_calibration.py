@@ -149,7 +149,7 @@ class ActivatedNorm(nn.BatchNorm1d):
 
 @pytest.mark.parametrize("cls", [nn.SyncBatchNorm, OwnNorm, ActivatedNorm])
 def test_a_norm_with_a_class_of_its_own_is_calibrated_alike(cls: type[nn.BatchNorm1d]) -> None:
-    """By examples and with the biased variance, in batches of 5 and 1; a second one sees what the first gives."""
+    """By examples and with the biased variance, in batches of 5 and 1; one behind it sees what it gives."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), cls(6), cls(6))
     nn.init.normal_(model.get_parameter("1.weight"))
