@@ -8,6 +8,7 @@ writes it again; `tests/zoo/test_zoo.py` checks each line.
 from __future__ import annotations
 
 import re
+import textwrap
 import warnings
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from tests.zoo.judge import Outcome, Row
 
+_WIDTH = 150  # of an outcome
 PAGE = ROOT / "docs" / "zoo.md"
 
 _HEAD = """# The zoo: which networks can be made smaller
@@ -41,8 +43,9 @@ def rows() -> list[Row]:
 
 
 def line_of(row: Row, outcome: Outcome) -> str:
-    """Return a row's line."""
-    return f"| {row.network} | {row.what} | {str(outcome).replace('|', '/')} |"
+    """Return a row's line; of why it is refused the beginning, without a machine's paths."""
+    words = re.sub(r"/\S*/site-packages/", "", str(outcome)).replace("|", "/")
+    return f"| {row.network} | {row.what} | {textwrap.shorten(words, _WIDTH, placeholder=' ...')} |"
 
 
 def verdicts(page: str) -> dict[str, Verdict]:

@@ -222,6 +222,7 @@ def _staged_rows(
     fewer: list[int],
     image: int,
     widths: list[tuple[str, list[Elastic], Any]],
+    skipped: Skipped = "input",
 ) -> list[Row]:
     """Return a row for the depth of the last stage, and one for each width."""
     build = functools.partial(_build, f"{network}Model", f"{network}Config")
@@ -229,7 +230,13 @@ def _staged_rows(
     smaller = functools.partial(build, {**options, depths: fewer})
     return [
         Row(
-            network, "depth", make, inputs, built_smaller(smaller), {"d": [fewer[-1]]}, stages=[Stage(stage)]
+            network,
+            "depth",
+            make,
+            inputs,
+            built_smaller(smaller),
+            {"d": [fewer[-1]]},
+            stages=[Stage(stage, skipped=skipped)],
         ),
         *(
             Row(network, what, make, inputs, oracle, {"w": [0.5] * len(elastic)}, elastic=elastic)
@@ -327,7 +334,7 @@ def _windowed() -> list[Row]:
                 "image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 3], "num_heads": [2, 4],
                 "window_size": 2,
             },
-            depths="depths", stage="encoder.layers.1.blocks", fewer=[1, 2], image=32,
+            depths="depths", stage="encoder.layers.1.blocks", fewer=[1, 2], image=32, skipped=_with_nothing,
             widths=[
                 (
                     "hidden units",
@@ -370,6 +377,11 @@ def _with_bias(
 ) -> Any:
     """Return what a block of T5 gives that is left out: later ones add the positions' bias too."""
     return hidden, bias, None
+
+
+def _with_nothing(hidden: torch.Tensor, *_more: object, **_others: object) -> Any:
+    """Return what a block of Swin gives that is left out: no attentions beside its input."""
+    return hidden, None
 
 
 def _fused(rows: list[Row]) -> list[Row]:

@@ -40,7 +40,8 @@ def check(row: Row) -> None:
     print(f"{row.name}: {outcome}")  # noqa: T201  the table, under pytest -s
 
     assert outcome.verdict is not Verdict.WRONG, outcome.why
-    assert outcome.verdict is SAID[row.name], f"{outcome}; python -m tests.zoo.page writes the page again"
+    if IS_PROVEN:  # the page says what a worker serves
+        assert outcome.verdict is SAID[row.name], f"{outcome}; python -m tests.zoo.page writes the page again"
 
 
 @pytest.mark.parametrize("row", marked(own.rows()))
