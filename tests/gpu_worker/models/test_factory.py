@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from gpu_worker.cli import Asked, load_executor
 from gpu_worker.engines.torch_executor import TorchExecutor, example_input
 from gpu_worker.models.factory import read_example
 from gpu_worker.models.kinds import as_floats, as_tokens, resident, supernet_kind
 from gpu_worker.models.names import with_example
 from gpu_worker.supernet.insertion import Elastic, insert
+from profiles.measuring.declared import subnets_of
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet, TensorSpec
 
@@ -118,6 +120,21 @@ def test_it_is_served_with_the_weights_that_it_loads() -> None:
 
     assert answer.tolist() == [[5, 0, 0], [0, 0, 0]]
     assert [torch.device("cpu")] == BUILT
+
+
+@pytest.mark.parametrize("no_trim", [None, True])
+def test_a_worker_is_given_it_by_options(no_trim: bool | None, tmp_path: Path) -> None:
+    """--supernet, --example-input and a profile that names the function; --no-trim keeps what is unused."""
+    listed, path = tmp_path / "subnets.json", tmp_path / "profile.json"
+    listed.write_text('[{"name": "half", "control": {"w": [0.5]}, "accuracy": 50}]')
+    path.write_bytes(subnets_of(str(listed), f"{__name__}:filled").to_json())
+    asked = Asked(f"{__name__}:filled", example_input="4:float32", profile=str(path), no_trim=no_trim)
+    profile, executor = load_executor(asked, threads=1)
+
+    assert profile.supernet == executor.kind.name
+    assert executor.execute(0, np.full((1, 4), 7, np.float32)).tolist() == [[7, 0, 0]]
+    n_numbers = 3 * 4 + 3 + 3 * 3 + 3 if no_trim is None else 6 * 4 + 6 + 3 * 6 + 3
+    assert executor.memory().shared == 4 * n_numbers
 
 
 def test_a_checkpoint_still_replaces_its_weights(tmp_path: Path) -> None:
