@@ -382,10 +382,10 @@ def example_input(
 
 
 def _unlike_inputs(supernet: Supernet, kind: SupernetKind) -> list[torch.Tensor]:
-    """Return inputs for a trace: zeros, as padding has, an example, and a batch of two."""
+    """Return inputs for a trace: an example, zeros, as padding has, and a batch of two."""
     zeros = torch.zeros((1, *kind.input_spec.shape), dtype=getattr(torch, kind.input_spec.dtype))
     random = [example_input(supernet, kind, torch.float32, n, seed) for seed, n in ((0, 1), (1, 2))]
-    return [model_input(kind, zeros.to(supernet.device), torch.float32), *random]
+    return [random[0], model_input(kind, zeros.to(supernet.device), torch.float32), random[1]]
 
 
 def _settle_precision(supernet: Supernet, kind: SupernetKind, placement: Placement) -> str:

@@ -116,7 +116,7 @@ class Supernet(nn.Module):
         self._statistics: dict[str, SubnetStatistics] = {}
         self._gathered_for: dict[str, Mapping[str, Any] | None] = {}
         self._pinned: frozenset[int] = frozenset()
-        self._trimmed_to: frozenset[str] | None = None
+        self._trimmed_to: tuple[Subnet, ...] | None = None
         self._held: list[torch.Tensor] = []
         self._addresses: list[int] = []
         self.host((Subnet("largest", controls.space.largest),))
@@ -149,7 +149,7 @@ class Supernet(nn.Module):
             ConfigError: Naming the subnet, and the entry of its control tuple that does not fit; or the
                 supernet was trimmed to others.
         """
-        if self._trimmed_to is not None and subnet.name not in self._trimmed_to:
+        if self._trimmed_to is not None and subnet not in self._trimmed_to:
             raise ConfigError(f"subnet {subnet.name}: the supernet was trimmed to others: build it again")
         try:
             sizes = self.controls.sizes_of(subnet.control)
@@ -293,7 +293,7 @@ class Supernet(nn.Module):
         """
         found = trim(self, examples)
         if found.n_cut:
-            self._trimmed_to = frozenset(subnet.name for subnet in self.subnets)
+            self._trimmed_to = self.subnets
         self._refresh()
         return found
 

@@ -1,6 +1,7 @@
 """Drop from a supernet what no hosted subnet uses, as far as a trace proves it.
 
-Every hosted subnet runs on several inputs. A layer is cut to its largest slice only if
+Every hosted subnet runs, the first and the last on several inputs. If the model looks at a number in one of
+these passes, what runs may depend on the input: then all run on several. A layer is cut only if
 
 - it runs in each of these passes whose subnet has its blocks on, and in no other, always at one width;
 - its parameters are its own: no other module has them, nothing computes them, and nothing but the layer
@@ -14,6 +15,7 @@ and if one answers otherwise than before, everything is put back.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections import Counter, defaultdict
 from contextlib import ExitStack
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpu_worker.supernet.operators import Operator, SubnetNorm, Switched, WeightSlice, operators_in
@@ -51,6 +54,13 @@ _HARMLESS = frozenset(
     # The supernet itself looks whether a parameter has moved or was written.
     | {"_version", "data_ptr", "is_inference"}
 )
+
+
+_LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Tags of torch's operations such as `item`, on which a branch depends, and `nonzero`."""
+
+_TAKEN_OUT = frozenset({"tolist", "numpy", "__array__", "__dlpack__"})
+"""What takes numbers out of a tensor without an operation."""
 
 
 class Trimmed(NamedTuple):
@@ -160,11 +170,13 @@ class _Pass:
     """One run of one subnet.
 
     Attributes:
+        row: The subnet's.
         settings: The subnet's.
         widths: Of the inputs of each layer that ran.
         output: What the model returned.
     """
 
+    row: int
     settings: Settings
     widths: dict[Operator, set[int]]
     output: Any
@@ -172,11 +184,17 @@ class _Pass:
 
 @dataclass(slots=True)
 class _Trace:
-    """All passes, a subnet's in a row, and the layers whose parameters something else has read."""
+    """What the passes showed.
 
-    n_examples: int
+    Attributes:
+        passes: All of them; first each subnet's on the first example.
+        read: Layers whose parameters something else has read.
+        looks: Whether the model looked at a number.
+    """
+
     passes: list[_Pass] = field(default_factory=list)
     read: set[Operator] = field(default_factory=set)
+    looks: bool = False
 
     def keys(self, layer: Cuttable) -> set[Key]:
         """Return the slices of a layer that ran."""
@@ -190,7 +208,7 @@ class _Trace:
         """Return whether every subnet answers the first example as it did."""
         return all(
             _are_alike(_run(supernet, one.settings, examples[0]), one.output)
-            for one in self.passes[:: self.n_examples]
+            for one in self.passes[: len(supernet.subnets)]
         )
 
 
@@ -198,7 +216,7 @@ def _trace(
     supernet: Supernet, layers: Sequence[Cuttable], rows: Sequence[Settings], examples: Sequence[torch.Tensor]
 ) -> _Trace:
     _run(supernet, rows[0], examples[0])  # what a block returns that never ran is learnt by running it
-    trace = _Trace(len(examples))
+    trace = _Trace()
     for op in operators_in(supernet.model):
         op.forget()  # a cached slice would hide that the parameter is read
     running: set[Operator] = set()
@@ -224,21 +242,32 @@ def _trace(
         for layer in layers:
             stack.callback(_module(layer).register_forward_pre_hook(begin, with_kwargs=True).remove)
             stack.callback(_module(layer).register_forward_hook(end, always_call=True).remove)
-        for settings in rows:
-            for example in examples:
-                seen = {}
-                with _Reads(owners, running, trace.read):
-                    output = _run(supernet, settings, example)
-                trace.passes.append(_Pass(settings, seen, output))
+
+        def run(row: int, example: torch.Tensor) -> None:
+            nonlocal seen
+            seen = {}
+            with _Reads(owners, running, trace), _Looks(trace):
+                output = _run(supernet, rows[row], example)
+            trace.passes.append(_Pass(row, rows[row], seen, output))
+
+        for row in range(len(rows)):
+            run(row, examples[0])
+        ends = {0, len(rows) - 1}
+        for row, example in itertools.product(sorted(ends), examples[1:]):
+            run(row, example)
+        if trace.looks:
+            for row, example in itertools.product(range(len(rows)), examples[1:]):
+                if row not in ends:
+                    run(row, example)
     return trace
 
 
 class _Reads(TorchFunctionMode):
     """Notes the layers whose parameters are read while the layer itself does not run."""
 
-    def __init__(self, owners: Mapping[int, Operator], running: set[Operator], read: set[Operator]) -> None:
+    def __init__(self, owners: Mapping[int, Operator], running: set[Operator], trace: _Trace) -> None:
         super().__init__()
-        self._owners, self._running, self._read = owners, running, read
+        self._owners, self._running, self._trace = owners, running, trace
 
     def __torch_function__(
         self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -248,8 +277,28 @@ class _Reads(TorchFunctionMode):
             for value in tree_leaves((args, kwargs)):
                 layer = self._owners.get(id(value))
                 if layer is not None and layer not in self._running:
-                    self._read.add(layer)
+                    self._trace.read.add(layer)
+        if getattr(func, "__name__", "") in _TAKEN_OUT:
+            self._trace.looks = True
         return func(*args, **kwargs)
+
+
+class _Looks(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Notes whether the model looks at a number, or makes a shape of numbers."""
+
+    def __init__(self, trace: _Trace) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self._trace = trace
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not _LOOKING.isdisjoint(func.tags):
+            self._trace.looks = True
+        with self:  # what `bool` does is an operation without a tag, made of one with it
+            parts = func.decompose(*args, **kwargs)
+        return func(*args, **kwargs) if parts is NotImplemented else parts
 
 
 def _is_harmless(func: Any) -> bool:
@@ -335,11 +384,11 @@ def _not_followed(
     layer: Cuttable, around: Mapping[Operator, Sequence[tuple[int, ...]]], trace: _Trace
 ) -> str | None:
     widths: dict[int, set[int]] = defaultdict(set)  # by subnet
-    for number, one in enumerate(trace.passes):
+    for one in trace.passes:
         ran = one.widths.get(layer)
         if (ran is not None) != _is_on(around[layer], one.settings):
             return "it does not run on every input" if ran is None else "it runs outside its blocks"
-        widths[number // trace.n_examples] |= ran or set()
+        widths[one.row] |= ran or set()
     return "its width depends on the input" if any(len(seen) > 1 for seen in widths.values()) else None
 
 

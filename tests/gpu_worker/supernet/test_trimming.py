@@ -374,6 +374,48 @@ def test_with_the_largest_among_them_nothing_is_traced() -> None:
     supernet.host([SMALLER])  # nothing is gone
 
 
+class Looking(nn.Module):
+    """At one width it looks at its input's numbers, and then uses more or less of the hidden ones."""
+
+    def __init__(self, look: Callable[[torch.Tensor], bool], at: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+        self.look, self.at = look, at
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, WIDTH)."""
+        hidden = self.up(x)
+        if hidden.shape[1] == self.at and self.look(x):
+            hidden = hidden[:, :1]
+        out: torch.Tensor = self.down(hidden)
+        return out
+
+
+LOOKS: Mapping[str, Callable[[torch.Tensor], bool]] = {
+    "bool": lambda x: bool(x.sum() < 0),
+    "item": lambda x: x.sum().item() < 0,
+    "tolist": lambda x: sum(x.flatten().tolist()) < 0,
+    "numpy": lambda x: float(x.numpy().sum()) < 0,
+    "nonzero": lambda x: len((x < 0).nonzero()) > 0,
+    "mask": lambda x: len(x[x < 0]) > 0,
+}
+
+
+@pytest.mark.parametrize("look", [*LOOKS, "never"])
+def test_if_a_model_looks_at_numbers_all_subnets_run_on_all_inputs(look: str) -> None:
+    """The middle one of three subnets looks; else only the first and the last run on every input."""
+    model = Looking(LOOKS.get(look, bool), 8 if look in LOOKS else 0)
+    supernet = insert(model, elastic=[Elastic("w", ["up"])]).eval()
+    supernet.host([SMALLER, HALF, Subnet("larger", {"w": [0.75]})])
+    ran = []
+    model.register_forward_hook(lambda *_: ran.append(True))
+    found = supernet.trim(positive(1), positive(2), -positive(3))
+
+    assert dict(found.whole) == ({"down": "its width depends on the input"} if look in LOOKS else {})
+    # One to learn what blocks return, the trace, and each subnet again in the end.
+    assert len(ran) == 1 + (3 * 3 if look in LOOKS else 3 + 2 * 2) + 3
+
+
 class Sized(nn.Module):
     """Divides by the number of outputs that the layer has in all; only `__dict__` says so."""
 
