@@ -36,6 +36,8 @@ class SlicedAttention(ElasticOperator, nn.MultiheadAttention):
     """
 
     channel_axis = -1
+    follows_inputs = False
+    gives_channels = False
     watched = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
     @classmethod
@@ -62,6 +64,11 @@ class SlicedAttention(ElasticOperator, nn.MultiheadAttention):
 
     def _used(self) -> Sequence[Tensor | None]:
         return [*super()._used(), self.out_proj.weight, self.out_proj.bias]
+
+    @property
+    def n_inputs(self) -> int:
+        """Features of the queries."""
+        return int(self.embed_dim)
 
     @property
     def n_outputs(self) -> int:

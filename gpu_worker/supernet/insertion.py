@@ -368,11 +368,10 @@ def _insert(
         name: tuple(cast("ElasticOperator", layer.module) for layer in named)
         for name, named in layers.items()
     }
-    for name, chosen in sizes.items():
-        for operator in chosen:
-            operator.parts = parts[name]
+    of_size = {id(layer): parts[name] for name, chosen in sizes.items() for layer in chosen}
     for operator in operators:
         if isinstance(operator, ElasticOperator):
+            operator.consist_of(of_size.get(id(operator), ()))
             settings.entries[operator.place] = operator.n_outputs
     _stop_fused_kernels(model)
     stages = tuple(_selected(stage, called, cursor, settings) for called, stage in blocks)

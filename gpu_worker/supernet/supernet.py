@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import nn
 
-from gpu_worker.supernet.operators import Prepared, Statistics, SubnetNorm, WeightSlice, is_packed_already
+from gpu_worker.supernet.flow.follow import Flow
+from gpu_worker.supernet.flow.layouts import NeedsWhole, forget_tags, tensors_in
+from gpu_worker.supernet.operators import (
+    NormCalibration,
+    Prepared,
+    Statistics,
+    SubnetNorm,
+    WeightSlice,
+    is_packed_already,
+)
 from gpu_worker.supernet.operators.base import address_of
 from gpu_worker.supernet.trimming import Trimmed, trim
 from superserve.errors import ConfigError
@@ -20,14 +29,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gpu_worker.supernet.control import Controls
+    from gpu_worker.supernet.flow.follow import Shapes
     from gpu_worker.supernet.insertion import Inserted
-    from gpu_worker.supernet.operators.base import Settings
+    from gpu_worker.supernet.operators.base import Layouts, Settings
 
 MAX_PREPARED = {"cpu": 1_024}
 """By device, the most subnets that are ready to run, unless more are pinned: on a CPU they are only views."""
 
 MAX_PREPARED_ELSEWHERE = 64
 """The limit for other devices, which hold these subnets' statistics; all others' are in host memory."""
+
+MAX_FOLLOWED = 4_096
+"""Most control tuples of which it is remembered what each layer is given; after as many all are forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +98,9 @@ class MemoryReport:
         )
 
 
-_address = torch.Tensor.data_ptr
+def _sizes(settings: Settings) -> tuple[int | None, ...]:
+    """Return the entries of settings that say what runs, and how much of it."""
+    return tuple(entry if isinstance(entry, int) else None for entry in settings)
 
 
 def _mb(n_bytes: int) -> str:
@@ -112,12 +127,15 @@ class Supernet(nn.Module):
         self.cursor = inserted.cursor
         self.controls = controls
         self._inserted = inserted
-        self._one_pass = threading.Lock()
+        self._one_pass = threading.RLock()
         self._statistics: dict[str, SubnetStatistics] = {}
         self._gathered_for: dict[str, Mapping[str, Any] | None] = {}
         self._pinned: frozenset[int] = frozenset()
         self._trimmed_to: tuple[Subnet, ...] | None = None
-        self._held: list[torch.Tensor] = []
+        self._followed: dict[tuple[int | None, ...], Layouts] = {}
+        self._layouts: dict[int, Layouts] = {}
+        self._whole_shapes: tuple[Any, Shapes] | None = None
+        self._where: list[Callable[[], int]] = []
         self._addresses: list[int] = []
         self.host((Subnet("largest", controls.space.largest),))
 
@@ -137,6 +155,7 @@ class Supernet(nn.Module):
         rows = [self.settings_of(subnet) for subnet in subnets]
         self.subnets = tuple(subnets)
         self._rows = rows
+        self._layouts = {}
         self._drop_others_statistics()
         self._pinned = frozenset()
         self._forget()
@@ -178,17 +197,88 @@ class Supernet(nn.Module):
             self.prepared(row)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the actuated subnet."""
-        return self.run_with(self.cursor.chosen.settings, *args, **kwargs)
+        """Run the actuated subnet.
+
+        Raises:
+            ConfigError: In a subnet's first pass: a layer is given a part of its inputs, and it is not known
+                which; or what a block gives that is left out.
+        """
+        chosen = self.cursor.chosen
+        layouts = self._layouts.get(chosen.row)
+        if layouts is None:
+            out = self.run_with(chosen.settings, *args, **kwargs)
+            if (found := self._followed.get(_sizes(chosen.settings))) is not None:
+                self._layouts[chosen.row] = found
+            return out
+        return self._run(chosen.settings, layouts, args, kwargs)
 
     def run_with(self, settings: Settings, *args: Any, **kwargs: Any) -> Any:
-        """Run the model once with these settings, whatever is actuated."""
+        """Run the model once with these settings, whatever is actuated.
+
+        Raises:
+            ConfigError: As `forward`.
+        """
+        layouts = self._followed.get(_sizes(settings))
+        if layouts is None:
+            return self._run_first(settings, args, kwargs)
+        return self._run(settings, layouts, args, kwargs)
+
+    def _run_first(self, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run and follow the channels: from then on it is known what each layer is given."""
+        if any(tensor.is_meta for tensor in tensors_in((*args, *kwargs.values()))):
+            return self._run(settings, {}, args, kwargs)  # without numbers only shapes count
+        plain = tuple(None if isinstance(one, NormCalibration) else one for one in settings)
+        with self._one_pass:
+            out, flow = self._follow(plain, args, kwargs)
+            if len(self._followed) >= MAX_FOLLOWED:
+                self._followed.clear()
+            self._followed[_sizes(settings)] = flow.layouts
+            if plain != settings:  # a pass that is repeated would count its batch twice
+                return self._run(settings, flow.layouts, args, kwargs)
+        for tensor in tensors_in((out,)):
+            forget_tags(tensor)
+        return out
+
+    def _follow(self, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Flow]:
+        shapes = None
+        while True:
+            try:
+                flow = Flow(self.model, self.cursor, shapes)
+                with flow:
+                    return self._run(settings, flow.layouts, args, kwargs), flow
+            except NeedsWhole:
+                shapes = self._shapes_of_whole(args, kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError) as error:
+                if not self._shapes_of_whole(args, kwargs):
+                    raise  # the whole network fails too
+                raise ConfigError(
+                    f"{flow.path or 'the model'}: runs in the whole network and not in this subnet: {error}"
+                ) from error
+
+    def _shapes_of_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
+        """Return what each call gives in the whole network, of these inputs; nothing if it does not run."""
+        inputs = tuple(tuple(tensor.shape) for tensor in tensors_in((*args, *kwargs.values())))
+        if self._whole_shapes is None or self._whole_shapes[0] != inputs:
+            shapes: Shapes = {}
+            try:
+                with torch.no_grad(), Flow(self.model, self.cursor, shapes, is_whole=True):
+                    self._run(self._inserted.defaults, {}, args, kwargs)
+            except (RuntimeError, ConfigError):
+                shapes = {}  # then whatever depends on them is refused
+            self._whole_shapes = inputs, shapes
+        return self._whole_shapes[1]
+
+    def _run(
+        self, settings: Settings, layouts: Layouts, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         with self._one_pass:
             cursor = self.cursor
-            if list(map(_address, self._held)) != self._addresses:  # p.data = ...: their views are old
+            if [where() for where in self._where] != self._addresses:  # p.data = ...: their views are old
                 for op in self._inserted.operators:
                     op.renew()
-            cursor.settings = settings
+            cursor.settings, cursor.layouts = settings, layouts
             try:
                 return self.model(*args, **kwargs)
             finally:
@@ -199,7 +289,7 @@ class Supernet(nn.Module):
         """Note where the parameters are of which operators hold views."""
         held = [tensor for op in self._inserted.operators for tensor in op.held]
         at = [(tensor, address_of(tensor)) for tensor in held if isinstance(tensor, torch.Tensor)]
-        self._held = [tensor for tensor, address in at if address >= 0]
+        self._where = [tensor.data_ptr for tensor, address in at if address >= 0]
         self._addresses = [address for _, address in at if address >= 0]
         self.cursor.is_moved = False
 
@@ -366,11 +456,13 @@ class Supernet(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_one_pass"}
+        # Methods of this supernet's tensors and its lock are not a copy's.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_one_pass", "_where")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self._one_pass = threading.Lock()
+        self._one_pass = threading.RLock()
+        self._note_addresses()
         self._refresh()  # the views in a deep copy are not views of the copy's statistics
 
     def _refresh(self) -> None:

@@ -29,7 +29,7 @@ _HEAD = """# The zoo: which networks can be made smaller
 Small random networks of the usual architectures, made supernets by `insert`. For each, depth (some blocks are
 left out) and widths. A subnet's answer is compared with that of a network that has its size from the start:
 transformers builds it with fewer layers or hidden units, and it is filled from the whole; or it is the whole
-with the dropped inputs multiplied by zero. *Right* means a largest error of 1e-5 of the largest number, whole
+with the dropped inputs multiplied by zero. *Right* means a largest error of 5e-5 of the largest number, whole
 and trimmed. *Refused* means an error before the first answer. A wrong answer fails the tests (`tests/zoo/`).
 
 | network | what is smaller | outcome |

@@ -17,23 +17,6 @@ needs_transformers = pytest.mark.skipif(
 )
 
 
-UNFOLLOWED = {
-    "UNet, channels of the skip",
-    "DenseNet, growth",
-    "Phi3, heads",
-    "Phi3, hidden units, without parts",
-    "Phi3, heads, without parts",
-}
-"""What insertion cannot follow and does not refuse: a concatenation, and projections that are taken apart at
-fixed places. The proof at a worker's start refuses them."""
-
-
-def marked(rows: list[Row]) -> list[object]:
-    """Return the rows as parameters; without a proof, those that need one are expected to fail."""
-    xfail = pytest.mark.xfail(not IS_PROVEN, strict=True, reason="insertion cannot follow it")
-    return [pytest.param(row, id=row.name, marks=xfail if row.name in UNFOLLOWED else ()) for row in rows]
-
-
 def check(row: Row) -> None:
     """Judge a row, print its outcome, and compare it with the page."""
     outcome = judge(row)
@@ -44,7 +27,7 @@ def check(row: Row) -> None:
         assert outcome.verdict is SAID[row.name], f"{outcome}; python -m tests.zoo.page writes the page again"
 
 
-@pytest.mark.parametrize("row", marked(own.rows()))
+@pytest.mark.parametrize("row", own.rows(), ids=lambda row: row.name)
 def test_a_network_of_a_common_kind_is_right_or_refused(row: Row) -> None:
     """UNet, DenseNet, squeeze-excite and LSTM, against masked ones."""
     check(row)
@@ -53,7 +36,7 @@ def test_a_network_of_a_common_kind_is_right_or_refused(row: Row) -> None:
 @needs_transformers
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("row", marked(published.rows()))
+@pytest.mark.parametrize("row", published.rows(), ids=lambda row: row.name)
 def test_a_published_architecture_is_right_or_refused(row: Row) -> None:
     """Those of transformers, against ones that transformers built smaller."""
     check(row)

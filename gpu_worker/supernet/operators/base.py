@@ -27,16 +27,18 @@ class Cursor:
             the whole layer's, by their place: spans of the whole layer's inputs, each (start, length).
         chosen: What the next forward pass will use. Actuation is one store of it, and a pass takes it
             over once, at its start; so no pass is half of one subnet and half of another.
+        flow: Follows the running pass, in a subnet's first one.
         is_moved: Whether an operator has met other parameters since the supernet noted where they are.
     """
 
-    __slots__ = ("chosen", "is_moved", "layouts", "settings")
+    __slots__ = ("chosen", "flow", "is_moved", "layouts", "settings")
 
     def __init__(self, chosen: Prepared) -> None:
         self.chosen = chosen
         self.settings = chosen.settings
         self.layouts: Layouts = {}
         self.is_moved = True
+        self.flow: Any = None
 
     @property
     def row(self) -> int:
@@ -77,13 +79,23 @@ class Operator:
     cursor: Cursor
     place: int
     path: str
+    whole_inputs: int
+    """Inputs of the whole layer, also after a trim."""
+    follows_inputs = True
+    """Whether a part of its inputs may be given to it."""
     is_joined = False
     """Whether in some subnet its inputs are not the first of the whole layer's: `cursor.layouts` has them."""
 
     def attach(self, cursor: Cursor, place: int, path: str) -> None:
         """Become entry `place` of `cursor.settings`; `path` is the layer's name in its model."""
         self.cursor, self.place, self.path = cursor, place, path
+        self.whole_inputs = self.n_inputs
         self.renew()
+
+    @property
+    def n_inputs(self) -> int:
+        """Inputs of the layer."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """Drop everything that looks into parameters: they have moved, or changed."""
@@ -150,9 +162,18 @@ class ElasticOperator(Operator):
     Attributes:
         parts: Sizes of the parts that the whole layer's outputs consist of, each of which is cut alike; empty
             for one part.
+        whole_parts: The same of the layer as it was before a trim; its outputs if there is one part.
     """
 
+    gives_channels = True
+    """Whether its outputs are what is chosen; heads are inside."""
     parts: tuple[int, ...] = ()
+    whole_parts: tuple[int, ...]
+
+    def consist_of(self, parts: tuple[int, ...]) -> None:
+        """Have outputs of these parts, none for one part."""
+        self.parts = parts
+        self.whole_parts = parts or (self.n_outputs,)
 
     @property
     def n_outputs(self) -> int:

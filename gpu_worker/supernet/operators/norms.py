@@ -65,6 +65,11 @@ class VectorOperator(Operator):
         self.whole = self.n_channels()
         super().attach(cursor, place, path)
 
+    @property
+    def n_inputs(self) -> int:
+        """Channels of the layer."""
+        return self.whole
+
     def n_channels(self) -> int:
         """Return the channels of the whole layer."""
         raise NotImplementedError
@@ -223,6 +228,11 @@ class SlicedPReLU(VectorOperator, nn.PReLU):
     """A PReLU with a slope for each channel, of which it uses those of its channels."""
 
     watched = ("weight",)
+
+    def attach(self, cursor: Any, place: int, path: str) -> None:
+        """Become entry `place` of `cursor.settings`; `path` is the layer's name in its model."""
+        super().attach(cursor, place, path)
+        self.follows_inputs = self.whole > 1
 
     def n_channels(self) -> int:
         """Return how many slopes there are."""

@@ -32,8 +32,18 @@ class SlicedRecurrent(ElasticOperator):
 
     def attach(self, cursor: Any, place: int, path: str) -> None:
         """Become entry `place` of `cursor.settings`; `path` is the layer's name in its model."""
-        self.whole, self.whole_inputs = self.hidden_size, self.input_size
+        self.whole = self.hidden_size
         super().attach(cursor, place, path)
+
+    @property
+    def n_inputs(self) -> int:
+        """Inputs of the layer."""
+        return self.input_size
+
+    def consist_of(self, parts: tuple[int, ...]) -> None:
+        """Have outputs of a part for each direction."""
+        self.parts = parts
+        self.whole_parts = (self.whole,) * (2 if self.bidirectional else 1)
 
     @property
     def n_outputs(self) -> int:

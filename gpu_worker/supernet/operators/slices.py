@@ -14,7 +14,7 @@ from superserve.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from gpu_worker.supernet.operators.base import Spans
+    from gpu_worker.supernet.operators.base import Cursor, Spans
 
 Key = tuple[Any, ...]
 """Outputs and inputs that a slice has; the spans of its inputs too, where they are not the first."""
@@ -54,7 +54,7 @@ class WeightSlice(ElasticOperator):
 
     @property
     def n_inputs(self) -> int:
-        """Inputs of the whole layer."""
+        """Inputs of the layer."""
         return self.weight.shape[self.in_axis]
 
     def slice_in_use(self, inputs: int) -> Parameters:
@@ -134,12 +134,27 @@ def is_packed_already(weight: torch.Tensor) -> bool:
     )
 
 
-class _Grouped(WeightSlice):
-    """A convolution; one with groups keeps the groups that its input fills."""
+class Grouped(WeightSlice):
+    """A convolution; one with groups keeps the groups that its input fills.
+
+    Attributes:
+        whole_group: Inputs and outputs of one group.
+    """
 
     groups: int
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
+    whole_group: tuple[int, int]
+
+    def attach(self, cursor: Cursor, place: int, path: str) -> None:
+        """Become entry `place` of `cursor.settings`; `path` is the layer's name in its model."""
+        super().attach(cursor, place, path)
+        self.whole_group = self._inputs_a_group, self._outputs_a_group
+
+    @property
+    def n_inputs(self) -> int:
+        """Inputs of the layer."""
+        return self._inputs_a_group * self.groups
 
     @property
     def _inputs_a_group(self) -> int:
@@ -195,7 +210,7 @@ class _Grouped(WeightSlice):
         return inputs // a_group
 
 
-class _WeightSliceConv(_Grouped):
+class _WeightSliceConv(Grouped):
     """A convolution; one with groups keeps the groups that its input fills."""
 
     padding: str | tuple[int, ...]
@@ -236,7 +251,7 @@ class WeightSliceConv3d(_WeightSliceConv, nn.Conv3d):
     convolve = staticmethod(F.conv3d)
 
 
-class _WeightSliceConvTranspose(_Grouped):
+class _WeightSliceConvTranspose(Grouped):
     """A transposed convolution, whose weight is (in, out / groups, ...)."""
 
     out_axis = 1
@@ -323,6 +338,7 @@ class WeightSliceEmbedding(WeightSlice, nn.Embedding):
     out_axis = 1
     in_axis = 0
     bias = None
+    follows_inputs = False
 
     def _slice(
         self,

@@ -126,7 +126,11 @@ class Switched:
                 f"{self.switch_path}: returns {what}, for which its first argument cannot stand when it is "
                 "left out: give its stage skipped=, a function of the block's arguments"
             )
-        stands = given if skip.gives == "input" else torch.zeros_like(given)
+        flow = self.switch_cursor.flow
+        if skip.gives == "zero":
+            stands = torch.zeros_like(given)
+        else:
+            stands = given if flow is None else flow.left_out(self.switch_path, given)
         if answer.kind is torch.Tensor:
             return stands
         return answer.kind((stands, *[None] * (answer.n - 1)))

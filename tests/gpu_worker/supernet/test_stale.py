@@ -5,6 +5,7 @@ What is expected is a plain module with the new parameters, cut by hand.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import pytest
@@ -208,3 +209,17 @@ def test_statistics_set_before_hosting_are_those_of_what_is_hosted_first() -> No
 
     supernet.host([Subnet("later", {"w": [0.5, 0.5, 0.5]})])
     assert not supernet.statistics
+
+
+def test_a_deep_copy_looks_after_its_own_parameters() -> None:
+    """Moving the copy's parameters is seen by the copy, and only there."""
+    model, x = Net(), drawn(2, 4)
+    expected_old, new = plain(model.state_dict(), x), Net(seed=1).state_dict()
+    supernet = supernet_of(model)
+    alike(run(supernet, x), expected_old)
+    other = copy.deepcopy(supernet)
+    alike(run(other, x), expected_old)
+    new_data(other.model, new)
+
+    alike(run(other, x), plain(new, x))
+    alike(run(supernet, x), expected_old)
