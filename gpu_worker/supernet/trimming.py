@@ -215,7 +215,8 @@ class _Trace:
 def _trace(
     supernet: Supernet, layers: Sequence[Cuttable], rows: Sequence[Settings], examples: Sequence[torch.Tensor]
 ) -> _Trace:
-    _run(supernet, rows[0], examples[0])  # what a block returns that never ran is learnt by running it
+    # At first what left-out blocks return, and the whole network's shapes, may be learnt by running them.
+    _run(supernet, rows[0], examples[0])
     trace = _Trace()
     for op in operators_in(supernet.model):
         op.forget()  # a cached slice would hide that the parameter is read
