@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gpu_worker.supernet.flow.layouts import Call, Lost, Whole, tags_of, tensors_in
+from gpu_worker.supernet.flow.layouts import Call, Lost, NeedsWhole, Whole, tags_of, tensors_in
 from gpu_worker.supernet.flow.rules import rule_of
 from gpu_worker.supernet.operators import ElasticOperator, Operator, recurrent, slices
 from superserve.errors import ConfigError
@@ -41,10 +42,13 @@ _ASKING = frozenset(
 
 
 class _LeftOut(NamedTuple):
-    """Marks what came back from a block that was left out: the block, its input, and what that came of."""
+    """Marks what came back from a block that was left out: the block, its input, and what that came of.
+
+    Tensors by weak references, as everywhere here: a pass frees what it no longer needs.
+    """
 
     path: str
-    inputs: tuple[torch.Tensor, ...]
+    inputs: tuple[weakref.ref[torch.Tensor], ...]
 
 
 class Flow(TorchFunctionMode):
@@ -154,12 +158,16 @@ class Flow(TorchFunctionMode):
             return
         axis = op.channel_axis if op.channel_axis < 0 else op.channel_axis - x.dim()
         layout = tags_of(x).get(axis)
+        if self._is_whole and self._whole is not None:
+            self._whole[op.path, 0] = ("given", Whole(((x.shape[axis],),), (), {}))
         if layout is None:
+            self._refuse_unseen(op, x.shape[axis], whole)
             return
         if isinstance(layout, Lost):
+            n = f"{x.shape[axis]}" + (f" of {whole}" if x.shape[axis] != whole else "")
             raise ConfigError(
-                f"{op.path}: given {x.shape[axis]} of {whole} inputs through {layout.by}, after which it is "
-                f"not known which they are: {_ADVICE}"
+                f"{op.path}: given {n} inputs through {layout.by}, and it is not known which they are: "
+                f"{_ADVICE}"
             )
         if sum(total for _, total in layout) != whole:
             raise ConfigError(
@@ -171,6 +179,18 @@ class Flow(TorchFunctionMode):
             op.is_joined = True
             self.layouts[op.place] = spans
 
+    def _refuse_unseen(self, op: Operator, n: int, whole: int) -> None:
+        """Raise ConfigError if a part came about where no call was seen, unless it is the model's input."""
+        if n >= whole:
+            return
+        if self._whole is None:
+            raise NeedsWhole
+        if self._whole.get((op.path, 0), ("", _UNKNOWN))[1].shapes != ((n,),):
+            raise ConfigError(
+                f"{op.path}: given {n} of {whole} inputs by code that calls no function of torch, or a "
+                "scripted one: leave the layers before it whole"
+            )
+
     # --- blocks that are left out ---------------------------------------------------------------
 
     def left_out(self, path: str, stands: Any) -> Any:
@@ -179,7 +199,8 @@ class Flow(TorchFunctionMode):
             return stands
         alias = stands.view_as(stands)
         _tag(alias, tags_of(stands))
-        alias._superserve_left_out = _LeftOut(path, (stands, *getattr(stands, "_superserve_of", ())))  # type: ignore[attr-defined]  # ours
+        inputs = (weakref.ref(stands), *getattr(stands, "_superserve_of", ()))
+        alias._superserve_left_out = _LeftOut(path, inputs)  # type: ignore[attr-defined]  # ours
         return alias
 
 
@@ -205,7 +226,7 @@ def _refuse_twice(given: list[torch.Tensor]) -> None:
     """Raise ConfigError if a caller adds to a tensor what stands for a block that was given it."""
     for tensor in given:
         mark: _LeftOut | None = getattr(tensor, "_superserve_left_out", None)
-        if mark is not None and any(other is one for other in given for one in mark.inputs):
+        if mark is not None and any(other is one() for other in given for one in mark.inputs):
             raise ConfigError(
                 f"{mark.path}: when it is left out it gives back its input, and its caller adds that to the "
                 'same input once more: give its stage skipped="zero"'
@@ -221,7 +242,7 @@ def _carry_marks(given: list[torch.Tensor], outs: list[torch.Tensor]) -> None:
     if len(same) == 1 and same[0] is not out:
         if marks:
             out._superserve_left_out = marks[0]  # type: ignore[attr-defined]  # ours
-        out._superserve_of = (same[0], *getattr(same[0], "_superserve_of", ()))[:_FEW]  # type: ignore[attr-defined]
+        out._superserve_of = (weakref.ref(same[0]), *getattr(same[0], "_superserve_of", ()))[:_FEW]  # type: ignore[attr-defined]
 
 
 # --- operators ------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from gpu_worker.supernet.operators.norms import NormCalibration
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -146,10 +145,13 @@ class Switched:
         )
 
     def _run_apart(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the block though it is left out, to see what kind of thing it returns; nothing counts it."""
+        """Run the block though it is left out, to see what kind of thing it returns; nothing counts it.
+
+        Norms gather nothing meanwhile: a subnet is calibrated after its first pass, in which this is done.
+        """
         cursor = self.switch_cursor
         before = cursor.settings
-        apart = [None if isinstance(setting, NormCalibration) else setting for setting in before]
+        apart = list(before)
         apart[self.switch_place] = True
         cursor.settings = tuple(apart)
         try:

@@ -6,6 +6,7 @@ channels that a subnet lacks set to zero.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -547,6 +548,30 @@ def test_blocks_that_add_by_themselves_are_not_taken_for_branches() -> None:
     checked(supernet, {"d": [2]}, expected, x)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("is_scripted", [True, False])
+def test_what_no_call_of_torch_gave_is_refused(is_scripted: bool) -> None:
+    """Code that is scripted or goes by way of numpy may do anything with channels."""
+
+    def reordered(x: torch.Tensor) -> torch.Tensor:
+        return x.flip(-1)
+
+    def by_numpy(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(x.numpy()[:, ::-1].copy())
+
+    between = torch.jit.script(reordered) if is_scripted else by_numpy
+    model, x = random(Between2(nn.Linear(4, 8), between, nn.Linear(8, 3))), drawn(2, 4)
+    with torch.inference_mode():
+        whole = model(x)
+    supernet = insert(model, elastic=[Elastic("w", ["first"])])
+
+    alike(answer(supernet, {"w": [1.0]}, x), whole)
+    with pytest.raises(
+        ConfigError, match="last: given 4 of 8 inputs by code that calls no function of torch"
+    ):
+        answer(supernet, {"w": [0.5]}, x)
+
+
 def test_what_fails_in_a_subnet_alone_names_the_module() -> None:
     """A bias of eight does not fit four: torch's own error, and where it came up."""
 
@@ -563,3 +588,22 @@ def test_what_fails_in_a_subnet_alone_names_the_module() -> None:
         answer(supernet, {"w": [0.5]}, drawn(2, 4))
     with pytest.raises(ConfigError, match="0: expected at most 4 inputs, got 5"):
         answer(supernet, {"w": [0.5]}, drawn(2, 5))
+
+
+def test_a_first_pass_keeps_no_activation_for_longer() -> None:
+    """What later passes free while they run, the first frees too: at each layer one activation is there."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    counts: list[int] = []
+
+    def count(_layer: nn.Module, _args: Any, out: torch.Tensor) -> None:
+        counts.append(sum(one() is not None for one in alive))
+        alive.append(weakref.ref(out))
+
+    model = random(nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))))
+    supernet = insert(model, elastic=[Elastic("w", ["2"])])
+    for layer in model:
+        layer.register_forward_hook(count)
+    with torch.inference_mode():
+        supernet(drawn(2, 8))
+
+    assert max(counts) <= 1

@@ -149,12 +149,13 @@ def test_gradients_flow_through_a_part(name: str) -> None:
 
 def test_groups_are_kept_whole() -> None:
     """Five of eight channels do not fill groups of two: refused, with what to do."""
-    supernet = insert(nn.Sequential(random(nn.GroupNorm(4, 8))))
+    model = random(nn.Sequential(nn.Conv1d(2, 8, 1), nn.GroupNorm(4, 8)))
+    supernet = insert(model, elastic=[Elastic("w", ["0"])])
 
     with pytest.raises(
-        ConfigError, match=r"0: expected whole groups of 2 channels, got 5: give .*multiple_of=2"
+        ConfigError, match=r"1: expected whole groups of 2 channels, got 5: give .*multiple_of=2"
     ):
-        answer(supernet, {}, drawn(2, 5, 3))
+        answer(supernet, {"w": [5 / 8]}, drawn(2, 2, 3))
 
 
 class ScaledNorm(nn.Module):
@@ -539,6 +540,19 @@ class NormAct(nn.BatchNorm1d):
 
 class SameNorm(nn.BatchNorm1d):
     """A BatchNorm by another name."""
+
+
+@pytest.mark.parametrize("kind", [NormAct, SameNorm])
+def test_a_batch_norm_of_another_class_keeps_its_statistics_in_training(kind: type[nn.BatchNorm1d]) -> None:
+    """It normalises by the batch, and its running statistics stay for all subnets."""
+    norm = random(kind(4))
+    before = {name: t.clone() for name, t in norm.state_dict().items() if "running" in name}
+    supernet, x = insert(nn.Sequential(norm)).train(), drawn(16, 3)
+    normed = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+    expected = normed * norm.get_parameter("weight")[:3] + norm.get_parameter("bias")[:3]
+
+    alike(supernet(x).detach(), expected.relu() if kind is NormAct else expected)
+    assert all(torch.equal(norm.get_buffer(name), tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize(

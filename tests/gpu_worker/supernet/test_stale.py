@@ -130,6 +130,29 @@ def test_new_parameters_are_seen(change: Callable[[nn.Module, State], None], is_
     alike(run(supernet, x), expected_old)
 
 
+@pytest.mark.parametrize("is_data", [False, True])
+def test_each_new_parameter_or_buffer_is_seen_by_itself(is_data: bool) -> None:
+    """One after the other becomes another tensor, or other data; the answer follows each time."""
+    model, x = Net(), drawn(2, 4)
+    state, new = (
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        Net(seed=1).state_dict(),
+    )
+    supernet = supernet_of(model)
+    alike(run(supernet, x), plain(state, x))
+    for path in [name for name in state if "tracked" not in name]:
+        module, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        state[path] = new[path]
+        if is_data:
+            getattr(module, name).data = new[path].clone()
+        else:
+            old = getattr(module, name)
+            setattr(
+                module, name, type(old)(new[path].clone()) if isinstance(old, nn.Parameter) else new[path]
+            )
+        alike(run(supernet, x), plain(state, x))
+
+
 def test_a_functional_call_is_answered_by_its_parameters_and_no_other_is() -> None:
     """Within the call the given parameters count, before and after it the model's own."""
     model, x, new = Net(), drawn(2, 4), Net(seed=1).state_dict()
