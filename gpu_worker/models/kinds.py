@@ -246,7 +246,8 @@ def resident(kind: SupernetKind, weights: str | None) -> Supernet:
     path = kind.weights if weights is None else Path(weights)
     if path is None:
         raise ConfigError(
-            f"weights: {kind.name} comes without any: expected a checkpoint's path, or {RANDOM!r}"
+            f"weights: {kind.name} comes without any: expected a checkpoint's path, or {RANDOM!r}; or "
+            "loads_weights=True in its SupernetKind, if its build loads them"
         )
     supernet = kind.build().eval()
     load_checkpoint(supernet.model, path, published_name=kind.published_name, ignored=kind.ignored)

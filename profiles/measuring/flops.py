@@ -141,11 +141,14 @@ class CostCounter:
             ConfigError: The tuple does not fit, or the model cannot run.
         """
         settings = self.supernet.settings_of(Subnet("counted", control))
-        before = self._counter.total
         try:
             # A CPU's own kernel for attention has no formula; its plain products have.
-            with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), self._counter:
-                self.supernet.run_with(settings, self._input)
+            with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+                if not self._input.is_meta:  # at first the whole network may run too, to follow channels
+                    self.supernet.run_with(settings, self._input)
+                before = self._counter.total
+                with self._counter:
+                    self.supernet.run_with(settings, self._input)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise ConfigError(
