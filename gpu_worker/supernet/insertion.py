@@ -386,9 +386,7 @@ def _stop_fused_kernels(model: nn.Module) -> None:
             # It would pass padded batches to its layers as nested tensors, which only the kernels take.
             module.use_nested_tensor = False
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = (
-                0  # that the activation has no fused kernel; used for nothing else
-            )
+            module.activation_relu_or_gelu = 0  # the activation has no fused kernel: read for nothing else
 
 
 def _selected(

@@ -394,8 +394,11 @@ def test_a_gate_and_what_it_gates_are_cut_alike(
     expected = model.get_submodule("down")(
         gated * (mask if axis == -1 else mask.view(-1, *[1] * (len(shape) - 2)))
     )
+    whole = model(x)
     supernet = insert(model, elastic=[Elastic("hidden", ["up"], parts=2)])
 
+    alike(answer(supernet, {"w": [1.0]}, x), whole)
+    assert supernet.memory().packed == 0, "the whole is no copy"
     alike(answer(supernet, {"w": [5 / 16]}, x), expected)
     assert supernet.memory().packed > 0
     found = supernet.run_with(supernet.cursor.settings, x)  # the same with gradients
