@@ -14,7 +14,6 @@ from gpu_worker.supernet.flow.follow import Flow
 from gpu_worker.supernet.flow.layouts import NeedsWhole, forget_tags, tensors_in
 from gpu_worker.supernet.operators import (
     NormCalibration,
-    Operator,
     Prepared,
     Statistics,
     SubnetNorm,
@@ -22,6 +21,7 @@ from gpu_worker.supernet.operators import (
     is_packed_already,
 )
 from gpu_worker.supernet.operators.base import address_of
+from gpu_worker.supernet.trimming import Trimmed, trim
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 
@@ -131,7 +131,7 @@ class Supernet(nn.Module):
         self._statistics: dict[str, SubnetStatistics] = {}
         self._gathered_for: dict[str, Mapping[str, Any] | None] = {}
         self._pinned: frozenset[int] = frozenset()
-        self._trimmed_to: frozenset[str] | None = None
+        self._trimmed_to: tuple[Subnet, ...] | None = None
         self._followed: dict[tuple[int | None, ...], Layouts] = {}
         self._layouts: dict[int, Layouts] = {}
         self._whole_shapes: tuple[Any, Shapes] | None = None
@@ -168,7 +168,7 @@ class Supernet(nn.Module):
             ConfigError: Naming the subnet, and the entry of its control tuple that does not fit; or the
                 supernet was trimmed to others.
         """
-        if self._trimmed_to is not None and subnet.name not in self._trimmed_to:
+        if self._trimmed_to is not None and subnet not in self._trimmed_to:
             raise ConfigError(f"subnet {subnet.name}: the supernet was trimmed to others: build it again")
         try:
             sizes = self.controls.sizes_of(subnet.control)
@@ -360,8 +360,7 @@ class Supernet(nn.Module):
             used = [
                 (layer, (self.cursor.settings[layer.place], inputs))
                 for layer, inputs in self._inputs_of(row, example).items()
-                if isinstance(layer, WeightSlice)
-                and (self.cursor.settings[layer.place], inputs) in layer.slices
+                if (self.cursor.settings[layer.place], inputs) in layer.slices
             ]
             # Kernels of many positions first: they gather most.
             for layer, key in sorted(used, key=lambda found: -found[0].weight[0, 0].numel()):
@@ -372,38 +371,38 @@ class Supernet(nn.Module):
                     spent += _n_bytes(view)
         return spent
 
-    def trim(self, example: torch.Tensor) -> None:
-        """Drop everything that no hosted subnet uses: then only these subnets can be hosted.
+    def trim(self, *examples: torch.Tensor) -> Trimmed:
+        """Drop what no hosted subnet uses, as far as `examples` prove it: then only these can be hosted.
 
         A layer keeps the outputs and inputs of its largest slice, a norm its most channels, a block that
-        never runs nothing. Attention layers and LayerNorms stay whole.
+        never runs nothing. Attention layers and LayerNorms stay whole, and so does every layer that a trace
+        cannot follow: see `gpu_worker.supernet.trimming`. Memory never grows.
 
         Args:
-            example: A batch, to find out what each subnet uses.
+            examples: Batches, unlike each other, to find out what each subnet uses.
         """
-        used: dict[Operator, set[tuple[int, int]]] = {op: set() for op in self._inserted.operators}
-        for row in range(len(self.subnets)):
-            for op, inputs in self._inputs_of(row, example).items():
-                used[op].add((self.cursor.settings[op.place] if isinstance(op, WeightSlice) else 0, inputs))
-        for op, keys in used.items():
-            if isinstance(op, WeightSlice):
-                op.trim(keys)
-            elif isinstance(op, SubnetNorm):
-                op.trim(max((inputs for _, inputs in keys), default=0))
-        self._trimmed_to = frozenset(subnet.name for subnet in self.subnets)
+        found = trim(self, examples)
+        if found.n_cut:
+            self._trimmed_to = self.subnets
         self._refresh()
+        return found
 
-    def _inputs_of(self, row: int, example: torch.Tensor) -> dict[Operator, int]:
-        """Return how many input channels each operator that runs is given, by running subnet `row`."""
-        seen: dict[Operator, int] = {}
+    def _inputs_of(self, row: int, example: torch.Tensor) -> dict[WeightSlice, int]:
+        """Return how many input channels each sliced layer that runs is given, by running subnet `row`."""
+        seen: dict[WeightSlice, int] = {}
         with torch.inference_mode():  # what a block is like that never ran is learnt before anything is noted
             self.run_with(self.prepared(row).settings, example)
 
-        def note(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            assert isinstance(layer, Operator), "hooks are on operators alone"
-            seen[layer] = args[0].shape[layer.channel_axis]
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert isinstance(layer, WeightSlice), "hooks are on these alone"
+            given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            seen[layer] = given.shape[layer.channel_axis]
 
-        hooks = [cast("nn.Module", op).register_forward_pre_hook(note) for op in self._inserted.operators]
+        hooks = [
+            cast("nn.Module", op).register_forward_pre_hook(note, with_kwargs=True)
+            for op in self._inserted.operators
+            if isinstance(op, WeightSlice)
+        ]
         try:
             with torch.inference_mode():
                 self.run_with(self.prepared(row).settings, example)
@@ -433,11 +432,15 @@ class Supernet(nn.Module):
 
     def to_half(self, dtype: torch.dtype = torch.float16) -> None:
         """Cast everything except SubnetNorm: its statistics and scales are small, and rounding matters."""
+        halves: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
         for module in self.model.modules():
             if not isinstance(module, SubnetNorm):
                 for name, parameter in module.named_parameters(recurse=False):
                     if parameter.is_floating_point():
-                        setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+                        if parameter not in halves:
+                            half = parameter.detach().to(dtype)
+                            halves[parameter] = nn.Parameter(half, requires_grad=False)
+                        setattr(module, name, halves[parameter])
         for op in self._inserted.operators:
             op.renew()
 

@@ -30,19 +30,28 @@ class Statistics(NamedTuple):
 
 @dataclass(slots=True)
 class NormCalibration:
-    """A SubnetNorm's setting while its statistics are gathered: running means over all batches.
+    """A SubnetNorm's setting while its statistics are gathered: means over all examples.
 
     Attributes:
-        mean: (all channels,), float32; the first `channels` are in use.
+        mean: (all channels,), float64; the first `channels` are in use.
         variance: The same.
         channels: Of the activations seen; 0 until the norm has run.
-        n_batches: Batches folded in.
+        n_examples: Examples folded in.
     """
 
     mean: torch.Tensor
     variance: torch.Tensor
     channels: int = 0
-    n_batches: int = 0
+    n_examples: int = 0
+
+    def fold(self, mean: torch.Tensor, variance: torch.Tensor, n_examples: int) -> None:
+        """Add a batch's mean and variance, each (C,), weighted by its number of examples."""
+        self.channels = len(mean)
+        self.n_examples += n_examples
+        share = n_examples / self.n_examples
+        for kept, seen in ((self.mean, mean), (self.variance, variance)):
+            first = kept[: self.channels]
+            first += share * (seen - first)
 
 
 class VectorOperator(Operator):
@@ -346,19 +355,23 @@ class SubnetNorm(VectorOperator):
         self.renew()
 
     def _calibrate(self, x: torch.Tensor, setting: NormCalibration) -> torch.Tensor:
-        channels = setting.channels = x.shape[1]
+        channels = x.shape[1]
         weight, bias, _, _ = self._part(channels, self.spans)
-        setting.n_batches += 1
-        return F.batch_norm(
-            x,
-            setting.mean[:channels],
-            setting.variance[:channels],
-            weight,
-            bias,
-            training=True,
-            momentum=1 / setting.n_batches,  # a running mean over all batches
-            eps=self.eps,
-        )
+        mean, variance = self._folded(x, setting)
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=self.eps)
+
+    def _folded(self, x: torch.Tensor, setting: NormCalibration) -> Statistics:
+        """Fold a batch into the setting; return its own mean and variance, by which it is normalised."""
+        channels = x.shape[1]
+        if setting.channels not in (0, channels):
+            raise ConfigError(
+                f"{self.path}: expected {setting.channels} channels, as in the pass before, got {channels}"
+            )
+        # Not torch's own training mode: it refuses one value a channel, as the last batch may have, and
+        # keeps the unbiased variance, which grows without bound for small batches.
+        variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        setting.fold(mean, variance, len(x))
+        return Statistics(mean, variance)
 
 
 class SubnetNormOwn(SubnetNorm):
@@ -375,9 +388,9 @@ class SubnetNormOwn(SubnetNorm):
         channels = x.shape[1]
         values = dict(zip(self.watched, self.vectors(channels), strict=True))
         if isinstance(setting, NormCalibration):
-            setting.channels, setting.n_batches = channels, setting.n_batches + 1
-            values |= {"running_mean": setting.mean[:channels], "running_var": setting.variance[:channels]}
-            return self._own(x, values, args, kwargs, momentum=1 / setting.n_batches)
+            mean, variance = self._folded(x, setting)
+            values |= {"running_mean": mean, "running_var": variance}
+            return self._own(x, values, args, kwargs, is_calibrating=True)
         if self.training:
             # Copies that it may write into: calibration follows.
             values |= {name: _copy(values[name]) for name in ("running_mean", "running_var")}
@@ -391,13 +404,14 @@ class SubnetNormOwn(SubnetNorm):
         values: dict[str, torch.Tensor | None],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        momentum: float | None = None,
+        *,
+        is_calibrating: bool = False,
     ) -> Any:
         attributes = self.__dict__
-        before = {name: attributes[name] for name in ("num_features", "momentum", "training")}
+        before = {name: attributes[name] for name in ("num_features", "training")}
         attributes["num_features"] = x.shape[1]
-        if momentum is not None:
-            attributes.update(momentum=momentum, training=True)
+        if is_calibrating:
+            attributes["training"] = False  # it normalises by the statistics that it is given
         try:
             with in_place_of(self, values):
                 return super(SubnetNorm, self).forward(x, *args, **kwargs)  # type: ignore[misc]  # its own
