@@ -56,8 +56,8 @@ test: style ## lint, types and every test that is not slow; some five minutes on
 test-full: $(INSTALLED) ## what `make test` leaves out: the slow tests, and more examples of each property
 	$(BIN)/pytest -m "slow or hypothesis"
 
-check: style ## lint, types and the tests that start no process; a minute
-	$(BIN)/pytest -m "not slow and not e2e" $(SIDE_BY_SIDE)
+check: style ## lint, types and the tests that are quick; a minute
+	$(BIN)/pytest -m "not slow and not e2e and not long" $(SIDE_BY_SIDE)
 
 bench: $(INSTALLED) ## run the benchmarks; out/bench/*.json and a table
 	$(BIN)/python -m loadgen.bench

@@ -18,7 +18,7 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 
 from gpu_worker.core.link import Gauges
 from gpu_worker.core.played import SPEEDS, Pace
-from gpu_worker.models.names import SHIPPED_SUPERNETS
+from gpu_worker.models.names import SHIPPED_SUPERNETS, with_example
 from gpu_worker.serve.emulated import OUTPUT, emulated_gpus
 from gpu_worker.serve.eventlog import EventLogHeader, EventLogWriter
 from gpu_worker.serve.metrics import WorkerMetrics, pages
@@ -99,7 +99,13 @@ class WorkerDevice(NamedTuple):
     metavar="NAME",
     help=f"Serve a supernet: {', '.join(SHIPPED_SUPERNETS)}, or module:attribute.",
 )
-@click.option("--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]')
+@click.option(
+    "--example-input", metavar="SHAPE:DTYPE",
+    help="One query of a module:function that returns a supernet: 3x224x224:float32, or a .npy file.",
+)  # fmt: skip
+@click.option(
+    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: those that come with it]'
+)
 @click.option(
     "--statistics",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -114,6 +120,7 @@ class WorkerDevice(NamedTuple):
     help="Precision to compute in; auto is float16 on CUDA if it holds.  [default: auto]",
 )  # fmt: skip
 @click.option("--eager", is_flag=True, default=None, help="Capture no CUDA graphs.")
+@click.option("--no-trim", is_flag=True, default=None, help="Keep what no subnet of the profile uses.")
 @plain_errors()
 def cli(
     endpoint: str,
@@ -135,7 +142,11 @@ def cli(
     # Containers share host names, and each has a process 1.
     name = name or f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"
     _only_with("--emulate", emulate, _given(gpus, speed, drift, event_log))
-    _only_with("--supernet", supernet, {f"--{option}": value for option, value in of_supernet.items()})
+    _only_with(
+        "--supernet",
+        supernet,
+        {f"--{option.replace('_', '-')}": value for option, value in of_supernet.items()},
+    )
     if (emulate is None) == (supernet is None):
         raise ConfigError("expected one of --emulate and --supernet")
     own = peer_keys(keys or "", "worker")
@@ -192,6 +203,7 @@ class Asked:
     """The options of a worker with a real supernet; None is the default."""
 
     supernet: str
+    example_input: str | None = None
     profile: str | None = None
     weights: str | None = None
     statistics: Path | None = None
@@ -200,6 +212,7 @@ class Asked:
     cores: str | None = None
     precision: str | None = None
     eager: bool | None = None
+    no_trim: bool | None = None
 
 
 @contextmanager
@@ -241,7 +254,8 @@ def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
     from gpu_worker.engines.torch_executor import Placement, TorchExecutor  # noqa: PLC0415
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  these import torch
 
-    kind = supernet_kind(asked.supernet)
+    supernet = with_example(asked.supernet, asked.example_input)
+    kind = supernet_kind(supernet)
     name = asked.profile or kind.profile
     if name is None:
         raise ConfigError(f"--profile: {kind.name} comes without one: expected one, from `profiles search`")
@@ -257,13 +271,14 @@ def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
         batch_sizes=profile.batch_sizes,
         precision=asked.precision or "auto",
         uses_graphs=not asked.eager,
+        trims=not asked.no_trim,
     )
     statistics = asked.statistics
     if statistics is None and (beside := statistics_path(name)).exists():
         statistics = beside
     try:
         executor = TorchExecutor.load(
-            asked.supernet, subnets, weights=asked.weights, statistics=statistics, placement=placement
+            supernet, subnets, weights=asked.weights, statistics=statistics, placement=placement
         )
     except ConfigError as error:
         raise ConfigError(f"profile {profile.name!r}: {error}") from error

@@ -40,8 +40,24 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+_LONG = (
+    "docs/test_reference.py", "gpu_worker/engines", "gpu_worker/models", "loadgen/bench",
+    "loadgen/cli/test_gate.py", "loadgen/paper", "loadgen/results/test_histogram.py",
+    "loadgen/results/test_report.py",
+    "loadgen/simulator/test_chaos.py", "loadgen/study", "profiles/measuring", "router/core/test_slow_gpus.py",
+)  # fmt: skip
+"""Where tests simulate, train or draw: two thirds of the processor time of all that start no process."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put mypy first, then the files with tests that start processes; beyond that order is random."""
+    """Mark what computes for long; put mypy first, then the files with tests that start processes.
+
+    Beyond that order is random.
+    """
+    long = [ROOT / "tests" / name for name in _LONG]
+    for item in items:
+        if any(item.path.is_relative_to(place) for place in long):
+            item.add_marker("long")
     longest = {item.path for item in items if item.get_closest_marker("e2e")}
     items.sort(key=lambda item: (item.path.name != "test_types.py", item.path not in longest))
 

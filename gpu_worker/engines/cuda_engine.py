@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gpu_worker.engines.torch_executor import Staged, fill, model_input
+from gpu_worker.engines.torch_executor import Staged, answer, fill, model_input
 from gpu_worker.supernet.actuation import actuate
-from gpu_worker.supernet.fused_norm import fusing
+from gpu_worker.supernet.operators.fused_norm import fusing
 from profiles.table import evenly
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class _Buffer:
     Attributes:
         host: Pinned, (size, *input).
         device: The same on the device.
-        output: Pinned, (size, *output), float32.
+        output: Pinned, (size, *output).
         is_ready: Recorded when the input has arrived.
         is_done: Recorded when the output is back.
     """
@@ -64,7 +64,7 @@ class _Buffer:
 
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    output: torch.Tensor  # (size, *output), float32
+    output: torch.Tensor  # (size, *output)
 
 
 class CudaEngine:
@@ -141,8 +141,7 @@ class CudaEngine:
         return graph.output
 
     def _forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self._supernet(model_input(self._kind, inputs, self._dtype))
-        return outputs.float()
+        return answer(self._kind, self._supernet(model_input(self._kind, inputs, self._dtype)))
 
     def _capture(self, rows: Sequence[int], sizes: Sequence[int]) -> None:
         self._supernet.pin(rows)
@@ -177,7 +176,8 @@ class CudaEngine:
         device = self._new_input(size)
         with torch.cuda.device(self._device):  # pinning initialises the current device, even another one
             host = torch.empty(device.shape, dtype=device.dtype, pin_memory=True)
-            output = torch.empty((size, *self._kind.output_spec.shape), pin_memory=True)
+            spec = self._kind.output_spec
+            output = torch.empty((size, *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=True)
         is_ready, is_done = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
         return _Buffer(host, device, output, is_ready, is_done)
 

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
-from gpu_worker.models.kinds import SupernetKind, fingerprint, resident, supernet_kind
+from gpu_worker.models.kinds import SupernetKind, fingerprint, fitted, resident, supernet_kind
 from gpu_worker.supernet.actuation import actuate
 from gpu_worker.supernet.calibration import load_statistics
+from gpu_worker.supernet.operators import operators_in
 from superserve.errors import ConfigError, InvalidQueryError
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class Placement:
         uses_graphs: Capture a CUDA graph for each subnet and batch size.
         packed_bytes: Budget of packed slices; None for `PACKED_SHARE` of the weights on CUDA, and for none
             on a CPU, where it was measured to gain nothing.
+        trims: Drop what no hosted subnet uses, as far as a trace proves it.
     """
 
     device: str = "cpu"
@@ -63,6 +66,7 @@ class Placement:
     precision: str = "auto"
     uses_graphs: bool = True
     packed_bytes: int | None = None
+    trims: bool = True
 
     def __post_init__(self) -> None:
         sizes = list(self.batch_sizes)
@@ -144,7 +148,7 @@ class CpuEngine:
         actuate(self._supernet, row)
         with torch.inference_mode():
             outputs = self._supernet(model_input(self._kind, staged.inputs, self._dtype))
-        found: npt.NDArray[Any] = outputs[: staged.n].float().numpy()
+        found: npt.NDArray[Any] = answer(self._kind, outputs)[: staged.n].numpy()
         return found
 
     def discard(self, staged: Staged) -> None:
@@ -180,6 +184,35 @@ def model_input(kind: SupernetKind, batch: torch.Tensor, dtype: torch.dtype) -> 
     inputs = kind.preprocess(batch, dtype)
     # Channels last: measured up to twice as fast as channels first at batch 16 on a CPU.
     return inputs.contiguous(memory_format=torch.channels_last) if kind.takes_images else inputs
+
+
+def answer(kind: SupernetKind, outputs: Any) -> torch.Tensor:
+    """Return a batch's answers (B, *output) from what the model returned, in the dtype of the output spec.
+
+    The model returns a tensor, or tuples, lists and dictionaries of tensors, of which one fits the spec.
+
+    Raises:
+        TypeError: If none fits or several do, or its numbers are of another kind: class numbers are not
+            made of floats, nor floats of whole numbers.
+    """
+    spec = kind.output_spec
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    fitting = [tensor for tensor in tensors if tensor.shape[1:] == spec.shape and tensor.dim()]
+    if len(fitting) != 1:
+        shapes = ", ".join(f"(B, {', '.join(map(str, tensor.shape[1:]))})" for tensor in tensors) or "none"
+        raise TypeError(
+            f"output: expected one tensor of shape (B, {', '.join(map(str, spec.shape))}), got {shapes}"
+        )
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if _sort_of(fitting[0].dtype) != _sort_of(dtype):
+        raise TypeError(f"output: expected {spec.dtype}, got {fitting[0].dtype}: say so in its output_spec")
+    return fitting[0].to(dtype)
+
+
+def _sort_of(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "float"
+    return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "whole"
 
 
 class TorchExecutor:
@@ -244,13 +277,16 @@ class TorchExecutor:
         device = placement.torch_device()
         if placement.threads is not None:
             torch.set_num_threads(placement.threads)
-        kind = supernet_kind(name)
+        kind = fitted(supernet_kind(name), weights)
         supernet = resident(kind, weights)
         supernet.host(subnets)
         if isinstance(statistics, Path):
             statistics = load_statistics(statistics, supernet, kind.name, subnets)
         supernet.set_statistics(statistics or {})
-        supernet.trim(example_input(supernet, kind, torch.float32))
+        # Before anything is cut or cast: what a worker leaves out changes no answer.
+        found = fingerprint(supernet)
+        if placement.trims:
+            supernet.trim(*_unlike_inputs(supernet, kind))
         layout = {"memory_format": torch.channels_last} if kind.takes_images else {}
         supernet.to(device, **layout)  # type: ignore[call-overload]  # the stub lacks memory_format
         precision = _settle_precision(supernet, kind, placement)
@@ -260,7 +296,7 @@ class TorchExecutor:
             kind,
             _engine(supernet, kind, placement, precision),
             placement=placement,
-            fingerprint=fingerprint(supernet) + mark,
+            fingerprint=found + mark,
             precision=precision,
         )
 
@@ -330,15 +366,26 @@ def _pack(supernet: Supernet, kind: SupernetKind, placement: Placement, dtype: t
     _LOG.info("packed %.1f MB of slices; %s", packed / 1e6, supernet.memory())
 
 
-def example_input(supernet: Supernet, kind: SupernetKind, dtype: torch.dtype, n: int = 1) -> torch.Tensor:
-    """Return `n` random queries as the model takes them."""
+def example_input(
+    supernet: Supernet, kind: SupernetKind, dtype: torch.dtype, n: int = 1, seed: int = 0
+) -> torch.Tensor:
+    """Return `n` queries as the model takes them: of seed 0 the kind's example if it has one, else random."""
     spec = kind.input_spec
-    rng = np.random.default_rng(0)
-    if np.issubdtype(np.dtype(spec.dtype), np.integer):
+    rng = np.random.default_rng(seed)
+    if kind.example is not None and seed == 0:
+        batch = np.stack([kind.example] * n)
+    elif np.issubdtype(np.dtype(spec.dtype), np.integer):
         batch = rng.integers(0, 2, (n, *spec.shape)).astype(spec.dtype)
     else:
         batch = rng.standard_normal((n, *spec.shape)).astype(spec.dtype)
     return model_input(kind, torch.from_numpy(batch).to(supernet.device), dtype)
+
+
+def _unlike_inputs(supernet: Supernet, kind: SupernetKind) -> list[torch.Tensor]:
+    """Return inputs for a trace: an example, zeros, as padding has, and a batch of two."""
+    zeros = torch.zeros((1, *kind.input_spec.shape), dtype=getattr(torch, kind.input_spec.dtype))
+    random = [example_input(supernet, kind, torch.float32, n, seed) for seed, n in ((0, 1), (1, 2))]
+    return [random[0], model_input(kind, zeros.to(supernet.device), torch.float32), random[1]]
 
 
 def _settle_precision(supernet: Supernet, kind: SupernetKind, placement: Placement) -> str:
@@ -347,19 +394,30 @@ def _settle_precision(supernet: Supernet, kind: SupernetKind, placement: Placeme
     if precision == "auto" and supernet.device.type == "cpu":
         return "float32"  # few CPUs compute halves faster
     if precision == "auto":
-        before = _ends(supernet, kind, torch.float32)
-        master = {name: tensor.clone() for name, tensor in supernet.model.state_dict().items()}
-        supernet.to_half()
-        error = relative_error(_ends(supernet, kind, torch.float16), before)
-        if error <= HALF_TOLERANCE:
-            return "float16"
-        _LOG.warning("float16 is %.3f off: staying in float32", error)
-        supernet.float()
-        supernet.model.load_state_dict(master)
-        return "float32"
+        return "float16" if half_holds(supernet, kind) else "float32"
     if precision != "float32":
         supernet.to_half(PRECISIONS[precision])
     return precision
+
+
+def half_holds(supernet: Supernet, kind: SupernetKind) -> bool:
+    """Cast a supernet to half precision and return True; or leave it as it was, and log why."""
+    before = _ends(supernet, kind, torch.float32)
+    masters = [(module, dict(module._parameters)) for module in supernet.model.modules()]
+    supernet.to_half()
+    try:
+        error = relative_error(_ends(supernet, kind, torch.float16), before)
+        why = f"it is {error:.3f} off"
+    except Exception as raised:  # noqa: BLE001  the model's, of any kind
+        error, why = float("inf"), f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}"
+    if error <= HALF_TOLERANCE:
+        return True
+    _LOG.warning("float16 does not hold (%s): staying in float32", why)
+    for module, parameters in masters:
+        module._parameters.update(parameters)
+    for op in operators_in(supernet.model):
+        op.renew()
+    return False
 
 
 def _ends(supernet: Supernet, kind: SupernetKind, dtype: torch.dtype) -> torch.Tensor:
@@ -369,7 +427,7 @@ def _ends(supernet: Supernet, kind: SupernetKind, dtype: torch.dtype) -> torch.T
     with torch.inference_mode():
         for row in (0, len(supernet.subnets) - 1):
             actuate(supernet, row)
-            found.append(supernet(inputs).float())
+            found.append(answer(kind, supernet(inputs)).float())
     return torch.stack(found)
 
 

@@ -1,8 +1,9 @@
 """DynaBERT: a BERT-base sequence classifier of which depth and width are elastic.
 
 A subnet's control tuple is {"d": [blocks kept, of 12], "w": [a width fraction for each of the 12 blocks]}.
-Kept blocks are spread evenly: floor(i * 12 / D). Block k then uses its first ceil(w[k] * 12) heads and
-its first ceil(w[k] * 3072) hidden units; published checkpoints have both sorted by importance.
+Kept blocks are spread evenly: floor(i * 12 / D). Block k then uses its first h = round(w[k] * 12) heads, and
+as large a share of its hidden units, h * 256, as the published code does: off the grid of 1/4, 1/2, 3/4 and 1
+a width means the nearest number of heads. Published checkpoints have both sorted by importance.
 
 One query is (2, T) integers: token ids, then token types. Tokens with id 0 are padding.
 
@@ -18,15 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 
-from gpu_worker.supernet.control import (
-    Control,
-    Controls,
-    ControlSpace,
-    Entry,
-    Sizes,
-    sliced_size,
-    spread_blocks,
-)
+from gpu_worker.supernet.control import Control, Controls, ControlSpace, Entry, Sizes, spread_blocks
 from gpu_worker.supernet.insertion import Elastic, Stage, insert
 
 if TYPE_CHECKING:
@@ -216,8 +209,9 @@ def dynabert_controls(sizes: DynaBertArchitecture = MNLI) -> Controls:
     def sizes_of(control: Control) -> Sizes:
         outputs = {}
         for k, width in enumerate(control["w"]):
-            outputs[f"heads {k}"] = sliced_size(width, sizes.n_heads) * sizes.head_size
-            outputs[f"units {k}"] = sliced_size(width, sizes.n_units)
+            n_heads = max(1, round(width * sizes.n_heads))
+            outputs[f"heads {k}"] = n_heads * sizes.head_size
+            outputs[f"units {k}"] = n_heads * sizes.n_units // sizes.n_heads
         return Sizes((spread_blocks(control["d"][0], sizes.n_blocks),), outputs)
 
     return Controls(space, sizes_of)

@@ -7,21 +7,24 @@ query is, where weights come from, what a subnet costs.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from gpu_worker.models import digits
 from gpu_worker.models.digits_supernet import DIGITS, digits_supernet
 from gpu_worker.models.dynabert import MNLI, dynabert
 from gpu_worker.models.examples import Data, Examples
+from gpu_worker.models.factory import SEED, described
 from gpu_worker.models.names import DIGITS as DIGITS_NAME
 from gpu_worker.models.names import DYNABERT, OFA_RESNET50
 from gpu_worker.models.ofa_resnet50 import N_CLASSES, ofa_resnet50, published_name
-from gpu_worker.supernet.checkpoints import load_checkpoint
+from gpu_worker.supernet.checkpoints import load_checkpoint, shape_of
 from superserve.errors import ConfigError
 from superserve.plugins import load_attribute
 from superserve.subnet import TensorSpec
@@ -29,12 +32,13 @@ from superserve.subnet import TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy.typing as npt
+
     from gpu_worker.supernet.supernet import Supernet
 
 RANDOM = "random"
 """In place of a checkpoint: seeded random weights. Latencies are realistic, answers are meaningless."""
 
-_RANDOM_SEED = 20250428
 _HERE = Path(__file__).parent
 
 
@@ -54,6 +58,10 @@ class SupernetKind:
         profile: The shipped profile of its subnets, if any.
         data: Returns what it can be judged on, if it comes with any.
         takes_images: Whether its activations are images: then memory is channels last.
+        loads_weights: Whether `build` fills the supernet itself: then a checkpoint is not needed.
+        example: One query, where random numbers would be none; None draws random ones.
+        of_checkpoint: From a checkpoint's path to the kind that fits its sizes, such as its number of
+            classes; None if all checkpoints have the same.
     """
 
     name: str
@@ -67,6 +75,9 @@ class SupernetKind:
     profile: str | None = None
     data: Callable[[], Data] | None = None
     takes_images: bool = False
+    loads_weights: bool = False
+    example: npt.NDArray[Any] | None = None
+    of_checkpoint: Callable[[Path], SupernetKind] | None = None
 
 
 def as_floats(batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -110,6 +121,18 @@ def digits_data() -> Data:
     return Data(digits.training(_CALIBRATION_IMAGES, seed=1), Examples(*selection), Examples(*held_out))
 
 
+def _dynabert_of(path: Path) -> SupernetKind:
+    """Return the kind with as many classes as a checkpoint's classifier has."""
+    shape = shape_of(path, "classifier.weight")
+    if shape is None or len(shape) != 2 or shape[0] == MNLI.n_classes:
+        return KINDS[DYNABERT]  # loading names what is wrong
+    return replace(
+        KINDS[DYNABERT],
+        build=functools.partial(dynabert, replace(MNLI, n_classes=shape[0])),
+        output_spec=TensorSpec("float32", (shape[0],)),
+    )
+
+
 _KINDS = (
     SupernetKind(
         name=DIGITS_NAME,
@@ -138,6 +161,7 @@ _KINDS = (
         output_spec=TensorSpec("float32", (MNLI.n_classes,)),
         preprocess=as_tokens,
         ignored=("bert.embeddings.position_ids",),  # a constant that older files hold
+        of_checkpoint=_dynabert_of,
     ),
 )
 KINDS = {kind.name: kind for kind in _KINDS}
@@ -147,12 +171,16 @@ KINDS = {kind.name: kind for kind in _KINDS}
 def supernet_kind(name: str) -> SupernetKind:
     """Return the kind called `name`, or the one that `package.module:attribute` names.
 
+    An attribute may also be a function that returns a supernet, with an example of its input behind an `@`:
+    see `gpu_worker.models.factory`.
+
     Raises:
-        ConfigError: If there is none, or it is no `SupernetKind`.
+        ConfigError: If there is none, or it is neither a `SupernetKind` nor such a function.
     """
     if name in KINDS:
         return KINDS[name]
-    module, colon, attribute = name.partition(":")
+    path, _, example = name.partition("@")
+    module, colon, attribute = path.partition(":")
     if not colon:
         near = difflib.get_close_matches(name, KINDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -162,10 +190,42 @@ def supernet_kind(name: str) -> SupernetKind:
     try:
         kind = load_attribute(module, attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"supernet {name}: {error}") from error
+        raise ConfigError(f"supernet {path}: {error}") from error
+    if callable(kind) and example:
+        return _of_function(path, kind, example)
     if not isinstance(kind, SupernetKind):
-        raise ConfigError(f"supernet {name}: expected a SupernetKind, got {type(kind).__name__}")
+        hint = "; a function that returns a supernet needs --example-input" if callable(kind) else ""
+        raise ConfigError(f"supernet {path}: expected a SupernetKind, got {type(kind).__name__}{hint}")
+    if example:
+        raise ConfigError(f"--example-input: {path} is a SupernetKind, which states its input itself")
     return kind
+
+
+@functools.lru_cache(maxsize=8)  # a command asks for a kind several times, and to describe one builds it
+def _of_function(name: str, function: Callable[[], object], example: str) -> SupernetKind:
+    found = described(name, function, example)
+    is_float = np.issubdtype(np.dtype(found.input_spec.dtype), np.floating)
+    return SupernetKind(
+        name=name,
+        build=found.build,
+        input_spec=found.input_spec,
+        output_spec=found.output_spec,
+        preprocess=as_floats if is_float else as_tokens,
+        loads_weights=True,
+        example=found.example,
+    )
+
+
+def fitted(kind: SupernetKind, weights: str | None) -> SupernetKind:
+    """Return the kind that fits the checkpoint `weights`, which `resident` takes too.
+
+    Raises:
+        ConfigError: If it is no checkpoint.
+    """
+    path = kind.weights if weights is None else Path(weights)
+    if kind.of_checkpoint is None or weights == RANDOM or path is None:
+        return kind
+    return kind.of_checkpoint(path)
 
 
 def resident(kind: SupernetKind, weights: str | None) -> Supernet:
@@ -173,19 +233,21 @@ def resident(kind: SupernetKind, weights: str | None) -> Supernet:
 
     Args:
         kind: Which.
-        weights: A checkpoint's path, "random", or None for the one that comes with it.
+        weights: A checkpoint's path, "random", or None for the one that comes with it, or for what `build`
+            loads.
 
     Raises:
         ConfigError: If it comes with none, or the checkpoint does not fit.
     """
-    if weights == RANDOM:
+    if weights == RANDOM or (weights is None and kind.weights is None and kind.loads_weights):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_RANDOM_SEED)
+            torch.manual_seed(SEED)
             return kind.build().eval()
     path = kind.weights if weights is None else Path(weights)
     if path is None:
         raise ConfigError(
-            f"weights: {kind.name} comes without any: expected a checkpoint's path, or {RANDOM!r}"
+            f"weights: {kind.name} comes without any: expected a checkpoint's path, or {RANDOM!r}; or "
+            "loads_weights=True in its SupernetKind, if its build loads them"
         )
     supernet = kind.build().eval()
     load_checkpoint(supernet.model, path, published_name=kind.published_name, ignored=kind.ignored)

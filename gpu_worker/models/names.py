@@ -4,3 +4,8 @@ DIGITS, OFA_RESNET50, DYNABERT = "digits", "ofa-resnet50", "dynabert"
 
 SHIPPED_SUPERNETS = (DIGITS, OFA_RESNET50, DYNABERT)
 """What `--supernet` takes, beside `package.module:attribute`."""
+
+
+def with_example(supernet: str, example: str | None) -> str:
+    """Return what `--supernet` and `--example-input` come to: a name such as `module:build@3x8x8:float32`."""
+    return supernet if example is None else f"{supernet}@{example}"

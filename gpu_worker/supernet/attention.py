@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 
-from gpu_worker.supernet.operators import Operator, Parameters
+from gpu_worker.supernet.operators import ElasticOperator, Parameters
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from gpu_worker.supernet.operators import Cursor
@@ -26,18 +28,21 @@ class _Heads(NamedTuple):
     out: Parameters
 
 
-class SlicedAttention(Operator, nn.MultiheadAttention):
+class SlicedAttention(ElasticOperator, nn.MultiheadAttention):
     """Multi-head attention over the first heads; its inputs and its output keep their width.
 
     It takes what `nn.MultiheadAttention` takes. The slices are views of the resident
     projections, made once for each number of heads.
     """
 
+    channel_axis = -1
+    follows_inputs = False
+    gives_channels = False
+    watched = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
     @classmethod
     def check(cls, attention: nn.MultiheadAttention, path: str) -> None:
         """Raise ConfigError if the layer's heads cannot be separated."""
-        if attention.in_proj_weight is None:
-            raise ConfigError(f"{path}: expected keys and values as wide as queries (no kdim or vdim)")
         if attention.bias_k is not None or attention.add_zero_attn:
             raise ConfigError(f"{path}: expected attention without add_bias_kv and add_zero_attn")
 
@@ -53,6 +58,18 @@ class SlicedAttention(Operator, nn.MultiheadAttention):
         """Drop all slices."""
         self.heads: dict[int, _Heads] = {}
 
+    def _now(self) -> Sequence[Tensor | None]:
+        out = self.out_proj._parameters
+        return [*super()._now(), out.get("weight"), out.get("bias")]
+
+    def _used(self) -> Sequence[Tensor | None]:
+        return [*super()._used(), self.out_proj.weight, self.out_proj.bias]
+
+    @property
+    def n_inputs(self) -> int:
+        """Features of the queries."""
+        return int(self.embed_dim)
+
     @property
     def n_outputs(self) -> int:
         """Heads of the whole layer."""
@@ -63,6 +80,7 @@ class SlicedAttention(Operator, nn.MultiheadAttention):
         n_heads: int = self.cursor.settings[self.place]
         if torch.is_grad_enabled():
             return self._slice(n_heads)
+        self.look()
         if n_heads not in self.heads:
             with torch.no_grad():
                 self.heads[n_heads] = self._slice(n_heads)
@@ -70,7 +88,9 @@ class SlicedAttention(Operator, nn.MultiheadAttention):
 
     def _slice(self, n_heads: int) -> _Heads:
         width = n_heads * self.head_dim
-        weights = torch.chunk(self.in_proj_weight, 3)
+        joint: Tensor | None = self.in_proj_weight  # None if keys or values have another width than queries
+        apart = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights = apart if joint is None else torch.chunk(joint, 3)
         biases = (None,) * 3 if self.in_proj_bias is None else torch.chunk(self.in_proj_bias, 3)
         query, key, value = (
             Parameters(weight[:width], None if bias is None else bias[:width])

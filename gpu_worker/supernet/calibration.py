@@ -15,6 +15,7 @@ with metadata
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,8 +28,10 @@ from superserve.errors import ConfigError
 from superserve.files import write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from torch import nn
 
     from gpu_worker.supernet.supernet import Supernet
     from superserve.subnet import Subnet
@@ -37,35 +40,57 @@ if TYPE_CHECKING:
 def calibrate(
     supernet: Supernet, subnets: Iterable[Subnet], batches: Sequence[torch.Tensor]
 ) -> dict[str, SubnetStatistics]:
-    """Gather each subnet's statistics: means over `batches` of what each norm's input is like.
+    """Gather each subnet's statistics: means over all examples of what each norm's input is like.
 
-    The subnets need not be hosted. What is actuated, and what the supernet holds, stays.
+    A batch counts by its examples, and its variance is the biased one, as in Once for All. A norm behind
+    another sees what that one normalised by the batch. The subnets need not be hosted. What is actuated,
+    and what the supernet holds, stays; dropout is off meanwhile.
 
     Args:
         supernet: In float32, on any device.
         subnets: The subnets to gather statistics for.
         batches: Inputs of the model, each of several queries; more of them give steadier statistics.
 
+    Returns:
+        By subnet name; {} if the supernet has no BatchNorm.
+
     Raises:
         ConfigError: If there is no batch, or a subnet does not fit.
+
+    Source: Cai et al., "Once for All" (ICLR '20), `set_running_statistics` of its published code.
     """
     if not batches:
         raise ConfigError("calibration: expected at least one batch")
-    return {subnet.name: _calibrate_one(supernet, subnet, batches) for subnet in subnets}
+    if not supernet.norms:
+        return {}
+    with _in_evaluation(supernet.model):
+        return {subnet.name: _calibrate_one(supernet, subnet, batches) for subnet in subnets}
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Switch every module to evaluation, and back to what each was in."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in before.items():
+            module.training = was_training
 
 
 def _calibrate_one(supernet: Supernet, subnet: Subnet, batches: Sequence[torch.Tensor]) -> SubnetStatistics:
     settings = list(supernet.settings_of(subnet))
     gathered = []
     for norm in supernet.norms:
-        zeros = torch.zeros(norm.num_features, device=supernet.device)
+        zeros = torch.zeros(norm.num_features, dtype=torch.float64, device=supernet.device)
         gathered.append(NormCalibration(zeros, torch.ones_like(zeros)))
         settings[norm.place] = gathered[-1]
     with torch.no_grad():
         for batch in batches:
             supernet.run_with(tuple(settings), batch.to(supernet.device))
     parts = [part[: seen.channels] for seen in gathered for part in (seen.mean, seen.variance)]
-    values = torch.cat(parts).cpu() if parts else torch.empty(0)
+    values = torch.cat(parts).float().cpu() if parts else torch.empty(0)
     return SubnetStatistics(tuple(seen.channels for seen in gathered), values)
 
 
@@ -150,11 +175,26 @@ def _one(
 def accuracy_percent(
     forward: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> float:
-    """Return the percentage of labels (B,) at which `forward`'s logits (B, classes) of inputs peak."""
+    """Return the percentage of labels (B,) that `forward` of inputs hits.
+
+    Args:
+        forward: Returns logits (B, classes), which peak at the answer, or class numbers (B,).
+        batches: Inputs and their labels.
+
+    Raises:
+        ConfigError: If there is no batch, or the answers are neither.
+    """
     right = total = 0
     with torch.inference_mode():
         for inputs, labels in batches:
-            right += int((forward(inputs).argmax(1).cpu() == labels.cpu()).sum())
+            answers = forward(inputs)
+            if answers.dim() != (2 if answers.is_floating_point() else 1):
+                raise ConfigError(
+                    "accuracy: expected logits (B, classes) or class numbers (B,), "
+                    f"got {answers.dtype} {tuple(answers.shape)}"
+                )
+            classes = answers.argmax(1) if answers.is_floating_point() else answers
+            right += int((classes.cpu() == labels.cpu()).sum())
             total += len(labels)
     if not total:
         raise ConfigError("accuracy: expected at least one batch")

@@ -13,7 +13,7 @@ import zipfile
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from superserve.errors import ConfigError
@@ -97,6 +97,27 @@ def _fault(name: str, own: torch.Tensor, given: torch.Tensor | None) -> str | No
     if given.is_floating_point() and bool(given.isnan().any()):
         return f"tensor {name}: expected numbers, got NaN in {int(given.isnan().sum())} of {given.numel()}"
     return None
+
+
+def shape_of(path: Path, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a checkpoint's tensor called `name`, after any prefix; None if there is none.
+
+    Raises:
+        ConfigError: As `read_tensors` does.
+    """
+    try:
+        with path.open("rb") as file:
+            is_safetensors = _is_safetensors(path, file.read(64))
+        if is_safetensors:  # its sizes stand at its beginning
+            with safe_open(path, framework="pt") as tensors:
+                shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  it is no dictionary
+        else:
+            shapes = {key: tuple(tensor.shape) for key, tensor in read_tensors(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{path}: expected a safetensors or .pt file of tensors: {_plain(error)}"
+        ) from error
+    return next((shape for key, shape in shapes.items() if key == name or key.endswith(f".{name}")), None)
 
 
 def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:

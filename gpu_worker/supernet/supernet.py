@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import nn
 
+from gpu_worker.supernet.flow.follow import Flow
+from gpu_worker.supernet.flow.layouts import NeedsWhole, forget_tags, tensors_in
 from gpu_worker.supernet.operators import (
-    Operator,
+    NormCalibration,
     Prepared,
     Statistics,
     SubnetNorm,
     WeightSlice,
     is_packed_already,
 )
+from gpu_worker.supernet.operators.base import address_of
+from gpu_worker.supernet.trimming import Trimmed, trim
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 
@@ -25,14 +29,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from gpu_worker.supernet.control import Controls
+    from gpu_worker.supernet.flow.follow import Shapes
     from gpu_worker.supernet.insertion import Inserted
-    from gpu_worker.supernet.operators import Settings
+    from gpu_worker.supernet.operators.base import Layouts, Settings
 
 MAX_PREPARED = {"cpu": 1_024}
 """By device, the most subnets that are ready to run, unless more are pinned: on a CPU they are only views."""
 
 MAX_PREPARED_ELSEWHERE = 64
 """The limit for other devices, which hold these subnets' statistics; all others' are in host memory."""
+
+MAX_FOLLOWED = 4_096
+"""Most control tuples of which it is remembered what each layer is given; after as many all are forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,7 @@ class MemoryReport:
         shared: Parameters and buffers of the model, on its device; all subnets use them.
         statistics_resident: SubnetNorm's of the subnets prepared, on the device.
         statistics_idle: SubnetNorm's of the others, in host memory.
-        packed: Contiguous copies of slices, on the device.
+        packed: Copies of slices, on the device: packed ones, and those of several parts.
         n_subnets: Subnets hosted.
         n_resident: Those of them that are prepared.
     """
@@ -88,6 +96,11 @@ class MemoryReport:
             f"{_mb(self.statistics_resident)} of statistics for {self.n_resident} resident subnets, "
             f"{_mb(self.statistics_idle)} for idle ones in host memory, {_mb(self.packed)} packed"
         )
+
+
+def _sizes(settings: Settings) -> tuple[int | None, ...]:
+    """Return the entries of settings that say what runs, and how much of it."""
+    return tuple(entry if isinstance(entry, int) else None for entry in settings)
 
 
 def _mb(n_bytes: int) -> str:
@@ -114,14 +127,22 @@ class Supernet(nn.Module):
         self.cursor = inserted.cursor
         self.controls = controls
         self._inserted = inserted
-        self._one_pass = threading.Lock()
+        self._one_pass = threading.RLock()
         self._statistics: dict[str, SubnetStatistics] = {}
+        self._gathered_for: dict[str, Mapping[str, Any] | None] = {}
         self._pinned: frozenset[int] = frozenset()
-        self._trimmed_to: frozenset[str] | None = None
+        self._trimmed_to: tuple[Subnet, ...] | None = None
+        self._followed: dict[tuple[int | None, ...], Layouts] = {}
+        self._layouts: dict[int, Layouts] = {}
+        self._whole_shapes: tuple[Any, Shapes] | None = None
+        self._where: list[Callable[[], int]] = []
+        self._addresses: list[int] = []
         self.host((Subnet("largest", controls.space.largest),))
 
     def host(self, subnets: Sequence[Subnet]) -> None:
-        """Host these subnets and actuate the first; statistics stay with the subnets' names.
+        """Host these subnets and actuate the first; statistics stay with a name and its control tuple.
+
+        A name that is hosted with another control tuple than its statistics were set for loses them.
 
         Raises:
             ConfigError: If there is no subnet, two have one name, or one has a control tuple that
@@ -134,6 +155,8 @@ class Supernet(nn.Module):
         rows = [self.settings_of(subnet) for subnet in subnets]
         self.subnets = tuple(subnets)
         self._rows = rows
+        self._layouts = {}
+        self._drop_others_statistics()
         self._pinned = frozenset()
         self._forget()
         self.cursor.chosen = self.prepared(0)
@@ -145,7 +168,7 @@ class Supernet(nn.Module):
             ConfigError: Naming the subnet, and the entry of its control tuple that does not fit; or the
                 supernet was trimmed to others.
         """
-        if self._trimmed_to is not None and subnet.name not in self._trimmed_to:
+        if self._trimmed_to is not None and subnet not in self._trimmed_to:
             raise ConfigError(f"subnet {subnet.name}: the supernet was trimmed to others: build it again")
         try:
             sizes = self.controls.sizes_of(subnet.control)
@@ -174,14 +197,101 @@ class Supernet(nn.Module):
             self.prepared(row)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the actuated subnet."""
-        return self.run_with(self.cursor.chosen.settings, *args, **kwargs)
+        """Run the actuated subnet.
+
+        Raises:
+            ConfigError: In a subnet's first pass: a layer is given a part of its inputs, and it is not known
+                which; or what a block gives that is left out.
+        """
+        chosen = self.cursor.chosen
+        layouts = self._layouts.get(chosen.row)
+        if layouts is None:
+            out = self.run_with(chosen.settings, *args, **kwargs)
+            if (found := self._followed.get(_sizes(chosen.settings))) is not None:
+                self._layouts[chosen.row] = found
+            return out
+        return self._run(chosen.settings, layouts, args, kwargs)
 
     def run_with(self, settings: Settings, *args: Any, **kwargs: Any) -> Any:
-        """Run the model once with these settings, whatever is actuated."""
+        """Run the model once with these settings, whatever is actuated.
+
+        Raises:
+            ConfigError: As `forward`.
+        """
+        layouts = self._followed.get(_sizes(settings))
+        if layouts is None:
+            return self._run_first(settings, args, kwargs)
+        return self._run(settings, layouts, args, kwargs)
+
+    def _run_first(self, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run and follow the channels: from then on it is known what each layer is given."""
+        if any(tensor.is_meta for tensor in tensors_in((*args, *kwargs.values()))):
+            return self._run(settings, {}, args, kwargs)  # without numbers only shapes count
+        plain = tuple(None if isinstance(one, NormCalibration) else one for one in settings)
         with self._one_pass:
-            self.cursor.settings = settings
-            return self.model(*args, **kwargs)
+            out, flow = self._follow(plain, args, kwargs)
+            if len(self._followed) >= MAX_FOLLOWED:
+                self._followed.clear()
+            self._followed[_sizes(settings)] = flow.layouts
+            if plain != settings:  # a pass that is repeated would count its batch twice
+                return self._run(settings, flow.layouts, args, kwargs)
+        for tensor in tensors_in((out,)):
+            forget_tags(tensor)
+        return out
+
+    def _follow(self, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Flow]:
+        shapes = None
+        while True:
+            try:
+                flow = Flow(self.model, self.cursor, shapes)
+                with flow:
+                    return self._run(settings, flow.layouts, args, kwargs), flow
+            except NeedsWhole:
+                shapes = self._shapes_of_whole(args, kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError) as error:
+                if not self._shapes_of_whole(args, kwargs):
+                    raise  # the whole network fails too
+                raise ConfigError(
+                    f"{flow.path or 'the model'}: runs in the whole network and not in this subnet: {error}"
+                ) from error
+
+    def _shapes_of_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
+        """Return what each call gives in the whole network, of these inputs; nothing if it does not run."""
+        inputs = tuple(tuple(tensor.shape) for tensor in tensors_in((*args, *kwargs.values())))
+        if self._whole_shapes is None or self._whole_shapes[0] != inputs:
+            shapes: Shapes = {}
+            try:
+                with torch.no_grad(), Flow(self.model, self.cursor, shapes, is_whole=True):
+                    self._run(self._inserted.defaults, {}, args, kwargs)
+            except (RuntimeError, ConfigError):
+                shapes = {}  # then whatever depends on them is refused
+            self._whole_shapes = inputs, shapes
+        return self._whole_shapes[1]
+
+    def _run(
+        self, settings: Settings, layouts: Layouts, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with self._one_pass:
+            cursor = self.cursor
+            if [where() for where in self._where] != self._addresses:  # p.data = ...: their views are old
+                for op in self._inserted.operators:
+                    op.renew()
+            cursor.settings, cursor.layouts = settings, layouts
+            try:
+                return self.model(*args, **kwargs)
+            finally:
+                if cursor.is_moved:
+                    self._note_addresses()
+
+    def _note_addresses(self) -> None:
+        """Note where the parameters are of which operators hold views."""
+        held = [tensor for op in self._inserted.operators for tensor in op.held]
+        at = [(tensor, address_of(tensor)) for tensor in held if isinstance(tensor, torch.Tensor)]
+        self._where = [tensor.data_ptr for tensor, address in at if address >= 0]
+        self._addresses = [address for _, address in at if address >= 0]
+        self.cursor.is_moved = False
 
     # --- SubnetNorm's statistics --------------------------------------------------------------
 
@@ -214,7 +324,19 @@ class Supernet(nn.Module):
                         f"got {channels}"
                     )
         self._statistics.update(statistics)
+        # Statistics of names that are not hosted are those of whatever is hosted first under the name.
+        self._gathered_for |= dict.fromkeys(statistics)
+        self._drop_others_statistics()
         self._refresh()
+
+    def _drop_others_statistics(self) -> None:
+        """Drop the statistics that were set for other control tuples than those now hosted by that name."""
+        for name, control in ((subnet.name, subnet.control) for subnet in self.subnets):
+            if name in self._statistics:
+                if self._gathered_for[name] is None:
+                    self._gathered_for[name] = control
+                elif self._gathered_for[name] != control:
+                    del self._statistics[name], self._gathered_for[name]
 
     # --- packed slices, and what is not needed --------------------------------------------------
 
@@ -238,7 +360,7 @@ class Supernet(nn.Module):
             used = [
                 (layer, (self.cursor.settings[layer.place], inputs))
                 for layer, inputs in self._inputs_of(row, example).items()
-                if isinstance(layer, WeightSlice)
+                if (self.cursor.settings[layer.place], inputs) in layer.slices
             ]
             # Kernels of many positions first: they gather most.
             for layer, key in sorted(used, key=lambda found: -found[0].weight[0, 0].numel()):
@@ -249,36 +371,38 @@ class Supernet(nn.Module):
                     spent += _n_bytes(view)
         return spent
 
-    def trim(self, example: torch.Tensor) -> None:
-        """Drop everything that no hosted subnet uses: then only these subnets can be hosted.
+    def trim(self, *examples: torch.Tensor) -> Trimmed:
+        """Drop what no hosted subnet uses, as far as `examples` prove it: then only these can be hosted.
 
         A layer keeps the outputs and inputs of its largest slice, a norm its most channels, a block that
-        never runs nothing. Attention layers and LayerNorms stay whole.
+        never runs nothing. Attention layers and LayerNorms stay whole, and so does every layer that a trace
+        cannot follow: see `gpu_worker.supernet.trimming`. Memory never grows.
 
         Args:
-            example: A batch, to find out what each subnet uses.
+            examples: Batches, unlike each other, to find out what each subnet uses.
         """
-        used: dict[Operator, set[tuple[int, int]]] = {op: set() for op in self._inserted.operators}
-        for row in range(len(self.subnets)):
-            for op, inputs in self._inputs_of(row, example).items():
-                used[op].add((self.cursor.settings[op.place] if isinstance(op, WeightSlice) else 0, inputs))
-        for op, keys in used.items():
-            if isinstance(op, WeightSlice):
-                op.trim(keys)
-            elif isinstance(op, SubnetNorm):
-                op.trim(max((inputs for _, inputs in keys), default=0))
-        self._trimmed_to = frozenset(subnet.name for subnet in self.subnets)
+        found = trim(self, examples)
+        if found.n_cut:
+            self._trimmed_to = self.subnets
         self._refresh()
+        return found
 
-    def _inputs_of(self, row: int, example: torch.Tensor) -> dict[Operator, int]:
-        """Return how many input channels each operator that runs is given, by running subnet `row`."""
-        seen: dict[Operator, int] = {}
+    def _inputs_of(self, row: int, example: torch.Tensor) -> dict[WeightSlice, int]:
+        """Return how many input channels each sliced layer that runs is given, by running subnet `row`."""
+        seen: dict[WeightSlice, int] = {}
+        with torch.inference_mode():  # what a block is like that never ran is learnt before anything is noted
+            self.run_with(self.prepared(row).settings, example)
 
-        def note(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            assert isinstance(layer, Operator), "hooks are on operators alone"
-            seen[layer] = args[0].shape[layer.channel_axis]
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert isinstance(layer, WeightSlice), "hooks are on these alone"
+            given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            seen[layer] = given.shape[layer.channel_axis]
 
-        hooks = [cast("nn.Module", op).register_forward_pre_hook(note) for op in self._inserted.operators]
+        hooks = [
+            cast("nn.Module", op).register_forward_pre_hook(note, with_kwargs=True)
+            for op in self._inserted.operators
+            if isinstance(op, WeightSlice)
+        ]
         try:
             with torch.inference_mode():
                 self.run_with(self.prepared(row).settings, example)
@@ -294,12 +418,7 @@ class Supernet(nn.Module):
         names = {subnet.name for subnet in self.subnets}
         of_subnets = {name: _n_bytes(held.values) for name, held in self._statistics.items() if name in names}
         resident = sum(of_subnets.get(self.subnets[row].name, 0) for row in self._prepared)
-        packed = sum(
-            _n_bytes(copy.weight)
-            for op in self._inserted.operators
-            if isinstance(op, WeightSlice)
-            for copy in op.packed.values()
-        )
+        packed = sum(op.copied_bytes for op in self._inserted.operators)
         return MemoryReport(
             shared=sum(map(_n_bytes, (*self.model.parameters(), *self.model.buffers()))),
             statistics_resident=resident,
@@ -313,13 +432,17 @@ class Supernet(nn.Module):
 
     def to_half(self, dtype: torch.dtype = torch.float16) -> None:
         """Cast everything except SubnetNorm: its statistics and scales are small, and rounding matters."""
+        halves: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
         for module in self.model.modules():
             if not isinstance(module, SubnetNorm):
                 for name, parameter in module.named_parameters(recurse=False):
                     if parameter.is_floating_point():
-                        setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+                        if parameter not in halves:
+                            half = parameter.detach().to(dtype)
+                            halves[parameter] = nn.Parameter(half, requires_grad=False)
+                        setattr(module, name, halves[parameter])
         for op in self._inserted.operators:
-            op.forget()
+            op.renew()
 
     @property
     def device(self) -> torch.device:
@@ -333,11 +456,13 @@ class Supernet(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_one_pass"}
+        # Methods of this supernet's tensors and its lock are not a copy's.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_one_pass", "_where")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self._one_pass = threading.Lock()
+        self._one_pass = threading.RLock()
+        self._note_addresses()
         self._refresh()  # the views in a deep copy are not views of the copy's statistics
 
     def _refresh(self) -> None:

@@ -19,11 +19,11 @@ from superserve.roles.command import plain_errors
 def agent_command(listen: str, insecure: bool) -> None:
     """Send shares of runs of `loadgen run --generators`, until Ctrl-C or SIGTERM."""
     _check_address(listen, insecure=insecure)
-    agent = Agent(f"tcp://{listen}")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: agent.stop())
-    click.echo(f"listening at {agent.endpoint.removeprefix('tcp://')}")
-    agent.run()
+    with Agent(f"tcp://{listen}") as agent:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: agent.stop())
+        click.echo(f"listening at {agent.endpoint.removeprefix('tcp://')}")
+        agent.run()
 
 
 def _check_address(listen: str, *, insecure: bool) -> None:

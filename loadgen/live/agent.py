@@ -47,6 +47,7 @@ from superserve.wire import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Self
 
     import zmq
 
@@ -111,7 +112,7 @@ def _report(run: Run) -> RunReport:
 
 
 class Agent:
-    """Serves runs, one after the other, until `stop`.
+    """Serves runs, one after the other, until `stop`; use it as a context manager.
 
     Args:
         endpoint: Where it listens.
@@ -128,18 +129,22 @@ class Agent:
         """Make `run` return. Safe in a signal handler."""
         self._is_stopping = True
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End a run and close the socket: left open, it would keep Python from ending."""
+        self._end()
+        self._socket.close(0)
+        self._context.destroy(0)
+
     def run(self) -> None:
         """Serve until `stop`."""
-        try:
-            while not self._is_stopping:
-                self._socket.poll(_POLL_MS)
-                while (frames := receive(self._socket)) is not None:
-                    self._take(bytes(frames[0]), frames[1:])
-                self._tell()
-        finally:
-            self._end()
-            self._socket.close(0)
-            self._context.destroy(0)
+        while not self._is_stopping:
+            self._socket.poll(_POLL_MS)
+            while (frames := receive(self._socket)) is not None:
+                self._take(bytes(frames[0]), frames[1:])
+            self._tell()
 
     def _say(self, key: bytes, message: RunMessage) -> None:
         send(self._socket, [key, *encode_run(message)])

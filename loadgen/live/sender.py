@@ -30,6 +30,7 @@ from superserve.net.connection import Connection
 from superserve.net.context import new_context
 from superserve.net.keys import peer_keys
 from superserve.net.sockets import ZERO_COPY_BYTES, Waiter, connect_dealer, receive, send, wait
+from superserve.roles.command import one_line
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.wire import (
     HAS_OUTPUT,
@@ -502,4 +503,5 @@ def main(argv: list[str], run: Callable[[SenderPlan], None] = run_sender) -> int
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with one_line():
+        sys.exit(main(sys.argv[1:]))

@@ -21,6 +21,7 @@ from superserve.errors import VersionError, WireError
 from superserve.hello import ClientWelcome, ModelSpec
 from superserve.net.context import new_context
 from superserve.net.sockets import bind_router, receive, send, wait
+from superserve.roles.command import one_line
 from superserve.roles.processes import ProcessGroup, announce_ready, die_with_parent
 from superserve.roles.version import version
 from superserve.status import (
@@ -148,4 +149,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line():
+        sys.exit(main())

@@ -45,6 +45,7 @@ from router.core import RouterCore
 from router.core.edf import DISPATCHED, QUEUED
 from router.core.events import Answer, Dispatch, Finished, Pulled
 from router.core.settings import CoreSettings
+from router.policies.planfit import PlanFit
 from superserve.clock import MS
 from superserve.wire import Status
 
@@ -237,7 +238,8 @@ class Checker:
     def _check_order(self, batches: list[Batch]) -> None:
         """Check that each batch of a pass has the head, and left behind no earlier query that it could take.
 
-        A batch may skip a query whose floor lies above its subnet, and no other.
+        A batch may skip a query whose floor lies above its subnet, and no other. One that is packed by floor
+        takes the earliest of each floor that it takes, but perhaps fewer of a low one.
         """
         least: dict[int, int] = {}  # earliest deadline of the queries left, by floor
         for cohort in self._cohorts():
@@ -247,11 +249,13 @@ class Checker:
         for batch in reversed(batches):
             members = [(cohort, i) for cohort, lo, hi in batch.stretches for i in range(lo, hi)]
             deadlines = [cohort.deadlines_ns[i] for cohort, i in members]
+            latest = _latest(members)
+            is_packed = isinstance(batch.worker.policy, PlanFit)
             for floor, deadline_ns in least.items():
                 _hold(min(deadlines) <= deadline_ns, f"batch {batch.batch_id} passed over the head")
-                is_allowed = floor <= batch.subnet
+                mine_ns = latest.get(floor, 0) if is_packed else max(deadlines)
                 _hold(
-                    not is_allowed or max(deadlines) <= deadline_ns,
+                    floor > batch.subnet or mine_ns <= deadline_ns,
                     f"batch {batch.batch_id} left behind a query that is due earlier than one of its own",
                 )
             for cohort, i in members:
@@ -346,6 +350,15 @@ class Checker:
 def _hold(is_so: bool, what: str) -> None:
     if not is_so:
         raise ViolationError(what)
+
+
+def _latest(members: list[tuple[Cohort, int]]) -> dict[int, int]:
+    """Return the latest deadline of queries by floor."""
+    latest: dict[int, int] = {}
+    for cohort, i in members:
+        floor = 0 if cohort.floors is None else cohort.floors[i]
+        latest[floor] = max(latest.get(floor, 0), cohort.deadlines_ns[i])
+    return latest
 
 
 def _fold(least: dict[int, int], cohort: Cohort, i: int) -> None:

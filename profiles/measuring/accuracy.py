@@ -5,15 +5,16 @@ Both are called with control tuples and return percents, for the search.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 
-from gpu_worker.engines.torch_executor import model_input
+from gpu_worker.engines.torch_executor import answer, model_input
 from gpu_worker.models.examples import read_examples
-from gpu_worker.models.kinds import resident
+from gpu_worker.models.kinds import fitted, resident
 from gpu_worker.models.names import OFA_RESNET50
 from gpu_worker.models.ofa_resnet50 import BASE_DEPTHS, CONTROLS, DEPTHS, EXPAND_RATIOS, WIDTHS
 from gpu_worker.supernet.calibration import accuracy_percent, calibrate
@@ -210,7 +211,7 @@ class MeasuredAccuracy:
         for control in controls:
             subnets = [Subnet("candidate", control)]
             statistics = self._calibrated(subnets, calibration)
-            found += accuracies(self.supernet, subnets, statistics, judged)
+            found += accuracies(self.supernet, self._kind, subnets, statistics, judged)
         return np.array(found)
 
     def calibrated(self, subnets: Sequence[Subnet]) -> dict[str, SubnetStatistics]:
@@ -220,17 +221,17 @@ class MeasuredAccuracy:
     def selection(self, subnets: Sequence[Subnet], statistics: Mapping[str, SubnetStatistics]) -> list[float]:
         """Return percents on more of the selection half, for finalists; the supernet then hosts them."""
         judged = list(self._examples(self._data.selection, self.n_finals))
-        return accuracies(self.supernet, subnets, statistics, judged)
+        return accuracies(self.supernet, self._kind, subnets, statistics, judged)
 
     def held_out(self, subnets: Sequence[Subnet], statistics: Mapping[str, SubnetStatistics]) -> list[float]:
         """Return percents on the held-out examples; the supernet then hosts the subnets."""
         judged = list(self._examples(self._data.held_out, self.n_held_out))
-        return accuracies(self.supernet, subnets, statistics, judged)
+        return accuracies(self.supernet, self._kind, subnets, statistics, judged)
 
     def _calibrated(
         self, subnets: Sequence[Subnet], batches: Sequence[torch.Tensor]
     ) -> dict[str, SubnetStatistics]:
-        return calibrate(self.supernet, subnets, batches) if self.supernet.norms else {}
+        return calibrate(self.supernet, subnets, batches)
 
     def _examples(self, examples: Examples, n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         labels = torch.split(torch.from_numpy(examples.labels[:n]), _BATCH)
@@ -270,6 +271,7 @@ def measured_accuracy(
     Raises:
         ConfigError: There are no examples.
     """
+    kind = fitted(kind, weights)
     if examples is not None:
         data = read_examples(examples, kind.input_spec)
     elif kind.data is not None:
@@ -284,6 +286,7 @@ def measured_accuracy(
 
 def accuracies(
     supernet: Supernet,
+    kind: SupernetKind,
     subnets: Sequence[Subnet],
     statistics: Mapping[str, SubnetStatistics],
     examples: Sequence[tuple[torch.Tensor, torch.Tensor]],
@@ -291,13 +294,11 @@ def accuracies(
     """Host the subnets with these statistics and return the percentage of examples that each gets right."""
     supernet.host(subnets)
     supernet.set_statistics(statistics)
-    return [
-        accuracy_percent(
-            lambda inputs, row=row: supernet.run_with(supernet.prepared(row).settings, inputs),  # type: ignore[misc]  # mypy cannot infer a lambda with a default
-            examples,
-        )
-        for row in range(len(subnets))
-    ]
+
+    def answers(row: int, inputs: torch.Tensor) -> torch.Tensor:
+        return answer(kind, supernet.run_with(supernet.prepared(row).settings, inputs))
+
+    return [accuracy_percent(functools.partial(answers, row), examples) for row in range(len(subnets))]
 
 
 def first_channels(whole: SubnetStatistics, channels: Sequence[int]) -> SubnetStatistics:

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gpu_worker.models.names import SHIPPED_SUPERNETS
+from gpu_worker.models.names import SHIPPED_SUPERNETS, with_example
 from profiles.measuring.declared import subnets_of
 from profiles.measuring.measure import (
     Device,
@@ -55,11 +55,16 @@ _REMEASURED_BUDGET_NS = 60 * _NS_PER_S  # bounds it on slow devices
 _supernet = click.option(
     "--supernet", default="digits", show_default=True, help="A supernet's name, or module:attribute."
 )
+_example_input = click.option(
+    "--example-input",
+    metavar="SHAPE:DTYPE",
+    help="One query of a module:function that returns a supernet: 3x224x224:float32, or a .npy file.",
+)
 _out = click.option(
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
 )
 _weights = click.option(
-    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]'
+    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: those that come with it]'
 )
 _examples = click.option(
     "--examples",
@@ -85,6 +90,7 @@ _batch_sizes = click.option(
 
 @click.command("measure")
 @_supernet
+@_example_input
 @click.option(
     "--subnets",
     "source",
@@ -106,9 +112,10 @@ _batch_sizes = click.option(
 @plain_errors(OSError)
 def measure_command(
     supernet: str, source: str | None, at_most: int | None, batch_sizes: tuple[int, ...], repeats: int,
-    quick: bool, eager: bool, out: Path, **device: Any,
+    quick: bool, eager: bool, out: Path, example_input: str | None, **device: Any,
 ) -> None:  # fmt: skip
     """Measure a supernet's subnets on this machine and write the profile to OUT."""
+    supernet = with_example(supernet, example_input)
     kind, shipped = _kind(supernet)
     source = source or shipped
     if source is None:
@@ -157,6 +164,7 @@ def _show(measurement: Measurement) -> None:
 
 @click.command("search")
 @_supernet
+@_example_input
 @_weights
 @click.option(
     "--predictor", type=_FILE, help="OFA-ResNet50's accuracy predictor.  [default: accuracy is measured]"
@@ -186,8 +194,9 @@ def _show(measurement: Measurement) -> None:
 )
 @_out
 @plain_errors(OSError)
-def search_command(out: Path, latency: str, **options: Any) -> None:
+def search_command(out: Path, latency: str, supernet: str, example_input: str | None, **options: Any) -> None:
     """Search a supernet for its pareto subnets and write them as a profile to OUT."""
+    options["supernet"] = with_example(supernet, example_input)
     clock = MonotonicClock()
     started_ns = clock.now_ns()
     with _progress() as on_progress:
@@ -309,6 +318,7 @@ def show_command(profile: str, picture: Path | None) -> None:
 @click.command("accuracy")
 @click.argument("profile")
 @click.option("--supernet", help="Its name, or module:attribute.  [default: the profile's]")
+@_example_input
 @_weights
 @_examples
 @_device
@@ -332,6 +342,7 @@ def accuracy_command(profile: str, **given: Any) -> None:
 @click.command("calibrate")
 @click.argument("profile")
 @click.option("--supernet", help="Its name, or module:attribute.  [default: the profile's]")
+@_example_input
 @_weights
 @_examples
 @_device
@@ -344,9 +355,10 @@ def calibrate_command(profile: str, out: Path | None, **given: Any) -> None:
 
     calibrated = load_profile(profile)
     subnets, judge = _subnets(calibrated), _measured(calibrated, **given)
+    statistics = judge.calibrated(subnets)
     if not judge.supernet.norms:
         raise ConfigError("calibrate: expected a supernet with BatchNorm: LayerNorm keeps no statistics")
-    judge.supernet.set_statistics(judge.calibrated(subnets))
+    judge.supernet.set_statistics(statistics)
     path = out or statistics_path(profile)
     save_statistics(path, judge.supernet, calibrated.supernet, subnets)
     click.echo(f"wrote {path}: statistics of {len(subnets)} subnets")
@@ -359,6 +371,7 @@ def _subnets(profile: Profile) -> list[Subnet]:
 def _measured(
     profile: Profile,
     supernet: str | None,
+    example_input: str | None,
     weights: str | None,
     examples: Path | None,
     device: str,
@@ -376,7 +389,7 @@ def _measured(
             f"--supernet: expected package.module:attribute: the profile names {profile.supernet!r}, "
             "which does not come with the package"
         )
-    kind = supernet_kind(supernet or profile.supernet)
+    kind = supernet_kind(with_example(supernet or profile.supernet, example_input))
     if kind.name != profile.supernet:
         raise ConfigError(f"supernet: expected {profile.supernet}, the profile's, got {kind.name}")
     torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from gpu_worker.models.kinds import RANDOM, SupernetKind, supernet_kind
+from gpu_worker.models.kinds import RANDOM, SupernetKind, fitted, supernet_kind
 from gpu_worker.supernet.calibration import save_statistics
 from profiles.measuring.accuracy import Judge, MeasuredAccuracy, judge_of
 from profiles.measuring.flops import CostCounter, FittedLatency, fit_on_device, spread
@@ -123,7 +123,7 @@ def find_profile(
     Raises:
         ConfigError: The supernet, its weights, the device or an accuracy is not available; names it.
     """
-    kind = supernet_kind(request.supernet)
+    kind = fitted(supernet_kind(request.supernet), request.weights)
     judge = judge_of(kind, request.weights, request.predictor, request.examples, request.placement)
     counter = CostCounter(kind)
     space = Space(counter.supernet)

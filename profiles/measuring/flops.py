@@ -12,11 +12,13 @@ is never modelled as slower.
 from __future__ import annotations
 
 import itertools
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     from superserve.clock import Clock
 
     Floats = npt.NDArray[np.float64]
+
+
+_LOG = logging.getLogger(__name__)
 
 
 class Cost(NamedTuple):
@@ -105,12 +110,25 @@ class _Known(NamedTuple):
 
 
 class CostCounter:
-    """Counts what subnets of one supernet cost, by torch's own formulas, including attention's products."""
+    """Counts what subnets of one supernet cost, by torch's own formulas, including attention's products.
+
+    A model that reads numbers in its forward pass cannot run without any: it is counted on the CPU, in whole
+    passes.
+    """
 
     def __init__(self, kind: SupernetKind) -> None:
-        self.supernet = meta_supernet(kind)
-        self._input = example_input(self.supernet, kind, torch.float32)
         self._counter = _Counter()
+        try:
+            self.supernet = meta_supernet(kind)
+            self._input = example_input(self.supernet, kind, torch.float32)
+            with torch.inference_mode():
+                self.supernet(self._input)
+        except Exception as error:  # noqa: BLE001  the model's, of any kind
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            _LOG.info("counting on the CPU: the model does not run on torch's meta device: %s", reason)
+            self.supernet = kind.build().eval()
+            self._input = example_input(self.supernet, kind, torch.float32)
+            return
         for part in _parts(self.supernet.model):
             part.forward = _remembering(
                 part, self.supernet.cursor, self._counter
@@ -120,17 +138,21 @@ class CostCounter:
         """Return the cost of one query on the subnet with this control tuple.
 
         Raises:
-            ConfigError: The tuple does not fit, or the model reads numbers in its forward pass.
+            ConfigError: The tuple does not fit, or the model cannot run.
         """
         settings = self.supernet.settings_of(Subnet("counted", control))
-        before = self._counter.total
         try:
-            with torch.inference_mode(), self._counter:
-                self.supernet.run_with(settings, self._input)
-        except (RuntimeError, NotImplementedError) as error:
-            reason = str(error).partition("\n")[0]
+            # A CPU's own kernel for attention has no formula; its plain products have.
+            with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+                if not self._input.is_meta:  # at first the whole network may run too, to follow channels
+                    self.supernet.run_with(settings, self._input)
+                before = self._counter.total
+                with self._counter:
+                    self.supernet.run_with(settings, self._input)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise ConfigError(
-                f"multiply-adds: expected a model that runs on torch's meta device: {reason}"
+                f"multiply-adds: the model cannot run the subnet {control}: {reason}"
             ) from error
         return self._counter.total.less(before)
 

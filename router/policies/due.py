@@ -217,6 +217,19 @@ class Due:
             if floor:
                 of_floor[floor] = of_floor.get(floor, 0) + sign
 
+    def until(self, head_ns: int, end_ns: int) -> int:
+        """Return the work due by an instant, to about a bucket, in `UNIT`.
+
+        Args:
+            head_ns: The earliest deadline queued.
+            end_ns: The instant.
+        """
+        buckets, width = self._fine, _FINE
+        if end_ns - head_ns > 3 * _NEAR << _FINE:
+            buckets, width = self._coarse, _COARSE
+        first, last = head_ns >> width, end_ns >> width
+        return self.total if last - first > _FAR else sum([buckets.get(i, 0) for i in range(first, last + 1)])
+
     def floored(self, above: int, up_to: int) -> int:
         """Return how many queries have a floor above one row and up to another."""
         return sum([n for floor, n in self.floors.items() if above < floor <= up_to])

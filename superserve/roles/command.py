@@ -43,7 +43,7 @@ def run(module: str, name: str | None = None) -> NoReturn:
     begin()
     code = 1
     try:
-        with _one_line():
+        with one_line():
             command = importlib.import_module(module).cli
             _unwind_on_signals()
             command(prog_name=name)
@@ -147,8 +147,8 @@ def _write_any_text(stream: object) -> None:
 
 
 @contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    """End in one line where the system has not what it takes."""
+def one_line() -> Iterator[None]:
+    """End a program in one line where the system has not what it takes."""
     try:
         yield
     except KeyboardInterrupt:

@@ -66,6 +66,8 @@ STOP_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _MAX_READY_BYTES = 65_536  # an endpoint and a few names take hundreds
 _TAIL_BYTES = 16_384  # twenty lines of a long traceback
+_TAIL_LINES = 200  # of which 20 are shown, without the steps of tracebacks
+_TRACE = "Traceback (most recent call last)"
 # The end of a child usually shows as the end of its pipe. A grandchild that holds the
 # pipe open hides it, so exit codes are checked this often too.
 _POLL_MS = 100
@@ -257,7 +259,7 @@ class RoleProcess:
         if self.poll() is None:
             self._kill_session()
         self._ended(keep_log=True)
-        lines = self.tail()
+        lines = _without_traces(self.tail(_TAIL_LINES))
         log = f"its log ({self.log_path}) ends:\n{lines}" if lines else self._without_a_word()
         raise ProcessError(f"{self.name} (pid {self.pid}) {what}; {log}")
 
@@ -275,6 +277,19 @@ class RoleProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _without_traces(text: str) -> str:
+    """Return the last lines of a log without the steps of tracebacks; the log keeps them."""
+    kept: list[str] = []
+    is_trace = False
+    for line in text.splitlines():
+        if line.startswith(_TRACE):
+            is_trace = True
+        elif not (is_trace and line[:1] in ("", " ")):
+            is_trace = False
+            kept.append(line)
+    return "\n".join(kept[-20:])
 
 
 def start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -27,6 +28,9 @@ def main() -> int:
     parser.add_argument("--sample", action="store_true", help="run those that `make test` runs")
     parser.add_argument("--at-once", type=int, default=len(os.sched_getaffinity(0)))
     asked = parser.parse_args()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored in a shell's background, by commands too
     drawn = sample() if asked.sample else pairs(asked.seed, max(asked.count, (asked.only or 0) + 1))
     chosen = {
         number: pair

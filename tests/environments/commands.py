@@ -19,6 +19,7 @@ class Step:
         verdict: A further exit code, with the same output, for what it may find wrong where something is.
         stderr: A pattern of its error line, where working means to refuse.
         serves: How to see that it serves, if only SIGTERM ends it: it "listens", or "connects" to `{port}`.
+        starts: Whether what it has started goes on without it, from when all of `stdout` is printed.
         files: What it writes into `{out}`: the name, and what a whole one begins and ends with.
     """
 
@@ -28,6 +29,7 @@ class Step:
     verdict: int = 0
     stderr: str = ""
     serves: str = ""
+    starts: bool = False
     files: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
@@ -73,7 +75,11 @@ COMMANDS: dict[str, tuple[Step, ...]] = {
         step("cluster keys --out {out}/keys list", "operator"),
     ),
     "cluster up": (
-        step(f"cluster up --emulate {EMULATED}:1 --ready-timeout-s 25", r"(?s)is up.*worker-0.*Stop it"),
+        step(
+            f"cluster up --emulate {EMULATED}:1 --ready-timeout-s 25",
+            r"(?s)is up.*worker-0.*Stop it",
+            starts=True,
+        ),
         step("cluster status", r"(?s)router.*worker-0", verdict=1),
         step("cluster down", r"(?s)router.*worker-0|stopped"),
     ),

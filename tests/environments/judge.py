@@ -24,8 +24,9 @@ _GUARD = "superserve/roles/command.py"
 """What is in a traceback once a command has begun."""
 _USAGE = re.compile(r"Usage: [^\n]*\n(?:  [^\n]*\n)*Try [^\n]*\n\n(?=Error: )")
 _TEMPORARY = re.compile(r"\.part$|\.tmp$|^tmp[a-z0-9_]{6,}$|^\.|~$|superserve-")
-_KEPT = "home/.local"
+_KEPT, _STATE = "home/.local", "/default/"  # the second in whatever folder SUPERSERVE_STATE names
 _OF_LIBRARIES = "OpenBLAS "  # it prints, and ends the process or has it interrupted
+_INTERRUPTED = re.compile(rf"(?<={_OF_LIBRARIES}).*KeyboardInterrupt$", re.DOTALL | re.MULTILINE)
 _LOG_LINE = re.compile(r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\s+[\d.]+ s  \w)")
 """Of a server, and of a command that says how far it is."""
 
@@ -73,6 +74,8 @@ def complaints(step: Step, seen: Seen, hostile: Hostile, asked: Collection[str] 
     if seen.code is None:
         return ["did not end in time", *_broken(seen)]
     found = _broken(seen)
+    if step.starts and -seen.code in seen.sent and re.search(step.stdout, seen.stdout or ""):
+        return found  # the signal came when all was done, and is no reason to undo it
     is_unread = hostile.streams.get("stdout") in ("broken", "full")
     # A verdict that could not be printed is none; an expected error goes to stderr.
     is_verdict = bool(step.stderr) or not (is_unread and seen.code)
@@ -98,7 +101,7 @@ def _broken(seen: Seen) -> list[str]:
     for name, text in (("stdout", seen.stdout), ("stderr", seen.stderr)):
         if seen.sent and text and _GUARD not in text:
             continue  # Python itself was still being loaded, and takes Ctrl-C so
-        if text and (broken := _BROKEN.search(text)):
+        if text and (broken := _BROKEN.search(_INTERRUPTED.sub("", text))):
             found.append(f"{name} has {broken.group()!r}")
     if (
         seen.code is not None
@@ -183,7 +186,7 @@ def _litter(asked: Collection[str], seen: Seen) -> list[str]:
     found = []
     tops = {file.split("/")[0] for file in asked}
     for name, size in seen.files.items():
-        if name.startswith(_KEPT):
+        if name.startswith(_KEPT) or _STATE in name:
             if (size == 0 and not name.endswith(".log")) or name.endswith((".part", ".tmp", ".sock")):
                 found.append(f"left {name}, of {size} bytes")
             continue

@@ -64,6 +64,16 @@ def test_what_is_wrong_is_said(seen: Seen, complaint: str) -> None:
     assert complaint in judged(seen)
 
 
+def test_what_was_started_stays_if_the_signal_came_when_all_was_done() -> None:
+    """But not if it came before the command had said so."""
+    up = step("cluster up", "is up", starts=True)
+    seen = Seen(-15, "cluster 'default' is up", "", sent=(15,), left=("python -m router",))
+    hostile = Hostile("a signal", excuse="")
+
+    assert complaints(up, seen, hostile) == []
+    assert complaints(up, replace(seen, stdout=""), hostile) == ["left a process: python -m router"]
+
+
 def test_an_environment_that_excuses_nothing_has_to_be_worked_in() -> None:
     """Refusing in one clear line is not enough where nothing stands in the way."""
     assert "where nothing stood in its way" in judged(REFUSED, Hostile("no colours"))

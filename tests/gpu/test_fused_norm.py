@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 
-from gpu_worker.supernet import fused_norm
+from gpu_worker.supernet.operators import fused_norm
 
 CASES = list(itertools.product((8, 24, 168, 2048), (1, 7, 56), (False, True), (False, True), (False, True)))
 

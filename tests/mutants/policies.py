@@ -429,6 +429,20 @@ POLICIES = (
         "no room is kept for a surge", _PLANFIT, "each_ns = _WORST * plan.unit_ns", "each_ns = 0.0", _PLANS
     ),
     Mutant(
+        "what came at once may grow as what comes in a while",
+        _PLANFIT,
+        "_SUDDEN * plan.unit_ns * first",
+        "each_ns * first",
+        _PLANS,
+    ),
+    Mutant(
+        "in overload a plan that just holds is trusted",
+        _PLANFIT,
+        " - _WARY * plan.others * plan.full",
+        "",
+        _PLANS,
+    ),
+    Mutant(
         "a GPU is trusted before it is measured",
         _PLANFIT,
         "# Comparisons instead of min() and max(): a call of those costs as much as a line of this loop.\n"
@@ -452,6 +466,20 @@ POLICIES = (
     ),
     Mutant(
         "a few late queries are an overload", _PLANFIT, " or self._saves(queue, slack_ns, plan):", ":", _PLANS
+    ),
+    Mutant(
+        "a spike that is too large is shed as a rate that is",
+        _PLANFIT,
+        "            if left < waiting * UNIT:",
+        "            if left < 0:",
+        _PLANS,
+    ),
+    Mutant(
+        "a rate that is too high is shed as a spike is",
+        _PLANFIT,
+        "            if left < waiting * UNIT:",
+        "            if True:",
+        _PLANS,
     ),
     Mutant("overload is not seen", _PLANFIT, "if plan.budget_ns < plan.unit_ns:", "if False:", _PLANS),
     Mutant(

@@ -263,8 +263,8 @@ CORE = (
     Mutant(
         "decisions are taken ten times as early",
         _ROUTER,
-        "_ahead_ns + worker.transport.median_ns",
-        "_ahead_ns * 10 + worker.transport.median_ns",
+        ".ahead_ns + worker.transport.median_ns",
+        ".ahead_ns * 10 + worker.transport.median_ns",
         _CORE,
     ),
     Mutant("credit is not deducted", _ROUTER, "worker.credit -= 1", "worker.credit -= 0", _BOUNDS),

@@ -24,7 +24,7 @@ from gpu_worker.models.names import OFA_RESNET50
 from gpu_worker.models.ofa_resnet50 import extracted
 from gpu_worker.supernet.actuation import actuate
 from gpu_worker.supernet.calibration import calibrate
-from gpu_worker.supernet.fused_norm import fusing
+from gpu_worker.supernet.operators.fused_norm import fusing
 from loadgen.bench.rows.calls import actuation_ns
 from loadgen.bench.rows.row import BenchRow
 from loadgen.bench.rows.subnetact import N_EXTRACTED, N_HOSTED, N_RESIDENT, PROFILE, control_of, n_bytes

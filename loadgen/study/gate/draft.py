@@ -34,6 +34,7 @@ class GateCell:
         cell: What is simulated.
         is_strict: Whether attainment has no excuse there: line b of the promise.
         is_held_out: Whether a policy may not be tuned on it.
+        is_surprise: Whether a surge or a slowdown comes that is far beyond all before it.
         skipped: Why it cannot be played; None if it can.
     """
 
@@ -42,6 +43,7 @@ class GateCell:
     is_strict: bool = False
     is_held_out: bool = False
     skipped: str | None = None
+    is_surprise: bool = False
 
     @property
     def name(self) -> str:
@@ -87,6 +89,7 @@ def draft(
     slo_ms: str = "36",
     seconds: float | None = None,
     is_strict: bool = False,
+    is_surprise: bool = False,
     **terms: Any,
 ) -> GateCell:
     """Return a cell of a spec, as long as `QUERIES` take at its mean rate unless `seconds` says otherwise.
@@ -99,10 +102,11 @@ def draft(
         slo_ms: Of the cell.
         seconds: How long it is.
         is_strict: Whether line b counts there.
+        is_surprise: Whether the lines for surprises count there.
         terms: Further fields of `Cell`.
     """
     if seconds is None:
         mean_qps = parse_spec(spec, rate_qps=None).mean_qps(SECONDS[1])
         seconds = round(min(SECONDS[1], max(SECONDS[0], QUERIES / mean_qps)), 2)
     cell = Cell(f"{family} {name}", spec, cluster, slo_ms=slo_ms, duration_s=seconds, **terms)
-    return GateCell(family, cell, is_strict)
+    return GateCell(family, cell, is_strict, is_surprise=is_surprise)

@@ -138,6 +138,7 @@ class PolicyGate:
         standing = Standing(
             result.mean(self.candidate), result.mean(SLACKFIT), result.mean(MINCOST), result.mean(SLOWER),
             result.mean(self.baseline), bound, of.is_strict, of.is_at_once, of.n_gpus, of.slo_ns,
+            of.is_surprise,
         )  # fmt: skip
         return Judged(of, result, standing, shortcomings(standing))
 

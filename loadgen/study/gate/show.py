@@ -111,6 +111,7 @@ def _cell_dict(one: Judged) -> dict[str, Any]:
         "family": one.of.family,
         "held_out": one.of.is_held_out,
         "strict": one.of.is_strict,
+        "surprise": one.of.is_surprise,
         "cell": {name: value for name, value in asdict(one.of.cell).items() if name != "faults"}
         | {"faults": [fault.to_dict() for fault in one.of.cell.faults]},
         "policies": {name: [asdict(run) for run in runs] for name, runs in result.policies.items()},

@@ -44,7 +44,7 @@ def slow_family() -> list[GateCell]:
         draft("slow", "1.6x one process of two", "poisson:rate=12800", cluster=f"{CNN}:16", faults=one)
     )
     later = (Fault("slow", 500_000_000, "worker:0", 1_000_000_000, 2.0),)
-    found.append(draft("slow", "2x for a second", "poisson:rate=6400", faults=later))
+    found.append(draft("slow", "2x for a second", "poisson:rate=6400", faults=later, is_surprise=True))
     found.append(
         draft("slow", "transformer 1.6x", _poisson(0.45, TRANSFORMER_8), cluster=TRANSFORMER_8,
               slo_ms=TRANSFORMER_SLO_MS, speed=1 / 1.6)

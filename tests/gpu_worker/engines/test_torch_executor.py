@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from gpu_worker.engines.torch_executor import Placement, TorchExecutor, relative_error
+from gpu_worker.engines.torch_executor import Placement, TorchExecutor, half_holds, relative_error
 from gpu_worker.models import digits
-from gpu_worker.models.kinds import KINDS, digits_data, supernet_kind
+from gpu_worker.models.kinds import KINDS, SupernetKind, as_floats, digits_data, supernet_kind
 from gpu_worker.models.names import SHIPPED_SUPERNETS
+from gpu_worker.supernet.insertion import Elastic, insert
 from profiles.table import load_profile, statistics_path
 from superserve.errors import ConfigError, InvalidQueryError
-from superserve.subnet import Subnet
+from superserve.subnet import Subnet, TensorSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 PROFILE = load_profile("digits-cpu")
@@ -137,6 +141,21 @@ def test_packed_slices_and_views_answer_alike() -> None:
         )
 
 
+def test_a_supernet_is_trimmed_unless_asked_not_to() -> None:
+    """What only larger subnets use is freed, and answers stay; untrimmed, it is all there."""
+    few = SUBNETS[:2]
+    trimmed, whole = loaded(1, 4, subnets=few), loaded(1, 4, subnets=few, trims=False)
+    batch = some_images(3)
+
+    assert trimmed.memory().shared < 0.5 * whole.memory().shared
+    assert whole.memory().shared == loaded(subnets=SUBNETS, trims=False).memory().shared
+    assert trimmed.fingerprint == whole.fingerprint
+    for row in range(len(few)):
+        np.testing.assert_allclose(
+            trimmed.execute(row, batch), whole.execute(row, batch), rtol=1e-3, atol=1e-4
+        )
+
+
 def test_without_statistics_small_subnets_guess() -> None:
     """SubnetNorm is what makes them work: with the whole's statistics the smallest is far off."""
     bare = loaded(statistics=None)
@@ -206,6 +225,133 @@ def test_an_error_that_is_not_a_number_is_infinite() -> None:
     assert relative_error(2 * ones, ones) == pytest.approx(1)
     assert relative_error(torch.full((3,), torch.nan), ones) == float("inf")
     assert relative_error(torch.full((3,), torch.inf), ones) == float("inf")
+
+
+class Several(nn.Module):
+    """Returns what it is told to make of two logits."""
+
+    def __init__(self, made: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.linear, self.made = nn.Linear(4, 2), made
+
+    def forward(self, x: torch.Tensor) -> object:
+        """Return anything."""
+        return self.made(self.linear(x))
+
+
+def kind_of(made: Callable[[torch.Tensor], object], dtype: str, *shape: int) -> SupernetKind:
+    """Return a kind whose model returns `made` of two logits, and that states an output."""
+    return SupernetKind(
+        "several",
+        lambda: insert(Several(made), elastic=[Elastic("w", ["linear"], fractions=(0.5, 1.0))]),
+        TensorSpec("float32", (4,)),
+        TensorSpec(dtype, shape),
+        as_floats,
+    )
+
+
+def executed(kind: SupernetKind, monkeypatch: pytest.MonkeyPatch) -> np.ndarray[Any, Any]:
+    """Return what its whole answers to three queries."""
+    monkeypatch.setitem(KINDS, kind.name, kind)
+    executor = TorchExecutor.load(kind.name, [Subnet("whole", {"w": [1.0]})], weights="random")
+    return executor.execute(0, np.arange(12, dtype=np.float32).reshape(3, 4))
+
+
+def test_outputs_are_served_in_the_dtype_that_the_spec_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class numbers stay whole, and the one tensor of a tuple or a dictionary that fits is the answer."""
+    logits = executed(kind_of(lambda x: x, "float32", 2), monkeypatch)
+    classes = executed(kind_of(lambda x: x.argmax(1), "int64"), monkeypatch)
+    narrow = executed(kind_of(lambda x: x.argmax(1), "int32"), monkeypatch)
+    among = executed(kind_of(lambda x: (None, {"a": x[:, :1], "b": [x]}), "float32", 2), monkeypatch)
+    half = executed(kind_of(lambda x: x, "float16", 2), monkeypatch)
+    flags = executed(kind_of(lambda x: x > 0, "bool", 2), monkeypatch)
+
+    assert (classes.dtype, narrow.dtype, half.dtype) == (np.int64, np.int32, np.float16)
+    assert classes.tolist() == narrow.tolist() == logits.argmax(1).tolist()
+    np.testing.assert_array_equal(among, logits)
+    np.testing.assert_array_equal(flags, logits > 0)
+    np.testing.assert_allclose(half, logits, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("made", "dtype", "shape", "message"),
+    [
+        (
+            lambda x: (x, 2 * x),
+            "float32",
+            (2,),
+            r"expected one tensor of shape \(B, 2\), got \(B, 2\), \(B, 2\)",
+        ),
+        (lambda x: x, "float32", (3,), r"expected one tensor of shape \(B, 3\), got \(B, 2\)"),
+        (lambda _x: "text", "float32", (2,), "got none"),
+        (lambda x: x, "int64", (2,), "output: expected int64, got torch.float32"),
+        (lambda x: x.argmax(1), "float32", (), "output: expected float32, got torch.int64"),
+    ],
+)
+def test_an_output_that_is_not_what_the_spec_states_is_an_error(
+    made: Callable[[torch.Tensor], object],
+    dtype: str,
+    shape: tuple[int, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two that fit, none, or numbers of another kind: nothing is guessed, and nothing is cut off."""
+    with pytest.raises(TypeError, match=message):
+        executed(kind_of(made, dtype, *shape), monkeypatch)
+
+
+class Strict(nn.Module):
+    """Multiplies by a float32 table, which raises for halves; its embedding is tied to its head."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(3, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("table", torch.eye(4))
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, 3)."""
+        hidden = self.linear(x) * self.scale
+        table = self.get_buffer("table")
+        logits: torch.Tensor = self.head(hidden if self.scale > 1 else hidden @ table)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("scale", "why"),
+    [(1.0, "RuntimeError: "), (1e9, "it is nan off|it is inf off")],
+    ids=["raises", "overflows"],
+)
+def test_where_half_precision_fails_everything_stays_in_float32(
+    scale: float, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pass that raises or overflows in halves leaves the parameters that were there, tied as they were."""
+    model = Strict(scale)
+    kind = SupernetKind(
+        "strict", lambda: insert(model, elastic=[Elastic("w", ["linear"])]), TensorSpec("float32", (4,)),
+        TensorSpec("float32", (3,)), as_floats,
+    )  # fmt: skip
+    supernet, before = kind.build().eval(), dict(model.named_parameters())
+
+    assert not half_holds(supernet, kind)
+    assert dict(model.named_parameters()) == before
+    assert model.head.weight is model.embedding.weight
+    assert re.search(rf"float16 does not hold \(({why}).*staying in float32", caplog.text)
+    with torch.inference_mode():
+        assert supernet(torch.zeros(1, 4)).dtype == torch.float32
+
+
+def test_where_half_precision_holds_tied_parameters_stay_tied() -> None:
+    """The digits supernet holds; one tensor in two places becomes one half."""
+    kind = KINDS["digits"]
+
+    assert half_holds(kind.build().eval(), kind)
+    model = Strict(1.0)
+    insert(model, elastic=[Elastic("w", ["linear"])]).to_half()
+    assert model.head.weight is model.embedding.weight
+    assert model.head.weight.dtype == torch.float16
 
 
 def test_fingerprints_tell_what_decides_answers(tmp_path: Path) -> None:

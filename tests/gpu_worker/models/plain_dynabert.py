@@ -35,12 +35,14 @@ def kept_blocks(depth: int) -> tuple[int, ...]:
     return tuple(i * N_BLOCKS // depth for i in range(depth))
 
 
-def n_first(width: float, size: int) -> int:
-    """Return ceil(width * size), where a float just above a whole number counts as that number.
+def round_to_nearest(size: int, width: float) -> int:
+    """Return the features of `size` that a width keeps: as large a share as the nearest number of heads is.
 
-    0.55 * 100 is 55.00000000000001 in floats, and keeps 55.
+    The width becomes round(12 * width) / 12, and int(that * size) features stay.
+
+    Source: `round_to_nearest` in the published DynaBERT/transformers/modeling_bert.py.
     """
-    return math.ceil(width * size - 1e-6)
+    return int(size * (round(N_HEADS * width) / N_HEADS))
 
 
 class PlainAttention(nn.Module):
@@ -152,7 +154,7 @@ def plain_dynabert(tensors: Mapping[str, torch.Tensor], depth: int, widths: Sequ
 
 def _block(tensors: Mapping[str, torch.Tensor], position: int, width: float) -> PlainBlock:
     name = f"bert.encoder.layer.{position}"
-    heads_wide, units = n_first(width, N_HEADS) * HEAD_SIZE, n_first(width, N_UNITS)
+    heads_wide, units = round_to_nearest(HIDDEN, width), round_to_nearest(N_UNITS, width)
     query, key, value = (
         filled_linear(tensors, f"{name}.attention.self.{part}", inputs=HIDDEN, outputs=heads_wide)
         for part in ("query", "key", "value")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.gpu_worker.models.plain_dynabert import PlainBlock, kept_blocks, n_first, plain_dynabert
+from tests.gpu_worker.models.plain_dynabert import PlainBlock, kept_blocks, plain_dynabert, round_to_nearest
 from tests.gpu_worker.models.published import dynabert_shapes, n_parameters, random_tensors
 
 if TYPE_CHECKING:
@@ -60,20 +60,20 @@ def test_kept_blocks_are_spread_evenly(depth: int, kept: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("width", "size", "first"),
+    ("width", "features", "units"),
     [
-        (1.0, 12, 12),
-        (0.25, 12, 3),
-        (0.3, 12, 4),  # 3.6
-        (0.55, 100, 55),  # 55.00000000000001 in floats
-        (5 / 12, 12, 5),
-        (0.55, 3072, 1690),  # 1689.6
-        (0.01, 12, 1),
+        (1.0, 768, 3072),
+        (0.25, 192, 768),
+        (0.3, 256, 1024),  # 3.6 heads: 4
+        (0.35, 256, 1024),  # 4.2 heads: 4
+        (0.375, 256, 1024),  # 4.5 heads: 4, the even one
+        (0.55, 448, 1792),  # 6.6 heads: 7
+        (5 / 12, 320, 1280),
     ],
 )
-def test_widths_keep_the_first_of_all(width: float, size: int, first: int) -> None:
-    """ceil(width * size), without the last digit of a float adding one."""
-    assert n_first(width, size) == first
+def test_a_width_means_the_nearest_number_of_heads(width: float, features: int, units: int) -> None:
+    """Worked out by hand for 12 heads of 64, 256 units each."""
+    assert (round_to_nearest(768, width), round_to_nearest(3072, width)) == (features, units)
 
 
 def test_sizes_are_those_worked_out_by_hand(tensors: dict[str, torch.Tensor]) -> None:
@@ -81,10 +81,9 @@ def test_sizes_are_those_worked_out_by_hand(tensors: dict[str, torch.Tensor]) ->
     network = plain_dynabert(tensors, 6, [0.25, 0.5, 0.3, 1.0, 0.55, 1.0, 0.75, 0.5, 1.0, 0.5, 5 / 12, 0.5])
 
     # Kept are 0, 2, 4, 6, 8, 10, of widths 0.25, 0.3, 0.55, 0.75, 1.0, 5 / 12.
-    # Heads: 3, 3.6 -> 4, 6.6 -> 7, 9, 12, 5, of 64 each.
-    # Units: 768, 921.6 -> 922, 1689.6 -> 1690, 2304, 3072, 1280.
+    # Heads: 3, 3.6 -> 4, 6.6 -> 7, 9, 12, 5, of 64 each, and 256 units for each.
     heads_wide = [192, 256, 448, 576, 768, 320]
-    units = [768, 922, 1690, 2304, 3072, 1280]
+    units = [768, 1024, 1792, 2304, 3072, 1280]
     sizes = [
         *((768, 768), (768, 3)),
         *[

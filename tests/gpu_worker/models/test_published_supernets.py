@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from gpu_worker.models.dynabert import MNLI, DynaBertArchitecture, dynabert
-from gpu_worker.models.kinds import KINDS, resident
+from gpu_worker.models.kinds import KINDS, fitted, resident
 from gpu_worker.models.ofa_resnet50 import extracted, make_divisible, ofa_resnet50, published_name
 from gpu_worker.supernet.checkpoints import load_checkpoint
 from superserve.errors import ConfigError
@@ -91,6 +91,20 @@ def test_random_subnets_of_dynabert_answer_as_plain_networks(
     for _ in range(n_tuples):
         control = supernet.controls.space.random(rng)
         assert_alike(supernet, control, plain_dynabert(tensors, control["d"][0], control["w"]), x)
+
+
+def test_widths_off_the_grid_of_dynabert_are_rounded_as_its_authors_do(
+    bert: tuple[Supernet, dict[str, torch.Tensor]],
+) -> None:
+    """0.35 keeps 4 heads and 1,024 units; the subnet answers as a network of these sizes."""
+    supernet, tensors = bert
+    control: Control = {"d": [6], "w": [0.35, 0.3, 0.375, 0.55, 5 / 12, 0.9] * 2}
+    sizes = supernet.controls.sizes_of(control).outputs
+
+    assert (sizes["heads 0"], sizes["units 0"]) == (4 * 64, 1024)
+    x = torch.randint(1, WORDS, (2, 2, 6), generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 0
+    assert_alike(supernet, control, plain_dynabert(tensors, 6, control["w"]), x)
 
 
 def test_the_ends_of_both_spaces_answer_as_plain_networks(
@@ -188,6 +202,25 @@ def test_a_published_checkpoint_loads(
     bias = supernet.model.get_parameter("classifier.bias")
     assert bias.tolist() == tensors[name].tolist()
     assert bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt", "prefixed.pt"])
+@pytest.mark.parametrize("n_classes", [1, 2, 3, 5])
+def test_dynabert_has_as_many_classes_as_its_checkpoint(n_classes: int, form: str, tmp_path: Path) -> None:
+    """SST-2 has two, STS-B one: the classifier, and what the worker says it answers, follow."""
+    prefix = "module." if form == "prefixed.pt" else ""
+    tensors = {f"{prefix}classifier.weight": torch.zeros(n_classes, 768), f"{prefix}other": torch.zeros(1)}
+    path = tmp_path / f"checkpoint.{form}"
+    save_file(tensors, path) if form == "safetensors" else torch.save(tensors, path)
+    kind = fitted(KINDS["dynabert"], str(path))
+    with torch.device("meta"):
+        classifier = kind.build().model.get_parameter("classifier.weight")
+
+    assert (kind.output_spec.shape, tuple(classifier.shape)) == ((n_classes,), (n_classes, 768))
+    assert fitted(KINDS["digits"], str(path)) is KINDS["digits"]
+    assert fitted(KINDS["dynabert"], "random") is KINDS["dynabert"]
+    with pytest.raises(ConfigError, match=r"absent: expected a safetensors or .pt file"):
+        fitted(KINDS["dynabert"], str(tmp_path / "absent"))
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor], str], object], str]] = {

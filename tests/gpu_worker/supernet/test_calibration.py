@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from gpu_worker.supernet.calibration import accuracy_percent, calibrate, load_statistics, save_statistics
+from gpu_worker.supernet.insertion import Elastic, insert
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 from tests.gpu_worker.models.plain import CHANNELS, CONTROLS, SUBNETS, images, plain_subnet, small_supernet
@@ -27,24 +29,150 @@ def run(supernet: Supernet, row: int, x: torch.Tensor) -> torch.Tensor:
     return output
 
 
-@pytest.mark.parametrize("row", range(len(CONTROLS)))
-def test_statistics_are_those_of_a_plain_network_that_has_seen_the_same(row: int) -> None:
-    """A plain network's own BatchNorms, averaging over the same batches, come to the same outputs."""
-    supernet = small_supernet()
-    batches = [images(16, seed) for seed in range(3)]
-    plain = plain_subnet(supernet, row)
-    supernet.set_statistics(calibrate(supernet, SUBNETS, batches))
-    for module in plain.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # torch's own running mean over all batches
-            module.reset_running_stats()
-    plain.train()
+class AverageMeter:
+    """A mean of values, each weighted by the number of examples that it is of."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | float = 0.0
+        self.n = 0
+
+    def update(self, value: torch.Tensor, n: int) -> None:
+        """Add a batch's value."""
+        self.total, self.n = self.total + value.double() * n, self.n + n
+
+    @property
+    def average(self) -> torch.Tensor:
+        """The mean so far."""
+        assert isinstance(self.total, torch.Tensor)
+        return (self.total / self.n).float()
+
+
+def once_for_all(plain: nn.Module, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return each norm's mean and variance, in the order of the modules, as Once for All gathers them.
+
+    Each norm normalises by the batch, with the biased variance, and averages weighted by batch size.
+
+    Source: `set_running_statistics` in ofa/imagenet_classification/elastic_nn/utils.py of the published code.
+    """
+    meters = {}
+    for norm in plain.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            meters[norm] = found = (AverageMeter(), AverageMeter())
+
+            def forward(
+                x: torch.Tensor, norm: nn.BatchNorm2d = norm, found: tuple[AverageMeter, AverageMeter] = found
+            ) -> torch.Tensor:
+                columns = x.transpose(0, 1).flatten(1)  # (C, B * H * W)
+                mean = columns.sum(1) / columns.shape[1]
+                variance = ((columns - mean[:, None]) ** 2).sum(1) / columns.shape[1]
+                for meter, value in zip(found, (mean, variance), strict=True):
+                    meter.update(value, x.shape[0])
+                normed = (columns - mean[:, None]) / (variance[:, None] + norm.eps).sqrt()
+                scaled = normed * norm.weight[:, None] + norm.bias[:, None]
+                return scaled.reshape(x.transpose(0, 1).shape).transpose(0, 1)
+
+            norm.forward = forward  # type: ignore[assignment,method-assign]  # of this copy alone
     with torch.no_grad():
         for batch in batches:
             plain(batch)
+    return [meter.average for found in meters.values() for meter in found]
+
+
+def in_order_of(supernet: Supernet, row: int) -> list[torch.Tensor]:
+    """Return a subnet's statistics norm by norm, as `plain_subnet` has them: of those that run."""
+    held = supernet.statistics[SUBNETS[row].name]
+    parts = torch.split(held.values, [n for channels in held.channels for n in (channels, channels)])
+    return [part for part in parts if len(part)]
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (64, 2), (5, 1)], ids=str)
+@pytest.mark.parametrize("row", range(len(CONTROLS)))
+def test_statistics_are_those_that_once_for_all_gathers(row: int, sizes: tuple[int, ...]) -> None:
+    """Batches of any sizes count by their examples, with the biased variance; all norms within 1e-5."""
+    supernet = small_supernet()
+    batches = [images(size, seed) for seed, size in enumerate(sizes)]
+    expected = once_for_all(plain_subnet(supernet, row), batches)
+    supernet.set_statistics(calibrate(supernet, [SUBNETS[row]], batches))
+    found = in_order_of(supernet, row)
+
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).abs().max()) <= 1e-5 * max(1.0, float(other.abs().max()))
+
+
+def test_the_first_norm_sees_each_image_alike() -> None:
+    """In front of it no other norm has a say: its mean is that of all 66 images at once."""
+    supernet = small_supernet()
+    odd = torch.cat([images(64), images(2, seed=2) + 100])
     with torch.no_grad():
-        expected = plain.eval()(images())
-    torch.testing.assert_close(run(supernet, row, images()), expected, rtol=1e-4, atol=1e-4)
+        expected = supernet.model.get_submodule("stem")(odd).mean((0, 2, 3))
+    [held] = calibrate(supernet, [SUBNETS[3]], list(torch.split(odd, 64))).values()
+
+    torch.testing.assert_close(held.values[: held.channels[0]], expected, rtol=1e-5, atol=1e-5)
+
+
+class Dropping(nn.Sequential):
+    """A linear layer, dropout and a norm."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(nn.Linear(4, 6), nn.Dropout(0.5), norm)
+
+
+def test_dropout_is_off_while_norms_gather() -> None:
+    """A supernet in training is calibrated as in evaluation, and is in training again afterwards."""
+    torch.manual_seed(0)
+    supernet = insert(Dropping(nn.BatchNorm1d(6)), elastic=[Elastic("w", ["0"])])
+    supernet.model.get_submodule("1").eval()
+    subnets, x = [Subnet("whole", {"w": [1.0]})], torch.randn(32, 4)
+    before = {name: module.training for name, module in supernet.model.named_modules()}
+    [held] = calibrate(supernet.train(), subnets, [x]).values()
+    supernet.model.get_submodule("1").eval()
+    with torch.no_grad():
+        linear = supernet.model.get_submodule("0")(x)
+
+    torch.testing.assert_close(held.values[:6], linear.mean(0))
+    torch.testing.assert_close(held.values[6:], linear.var(0, correction=0))
+    assert {name: module.training for name, module in supernet.model.named_modules()} == before
+
+
+class OwnNorm(nn.BatchNorm1d):
+    """A user's own."""
+
+
+class ActivatedNorm(nn.BatchNorm1d):
+    """One with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise and rectify."""
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("cls", [nn.SyncBatchNorm, OwnNorm, ActivatedNorm])
+def test_a_norm_with_a_class_of_its_own_is_calibrated_alike(cls: type[nn.BatchNorm1d]) -> None:
+    """By examples and with the biased variance, in batches of 5 and 1; one behind it sees what it gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), cls(6), cls(6))
+    nn.init.normal_(model.get_parameter("1.weight"))
+    supernet = insert(model, elastic=[Elastic("w", ["0"])])
+    x = torch.randn(6, 4)
+    [held] = calibrate(supernet, [Subnet("half", {"w": [0.5]})], [x[:5], x[5:]]).values()
+    with torch.no_grad():
+        first = torch.nn.functional.linear(
+            x, model.get_parameter("0.weight")[:3], model.get_parameter("0.bias")[:3]
+        )
+    seconds = []
+    for batch in (first[:5], first[5:]):
+        normed = (batch - batch.mean(0)) / (batch.var(0, correction=0) + 1e-5).sqrt()
+        scaled = normed * model.get_parameter("1.weight")[:3].detach()
+        seconds.append(scaled.relu() if cls is ActivatedNorm else scaled)
+
+    assert held.channels == (3, 3)
+    for mean, variance, batches in zip(
+        (held.values[:3], held.values[6:9]), (held.values[3:6], held.values[9:]),
+        ((first[:5], first[5:]), seconds), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(mean, sum(len(b) * b.mean(0) for b in batches) / 6)
+        torch.testing.assert_close(variance, sum(len(b) * b.var(0, correction=0) for b in batches) / 6)
 
 
 def test_only_norms_that_run_are_kept() -> None:
@@ -153,3 +281,13 @@ def test_accuracy_counts_the_peaks() -> None:
     labels = torch.tensor([1, 0, 0])
 
     assert accuracy_percent(lambda x: x, [(logits, labels)]) == pytest.approx(200 / 3)
+
+
+def test_accuracy_counts_class_numbers_too() -> None:
+    """A network that answers with classes is judged by them; one number a query is neither."""
+    assert accuracy_percent(
+        lambda x: x, [(torch.tensor([1, 0, 2]), torch.tensor([1, 0, 0]))]
+    ) == pytest.approx(200 / 3)
+    for other in (torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2, 2)):
+        with pytest.raises(ConfigError, match=r"accuracy: expected logits \(B, classes\) or class numbers"):
+            accuracy_percent(lambda x: x, [(other, torch.zeros(3))])

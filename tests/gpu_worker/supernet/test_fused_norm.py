@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 
 from gpu_worker.models.digits_supernet import DIGITS, DigitsNet, digits_supernet
-from gpu_worker.supernet import fused_norm
-from gpu_worker.supernet.operators import normed
+from gpu_worker.supernet.operators import fused_norm, normed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

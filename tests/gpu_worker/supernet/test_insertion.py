@@ -298,7 +298,7 @@ def small() -> nn.Sequential:
         ([Stage(["4.0", "4.1"])], [], "stage 4.1: expected the path of a module"),
         ([], [Elastic("a", ["nobody"])], "size a: layers: no module of the model is called 'nobody'"),
         ([], [Elastic("a", ["nobody.*"])], "size a: layers: no module of the model is called"),
-        ([], [Elastic("a", ["2"])], "size a: 2: expected one of Conv1d, .*MultiheadAttention, got Flatten"),
+        ([], [Elastic("a", ["2"])], "size a: 2: expected one of Conv1d, .*MultiheadAttention.*, got Flatten"),
         ([], [Elastic("a", ["1"])], "size a: 1: a convolution with groups keeps those that its input fills"),
         ([], [Elastic("a", ["0", "3"])], "size a: expected layers with equally many outputs"),
         ([], [Elastic("a", ["0"]), Elastic("a", ["3"])], "expected unique names"),
@@ -316,11 +316,9 @@ def test_what_cannot_be_inserted_is_named(stages: list[Stage], elastic: list[Ela
     assert {type(module) for module in model.modules()} == {type(module) for module in small().modules()}
 
 
-@pytest.mark.parametrize(
-    "options", [{"kdim": 4}, {"vdim": 4}, {"add_bias_kv": True}, {"add_zero_attn": True}]
-)
-def test_attention_of_which_heads_cannot_be_cut_is_named(options: dict[str, int | bool]) -> None:
-    """Keys of another width and added rows are refused by the layer's path."""
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_attention_of_which_heads_cannot_be_cut_is_named(options: dict[str, bool]) -> None:
+    """Added rows are refused by the layer's path."""
     model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, **options)})
     with pytest.raises(ConfigError, match=r"^a: expected"):
         insert(model)

@@ -187,17 +187,19 @@ def test_subnet_norm_uses_the_statistics_of_its_subnet() -> None:
     assert values(sliced) == {21}  # (6 - 2) / 2 * 10 + 1
 
 
-def test_calibration_gathers_the_mean_over_batches() -> None:
-    """Means 2 and 6 and variances 2 and 8, unbiased, leave 4 and 5; one channel of two is seen."""
+def test_calibration_gathers_the_mean_over_examples() -> None:
+    """Two examples of mean 2 and variance 1, then one of 8: mean 4 and variance 2/3; one channel is seen."""
     supernet, _ = norm_of(2)
-    seen = NormCalibration(torch.zeros(2), torch.ones(2))
+    seen = NormCalibration(torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
     with torch.no_grad():
-        for batch in ([1.0, 3.0], [4.0, 8.0]):
-            supernet.run_with((seen,), torch.tensor(batch).view(2, 1, 1, 1))
+        for batch in ([1.0, 3.0], [8.0]):
+            supernet.run_with((seen,), torch.tensor(batch).view(-1, 1, 1, 1))
 
-    assert (seen.channels, seen.n_batches) == (1, 2)
-    assert seen.mean.tolist() == [4, 0]
-    assert seen.variance.tolist() == [5, 1]
+    assert (seen.channels, seen.n_examples) == (1, 3)
+    assert seen.mean.tolist() == pytest.approx([4, 0])
+    assert seen.variance.tolist() == pytest.approx([2 / 3, 1])
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"0: expected 1 channels, .* got 2"):
+        supernet.run_with((seen,), torch.zeros(1, 2, 1, 1))
 
 
 def test_training_leaves_statistics_alone() -> None:

@@ -233,6 +233,8 @@ def test_a_trimmed_supernet_keeps_what_its_subnets_use() -> None:
     assert supernet.memory().shared < 0.5 * whole
     with pytest.raises(ConfigError, match="subnet 3: the supernet was trimmed to others"):
         supernet.host(SUBNETS)
+    with pytest.raises(ConfigError, match="subnet 2: the supernet was trimmed to others"):
+        supernet.host([Subnet("2", SUBNETS[3].control)])  # a name alone is no subnet
     supernet.host([SUBNETS[2], SUBNETS[0]])
     assert_alike(outputs_of(supernet), [before[2], before[0]])
 

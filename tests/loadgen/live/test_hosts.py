@@ -180,13 +180,13 @@ def asking(endpoint: str) -> Iterator[Callable[[Sequence[Buffer]], list[Buffer]]
 @pytest.fixture
 def agent() -> Iterator[Agent]:
     """Yield an agent that serves in a thread."""
-    agent = Agent("tcp://127.0.0.1:*")
-    thread = threading.Thread(target=agent.run)
-    thread.start()
-    yield agent
-    agent.stop()
-    thread.join(20)
-    assert not thread.is_alive()
+    with Agent("tcp://127.0.0.1:*") as agent:
+        thread = threading.Thread(target=agent.run)
+        thread.start()
+        yield agent
+        agent.stop()
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_an_agent_answers_its_own_messages_alone(agent: Agent) -> None:

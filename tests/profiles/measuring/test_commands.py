@@ -13,16 +13,24 @@ from click.testing import CliRunner
 
 from gpu_worker.models.kinds import KINDS, resident
 from gpu_worker.supernet.calibration import load_statistics
-from profiles.measuring.commands import accuracy_command, calibrate_command, search_command, show_command
+from profiles.measuring.commands import (
+    accuracy_command,
+    calibrate_command,
+    measure_command,
+    search_command,
+    show_command,
+)
 from profiles.table import load_profile, statistics_path
 from superserve.subnet import Subnet
-from tests.profiles.measuring.test_accuracy import PREDICTOR, TINY, WITHOUT, published_shapes
+from tests.profiles.measuring.test_accuracy import PREDICTOR, TINY, WITHOUT, published_shapes, tiny_data
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from click import Command
     from click.testing import Result
+
+    from gpu_worker.supernet.supernet import Supernet
 
 SEARCH_TINY = (
     *("--supernet", "tests.profiles.measuring.test_accuracy:TINY", "--weights", "random"),
@@ -190,6 +198,42 @@ def test_a_bad_option_of_search_is_one_clear_line(options: list[str], message: s
     assert message in result.output
     assert len(result.output.splitlines()) == 1
     assert not out.exists()
+
+
+def looking() -> Supernet:
+    """Build the tiny supernet, as a plain function; its model reads a number of its input."""
+    supernet = TINY.build()
+    plain = supernet.model.forward
+    supernet.model.forward = lambda x: plain(x) if float(x.sum()) > -1e9 else x
+    return supernet
+
+
+def test_a_plain_function_is_searched_and_measured(tmp_path: Path) -> None:
+    """With an example of its input and labelled ones, without --weights; its model needs numbers to run."""
+    examples, out, measured = (tmp_path / name for name in ("examples.npz", "found.json", "measured.json"))
+    data = tiny_data()
+    np.savez(examples, inputs=data.selection.inputs, labels=data.selection.labels)
+    options = (*("--supernet", f"{__name__}:looking", "--example-input", "1x8x8:float32"),)
+    effort = (*("--batch-sizes", "1,2", "--population", "4", "--generations", "0"),)
+    searched = run(search_command, *options, *effort, "--examples", examples, "--out", out)
+    assert searched.exit_code == 0, searched.output
+    again = run(
+        measure_command,
+        *options,
+        "--batch-sizes",
+        "1,2",
+        "--repeats",
+        "2",
+        "--subnets",
+        out,
+        "--out",
+        measured,
+    )
+    assert again.exit_code == 0, again.output
+
+    assert load_profile(out).supernet == load_profile(measured).supernet == f"{__name__}:looking"
+    assert load_profile(measured).source == "measured"
+    assert statistics_path(measured).exists()
 
 
 def test_batch_sizes_are_numbers(tmp_path: Path) -> None:

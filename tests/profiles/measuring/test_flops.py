@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpu_worker.engines.torch_executor import example_input
 from gpu_worker.models.digits_supernet import DIGITS
-from gpu_worker.models.kinds import KINDS, SupernetKind, as_floats
+from gpu_worker.models.kinds import KINDS, SupernetKind
 from gpu_worker.models.ofa_resnet50 import extracted
 from profiles.measuring.flops import (
     Cost,
@@ -30,7 +32,7 @@ from superserve.clock import MS
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet, TensorSpec
 from tests.clock import VirtualClock
-from tests.profiles.measuring.test_accuracy import TINY
+from tests.profiles.measuring.test_accuracy import TINY, TINY_BERT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gpu_worker.supernet.control import Control
+    from gpu_worker.supernet.supernet import Supernet
 
 _SEED = 11
 
@@ -115,18 +118,46 @@ def test_convolutions_are_counted_by_their_positions() -> None:
         assert counter(control).kernels == 2 + sum(2 * depth for depth in control["d"]) + 2
 
 
-def test_a_model_that_looks_at_numbers_is_refused() -> None:
-    """Without numbers nothing can be decided by them: the error says what is expected."""
+def looking(kind: SupernetKind, *, fails: bool = False) -> SupernetKind:
+    """Return a kind whose model reads a number of its input, as masks with `.item()` do."""
 
-    def build() -> Any:
-        supernet = TINY.build()
+    def build() -> Supernet:
+        supernet = kind.build()
         plain = supernet.model.forward
-        supernet.model.forward = lambda x: plain(x) if float(x.sum()) > 0 else x
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if fails or float(x.sum()) < -1e9:
+                raise ValueError("not this one")
+            out: torch.Tensor = plain(x)
+            return out
+
+        supernet.model.forward = forward
         return supernet
 
-    kind = SupernetKind("looking", build, TINY.input_spec, TINY.output_spec, as_floats)
-    counter = CostCounter(kind)
-    with pytest.raises(ConfigError, match="expected a model that runs on torch's meta device"):
+    return replace(kind, build=build)
+
+
+@pytest.mark.parametrize("kind", [TINY, TINY_BERT], ids=lambda kind: kind.name)
+def test_a_model_that_looks_at_numbers_is_counted_on_the_cpu(
+    kind: SupernetKind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It costs what the same model costs that does not look, attention's products included."""
+    with caplog.at_level(logging.INFO):
+        counter = CostCounter(looking(kind))
+    plain = CostCounter(kind)
+
+    assert "the model does not run on torch's meta device" in caplog.text
+    assert counter.supernet.device.type == "cpu"
+    for control in controls(kind, 4):
+        assert counter(control) == plain(control)
+
+
+def test_a_model_that_cannot_run_is_refused() -> None:
+    """The error gives the model's own."""
+    counter = CostCounter(looking(TINY, fails=True))
+    with pytest.raises(
+        ConfigError, match=r"multiply-adds: the model cannot run .*: ValueError: not this one"
+    ):
         counter(counter.supernet.controls.space.largest)
 
 

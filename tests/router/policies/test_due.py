@@ -149,6 +149,19 @@ def test_the_first_step_is_the_heads_own_deadline() -> None:
     assert due.steps(15 * MS + 200_000) == [(15 * MS + 200_000, 18 * UNIT)]
 
 
+@given(queries=QUERIES, ahead_ns=st.integers(0, 5_000 * MS))
+def test_work_until_an_instant_is_known_to_a_bucket(queries: list[tuple[int, int]], ahead_ns: int) -> None:
+    """Nothing that is due by then is left out, and nothing counted that is due a bucket later."""
+    due = Due(WEIGHTS)
+    due.add(Terms([one for one, _ in queries], [floor for _, floor in queries]), 0, len(queries))
+    head_ns = min(one for one, _ in queries)
+    works = [(one, WEIGHTS[min(floor, 2)]) for one, floor in queries]
+    found = due.until(head_ns, head_ns + ahead_ns)
+    bucket_ns = FINE_NS if ahead_ns <= 24 * FINE_NS else COARSE_NS if ahead_ns < HORIZON_NS else 1 << 62
+    assert found >= sum(work for one, work in works if one <= head_ns + ahead_ns)
+    assert found <= sum(work for one, work in works if one <= head_ns + ahead_ns + bucket_ns)
+
+
 # --- what the steps ask of the GPUs -----------------------------------------------------------
 
 

@@ -146,6 +146,13 @@ def test_a_surge_that_was_seen_finds_room() -> None:
     assert takes_ns[1] < 0.6 * takes_ns[0]
 
 
+def test_what_came_at_once_may_grow_by_a_fifth() -> None:
+    """After 300 at once a GPU takes 12.8 ms; if they were to grow by 0.6 it would take 7.8 ms."""
+    choice = chosen(view_of([34.0] * 16, demand_of(300, spike=300), supply_of(8, 35 * MS)))
+    assert isinstance(choice, Choice)
+    assert 7.9 * MS < CNN.latency_p99_ns(choice.subnet, choice.batch_size) <= 12.8 * MS
+
+
 def test_a_gpu_that_was_never_measured_gets_short_batches() -> None:
     """It may be 2.5 times slower than its profile: its batch would still be in time then."""
     queue = view_of([30.0] * 8, demand_of(300), supply_of(8, 35 * MS))
@@ -196,6 +203,30 @@ def test_few_late_queries_are_no_overload() -> None:
     # A hundred more are an overload: not even the smallest subnet serves them.
     queue = view_of([2.9] * 3 + [24.0] * 110, demand, supply_of(1, 9 * MS))
     assert isinstance(chosen(queue), Shed)
+
+
+@pytest.mark.parametrize(("n", "kind"), [(300, Choice), (365, Shed)])
+def test_in_overload_a_plan_that_just_holds_is_not_trusted(n: int, kind: type) -> None:
+    """Three are late for a full batch; 300 or 365 are due in 24 ms, of 380 that eight GPUs serve at best."""
+    demand = demand_of(10)
+    demand.arrived([36 * MS] * 3_000, NOW_NS - MS)
+    demand.settle(NOW_NS + MS)
+    assert isinstance(chosen(view_of([2.9] * 3 + [24.0] * n, demand, supply_of(8, 35 * MS))), kind)
+
+
+def test_a_spike_that_is_too_large_is_served_while_batches_are_nearly_full() -> None:
+    """140 are due in 6 ms, less than a full batch takes: eight go, since few are left to serve."""
+    spike = demand_of(10, spike=600)
+    spike.arrived([36 * MS] * 600, NOW_NS - 2 * MS)
+    spike.settle(NOW_NS)
+    assert chosen(view_of([6.0] * 140, spike, supply_of(8, 35 * MS))) == Choice(0, 8)
+    # In time for one or two only: refused. And so are all that are late where enough others wait.
+    late = chosen(view_of([2.2] * 140, spike, supply_of(8, 35 * MS)))
+    assert isinstance(late, Shed)
+    assert late.before_ns == NOW_NS + WAY_NS + CNN.latency_p99_ns(0, 4)
+    queued = chosen(view_of([6.0] * 140 + [30.0] * 900, spike, supply_of(8, 35 * MS)))
+    assert isinstance(queued, Shed)
+    assert queued.before_ns == NOW_NS + WAY_NS + CNN.latency_p99_ns(0, 16)
 
 
 def test_without_demand_a_worker_plans_as_if_it_were_alone() -> None:

@@ -473,3 +473,13 @@ def test_a_role_that_could_write_nothing_on_a_full_disk_says_so(
     )
     with pytest.raises(ProcessError, match=rf"it wrote nothing, as no space is left in {tmp_path}"):
         wait_ready(start("worker", ["-c", "raise SystemExit(1)"]), WAIT_S)
+
+
+def test_the_end_of_a_log_is_shown_without_the_steps_of_a_traceback() -> None:
+    """The exception is what a reader needs; the log has the rest."""
+    code = "print('before'); print('at work', flush=True); raise OSError('no more threads')"
+    with processes.start("failing", ["-c", code]) as failing, pytest.raises(ProcessError) as told:
+        processes.wait_ready(failing, WAIT_S)
+
+    assert str(told.value).endswith("ends:\nbefore\nat work\nOSError: no more threads")
+    assert "Traceback" in failing.log_path.read_text()

@@ -39,6 +39,32 @@ def test_a_policy_as_good_as_all_holds_every_line() -> None:
     assert shortcomings(EVEN) == ()
 
 
+SURPRISED = replace(EVEN, is_surprise=True, n_gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"slower": figures(1.0, 74.0)}, ""),
+        ({"mincost": figures(1.0, 80.0), "candidate": figures(0.96), "slackfit": figures(0.9)}, "ac"),
+        ({"mincost": figures(1.0, 80.0), "candidate": figures(0.96), "slackfit": figures(0.9),
+          "baseline": figures(0.9)}, ""),
+        ({"mincost": figures(1.0, 80.0), "candidate": figures(0.9599), "slackfit": figures(0.9),
+          "baseline": figures(0.9)}, "a"),
+        ({"slackfit": figures(0.9905, 77.0)}, ""),
+        ({"slackfit": figures(0.9906, 77.0)}, "a"),
+        ({"baseline": figures(0.9906, 77.0)}, "a"),
+        ({"baseline": Figures(0.99, 78.0, 77.241)}, "c"),
+    ],
+)  # fmt: skip
+def test_in_a_surprise_others_that_spend_time_are_the_measure(
+    changed: dict[str, object], expected: str
+) -> None:
+    """Line a against slackfit, the baseline and mincost less 0.04; neither b nor c against mincost."""
+    assert failing(replace(SURPRISED, **changed)) == expected  # type: ignore[arg-type]  # each is a field
+    assert "b" not in {one.line for one in findings(SURPRISED)}
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [

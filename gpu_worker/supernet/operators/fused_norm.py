@@ -144,7 +144,7 @@ def _launched(
 def _kernel() -> _Launch | None:
     """Return what launches the kernel; None where Triton is missing, and then torch's own kernels run."""
     try:
-        from gpu_worker.supernet.norm_kernel import normalise  # noqa: PLC0415  only CUDA builds bring Triton
+        from gpu_worker.supernet.operators.norm_kernel import normalise  # noqa: PLC0415  only CUDA builds bring Triton
     except ImportError as error:
         _LOG.warning("norms are not fused: %s", error)
         return None
