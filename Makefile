@@ -90,9 +90,11 @@ train: $(INSTALLED) ## train the digits supernet that the demo serves
 docs: $(INSTALLED) ## the API reference, from the docstrings; out/docs/index.html
 	$(BIN)/python docs/reference.py out/docs
 
-# The second is the client alone; CONTRIBUTING.md says which one to install.
-wheel: $(INSTALLED) ## build both wheels into dist/: the whole system, and the client alone
+# The whole system, for every machine and compiled for this one, and the client alone; CONTRIBUTING.md says
+# which one to install.
+wheel: $(INSTALLED) ## build the wheels into dist/: the whole system, pure and compiled, and the client alone
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	SUPERSERVE_COMPILE=1 $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist wheels/client
 
 compile: $(INSTALLED) ## compile the core in place with mypyc, some two minutes: twice as fast

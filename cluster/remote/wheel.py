@@ -34,6 +34,8 @@ FOR_SUPERNETS = (("torch", "2.10"), ("safetensors", "0.5"))
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip file's earliest time: files' own times must not change the hash
 _MODE = 0o644 << 16
 _LEFT_OUT = ("__pycache__",)
+# Compiled for this machine, which a host may not be like: hosts run pure Python.
+_COMPILED = (".so", "compiled.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ def pack() -> Wheel:
     root = Path(__file__).parents[2]
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*")):
-            if path.is_file() and not set(_LEFT_OUT) & set(path.parts):
+            is_source = not set(_LEFT_OUT) & set(path.parts) and not path.name.endswith(_COMPILED)
+            if is_source and path.is_file():
                 files[path.relative_to(root).as_posix()] = path.read_bytes()
     content = _zip(files, f"{info}/RECORD")
     digest = hashlib.sha256(content).hexdigest()[:16]

@@ -155,6 +155,10 @@ def one_line() -> Iterator[None]:
         _fail("Aborted!")
     except MemoryError as error:
         _fail(f"Error: out of memory: {_text(error)}" if str(error) else "Error: out of memory")
+    except (
+        SuperServeError
+    ) as error:  # of a package while it is loaded; a command's own are `plain_errors`' affair
+        _fail(f"Error: {_text(error)}")
     except EOFError:
         _fail("Error: a compiled file is cut off, as a full disk leaves it: remove the folders __pycache__")
     except ImportError as error:

@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -50,11 +52,16 @@ def python(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compile a copy of the tree; skip where there is no compiler."""
+def needs_compiler() -> None:
+    """Skip where nothing can be compiled."""
     if find_spec("mypyc") is None or find_spec("setuptools") is None or shutil.which("cc") is None:
         pytest.skip("mypyc, setuptools or a C compiler is missing; try: pip install --editable '.[dev]'")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile a copy of the tree."""
+    needs_compiler()
     root = tmp_path_factory.mktemp("compiled")
     for name in COPIED:
         leave_out = shutil.ignore_patterns("__pycache__", "*.so", "compiled.json")
@@ -89,6 +96,43 @@ def test_fault_schedules_hold(compiled: Path) -> None:
     """Chaos, through the compiled core."""
     done = python(compiled, "-m", "loadgen.simulator.chaos", "--schedules", "300")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_hosts_are_sent_pure_python(compiled: Path) -> None:
+    """They may be other machines."""
+    code = (
+        "import io, zipfile\n"
+        "from cluster.remote.wheel import pack\n"
+        "names = zipfile.ZipFile(io.BytesIO(pack().content)).namelist()\n"
+        "print('router/core/edf.py' in names, [n for n in names if n.endswith(('.so', 'compiled.json'))])\n"
+    )
+    done = python(compiled, "-c", code)
+    assert (done.returncode, done.stdout) == (0, "True []\n"), done.stderr
+
+
+def test_a_wheel_is_compiled_if_asked_for(tmp_path: Path) -> None:
+    """With the tag of this Python and machine; the source is in it too."""
+    needs_compiler()
+    words = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    env = {**os.environ, "SUPERSERVE_COMPILE": "1"}
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+
+    assert not wheel.name.endswith("-any.whl")
+    assert {"router/core/edf.py", f"router/core/edf{suffix}", "superserve/compiled.json"} <= names
+    assert any(name.endswith(f"__mypyc{suffix}") for name in names)
 
 
 def test_policies_of_other_packages_run_on_it(compiled: Path, tmp_path: Path) -> None:
