@@ -237,7 +237,8 @@ class Checker:
     def _check_order(self, batches: list[Batch]) -> None:
         """Check that each batch of a pass has the head, and left behind no earlier query that it could take.
 
-        A batch may skip a query whose floor lies above its subnet, and no other.
+        A batch may skip a query whose floor lies above its subnet, and no other; unless the policy packs by
+        floor: then also one whose floor lies below those that the batch takes in its place.
         """
         least: dict[int, int] = {}  # earliest deadline of the queries left, by floor
         for cohort in self._cohorts():
@@ -247,11 +248,15 @@ class Checker:
         for batch in reversed(batches):
             members = [(cohort, i) for cohort, lo, hi in batch.stretches for i in range(lo, hi)]
             deadlines = [cohort.deadlines_ns[i] for cohort, i in members]
+            latest: dict[int, int] = {}  # deadline taken, by floor
+            for (cohort, i), due_ns in zip(members, deadlines, strict=True):
+                latest[_floor(cohort, i)] = max(latest.get(_floor(cohort, i), due_ns), due_ns)
+            packs = batch.worker.policy.name == "planfit"
             for floor, deadline_ns in least.items():
                 _hold(min(deadlines) <= deadline_ns, f"batch {batch.batch_id} passed over the head")
-                is_allowed = floor <= batch.subnet
+                rivals = [due_ns for of, due_ns in latest.items() if of <= floor or not packs]
                 _hold(
-                    not is_allowed or max(deadlines) <= deadline_ns,
+                    floor > batch.subnet or max(rivals, default=0) <= deadline_ns,
                     f"batch {batch.batch_id} left behind a query that is due earlier than one of its own",
                 )
             for cohort, i in members:
@@ -348,8 +353,12 @@ def _hold(is_so: bool, what: str) -> None:
         raise ViolationError(what)
 
 
+def _floor(cohort: Cohort, i: int) -> int:
+    return 0 if cohort.floors is None else cohort.floors[i]
+
+
 def _fold(least: dict[int, int], cohort: Cohort, i: int) -> None:
-    floor = 0 if cohort.floors is None else cohort.floors[i]
+    floor = _floor(cohort, i)
     deadline_ns = cohort.deadlines_ns[i]
     least[floor] = min(least.get(floor, deadline_ns), deadline_ns)
 
