@@ -45,7 +45,6 @@ from router.core import RouterCore
 from router.core.edf import DISPATCHED, QUEUED
 from router.core.events import Answer, Dispatch, Finished, Pulled
 from router.core.settings import CoreSettings
-from router.policies.planfit import PlanFit
 from superserve.clock import MS
 from superserve.wire import Status
 
@@ -238,8 +237,8 @@ class Checker:
     def _check_order(self, batches: list[Batch]) -> None:
         """Check that each batch of a pass has the head, and left behind no earlier query that it could take.
 
-        A batch may skip a query whose floor lies above its subnet, and no other. One that is packed by floor
-        takes the earliest of each floor that it takes, but perhaps fewer of a low one.
+        A batch may skip a query whose floor lies above its subnet, and no other; unless the policy packs by
+        floor: then also one whose floor lies below those that the batch takes in its place.
         """
         least: dict[int, int] = {}  # earliest deadline of the queries left, by floor
         for cohort in self._cohorts():
@@ -249,13 +248,15 @@ class Checker:
         for batch in reversed(batches):
             members = [(cohort, i) for cohort, lo, hi in batch.stretches for i in range(lo, hi)]
             deadlines = [cohort.deadlines_ns[i] for cohort, i in members]
-            latest = _latest(members)
-            is_packed = isinstance(batch.worker.policy, PlanFit)
+            latest: dict[int, int] = {}  # deadline taken, by floor
+            for (cohort, i), due_ns in zip(members, deadlines, strict=True):
+                latest[_floor(cohort, i)] = max(latest.get(_floor(cohort, i), due_ns), due_ns)
+            packs = batch.worker.policy.name == "planfit"
             for floor, deadline_ns in least.items():
                 _hold(min(deadlines) <= deadline_ns, f"batch {batch.batch_id} passed over the head")
-                mine_ns = latest.get(floor, 0) if is_packed else max(deadlines)
+                rivals = [due_ns for of, due_ns in latest.items() if of <= floor or not packs]
                 _hold(
-                    floor > batch.subnet or mine_ns <= deadline_ns,
+                    floor > batch.subnet or max(rivals, default=0) <= deadline_ns,
                     f"batch {batch.batch_id} left behind a query that is due earlier than one of its own",
                 )
             for cohort, i in members:
@@ -352,17 +353,12 @@ def _hold(is_so: bool, what: str) -> None:
         raise ViolationError(what)
 
 
-def _latest(members: list[tuple[Cohort, int]]) -> dict[int, int]:
-    """Return the latest deadline of queries by floor."""
-    latest: dict[int, int] = {}
-    for cohort, i in members:
-        floor = 0 if cohort.floors is None else cohort.floors[i]
-        latest[floor] = max(latest.get(floor, 0), cohort.deadlines_ns[i])
-    return latest
+def _floor(cohort: Cohort, i: int) -> int:
+    return 0 if cohort.floors is None else cohort.floors[i]
 
 
 def _fold(least: dict[int, int], cohort: Cohort, i: int) -> None:
-    floor = 0 if cohort.floors is None else cohort.floors[i]
+    floor = _floor(cohort, i)
     deadline_ns = cohort.deadlines_ns[i]
     least[floor] = min(least.get(floor, deadline_ns), deadline_ns)
 
