@@ -119,7 +119,7 @@ class Flow(TorchFunctionMode):
         outs = list(tensors_in((out,)))
         if not outs:
             if name == "__setitem__" and any(tags for _, tags in before):
-                # Which of the channels written into these are depends on where they were put.
+                # Which channels these are depends on where they were put.
                 _tag(args[0], dict.fromkeys(range(-args[0].dim(), 0), Lost("an assignment")))
             return out
         whole = self._note(name, Whole(tuple(tuple(tensor.shape) for tensor in outs), args[1:], kwargs))
@@ -202,8 +202,8 @@ class Flow(TorchFunctionMode):
             raise NeedsWhole
         if self._whole.get((op.path, 0), ("", _UNKNOWN))[1].shapes != ((n,),):
             raise ConfigError(
-                f"{op.path}: given {n} of {whole} inputs, which came by no call of torch that is followed "
-                "(numpy, a scripted function, a kernel of its own), or since a block was left out that changes "
+                f"{op.path}: given {n} of {whole} inputs, which came by no call of torch that is seen "
+                "(numpy, a scripted function, an own kernel), or since a block was left out that changes "
                 "their number: leave the layers before it whole, or that block in"
             )
 
