@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpu_worker.supernet.flow.layouts import Call, Lost, NeedsWhole, Whole, tags_of, tensors_in
 from gpu_worker.supernet.flow.rules import rule_of
-from gpu_worker.supernet.operators import ElasticOperator, Operator, recurrent, slices
+from gpu_worker.supernet.operators import ElasticOperator, Operator, Switched, recurrent, slices
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Shapes = dict[tuple[str, int], tuple[str, Whole]]
 """What each call gave: by the path of the module that made it and its number there, its name and shapes."""
+
+_APPENDS = -1
+"""In place of a call's number: what a block does with its input."""
 
 _UNKNOWN = Whole((), (), {})
 
@@ -155,8 +158,10 @@ class Flow(TorchFunctionMode):
 
         def leave(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             self._inside.pop()
+            given = next(tensors_in((*args, *kwargs.values())), None)
+            if isinstance(module, Switched) and self._is_whole and self._whole is not None:
+                self._whole[path, _APPENDS] = ("appends", Whole(_appended(given, out), (), {}))
             if isinstance(module, Operator):
-                given = next(tensors_in((*args, *kwargs.values())), None)
                 _tag_outputs(module, given, list(tensors_in((out,))))
 
         yield module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -185,6 +190,8 @@ class Flow(TorchFunctionMode):
                 f"{_ADVICE}"
             )
         if sum(total for _, total in layout) != whole:
+            if self._whole is None:
+                raise NeedsWhole  # of blocks that are left out, and would have appended to this
             raise ConfigError(
                 f"{op.path}: given {x.shape[axis]} inputs that are {_words(layout)} of the whole network's, "
                 f"for its {whole}: {_ADVICE}"
@@ -214,7 +221,11 @@ class Flow(TorchFunctionMode):
         if not isinstance(stands, torch.Tensor):
             return stands
         alias = stands.view_as(stands)
-        _tag(alias, tags_of(stands))
+        tags = dict(tags_of(stands))
+        for axis, more in (self._whole or {}).get((path, _APPENDS), ("", _UNKNOWN))[1].shapes:
+            before = tags.get(axis, ((stands.shape[axis], stands.shape[axis]),))
+            tags[axis] = before if isinstance(before, Lost) else (*before, (0, more))
+        _tag(alias, tags)
         inputs = (weakref.ref(stands), *getattr(stands, "_superserve_of", ()))
         alias._superserve_left_out = _LeftOut(path, inputs)  # type: ignore[attr-defined]  # ours
         return alias
@@ -226,6 +237,19 @@ _ADVICE = (
 )
 
 _FEW = 6  # calls back that an input is followed, to a norm before the block or what was added to it
+
+
+def _appended(given: torch.Tensor | None, out: object) -> tuple[tuple[int, int], ...]:
+    """Return the axis along which a block appends to its input, as a dense net's do, and by how much."""
+    if not isinstance(out, torch.Tensor) or given is None or given.dim() != out.dim():
+        return ()
+    longer = [axis for axis in range(-out.dim(), 0) if out.shape[axis] != given.shape[axis]]
+    if len(longer) != 1 or out.shape[longer[0]] < given.shape[longer[0]]:
+        return ()
+    (axis,) = longer
+    n = given.shape[axis]
+    is_first = torch.equal(out.narrow(axis, 0, n), given)
+    return ((axis, out.shape[axis] - n),) if is_first else ()
 
 
 def _name_of(func: Any) -> str:

@@ -318,6 +318,39 @@ def test_a_dense_net_is_cut_in_its_stem_and_its_growth() -> None:
     assert model.stem.weight.shape[0] == 3
 
 
+class Growing(nn.Module):
+    """A block that appends to its input."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, growth, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input and what is new."""
+        return torch.cat([x, self.conv(x).relu()], 1)
+
+
+def test_a_dense_net_is_cut_in_depth_and_growth() -> None:
+    """Blocks left out in the middle and at the end leave gaps, which what is behind them does without."""
+    blocks = [Growing(4 + 3 * i, 3) for i in range(4)]
+    model, x = random(nn.Sequential(nn.Sequential(*blocks), nn.Conv1d(16, 2, 1))), drawn(2, 4, 5)
+    p = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # Blocks 0 and 2, with 2 of 3 new channels each: 0 .. 3, then 4 and 5, and 10 and 11 of the whole's.
+    first = F.conv1d(x, p["0.0.conv.weight"][:2], p["0.0.conv.bias"][:2]).relu()
+    rows = [0, 1, 2, 3, 4, 5]
+    joined = torch.cat([x, first], 1)
+    second = F.conv1d(joined, p["0.2.conv.weight"][:2][:, rows], p["0.2.conv.bias"][:2]).relu()
+    rows += [10, 11]
+    expected = F.conv1d(torch.cat([joined, second], 1), p["1.weight"][:, rows], p["1.bias"])
+    supernet = insert(
+        model,
+        stages=[Stage("0", rule=lambda d, _: (0, 2) if d == 2 else tuple(range(d)))],
+        elastic=[Elastic("growth", ["0.*.conv"])],
+    )
+
+    checked(supernet, {"d": [2], "w": [2 / 3]}, expected, x)
+
+
 def test_a_dense_net_is_calibrated() -> None:
     """A norm behind a concatenation keeps statistics in the order of what it is given."""
     model, x = random(Dense(5)).float(), drawn(4, 2, 4, 4).float()
