@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpu_worker.supernet.flow.layouts import Call, Lost, NeedsWhole, Whole, tags_of, tensors_in
 from gpu_worker.supernet.flow.rules import rule_of
-from gpu_worker.supernet.operators import ElasticOperator, Operator, recurrent, slices
+from gpu_worker.supernet.operators import ElasticOperator, Operator, Switched, recurrent, slices
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,10 +25,25 @@ if TYPE_CHECKING:
 Shapes = dict[tuple[str, int], tuple[str, Whole]]
 """What each call gave: by the path of the module that made it and its number there, its name and shapes."""
 
+_APPENDS = -1
+"""In place of a call's number: what a block does with its input."""
+
 _UNKNOWN = Whole((), (), {})
 
 _ADDING = frozenset(
-    {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "rsub"}
+    {
+        "add",
+        "add_",
+        "__add__",
+        "__radd__",
+        "__iadd__",
+        "sub",
+        "sub_",
+        "__sub__",
+        "__isub__",
+        "rsub",
+        "__rsub__",
+    }
 )
 
 
@@ -106,6 +121,9 @@ class Flow(TorchFunctionMode):
         out = func(*args, **kwargs)
         outs = list(tensors_in((out,)))
         if not outs:
+            if name == "__setitem__" and any(tags for _, tags in before):
+                # Which channels these are depends on where they were put.
+                _tag(args[0], dict.fromkeys(range(-args[0].dim(), 0), Lost("an assignment")))
             return out
         whole = self._note(name, Whole(tuple(tuple(tensor.shape) for tensor in outs), args[1:], kwargs))
         _carry_marks(given, outs)
@@ -140,8 +158,10 @@ class Flow(TorchFunctionMode):
 
         def leave(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             self._inside.pop()
+            given = next(tensors_in((*args, *kwargs.values())), None)
+            if isinstance(module, Switched) and self._is_whole and self._whole is not None:
+                self._whole[path, _APPENDS] = ("appends", Whole(_appended(given, out), (), {}))
             if isinstance(module, Operator):
-                given = next(tensors_in((*args, *kwargs.values())), None)
                 _tag_outputs(module, given, list(tensors_in((out,))))
 
         yield module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -170,6 +190,8 @@ class Flow(TorchFunctionMode):
                 f"{_ADVICE}"
             )
         if sum(total for _, total in layout) != whole:
+            if self._whole is None:
+                raise NeedsWhole  # of blocks that are left out, and would have appended to this
             raise ConfigError(
                 f"{op.path}: given {x.shape[axis]} inputs that are {_words(layout)} of the whole network's, "
                 f"for its {whole}: {_ADVICE}"
@@ -187,8 +209,9 @@ class Flow(TorchFunctionMode):
             raise NeedsWhole
         if self._whole.get((op.path, 0), ("", _UNKNOWN))[1].shapes != ((n,),):
             raise ConfigError(
-                f"{op.path}: given {n} of {whole} inputs by code that calls no function of torch, or a "
-                "scripted one: leave the layers before it whole"
+                f"{op.path}: given {n} of {whole} inputs, which came by no call of torch that is seen "
+                "(numpy, a scripted function, an own kernel), or since a block was left out that changes "
+                "their number: leave the layers before it whole, or that block in"
             )
 
     # --- blocks that are left out ---------------------------------------------------------------
@@ -198,7 +221,11 @@ class Flow(TorchFunctionMode):
         if not isinstance(stands, torch.Tensor):
             return stands
         alias = stands.view_as(stands)
-        _tag(alias, tags_of(stands))
+        tags = dict(tags_of(stands))
+        for axis, more in (self._whole or {}).get((path, _APPENDS), ("", _UNKNOWN))[1].shapes:
+            before = tags.get(axis, ((stands.shape[axis], stands.shape[axis]),))
+            tags[axis] = before if isinstance(before, Lost) else (*before, (0, more))
+        _tag(alias, tags)
         inputs = (weakref.ref(stands), *getattr(stands, "_superserve_of", ()))
         alias._superserve_left_out = _LeftOut(path, inputs)  # type: ignore[attr-defined]  # ours
         return alias
@@ -212,9 +239,23 @@ _ADVICE = (
 _FEW = 6  # calls back that an input is followed, to a norm before the block or what was added to it
 
 
+def _appended(given: torch.Tensor | None, out: object) -> tuple[tuple[int, int], ...]:
+    """Return the axis along which a block appends to its input, as a dense net's do, and by how much."""
+    if not isinstance(out, torch.Tensor) or given is None or given.dim() != out.dim():
+        return ()
+    longer = [axis for axis in range(-out.dim(), 0) if out.shape[axis] != given.shape[axis]]
+    if len(longer) != 1 or out.shape[longer[0]] < given.shape[longer[0]]:
+        return ()
+    (axis,) = longer
+    n = given.shape[axis]
+    is_first = torch.equal(out.narrow(axis, 0, n), given)
+    return ((axis, out.shape[axis] - n),) if is_first else ()
+
+
 def _name_of(func: Any) -> str:
-    name = getattr(func, "__name__", type(func).__name__)
-    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
+    """Return a function's name: of a property `x.T` and of an overload `aten.relu.default` too."""
+    name: str = getattr(func, "__name__", type(func).__name__)
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name.partition(".")[0]
 
 
 def _tag(tensor: torch.Tensor, tags: Tags) -> None:

@@ -202,6 +202,14 @@ def test_a_layer_uses_what_it_is_given(name: str) -> None:
     checked(supernet, {"w": [1.0]}, whole, x)
 
 
+def written_into(x: torch.Tensor) -> torch.Tensor:
+    """Put x behind numbers of the same tensor, which is as wide as in the whole network."""
+    whole = torch.zeros(len(x), 20, dtype=x.dtype)
+    whole[:, : x.shape[1]] = x
+    whole[:, x.shape[1] : x.shape[1] + 4] = 1
+    return whole
+
+
 WRONG: dict[str, tuple[Between, int, str]] = {
     # What is between, the inputs behind it, and the call that is named.
     "halves": (lambda x: x.chunk(2, -1)[0] * x.chunk(2, -1)[1], 8, "chunk"),
@@ -213,6 +221,7 @@ WRONG: dict[str, tuple[Between, int, str]] = {
     "narrowed": (lambda x: x.narrow(-1, x.shape[-1] - 8, 8), 8, "narrow"),
     "as many heads": (lambda x: x.view(len(x), 4, -1).transpose(1, 2).flatten(1), 16, "view"),
     "as many heads by shape": (lambda x: x.view(len(x), 4, x.shape[-1] // 4).sin().flatten(1), 16, "view"),
+    "written into another": (written_into, 20, "an assignment"),
     "flipped": (lambda x: x.flip(-1), 16, "flip"),
     "rolled": (lambda x: x.roll(1, -1), 16, "roll"),
     "sorted": (lambda x: x.sort(-1).values, 16, "sort"),
@@ -307,6 +316,39 @@ def test_a_dense_net_is_cut_in_its_stem_and_its_growth() -> None:
     supernet.trim(x)
     alike(answer(supernet, control, x), expected)
     assert model.stem.weight.shape[0] == 3
+
+
+class Growing(nn.Module):
+    """A block that appends to its input."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, growth, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input and what is new."""
+        return torch.cat([x, self.conv(x).relu()], 1)
+
+
+def test_a_dense_net_is_cut_in_depth_and_growth() -> None:
+    """Blocks left out in the middle and at the end leave gaps, which what is behind them does without."""
+    blocks = [Growing(4 + 3 * i, 3) for i in range(4)]
+    model, x = random(nn.Sequential(nn.Sequential(*blocks), nn.Conv1d(16, 2, 1))), drawn(2, 4, 5)
+    p = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # Blocks 0 and 2, with 2 of 3 new channels each: 0 .. 3, then 4 and 5, and 10 and 11 of the whole's.
+    first = F.conv1d(x, p["0.0.conv.weight"][:2], p["0.0.conv.bias"][:2]).relu()
+    rows = [0, 1, 2, 3, 4, 5]
+    joined = torch.cat([x, first], 1)
+    second = F.conv1d(joined, p["0.2.conv.weight"][:2][:, rows], p["0.2.conv.bias"][:2]).relu()
+    rows += [10, 11]
+    expected = F.conv1d(torch.cat([joined, second], 1), p["1.weight"][:, rows], p["1.bias"])
+    supernet = insert(
+        model,
+        stages=[Stage("0", rule=lambda d, _: (0, 2) if d == 2 else tuple(range(d)))],
+        elastic=[Elastic("growth", ["0.*.conv"])],
+    )
+
+    checked(supernet, {"d": [2], "w": [2 / 3]}, expected, x)
 
 
 def test_a_dense_net_is_calibrated() -> None:
@@ -565,10 +607,20 @@ def test_what_no_call_of_torch_gave_is_refused(is_scripted: bool) -> None:
     supernet = insert(model, elastic=[Elastic("w", ["first"])])
 
     alike(answer(supernet, {"w": [1.0]}, x), whole)
-    with pytest.raises(
-        ConfigError, match="last: given 4 of 8 inputs by code that calls no function of torch"
-    ):
+    with pytest.raises(ConfigError, match="last: given 4 of 8 inputs, which came by no call of torch"):
         answer(supernet, {"w": [0.5]}, x)
+
+
+def test_a_block_that_changes_the_channels_is_not_left_out_unseen() -> None:
+    """The next one is given fewer inputs than in the whole network, and they are not the first of those."""
+    widths = [(4, 4), (4, 8), (8, 8)]
+    model, x = random(nn.Sequential(*(nn.Linear(*width) for width in widths))), drawn(2, 4)
+    supernet = insert(model, stages=[Stage("", rule=lambda d, n: (0, n - 1) if d == 2 else tuple(range(d)))])
+
+    with pytest.raises(
+        ConfigError, match=r"2: given 4 of 8 inputs, .* a block was left out that changes their"
+    ):
+        answer(supernet, {"d": [2]}, x)
 
 
 def test_what_fails_in_a_subnet_alone_names_the_module() -> None:
