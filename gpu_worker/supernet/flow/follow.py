@@ -28,7 +28,19 @@ Shapes = dict[tuple[str, int], tuple[str, Whole]]
 _UNKNOWN = Whole((), (), {})
 
 _ADDING = frozenset(
-    {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__", "rsub"}
+    {
+        "add",
+        "add_",
+        "__add__",
+        "__radd__",
+        "__iadd__",
+        "sub",
+        "sub_",
+        "__sub__",
+        "__isub__",
+        "rsub",
+        "__rsub__",
+    }
 )
 
 
@@ -106,6 +118,9 @@ class Flow(TorchFunctionMode):
         out = func(*args, **kwargs)
         outs = list(tensors_in((out,)))
         if not outs:
+            if name == "__setitem__" and any(tags for _, tags in before):
+                # Which channels these are depends on where they were put.
+                _tag(args[0], dict.fromkeys(range(-args[0].dim(), 0), Lost("an assignment")))
             return out
         whole = self._note(name, Whole(tuple(tuple(tensor.shape) for tensor in outs), args[1:], kwargs))
         _carry_marks(given, outs)
@@ -187,8 +202,9 @@ class Flow(TorchFunctionMode):
             raise NeedsWhole
         if self._whole.get((op.path, 0), ("", _UNKNOWN))[1].shapes != ((n,),):
             raise ConfigError(
-                f"{op.path}: given {n} of {whole} inputs by code that calls no function of torch, or a "
-                "scripted one: leave the layers before it whole"
+                f"{op.path}: given {n} of {whole} inputs, which came by no call of torch that is seen "
+                "(numpy, a scripted function, an own kernel), or since a block was left out that changes "
+                "their number: leave the layers before it whole, or that block in"
             )
 
     # --- blocks that are left out ---------------------------------------------------------------
@@ -213,8 +229,9 @@ _FEW = 6  # calls back that an input is followed, to a norm before the block or 
 
 
 def _name_of(func: Any) -> str:
-    name = getattr(func, "__name__", type(func).__name__)
-    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
+    """Return a function's name: of a property `x.T` and of an overload `aten.relu.default` too."""
+    name: str = getattr(func, "__name__", type(func).__name__)
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name.partition(".")[0]
 
 
 def _tag(tensor: torch.Tensor, tags: Tags) -> None:

@@ -202,6 +202,14 @@ def test_a_layer_uses_what_it_is_given(name: str) -> None:
     checked(supernet, {"w": [1.0]}, whole, x)
 
 
+def written_into(x: torch.Tensor) -> torch.Tensor:
+    """Put x behind numbers of the same tensor, which is as wide as in the whole network."""
+    whole = torch.zeros(len(x), 20, dtype=x.dtype)
+    whole[:, : x.shape[1]] = x
+    whole[:, x.shape[1] : x.shape[1] + 4] = 1
+    return whole
+
+
 WRONG: dict[str, tuple[Between, int, str]] = {
     # What is between, the inputs behind it, and the call that is named.
     "halves": (lambda x: x.chunk(2, -1)[0] * x.chunk(2, -1)[1], 8, "chunk"),
@@ -213,6 +221,7 @@ WRONG: dict[str, tuple[Between, int, str]] = {
     "narrowed": (lambda x: x.narrow(-1, x.shape[-1] - 8, 8), 8, "narrow"),
     "as many heads": (lambda x: x.view(len(x), 4, -1).transpose(1, 2).flatten(1), 16, "view"),
     "as many heads by shape": (lambda x: x.view(len(x), 4, x.shape[-1] // 4).sin().flatten(1), 16, "view"),
+    "written into another": (written_into, 20, "an assignment"),
     "flipped": (lambda x: x.flip(-1), 16, "flip"),
     "rolled": (lambda x: x.roll(1, -1), 16, "roll"),
     "sorted": (lambda x: x.sort(-1).values, 16, "sort"),
@@ -565,10 +574,20 @@ def test_what_no_call_of_torch_gave_is_refused(is_scripted: bool) -> None:
     supernet = insert(model, elastic=[Elastic("w", ["first"])])
 
     alike(answer(supernet, {"w": [1.0]}, x), whole)
-    with pytest.raises(
-        ConfigError, match="last: given 4 of 8 inputs by code that calls no function of torch"
-    ):
+    with pytest.raises(ConfigError, match="last: given 4 of 8 inputs, which came by no call of torch"):
         answer(supernet, {"w": [0.5]}, x)
+
+
+def test_a_block_that_changes_the_channels_is_not_left_out_unseen() -> None:
+    """The next one is given fewer inputs than in the whole network, and they are not the first of those."""
+    widths = [(4, 4), (4, 8), (8, 8)]
+    model, x = random(nn.Sequential(*(nn.Linear(*width) for width in widths))), drawn(2, 4)
+    supernet = insert(model, stages=[Stage("", rule=lambda d, n: (0, n - 1) if d == 2 else tuple(range(d)))])
+
+    with pytest.raises(
+        ConfigError, match=r"2: given 4 of 8 inputs, .* a block was left out that changes their"
+    ):
+        answer(supernet, {"d": [2]}, x)
 
 
 def test_what_fails_in_a_subnet_alone_names_the_module() -> None:
