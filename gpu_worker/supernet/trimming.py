@@ -55,7 +55,6 @@ _HARMLESS = frozenset(
     | {"_version", "data_ptr", "is_inference"}
 )
 
-
 _LOOKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Tags of torch's operations such as `item`, on which a branch depends, and `nonzero`."""
 
@@ -215,8 +214,8 @@ class _Trace:
 def _trace(
     supernet: Supernet, layers: Sequence[Cuttable], rows: Sequence[Settings], examples: Sequence[torch.Tensor]
 ) -> _Trace:
-    # At first what left-out blocks return, and the whole network's shapes, may be learnt by running them.
-    _run(supernet, rows[0], examples[0])
+    for settings in rows:  # a subnet's first pass follows its channels, and may run other things for that
+        _run(supernet, settings, examples[0])
     trace = _Trace()
     for op in operators_in(supernet.model):
         op.forget()  # a cached slice would hide that the parameter is read

@@ -412,8 +412,8 @@ def test_if_a_model_looks_at_numbers_all_subnets_run_on_all_inputs(look: str) ->
     found = supernet.trim(positive(1), positive(2), -positive(3))
 
     assert dict(found.whole) == ({"down": "its width depends on the input"} if look in LOOKS else {})
-    # One that does not count, the trace, and each subnet again in the end.
-    assert len(ran) == 1 + (3 * 3 if look in LOOKS else 3 + 2 * 2) + 3
+    # Each subnet's first, in which its channels are followed, the trace, and each subnet again in the end.
+    assert len(ran) == 3 + (3 * 3 if look in LOOKS else 3 + 2 * 2) + 3
 
 
 class Sized(nn.Module):
