@@ -20,7 +20,7 @@ from gpu_worker.supernet.calibration import load_statistics
 from superserve.errors import ConfigError, InvalidQueryError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -226,6 +226,7 @@ class TorchExecutor:
         weights: str | None = None,
         statistics: Mapping[str, SubnetStatistics] | Path | None = None,
         placement: Placement | None = None,
+        check: Callable[[Supernet, torch.Tensor], None] | None = None,
     ) -> Self:
         """Build a supernet, fill it, and make it resident.
 
@@ -236,6 +237,8 @@ class TorchExecutor:
             statistics: SubnetNorm's, by subnet name, or the file that holds them; None, or a subnet left
                 out, uses the checkpoint's own.
             placement: Where and how; the CPU by default.
+            check: Called with the whole supernet and two random queries as the model takes them, before what
+                no subnet uses is dropped; it raises if the supernet should not be served.
 
         Raises:
             ConfigError: Naming the option, or the file and what is wrong in it.
@@ -250,6 +253,8 @@ class TorchExecutor:
         if isinstance(statistics, Path):
             statistics = load_statistics(statistics, supernet, kind.name, subnets)
         supernet.set_statistics(statistics or {})
+        if check is not None:
+            check(supernet, example_input(supernet, kind, torch.float32, n=2))
         supernet.trim(example_input(supernet, kind, torch.float32))
         layout = {"memory_format": torch.channels_last} if kind.takes_images else {}
         supernet.to(device, **layout)  # type: ignore[call-overload]  # the stub lacks memory_format

@@ -49,6 +49,7 @@ from gpu_worker.supernet.operators import (
     WeightSliceLinear,
     switched,
 )
+from gpu_worker.supernet.original import DeclaredSize, DeclaredStage, original_of
 from gpu_worker.supernet.supernet import Supernet
 from superserve.errors import ConfigError
 
@@ -151,8 +152,23 @@ def insert(
     full = {size.name: _n_outputs(size.name, layers[size.name]) for size in elastic}
     if controls is None:
         controls = default_controls(stages, [len(found) for found in blocks], elastic, full)
+    original = original_of(
+        model,
+        [
+            DeclaredStage(tuple(block.path for block in found), getattr(stage, "skipped", "input"))
+            for stage, found in zip(stages, blocks, strict=True)
+        ],
+        {
+            size.name: DeclaredSize(
+                tuple(layer.path for layer in layers[size.name]), getattr(size, "parts", 1)
+            )
+            for size in elastic
+        },
+    )
     inserted = _insert(model, blocks, layers)
-    return Supernet(model, inserted, controls)
+    supernet = Supernet(model, inserted, controls)
+    supernet.original = original
+    return supernet
 
 
 def default_controls(

@@ -1,0 +1,440 @@
+"""Prove a supernet: run each subnet of a sample in place and as a masked whole network, and compare.
+
+prove(supernet, torch.zeros(2, 3, 32, 32))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gpu_worker.proof.absence import ProofError, UnjudgedError, UnsliceableError
+from gpu_worker.proof.flow import Flow
+from gpu_worker.proof.rules import tensors_in
+from gpu_worker.proof.sample import covering, drawn
+from gpu_worker.proof.whole import LayerRun, OracleRun, SubnetCut, Whole, members_of
+from gpu_worker.supernet.actuation import actuate
+from gpu_worker.supernet.operators import SubnetNorm
+from gpu_worker.supernet.supernet import SubnetStatistics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from gpu_worker.supernet.original import Original
+    from gpu_worker.supernet.supernet import Supernet
+    from superserve.subnet import Subnet
+
+MOST_SUBNETS = 32
+"""Subnets that a proof looks at, at most."""
+
+TOLERANCE = 1e-9
+"""Largest deviation in float64, relative to a layer's largest number; faults deviate by 1e-3 and more."""
+
+TOLERANCE_LOWERED = 1e-4
+"""The same for a model that casts to a lower precision on its own, and so is only as exact as that."""
+
+TOLERANCE_RESIDENT = 1e-2
+"""The same between the supernet as it is, in its own precision, and its exact copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was proved.
+
+    Attributes:
+        subnets: Names of those compared.
+        n_layers: Outputs of layers that were compared.
+        deviation: The largest, relative to a layer's largest number.
+        seconds: How long it took.
+    """
+
+    subnets: tuple[str, ...]
+    n_layers: int
+    deviation: float
+    seconds: float
+
+    def __str__(self) -> str:
+        """Return it in one line."""
+        return (
+            f"{len(self.subnets)} subnets equal the masked whole network in {self.n_layers} layer outputs, "
+            f"within {self.deviation:.1g}; {self.seconds:.1f} s"
+        )
+
+
+class _Inputs(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def cast(self, dtype: torch.dtype, device: torch.device) -> _Inputs:
+        def one(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+        return _Inputs(tuple(map(one, self.args)), {name: one(value) for name, value in self.kwargs.items()})
+
+
+def prove(
+    supernet: Supernet,
+    example: Any,
+    *,
+    subnets: Sequence[Subnet] | None = None,
+    most: int = MOST_SUBNETS,
+    checks_resident: bool = True,
+) -> Proof:
+    """Prove that subnets in place are what their control tuples say.
+
+    Args:
+        supernet: As insertion returned it, filled or not, before `trim`; it is left as it was.
+        example: A batch of at least two inputs as the model takes them: a tensor, a tuple of arguments, or a
+            dictionary of keyword arguments. Numbers should be random, and small inputs save time.
+        subnets: Those to choose from; by default all that there are.
+        most: How many to look at.
+        checks_resident: Also compare the supernet as it is with a copy of it: for one that has run.
+
+    Raises:
+        ProofError: Naming the layer, the size and the deviation; or what cannot be judged, and what to do.
+    """
+    began = time.monotonic()
+    original = _original(supernet)
+    chosen = drawn(supernet.controls, most) if subnets is None else covering(subnets, supernet.controls, most)
+    inputs = _inputs(example)
+    copied = copy.deepcopy(supernet).cpu().eval()
+    if checks_resident:
+        _check_resident(supernet, copied, chosen, inputs)
+    judge = _Judge(copied.double(), original, inputs.cast(torch.float64, torch.device("cpu")), chosen)
+    judge.look_at_whole()
+    for row in range(len(chosen)):
+        judge.compare(row)
+    return Proof(
+        tuple(subnet.name for subnet in chosen), judge.n_layers, judge.deviation, time.monotonic() - began
+    )
+
+
+def _original(supernet: Supernet) -> Original:
+    original = supernet.original
+    if original is None:
+        raise UnjudgedError("the supernet has no record of its original: build it with `insert`")
+    if original.model is None:
+        raise UnsliceableError(original.why_not)
+    return original
+
+
+def _inputs(example: Any) -> _Inputs:
+    if isinstance(example, dict):
+        return _Inputs((), example)
+    return _Inputs(example if isinstance(example, tuple) else (example,), {})
+
+
+# --- the supernet as it is --------------------------------------------------------------------
+
+
+def _check_resident(supernet: Supernet, copied: Supernet, subnets: Sequence[Subnet], inputs: _Inputs) -> None:
+    """Compare the supernet, in its own precision, with a copy in which nothing is left of earlier passes."""
+    floats = {tensor.dtype for tensor in supernet.model.parameters() if tensor.is_floating_point()}
+    dtype = floats.pop() if len(floats) == 1 else torch.float32
+    training = supernet.training
+    supernet.eval()
+    own, plain = inputs.cast(dtype, supernet.device), inputs.cast(dtype, torch.device("cpu"))
+    try:
+        with torch.inference_mode():
+            for subnet in subnets:
+                settings = supernet.settings_of(subnet)
+                found = tensors_in(supernet.run_with(settings, *own.args, **own.kwargs))
+                expected = tensors_in(
+                    copied.run_with(copied.settings_of(subnet), *plain.args, **plain.kwargs)
+                )
+                for one, other in zip(found, expected, strict=True):
+                    deviation = _deviation(one.cpu().double(), other.double())
+                    if not deviation <= TOLERANCE_RESIDENT:
+                        raise ProofError(
+                            f"subnet {subnet.name} {subnet.control}: the supernet answers with a deviation "
+                            "of "
+                            f"{deviation:.2g} from a fresh copy of it: it still uses slices of weights "
+                            "that have "
+                            "been replaced (p.data = ...), or its modules run past their changed classes"
+                        )
+    except RuntimeError as error:
+        raise ProofError(f"the supernet fails on the example: {_plain(error)}") from error
+    finally:
+        supernet.train(training)
+
+
+def _deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest number; infinite if just one is no number."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(found, expected) else float("inf")
+    both = found.isfinite() & expected.isfinite()
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    if bool((~both & ~same).any()):
+        return float("inf")
+    largest = expected[both].abs().max() if bool(both.any()) else torch.zeros(())
+    difference = (found - expected)[both].abs().max() if bool(both.any()) else torch.zeros(())
+    return float(difference / largest) if largest else float(difference)
+
+
+# --- exact ------------------------------------------------------------------------------------
+
+
+class _Judge:
+    """Compares an exact copy of a supernet with the oracle."""
+
+    def __init__(
+        self, copied: Supernet, original: Original, inputs: _Inputs, subnets: tuple[Subnet, ...]
+    ) -> None:
+        assert original.model is not None, "the caller has looked"
+        self._supernet, self._original, self._inputs, self._subnets = copied, original, inputs, subnets
+        self._modules = dict(copied.model.named_modules())
+        _vary(copied.model)
+        copied.host(subnets)
+        tensors = {
+            **dict(copied.model.named_parameters(remove_duplicate=False)),
+            **dict(copied.model.named_buffers(remove_duplicate=False)),
+        }
+        self._whole = Whole(original, tensors, self._modules)
+        self._tolerance = TOLERANCE
+        self.n_layers, self.deviation = 0, 0.0
+
+    def look_at_whole(self) -> None:
+        """Run the whole network, and refuse what its run shows.
+
+        Raises:
+            ProofError: It fails, has no numbers, or uses blocks or parameters in a way that nothing can
+            follow.
+        """
+        flow = Flow()
+        run = self._oracle(SubnetCut(), "the whole network", flow)
+        if not run.output.outputs or not any(bool(out.isfinite().any()) for out in run.output.outputs):
+            raise UnjudgedError("the whole network gives no finite numbers on the example")
+        if run.lowered:
+            self._tolerance = TOLERANCE_LOWERED
+        elastic = {path for size in self._original.sizes.values() for path in size.layers}
+        for path, where in run.outside.items():
+            if path in elastic:
+                raise UnsliceableError(
+                    f"layer {path}: a parameter is used outside of the layer's own forward, at {where}, "
+                    "and would "
+                    "be used whole there: call the layer instead"
+                )
+        left_out = set().union(*(self._left_out(subnet) for subnet in self._subnets))
+        self._look_at_blocks(left_out, run, flow)
+
+    def _look_at_blocks(self, left_out: set[str], run: OracleRun, flow: Flow) -> None:
+        for path in sorted(left_out):
+            if not run.n_calls.get(path):
+                raise UnsliceableError(
+                    f"block {path}: never called as a module, so that leaving it out has no effect; "
+                    "name the modules that are called"
+                )
+        gives = {
+            member: stage.skipped
+            for stage in self._original.stages
+            for block in stage.blocks
+            for member in members_of(self._whole.model, block)
+        }
+        for call in flow.calls:
+            if call.path not in left_out or gives[call.path] != "input":
+                continue
+            where = flow.meets_its_input(call)
+            if where is not None:
+                raise UnsliceableError(
+                    f"block {call.path}: its caller combines what the block returns with what it was given "
+                    f"({where}), as in x + block(x): left out it would give x + x. Declare "
+                    'Stage(..., skipped="zero"), or move the sum into the block'
+                )
+
+    def compare(self, row: int) -> None:
+        """Compare one subnet in place with the whole network in which the rest is absent.
+
+        Raises:
+            ProofError: They differ, or it cannot be judged.
+        """
+        subnet = self._subnets[row]
+        label = f"subnet {subnet.name} {subnet.control}"
+        statistics = _Statistics(self._supernet, subnet)
+        sizes = self._supernet.controls.sizes_of(subnet.control)
+        expected = self._oracle(
+            SubnetCut(frozenset(self._left_out(subnet)), sizes.outputs, statistics.of), label, None
+        )
+        tolerance = TOLERANCE_LOWERED if expected.lowered else self._tolerance
+        if not statistics.is_held:
+            self._supernet.set_statistics({subnet.name: statistics.as_held(expected)})
+        layers, outputs = self._in_place(row, label, {ran.path for ran in expected.layers})
+        counted: dict[str, int] = {}
+        for ran in expected.layers:
+            number = counted[ran.path] = counted.get(ran.path, -1) + 1
+            calls = layers.get(ran.path, [])
+            if number >= len(calls):
+                raise ProofError(f"{label}: layer {ran.path} runs in the whole network and not in place")
+            self._compare_one(label, f"layer {ran.path}", ran, calls[number], tolerance)
+        extra = [path for path, calls in layers.items() if len(calls) > counted.get(path, -1) + 1]
+        if extra:
+            raise ProofError(f"{label}: layer {extra[0]} runs in place and not in the whole network")
+        self._compare_one(label, "the output", expected.output, outputs, tolerance)
+
+    def _compare_one(
+        self, label: str, what: str, ran: LayerRun, found: Sequence[torch.Tensor], tolerance: float
+    ) -> None:
+        after = f" (cut before it: {', '.join(ran.sizes)})" if ran.sizes else ""
+        if len(found) != len(ran.outputs):
+            raise ProofError(f"{label}: {what}: gives {len(found)} tensors in place, not {len(ran.outputs)}")
+        for output, absent, one in zip(ran.outputs, ran.absent, found, strict=True):
+            expected = present(output, absent)
+            if one.numel() != expected.numel():
+                raise ProofError(
+                    f"{label}: {what}: has shape {tuple(one.shape)} in place, where {tuple(expected.shape)} "
+                    f"of {tuple(output.shape)} is kept{after}"
+                )
+            deviation = _deviation(one.reshape(expected.shape), expected)
+            if not deviation <= tolerance:
+                raise ProofError(
+                    f"{label}: {what}: keeps {tuple(expected.shape)} of {tuple(output.shape)}{after} and "
+                    f"deviates by {deviation:.2g} of its largest number from the whole network in which "
+                    "the rest "
+                    "is masked: insertion does not follow what the model does here"
+                )
+            self.deviation = max(self.deviation, deviation)
+        self.n_layers += 1
+
+    def _left_out(self, subnet: Subnet) -> set[str]:
+        kept = self._supernet.controls.sizes_of(subnet.control).blocks
+        return {
+            member
+            for stage, numbers in zip(self._original.stages, kept, strict=True)
+            for number, path in enumerate(stage.blocks)
+            if number not in numbers
+            for member in members_of(self._whole.model, path)
+        }
+
+    def _oracle(self, cut: SubnetCut, label: str, flow: Flow | None) -> OracleRun:
+        try:
+            return self._whole.run(self._inputs.args, self._inputs.kwargs, cut, flow)
+        except ProofError as error:
+            raise type(error)(f"{label}: {error}") from error
+        except Exception as error:
+            raise UnjudgedError(f"{label}: the masked whole network fails: {_plain(error)}") from error
+
+    def _in_place(
+        self, row: int, label: str, paths: set[str]
+    ) -> tuple[dict[str, list[list[torch.Tensor]]], list[torch.Tensor]]:
+        """Return the tensors that each call of each layer gives, and the output."""
+        actuate(self._supernet, row)
+        entered: list[str] = []
+        with _noting(self._modules, paths, entered) as found, torch.inference_mode():
+            try:
+                output = self._supernet(*self._inputs.args, **self._inputs.kwargs)
+            except Exception as error:
+                where = f"after layer {entered[-1]}" if entered else "before its first layer"
+                raise ProofError(f"{label}: fails in place, {where}: {_plain(error)}") from error
+        return found, tensors_in(output)
+
+
+def _plain(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def present(output: torch.Tensor, absent: torch.Tensor | None) -> torch.Tensor:
+    """Return the elements present, in order; with their axes if whole rows of these are absent."""
+    if absent is None:
+        return output
+    here = ~absent
+    for axis in range(output.dim()):
+        others = [other for other in range(output.dim()) if other != axis]
+        kept = here.any(others).nonzero().flatten() if others else here.nonzero().flatten()
+        output, here = output.index_select(axis, kept), here.index_select(axis, kept)
+    return output if bool(here.all()) else output[here]
+
+
+@contextlib.contextmanager
+def _noting(
+    modules: dict[str, nn.Module], paths: set[str], entered: list[str]
+) -> Iterator[dict[str, list[list[torch.Tensor]]]]:
+    """Note what these modules give, within the block, by the forward of the instance.
+
+    Hooks would not do: torch's encoder layers take another way where there are any.
+    """
+    found: dict[str, list[list[torch.Tensor]]] = {}
+
+    def noted(path: str, module: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            entered.append(path)
+            output = type(module).forward(module, *args, **kwargs)
+            bare = output
+            if isinstance(module, SubnetNorm) and len(args) > 1:
+                bare = type(module).forward(module, args[0])  # without the sum and the ReLU that it may do
+            found.setdefault(path, []).append([tensor.clone() for tensor in tensors_in(bare)])
+            return output
+
+        return forward
+
+    for path in paths:
+        modules[path].forward = noted(path, modules[path])
+    try:
+        yield found
+    finally:
+        for path in paths:
+            del modules[path].forward
+
+
+# --- numbers ----------------------------------------------------------------------------------
+
+
+def _vary(model: nn.Module) -> None:
+    """Give parameters that are all equal some noise: ones and zeros would hide that a wrong one is used."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.numel() > 1:
+                spread = parameter.max() - parameter.min()
+                if not spread > 1e-3 * parameter.abs().max():
+                    fan = parameter[0].numel() if parameter.dim() > 1 else 10
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                    parameter.add_(noise / max(fan, 1) ** 0.5)
+
+
+class _Statistics:
+    """One subnet's statistics, held or invented, for the oracle."""
+
+    def __init__(self, supernet: Supernet, subnet: Subnet) -> None:
+        held = supernet.statistics.get(subnet.name)
+        self._name, self._norms = subnet.name, [norm.path for norm in supernet.norms]
+        self._generator = torch.Generator().manual_seed(2)
+        self._found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.is_held = held is not None
+        if held is not None:
+            at = 0
+            for path, channels in zip(self._norms, held.channels, strict=True):
+                ends = at + channels, at + 2 * channels
+                self._found[path] = held.values[at : ends[0]], held.values[ends[0] : ends[1]]
+                at = ends[1]
+
+    def of(self, path: str, channels: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return mean and variance of a norm, (channels,) each; None if the norm's own count."""
+        found = self._found.get(path)
+        if self.is_held:
+            if found is None or not len(found[0]):
+                return None
+            if len(found[0]) != channels:
+                raise ProofError(
+                    f"statistics of {self._name}, {path}: expected {channels} channels, got {len(found[0])}"
+                )
+        elif found is None:
+            mean = torch.randn(channels, generator=self._generator) / 2
+            found = self._found[path] = mean, 0.5 + torch.rand(channels, generator=self._generator)
+        return found
+
+    def as_held(self, run: OracleRun) -> SubnetStatistics:
+        """Return the invented ones as a supernet holds them."""
+        channels = tuple(run.channels.get(path, 0) for path in self._norms)
+        parts = [part for path in self._norms if path in run.channels for part in self._found[path]]
+        return SubnetStatistics(channels, torch.cat(parts) if parts else torch.empty(0))

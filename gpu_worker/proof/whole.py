@@ -1,0 +1,370 @@
+"""The whole network as an oracle: the model from before insertion, at full width, with absent elements."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812  torch's own convention
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from gpu_worker.proof.absence import Marks, UnjudgedError, UnsliceableError, address, caller
+from gpu_worker.proof.flow import BlockCall, Flow
+from gpu_worker.proof.references import AXES, ReferenceCall, reference_of
+from gpu_worker.proof.rules import Call, apply, tensors_in
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from gpu_worker.supernet.original import DeclaredStage, Original
+
+    MeanAndVariance = tuple[torch.Tensor, torch.Tensor]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class LayerRun(NamedTuple):
+    """One call of a layer.
+
+    Attributes:
+        path: Of the layer.
+        outputs: Its tensors.
+        absent: For each, what of it is absent, or None.
+        sizes: The elastic sizes that are cut in it or in its inputs.
+    """
+
+    path: str
+    outputs: tuple[torch.Tensor, ...]
+    absent: tuple[torch.Tensor | None, ...]
+    sizes: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class SubnetCut:
+    """One subnet, for the oracle.
+
+    Attributes:
+        left_out: Paths of the blocks that do not run.
+        kept: Outputs kept, by the name of an elastic size.
+        statistics: From a norm's path and how many of its channels are present to their mean and variance,
+            (channels,) each; None where the norm's own are used.
+    """
+
+    left_out: frozenset[str] = frozenset()
+    kept: Mapping[str, int] = field(default_factory=dict)
+    statistics: Callable[[str, int], MeanAndVariance | None] | None = None
+
+
+@dataclass(slots=True)
+class OracleRun:
+    """What a pass of the oracle gave.
+
+    Attributes:
+        layers: Calls of layers, in order.
+        output: The tensors of the model's output, as one call.
+        channels: Of each norm that ran, how many are present.
+        n_calls: Of each block, how often it was called.
+        outside: Of each layer whose parameter was used outside of its forward, where.
+        lowered: Whether the model casts numbers to a lower precision on its own.
+    """
+
+    layers: list[LayerRun] = field(default_factory=list)
+    output: LayerRun = field(default_factory=lambda: LayerRun("", (), (), ()))
+    channels: dict[str, int] = field(default_factory=dict)
+    n_calls: dict[str, int] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
+    lowered: bool = False
+
+
+class _Pass(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Sees every operation of one pass."""
+
+    def __init__(self, owners: Mapping[int, tuple[str, ...]], flow: Flow | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.marks, self.run, self.stack = Marks(), OracleRun(), list[str]()
+        self.blocks: list[str] = []
+        self._owners, self._flow = owners, flow
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = Call(func, args, kwargs or {}, self.marks, self._owners)
+        self._look_for_outside_use(call)
+        before = [self._flow.node(tensor) for tensor in call.tensors] if self._flow is not None else []
+        has_cut = any(self.marks.of(tensor) is not None for tensor in call.tensors)
+        output = apply(call) if has_cut else call.run()
+        if func.overloadpacket.__name__ == "_to_copy":
+            self.run.lowered |= _is_lowered(args[0], output)
+        if self._flow is not None:
+            where = caller() if len(call.tensors) > 1 else ""
+            self._flow.step(
+                func, call.tensors, before, tensors_in(output), blocks=tuple(self.blocks), where=where
+            )
+        return output
+
+    def _look_for_outside_use(self, call: Call) -> None:
+        for tensor in call.tensors:
+            owners = self._owners.get(address(tensor), ())
+            if owners and not any(owner in self.stack for owner in owners):
+                for owner in owners:
+                    self.run.outside.setdefault(owner, caller())
+
+
+def _is_lowered(given: torch.Tensor, output: torch.Tensor) -> bool:
+    if not (given.is_floating_point() and output.is_floating_point()):
+        return False
+    return torch.finfo(output.dtype).eps > torch.finfo(given.dtype).eps
+
+
+class Whole:
+    """The model from before insertion, with the data of a supernet.
+
+    Args:
+        original: What insertion remembers.
+        tensors: Parameters and buffers by name; the oracle uses them, and changes none.
+        operators: What the model's layers became, by path: they may bring a reference.
+    """
+
+    def __init__(
+        self, original: Original, tensors: Mapping[str, torch.Tensor], operators: Mapping[str, nn.Module]
+    ) -> None:
+        assert original.model is not None, "the caller has looked"
+        self.model = _filled(original.model, tensors).eval()
+        self._stages, self._sizes = original.stages, original.sizes
+        self._size_of = {path: name for name, size in original.sizes.items() for path in size.layers}
+        self._stage_of = {
+            member: stage
+            for stage in original.stages
+            for path in stage.blocks
+            for member in members_of(self.model, path)
+        }
+        self._operators = operators
+        self._owners = _owners(self.model)
+        self._shapes: dict[str, tuple[torch.Size | None, Any]] = {}
+        self._pass: _Pass | None = None
+        self._cut = SubnetCut()
+        for path, module in self.model.named_modules(remove_duplicate=True):
+            if type(module).forward is not nn.Module.forward:
+                self._watch(path, module)
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cut: SubnetCut, flow: Flow | None = None
+    ) -> OracleRun:
+        """Run a subnet of it.
+
+        Raises:
+            ProofError: What is cut meets what is kept, or there is no rule for an operation.
+        """
+        self._cut, self._pass = cut, _Pass(self._owners, flow)
+        try:
+            with torch.no_grad(), _plain_attention(), self._pass as found:
+                output = self.model(*args, **kwargs)
+                ran: OracleRun = found.run
+                ran.output = self._ran("", output, ())
+                return ran
+        finally:
+            self._pass = None
+
+    # --- watching modules ---------------------------------------------------------------------
+
+    def _watch(self, path: str, module: nn.Module) -> None:
+        """Have a module report its calls, by its instance's forward: then `module.forward(x)` counts too."""
+        is_layer = not any(True for _ in module.children()) or path in self._size_of
+        is_layer = is_layer and (path in self._size_of or any(True for _ in module.parameters()))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            found = self._pass
+            assert found is not None, "only `run` calls it"
+            found.stack.append(path)
+            try:
+                output = self._call(path, module, args, kwargs)
+            finally:
+                found.stack.pop()
+            if is_layer:
+                ran = self._ran(path, output, (args, kwargs))
+                found.run.layers.append(ran)
+            return output
+
+        module.forward = forward
+
+    def _ran(self, path: str, output: Any, inputs: Any) -> LayerRun:
+        with _disable_current_modes():
+            return self._noted(path, output, inputs)
+
+    def _noted(self, path: str, output: Any, inputs: Any) -> LayerRun:
+        found = self._pass
+        assert found is not None, "it is called in a pass"
+        outputs = tensors_in(output)
+        absent = [found.marks.of(tensor) for tensor in outputs]
+        sizes = found.marks.sizes([*tensors_in(inputs), *outputs])
+        if path in self._size_of:
+            sizes.add(self._size_of[path])
+        return LayerRun(
+            path,
+            tuple(tensor.detach().clone() for tensor in outputs),
+            tuple(None if cut is None else cut.clone() for cut in absent),
+            tuple(sorted(sizes)),
+        )
+
+    def _call(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if path in self._stage_of:
+            return self._call_block(path, module, args, kwargs)
+        name = self._size_of.get(path)
+        kept = None if name is None else self._cut.kept.get(name)
+        if isinstance(module, _NORMS):
+            return self._call_norm(path, module, args[0] if args else kwargs["input"])
+        brought = reference_of(module, self._operators.get(path))
+        if brought is not None and (kept is not None or self._is_cut((args, kwargs))):
+            output = brought.compute(module, self._reference_call(args, kwargs, kept))
+            axis = brought.axis
+        else:
+            output = type(module).forward(module, *args, **kwargs)
+            axis = AXES.get(type(module))
+        if name is not None and kept is not None and axis is not None:
+            for tensor in tensors_in(output):
+                self._mark(tensor, axis, kept, name)
+        return output
+
+    def _is_cut(self, values: Any) -> bool:
+        assert self._pass is not None, "it is called in a pass"
+        return any(self._pass.marks.of(tensor) is not None for tensor in tensors_in(values))
+
+    def _mark(self, output: torch.Tensor, axis: int, kept: int, name: str) -> None:
+        """Mark the outputs that a subnet does not keep: the last ones, of each part."""
+        assert self._pass is not None, "it is called in a pass"
+        number = _cut_outputs(self._sizes[name].parts, output.shape[axis], kept)
+        cut = number.reshape(-1, *[1] * (-axis - 1)).expand(output.shape)
+        before = self._pass.marks.of(output)
+        self._pass.marks.put(output, cut if before is None else cut | before, {name})
+
+    def _reference_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], kept: int | None
+    ) -> ReferenceCall:
+        assert self._pass is not None, "it is called in a pass"
+        marks = self._pass.marks
+
+        def filled(value: Any) -> Any:
+            cut = marks.of(value) if isinstance(value, torch.Tensor) else None
+            return value if cut is None else value.masked_fill(cut, 0)
+
+        absent = tuple(marks.of(value) if isinstance(value, torch.Tensor) else None for value in args)
+        return ReferenceCall(
+            tuple(map(filled, args)), {name: filled(value) for name, value in kwargs.items()}, absent, kept
+        )
+
+    def _call_norm(self, path: str, norm: Any, x: torch.Tensor) -> torch.Tensor:
+        """Normalise by the subnet's own statistics, each channel that is present by its own."""
+        found = self._pass
+        assert found is not None, "it is called in a pass"
+        cut = found.marks.of(x)
+        present = torch.ones(x.shape[1], dtype=torch.bool)
+        if cut is not None:
+            axes = [axis for axis in range(x.dim()) if axis != 1]
+            present = ~cut.all(axes)
+        n = found.run.channels[path] = int(present.sum())
+        given = None if self._cut.statistics is None else self._cut.statistics(path, n)
+        if given is None:
+            output: torch.Tensor = type(norm).forward(norm, x)
+            return output
+        mean, variance = torch.zeros(len(present), dtype=x.dtype), torch.ones(len(present), dtype=x.dtype)
+        mean[present], variance[present] = given[0].to(x.dtype), given[1].to(x.dtype)
+        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+
+    # --- blocks -------------------------------------------------------------------------------
+
+    def _call_block(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = self._pass
+        assert found is not None, "it is called in a pass"
+        found.run.n_calls[path] = found.run.n_calls.get(path, 0) + 1
+        if path in self._cut.left_out:
+            return self._left_out(path, self._stage_of[path], args, kwargs)
+        flow = found._flow
+        given = tensors_in((args, kwargs))
+        node = flow.node(given[0]) if flow is not None and given else None
+        found.blocks.append(path)
+        try:
+            output = type(block).forward(block, *args, **kwargs)
+        finally:
+            found.blocks.pop()
+        returned = tensors_in(output)
+        self._shapes.setdefault(path, (returned[0].shape if returned else None, output))
+        if flow is not None and node is not None and returned:
+            flow.calls.append(BlockCall(path, node, flow.node(returned[0])))
+        return output
+
+    def _left_out(
+        self, path: str, stage: DeclaredStage, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if callable(stage.skipped):
+            return stage.skipped(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        shape, like = self._shapes.get(path, (None, None))
+        if shape is not None and x.shape != shape:
+            raise UnsliceableError(
+                f"block {path}: it turns {tuple(x.shape)} into {tuple(shape)}: leaving it out changes the "
+                "shape "
+                "for what follows; keep it in every subnet (Stage(..., least=) and the order of its "
+                "blocks), or "
+                "give Stage(..., skipped=a function)"
+            )
+        given = torch.zeros_like(x) if stage.skipped == "zero" else x
+        if not isinstance(like, tuple | list):
+            return given
+        if len(like) > 1:
+            raise UnjudgedError(
+                f"block {path}: it returns {len(like)} values: give Stage(..., skipped=a function) that "
+                "returns "
+                "as many when the block is left out"
+            )
+        return type(like)([given])
+
+
+def _filled(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a copy of a model without data, with these tensors in it."""
+    memo: dict[int, Any] = {}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, empty in named:
+        memo[id(empty)] = tensors[name]
+    return copy.deepcopy(model, memo)
+
+
+def _owners(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Return, by address, the paths of the modules that have a parameter or buffer."""
+    found: dict[int, tuple[str, ...]] = {}
+    for path, module in model.named_modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.numel():
+                found[address(tensor)] = (*found.get(address(tensor), ()), path)
+    return found
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Have attention run as products and a softmax, which have rules, and not as one kernel."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _cut_outputs(parts: int | tuple[int, ...], n: int, kept: int) -> torch.Tensor:
+    """Return which of n outputs are cut, (n,), if the smallest part keeps its first `kept`."""
+    sizes = (n // parts,) * parts if isinstance(parts, int) else parts or (n,)
+    least = min(sizes)
+    return torch.cat([torch.arange(size) >= kept * size // least for size in sizes])
+
+
+def members_of(model: nn.Module, path: str) -> list[str]:
+    """Return what is called of a block: itself, or the members of a list, which is never called."""
+    block = model.get_submodule(path)
+    if not isinstance(block, nn.ModuleList | nn.ModuleDict):
+        return [path]
+    return [member for name, _ in block.named_children() for member in members_of(model, f"{path}.{name}")]
