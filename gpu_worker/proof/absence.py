@@ -75,8 +75,19 @@ class Marks:
         return cut if bool(cut.any()) else None
 
     def touches(self, tensor: torch.Tensor) -> bool:
-        """Return whether the tensor, or another part of what it is a view of, has absent elements."""
+        """Return whether it was made of a layer's outputs of which some are absent, even if it is whole."""
         return address(tensor) in self._marked
+
+    def touch(self, tensor: torch.Tensor, sizes: set[str]) -> _Marked:
+        """Note that a tensor was made of a layer's outputs of which some are absent, even if it is whole."""
+        storage = tensor.untyped_storage()
+        held = self._marked.get(storage.data_ptr())
+        if held is None:
+            n = storage.nbytes() // tensor.element_size()
+            held = _Marked(torch.zeros(n, dtype=torch.bool), tensor.element_size(), set(), tensor)
+            self._marked[storage.data_ptr()] = held
+        held.sizes.update(sizes)
+        return held
 
     def sizes(self, tensors: Iterable[torch.Tensor]) -> set[str]:
         """Return the names of the elastic sizes by which elements of these tensors are absent."""
@@ -93,10 +104,7 @@ class Marks:
         if held is None:
             if cut is None or not bool(cut.any()):
                 return
-            storage = tensor.untyped_storage()
-            n = storage.nbytes() // tensor.element_size()
-            held = _Marked(torch.zeros(n, dtype=torch.bool), tensor.element_size(), set(), tensor)
-            self._marked[storage.data_ptr()] = held
+            held = self.touch(tensor, sizes)
         view = held.cut.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
         if 0 in tensor.stride():  # an expanded output: each element is written once
             view = view[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]

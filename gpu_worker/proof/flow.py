@@ -82,12 +82,12 @@ class Flow:
         writes = any(
             given.alias_info is not None and given.alias_info.is_write for given in func._schema.arguments
         )
-        is_soft = torch.Tag.pointwise in func.tags or name in _SOFT
+        soft = is_soft(func)
         joins = name in _JOINS or (torch.Tag.pointwise in func.tags and len(set(before)) > 1)
         known = {address(tensor) for tensor in inputs}
         for output in outputs:
             if writes or address(output) not in known:
-                step = _Step(self._new(output), tuple(dict.fromkeys(before)), is_soft, joins, blocks, where)
+                step = _Step(self._new(output), tuple(dict.fromkeys(before)), soft, joins, blocks, where)
                 self._steps.append(step)
 
     def meets_its_input(self, call: BlockCall) -> str | None:
@@ -108,6 +108,11 @@ class Flow:
             if given & behind and (given - behind) & around:
                 return step.where
         return None
+
+
+def is_soft(func: Any) -> bool:
+    """Return whether an operation treats elements one by one, or moves or normalises them."""
+    return torch.Tag.pointwise in func.tags or func.overloadpacket.__name__ in _SOFT
 
 
 def _after(nodes: set[int], steps: Iterable[_Step]) -> set[int]:

@@ -32,7 +32,7 @@ _HERE = Path(__file__).parent
 _FOLDER = ".proofs"
 _MOST_KEPT = 100
 _SAMPLED = 64  # numbers of each tensor: another checkpoint differs in some of them
-_PIXELS, _TOKENS = 64, 16
+_PIXELS, _TOKENS = 32, 16
 """An example is cut down to these, if the model takes that: what is sliced does not depend on it."""
 
 

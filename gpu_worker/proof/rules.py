@@ -104,14 +104,12 @@ def _is_view(func: Any) -> bool:
 
 
 def _pointwise(call: Call) -> Any:
-    shape: torch.Size = torch.broadcast_shapes(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        *(tensor.shape for tensor in call.tensors)
-    )
-    cut = joined(call.marks, call.tensors, shape)
-    cut = None if cut is None else cut.clone()  # an operation in place is about to change what it views
     output = call.run()
-    for tensor in tensors_in(output):
-        call.marks.put(tensor, None if cut is None else cut.expand(tensor.shape), call.sizes)
+    made = tensors_in(output)
+    cut = joined(call.marks, call.tensors, made[0].shape)
+    cut = None if cut is None else cut.clone()  # it views the marks that are about to change
+    for tensor in made:
+        call.marks.put(tensor, cut, call.sizes)
     return output
 
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def covering(subnets: Sequence[Subnet], controls: Controls, most: int) -> tuple[Subnet, ...]:
-    """Return at most `most` subnets, chosen so that as many sizes and sets of blocks as possible occur.
+    """Return subnets in which every size and every set of blocks of all of them occurs.
 
-    Where fewer suffice, others spread over the rest join them.
+    Where fewer than `most` suffice, others that are spread over the rest join them.
     """
     traits = [_traits(controls.sizes_of(subnet.control)) for subnet in subnets]
     missing = set().union(*traits)
     chosen: list[int] = []
-    while missing and len(chosen) < most:
+    while missing:
         best = max(range(len(subnets)), key=lambda row: len(traits[row] & missing))
         chosen.append(best)
         missing -= traits[best]
@@ -41,7 +41,7 @@ def _traits(sizes: Sizes) -> set[Trait]:
 
 
 def drawn(controls: Controls, most: int) -> tuple[Subnet, ...]:
-    """Return at most `most` of all subnets there are; each choice of each entry occurs, if that fits."""
+    """Return at most `most` of all subnets there are; each choice of each entry occurs if that fits."""
     space, rng = controls.space, np.random.default_rng(0)
     n = max((len(entry.choices) for row in space.entries.values() for entry in row), default=1)
     rounds = _latin(space, min(n, max(1, most - 2)), rng)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gpu_worker.proof.absence import Marks, UnjudgedError, UnsliceableError, address, caller
-from gpu_worker.proof.flow import BlockCall, Flow
+from gpu_worker.proof.flow import BlockCall, Flow, is_soft
 from gpu_worker.proof.references import AXES, ReferenceCall, reference_of
 from gpu_worker.proof.rules import Call, apply, tensors_in
 
@@ -33,14 +33,14 @@ class LayerRun(NamedTuple):
 
     Attributes:
         path: Of the layer.
-        outputs: Its tensors.
-        absent: For each, what of it is absent, or None.
+        outputs: Of its tensors, what is present.
+        shapes: Of its whole tensors.
         sizes: The elastic sizes that are cut in it or in its inputs.
     """
 
     path: str
     outputs: tuple[torch.Tensor, ...]
-    absent: tuple[torch.Tensor | None, ...]
+    shapes: tuple[tuple[int, ...], ...]
     sizes: tuple[str, ...]
 
 
@@ -90,6 +90,10 @@ class _Pass(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         self.blocks: list[str] = []
         self._owners, self._flow = owners, flow
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would import its compiler, which takes seconds
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -98,6 +102,10 @@ class _Pass(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         before = [self._flow.node(tensor) for tensor in call.tensors] if self._flow is not None else []
         has_cut = any(self.marks.of(tensor) is not None for tensor in call.tensors)
         output = apply(call) if has_cut else call.run()
+        if call.sizes and not has_cut and is_soft(func):
+            # The whole part of a fused layer's outputs: it must not meet the part that is cut.
+            for tensor in tensors_in(output):
+                self.marks.touch(tensor, call.sizes)
         if func.overloadpacket.__name__ == "_to_copy":
             self.run.lowered |= _is_lowered(args[0], output)
         if self._flow is not None:
@@ -200,14 +208,13 @@ class Whole:
         found = self._pass
         assert found is not None, "it is called in a pass"
         outputs = tensors_in(output)
-        absent = [found.marks.of(tensor) for tensor in outputs]
         sizes = found.marks.sizes([*tensors_in(inputs), *outputs])
         if path in self._size_of:
             sizes.add(self._size_of[path])
         return LayerRun(
             path,
-            tuple(tensor.detach().clone() for tensor in outputs),
-            tuple(None if cut is None else cut.clone() for cut in absent),
+            tuple(present(tensor, found.marks.of(tensor)) for tensor in outputs),
+            tuple(tuple(tensor.shape) for tensor in outputs),
             tuple(sorted(sizes)),
         )
 
@@ -353,6 +360,20 @@ def _plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def present(output: torch.Tensor, absent: torch.Tensor | None) -> torch.Tensor:
+    """Return a copy of the elements present, in order; with their axes if whole rows of these are absent."""
+    if absent is None:
+        return output.clone()
+    here = ~absent
+    for axis in range(output.dim()):
+        others = [other for other in range(output.dim()) if other != axis]
+        kept = here.any(others) if others else here
+        if not bool(kept.all()):
+            rows = kept.nonzero().flatten()
+            output, here = output.index_select(axis, rows), here.index_select(axis, rows)
+    return output if bool(here.all()) else output[here]
 
 
 def _cut_outputs(parts: int | tuple[int, ...], n: int, kept: int) -> torch.Tensor:

@@ -1,0 +1,174 @@
+"""What each operation means for absent elements, compared with the same operation on a tensor without them.
+
+The oracle runs at full width with marks. Each operation here is also run on the channels that are kept alone,
+in plain torch: what the oracle says is present must be that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  torch's own convention
+from torch import nn
+
+from gpu_worker.proof.absence import ProofError, UnjudgedError, UnsliceableError
+from gpu_worker.proof.whole import SubnetCut, Whole
+from gpu_worker.supernet.original import DeclaredSize, original_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Function = Callable[[torch.Tensor], torch.Tensor]
+
+CHANNELS, KEPT = 12, 4
+
+
+class Applied(nn.Module):
+    """A 1 x 1 convolution, and a function of what it gives."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, CHANNELS, 1)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the function's value."""
+        return self.function(self.conv(x))
+
+
+def oracle(model: nn.Module, x: torch.Tensor, layer: str, kept: int) -> torch.Tensor:
+    """Return what the oracle says is present of the output if `layer` keeps its first outputs."""
+    model = model.double().eval()
+    original = original_of(model, (), {"size": DeclaredSize((layer,))})
+    whole = Whole(original, {**dict(model.named_parameters()), **dict(model.named_buffers())}, {})
+    return whole.run((x,), {}, SubnetCut(kept={"size": kept})).output.outputs[0]
+
+
+def closely(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare in double precision."""
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def in_place(x: torch.Tensor) -> torch.Tensor:
+    """Write into a view of a tensor, and read another view of it."""
+    y = x.clone()
+    y.permute(0, 2, 3, 1).mul_(2).add_(1)
+    return y.flatten(2).relu_()
+
+
+def squeeze_and_excite(x: torch.Tensor) -> torch.Tensor:
+    """Scale channels by what is in them."""
+    return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+
+def own_attention(x: torch.Tensor) -> torch.Tensor:
+    """Attend between positions with heads of 2 channels."""
+    heads = torch.unflatten(x.flatten(2), 1, (-1, 2)).transpose(2, 3)
+    return F.scaled_dot_product_attention(heads, heads, heads)
+
+
+EXACT: dict[str, Function] = {
+    "relu": F.relu,
+    "in place": in_place,
+    "gelu of a scaled sum": lambda x: F.gelu(2 * x + 1),
+    "channel gate": squeeze_and_excite,
+    "mean over channels": lambda x: x.mean(1),
+    "mean over all": lambda x: x.mean(),
+    "mean over space": lambda x: x.mean((2, 3)),
+    "a number of what is kept": lambda x: x * float(x.sum()),
+    "sum": lambda x: x.sum(1, keepdim=True),
+    "variance": lambda x: x.var(1),
+    "standard deviation": lambda x: x.std((1, 2), keepdim=True),
+    "largest": lambda x: x.amax(1),
+    "smallest": lambda x: x.amin((1, 2)),
+    "max with its place": lambda x: x.max(1).values,
+    "softmax": lambda x: x.softmax(1),
+    "log softmax": lambda x: x.log_softmax(1),
+    "logsumexp": lambda x: x.logsumexp(1),
+    "norm": lambda x: F.normalize(x, dim=1),
+    "layer norm": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],)),
+    "rms norm": lambda x: F.rms_norm(x.permute(0, 2, 3, 1), (x.shape[1],)),
+    "rms norm with eps": lambda x: F.rms_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=0.1),
+    "group norm of whole groups": lambda x: F.group_norm(x, x.shape[1] // 2),
+    "instance norm": F.instance_norm,
+    "max pool": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "average pool": lambda x: F.avg_pool2d(x, 2),
+    "adaptive pool": lambda x: F.adaptive_avg_pool2d(x, 2),
+    "global pool": lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
+    "interpolation": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "padding": lambda x: F.pad(x, (1, 1, 0, 2)),
+    "reflection": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "flatten": lambda x: x.flatten(1),
+    "flatten, channels last": lambda x: x.permute(0, 2, 3, 1).flatten(1),
+    "concatenation": lambda x: torch.cat([x, 2 * x], 1),
+    "concatenation with what is whole": lambda x: torch.cat([x, x.mean(1, keepdim=True)], 1),
+    "stack": lambda x: torch.stack([x, -x], 1),
+    "split heads": lambda x: torch.unflatten(x, 1, (-1, 2)).softmax(2),
+    "gram matrix": lambda x: x.flatten(2) @ x.flatten(2).transpose(1, 2),
+    "product of positions": lambda x: x.flatten(2).transpose(1, 2) @ x.flatten(2),
+    "einsum": lambda x: torch.einsum("bchw,bchv->bwv", x, x),
+    "attention of heads": own_attention,
+    "rolled in space": lambda x: x.roll(1, 2),
+    "pixel shuffle": lambda x: F.pixel_shuffle(x, 2),
+    "glu over space": lambda x: F.glu(x, 3),
+    "where": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "depthwise": lambda x: F.conv2d(x, torch.full((x.shape[1], 1, 1, 1), 2.0).double(), groups=x.shape[1]),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_present_is_what_the_kept_part_alone_gives(name: str) -> None:
+    """Reductions use the kept part, moves keep its order, products leave the rest out."""
+    torch.manual_seed(0)
+    model, function = Applied(EXACT[name]), EXACT[name]
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    found = oracle(model, x, "conv", KEPT)
+    with torch.no_grad():
+        expected = function(model.conv(x)[:, :KEPT].contiguous())
+
+    closely(found.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        (lambda x: F.glu(x, 1), UnsliceableError),
+        (lambda x: x[:, :6] * x[:, 6:], UnsliceableError),
+        (lambda x: x[:, :6].flatten(2) @ x[:, 6:].flatten(2).transpose(1, 2), UnsliceableError),
+        (lambda x: x + x.flip(1), UnsliceableError),
+        (lambda x: x.sort(1).values, UnjudgedError),
+        (lambda x: x.cumsum(1).flip(1), UnjudgedError),
+        (lambda x: x * float(x[0, -1, 0, 0]), UnjudgedError),
+        (lambda x: x.view(torch.int32).float(), UnjudgedError),
+    ],
+)
+def test_what_pairs_kept_with_cut_elements_is_refused(function: Function, error: type[ProofError]) -> None:
+    """A fused layer cut in one piece, and operations without a rule; the error names file and line."""
+    with pytest.raises(error, match=r"test_rules\.py:\d+"):
+        oracle(Applied(function), torch.randn(2, 3, 4, 4, dtype=torch.float64), "conv", KEPT)
+
+
+def test_a_consumer_uses_zero_for_what_is_absent() -> None:
+    """Which inputs are masked follows from where elements went: every second, behind a transposition."""
+    torch.manual_seed(0)
+
+    class Interleaved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 8)
+            self.b = nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.b(torch.unflatten(self.a(x), -1, (2, 4)).transpose(1, 2).flatten(1))
+            return y
+
+    model = Interleaved().double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    # Outputs 0..3 of `a` are its first row of two; transposed, they are inputs 0, 2, 4, 6 of `b`.
+    inner = model.a(x)
+    weight = model.b.weight[:, ::2]
+    expected = inner[:, :4] @ weight.T + model.b.bias
+
+    closely(oracle(model, x, "a", 4), expected.detach())
