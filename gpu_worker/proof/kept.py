@@ -18,6 +18,7 @@ import torch
 
 from gpu_worker.proof.absence import ProofError
 from gpu_worker.proof.prove import MOST_SUBNETS, prove
+from gpu_worker.proof.whole import filled, tensors_of
 from superserve.errors import ConfigError
 from superserve.files import write_whole
 from superserve.roles.local import state_folder
@@ -113,11 +114,14 @@ def _small(supernet: Supernet, example: torch.Tensor) -> torch.Tensor:
         part = example[..., :_PIXELS, :_PIXELS]
     elif example.dim() > 1 and not example.is_floating_point():
         part = example[..., :_TOKENS]
-    if part.shape == example.shape:
+    original = supernet.original
+    if part.shape == example.shape or original is None or original.model is None:
         return example
+    # The plain model: a sliced layer would take fewer inputs than the whole has.
+    plain = filled(original.model, tensors_of(supernet.model)).eval()
     try:
-        with torch.inference_mode():
-            supernet(part)
+        with torch.no_grad():
+            plain(part)
     except Exception:  # noqa: BLE001  a model may refuse a size in any way
         return example
     return part

@@ -19,7 +19,7 @@ from gpu_worker.proof.absence import ProofError, UnjudgedError, UnsliceableError
 from gpu_worker.proof.flow import Flow
 from gpu_worker.proof.rules import tensors_in
 from gpu_worker.proof.sample import covering, drawn
-from gpu_worker.proof.whole import LayerRun, OracleRun, SubnetCut, Whole, members_of
+from gpu_worker.proof.whole import LayerRun, OracleRun, SubnetCut, Whole, members_of, tensors_of
 from gpu_worker.supernet.actuation import actuate
 from gpu_worker.supernet.supernet import SubnetStatistics
 
@@ -205,11 +205,7 @@ class _Judge:
         self._norms = {norm.path for norm in copied.norms}
         _vary(copied.model)
         copied.host(subnets)
-        tensors = {
-            **dict(copied.model.named_parameters(remove_duplicate=False)),
-            **dict(copied.model.named_buffers(remove_duplicate=False)),
-        }
-        self._whole = Whole(original, tensors, self._modules)
+        self._whole = Whole(original, tensors_of(copied.model), self._modules)
         self._tolerance = TOLERANCE
         self.n_layers, self.deviation = 0, 0.0
 

@@ -142,7 +142,7 @@ class Whole:
         self, original: Original, tensors: Mapping[str, torch.Tensor], operators: Mapping[str, nn.Module]
     ) -> None:
         assert original.model is not None, "the caller has looked"
-        self.model = _filled(original.model, tensors).eval()
+        self.model = filled(original.model, tensors).eval()
         self._stages, self._sizes = original.stages, original.sizes
         self._size_of = {path: name for name, size in original.sizes.items() for path in size.layers}
         self._stage_of = {
@@ -331,13 +331,21 @@ class Whole:
         return type(like)([given])
 
 
-def _filled(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+def filled(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a copy of a model without data, with these tensors in it."""
     memo: dict[int, Any] = {}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for name, empty in named:
         memo[id(empty)] = tensors[name]
     return copy.deepcopy(model, memo)
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return all parameters and buffers by name; one that has several names by each."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[str, ...]]:
