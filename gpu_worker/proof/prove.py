@@ -412,6 +412,8 @@ class _Statistics:
 
     def of(self, path: str, channels: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return mean and variance of a norm, (channels,) each; None if the norm's own count."""
+        if path not in self._norms:
+            return None
         found = self._found.get(path)
         if self.is_held:
             if found is None or not len(found[0]):

@@ -14,6 +14,7 @@ An operator class may have the same function as its static method `proof_referen
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,23 +48,24 @@ class Reference:
 
     Attributes:
         compute: From the plain layer and a call to the output, as wide as the whole layer's.
-        axis: Of the output, along which the first outputs are kept; None if its output stays whole.
+        count: From the layer to how many outputs the last axis of what it gives consists of, or a multiple of
+            it, each with its first ones kept; None if all that it gives stays whole.
     """
 
     compute: Callable[[Any, ReferenceCall], Any]
-    axis: int | None
+    count: Callable[[Any], int] | None
 
 
 _references: dict[type[nn.Module], Reference] = {}
 
 
 def reference(
-    kind: type[nn.Module], axis: int | None = None
+    kind: type[nn.Module], count: Callable[[Any], int] | None = None
 ) -> Callable[[Callable[[Any, ReferenceCall], Any]], Callable[[Any, ReferenceCall], Any]]:
-    """Register the decorated function as what layers of type `kind` are to compute."""
+    """Register the decorated function for layers of type `kind`; `count` is that of `Reference`."""
 
     def register(compute: Callable[[Any, ReferenceCall], Any]) -> Callable[[Any, ReferenceCall], Any]:
-        _references[kind] = Reference(compute, axis)
+        _references[kind] = Reference(compute, count)
         return compute
 
     return register
@@ -71,13 +73,25 @@ def reference(
 
 def reference_of(layer: nn.Module, operator: nn.Module | None) -> Reference | None:
     """Return a layer's reference: registered for its type, or brought by the operator that it became."""
-    found = _references.get(type(layer))
     own = getattr(type(operator), "proof_reference", None)
-    return found if own is None else Reference(own, getattr(type(operator), "proof_axis", None))
+    if own is not None:
+        return Reference(own, getattr(type(operator), "proof_count", None))
+    return next((_references[cls] for cls in type(layer).__mro__ if cls in _references), None)
 
 
-AXES: dict[type[nn.Module], int] = {nn.Linear: -1, nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4}
-"""The axis of the output along which a layer has its outputs."""
+_AXES: dict[type[nn.Module], int] = {
+    nn.Linear: -1, nn.Embedding: -1, nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4,
+    nn.ConvTranspose1d: -2, nn.ConvTranspose2d: -3, nn.ConvTranspose3d: -4,
+}  # fmt: skip
+
+
+def axis_of(layer: nn.Module) -> int | None:
+    """Return the axis of a layer's output along which its outputs lie; None if that is not known."""
+    known = next((axis for cls, axis in _AXES.items() if isinstance(layer, cls)), None)
+    weight = getattr(layer, "weight", None)
+    if known is None and isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        return -1  # a linear layer by another name, such as Hugging Face's Conv1D
+    return known
 
 
 @reference(nn.MultiheadAttention)
@@ -99,3 +113,23 @@ def attention(layer: nn.MultiheadAttention, call: ReferenceCall) -> Any:
         return output, None
     heads = weights[..., :kept, :, :]  # (B, kept, T, S), or without B
     return output, heads.mean(-3) if averages else heads
+
+
+def _hidden(layer: nn.RNNBase) -> int:
+    return int(layer.hidden_size)
+
+
+@reference(nn.RNNBase, _hidden)
+def recurrent(layer: nn.RNNBase, call: ReferenceCall) -> Any:
+    """Run with all hidden units, of which those that are cut say nothing to any other, in each direction."""
+    kept = layer.hidden_size if call.kept is None else call.kept
+    directions = 2 if layer.bidirectional else 1
+    plain = copy.deepcopy(layer)
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            if name.startswith("weight_hh"):
+                weight[:, kept:] = 0
+            elif name.startswith("weight_ih") and "_l0" not in name:
+                said = torch.arange(weight.shape[1]) % (weight.shape[1] // directions) < kept
+                weight[:, ~said] = 0
+    return type(layer).forward(plain, *call.args, **call.kwargs)

@@ -268,7 +268,7 @@ def _reduced(call: Call, value: float, *, divides: bool = False, at: int = 1) ->
     absent = cut.all(axes, keepdim=keeps)
     output = call.run(call.filled(x, value))
     if divides:
-        n = (~cut).sum(axes, keepdim=keeps).clamp_min(1)
+        n = (~cut).sum(axes, keepdim=keeps).clamp_min(1).to(x.dtype)
         whole = 1
         for axis in axes:
             whole *= x.shape[axis]

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gpu_worker.proof.absence import Marks, UnjudgedError, UnsliceableError, address, caller
 from gpu_worker.proof.flow import BlockCall, Flow, is_soft
-from gpu_worker.proof.references import AXES, ReferenceCall, reference_of
+from gpu_worker.proof.references import ReferenceCall, axis_of, reference_of
 from gpu_worker.proof.rules import Call, apply, tensors_in
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from gpu_worker.supernet.original import DeclaredStage, Original
 
     MeanAndVariance = tuple[torch.Tensor, torch.Tensor]
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class LayerRun(NamedTuple):
@@ -223,31 +222,42 @@ class Whole:
             return self._call_block(path, module, args, kwargs)
         name = self._size_of.get(path)
         kept = None if name is None else self._cut.kept.get(name)
-        if isinstance(module, _NORMS):
+        if isinstance(module, _BatchNorm):
             return self._call_norm(path, module, args[0] if args else kwargs["input"])
         brought = reference_of(module, self._operators.get(path))
-        if brought is not None and (kept is not None or self._is_cut((args, kwargs))):
-            output = brought.compute(module, self._reference_call(args, kwargs, kept))
-            axis = brought.axis
-        else:
+        if brought is None or (kept is None and not self._is_cut((args, kwargs))):
             output = type(module).forward(module, *args, **kwargs)
-            axis = AXES.get(type(module))
-        if name is not None and kept is not None and axis is not None:
+            if name is not None and kept is not None:
+                self._mark(path, output, axis_of(module), kept)
+            return output
+        with _disable_current_modes():  # a reference says itself what is absent
+            output = brought.compute(module, self._reference_call(args, kwargs, kept))
+        if name is not None and kept is not None and brought.count is not None:
+            n = brought.count(module)
             for tensor in tensors_in(output):
-                self._mark(tensor, axis, kept, name)
+                self._put(tensor, torch.arange(tensor.shape[-1]) % n >= kept, name)
         return output
 
     def _is_cut(self, values: Any) -> bool:
         assert self._pass is not None, "it is called in a pass"
         return any(self._pass.marks.of(tensor) is not None for tensor in tensors_in(values))
 
-    def _mark(self, output: torch.Tensor, axis: int, kept: int, name: str) -> None:
+    def _mark(self, path: str, output: torch.Tensor, axis: int | None, kept: int) -> None:
         """Mark the outputs that a subnet does not keep: the last ones, of each part."""
-        assert self._pass is not None, "it is called in a pass"
+        if axis is None:
+            raise UnjudgedError(
+                f"layer {path}: it is not known along which axis its outputs lie: give its type a reference "
+                "(gpu_worker.proof.references)"
+            )
+        name = self._size_of[path]
         number = _cut_outputs(self._sizes[name].parts, output.shape[axis], kept)
-        cut = number.reshape(-1, *[1] * (-axis - 1)).expand(output.shape)
-        before = self._pass.marks.of(output)
-        self._pass.marks.put(output, cut if before is None else cut | before, {name})
+        self._put(output, number.reshape(-1, *[1] * (-axis - 1)), name)
+
+    def _put(self, output: torch.Tensor, cut: torch.Tensor, name: str) -> None:
+        assert self._pass is not None, "it is called in a pass"
+        marks = self._pass.marks
+        before, cut = marks.of(output), cut.expand(output.shape)
+        marks.put(output, cut if before is None else cut | before, {name})
 
     def _reference_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], kept: int | None
@@ -275,12 +285,21 @@ class Whole:
             present = ~cut.all(axes)
         n = found.run.channels[path] = int(present.sum())
         given = None if self._cut.statistics is None else self._cut.statistics(path, n)
+        output: torch.Tensor
         if given is None:
-            output: torch.Tensor = type(norm).forward(norm, x)
+            output = type(norm).forward(norm, x)
             return output
         mean, variance = torch.zeros(len(present), dtype=x.dtype), torch.ones(len(present), dtype=x.dtype)
         mean[present], variance[present] = given[0].to(x.dtype), given[1].to(x.dtype)
-        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+        if norm.running_mean is None:
+            return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+        own = norm.running_mean, norm.running_var
+        norm.running_mean, norm.running_var = mean, variance
+        try:
+            output = type(norm).forward(norm, x)
+        finally:
+            norm.running_mean, norm.running_var = own
+        return output
 
     # --- blocks -------------------------------------------------------------------------------
 

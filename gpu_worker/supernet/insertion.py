@@ -49,7 +49,7 @@ from gpu_worker.supernet.operators import (
     WeightSliceLinear,
     switched,
 )
-from gpu_worker.supernet.original import DeclaredSize, DeclaredStage, original_of
+from gpu_worker.supernet.original import original_of
 from gpu_worker.supernet.supernet import Supernet
 from superserve.errors import ConfigError
 
@@ -152,19 +152,7 @@ def insert(
     full = {size.name: _n_outputs(size.name, layers[size.name]) for size in elastic}
     if controls is None:
         controls = default_controls(stages, [len(found) for found in blocks], elastic, full)
-    original = original_of(
-        model,
-        [
-            DeclaredStage(tuple(block.path for block in found), getattr(stage, "skipped", "input"))
-            for stage, found in zip(stages, blocks, strict=True)
-        ],
-        {
-            size.name: DeclaredSize(
-                tuple(layer.path for layer in layers[size.name]), getattr(size, "parts", 1)
-            )
-            for size in elastic
-        },
-    )
+    original = original_of(model, stages, elastic)
     inserted = _insert(model, blocks, layers)
     supernet = Supernet(model, inserted, controls)
     supernet.original = original

@@ -7,6 +7,7 @@ small: a copy of the modules whose parameters and buffers are on the meta device
 from __future__ import annotations
 
 import copy
+import fnmatch
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
+
+    from gpu_worker.supernet.insertion import Elastic, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +68,42 @@ class Original:
         return self
 
 
-def original_of(
-    model: nn.Module, stages: Iterable[DeclaredStage], sizes: Mapping[str, DeclaredSize]
-) -> Original:
-    """Copy a model that insertion is about to change; or note why no copy could stand for it."""
-    stages = tuple(stages)
-    blocks = {path for stage in stages for path in stage.blocks}
+def original_of(model: nn.Module, stages: Sequence[Stage], elastic: Sequence[Elastic]) -> Original:
+    """Copy a model that insertion is about to change; or note why no copy could stand for it.
+
+    Args:
+        model: As it is before insertion.
+        stages: As insertion was given them, and has checked.
+        elastic: The same.
+    """
+    declared = tuple(
+        DeclaredStage(_blocks(model, stage), getattr(stage, "skipped", "input")) for stage in stages
+    )
+    sizes = {size.name: DeclaredSize(_layers(model, size), _parts(size)) for size in elastic}
+    blocks = {path for stage in declared for path in stage.blocks}
     layers = {path for size in sizes.values() for path in size.layers}
     why_not = _goes_around(model, blocks, layers)
     found = None
     if not why_not:
         found, why_not = _without_data(model)
-    return Original(found, why_not, stages, dict(sizes))
+    return Original(found, why_not, declared, sizes)
+
+
+def _blocks(model: nn.Module, stage: Stage) -> tuple[str, ...]:
+    if not isinstance(stage.blocks, str):
+        return tuple(stage.blocks)
+    prefix = f"{stage.blocks}." if stage.blocks else ""
+    return tuple(f"{prefix}{name}" for name, _ in model.get_submodule(stage.blocks).named_children())
+
+
+def _layers(model: nn.Module, size: Elastic) -> tuple[str, ...]:
+    paths = [path for path, _ in model.named_modules()]
+    return tuple(path for pattern in size.layers for path in paths if fnmatch.fnmatchcase(path, pattern))
+
+
+def _parts(size: Elastic) -> int | tuple[int, ...]:
+    parts: int | Sequence[int] = getattr(size, "parts", 1)
+    return parts if isinstance(parts, int) else tuple(parts)
 
 
 def _goes_around(model: nn.Module, blocks: set[str], layers: set[str]) -> str:

@@ -15,14 +15,15 @@ from torch import nn
 
 from gpu_worker.proof.absence import ProofError, UnjudgedError, UnsliceableError
 from gpu_worker.proof.whole import SubnetCut, Whole
-from gpu_worker.supernet.original import DeclaredSize, original_of
+from gpu_worker.supernet.insertion import Elastic
+from gpu_worker.supernet.original import original_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Function = Callable[[torch.Tensor], torch.Tensor]
 
-CHANNELS, KEPT = 12, 4
+CHANNELS, KEPT = 20, 12
 
 
 class Applied(nn.Module):
@@ -41,7 +42,7 @@ class Applied(nn.Module):
 def oracle(model: nn.Module, x: torch.Tensor, layer: str, kept: int) -> torch.Tensor:
     """Return what the oracle says is present of the output if `layer` keeps its first outputs."""
     model = model.double().eval()
-    original = original_of(model, (), {"size": DeclaredSize((layer,))})
+    original = original_of(model, (), [Elastic("size", [layer])])
     whole = Whole(original, {**dict(model.named_parameters()), **dict(model.named_buffers())}, {})
     return whole.run((x,), {}, SubnetCut(kept={"size": kept})).output.outputs[0]
 
@@ -135,8 +136,8 @@ def test_what_is_present_is_what_the_kept_part_alone_gives(name: str) -> None:
     ("function", "error"),
     [
         (lambda x: F.glu(x, 1), UnsliceableError),
-        (lambda x: x[:, :6] * x[:, 6:], UnsliceableError),
-        (lambda x: x[:, :6].flatten(2) @ x[:, 6:].flatten(2).transpose(1, 2), UnsliceableError),
+        (lambda x: x[:, :10] * x[:, 10:], UnsliceableError),
+        (lambda x: x[:, :8].flatten(2) @ x[:, 12:].flatten(2).transpose(1, 2), UnsliceableError),
         (lambda x: x + x.flip(1), UnsliceableError),
         (lambda x: x.sort(1).values, UnjudgedError),
         (lambda x: x.cumsum(1).flip(1), UnjudgedError),
@@ -172,3 +173,53 @@ def test_a_consumer_uses_zero_for_what_is_absent() -> None:
     expected = inner[:, :4] @ weight.T + model.b.bias
 
     closely(oracle(model, x, "a", 4), expected.detach())
+
+
+class Recurrent(nn.Module):
+    """A linear layer, a recurrent one, and what follows it."""
+
+    def __init__(self, kind: Callable[..., nn.RNNBase], *, bidirectional: bool) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 6)
+        self.rnn = kind(6, 8, num_layers=2, bidirectional=bidirectional, batch_first=True)
+        self.b = nn.Linear(16 if bidirectional else 8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, T, 5), with the last hidden state added."""
+        found, state = self.rnn(self.a(x))
+        hidden = state[0] if isinstance(state, tuple) else state
+        last: torch.Tensor = self.b(found) + hidden.mean()
+        return last
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("kind", "n_gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize(("layer", "kept"), [("rnn", 3), ("a", 4)])
+def test_a_recurrent_layer_is_that_of_its_kept_units(
+    kind: Callable[..., nn.RNNBase], n_gates: int, bidirectional: bool, layer: str, kept: int
+) -> None:
+    """Two layers, both directions, every cell: as a smaller one whose weights are gathered by index."""
+    torch.manual_seed(0)
+    model = Recurrent(kind, bidirectional=bidirectional).double()
+    inputs, hidden = (6, kept) if layer == "rnn" else (kept, 8)
+    small = Recurrent(kind, bidirectional=bidirectional).double()
+    small.a = nn.Linear(3, inputs).double()
+    small.rnn = kind(inputs, hidden, num_layers=2, bidirectional=bidirectional, batch_first=True).double()
+    small.b = nn.Linear((1 + bidirectional) * hidden, 5).double()
+    units = torch.arange(hidden)
+    rows = torch.cat([8 * gate + units for gate in range(n_gates)])
+    both = torch.cat([units, 8 + units]) if bidirectional else units
+    state = {}
+    for name, whole in model.state_dict().items():
+        if "rnn" in name:
+            columns = units if "_hh" in name else torch.arange(inputs) if "_l0" in name else both
+            state[name] = whole[rows] if whole.dim() == 1 else whole[rows][:, columns]
+        else:
+            state[name] = (
+                whole[:inputs] if name.startswith("a.") else whole[..., both] if whole.dim() == 2 else whole
+            )
+    small.load_state_dict(state)
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+
+    with torch.no_grad():
+        closely(oracle(model, x, layer, kept), small(x))
