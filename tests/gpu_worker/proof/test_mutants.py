@@ -116,11 +116,6 @@ def unscaled(_layer: Any, found: torch.Tensor, args: Any) -> torch.Tensor:
     return found if x.shape[-1] == 16 else torch.nn.functional.layer_norm(x, x.shape[-1:])
 
 
-def zero_for_input(block: Any, found: Any, args: Any) -> Any:
-    """A block that is left out gives zeros."""
-    return found if block.switch_cursor.settings[block.switch_place] else torch.zeros_like(args[0])
-
-
 def wrong_block(stage: Any, found: Any, args: Any) -> Any:
     """One block more than was asked for: the last."""
     args[1][stage.blocks[-1].switch_place] = True
@@ -143,7 +138,6 @@ MUTANTS: list[tuple[type, str, Spoil, Callable[[], Supernet]]] = [
     (SlicedAttention, "heads_in_use", keys_for_queries, encoder),
     (SlicedAttention, "heads_in_use", last_heads_out, encoder),
     (SlicedLayerNorm, "forward", unscaled, encoder),
-    (Switched, "forward", zero_for_input, convolutional),
     (LayerSelect, "choose", wrong_block, convolutional),
 ]
 
@@ -170,6 +164,19 @@ def test_a_mutant_of_the_slicer_is_caught(
     monkeypatch.setattr(owner, name, spoiled)
     with pytest.raises(ProofError, match=r"deviates|has shape|fails in place"):
         prove(supernet, example(build), most=8, checks_resident=False)
+
+
+def test_a_block_that_gives_zeros_when_it_is_left_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The declaration is its input."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.switch_cursor.settings[self.switch_place]:
+            return torch.zeros_like(args[0])
+        return super(Switched, self).__call__(*args, **kwargs)
+
+    monkeypatch.setattr(Switched, "__call__", call, raising=False)
+    with pytest.raises(ProofError, match="deviates"):
+        prove(convolutional(), example(convolutional), most=8, checks_resident=False)
 
 
 @pytest.mark.parametrize("build", [convolutional, encoder])
