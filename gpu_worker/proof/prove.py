@@ -39,8 +39,11 @@ TOLERANCE = 1e-9
 TOLERANCE_LOWERED = 1e-4
 """The same for a model that casts to a lower precision on its own, and so is only as exact as that."""
 
-TOLERANCE_RESIDENT = 1e-2
-"""The same between the supernet as it is, in its own precision, and its exact copy."""
+TOLERANCE_RESIDENT = {torch.float32: 1e-2, torch.float64: 1e-2}
+"""The same between the supernet as it is, in its own precision, and a copy in float32."""
+
+TOLERANCE_HALF = 0.2
+"""The same in half precision; bfloat16 was seen 0.01 off, and other weights give about 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +108,7 @@ def prove(
     original = _original(supernet)
     chosen = drawn(supernet.controls, most) if subnets is None else covering(subnets, supernet.controls, most)
     inputs = _inputs(example)
-    exact = copy.deepcopy(supernet).cpu().eval().double()
-    judge = _Judge(exact, original, inputs.cast(torch.float64, torch.device("cpu")), chosen)
-    judge.look_at_whole()
+    judge = _judge(supernet, original, inputs, chosen)
     for row in range(len(chosen)):
         judge.compare(row)
     if checks_resident:
@@ -115,6 +116,23 @@ def prove(
     return Proof(
         tuple(subnet.name for subnet in chosen), judge.n_layers, judge.deviation, time.monotonic() - began
     )
+
+
+def _judge(supernet: Supernet, original: Original, inputs: _Inputs, subnets: tuple[Subnet, ...]) -> _Judge:
+    """Return what compares in float64; in float32 if the model has an operation that takes no doubles."""
+    cpu = torch.device("cpu")
+    try:
+        exact = copy.deepcopy(supernet).cpu().eval().double()
+        judge = _Judge(exact, original, inputs.cast(torch.float64, cpu), subnets, TOLERANCE)
+        judge.look_at_whole()
+    except UnjudgedError as error:
+        plain = copy.deepcopy(supernet).cpu().eval().float()
+        judge = _Judge(plain, original, inputs.cast(torch.float32, cpu), subnets, TOLERANCE_LOWERED)
+        try:
+            judge.look_at_whole()
+        except UnjudgedError:
+            raise error from None
+    return judge
 
 
 def _original(supernet: Supernet) -> Original:
@@ -137,12 +155,13 @@ def _inputs(example: Any) -> _Inputs:
 
 def _check_resident(supernet: Supernet, subnets: Sequence[Subnet], inputs: _Inputs) -> None:
     """Compare the supernet, in its own precision, with a copy in which nothing is left of earlier passes."""
-    copied = copy.deepcopy(supernet).cpu().eval()
-    floats = {tensor.dtype for tensor in supernet.model.parameters() if tensor.is_floating_point()}
-    dtype = floats.pop() if len(floats) == 1 else torch.float32
-    training = supernet.training
+    copied = copy.deepcopy(supernet).cpu().eval().float()
+    dtype = _dtype(supernet.model)
+    tolerance = TOLERANCE_RESIDENT.get(dtype, TOLERANCE_HALF)
+    own = inputs.cast(dtype, supernet.device)
+    plain = inputs.cast(torch.float32, torch.device("cpu"))
+    modes = [(module, module.training) for module in supernet.modules()]
     supernet.eval()
-    own, plain = inputs.cast(dtype, supernet.device), inputs.cast(dtype, torch.device("cpu"))
     try:
         with torch.inference_mode():
             for subnet in subnets:
@@ -153,7 +172,7 @@ def _check_resident(supernet: Supernet, subnets: Sequence[Subnet], inputs: _Inpu
                 )
                 for one, other in zip(found, expected, strict=True):
                     deviation = _deviation(one.cpu().double(), other.double())
-                    if not deviation <= TOLERANCE_RESIDENT:
+                    if not deviation <= tolerance:
                         raise ProofError(
                             f"subnet {subnet.name} {subnet.control}: the supernet answers with a deviation "
                             "of "
@@ -166,7 +185,14 @@ def _check_resident(supernet: Supernet, subnets: Sequence[Subnet], inputs: _Inpu
     except Exception as error:
         raise ProofError(f"the supernet fails on the example: {_plain(error)}") from error
     finally:
-        supernet.train(training)
+        for module, training in modes:
+            module.training = training
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Return the precision of a model's products; its norms may have another."""
+    weights = [tensor for tensor in model.parameters() if tensor.is_floating_point()]
+    return next((tensor.dtype for tensor in weights if tensor.dim() > 1), torch.float32)
 
 
 def _deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -197,16 +223,21 @@ class _Judge:
     """Compares an exact copy of a supernet with the oracle."""
 
     def __init__(
-        self, copied: Supernet, original: Original, inputs: _Inputs, subnets: tuple[Subnet, ...]
+        self,
+        copied: Supernet,
+        original: Original,
+        inputs: _Inputs,
+        subnets: tuple[Subnet, ...],
+        tolerance: float,
     ) -> None:
         assert original.model is not None, "the caller has looked"
         self._supernet, self._original, self._inputs, self._subnets = copied, original, inputs, subnets
         self._modules = dict(copied.model.named_modules())
         self._norms = {norm.path for norm in copied.norms}
         _vary(copied.model)
-        copied.host(subnets)
         self._whole = Whole(original, tensors_of(copied.model), self._modules)
-        self._tolerance = TOLERANCE
+        copied.host(subnets)
+        self._tolerance = tolerance
         self.n_layers, self.deviation = 0, 0.0
 
     def look_at_whole(self) -> None:

@@ -289,7 +289,11 @@ def _variance(call: Call) -> Any:
     total = ((x - mean).square() * present).sum(axes, keepdim=keeps)
     n = present.sum(axes, keepdim=keeps)
     output = total / (n - (1 if correction is None else correction)).clamp_min(0)
-    output = output.sqrt() if "std" in call.func.overloadpacket.__name__ else output
+    name = call.func.overloadpacket.__name__
+    if name in ("var_mean", "std_mean"):
+        output = (output.sqrt() if name == "std_mean" else output, mean.reshape(n.shape))
+    elif name == "std":
+        output = output.sqrt()
     return call.put(output, n == 0)
 
 
@@ -443,6 +447,8 @@ _RULES: dict[str, Callable[[Call], Any]] = {
     "linalg_vector_norm": lambda call: _reduced(call, 0.0, at=2),
     "var": _variance,
     "std": _variance,
+    "var_mean": _variance,
+    "std_mean": _variance,
     "_softmax": _softmax,
     "_log_softmax": _softmax,
     "_safe_softmax": _softmax,

@@ -44,7 +44,7 @@ def drawn(controls: Controls, most: int) -> tuple[Subnet, ...]:
     """Return at most `most` of all subnets there are; each choice of each entry occurs if that fits."""
     space, rng = controls.space, np.random.default_rng(0)
     n = max((len(entry.choices) for row in space.entries.values() for entry in row), default=1)
-    rounds = _latin(space, min(n, max(1, most - 2)), rng)
+    rounds = _latin(space, min(n, max(0, most - 2)), rng)
     found = {str(control): control for control in (space.smallest, space.largest, *rounds)}
     while len(found) < min(most, n + 4, space.n_tuples):
         control = space.random(rng)

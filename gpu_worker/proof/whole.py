@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from gpu_worker.proof.rules import Call, apply, tensors_in
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from gpu_worker.supernet.original import DeclaredStage, Original
+    from gpu_worker.supernet.original import Original
 
     MeanAndVariance = tuple[torch.Tensor, torch.Tensor]
 
@@ -152,7 +153,7 @@ class Whole:
         }
         self._operators = operators
         self._owners = _owners(self.model)
-        self._shapes: dict[str, tuple[torch.Size | None, Any]] = {}
+        self._answers: dict[str, _Answer] = {}
         self._pass: _Pass | None = None
         self._cut = SubnetCut()
         for path, module in self.model.named_modules(remove_duplicate=True):
@@ -308,9 +309,9 @@ class Whole:
         assert found is not None, "it is called in a pass"
         found.run.n_calls[path] = found.run.n_calls.get(path, 0) + 1
         if path in self._cut.left_out:
-            return self._left_out(path, self._stage_of[path], args, kwargs)
+            return self._left_out(path, block, args, kwargs)
         flow = found._flow
-        given = tensors_in((args, kwargs))
+        given = tensors_in(_first_argument(block, args, kwargs))
         node = flow.node(given[0]) if flow is not None and given else None
         found.blocks.append(path)
         try:
@@ -318,44 +319,104 @@ class Whole:
         finally:
             found.blocks.pop()
         returned = tensors_in(output)
-        self._shapes.setdefault(path, (returned[0].shape if returned else None, output))
+        if path not in self._answers and given and returned:
+            with _disable_current_modes():
+                self._answers[path] = _answer(given[0], output)
         if flow is not None and node is not None and returned:
             flow.calls.append(BlockCall(path, node, flow.node(returned[0])))
         return output
 
-    def _left_out(
-        self, path: str, stage: DeclaredStage, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _left_out(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        stage = self._stage_of[path]
         if callable(stage.skipped):
             return stage.skipped(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
-        shape, like = self._shapes.get(path, (None, None))
-        if shape is not None and x.shape != shape:
-            raise UnsliceableError(
-                f"block {path}: it turns {tuple(x.shape)} into {tuple(shape)}: leaving it out changes the "
-                "shape "
-                "for what follows; keep it in every subnet (Stage(..., least=) and the order of its "
-                "blocks), or "
-                "give Stage(..., skipped=a function)"
+        x = _first_argument(block, args, kwargs)
+        seen = self._answers.get(path)
+        if seen is None or not isinstance(x, torch.Tensor):
+            raise UnjudgedError(
+                f"block {path}: expected a tensor as its first argument and in what it returns: give "
+                "Stage(..., skipped=a function)"
             )
         given = torch.zeros_like(x) if stage.skipped == "zero" else x
-        if not isinstance(like, tuple | list):
+        if x.shape != seen.shape:
+            if seen.appends is None or stage.skipped == "zero":
+                raise UnsliceableError(
+                    f"block {path}: it turns {tuple(x.shape)} into {tuple(seen.shape)}, so that what follows "
+                    "would be given another shape if it is left out: keep it in every subnet, or give "
+                    "Stage(..., skipped=a function)"
+                )
+            given = self._without_what_is_appended(x, seen.shape, seen.appends)
+        if seen.kind is None:
             return given
-        if len(like) > 1:
+        if not seen.is_alone:
             raise UnjudgedError(
-                f"block {path}: it returns {len(like)} values: give Stage(..., skipped=a function) that "
-                "returns "
+                f"block {path}: it returns several values: give Stage(..., skipped=a function) that returns "
                 "as many when the block is left out"
             )
-        return type(like)([given])
+        return seen.kind([given, *[None] * (seen.n - 1)])
+
+    def _without_what_is_appended(self, x: torch.Tensor, shape: torch.Size, axis: int) -> torch.Tensor:
+        """Return the input in the shape of the output: what a dense block appends to it is absent."""
+        assert self._pass is not None, "it is called in a pass"
+        marks = self._pass.marks
+        with _disable_current_modes():
+            n, before = x.shape[axis], marks.of(x)
+            given, cut = x.new_zeros(shape), torch.ones(shape, dtype=torch.bool)
+            given.narrow(axis, 0, n).copy_(x)
+            cut.narrow(axis, 0, n).copy_(torch.zeros(()) if before is None else before)
+            marks.put(given, cut, marks.sizes([x]))
+        return given
+
+
+def _first_argument(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a block's forward has first, by position or by name."""
+    if args:
+        return args[0]
+    names = list(inspect.signature(type(block).forward).parameters)[1:]
+    return next((kwargs[name] for name in names if name in kwargs), next(iter(kwargs.values()), None))
+
+
+class _Answer(NamedTuple):
+    """What a block returned in the whole network.
+
+    Attributes:
+        shape: Of its first tensor.
+        kind: Tuple or list, if it is in one.
+        n: How many values that has.
+        is_alone: Whether all others are None.
+        appends: The axis along which the first tensor is the block's input and more, if it is that.
+    """
+
+    shape: torch.Size
+    kind: type | None
+    n: int
+    is_alone: bool
+    appends: int | None
+
+
+def _answer(given: torch.Tensor, output: Any) -> _Answer:
+    first = tensors_in(output)[0]
+    kind = type(output) if isinstance(output, tuple | list) else None
+    is_alone = kind is None or (kind in (tuple, list) and all(value is None for value in output[1:]))
+    longer = [i for i in range(min(given.dim(), first.dim())) if first.shape[i] > given.shape[i]]
+    appends = None
+    if given.dim() == first.dim() and len(longer) == 1:
+        head = first.narrow(longer[0], 0, given.shape[longer[0]])
+        appends = longer[0] if torch.equal(head, given) else None
+    return _Answer(first.shape, kind, 1 if kind is None else len(output), is_alone, appends)
 
 
 def filled(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a copy of a model without data, with these tensors in it."""
     memo: dict[int, Any] = {}
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    for name, empty in named:
-        memo[id(empty)] = tensors[name]
+    for name, empty in tensors_of(model).items():
+        found = tensors.get(name)
+        if found is None or found.shape != empty.shape:
+            raise UnjudgedError(
+                f"tensor {name}: expected the shape {tuple(empty.shape)} from before insertion, got "
+                f"{None if found is None else tuple(found.shape)}: prove a supernet before it is trimmed"
+            )
+        memo[id(empty)] = found
     return copy.deepcopy(model, memo)
 
 

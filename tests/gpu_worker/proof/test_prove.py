@@ -513,3 +513,106 @@ def test_numbers_that_are_not_finite_prove_nothing() -> None:
             HALF,
             elastic=[Elastic("h", ["0"])],
         )
+
+
+# --- what other networks do -----------------------------------------------------------------------
+
+
+class WithWeights(Residual):
+    """A block that returns its output and attention weights that were not asked for."""
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> Any:
+        """Return (x, None)."""
+        return super().forward(x, scale), None
+
+
+class Dense(nn.Module):
+    """A block that appends to its input, as DenseNet's do."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.grow = nn.Linear(inputs, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, inputs + 4)."""
+        return torch.cat([x, self.grow(x)], 1)
+
+
+def test_what_a_dense_block_appends_is_absent_if_it_is_left_out() -> None:
+    """The next layer then uses the inputs that are left; a block in the middle would move those behind it."""
+    torch.manual_seed(0)
+    blocks, head = [Dense(8 + 4 * i) for i in range(3)], nn.Linear(20, 5)
+    model = nn.Sequential(nn.Sequential(*blocks), head)
+    first, last = copy.deepcopy(blocks[0]), copy.deepcopy(head)
+    x = torch.randn(2, 8)
+    supernet = at(model, x, ONE, stages=[Stage("0")])
+    inner = first(x)
+
+    torch.testing.assert_close(
+        answer(supernet, ONE, x), (inner @ last.weight[:, :12].T + last.bias).detach(), rtol=1e-4, atol=1e-4
+    )
+    again = nn.Sequential(nn.Sequential(*(Dense(8 + 4 * i) for i in range(3))), nn.Linear(20, 5))
+    with pytest.raises(ProofError):
+        at(again, x, Subnet("two", {"d": [2]}), stages=[Stage("0", rule=lambda _d, _n: (0, 2))])
+
+
+def test_a_block_that_returns_none_beside_its_output_is_refused_or_right() -> None:
+    """Left out it gives (its input, None)."""
+    torch.manual_seed(0)
+
+    def call(model: Any, x: torch.Tensor) -> torch.Tensor:
+        for block in model.layers:
+            x, _ = block(x)
+        return x
+
+    model = Calls([WithWeights() for _ in range(4)], call)
+    x = torch.randn(2, 8)
+    expected = copy.deepcopy(model.layers[0])(x)[0].detach()
+    refused_or_right(model, x, ONE, expected, stages=[Stage("layers")])
+
+
+@torch.library.custom_op("superserve_tests::singly", mutates_args=())
+def singly(x: torch.Tensor) -> torch.Tensor:
+    """Take float32 alone, as some kernels do."""
+    if x.dtype != torch.float32:
+        raise RuntimeError("expected Float32")
+    return x.clone()
+
+
+def test_a_model_that_takes_no_doubles_is_proved_in_float32() -> None:
+    """To what float32 gives, which is enough to see a fault."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.b(self.a(singly(x)).tanh())
+            return found
+
+    supernet = insert(Head(), elastic=[Elastic("h", ["a"])]).eval()
+    proof = prove(supernet, torch.randn(3, 8))
+
+    assert 0 <= proof.deviation < 1e-5
+
+
+def test_a_trimmed_supernet_cannot_be_judged() -> None:
+    """What the whole network needs is gone."""
+    supernet, x = convolutional(), torch.randn(IMAGES)
+    supernet.host([Subnet("small", supernet.controls.space.smallest)])
+    supernet.trim(x)
+
+    with pytest.raises(UnjudgedError, match="prove a supernet before it is trimmed"):
+        prove(supernet, x)
+
+
+def test_a_supernet_in_halves_is_compared_with_its_copy() -> None:
+    """To what halves give; and every module keeps its mode."""
+    supernet = encoder().train()
+    supernet.model[0].eval()  # type: ignore[index]  # torch says Tensor or Module
+    supernet.to_half(torch.bfloat16)
+    modes = [module.training for module in supernet.modules()]
+    prove(supernet, torch.randn(WORDS), most=2)
+
+    assert [module.training for module in supernet.modules()] == modes

@@ -64,6 +64,13 @@ def squeeze_and_excite(x: torch.Tensor) -> torch.Tensor:
     return x * x.mean((2, 3), keepdim=True).sigmoid()
 
 
+def by_hand(x: torch.Tensor) -> torch.Tensor:
+    """Normalise over channels, as models with norms of their own do."""
+    variance, mean = torch.var_mean(x, 1, keepdim=True, correction=0)
+    deviation, _ = torch.std_mean(x, (1, 2))
+    return (x - mean) / (variance + 1e-5).sqrt() + deviation[:, None, None]
+
+
 def own_attention(x: torch.Tensor) -> torch.Tensor:
     """Attend between positions with heads of 2 channels."""
     heads = torch.unflatten(x.flatten(2), 1, (-1, 2)).transpose(2, 3)
@@ -82,6 +89,7 @@ EXACT: dict[str, Function] = {
     "sum": lambda x: x.sum(1, keepdim=True),
     "variance": lambda x: x.var(1),
     "standard deviation": lambda x: x.std((1, 2), keepdim=True),
+    "normalised by hand": by_hand,
     "largest": lambda x: x.amax(1),
     "smallest": lambda x: x.amin((1, 2)),
     "max with its place": lambda x: x.max(1).values,
