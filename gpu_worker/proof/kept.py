@@ -51,6 +51,7 @@ def require_proof(supernet: Supernet, example: torch.Tensor) -> None:
     if path is not None and path.exists():
         _LOG.info("proved before: %s", path.read_text("utf-8").strip())
         return
+    _LOG.info("proving that subnets answer as their labels say; the next start will not repeat it")
     try:
         proof = prove(
             supernet,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     Trait = tuple[object, ...]
 
 
-def covering(subnets: Sequence[Subnet], controls: Controls, most: int) -> tuple[Subnet, ...]:
+class Sample(NamedTuple):
+    """Subnets to look at.
+
+    Attributes:
+        subnets: The first `n_needed` of them have every size and set of blocks; others join them.
+        n_needed: How many must be looked at.
+    """
+
+    subnets: tuple[Subnet, ...]
+    n_needed: int
+
+
+def covering(subnets: Sequence[Subnet], controls: Controls, most: int) -> Sample:
     """Return subnets in which every size and every set of blocks of all of them occurs.
 
     Where fewer than `most` suffice, others that are spread over the rest join them.
@@ -28,10 +40,12 @@ def covering(subnets: Sequence[Subnet], controls: Controls, most: int) -> tuple[
         best = max(range(len(subnets)), key=lambda row: len(traits[row] & missing))
         chosen.append(best)
         missing -= traits[best]
-    for row in np.linspace(0, len(subnets) - 1, most).round().astype(int):
-        if len(chosen) < min(most, len(subnets)) and row not in chosen:
-            chosen.append(int(row))
-    return tuple(subnets[row] for row in sorted(chosen))
+    n_needed = len(chosen)
+    rest = [row for row in range(len(subnets)) if row not in chosen]
+    n_more = min(len(rest), max(0, most - n_needed))
+    if n_more:
+        chosen += [rest[int(i)] for i in np.linspace(0, len(rest) - 1, n_more)]
+    return Sample(tuple(subnets[row] for row in chosen), n_needed)
 
 
 def _traits(sizes: Sizes) -> set[Trait]:
@@ -40,7 +54,7 @@ def _traits(sizes: Sizes) -> set[Trait]:
     return kept | {("stage", number, *blocks) for number, blocks in enumerate(sizes.blocks)}
 
 
-def drawn(controls: Controls, most: int) -> tuple[Subnet, ...]:
+def drawn(controls: Controls, most: int) -> Sample:
     """Return at most `most` of all subnets there are; each choice of each entry occurs if that fits."""
     space, rng = controls.space, np.random.default_rng(0)
     n = max((len(entry.choices) for row in space.entries.values() for entry in row), default=1)
@@ -49,7 +63,8 @@ def drawn(controls: Controls, most: int) -> tuple[Subnet, ...]:
     while len(found) < min(most, n + 4, space.n_tuples):
         control = space.random(rng)
         found[str(control)] = control
-    return tuple(Subnet(f"drawn {i}", control) for i, control in enumerate(found.values()))
+    subnets = tuple(Subnet(f"drawn {i}", control) for i, control in enumerate(found.values()))
+    return Sample(subnets, len(subnets))
 
 
 def _latin(space: ControlSpace, n: int, rng: np.random.Generator) -> Iterable[Control]:

@@ -616,3 +616,15 @@ def test_a_supernet_in_halves_is_compared_with_its_copy() -> None:
     prove(supernet, torch.randn(WORDS), most=2)
 
     assert [module.training for module in supernet.modules()] == modes
+
+
+def test_what_adds_nothing_is_left_out_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The subnets in which each size and each depth occurs are compared, however long it takes."""
+    supernet, x = encoder(), torch.randn(WORDS)
+    space = supernet.controls.space
+    hosted = [Subnet("large", space.largest), Subnet("small", space.smallest)]
+    hosted += [Subnet(f"{w}", {"d": [4], "w": [w, 1.0, 1.0]}) for w in (0.25, 1.0)]
+    assert set(prove(supernet, x, subnets=hosted).subnets) == {"large", "small", "0.25", "1.0"}
+    monkeypatch.setattr("gpu_worker.proof.prove.EXTRA_S", 0.0)
+
+    assert set(prove(supernet, x, subnets=hosted).subnets) == {"large", "small"}
