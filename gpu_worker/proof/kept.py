@@ -48,9 +48,10 @@ def require_proof(supernet: Supernet, example: torch.Tensor) -> None:
         ProofError: As `gpu_worker.proof.prove.prove` does, with what to do.
     """
     path = _path(fingerprint_of(supernet))
-    if path is not None and path.exists():
-        _LOG.info("proved before: %s", path.read_text("utf-8").strip())
-        return
+    with contextlib.suppress(OSError):  # not there, or not for this user: then it is made
+        if path is not None:
+            _LOG.info("proved before: %s", path.read_text("utf-8").strip())
+            return
     _LOG.info("proving that subnets answer as their labels say; the next start will not repeat it")
     try:
         proof = prove(

@@ -7,6 +7,7 @@ it. What has no rule is probed.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +24,13 @@ _Tensors = list[torch.Tensor]
 
 
 def tensors_in(value: Any) -> _Tensors:
-    """Return the tensors in nested tuples, lists and dictionaries."""
+    """Return the tensors in nested tuples, lists, dictionaries and dataclasses."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, one.name) for one in dataclasses.fields(value)]
     if isinstance(value, list | tuple):
         return [tensor for one in value for tensor in tensors_in(one)]
     return []

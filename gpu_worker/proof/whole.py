@@ -70,7 +70,7 @@ class OracleRun:
         channels: Of each norm that ran, how many are present.
         n_calls: Of each block, how often it was called.
         outside: Of each layer whose parameter was used outside of its forward, where.
-        lowered: Whether the model casts numbers to a lower precision on its own.
+        rounding: Of the lowest precision to which the model casts numbers on its own; 0 if it does not.
     """
 
     layers: list[LayerRun] = field(default_factory=list)
@@ -78,7 +78,7 @@ class OracleRun:
     channels: dict[str, int] = field(default_factory=dict)
     n_calls: dict[str, int] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
-    lowered: bool = False
+    rounding: float = 0.0
 
 
 class _Pass(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -107,7 +107,7 @@ class _Pass(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
             for tensor in tensors_in(output):
                 self.marks.touch(tensor, call.sizes)
         if func.overloadpacket.__name__ == "_to_copy":
-            self.run.lowered |= _is_lowered(args[0], output)
+            self.run.rounding = max(self.run.rounding, _rounding(args[0], output))
         if self._flow is not None:
             where = caller() if len(call.tensors) > 1 else ""
             self._flow.step(
@@ -123,10 +123,12 @@ class _Pass(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
                     self.run.outside.setdefault(owner, caller())
 
 
-def _is_lowered(given: torch.Tensor, output: torch.Tensor) -> bool:
+def _rounding(given: torch.Tensor, output: torch.Tensor) -> float:
+    """Return the relative rounding of a cast to a lower precision; 0 for any other."""
     if not (given.is_floating_point() and output.is_floating_point()):
-        return False
-    return torch.finfo(output.dtype).eps > torch.finfo(given.dtype).eps
+        return 0.0
+    found = torch.finfo(output.dtype).eps
+    return found if found > torch.finfo(given.dtype).eps else 0.0
 
 
 class Whole:

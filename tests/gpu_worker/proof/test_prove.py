@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -480,18 +481,6 @@ def test_a_proof_leaves_the_supernet_as_it_was(build: Callable[[], Supernet], sh
         assert torch.equal(supernet(x), before)
 
 
-def test_a_model_that_casts_on_its_own_is_proved_to_that_precision() -> None:
-    """As Hugging Face's norms do: float32 within a network of doubles."""
-    supernet = at(
-        Net(nn.Linear(8, 16), nn.Linear(16, 4), lambda _, x: x.float().tanh().to(x.dtype)),
-        torch.randn(3, 8),
-        HALF,
-        elastic=[Elastic("h", ["a"])],
-    )
-
-    assert supernet.original is not None
-
-
 def test_a_model_that_cannot_be_copied_cannot_be_judged() -> None:
     """The reason is that of the copy."""
 
@@ -628,3 +617,55 @@ def test_what_adds_nothing_is_left_out_when_time_is_up(monkeypatch: pytest.Monke
     monkeypatch.setattr("gpu_worker.proof.prove.EXTRA_S", 0.0)
 
     assert set(prove(supernet, x, subnets=hosted).subnets) == {"large", "small"}
+
+
+def test_a_network_that_draws_random_numbers_cannot_be_judged() -> None:
+    """The error says so, and blames no layer."""
+    model = Net(nn.Linear(8, 16), nn.Linear(16, 4), lambda _, x: x + torch.rand_like(x))
+
+    with pytest.raises(UnjudgedError, match="answers the same batch differently each time"):
+        at(model, torch.randn(3, 8), HALF, elastic=[Elastic("h", ["a"])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_that_casts_on_its_own_is_proved_to_that_precision(dtype: torch.dtype) -> None:
+    """As norms of Hugging Face's do; a fault is still seen."""
+
+    def build(*, flips: bool) -> nn.Module:
+        def between(_model: Any, x: torch.Tensor) -> torch.Tensor:
+            inner = x.to(dtype).tanh()
+            return (inner.flip(-1) if flips else inner).to(x.dtype)
+
+        return Net(nn.Linear(8, 16), nn.Linear(16, 4), between)
+
+    at(build(flips=False), torch.randn(3, 8), HALF, elastic=[Elastic("h", ["a"])])
+    with pytest.raises(ProofError, match="layer b"):
+        at(build(flips=True), torch.randn(3, 8), HALF, elastic=[Elastic("h", ["a"])])
+
+
+@dataclass
+class Answer:
+    """What a model may return."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+def test_outputs_in_dataclasses_and_dictionaries_are_compared() -> None:
+    """And arguments by name are passed."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, *, x: torch.Tensor, flipped: bool = False) -> Answer:
+            inner = self.a(x)
+            return Answer(self.b(inner.flip(-1) if flipped else inner))
+
+    supernet = insert(Named(), elastic=[Elastic("h", ["a"])]).eval()
+    x = torch.randn(3, 8)
+
+    assert prove(supernet, {"x": x}, subnets=[HALF]).n_layers == 3
+    with pytest.raises(ProofError, match="layer b"):
+        prove(supernet, {"x": x, "flipped": True}, subnets=[HALF])
