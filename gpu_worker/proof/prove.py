@@ -247,6 +247,7 @@ class _Judge:
         self._whole = Whole(original, tensors_of(copied.model), self._modules)
         copied.host(subnets)
         self._tolerance = tolerance
+        self._layers: set[str] = set()  # all that run in the whole network
         self.n_layers, self.deviation = 0, 0.0
 
     def look_at_whole(self) -> None:
@@ -258,6 +259,7 @@ class _Judge:
         """
         flow = Flow()
         run = self._oracle(SubnetCut(), "the whole network", flow)
+        self._layers = {ran.path for ran in run.layers}
         if not run.output.outputs or not any(bool(out.isfinite().any()) for out in run.output.outputs):
             raise UnjudgedError("the whole network gives no finite numbers on the example")
         elastic = {path for size in self._original.sizes.values() for path in size.layers}
@@ -327,7 +329,8 @@ class _Judge:
             tolerance = max(TOLERANCE_LOWERED, _ROUNDINGS * expected.rounding)
         if not statistics.is_held:
             self._supernet.set_statistics({subnet.name: statistics.as_held(expected)})
-        layers, outputs = self._in_place(row, label, {ran.path for ran in expected.layers})
+        self._layers |= {ran.path for ran in expected.layers}
+        layers, outputs = self._in_place(row, label)
         counted: dict[str, int] = {}
         for ran in expected.layers:
             number = counted[ran.path] = counted.get(ran.path, -1) + 1
@@ -382,12 +385,12 @@ class _Judge:
             raise UnjudgedError(f"{label}: the masked whole network fails: {_plain(error)}") from error
 
     def _in_place(
-        self, row: int, label: str, paths: set[str]
+        self, row: int, label: str
     ) -> tuple[dict[str, list[list[torch.Tensor]]], list[torch.Tensor]]:
         """Return the tensors that each call of each layer gives, and the output."""
         actuate(self._supernet, row)
         entered: list[str] = []
-        with _noting(self._modules, paths, self._norms, entered) as found, torch.inference_mode():
+        with _noting(self._modules, self._layers, self._norms, entered) as found, torch.inference_mode():
             try:
                 output = self._supernet(*self._inputs.args, **self._inputs.kwargs)
             except Exception as error:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Trait = tuple[object, ...]
 
 
-class Sample(NamedTuple):
+class ProofSample(NamedTuple):
     """Subnets to look at.
 
     Attributes:
@@ -28,7 +28,7 @@ class Sample(NamedTuple):
     n_needed: int
 
 
-def covering(subnets: Sequence[Subnet], controls: Controls, most: int) -> Sample:
+def covering(subnets: Sequence[Subnet], controls: Controls, most: int) -> ProofSample:
     """Return subnets in which every size and every set of blocks of all of them occurs.
 
     Where fewer than `most` suffice, others that are spread over the rest join them.
@@ -45,7 +45,7 @@ def covering(subnets: Sequence[Subnet], controls: Controls, most: int) -> Sample
     n_more = min(len(rest), max(0, most - n_needed))
     if n_more:
         chosen += [rest[int(i)] for i in np.linspace(0, len(rest) - 1, n_more)]
-    return Sample(tuple(subnets[row] for row in chosen), n_needed)
+    return ProofSample(tuple(subnets[row] for row in chosen), n_needed)
 
 
 def _traits(sizes: Sizes) -> set[Trait]:
@@ -54,7 +54,7 @@ def _traits(sizes: Sizes) -> set[Trait]:
     return kept | {("stage", number, *blocks) for number, blocks in enumerate(sizes.blocks)}
 
 
-def drawn(controls: Controls, most: int) -> Sample:
+def drawn(controls: Controls, most: int) -> ProofSample:
     """Return at most `most` of all subnets there are; each choice of each entry occurs if that fits."""
     space, rng = controls.space, np.random.default_rng(0)
     n = max((len(entry.choices) for row in space.entries.values() for entry in row), default=1)
@@ -64,7 +64,7 @@ def drawn(controls: Controls, most: int) -> Sample:
         control = space.random(rng)
         found[str(control)] = control
     subnets = tuple(Subnet(f"drawn {i}", control) for i, control in enumerate(found.values()))
-    return Sample(subnets, len(subnets))
+    return ProofSample(subnets, len(subnets))
 
 
 def _latin(space: ControlSpace, n: int, rng: np.random.Generator) -> Iterable[Control]:

@@ -142,6 +142,23 @@ def with_statistics(supernet: Supernet) -> None:
     supernet.set_statistics({"a": SubnetStatistics(channels, torch.ones(2 * sum(channels)))})
 
 
+def with_other_statistics(supernet: Supernet) -> None:
+    """Add the same statistics, but for one number."""
+    with_statistics(supernet)
+    changed = supernet.statistics["a"].values.clone()
+    changed[0] += 1
+    supernet.set_statistics({"a": SubnetStatistics(supernet.statistics["a"].channels, changed)})
+
+
+def test_a_proof_is_of_the_values_of_statistics() -> None:
+    """As many of them are not the same ones."""
+    one, other = small_kind(), small_kind()
+    with_statistics(one)
+    with_other_statistics(other)
+
+    assert kept.fingerprint_of(one) != kept.fingerprint_of(other)
+
+
 @pytest.mark.parametrize("change", [with_other_weights, with_another_subnet, with_statistics])
 def test_a_proof_is_of_these_weights_subnets_and_statistics(change: Callable[[Supernet], None]) -> None:
     """Its fingerprint is that of a supernet built again, and another after a change."""

@@ -24,6 +24,7 @@ from gpu_worker.supernet.operators import (
     WeightSlice,
 )
 from gpu_worker.supernet.supernet import Supernet
+from superserve.subnet import Subnet
 from tests.gpu_worker.proof.models import IMAGES, WORDS, convolutional, encoder
 
 if TYPE_CHECKING:
@@ -177,6 +178,25 @@ def test_a_block_that_gives_zeros_when_it_is_left_out_is_caught(monkeypatch: pyt
     monkeypatch.setattr(Switched, "__call__", call, raising=False)
     with pytest.raises(ProofError, match="deviates"):
         prove(convolutional(), example(convolutional), most=8, checks_resident=False)
+
+
+def test_statistics_of_another_subnet_that_is_as_wide_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two subnets that differ in depth alone have norms of the same widths."""
+    supernet, prepared = convolutional(), Supernet.prepared
+    hosted = [Subnet(f"{depth}", {"d": [depth], "w": [0.5] * 4}) for depth in (2, 3)]
+
+    def swapped(self: Any, row: int) -> Prepared:
+        own, other = prepared(self, row), prepared(self, len(self.subnets) - 1 - row)
+        settings = [
+            b if isinstance(a, Statistics) and isinstance(b, Statistics) else a
+            for a, b in zip(own.settings, other.settings, strict=True)
+        ]
+        return Prepared(row, tuple(settings))
+
+    prove(supernet, example(convolutional), subnets=hosted, checks_resident=False)
+    monkeypatch.setattr(Supernet, "prepared", swapped)
+    with pytest.raises(ProofError, match="deviates"):
+        prove(supernet, example(convolutional), subnets=hosted, checks_resident=False)
 
 
 @pytest.mark.parametrize("build", [convolutional, encoder])

@@ -15,6 +15,7 @@ from gpu_worker.proof.absence import ProofError, UnjudgedError, UnsliceableError
 from gpu_worker.proof.prove import prove
 from gpu_worker.supernet.actuation import actuate
 from gpu_worker.supernet.insertion import Elastic, Stage, insert
+from gpu_worker.supernet.operators import Switched
 from gpu_worker.supernet.supernet import SubnetStatistics
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
@@ -229,6 +230,33 @@ def test_a_sum_inside_a_block_is_proved(call: Callable[[Any, torch.Tensor], torc
     plain.layers = plain.layers[:1]
 
     torch.testing.assert_close(answer(supernet, ONE, x), plain(x).detach())
+
+
+def test_a_sum_around_a_block_with_a_residual_path_is_proved() -> None:
+    """Its input is what it gives without its branch, and x + x is right."""
+    model = Calls([Residual()], around)
+    x, none = torch.randn(2, 8), Subnet("none", {"d": [0]})
+
+    torch.testing.assert_close(answer(at(model, x, none, stages=[Stage("layers", least=0)]), none, x), 2 * x)
+
+
+def test_a_block_that_runs_although_it_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if what it gives is not used."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = self.switch_cursor.settings
+        if settings[self.switch_place]:
+            return super(Switched, self).__call__(*args, **kwargs)
+        self.switch_cursor.settings = tuple(True if one is False else one for one in settings)
+        super(Switched, self).__call__(*args, **kwargs)
+        self.switch_cursor.settings = settings
+        return args[0]
+
+    monkeypatch.setattr(Switched, "__call__", call, raising=False)
+    with pytest.raises(
+        ProofError, match=r"layer layers\.1\.inner runs in place and not in the whole network"
+    ):
+        at(Calls([Residual() for _ in range(2)], plainly), torch.randn(2, 8), ONE, stages=[Stage("layers")])
 
 
 def test_pairs_in_lists_are_refused() -> None:

@@ -6,7 +6,8 @@ in plain torch: what the oracle says is present must be that.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 
 from gpu_worker.proof.absence import ProofError, UnjudgedError, UnsliceableError
-from gpu_worker.proof.whole import SubnetCut, Whole
+from gpu_worker.proof.whole import SubnetCut, Whole, tensors_of
 from gpu_worker.supernet.insertion import Elastic
 from gpu_worker.supernet.original import original_of
 
@@ -43,7 +44,7 @@ def oracle(model: nn.Module, x: torch.Tensor, layer: str, kept: int) -> torch.Te
     """Return what the oracle says is present of the output if `layer` keeps its first outputs."""
     model = model.double().eval()
     original = original_of(model, (), [Elastic("size", [layer])])
-    whole = Whole(original, {**dict(model.named_parameters()), **dict(model.named_buffers())}, {})
+    whole = Whole(original, tensors_of(model), {})
     return whole.run((x,), {}, SubnetCut(kept={"size": kept})).output.outputs[0]
 
 
@@ -231,3 +232,115 @@ def test_a_recurrent_layer_is_that_of_its_kept_units(
 
     with torch.no_grad():
         closely(oracle(model, x, layer, kept), small(x))
+
+
+# --- what the oracle knows of layers --------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    """One layer for several parts."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes, self.a = sizes, nn.Linear(3, sum(sizes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the parts after another, each squared."""
+        return torch.cat([part.square() for part in self.a(x).split(self.sizes, -1)], -1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "declared", "kept", "rows"),
+    [
+        ((4, 4), 2, 3, [0, 1, 2, 4, 5, 6]),
+        ((8, 4, 4), (8, 4, 4), 3, [0, 1, 2, 3, 4, 5, 8, 9, 10, 12, 13, 14]),
+        ((8,), (), 3, [0, 1, 2]),
+    ],
+)
+def test_of_each_part_the_first_outputs_are_present(
+    sizes: tuple[int, ...], declared: int | tuple[int, ...], kept: int, rows: list[int]
+) -> None:
+    """A size counts the smallest part, and larger ones keep in proportion."""
+    torch.manual_seed(0)
+    model = Fused(sizes).double()
+    size: Any = SimpleNamespace(name="size", layers=["a"], parts=declared)
+    whole = Whole(original_of(model, (), [size]), tensors_of(model), {})
+    x = torch.randn(2, 3, dtype=torch.float64)
+    found = whole.run((x,), {}, SubnetCut(kept={"size": kept})).output.outputs[0]
+
+    closely(found, model.a(x)[:, rows].square().detach())
+
+
+class Doubled(nn.BatchNorm2d):
+    """A norm with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return twice what the norm gives."""
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tracks"), [(nn.BatchNorm2d, True), (nn.BatchNorm2d, False), (Doubled, True)]
+)
+def test_statistics_are_those_of_the_channels_that_are_present(
+    kind: type[nn.BatchNorm2d], tracks: bool
+) -> None:
+    """Behind a concatenation these are not the first ones; and the norm keeps its own."""
+    torch.manual_seed(0)
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 4, 1)
+            self.norm = kind(8, track_running_stats=tracks)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = self.a(x)
+            normed: torch.Tensor = self.norm(torch.cat([inner, -inner], 1))
+            return normed
+
+    model = Joined().double().eval()
+    nn.init.uniform_(model.norm.weight)
+    nn.init.normal_(model.norm.bias)
+    mean, variance = torch.randn(4).double(), 0.5 + torch.rand(4).double()
+    asked: list[tuple[str, int]] = []
+
+    def statistics(path: str, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append((path, channels))
+        return mean, variance
+
+    whole = Whole(original_of(model, (), [Elastic("size", ["a"])]), tensors_of(model), {})
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    found = whole.run((x,), {}, SubnetCut(kept={"size": 2}, statistics=statistics)).output.outputs[0]
+    rows = [0, 1, 4, 5]
+    inner = model.a(x)[:, :2]
+    parts = mean, variance, model.norm.weight[rows], model.norm.bias[rows]
+    expected = F.batch_norm(torch.cat([inner, -inner], 1), *parts, eps=model.norm.eps)
+
+    closely(found, ((2 if kind is Doubled else 1) * expected).detach())
+    assert asked == [("norm", 4)]
+    own = model.norm.running_mean
+    assert own is None or torch.equal(own, torch.zeros_like(own))
+
+
+@pytest.mark.parametrize("averages", [True, False])
+def test_attention_weights_are_those_of_the_kept_heads(averages: bool) -> None:
+    """And their mean is over these alone."""
+    torch.manual_seed(0)
+
+    class Weights(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.MultiheadAttention(8, 4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.a(x, x, x, average_attn_weights=averages)
+
+    model = Weights().double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        heads = model.a(x, x, x, average_attn_weights=False)[1][:, :3]
+    whole = Whole(original_of(model, (), [Elastic("size", ["a"])]), tensors_of(model), {})
+    found = whole.run((x,), {}, SubnetCut(kept={"size": 3})).output.outputs[1]
+
+    closely(found, heads.mean(1) if averages else heads)
