@@ -12,10 +12,13 @@ import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 
 from gpu_worker.proof.absence import ProofError, UnjudgedError, UnsliceableError
+from gpu_worker.proof.flow import Flow
 from gpu_worker.proof.prove import prove
+from gpu_worker.proof.whole import SubnetCut, Whole, tensors_of
 from gpu_worker.supernet.actuation import actuate
 from gpu_worker.supernet.insertion import Elastic, Stage, insert
 from gpu_worker.supernet.operators import Switched
+from gpu_worker.supernet.original import original_of
 from gpu_worker.supernet.supernet import SubnetStatistics
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
@@ -232,12 +235,15 @@ def test_a_sum_inside_a_block_is_proved(call: Callable[[Any, torch.Tensor], torc
     torch.testing.assert_close(answer(supernet, ONE, x), plain(x).detach())
 
 
-def test_a_sum_around_a_block_with_a_residual_path_is_proved() -> None:
-    """Its input is what it gives without its branch, and x + x is right."""
-    model = Calls([Residual()], around)
-    x, none = torch.randn(2, 8), Subnet("none", {"d": [0]})
+def test_a_sum_around_a_block_with_a_residual_path_does_not_meet_its_input() -> None:
+    """Its input is what the block gives without its branch, and then x + x is right."""
+    model, x = Calls([Residual()], around).double(), torch.randn(2, 8).double()
+    flow = Flow()
+    whole = Whole(original_of(model, [Stage("layers", least=0)], ()), tensors_of(model), {})
+    whole.run((x,), {}, SubnetCut(), flow)
 
-    torch.testing.assert_close(answer(at(model, x, none, stages=[Stage("layers", least=0)]), none, x), 2 * x)
+    assert [flow.meets_its_input(call) for call in flow.calls] == [None]
+    assert torch.equal(whole.run((x,), {}, SubnetCut(frozenset(["layers.0"]))).output.outputs[0], 2 * x)
 
 
 def test_a_block_that_runs_although_it_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,9 +398,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "a scale of the width": (
         lambda: Net(nn.Linear(8, 16), nn.Linear(16, 4), scaled_by_width), (3, 8),
     r"layer b: .*deviates by 0\.\d+", ),
-    "channels last": (
-        lambda: Net(nn.Conv2d(3, 8, 1), nn.Linear(32, 4), channels_last), (2, 3, 2, 2), "layer b: .*deviates",
-    ),
     "a parameter elsewhere": (
         lambda: Net(nn.Linear(8, 16), nn.Linear(16, 4), used_elsewhere), (3, 8),
         r"layer a: a parameter is used outside .*test_prove\.py:\d+",
@@ -410,6 +413,19 @@ def test_a_size_that_insertion_does_not_follow_is_refused(name: str) -> None:
 
     with pytest.raises(ProofError, match=message):
         at(build(), torch.randn(shape), HALF, elastic=[Elastic("h", ["a"])])
+
+
+def test_images_flattened_channels_last_are_refused_or_right() -> None:
+    """A channel's inputs are then not the first, but every second half."""
+    torch.manual_seed(0)
+    a, b = nn.Conv2d(3, 8, 1), nn.Linear(32, 4)
+    x = torch.randn(2, 3, 2, 2)
+    columns = [8 * place + channel for place in range(4) for channel in range(4)]
+    inner = a(x)[:, :4].permute(0, 2, 3, 1).flatten(1)
+    expected = inner @ b.weight[:, columns].T + b.bias
+    model = Net(copy.deepcopy(a), copy.deepcopy(b), channels_last)
+
+    refused_or_right(model, x, HALF, expected.detach(), elastic=[Elastic("h", ["a"])])
 
 
 def test_a_concatenation_is_refused_or_right() -> None:
@@ -484,7 +500,7 @@ def test_weights_that_are_all_equal_hide_nothing() -> None:
     model = Net(nn.Linear(8, 16), nn.Linear(16, 4), reversed_half)
     for parameter in model.parameters():
         nn.init.ones_(parameter)
-    with pytest.raises(ProofError, match=r"layer b: .*deviates"):
+    with pytest.raises(ProofError, match=r"layer b: .*deviates|: b: given"):
         at(model, torch.randn(3, 8), HALF, elastic=[Elastic("h", ["a"])])
 
     assert all(bool((parameter == 1).all()) for parameter in model.parameters())
@@ -562,12 +578,13 @@ def test_what_a_dense_block_appends_is_absent_if_it_is_left_out() -> None:
     model = nn.Sequential(nn.Sequential(*blocks), head)
     first, last = copy.deepcopy(blocks[0]), copy.deepcopy(head)
     x = torch.randn(2, 8)
-    supernet = at(model, x, ONE, stages=[Stage("0")])
-    inner = first(x)
+    expected = (first(x) @ last.weight[:, :12].T + last.bias).detach()
+    whole = Whole(original_of(model.double(), [Stage("0")], ()), tensors_of(model), {})
+    whole.run((x.double(),), {}, SubnetCut())  # in which it sees what blocks return
+    left = whole.run((x.double(),), {}, SubnetCut(frozenset(["0.1", "0.2"])))
 
-    torch.testing.assert_close(
-        answer(supernet, ONE, x), (inner @ last.weight[:, :12].T + last.bias).detach(), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(left.output.outputs[0], expected.double(), rtol=1e-6, atol=1e-6)
+    refused_or_right(model.float(), x, ONE, expected, stages=[Stage("0")])
     again = nn.Sequential(nn.Sequential(*(Dense(8 + 4 * i) for i in range(3))), nn.Linear(20, 5))
     with pytest.raises(ProofError):
         at(again, x, Subnet("two", {"d": [2]}), stages=[Stage("0", rule=lambda _d, _n: (0, 2))])
@@ -667,7 +684,7 @@ def test_a_model_that_casts_on_its_own_is_proved_to_that_precision(dtype: torch.
         return Net(nn.Linear(8, 16), nn.Linear(16, 4), between)
 
     at(build(flips=False), torch.randn(3, 8), HALF, elastic=[Elastic("h", ["a"])])
-    with pytest.raises(ProofError, match="layer b"):
+    with pytest.raises(ProofError, match=r"layer b: |: b: given"):
         at(build(flips=True), torch.randn(3, 8), HALF, elastic=[Elastic("h", ["a"])])
 
 
@@ -695,5 +712,5 @@ def test_outputs_in_dataclasses_and_dictionaries_are_compared() -> None:
     x = torch.randn(3, 8)
 
     assert prove(supernet, {"x": x}, subnets=[HALF]).n_layers == 3
-    with pytest.raises(ProofError, match="layer b"):
+    with pytest.raises(ProofError, match=r"layer b: |: b: given"):
         prove(supernet, {"x": x, "flipped": True}, subnets=[HALF])
