@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent.parent)
 _FUSED = (
-    "if this is a fused layer (q, k, v; gate, up), declare its parts: Elastic(..., parts=N); "
-    "if two sizes meet, give them one name"
+    "if this is a fused layer (q, k, v; gate, up), declare its parts: Elastic(..., parts=N); if two sizes "
+    "meet, give them one name"
 )
 
 
@@ -151,8 +151,7 @@ def mismatch(sizes: Iterable[str], verb: str, n: int, of: int) -> UnsliceableErr
     """Return the error for present elements that meet absent ones."""
     return UnsliceableError(
         f"{caller()}: with {_named(sizes)} cut, an operation {verb} elements that are kept with elements "
-        "that "
-        f"are cut ({n} of {of}): {_FUSED}"
+        f"that are cut ({n} of {of}): {_FUSED}"
     )
 
 

@@ -63,8 +63,8 @@ def require_proof(supernet: Supernet, example: torch.Tensor) -> None:
         )
     except ProofError as error:
         raise type(error)(
-            f"the supernet is not proved, and is not served: {error}. docs/your-model.md explains the proof; "
-            "--unproven serves it all the same"
+            f"the supernet is not proved, and is not served: {error}. docs/your-model.md explains the "
+            "proof; --unproven serves it all the same"
         ) from error
     _LOG.info("proved: %s", proof)
     if path is not None:

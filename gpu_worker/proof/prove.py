@@ -150,7 +150,7 @@ def _original(supernet: Supernet) -> Original:
     if original is None:
         raise UnjudgedError("the supernet has no record of its original: build it with `insert`")
     if original.model is None:
-        raise UnsliceableError(original.why_not)
+        raise ProofError(original.why_not)
     return original
 
 
@@ -184,11 +184,9 @@ def _check_resident(supernet: Supernet, subnets: Sequence[Subnet], inputs: _Inpu
                     deviation = _deviation(one.cpu().double(), other.double())
                     if not deviation <= tolerance:
                         raise ProofError(
-                            f"subnet {subnet.name} {subnet.control}: the supernet answers with a deviation "
-                            "of "
-                            f"{deviation:.2g} from a fresh copy of it: it still uses slices of weights "
-                            "that have "
-                            "been replaced (p.data = ...), or its modules run past their changed classes"
+                            f"subnet {subnet.name} {subnet.control}: the supernet answers {deviation:.2g} "
+                            "off a fresh copy of it: it still uses slices of weights that have been "
+                            "replaced (p.data = ...), or its modules run past their changed classes"
                         )
     except ProofError:
         raise
@@ -267,9 +265,8 @@ class _Judge:
         for path, where in run.outside.items():
             if path in elastic:
                 raise UnsliceableError(
-                    f"layer {path}: a parameter is used outside of the layer's own forward, at {where}, "
-                    "and would "
-                    "be used whole there: call the layer instead"
+                    f"layer {path}: a parameter is used outside of the layer's own forward, at {where}, and "
+                    "would be used whole there: call the layer instead"
                 )
         left_out = set().union(*(self._left_out(subnet) for subnet in self._subnets))
         self._look_at_blocks(left_out, run, flow)
@@ -278,8 +275,8 @@ class _Judge:
         for path in sorted(left_out):
             if not run.n_calls.get(path):
                 raise UnsliceableError(
-                    f"block {path}: never called as a module, so that leaving it out has no effect; "
-                    "name the modules that are called"
+                    f"block {path}: never called as a module, so that leaving it out has no effect; name "
+                    "the modules that are called"
                 )
         gives = {
             member: stage.skipped
@@ -312,8 +309,7 @@ class _Judge:
                 if _deviation(one, other) > TOLERANCE_LOWERED:
                     raise UnjudgedError(
                         "the whole network answers the same batch differently each time: it draws random "
-                        "numbers"
-                        ", or keeps what it has seen"
+                        "numbers, or keeps what it has seen"
                     ) from error
             raise
 
@@ -363,10 +359,9 @@ class _Judge:
             deviation = _deviation(one.reshape(expected.shape), expected)
             if not deviation <= tolerance:
                 raise ProofError(
-                    f"{label}: {what}: keeps {tuple(expected.shape)} of {shape}{after} and "
-                    f"deviates by {deviation:.2g} of its largest number from the whole network in which "
-                    "the rest "
-                    "is masked: insertion does not follow what the model does here"
+                    f"{label}: {what}: keeps {tuple(expected.shape)} of {shape}{after} and deviates by "
+                    f"{deviation:.2g} of its largest number from the whole network in which the rest is "
+                    "masked: insertion does not follow what the model does here"
                 )
             self.deviation = max(self.deviation, deviation)
         self.n_layers += 1

@@ -402,8 +402,8 @@ def _probed(call: Call) -> Any:
             continue
         if bool((absent & present).any()):
             raise UnjudgedError(
-                f"{caller()}: {call.func} mixes elements that are kept with elements that are cut; "
-                "give the layer a reference (gpu_worker.proof.references)"
+                f"{caller()}: {call.func} mixes elements that are kept with elements that are cut; give the "
+                "layer a reference (gpu_worker.proof.references)"
             )
         call.marks.put(out, absent, call.sizes)
     return base

@@ -343,9 +343,9 @@ class Whole:
         if x.shape != seen.shape:
             if seen.appends is None or stage.skipped == "zero":
                 raise UnsliceableError(
-                    f"block {path}: it turns {tuple(x.shape)} into {tuple(seen.shape)}, so that what follows "
-                    "would be given another shape if it is left out: keep it in every subnet, or give "
-                    "Stage(..., skipped=a function)"
+                    f"block {path}: it turns {tuple(x.shape)} into {tuple(seen.shape)}, so that what "
+                    "follows would be given another shape if it is left out: keep it in every subnet, or "
+                    "give Stage(..., skipped=a function)"
                 )
             given = self._without_what_is_appended(x, seen.shape, seen.appends)
         if seen.kind is None:

@@ -114,23 +114,21 @@ def _goes_around(model: nn.Module, blocks: set[str], layers: set[str]) -> str:
         if is_compiled(module):
             return (
                 f"{where}: compiled code was made of the module before and may run instead of it: insert "
-                "into "
-                "the plain module (`_orig_mod` of a compiled one)"
+                "into the plain module (`_orig_mod` of a compiled one)"
             )
         if path in changed and isinstance(module, torch.jit.ScriptModule):
             return f"{where}: expected a plain module, got a scripted one"
         is_traced = isinstance(module, torch.fx.GraphModule)
         if is_traced and any(block == path or not path or block.startswith(f"{path}.") for block in blocks):
             return (
-                f"{where}: a module traced by torch.fx calls the layers of its blocks and not the blocks, so "
-                "that none can be left out: insert into the plain module"
+                f"{where}: a module traced by torch.fx calls the layers of its blocks and not the blocks, "
+                "so that none can be left out: insert into the plain module"
             )
         if "forward" in vars(module):
             return (
                 f"{where}: its forward was replaced on the instance and may run instead of the changed "
-                "class's: "
-                "insert first (accelerate: remove_hook_from_module; torch.compile: insert into the plain "
-                "module)"
+                "class's: insert first (accelerate: remove_hook_from_module; torch.compile: insert into "
+                "the plain module)"
             )
     return ""
 
