@@ -51,6 +51,9 @@ SWITCH_S = 0.0005
 """How long a thread of a worker with a real device may compute before another gets the interpreter: with
 Python's default of 5 ms a finished batch would wait for the thread that serves the sockets."""
 
+UNPROVEN_VARIABLE = "SUPERSERVE_UNPROVEN"
+"""The environment variable that, at 1, stands for --unproven: for workers that `cluster up` starts."""
+
 MAX_GPUS = 1_024
 """Most emulated GPUs in one process; one loop serves them all."""
 
@@ -121,6 +124,10 @@ class WorkerDevice(NamedTuple):
 )  # fmt: skip
 @click.option("--eager", is_flag=True, default=None, help="Capture no CUDA graphs.")
 @click.option("--no-trim", is_flag=True, default=None, help="Keep what no subnet of the profile uses.")
+@click.option(
+    "--unproven", is_flag=True, default=None,
+    help="Serve without the proof that subnets answer as their labels say.",
+)  # fmt: skip
 @plain_errors()
 def cli(
     endpoint: str,
@@ -213,6 +220,7 @@ class Asked:
     precision: str | None = None
     eager: bool | None = None
     no_trim: bool | None = None
+    unproven: bool | None = None
 
 
 @contextmanager
@@ -253,6 +261,7 @@ def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
     """Return the profile and the resident supernet that hosts its subnets."""
     from gpu_worker.engines.torch_executor import Placement, TorchExecutor  # noqa: PLC0415
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  these import torch
+    from gpu_worker.proof.kept import require_proof  # noqa: PLC0415
 
     supernet = with_example(asked.supernet, asked.example_input)
     kind = supernet_kind(supernet)
@@ -276,9 +285,18 @@ def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
     statistics = asked.statistics
     if statistics is None and (beside := statistics_path(name)).exists():
         statistics = beside
+    if unproven := asked.unproven or os.environ.get(UNPROVEN_VARIABLE) == "1":
+        logging.getLogger(__name__).warning(
+            "%s is served unproven: a subnet may answer for another without an error", asked.supernet
+        )
     try:
         executor = TorchExecutor.load(
-            supernet, subnets, weights=asked.weights, statistics=statistics, placement=placement
+            supernet,
+            subnets,
+            weights=asked.weights,
+            statistics=statistics,
+            placement=placement,
+            check=None if unproven else require_proof,
         )
     except ConfigError as error:
         raise ConfigError(f"profile {profile.name!r}: {error}") from error

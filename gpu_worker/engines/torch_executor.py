@@ -22,7 +22,7 @@ from gpu_worker.supernet.operators import operators_in
 from superserve.errors import ConfigError, InvalidQueryError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -259,6 +259,7 @@ class TorchExecutor:
         weights: str | None = None,
         statistics: Mapping[str, SubnetStatistics] | Path | None = None,
         placement: Placement | None = None,
+        check: Callable[[Supernet, torch.Tensor], None] | None = None,
     ) -> Self:
         """Build a supernet, fill it, and make it resident.
 
@@ -269,6 +270,8 @@ class TorchExecutor:
             statistics: SubnetNorm's, by subnet name, or the file that holds them; None, or a subnet left
                 out, uses the checkpoint's own.
             placement: Where and how; the CPU by default.
+            check: Called with the whole supernet and two random queries as the model takes them, before what
+                no subnet uses is dropped; it raises if the supernet should not be served.
 
         Raises:
             ConfigError: Naming the option, or the file and what is wrong in it.
@@ -283,6 +286,8 @@ class TorchExecutor:
         if isinstance(statistics, Path):
             statistics = load_statistics(statistics, supernet, kind.name, subnets)
         supernet.set_statistics(statistics or {})
+        if check is not None:
+            check(supernet, example_input(supernet, kind, torch.float32, n=2))
         # Before anything is cut or cast: what a worker leaves out changes no answer.
         found = fingerprint(supernet)
         if placement.trims:

@@ -43,6 +43,7 @@ from gpu_worker.supernet.operators import (
     Switched,
     switched,
 )
+from gpu_worker.supernet.original import original_of
 from gpu_worker.supernet.recognition import (
     Layer,
     Named,
@@ -150,9 +151,12 @@ def insert(
     full = {size.name: _n_outputs(size.name, layers[size.name], parts[size.name]) for size in elastic}
     if controls is None:
         controls = default_controls(stages, [len(stage) for stage in blocks], elastic, full)
+    original = original_of(model, stages, elastic)
     with _unchanged_on_error(model):
         inserted = _insert(model, found, zip(blocks, stages, strict=True), layers, parts)
-        return Supernet(model, inserted, controls)
+        supernet = Supernet(model, inserted, controls)
+    supernet.original = original
+    return supernet
 
 
 def default_controls(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gpu_worker.supernet.flow.follow import Shapes
     from gpu_worker.supernet.insertion import Inserted
     from gpu_worker.supernet.operators.base import Layouts, Settings
+    from gpu_worker.supernet.original import Original
 
 MAX_PREPARED = {"cpu": 1_024}
 """By device, the most subnets that are ready to run, unless more are pinned: on a CPU they are only views."""
@@ -119,10 +120,12 @@ class Supernet(nn.Module):
         cursor: What its operators read.
         controls: Its control tuples.
         subnets: Those hosted, in the order of their rows.
+        original: The model from before insertion, without data; a proof needs it.
     """
 
     def __init__(self, model: nn.Module, inserted: Inserted, controls: Controls) -> None:
         super().__init__()
+        self.original: Original | None = None
         self.model = model
         self.cursor = inserted.cursor
         self.controls = controls
