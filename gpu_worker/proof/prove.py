@@ -132,17 +132,29 @@ def _judge(supernet: Supernet, original: Original, inputs: _Inputs, subnets: tup
     """Return what compares in float64; in float32 if the model has an operation that takes no doubles."""
     cpu = torch.device("cpu")
     try:
-        exact = copy.deepcopy(supernet).cpu().eval().double()
+        exact = _copied(supernet, torch.float64)
         judge = _Judge(exact, original, inputs.cast(torch.float64, cpu), subnets, TOLERANCE)
         judge.look_at_whole()
     except UnjudgedError as error:
-        plain = copy.deepcopy(supernet).cpu().eval().float()
+        plain = _copied(supernet, torch.float32)
         judge = _Judge(plain, original, inputs.cast(torch.float32, cpu), subnets, TOLERANCE_LOWERED)
         try:
             judge.look_at_whole()
         except UnjudgedError:
             raise error from None
     return judge
+
+
+def _copied(supernet: Supernet, dtype: torch.dtype) -> Supernet:
+    """Return a copy in host memory and eval mode.
+
+    Raises:
+        UnjudgedError: Memory does not suffice, or a module refuses.
+    """
+    try:
+        return copy.deepcopy(supernet).cpu().eval().to(dtype)
+    except Exception as error:
+        raise UnjudgedError(f"the supernet cannot be copied in {dtype}: {_plain(error)}") from error
 
 
 def _original(supernet: Supernet) -> Original:
@@ -165,7 +177,7 @@ def _inputs(example: Any) -> _Inputs:
 
 def _check_resident(supernet: Supernet, subnets: Sequence[Subnet], inputs: _Inputs) -> None:
     """Compare the supernet, in its own precision, with a copy in which nothing is left of earlier passes."""
-    copied = copy.deepcopy(supernet).cpu().eval().float()
+    copied = _copied(supernet, torch.float32)
     dtype = _dtype(supernet.model)
     tolerance = TOLERANCE_RESIDENT.get(dtype, TOLERANCE_HALF)
     own = inputs.cast(dtype, supernet.device)

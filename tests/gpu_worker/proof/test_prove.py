@@ -714,3 +714,15 @@ def test_outputs_in_dataclasses_and_dictionaries_are_compared() -> None:
     assert prove(supernet, {"x": x}, subnets=[HALF]).n_layers == 3
     with pytest.raises(ProofError, match=r"layer b: |: b: given"):
         prove(supernet, {"x": x, "flipped": True}, subnets=[HALF])
+
+
+def test_a_supernet_that_does_not_fit_twice_cannot_be_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is one line, and not torch's traceback."""
+
+    def deepcopy(_supernet: Supernet) -> Supernet:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    supernet = convolutional()
+    monkeypatch.setattr("gpu_worker.proof.prove.copy.deepcopy", deepcopy)
+    with pytest.raises(UnjudgedError, match=r"cannot be copied in .*: RuntimeError: DefaultCPUAllocator"):
+        prove(supernet, torch.randn(IMAGES))
