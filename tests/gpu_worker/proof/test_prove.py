@@ -12,9 +12,9 @@ import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 
 from gpu_worker.proof.absence import ProofError, UnjudgedError, UnsliceableError
-from gpu_worker.proof.flow import Flow
+from gpu_worker.proof.flow import DataFlow
 from gpu_worker.proof.prove import prove
-from gpu_worker.proof.whole import SubnetCut, Whole, tensors_of
+from gpu_worker.proof.whole import SubnetCut, WholeNetwork, tensors_of
 from gpu_worker.supernet.actuation import actuate
 from gpu_worker.supernet.insertion import Elastic, Stage, insert
 from gpu_worker.supernet.operators import Switched
@@ -238,8 +238,8 @@ def test_a_sum_inside_a_block_is_proved(call: Callable[[Any, torch.Tensor], torc
 def test_a_sum_around_a_block_with_a_residual_path_does_not_meet_its_input() -> None:
     """Its input is what the block gives without its branch, and then x + x is right."""
     model, x = Calls([Residual()], around).double(), torch.randn(2, 8).double()
-    flow = Flow()
-    whole = Whole(original_of(model, [Stage("layers", least=0)], ()), tensors_of(model), {})
+    flow = DataFlow()
+    whole = WholeNetwork(original_of(model, [Stage("layers", least=0)], ()), tensors_of(model), {})
     whole.run((x,), {}, SubnetCut(), flow)
 
     assert [flow.meets_its_input(call) for call in flow.calls] == [None]
@@ -579,7 +579,7 @@ def test_what_a_dense_block_appends_is_absent_if_it_is_left_out() -> None:
     first, last = copy.deepcopy(blocks[0]), copy.deepcopy(head)
     x = torch.randn(2, 8)
     expected = (first(x) @ last.weight[:, :12].T + last.bias).detach()
-    whole = Whole(original_of(model.double(), [Stage("0")], ()), tensors_of(model), {})
+    whole = WholeNetwork(original_of(model.double(), [Stage("0")], ()), tensors_of(model), {})
     whole.run((x.double(),), {}, SubnetCut())  # in which it sees what blocks return
     left = whole.run((x.double(),), {}, SubnetCut(frozenset(["0.1", "0.2"])))
 
