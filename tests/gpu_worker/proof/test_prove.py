@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +24,7 @@ from gpu_worker.supernet.supernet import SubnetStatistics
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 from tests.gpu_worker.proof.models import IMAGES, WORDS, convolutional, encoder
+from tests.test_architecture import MODULES, imports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -726,3 +728,42 @@ def test_a_supernet_that_does_not_fit_twice_cannot_be_judged(monkeypatch: pytest
     monkeypatch.setattr("gpu_worker.proof.prove.copy.deepcopy", deepcopy)
     with pytest.raises(UnjudgedError, match=r"cannot be copied in .*: RuntimeError: DefaultCPUAllocator"):
         prove(supernet, torch.randn(IMAGES))
+
+
+# --- what a stage declares, and who the oracle asks -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("skipped", "gives"),
+    [("zero", lambda x: x), ("input", lambda x: 2 * x), (lambda x: 3 * x, lambda x: 4 * x)],
+)
+def test_a_block_that_is_left_out_gives_what_its_stage_declares(skipped: Any, gives: Any) -> None:
+    """Its caller adds that to its input; blocks that are lists give it member by member."""
+    blocks = [branch(), nn.ModuleList([branch(), branch()])]
+
+    def call(model: Any, x: torch.Tensor) -> torch.Tensor:
+        for block in model.layers:
+            for member in block if isinstance(block, nn.ModuleList) else [block]:
+                x = x + member(x)
+        return x
+
+    model, x = Calls(blocks, call).double(), torch.randn(2, 8).double()
+    stage: Any = SimpleNamespace(blocks="layers", skipped=skipped)
+    whole = WholeNetwork(original_of(model, [stage], ()), tensors_of(model), {})
+    whole.run((x,), {}, SubnetCut())  # in which it sees what blocks return
+    left = frozenset(["layers.0", "layers.1.0", "layers.1.1"])
+
+    torch.testing.assert_close(whole.run((x,), {}, SubnetCut(left)).output.outputs[0], gives(gives(gives(x))))
+
+
+def test_the_oracle_imports_nothing_of_the_slicer() -> None:
+    """It has no way to believe what the slicer believes."""
+    oracle = ["absence", "rules", "flow", "references", "whole"]
+    found = {
+        one.target
+        for name in oracle
+        for one in imports(f"gpu_worker.proof.{name}", MODULES[f"gpu_worker.proof.{name}"])
+        if one.target.startswith("gpu_worker.")
+    }
+
+    assert found <= {"gpu_worker.supernet.original", *(f"gpu_worker.proof.{name}" for name in oracle)}
