@@ -22,7 +22,7 @@ depends on both, it cannot be judged. A product of present with absent elements 
 
 BatchNorms get the subnet's own statistics, or invented ones that differ from norm to norm; parameters that
 are all equal, behind which a fault could hide, get noise. A block that is left out gives its input, or what
-its stage declares.
+its stage declares; of one that appends to its input (a dense block), what it appends is absent.
 
 **The comparison.** A copy of the supernet runs the same subnet. Each layer's output must have as many
 elements as the oracle's has present ones, and the same values, in order; the first layer that differs is
@@ -31,12 +31,13 @@ replaced do not.
 
 **What the whole network shows beside that.** A block that is never called as a module cannot be left out. A
 block whose output is added to its own input by its caller must give zero and not its input. A parameter of an
-elastic layer that is used outside of the layer's forward is used whole.
+elastic layer that is used outside of the layer's forward is used whole. A sum with something other than an
+elementwise step, a norm or a view between it and the block is not seen: what the stage declares is believed.
 
 **What is not proved.** That subnets are accurate; that a device computes right; paths of the code that the
 example does not take; subnets beside the sample, in which each size and each depth occurs. Layers with
 another rule (recurrent ones, kernel transforms) bring a plain reference: `gpu_worker.proof.references`.
 
-Data: example, `Original`, sizes -> `whole.Whole` -> records; the supernet's copy -> records; `prove`
+Data: example, `Original`, sizes -> `whole.WholeNetwork` -> records; the supernet's copy -> records; `prove`
 compares.
 """

@@ -46,7 +46,7 @@ class BlockCall:
     returned: int
 
 
-class Flow:
+class DataFlow:
     """The steps of one pass, and the calls of blocks in it."""
 
     def __init__(self) -> None:

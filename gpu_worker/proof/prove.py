@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from gpu_worker.proof.absence import ProofError, UnjudgedError, UnsliceableError
-from gpu_worker.proof.flow import Flow
+from gpu_worker.proof.flow import DataFlow
 from gpu_worker.proof.rules import tensors_in
 from gpu_worker.proof.sample import covering, drawn
-from gpu_worker.proof.whole import LayerRun, OracleRun, SubnetCut, Whole, members_of, tensors_of
+from gpu_worker.proof.whole import LayerRun, OracleRun, SubnetCut, WholeNetwork, members_of, tensors_of
 from gpu_worker.supernet.actuation import actuate
 from gpu_worker.supernet.supernet import SubnetStatistics
 
@@ -132,17 +132,29 @@ def _judge(supernet: Supernet, original: Original, inputs: _Inputs, subnets: tup
     """Return what compares in float64; in float32 if the model has an operation that takes no doubles."""
     cpu = torch.device("cpu")
     try:
-        exact = copy.deepcopy(supernet).cpu().eval().double()
+        exact = _copied(supernet, torch.float64)
         judge = _Judge(exact, original, inputs.cast(torch.float64, cpu), subnets, TOLERANCE)
         judge.look_at_whole()
     except UnjudgedError as error:
-        plain = copy.deepcopy(supernet).cpu().eval().float()
+        plain = _copied(supernet, torch.float32)
         judge = _Judge(plain, original, inputs.cast(torch.float32, cpu), subnets, TOLERANCE_LOWERED)
         try:
             judge.look_at_whole()
         except UnjudgedError:
             raise error from None
     return judge
+
+
+def _copied(supernet: Supernet, dtype: torch.dtype) -> Supernet:
+    """Return a copy in host memory and eval mode.
+
+    Raises:
+        UnjudgedError: Memory does not suffice, or a module refuses.
+    """
+    try:
+        return copy.deepcopy(supernet).cpu().eval().to(dtype)
+    except Exception as error:
+        raise UnjudgedError(f"the supernet cannot be copied in {dtype}: {_plain(error)}") from error
 
 
 def _original(supernet: Supernet) -> Original:
@@ -165,7 +177,7 @@ def _inputs(example: Any) -> _Inputs:
 
 def _check_resident(supernet: Supernet, subnets: Sequence[Subnet], inputs: _Inputs) -> None:
     """Compare the supernet, in its own precision, with a copy in which nothing is left of earlier passes."""
-    copied = copy.deepcopy(supernet).cpu().eval().float()
+    copied = _copied(supernet, torch.float32)
     dtype = _dtype(supernet.model)
     tolerance = TOLERANCE_RESIDENT.get(dtype, TOLERANCE_HALF)
     own = inputs.cast(dtype, supernet.device)
@@ -243,7 +255,7 @@ class _Judge:
         self._modules = dict(copied.model.named_modules())
         self._norms = {norm.path for norm in copied.norms}
         _vary(copied.model)
-        self._whole = Whole(original, tensors_of(copied.model), self._modules)
+        self._whole = WholeNetwork(original, tensors_of(copied.model), self._modules)
         copied.host(subnets)
         self._tolerance = tolerance
         self._layers: set[str] = set()  # all that run in the whole network
@@ -256,7 +268,7 @@ class _Judge:
             ProofError: It fails, has no numbers, or uses blocks or parameters in a way that nothing can
             follow.
         """
-        flow = Flow()
+        flow = DataFlow()
         run = self._oracle(SubnetCut(), "the whole network", flow)
         self._layers = {ran.path for ran in run.layers}
         if not run.output.outputs or not any(bool(out.isfinite().any()) for out in run.output.outputs):
@@ -271,7 +283,7 @@ class _Judge:
         left_out = set().union(*(self._left_out(subnet) for subnet in self._subnets))
         self._look_at_blocks(left_out, run, flow)
 
-    def _look_at_blocks(self, left_out: set[str], run: OracleRun, flow: Flow) -> None:
+    def _look_at_blocks(self, left_out: set[str], run: OracleRun, flow: DataFlow) -> None:
         for path in sorted(left_out):
             if not run.n_calls.get(path):
                 raise UnsliceableError(
@@ -376,7 +388,7 @@ class _Judge:
             for member in members_of(self._whole.model, path)
         }
 
-    def _oracle(self, cut: SubnetCut, label: str, flow: Flow | None) -> OracleRun:
+    def _oracle(self, cut: SubnetCut, label: str, flow: DataFlow | None) -> OracleRun:
         try:
             return self._whole.run(self._inputs.args, self._inputs.kwargs, cut, flow)
         except ProofError as error:

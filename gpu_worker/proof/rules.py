@@ -36,7 +36,7 @@ def tensors_in(value: Any) -> _Tensors:
     return []
 
 
-class Call:
+class OperationCall:
     """One operation with its arguments, of which some elements are absent.
 
     Attributes:
@@ -78,7 +78,7 @@ class Call:
         return address(tensor) in self.weights
 
 
-def apply(call: Call) -> Any:
+def apply(call: OperationCall) -> Any:
     """Run an operation some of whose inputs are absent, and mark its outputs.
 
     Raises:
@@ -106,7 +106,7 @@ def _is_view(func: Any) -> bool:
 # --- elements one by one ----------------------------------------------------------------------
 
 
-def _pointwise(call: Call) -> Any:
+def _pointwise(call: OperationCall) -> Any:
     output = call.run()
     made = tensors_in(output)
     cut = joined(call.marks, call.tensors, made[0].shape)
@@ -116,7 +116,7 @@ def _pointwise(call: Call) -> Any:
     return output
 
 
-def _like_first(call: Call) -> Any:
+def _like_first(call: OperationCall) -> Any:
     """An operation whose first output has the absent elements of its first input."""
     cut = call.cut(call.args[0])
     output = call.run()
@@ -124,13 +124,13 @@ def _like_first(call: Call) -> Any:
     return output
 
 
-def _glu(call: Call) -> Any:
+def _glu(call: OperationCall) -> Any:
     x, axis = call.args[0], call.args[1] if len(call.args) > 1 else -1
     first, second = x.chunk(2, axis)
     return call.put(call.run(), joined(call.marks, (first, second), first.shape))
 
 
-def _copy(call: Call) -> Any:
+def _copy(call: OperationCall) -> Any:
     target, source = call.args[0], call.args[1]
     cut = call.cut(source)
     call.run()
@@ -138,11 +138,11 @@ def _copy(call: Call) -> Any:
     return target
 
 
-def _filled_in_place(call: Call) -> Any:
+def _filled_in_place(call: OperationCall) -> Any:
     return call.put(call.run(), None)
 
 
-def _new(call: Call) -> Any:
+def _new(call: OperationCall) -> Any:
     """An operation that uses its input's shape alone."""
     return call.run()
 
@@ -150,7 +150,7 @@ def _new(call: Call) -> Any:
 # --- moves ------------------------------------------------------------------------------------
 
 
-def _moved(call: Call) -> Any:
+def _moved(call: OperationCall) -> Any:
     """Run the operation on the marks of its first argument, or of all if that is a list."""
     first = call.args[0]
     rest = tensors_in((call.args[1:], call.kwargs))
@@ -168,7 +168,7 @@ def _moved(call: Call) -> Any:
     return output
 
 
-def _same_elements(call: Call) -> Any:
+def _same_elements(call: OperationCall) -> Any:
     """A copy or a reshape: the output has the input's elements, in its own shape."""
     output = call.run()
     source = call.args[0]
@@ -178,7 +178,7 @@ def _same_elements(call: Call) -> Any:
     return call.put(output, None if cut is None else cut.reshape(output.shape))
 
 
-def _padded(call: Call) -> Any:
+def _padded(call: OperationCall) -> Any:
     x, pads = call.args[0], call.args[1]
     cut = call.cut(x)
     assert cut is not None, "some input is absent, and there is but one"
@@ -194,7 +194,7 @@ def _padded(call: Call) -> Any:
 # --- products ---------------------------------------------------------------------------------
 
 
-def _product(call: Call, at: int) -> Any:
+def _product(call: OperationCall, at: int) -> Any:
     """Arguments `at` and the next, (..., n, k) and (..., k, m): a product over the elements present."""
     a, b = call.args[at], call.args[at + 1]
     rows, columns = call.cut(a), call.cut(b)
@@ -204,7 +204,11 @@ def _product(call: Call, at: int) -> Any:
 
 
 def _product_cut(
-    call: Call, a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None
+    call: OperationCall,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor | None,
 ) -> torch.Tensor | None:
     shape = (*a.shape[:-1], b.shape[-1])
     if columns is None and call.is_weight(b):
@@ -225,7 +229,7 @@ def _product_cut(
     return pairs == 0
 
 
-def _linear(call: Call) -> Any:
+def _linear(call: OperationCall) -> Any:
     x = call.args[0]
     cut = call.cut(x)
     output = call.run(call.filled(x))
@@ -233,7 +237,7 @@ def _linear(call: Call) -> Any:
     return call.put(output, None if absent is None else absent.expand(output.shape))
 
 
-def _convolution(call: Call) -> Any:
+def _convolution(call: OperationCall) -> Any:
     x, weight = call.args[0], call.args[1]
     cut = call.cut(x)
     if cut is None or call.cut(weight) is not None:
@@ -256,11 +260,11 @@ def _axes(x: torch.Tensor, given: Any) -> list[int]:
     return [given] if isinstance(given, int) else list(given)
 
 
-def _given(call: Call, at: int, name: str, default: Any) -> Any:
+def _given(call: OperationCall, at: int, name: str, default: Any) -> Any:
     return call.args[at] if len(call.args) > at else call.kwargs.get(name, default)
 
 
-def _reduced(call: Call, value: float, *, divides: bool = False, at: int = 1) -> Any:
+def _reduced(call: OperationCall, value: float, *, divides: bool = False, at: int = 1) -> Any:
     """Reduce over the elements present, with `value` in place of the others; `divides` counts them."""
     x = call.args[0]
     cut = call.cut(x)
@@ -281,7 +285,7 @@ def _reduced(call: Call, value: float, *, divides: bool = False, at: int = 1) ->
     return output
 
 
-def _variance(call: Call) -> Any:
+def _variance(call: OperationCall) -> Any:
     x = call.args[0]
     axes = _axes(x, _given(call, 1, "dim", None))
     keeps = bool(call.kwargs.get("keepdim", False))
@@ -300,7 +304,7 @@ def _variance(call: Call) -> Any:
     return call.put(output, n == 0)
 
 
-def _softmax(call: Call) -> Any:
+def _softmax(call: OperationCall) -> Any:
     x, axis = call.args[0], call.args[1]
     cut = call.cut(x)
     assert cut is not None, "some input is absent, and there is but one"
@@ -309,7 +313,7 @@ def _softmax(call: Call) -> Any:
     return call.put(call.run(x.masked_fill(used, float("-inf"))), cut)
 
 
-def _present(call: Call, x: torch.Tensor) -> torch.Tensor:
+def _present(call: OperationCall, x: torch.Tensor) -> torch.Tensor:
     cut = call.cut(x)
     return torch.ones_like(x) if cut is None else (~cut).to(x.dtype)
 
@@ -321,7 +325,7 @@ def _normalised(x: torch.Tensor, present: torch.Tensor, axes: list[int], eps: fl
     return (x - mean) / (variance + eps).sqrt()
 
 
-def _layer_norm(call: Call) -> Any:
+def _layer_norm(call: OperationCall) -> Any:
     x, shape, weight, bias, eps = call.args
     axes = list(range(x.dim() - len(shape), x.dim()))
     output = call.run()
@@ -331,7 +335,7 @@ def _layer_norm(call: Call) -> Any:
     return output
 
 
-def _group_norm(call: Call) -> Any:
+def _group_norm(call: OperationCall) -> Any:
     x, weight, bias, n, channels, _, groups, eps = call.args
     output = call.run()
     present = _present(call, x).reshape(n, groups, -1)
@@ -342,7 +346,7 @@ def _group_norm(call: Call) -> Any:
     return output
 
 
-def _rms_norm(call: Call) -> Any:
+def _rms_norm(call: OperationCall) -> Any:
     x, shape, weight, eps = call.args
     axes = list(range(x.dim() - len(shape), x.dim()))
     output, present = call.run(), _present(call, x)
@@ -358,7 +362,7 @@ def _rms_norm(call: Call) -> Any:
 _DRAWS = 3  # a ReLU hides every second change
 
 
-def _probed(call: Call) -> Any:
+def _probed(call: OperationCall) -> Any:
     """Find out what the outputs depend on, by changing what is absent, and what is present.
 
     Raises:
@@ -409,7 +413,7 @@ def _probed(call: Call) -> Any:
     return base
 
 
-_RULES: dict[str, Callable[[Call], Any]] = {
+_RULES: dict[str, Callable[[OperationCall], Any]] = {
     **dict.fromkeys(("copy_",), _copy),
     **dict.fromkeys(("fill_", "zero_", "normal_", "uniform_"), _filled_in_place),
     **dict.fromkeys(

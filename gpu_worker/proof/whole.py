@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gpu_worker.proof.absence import Marks, UnjudgedError, UnsliceableError, address, caller
-from gpu_worker.proof.flow import BlockCall, Flow, is_soft
+from gpu_worker.proof.flow import BlockCall, DataFlow, is_soft
 from gpu_worker.proof.references import ReferenceCall, axis_of, reference_of
-from gpu_worker.proof.rules import Call, apply, tensors_in
+from gpu_worker.proof.rules import OperationCall, apply, tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -84,7 +84,7 @@ class OracleRun:
 class _Pass(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Sees every operation of one pass."""
 
-    def __init__(self, owners: Mapping[int, tuple[str, ...]], flow: Flow | None) -> None:
+    def __init__(self, owners: Mapping[int, tuple[str, ...]], flow: DataFlow | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.marks, self.run, self.stack = Marks(), OracleRun(), list[str]()
         self.blocks: list[str] = []
@@ -97,7 +97,7 @@ class _Pass(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        call = Call(func, args, kwargs or {}, self.marks, self._owners)
+        call = OperationCall(func, args, kwargs or {}, self.marks, self._owners)
         self._look_for_outside_use(call)
         before = [self._flow.node(tensor) for tensor in call.tensors] if self._flow is not None else []
         has_cut = any(self.marks.of(tensor) is not None for tensor in call.tensors)
@@ -115,7 +115,7 @@ class _Pass(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
             )
         return output
 
-    def _look_for_outside_use(self, call: Call) -> None:
+    def _look_for_outside_use(self, call: OperationCall) -> None:
         for tensor in call.tensors:
             owners = self._owners.get(address(tensor), ())
             if owners and not any(owner in self.stack for owner in owners):
@@ -131,7 +131,7 @@ def _rounding(given: torch.Tensor, output: torch.Tensor) -> float:
     return found if found > torch.finfo(given.dtype).eps else 0.0
 
 
-class Whole:
+class WholeNetwork:
     """The model from before insertion, with the data of a supernet.
 
     Args:
@@ -163,7 +163,7 @@ class Whole:
                 self._watch(path, module)
 
     def run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], cut: SubnetCut, flow: Flow | None = None
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cut: SubnetCut, flow: DataFlow | None = None
     ) -> OracleRun:
         """Run a subnet of it.
 

@@ -11,340 +11,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 
-from gpu_worker.proof.absence import ProofError, UnjudgedError, UnsliceableError
-from gpu_worker.proof.flow import Flow
+from gpu_worker.proof.absence import ProofError, UnjudgedError
 from gpu_worker.proof.prove import prove
-from gpu_worker.proof.whole import SubnetCut, Whole, tensors_of
-from gpu_worker.supernet.actuation import actuate
-from gpu_worker.supernet.insertion import Elastic, Stage, insert
-from gpu_worker.supernet.operators import Switched
-from gpu_worker.supernet.original import original_of
+from gpu_worker.supernet.insertion import Elastic, insert
 from gpu_worker.supernet.supernet import SubnetStatistics
-from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 from tests.gpu_worker.proof.models import IMAGES, WORDS, convolutional, encoder
+from tests.gpu_worker.proof.users import HALF, Net, at, refused_or_right
+from tests.test_architecture import MODULES, imports
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from gpu_worker.supernet.supernet import Supernet
-
-HALF = Subnet("half", {"w": [0.5]})
-ONE = Subnet("one", {"d": [1]})
-
-
-class Residual(nn.Module):
-    """A block with a residual path of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        """Return x and more."""
-        return x + scale * F.relu(self.inner(x))
-
-
-class Calls(nn.Module):
-    """Blocks, and a function that says how their caller calls them."""
-
-    def __init__(
-        self, blocks: Sequence[nn.Module], call: Callable[[Any, torch.Tensor], torch.Tensor]
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(8)
-        self.call = call
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run the caller's loop."""
-        return self.call(self, x)
-
-
-def residuals() -> nn.Module:
-    """Return four residual blocks in a row, as 0.0 to 0.3."""
-    return nn.Sequential(nn.Sequential(*(Residual() for _ in range(4))))
-
-
-def at(model: nn.Module, x: torch.Tensor, subnet: Subnet, **declared: Any) -> Supernet:
-    """Insert, and prove one subnet."""
-    supernet = insert(model, **declared).eval()
-    prove(supernet, x, subnets=[subnet])
-    return supernet
-
-
-def answer(supernet: Supernet, subnet: Subnet, x: torch.Tensor) -> torch.Tensor:
-    """Return a subnet's answer in place."""
-    supernet.host([subnet])
-    actuate(supernet, 0)
-    with torch.inference_mode():
-        found: torch.Tensor = supernet(x)
-    return found
-
-
-# --- modules that run past what insertion changes ------------------------------------------------
-
-
-def compiled(model: Any) -> None:
-    """Wrap each block."""
-    for i in range(4):
-        model[0][i] = torch.compile(model[0][i], backend="eager")
-
-
-def compiled_forward(model: Any) -> None:
-    """Compile each block's forward."""
-    for block in model[0]:
-        block.forward = torch.compile(block.forward, backend="eager")
-
-
-def compiled_in_place(model: Any) -> None:
-    """Compile each block's call."""
-    for block in model[0]:
-        block.compile(backend="eager")
-
-
-def hooked(model: Any) -> None:
-    """Replace each block's forward on the instance, as accelerate does."""
-
-    def wrap(forward: Any) -> Any:
-        def hook(*args: Any, **kwargs: Any) -> Any:
-            return forward(*args, **kwargs)
-
-        return hook
-
-    for block in model[0]:
-        block.forward = wrap(block.forward)
-
-
-def scripted(model: Any) -> None:
-    """Script each block."""
-    for i in range(4):
-        model[0][i] = torch.jit.trace(model[0][i], torch.zeros(2, 8))  # type: ignore[no-untyped-call]  # torch's
-
-
-def traced(model: Any) -> None:
-    """Trace each block by torch.fx."""
-    for i in range(4):
-        model[0][i] = torch.fx.symbolic_trace(model[0][i])
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (compiled, "compiled code"),
-        (compiled_forward, "compiled code"),
-        (compiled_in_place, "compiled code"),
-        (hooked, "replaced on the instance"),
-        (scripted, "got a scripted one"),
-        (traced, r"traced by torch\.fx"),
-    ],
-)
-def test_code_that_runs_past_the_changed_classes_is_refused(
-    change: Callable[[Any], None], reason: str
-) -> None:
-    """By type, whatever the answers are: the error names the block; insertion may be the one that refuses."""
-    model = residuals()
-    change(model)
-
-    with pytest.raises(ConfigError, match=rf"^0\.0.*({reason}|compiled by torch\.compile|by torch\.jit)"):
-        at(model, torch.randn(2, 8), ONE, stages=[Stage("0")])
-
-
-# --- blocks --------------------------------------------------------------------------------------
-
-
-def plainly(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """Call one after the other."""
-    for block in model.layers:
-        x = block(x)
-    return x
-
-
-def around(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """Add outside of the block."""
-    for block in model.layers:
-        x = x + block(x)
-    return x
-
-
-def around_in_place(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """Add in place, scaled."""
-    x = x.clone()
-    for block in model.layers:
-        x += 0.5 * block(x)
-    return x
-
-
-def pre_norm(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """Normalise before the block, add after it."""
-    for block in model.layers:
-        x = x + block(model.norm(x))
-    return x
-
-
-def post_norm(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """Normalise the sum."""
-    for block in model.layers:
-        x = model.norm(x + block(x))
-    return x
-
-
-def dense(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """Concatenate what goes in and what comes out."""
-    for block in model.layers:
-        x = torch.cat([x[:, :4], block(x)[:, :4]], 1)
-    return x
-
-
-def long_way_around(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """A residual path around all blocks, each of which has its own."""
-    return x + plainly(model, x)
-
-
-def indexed(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """Use the blocks' parameters without calling them."""
-    for block in model.layers:
-        x = x + F.relu(F.linear(x, block.inner.weight, block.inner.bias))
-    return x
-
-
-def branch() -> nn.Module:
-    """A block without a residual path."""
-    return nn.Sequential(nn.Linear(8, 8), nn.ReLU())
-
-
-@pytest.mark.parametrize("call", [around, around_in_place, pre_norm, post_norm, dense])
-def test_a_sum_around_a_block_is_refused(call: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
-    """Left out it would give x + x; the error names the block, and the line of the sum."""
-    model = Calls([branch() for _ in range(4)], call)
-
-    with pytest.raises(UnsliceableError, match=r"block layers\.1: .*test_prove\.py:\d+.*skipped=\"zero\""):
-        at(model, torch.randn(2, 8), ONE, stages=[Stage("layers")])
-
-
-@pytest.mark.parametrize("call", [plainly, long_way_around])
-def test_a_sum_inside_a_block_is_proved(call: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
-    """A block that is left out gives its input, and so it is answered."""
-    torch.manual_seed(0)
-    model = Calls([Residual() for _ in range(4)], call)
-    x, plain = torch.randn(2, 8), copy.deepcopy(model)
-    supernet = at(model, x, ONE, stages=[Stage("layers")])
-    plain.layers = plain.layers[:1]
-
-    torch.testing.assert_close(answer(supernet, ONE, x), plain(x).detach())
-
-
-def test_a_sum_around_a_block_with_a_residual_path_does_not_meet_its_input() -> None:
-    """Its input is what the block gives without its branch, and then x + x is right."""
-    model, x = Calls([Residual()], around).double(), torch.randn(2, 8).double()
-    flow = Flow()
-    whole = Whole(original_of(model, [Stage("layers", least=0)], ()), tensors_of(model), {})
-    whole.run((x,), {}, SubnetCut(), flow)
-
-    assert [flow.meets_its_input(call) for call in flow.calls] == [None]
-    assert torch.equal(whole.run((x,), {}, SubnetCut(frozenset(["layers.0"]))).output.outputs[0], 2 * x)
-
-
-def test_a_block_that_runs_although_it_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if what it gives is not used."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = self.switch_cursor.settings
-        if settings[self.switch_place]:
-            return super(Switched, self).__call__(*args, **kwargs)
-        self.switch_cursor.settings = tuple(True if one is False else one for one in settings)
-        super(Switched, self).__call__(*args, **kwargs)
-        self.switch_cursor.settings = settings
-        return args[0]
-
-    monkeypatch.setattr(Switched, "__call__", call, raising=False)
-    with pytest.raises(
-        ProofError, match=r"layer layers\.1\.inner runs in place and not in the whole network"
-    ):
-        at(Calls([Residual() for _ in range(2)], plainly), torch.randn(2, 8), ONE, stages=[Stage("layers")])
-
-
-def test_pairs_in_lists_are_refused() -> None:
-    """A ModuleList is never called: its members are, and their caller adds around them."""
-
-    def call(model: Any, x: torch.Tensor) -> torch.Tensor:
-        for a, b in model.layers:
-            x = x + F.relu(a(x))
-            x = x + F.relu(b(x))
-        return x
-
-    model = Calls([nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]) for _ in range(4)], call)
-    with pytest.raises(ConfigError, match=r"layers\.[01]"):
-        at(model, torch.randn(2, 8), ONE, stages=[Stage("layers")])
-
-
-def test_blocks_that_are_never_called_are_refused() -> None:
-    """Then no switch is asked."""
-    model = Calls([Residual() for _ in range(4)], indexed)
-
-    with pytest.raises(UnsliceableError, match=r"block layers\.1: never called as a module"):
-        at(model, torch.randn(2, 8), ONE, stages=[Stage("layers")])
-
-
-def test_a_block_that_changes_the_shape_is_not_left_out() -> None:
-    """Convolutions would take its input all the same, and answer for another network."""
-    blocks = nn.Sequential(*(nn.Conv2d(4, 4, 3, 2, 1) for _ in range(2)))
-    with pytest.raises(UnsliceableError, match=r"block 0\.1: it turns \(2, 4, 4, 4\) into \(2, 4, 2, 2\)"):
-        at(nn.Sequential(blocks, nn.AdaptiveAvgPool2d(1)), torch.randn(2, 4, 8, 8), ONE, stages=[Stage("0")])
-
-
-class Pair(Residual):
-    """A block that returns a tuple, as Hugging Face's do."""
-
-    def forward(self, x: torch.Tensor, scale: float = 1.0) -> Any:
-        """Return (x,)."""
-        return (super().forward(x, scale),)
-
-
-def test_a_block_that_returns_a_tuple_is_refused_or_right() -> None:
-    """`block(x)[0]` of a block that is left out is x, and not x's first row."""
-    torch.manual_seed(0)
-
-    def call(model: Any, x: torch.Tensor) -> torch.Tensor:
-        for block in model.layers:
-            x = block(x)[0]
-        return x
-
-    model = Calls([Pair() for _ in range(4)], call)
-    x = torch.randn(8, 8)
-    expected = copy.deepcopy(model.layers[0])(x)[0].detach()
-    refused_or_right(model, x, ONE, expected, stages=[Stage("layers")])
-
-
-def refused_or_right(
-    model: nn.Module, x: torch.Tensor, subnet: Subnet, expected: torch.Tensor, **declared: Any
-) -> None:
-    """What is proved answers right; what is not proved is refused."""
-    supernet = insert(model, **declared).eval()
-    try:
-        prove(supernet, x, subnets=[subnet])
-    except ProofError:
-        return
-    torch.testing.assert_close(answer(supernet, subnet, x), expected, rtol=1e-4, atol=1e-4)
-
-
-# --- sizes ---------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """Two layers, and what lies between them."""
-
-    def __init__(
-        self, a: nn.Module, b: nn.Module, between: Callable[[Any, torch.Tensor], torch.Tensor]
-    ) -> None:
-        super().__init__()
-        self.a, self.b, self.between = a, b, between
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return b of what lies between of a of x."""
-        found: torch.Tensor = self.b(self.between(self, self.a(x)))
-        return found
 
 
 def attended(_model: Any, fused: torch.Tensor) -> torch.Tensor:
@@ -479,9 +158,6 @@ def test_a_custom_kernel_on_a_cut_size_cannot_be_judged() -> None:
     )
 
 
-# --- numbers, statistics, and what stays as it was -----------------------------------------------
-
-
 def test_statistics_that_are_not_of_a_subnets_width_are_named() -> None:
     """They are placed by the oracle, which counts the channels that are present."""
     supernet = insert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), elastic=[Elastic("h", ["0"])])
@@ -546,63 +222,6 @@ def test_numbers_that_are_not_finite_prove_nothing() -> None:
             HALF,
             elastic=[Elastic("h", ["0"])],
         )
-
-
-# --- what other networks do -----------------------------------------------------------------------
-
-
-class WithWeights(Residual):
-    """A block that returns its output and attention weights that were not asked for."""
-
-    def forward(self, x: torch.Tensor, scale: float = 1.0) -> Any:
-        """Return (x, None)."""
-        return super().forward(x, scale), None
-
-
-class Dense(nn.Module):
-    """A block that appends to its input, as DenseNet's do."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.grow = nn.Linear(inputs, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (B, inputs + 4)."""
-        return torch.cat([x, self.grow(x)], 1)
-
-
-def test_what_a_dense_block_appends_is_absent_if_it_is_left_out() -> None:
-    """The next layer then uses the inputs that are left; a block in the middle would move those behind it."""
-    torch.manual_seed(0)
-    blocks, head = [Dense(8 + 4 * i) for i in range(3)], nn.Linear(20, 5)
-    model = nn.Sequential(nn.Sequential(*blocks), head)
-    first, last = copy.deepcopy(blocks[0]), copy.deepcopy(head)
-    x = torch.randn(2, 8)
-    expected = (first(x) @ last.weight[:, :12].T + last.bias).detach()
-    whole = Whole(original_of(model.double(), [Stage("0")], ()), tensors_of(model), {})
-    whole.run((x.double(),), {}, SubnetCut())  # in which it sees what blocks return
-    left = whole.run((x.double(),), {}, SubnetCut(frozenset(["0.1", "0.2"])))
-
-    torch.testing.assert_close(left.output.outputs[0], expected.double(), rtol=1e-6, atol=1e-6)
-    refused_or_right(model.float(), x, ONE, expected, stages=[Stage("0")])
-    again = nn.Sequential(nn.Sequential(*(Dense(8 + 4 * i) for i in range(3))), nn.Linear(20, 5))
-    with pytest.raises(ProofError):
-        at(again, x, Subnet("two", {"d": [2]}), stages=[Stage("0", rule=lambda _d, _n: (0, 2))])
-
-
-def test_a_block_that_returns_none_beside_its_output_is_refused_or_right() -> None:
-    """Left out it gives (its input, None)."""
-    torch.manual_seed(0)
-
-    def call(model: Any, x: torch.Tensor) -> torch.Tensor:
-        for block in model.layers:
-            x, _ = block(x)
-        return x
-
-    model = Calls([WithWeights() for _ in range(4)], call)
-    x = torch.randn(2, 8)
-    expected = copy.deepcopy(model.layers[0])(x)[0].detach()
-    refused_or_right(model, x, ONE, expected, stages=[Stage("layers")])
 
 
 @torch.library.custom_op("superserve_tests::singly", mutates_args=())
@@ -714,3 +333,28 @@ def test_outputs_in_dataclasses_and_dictionaries_are_compared() -> None:
     assert prove(supernet, {"x": x}, subnets=[HALF]).n_layers == 3
     with pytest.raises(ProofError, match=r"layer b: |: b: given"):
         prove(supernet, {"x": x, "flipped": True}, subnets=[HALF])
+
+
+def test_a_supernet_that_does_not_fit_twice_cannot_be_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is one line, and not torch's traceback."""
+
+    def deepcopy(_supernet: Supernet) -> Supernet:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    supernet = convolutional()
+    monkeypatch.setattr("gpu_worker.proof.prove.copy.deepcopy", deepcopy)
+    with pytest.raises(UnjudgedError, match=r"cannot be copied in .*: RuntimeError: DefaultCPUAllocator"):
+        prove(supernet, torch.randn(IMAGES))
+
+
+def test_the_oracle_imports_nothing_of_the_slicer() -> None:
+    """It has no way to believe what the slicer believes."""
+    oracle = ["absence", "rules", "flow", "references", "whole"]
+    found = {
+        one.target
+        for name in oracle
+        for one in imports(f"gpu_worker.proof.{name}", MODULES[f"gpu_worker.proof.{name}"])
+        if one.target.startswith("gpu_worker.")
+    }
+
+    assert found <= {"gpu_worker.supernet.original", *(f"gpu_worker.proof.{name}" for name in oracle)}

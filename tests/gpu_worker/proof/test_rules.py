@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
 
 from gpu_worker.proof.absence import ProofError, UnjudgedError, UnsliceableError
-from gpu_worker.proof.whole import SubnetCut, Whole, tensors_of
+from gpu_worker.proof.whole import SubnetCut, WholeNetwork, tensors_of
 from gpu_worker.supernet.insertion import Elastic
 from gpu_worker.supernet.original import original_of
 
@@ -44,7 +44,7 @@ def oracle(model: nn.Module, x: torch.Tensor, layer: str, kept: int) -> torch.Te
     """Return what the oracle says is present of the output if `layer` keeps its first outputs."""
     model = model.double().eval()
     original = original_of(model, (), [Elastic("size", [layer])])
-    whole = Whole(original, tensors_of(model), {})
+    whole = WholeNetwork(original, tensors_of(model), {})
     return whole.run((x,), {}, SubnetCut(kept={"size": kept})).output.outputs[0]
 
 
@@ -264,7 +264,7 @@ def test_of_each_part_the_first_outputs_are_present(
     torch.manual_seed(0)
     model = Fused(sizes).double()
     size: Any = SimpleNamespace(name="size", layers=["a"], parts=declared)
-    whole = Whole(original_of(model, (), [size]), tensors_of(model), {})
+    whole = WholeNetwork(original_of(model, (), [size]), tensors_of(model), {})
     x = torch.randn(2, 3, dtype=torch.float64)
     found = whole.run((x,), {}, SubnetCut(kept={"size": kept})).output.outputs[0]
 
@@ -309,7 +309,7 @@ def test_statistics_are_those_of_the_channels_that_are_present(
         asked.append((path, channels))
         return mean, variance
 
-    whole = Whole(original_of(model, (), [Elastic("size", ["a"])]), tensors_of(model), {})
+    whole = WholeNetwork(original_of(model, (), [Elastic("size", ["a"])]), tensors_of(model), {})
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     found = whole.run((x,), {}, SubnetCut(kept={"size": 2}, statistics=statistics)).output.outputs[0]
     rows = [0, 1, 4, 5]
@@ -340,7 +340,7 @@ def test_attention_weights_are_those_of_the_kept_heads(averages: bool) -> None:
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     with torch.no_grad():
         heads = model.a(x, x, x, average_attn_weights=False)[1][:, :3]
-    whole = Whole(original_of(model, (), [Elastic("size", ["a"])]), tensors_of(model), {})
+    whole = WholeNetwork(original_of(model, (), [Elastic("size", ["a"])]), tensors_of(model), {})
     found = whole.run((x,), {}, SubnetCut(kept={"size": 3})).output.outputs[1]
 
     closely(found, heads.mean(1) if averages else heads)
