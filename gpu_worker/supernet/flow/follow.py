@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,6 +71,7 @@ class Flow(TorchFunctionMode):
     """Active during a pass: follows layouts through every call, and notes what each operator is given.
 
     Attributes:
+        is_paused: Whether what runs is no part of the pass.
         layouts: Spans of the whole layer's inputs, by the operator's place, where they are not the first.
 
     Args:
@@ -85,8 +87,10 @@ class Flow(TorchFunctionMode):
         super().__init__()
         self.layouts: dict[int, Spans] = {}
         self._model, self._cursor, self._whole, self._is_whole = model, cursor, whole, is_whole
+        self.is_paused = False
         self._inside: list[str] = [""]
         self._calls: dict[str, int] = {}
+        self._used: dict[int, Spans | None] = {}
 
     @property
     def path(self) -> str:
@@ -112,7 +116,7 @@ class Flow(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = _name_of(func)
-        if name in _ASKING:
+        if name in _ASKING or self.is_paused:
             return func(*args, **kwargs)
         given = list(tensors_in((*args, *kwargs.values())))
         if name in _ADDING:
@@ -151,12 +155,16 @@ class Flow(TorchFunctionMode):
 
     def _hooked(self, path: str, module: nn.Module) -> Iterator[Any]:
         def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.is_paused:
+                return
             self._inside.append(path)
             self._calls[path] = 0
             if isinstance(module, Operator):
                 self._given(module, next(tensors_in((*args, *kwargs.values())), None))
 
         def leave(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            if self.is_paused:
+                return
             self._inside.pop()
             given = next(tensors_in((*args, *kwargs.values())), None)
             if isinstance(module, Switched) and self._is_whole and self._whole is not None:
@@ -182,6 +190,7 @@ class Flow(TorchFunctionMode):
             self._whole[op.path, 0] = ("given", Whole(((x.shape[axis],),), (), {}))
         if layout is None:
             self._refuse_unseen(op, x.shape[axis], whole)
+            self._use(op, ((0, x.shape[axis]),))
             return
         if isinstance(layout, Lost):
             n = f"{x.shape[axis]}" + (f" of {whole}" if x.shape[axis] != whole else "")
@@ -196,8 +205,18 @@ class Flow(TorchFunctionMode):
                 f"{op.path}: given {x.shape[axis]} inputs that are {_words(layout)} of the whole network's, "
                 f"for its {whole}: {_ADVICE}"
             )
-        spans = _spans(layout)
-        if spans != ((0, x.shape[axis]),):
+        self._use(op, _spans(layout))
+
+    def _use(self, op: Operator, spans: Spans) -> None:
+        """Have an operator use these inputs of the whole layer, in this pass and those that are like it."""
+        is_first = len(spans) <= 1 and all(start == 0 for start, _ in spans)
+        before = self._used.setdefault(op.place, None if is_first else spans)
+        if before != (None if is_first else spans):
+            raise ConfigError(
+                f"{op.path}: called more than once in a pass, with other parts of its inputs each time, of "
+                "which later passes would know one: leave the layers before it whole"
+            )
+        if not is_first:
             op.is_joined = True
             self.layouts[op.place] = spans
 
@@ -215,6 +234,15 @@ class Flow(TorchFunctionMode):
             )
 
     # --- blocks that are left out ---------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def apart(self, path: str) -> Iterator[None]:
+        """Count the calls within as those of no module: the whole network does not make them."""
+        self._inside.append(f"{path}, left out")
+        try:
+            yield
+        finally:
+            self._inside.pop()
 
     def left_out(self, path: str, stands: Any) -> Any:
         """Return what stands for a block that is left out, marked, so that adding it to its input is seen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -108,6 +109,12 @@ class Switched:
         return self._left_out(args, kwargs)
 
     def _left_out(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        flow = self.switch_cursor.flow
+        with contextlib.nullcontext() if flow is None else flow.apart(self.switch_path):
+            return self._stands(args, kwargs)
+
+    def _stands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return what stands for the block."""
         skip = self.switch_skip
         if callable(skip.gives):
             return skip.gives(*args, **kwargs)
@@ -154,11 +161,15 @@ class Switched:
         apart = list(before)
         apart[self.switch_place] = True
         cursor.settings = tuple(apart)
+        if cursor.flow is not None:
+            cursor.flow.is_paused = True
         try:
             with torch.no_grad(), _disable_current_modes():
                 return super().forward(*args, **kwargs)  # type: ignore[misc]  # the block's own
         finally:
             cursor.settings = before
+            if cursor.flow is not None:
+                cursor.flow.is_paused = False
 
 
 _switched_classes: dict[type[nn.Module], type[nn.Module]] = {}

@@ -611,6 +611,36 @@ def test_what_no_call_of_torch_gave_is_refused(is_scripted: bool) -> None:
         answer(supernet, {"w": [0.5]}, x)
 
 
+@pytest.mark.parametrize("skipped", ["input", lambda x: 1 * x])
+def test_what_stands_for_a_block_is_no_part_of_the_pass(skipped: Any) -> None:
+    """Calls are compared with the whole network's by their number, and a block that is left out has none."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.qkv, self.out = Same(), nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.block(x)
+            cut = self.qkv(x).view(*x.shape[:2], -1, 4).tanh()
+            out: torch.Tensor = self.out(cut.flatten(2))
+            return out
+
+    class Same(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.view(*x.shape[:2], 3, 2).flip(2).flatten(2)
+
+    model, x = random(Heads()), drawn(2, 5, 6)
+    expected = model.out(masked(model.qkv(x).tanh(), 8, -1))
+    supernet = insert(
+        model,
+        stages=[Stage(["block"], least=0, skipped=skipped)],
+        elastic=[Elastic("w", ["qkv"], multiple_of=4)],
+    )
+
+    checked(supernet, {"d": [0], "w": [0.5]}, expected, x)
+
+
 def test_a_block_that_changes_the_channels_is_not_left_out_unseen() -> None:
     """The next one is given fewer inputs than in the whole network, and they are not the first of those."""
     widths = [(4, 4), (4, 8), (8, 8)]
@@ -621,6 +651,32 @@ def test_a_block_that_changes_the_channels_is_not_left_out_unseen() -> None:
         ConfigError, match=r"2: given 4 of 8 inputs, .* a block was left out that changes their"
     ):
         answer(supernet, {"d": [2]}, x)
+
+
+@pytest.mark.parametrize("is_alike", [True, False])
+def test_a_layer_that_is_called_twice_is_given_the_same_parts(is_alike: bool) -> None:
+    """Later passes know one layout for each layer: two are refused, twice the same is right."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(12, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            cut = self.first(x)
+            both = torch.cat([cut, x], 1), torch.cat([x, cut], 1)
+            out: torch.Tensor = self.last(both[0]) + self.last(both[0] if is_alike else both[1])
+            return out
+
+    model, x = random(Shared()), drawn(2, 4)
+    expected = 2 * model.last(torch.cat([masked(model.first(x), 4, -1), x], 1))
+    supernet = insert(model, elastic=[Elastic("w", ["first"])])
+
+    if is_alike:
+        checked(supernet, {"w": [0.5]}, expected, x)
+        return
+    with pytest.raises(ConfigError, match="last: called more than once in a pass, with other parts"):
+        answer(supernet, {"w": [0.5]}, x)
 
 
 def test_what_fails_in_a_subnet_alone_names_the_module() -> None:
