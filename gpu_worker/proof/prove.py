@@ -330,20 +330,19 @@ class _Judge:
         label = f"subnet {subnet.name} {subnet.control}"
         statistics = _Statistics(self._supernet, subnet)
         sizes = self._supernet.controls.sizes_of(subnet.control)
-        expected = self._oracle(
-            SubnetCut(frozenset(self._left_out(subnet)), sizes.outputs, statistics.of), label, None
-        )
+        left_out = self._left_out(subnet)
+        expected = self._oracle(SubnetCut(frozenset(left_out), sizes.outputs, statistics.of), label, None)
         tolerance = self._tolerance
         if expected.rounding:
             tolerance = max(TOLERANCE_LOWERED, _ROUNDINGS * expected.rounding)
         if not statistics.is_held:
             self._supernet.set_statistics({subnet.name: statistics.as_held(expected)})
         self._layers |= {ran.path for ran in expected.layers}
-        layers, outputs = self._in_place(row, label)
+        layers, outputs = self._in_place(row, label, left_out)
         n_calls = Counter(ran.path for ran in expected.layers)
         if n_calls != {path: len(calls) for path, calls in layers.items()}:
             # A supernet may look at a subnet's first pass more closely, by passes of its own.
-            layers, outputs = self._in_place(row, label)
+            layers, outputs = self._in_place(row, label, left_out)
         counted: dict[str, int] = {}
         for ran in expected.layers:
             number = counted[ran.path] = counted.get(ran.path, -1) + 1
@@ -397,12 +396,18 @@ class _Judge:
             raise UnjudgedError(f"{label}: the masked whole network fails: {_plain(error)}") from error
 
     def _in_place(
-        self, row: int, label: str
+        self, row: int, label: str, left_out: set[str]
     ) -> tuple[dict[str, list[list[torch.Tensor]]], list[torch.Tensor]]:
-        """Return the tensors that each call of each layer gives, and the output."""
+        """Return the tensors that each call of each layer gives, and the output.
+
+        A layer that is a block itself and is left out is called, or not, as its switch pleases.
+        """
         actuate(self._supernet, row)
         entered: list[str] = []
-        with _noting(self._modules, self._layers, self._norms, entered) as found, torch.inference_mode():
+        with (
+            _noting(self._modules, self._layers - left_out, self._norms, entered) as found,
+            torch.inference_mode(),
+        ):
             try:
                 output = self._supernet(*self._inputs.args, **self._inputs.kwargs)
             except Exception as error:

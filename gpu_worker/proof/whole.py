@@ -195,7 +195,7 @@ class WholeNetwork:
                 output = self._call(path, module, args, kwargs)
             finally:
                 found.stack.pop()
-            if is_layer:
+            if is_layer and path not in self._cut.left_out:
                 ran = self._ran(path, output, (args, kwargs))
                 found.run.layers.append(ran)
             return output

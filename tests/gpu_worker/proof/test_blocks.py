@@ -323,3 +323,12 @@ def test_a_block_that_is_left_out_gives_what_its_stage_declares(skipped: Any, gi
     left = frozenset(["layers.0", "layers.1.0", "layers.1.1"])
 
     torch.testing.assert_close(whole.run((x,), {}, SubnetCut(left)).output.outputs[0], gives(gives(gives(x))))
+
+
+def test_a_block_that_is_a_layer_is_proved() -> None:
+    """A chain of layers, of which a subnet runs the first: what is left out need not be called."""
+    torch.manual_seed(0)
+    model, x = Calls([nn.Linear(8, 8) for _ in range(3)], plainly), torch.randn(2, 8)
+    expected = copy.deepcopy(model.layers[0])(x).detach()
+
+    torch.testing.assert_close(answer(at(model, x, ONE, stages=[Stage("layers")]), ONE, x), expected)
