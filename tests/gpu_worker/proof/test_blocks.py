@@ -13,8 +13,9 @@ from torch import nn
 
 from gpu_worker.proof.absence import ProofError, UnsliceableError
 from gpu_worker.proof.flow import DataFlow
+from gpu_worker.proof.prove import prove
 from gpu_worker.proof.whole import SubnetCut, WholeNetwork, tensors_of
-from gpu_worker.supernet.insertion import Stage
+from gpu_worker.supernet.insertion import Stage, insert
 from gpu_worker.supernet.operators import Switched
 from gpu_worker.supernet.original import original_of
 from superserve.errors import ConfigError
@@ -269,7 +270,7 @@ class Dense(nn.Module):
 
 
 def test_what_a_dense_block_appends_is_absent_if_it_is_left_out() -> None:
-    """The next layer then uses the inputs that are left; a block in the middle would move those behind it."""
+    """The next layers then use the inputs that are left, also where a block in the middle is left out."""
     torch.manual_seed(0)
     blocks, head = [Dense(8 + 4 * i) for i in range(3)], nn.Linear(20, 5)
     model = nn.Sequential(nn.Sequential(*blocks), head)
@@ -282,9 +283,24 @@ def test_what_a_dense_block_appends_is_absent_if_it_is_left_out() -> None:
 
     torch.testing.assert_close(left.output.outputs[0], expected.double(), rtol=1e-6, atol=1e-6)
     refused_or_right(model.float(), x, ONE, expected, stages=[Stage("0")])
-    again = nn.Sequential(nn.Sequential(*(Dense(8 + 4 * i) for i in range(3))), nn.Linear(20, 5))
-    with pytest.raises(ProofError):
-        at(again, x, Subnet("two", {"d": [2]}), stages=[Stage("0", rule=lambda _d, _n: (0, 2))])
+
+
+def test_a_dense_block_in_the_middle_leaves_a_gap() -> None:
+    """What follows it is given the same channels as before, and not those of the gap."""
+    torch.manual_seed(0)
+    blocks, head = [Dense(8 + 4 * i) for i in range(3)], nn.Linear(20, 5)
+    first, third, last = copy.deepcopy(blocks[0]), copy.deepcopy(blocks[2].grow), copy.deepcopy(head)
+    x = torch.randn(2, 8)
+    grown = first(x)
+    third_gives = grown @ third.weight[:, :12].T + third.bias
+    kept = [*range(12), *range(16, 20)]
+    expected = (torch.cat([grown, third_gives], 1) @ last.weight[:, kept].T + last.bias).detach()
+
+    model = nn.Sequential(nn.Sequential(*blocks), head)
+    supernet = insert(model, stages=[Stage("0", rule=lambda _d, _n: (0, 2))]).eval()
+    subnet = Subnet("two", {"d": [2]})
+    prove(supernet, x, subnets=[subnet])
+    torch.testing.assert_close(answer(supernet, subnet, x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_block_that_returns_none_beside_its_output_is_refused_or_right() -> None:
