@@ -41,10 +41,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 _LONG = (
-    "docs/test_reference.py", "gpu_worker/engines", "gpu_worker/models", "loadgen/bench",
+    "docs/test_reference.py", "gpu_worker/engines", "gpu_worker/models", "gpu_worker/proof", "loadgen/bench",
+    "loadgen/bound", "loadgen/simulator", "zoo",
     "loadgen/cli/test_gate.py", "loadgen/paper", "loadgen/results/test_histogram.py",
     "loadgen/results/test_report.py",
-    "loadgen/simulator/test_chaos.py", "loadgen/study", "profiles/measuring", "router/core/test_slow_gpus.py",
+    "loadgen/study", "profiles/measuring", "router/core/test_slow_gpus.py",
 )  # fmt: skip
 """Where tests simulate, train or draw: two thirds of the processor time of all that start no process."""
 
