@@ -61,6 +61,10 @@ class ConfigError(SuperServeError):
     """A file, option or field that is not what it should be."""
 
 
+class NoRouterError(ConfigError):
+    """No router answers at an endpoint, or none that speaks our version."""
+
+
 class ProfileError(ConfigError):
     """A profile that is malformed, not monotone or not pareto."""
 

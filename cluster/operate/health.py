@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from superserve.errors import ConfigError
+from superserve.errors import NoRouterError
 from superserve.net.connection import ask_status
 from superserve.roles.local import ProcessId, Role, RoleState
 
@@ -42,12 +42,16 @@ def unasked(seen: Sequence[HostSeen]) -> list[str]:
 
 
 def ask_router(cluster: LocalCluster) -> RouterStatus | None:
-    """Return the router's STATUS; None if it does not answer within 2 s."""
+    """Return the router's STATUS; None if it does not answer within 2 s.
+
+    Raises:
+        ConfigError: This process cannot ask: it may open no more files or threads.
+    """
     if not cluster.client_endpoint:
         return None
     try:
         return ask_status(cluster.client_endpoint)
-    except ConfigError:
+    except NoRouterError:
         return None
 
 

@@ -17,7 +17,7 @@ import zmq
 
 from superserve import wire
 from superserve.clock import MS
-from superserve.errors import ConfigError, VersionError, WireError
+from superserve.errors import NoRouterError, VersionError, WireError
 from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.context import check_descriptors, new_context
 from superserve.net.handshake import Handshake
@@ -269,8 +269,8 @@ def ask_status(
         keys: As for `Client`.
 
     Raises:
-        ConfigError: No router answers within `timeout_s`, or it shares no wire version with us; or the key
-            file is malformed.
+        NoRouterError: No router answers within `timeout_s`, or it shares no wire version with us.
+        ConfigError: The key file is malformed, or this process may open no more files or threads.
         WireError: A field of the answer is missing or has another type; the error names it.
     """
     own = peer_keys(keys)
@@ -291,7 +291,7 @@ def ask_status(
         finally:
             connection.close()
     if connection.status is None:
-        raise ConfigError(connection.absence)
+        raise NoRouterError(connection.absence)
     if isinstance(connection.status, WireError):
         raise WireError(f"{endpoint}: {connection.status}; is it of another version?")
     return connection.status
