@@ -1,4 +1,4 @@
-"""What the operator is told of a router that is asked for its STATUS."""
+"""What the operator sees of a router that does not answer, or cannot be asked."""
 
 from __future__ import annotations
 

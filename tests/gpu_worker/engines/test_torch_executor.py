@@ -228,7 +228,7 @@ def test_an_error_that_is_not_a_number_is_infinite() -> None:
 
 
 class Several(nn.Module):
-    """Returns what it is told to make of two logits."""
+    """Returns what its caller makes of two logits."""
 
     def __init__(self, made: Callable[[torch.Tensor], object]) -> None:
         super().__init__()

@@ -284,7 +284,7 @@ def test_what_adds_nothing_is_left_out_when_time_is_up(monkeypatch: pytest.Monke
 
 
 def test_a_network_that_draws_random_numbers_cannot_be_judged() -> None:
-    """The error says so, and blames no layer."""
+    """The error names that, and blames no layer."""
     model = Net(nn.Linear(8, 16), nn.Linear(16, 4), lambda _, x: x + torch.rand_like(x))
 
     with pytest.raises(UnjudgedError, match="answers the same batch differently each time"):

@@ -417,7 +417,7 @@ def test_if_a_model_looks_at_numbers_all_subnets_run_on_all_inputs(look: str) ->
 
 
 class Sized(nn.Module):
-    """Divides by the number of outputs that the layer has in all; only `__dict__` says so."""
+    """Divides by the number of outputs that the layer has in all, which only `__dict__` shows."""
 
     def __init__(self) -> None:
         super().__init__()
