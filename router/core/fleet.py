@@ -77,9 +77,8 @@ class Fleet:
         self._to_judge: list[Peer] = []
         self._stall_ns = 0
         self._n_gpus = 0
-        self._limit_ns = self._wanted_ns = (
-            0.0  # of a full batch: as the GPUs are reckoned, and as they should be
-        )
+        # How long a full batch may take: as the GPUs are reckoned, and as they should be.
+        self._limit_ns = self._wanted_ns = 0.0
         self._fit_at_ns = 0
 
     def workers(self) -> Iterator[Worker]:

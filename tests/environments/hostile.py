@@ -96,9 +96,9 @@ def no_home(rng: random.Random) -> Hostile:
 def strange_home(rng: random.Random) -> Hostile:
     """HOME not there, a file, a relative path, one that is not UTF-8."""
     home = rng.choice(
-        ["{base}/none/at/all", "{base}/work/plain", "relative", "{base}/h\udcff me", "/dev/null"]
+        ["{base}/none/at/all", "{base}/cwd/plain", "relative", "{base}/h\udcff me", "/dev/null"]
     )
-    return Hostile(repr(home), {"HOME": home}, files={"work/plain": "text"}, excuse=r"plain|/dev/null|h.*me")
+    return Hostile(repr(home), {"HOME": home}, files={"cwd/plain": "text"}, excuse=r"plain|/dev/null|h.*me")
 
 
 @family
@@ -119,8 +119,8 @@ def no_passwd_entry(rng: random.Random) -> Hostile:
 @family
 def no_tmpdir(rng: random.Random) -> Hostile:
     """TMPDIR that is not there, or no folder: Python falls back to /tmp."""
-    value = rng.choice(["{base}/none", "{base}/work/plain", "", "relative/none", "/dev/null"])
-    return Hostile(value, {"TMPDIR": value}, files={"work/plain": "text"})
+    value = rng.choice(["{base}/none", "{base}/cwd/plain", "", "relative/none", "/dev/null"])
+    return Hostile(value, {"TMPDIR": value}, files={"cwd/plain": "text"})
 
 
 @family
@@ -145,12 +145,12 @@ def strange_state(rng: random.Random) -> Hostile:
     """State folders whose paths are long, odd, or of the wrong kind."""
     value = rng.choice([
         "{base}/home/" + "long" * 40, "{base}/home/with space", "{base}/home/new\nline",
-        "{base}/home/%percent%d", "relative", "{base}/work/plain", "/dev/null", "/proc/none", "~/state",
+        "{base}/home/%percent%d", "relative", "{base}/cwd/plain", "/dev/null", "/proc/none", "~/state",
         "{base}/home/b\udcff",
         "{base}/home/;x",
     ])  # fmt: skip
     return Hostile(
-        repr(value), {"SUPERSERVE_STATE": value}, files={"work/plain": "text"},
+        repr(value), {"SUPERSERVE_STATE": value}, files={"cwd/plain": "text"},
         excuse=r"SUPERSERVE_STATE|state|plain|/dev/null|/proc|home",
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
+from torch.library import custom_op
 
 from gpu_worker.proof.absence import ProofError, UnjudgedError
 from gpu_worker.proof.prove import prove
@@ -129,7 +130,7 @@ class Custom(torch.autograd.Function):
         return 2 * x
 
 
-@torch.library.custom_op("superserve_tests::doubled", mutates_args=())
+@custom_op("superserve_tests::doubled", mutates_args=())
 def doubled(x: torch.Tensor) -> torch.Tensor:
     """Double it where torch does not see it."""
     return 2 * x
@@ -224,7 +225,7 @@ def test_numbers_that_are_not_finite_prove_nothing() -> None:
         )
 
 
-@torch.library.custom_op("superserve_tests::singly", mutates_args=())
+@custom_op("superserve_tests::singly", mutates_args=())
 def singly(x: torch.Tensor) -> torch.Tensor:
     """Take float32 alone, as some kernels do."""
     if x.dtype != torch.float32:

@@ -160,6 +160,7 @@ class World:
         self.now_ns = START_NS
         self.way_ns = way_ns
         self.stall_ns = 0  # what a DONE takes beside that
+        self.late_ns = 0  # how late the router comes to what no event brings it to
         self.actions: list[tuple[int, Action]] = []
         self.answers: dict[tuple[Any, int], Answer] = {}
         self.answered_ns: dict[tuple[Any, int], int] = {}
@@ -259,12 +260,14 @@ class World:
             wake_ns = self.core.next_wake_ns()
             assert wake_ns is None or wake_ns > self.now_ns, "a wake that is not ahead is a busy loop"
             due_ns = min(
-                wake_ns if wake_ns is not None else end_ns, self._events[0][0] if self._events else end_ns
+                end_ns if wake_ns is None else wake_ns + self.late_ns,
+                self._events[0][0] if self._events else end_ns,
             )
             if due_ns >= end_ns:
                 break
             # Where the queue waits for a better worker, a policy that sheds may change its mind meanwhile.
-            if due_ns > self.now_ns + 1 and self.core.dispatcher._awaited is None:
+            is_early = self.late_ns == 0 and due_ns > self.now_ns + 1
+            if is_early and self.core.dispatcher._awaited is None:
                 early = self.core.advance(due_ns - 1)
                 assert not early, f"due before next_wake_ns: {early}"
             self.now_ns = due_ns

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from heapq import heappop
 from typing import TYPE_CHECKING
 
 import pytest
@@ -122,32 +121,10 @@ def test_a_head_waits_for_the_fast_gpu_without_a_busy_loop() -> None:
     assert world.statuses(ids).count(OK) >= 16
 
 
-class LateWorld(World):
-    """One whose router comes late to whatever no event brings it to."""
-
-    late_ns = 0
-
-    def run(self, duration_ms: float) -> None:
-        """Advance the clock from event to event, and to each wake too late."""
-        end_ns = self.now_ns + round(duration_ms * MS)
-        while True:
-            wake_ns = self.core.next_wake_ns()
-            events_ns = self._events[0][0] if self._events else end_ns
-            due_ns = min(end_ns if wake_ns is None else wake_ns + self.late_ns, events_ns, end_ns)
-            if due_ns >= end_ns:
-                break
-            self.now_ns = due_ns
-            while self._events and self._events[0][0] <= due_ns:
-                heappop(self._events)[2]()
-            self._advance()
-        self.now_ns = end_ns
-        self._advance()
-
-
 @pytest.mark.parametrize(("late_ns", "lead_ns"), [(0, 200_000), (700_000, 800_000), (3 * MS, 2 * MS)])
 def test_a_router_decides_as_far_ahead_as_it_comes_late(late_ns: int, lead_ns: int) -> None:
     """A fifth of a millisecond where it is punctual; its lateness and a little; two milliseconds at most."""
-    world = LateWorld()
+    world = World()
     world.late_ns = late_ns
     world.join("w0", CNN)
     for _ in range(400):
