@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import logging
 import sys
+import sysconfig
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,8 @@ _LOG = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _FOLDER = ".proofs"
 _MOST_KEPT = 100
+_STDLIB = Path(sysconfig.get_path("stdlib"))
+_INSTALLED = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
 _SAMPLED = 64  # numbers of each tensor: another checkpoint differs in some of them
 _PIXELS, _TOKENS = 32, 16
 """An example is cut down to these, if the model takes that: what is sliced does not depend on it."""
@@ -93,14 +96,35 @@ def fingerprint_of(supernet: Supernet) -> str:
 
 
 def _sources(supernet: Supernet) -> Iterator[Path]:
-    """Yield the files that slice, prove, and define the model."""
+    """Yield the files that slice, prove, and define the model, and what the user's ones among these use."""
     yield from sorted(_HERE.glob("*.py"))
     yield from sorted((_HERE.parent / "supernet").rglob("*.py"))
     names = {cls.__module__ for module in supernet.model.modules() for cls in type(module).__mro__}
-    for name in sorted(names - {"builtins"}):
-        if name.partition(".")[0] != "torch":
-            with contextlib.suppress(TypeError, OSError, KeyError):
-                yield Path(inspect.getfile(sys.modules[name]))
+    found = {name: path for name in names if (path := _file_of(name)) is not None}
+    left = list(found)
+    while left:
+        name = left.pop()
+        if found[name].is_relative_to(_STDLIB) or any(found[name].is_relative_to(one) for one in _INSTALLED):
+            continue  # of a library what defines the model counts, and not all that this imports
+        for used in _used_by(sys.modules[name]) - set(found):
+            path = _file_of(used)
+            if path is not None and not path.is_relative_to(_STDLIB):
+                found[used] = path
+                left.append(used)
+    yield from sorted(set(found.values()))
+
+
+def _file_of(name: str) -> Path | None:
+    """Return a module's file; None for torch's, which its version stands for, and for one without a file."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return None if file is None or name.partition(".")[0] == "torch" else Path(file)
+
+
+def _used_by(module: ModuleType) -> set[str]:
+    """Return the modules that a module's names come from: modules, functions and classes that it holds."""
+    values = list(vars(module).values())
+    named = {value.__name__ for value in values if isinstance(value, ModuleType)}
+    return named | {value.__module__ for value in values if isinstance(value, type | FunctionType)}
 
 
 def _sample(tensor: torch.Tensor) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -180,6 +181,27 @@ def test_a_proof_is_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     assert kept.fingerprint_of(supernet) != before
     assert {"rules.py", "insertion.py", "digits_supernet.py"} <= {path.name for path in sources}
+
+
+def test_a_proof_is_of_what_the_users_model_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A helper of a helper, too: a changed one may make another network."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "proof_sums.py").write_text("def add(x, y):\n    return x + y\n")
+    (tmp_path / "proof_steps.py").write_text("import proof_sums\n")
+    (tmp_path / "proof_net.py").write_text(
+        "from torch import nn\nimport proof_steps\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 2)\n"
+        "    def forward(self, x):\n"
+        "        return self.b(proof_steps.proof_sums.add(x, self.a(x)))\n"
+    )
+    supernet = insert(importlib.import_module("proof_net").Net(), elastic=[Elastic("w", ["b"])])
+    before = kept.fingerprint_of(supernet)
+    (tmp_path / "proof_sums.py").write_text("def add(x, y):\n    return x - y\n")
+
+    assert kept.fingerprint_of(supernet) != before
 
 
 def test_without_a_folder_a_proof_is_made_and_not_kept(

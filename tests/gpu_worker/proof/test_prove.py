@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
-from torch import nn
-from torch.library import custom_op
+from torch import library, nn
 
 from gpu_worker.proof.absence import ProofError, UnjudgedError
 from gpu_worker.proof.prove import prove
@@ -130,7 +129,7 @@ class Custom(torch.autograd.Function):
         return 2 * x
 
 
-@custom_op("superserve_tests::doubled", mutates_args=())
+@library.custom_op("superserve_tests::doubled", mutates_args=())
 def doubled(x: torch.Tensor) -> torch.Tensor:
     """Double it where torch does not see it."""
     return 2 * x
@@ -225,7 +224,7 @@ def test_numbers_that_are_not_finite_prove_nothing() -> None:
         )
 
 
-@custom_op("superserve_tests::singly", mutates_args=())
+@library.custom_op("superserve_tests::singly", mutates_args=())
 def singly(x: torch.Tensor) -> torch.Tensor:
     """Take float32 alone, as some kernels do."""
     if x.dtype != torch.float32:
