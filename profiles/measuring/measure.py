@@ -221,7 +221,7 @@ def measure(
     """
     samples = sample(executor, setting, clock)
     median, p99 = np.median(samples, axis=0), percentile_99(samples)
-    rows = pareto_rows(median)
+    rows = told_apart(median, pareto_rows(median))
     fitted = fit(median[rows])
     fitted_p99 = np.maximum(fit(p99[rows]), fitted)
     profile = Profile(
@@ -294,6 +294,21 @@ def pareto_rows(latency: npt.NDArray[np.float64]) -> list[int]:
         if not kept or mean_log[row] < mean_log[kept[-1]] + np.log(1 - _LEAST_SPEED_UP):
             kept.append(row)
     return kept[::-1]
+
+
+def told_apart(latency: npt.NDArray[np.float64], rows: Sequence[int]) -> list[int]:
+    """Return the rows that differ at one batch size at least once the table is fitted, in whole nanoseconds.
+
+    Where noise puts a more accurate subnet before a less accurate one at some sizes, the fit takes their mean
+    for both. Of rows that it makes equal the most accurate is kept.
+    """
+    kept = list(rows)
+    while True:
+        fitted = np.rint(fit(latency[kept]))
+        differ = [*(fitted[1:] != fitted[:-1]).any(axis=1).tolist(), True]
+        if all(differ):
+            return kept
+        kept = [row for row, is_apart in zip(kept, differ, strict=True) if is_apart]
 
 
 def fit(table: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
