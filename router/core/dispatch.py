@@ -183,6 +183,7 @@ class Dispatcher:
         queue.head_deadline_ns = deadline_ns
         queue.head_floor = _floor(head)
         queue.length = len(model.queue)
+        careful_ns = slack.careful_way_back_ns(worker, cohort.client, deadline_ns - cohort.arrived_ns)
         if model.demand is not None:
             model.demand.settle(now_ns)
             queue.demand = model.demand
@@ -190,10 +191,10 @@ class Dispatcher:
             queue.outranks = model.queue.outranks()
             queue.due = model.queue.due
             queue.supply = self._fleet.supply
-            self._fleet.fit_supply(model.demand.slack_ns - slack.way_back_ns(worker, cohort.client), now_ns)
+            self._fleet.fit_supply(model.demand.slack_ns - careful_ns, now_ns)
         view.doubt = worker.doubt()
         view.free_at_ns = slack.begin_ns(worker, now_ns)
-        view.allowance_ns = slack.way_back_ns(worker, cohort.client)
+        view.allowance_ns = careful_ns
         choice = self._corrected_choice(worker, now_ns)
         if choice is None:
             # Nothing leaves room for the worst transport: try the usual one, which is better than to refuse.

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from router.core.workers import Peer, Worker
 
 
+_SPARED = 3
+"""The worst way may take one part in this many of the slack beyond the usual way. Without a limit, 100 ms in
+which messages took 20 ms more cost eight GPUs at 6,400 q/s 45 queries in 100 of the next seconds, and none of
+four policies more than those of that moment with it."""
+
+
 class Slack:
     """The formulas, with the core's constants.
 
@@ -77,6 +83,22 @@ class Slack:
     def way_back_ns(self, worker: Worker, client: ClientState) -> int:
         """Return how long the way back to the client may take: nearly the worst seen on both parts."""
         return self.back_ns(worker) + client.return_bound_ns()
+
+    def careful_way_back_ns(self, worker: Worker, client: ClientState, whole_ns: int) -> int:
+        """Return the way back to allow for at first: nearly the worst, within what an answer can spare.
+
+        A stall of a machine or a network makes the worst way longer than the whole slack of a query. To
+        decide by that is to refuse everything, and what is refused measures no way: it would stay so. So the
+        worst counts for at most a share of what the usual way leaves.
+
+        Args:
+            worker: Who would run the batch.
+            client: Who waits for the answer.
+            whole_ns: The query's slack when it arrived.
+        """
+        usual_ns = self.usual_way_back_ns(worker, client)
+        spared_ns = (whole_ns - usual_ns) // _SPARED if whole_ns > usual_ns else 0
+        return min(self.way_back_ns(worker, client), usual_ns + spared_ns)
 
     def usual_way_back_ns(self, worker: Worker, client: ClientState) -> int:
         """Return how long the way back to the client usually takes, without a margin."""

@@ -136,3 +136,21 @@ def test_online_correction_converges_when_a_gpu_throttles() -> None:
     assert after(1_990)[0] == pytest.approx(1.3, abs=0.03)  # some 50 batches, of which half ran on it
     assert after(4_990) == pytest.approx((1.3, 1.3, 1.0), abs=0.01)
     assert after(7_990) == pytest.approx((1.0, 1.0, 1.0), abs=0.01)
+
+
+@pytest.mark.parametrize("policy", ["planfit", "demandfit", "slackfit", "mincost"])
+@pytest.mark.parametrize("delay_ms", [20, 80])
+def test_a_stall_costs_the_queries_of_its_time_and_no_later_ones(policy: str, delay_ms: int) -> None:
+    """The ways are known as longer than any slack then, and still what comes afterwards is served."""
+    qps, stall_ms, slo_ms = 2_000, 100, 36
+    trace = load_trace(f"poisson:rate={qps}", duration_s=3.0, seed=1)
+    faults = [
+        Fault("delay", 500 * MS, peer, stall_ms * MS, delay_ms * MS) for peer in ("worker:0", "client:0")
+    ]
+
+    run = simulate(
+        trace, [CNN] * 8, policy=policy, slo_ns=slo_ms * MS, settings=SimSettings(), faults=faults, seed=1
+    )  # fmt: skip
+
+    lost = run.result.queries["total"] - run.result.queries["ok"]
+    assert 0 < lost <= qps * (stall_ms + delay_ms + slo_ms) / 1_000 * 1.1

@@ -87,6 +87,31 @@ def test_the_usual_way_back_has_no_margin() -> None:
     assert SLACK.usual_way_back_ns(make_worker(), make_client()) == MEDIAN_NS - THERE_NS + RETURN_NS
 
 
+def test_a_short_worst_way_back_counts_whole() -> None:
+    """What a query can spare is more than that."""
+    worker, client = make_worker(), make_client(100)
+
+    assert SLACK.careful_way_back_ns(worker, client, 36 * MS) == SLACK.way_back_ns(worker, client)
+
+
+def test_a_worst_way_back_beyond_the_slack_counts_for_a_third_of_what_the_usual_one_leaves() -> None:
+    """A stall has taken 50 ms: allowed for whole, it would refuse every query of 36 ms, and for ever."""
+    worker, client = make_worker(), make_client(100)
+    worker.transport = RecentQuantiles([MEDIAN_NS] * 15 + [50 * MS])
+    usual_ns = SLACK.usual_way_back_ns(worker, client)
+
+    careful_ns = SLACK.careful_way_back_ns(worker, client, 36 * MS)
+
+    assert careful_ns == usual_ns + (36 * MS - usual_ns) // 3 < SLACK.way_back_ns(worker, client)
+
+
+def test_a_query_with_less_slack_than_the_usual_way_is_allowed_that_way() -> None:
+    """It is lost in any case, but not for a negative allowance."""
+    worker, client = make_worker(), make_client(100)
+
+    assert SLACK.careful_way_back_ns(worker, client, 0) == SLACK.usual_way_back_ns(worker, client)
+
+
 @given(median_ns=st.integers(0, 10**9))
 def test_the_way_there_and_the_usual_way_back_are_the_transport(median_ns: int) -> None:
     """No nanosecond of a measured transport is lost or counted twice."""
