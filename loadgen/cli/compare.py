@@ -18,6 +18,7 @@ from loadgen.live.environment import environment_of
 from loadgen.results.tables import check_outputs, echo, write
 from loadgen.simulator.simulate import SimSettings
 from loadgen.simulator.workloads import parse_cluster
+from loadgen.study.beside import HEAD, Beside, beside, simulated_beside
 from loadgen.study.compare import (
     Cell,
     Comparison,
@@ -35,7 +36,7 @@ from superserve.errors import ConfigError
 from superserve.roles.command import plain_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gpu_worker.core.played import Pace
     from loadgen.cli.troubles import Troubles
@@ -68,6 +69,19 @@ if TYPE_CHECKING:
 @trouble_options
 @click.option("--seeds", type=click.IntRange(1, 1_000), default=5, show_default=True, help="Of each cell.")
 @click.option("--bound/--no-bound", "with_bound", default=True, show_default=True, help="Compute the bound.")
+@click.option(
+    "--attempts",
+    type=click.IntRange(1, 10),
+    default=1,
+    show_default=True,
+    help="Live: how often an invalid or disturbed run is made; the last counts.",
+)
+@click.option(
+    "--beside",
+    "is_beside",
+    is_flag=True,
+    help="Live: simulate the same too; exit 1 where medians part by 0.005, or are 0.002 below mincost.",
+)
 @options.processes
 @click.option("--json", "json_path", type=options.FILE, help="Write the figures.")
 @click.option("--markdown", "page_path", type=options.FILE, help="Write the table, for a page.")
@@ -92,6 +106,8 @@ def compare_command(
     troubles: Troubles,
     seeds: int,
     with_bound: bool,
+    attempts: int,
+    is_beside: bool,
     processes: int | None,
     json_path: Path | None,
     page_path: Path | None,
@@ -102,10 +118,15 @@ def compare_command(
     Without --trace: MAF, the bursty and the accelerating cells of the paper, mixes of SLOs, unequal
     GPUs and an accuracy floor; with baselines also the paper's headline comparisons. Live, each
     policy has a private cluster of emulated GPUs, and policies take turns with each seed's queries;
-    exit 1 if a run was invalid.
+    exit 1 if a run was invalid. With --jitter-ms live messages cross a relay of packets between two network
+    namespaces, which needs root.
     """
     if not is_simulated and not (traces or chosen):
         raise ConfigError("compare: live runs take their time: expected --trace or --cell, or --simulate")
+    if is_simulated and (is_beside or attempts > 1):
+        raise ConfigError(
+            "compare: --attempts and --beside are of live runs: expected them without --simulate"
+        )
     check_outputs({"--json": json_path, "--markdown": page_path})
     cluster = parse_cluster(emulate)
     if with_baselines:
@@ -120,22 +141,31 @@ def compare_command(
     comparison = Comparison(policies, tuple(range(seeds)), duration, with_bound, SimSettings(pace=pace))
     say = _progress()
     live: list[LiveRun] = []
+    n_processes = processes or len(os.sched_getaffinity(0))
+    rows: list[Beside] = []
     if is_simulated:
-        n_processes = processes or len(os.sched_getaffinity(0))
         results = comparison.run(cells, n_processes=n_processes, say=say)
     else:
-        results, live = compare_live(comparison, cells, say)
+        results, live = compare_live(comparison, cells, say, attempts)
+        if is_beside:
+            rows = beside(results, simulated_beside(comparison, cells, n_processes, say))
     for line in (*lines(results), "", *headline_lines(results), *verdict_lines(results)):
         echo(line)
     if json_path is not None:
         write(json_path, _json(comparison, results, live))
     if page_path is not None:
-        write(page_path, "\n".join(markdown(results)) + "\n")
-    spoiled = [run for run in live if not run.valid or run.violations]
+        write(page_path, "\n".join(_table(rows) or markdown(results)) + "\n")
+    for line in _table(rows):
+        echo(line)
+    spoiled = [run for run in live if (run.counts and not run.valid) or run.violations]
     for run in spoiled:
         echo(f"  INVALID          {run.cell}, seed {run.seed}, {run.policy}: {_why(run)}")
-    if spoiled or (is_judged and any(verdicts(results).values())):
+    if spoiled or any(row.wrong for row in rows) or (is_judged and any(verdicts(results).values())):
         sys.exit(1)
+
+
+def _table(rows: Sequence[Beside]) -> list[str]:
+    return [*HEAD, *(row.line() for row in rows)] if rows else []
 
 
 def _json(comparison: Comparison, results: list[CellResult], live: list[LiveRun]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from gpu_worker.core.played import AS_PROFILED, Pace
 from gpu_worker.serve.eventlog import check_logs
 from loadgen.live.coordinator import Offering, coordinated
+from loadgen.live.jitter import apart
 from loadgen.live.sender import UNANSWERED, SenderPlan
 from loadgen.results.result import (
     LAG_QUANTILES,
@@ -81,6 +82,8 @@ class Emulation:
         folder: Where logs are written.
         record: Whether the router records its event log there.
         pace: The GPUs' speed relative to their profile; drift counts from their start.
+        jitter_ns: Each packet between the router and its peers takes up to this much longer; the caller
+            has entered a private network (`loadgen.live.jitter`).
     """
 
     profile: str
@@ -90,6 +93,7 @@ class Emulation:
     folder: Path | None = None
     record: bool = False
     pace: Pace = AS_PROFILED
+    jitter_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,10 @@ def emulated(emulation: Emulation) -> Iterator[Cluster]:
         group = stack.enter_context(ProcessGroup())
         record = folder / "router.jsonl" if emulation.record else None
         argv = ["-m", "router", "--policy", emulation.policy]
-        router = group.start("router", argv if record is None else [*argv, "--record", str(record)])
+        with _placed(stack, emulation) as where:
+            router = group.start(
+                "router", [*argv, *where, *([] if record is None else ["--record", str(record)])]
+            )
         group.wait_ready(20.0)
         logs = []
         for i, n_gpus in enumerate(_shares(emulation.n_gpus, emulation.n_processes)):
@@ -126,6 +133,18 @@ def emulated(emulation: Emulation) -> Iterator[Cluster]:
             )  # fmt: skip
         group.wait_ready(60.0)
         yield Cluster(router.ready["client"], tuple(logs), record, router, group.processes[1:])
+
+
+@contextlib.contextmanager
+def _placed(stack: contextlib.ExitStack, emulation: Emulation) -> Iterator[list[str]]:
+    """Be where the router runs for a block, and give its arguments for that."""
+    if not emulation.jitter_ns:
+        yield []
+        return
+    far = stack.enter_context(apart(emulation.jitter_ns))
+    bound = f"tcp://{far.address}:*"  # reached from the namespace beside it only
+    with far.there():
+        yield ["--client-endpoint", bound, "--worker-endpoint", bound, "--security", "none"]
 
 
 def _shares(n: int, parts: int) -> list[int]:
