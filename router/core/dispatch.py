@@ -178,7 +178,7 @@ class Dispatcher:
     def _choose(self, worker: Worker, head: Head, now_ns: int) -> Choice | Shed | None:
         """Ask the policy, and apply this worker's corrections to its answer."""
         deadline_ns, cohort, _ = head
-        model, slack = self._model, self._slack
+        model, slack, doubt = self._model, self._slack, worker.doubt()
         queue, view = self._queue_view, self._worker_view
         queue.head_deadline_ns = deadline_ns
         queue.head_floor = _floor(head)
@@ -191,8 +191,11 @@ class Dispatcher:
             queue.outranks = model.queue.outranks()
             queue.due = model.queue.due
             queue.supply = self._fleet.supply
-            self._fleet.fit_supply(model.demand.slack_ns - careful_ns, now_ns)
-        view.doubt = worker.doubt()
+            patience_ns = model.demand.slack_ns - careful_ns
+            self._fleet.fit_supply(patience_ns, now_ns)
+            servable = self._fleet.supply.rate * patience_ns
+            doubt *= model.caution.look(self._ledger.answered, queue.length, servable, now_ns)
+        view.doubt = doubt
         view.free_at_ns = slack.begin_ns(worker, now_ns)
         view.allowance_ns = careful_ns
         choice = self._corrected_choice(worker, now_ns)

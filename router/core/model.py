@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from router.core.caution import Caution
 from router.core.edf import EdfQueue
 from router.core.lanes import LaneQueue
 from router.policies.demand import Demand
@@ -36,15 +37,17 @@ class Model:
     Attributes:
         queue: Its queries that wait. Another object once the policy turns out to see demand.
         demand: What arrives and what can serve it; None unless its policy asks.
+        caution: What its losses say about the measurements.
         reference: The first profile that a worker brought; all others have its subnets. None before.
         payload_bytes: What it takes for each query; None if any size will do, or no worker has said.
     """
 
-    __slots__ = ("_make_policy", "_policies", "demand", "payload_bytes", "queue", "reference")
+    __slots__ = ("_make_policy", "_policies", "caution", "demand", "payload_bytes", "queue", "reference")
 
     def __init__(self, make_policy: Callable[[Profile], Policy]) -> None:
         self.queue = EdfQueue()
         self.demand: Demand | None = None
+        self.caution = Caution()
         self.reference: Profile | None = None
         self.payload_bytes: int | None = None
         self._make_policy = make_policy

@@ -100,8 +100,8 @@ class WorkerView:
         free_at_ns: The instant at which it can begin; may lie in the past when it is idle.
         allowance_ns: Measured time for a batch to reach the worker and its answer to come back.
         slowdown: Measured over profiled latency of this worker, smoothed; 1.0 means as profiled.
-        doubt: How many times longer than that a batch may still take, because few have been measured; 1.0
-            once enough have.
+        doubt: How many times longer than that a batch may still take, because few have been measured, or
+            because queries are lost and the queue does not explain it; 1.0 without either.
     """
 
     free_at_ns: int
