@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Any
 from router.core.events import CancelAsked, ClientJoined, ClientLeft, DrainRouter, QueriesArrived
 from router.serve.directives import group_of, results_of
 from router.serve.gate import CLIENT_DOMAIN
-from router.serve.side import RouterSide
+from router.serve.side import DRAIN_NS, RouterSide
 from superserve import wire
 from superserve.clock import MS
 from superserve.errors import WireError
 from superserve.hello import ClientHello, ClientWelcome
-from superserve.net.sockets import send
+from superserve.net.stream import StreamRouter, speaks
 from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries, Results
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import zmq
+
     from router.core.events import Answer, Event
     from router.serve.side import PeerConnection, Serving
     from router.serve.worker_side import WorkerSide
+    from superserve.net.keys import RouterKeys
     from superserve.wire import Buffer
 
 log = logging.getLogger("router")
@@ -52,10 +55,68 @@ class ClientSide(RouterSide):
     def __init__(self, serving: Serving, workers: WorkerSide) -> None:
         super().__init__(serving, _PING_NS)
         self._workers = workers
+        self._stream: StreamRouter | None = None
         self._on: dict[Kind, Callable[[bytes, Any, int], None]] = {
             Kind.CANCEL: self._cancel,
             Kind.PONG: self.pong,
         }
+
+    # --- the socket -----------------------------------------------------------------------
+
+    def bind(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: RouterKeys | None) -> None:
+        """Bind the socket: plain ones if they serve, since clients are many and their messages small.
+
+        Raises:
+            ConfigError: The endpoint is malformed or taken.
+        """
+        if keys is not None or not speaks(endpoint):
+            super().bind(context, endpoint, keys)
+            return
+        self._stream = stream = StreamRouter(endpoint)
+        self.endpoint, self.post = stream.endpoint, stream.send
+
+    def fileno(self) -> int:
+        """Return the descriptor that wakes a loop."""
+        return super().fileno() if self._stream is None else self._stream.fileno()
+
+    def is_readable(self) -> bool:
+        """Return whether something has arrived; of a stream, what its descriptor does not show."""
+        return super().is_readable() if self._stream is None else self._stream.has_more()
+
+    def discard(self) -> None:
+        """Drop all that has arrived."""
+        if self._stream is None:
+            super().discard()
+        else:
+            while self._stream.receive() is not None:
+                pass
+
+    def close(self, linger_ms: int) -> None:
+        """Close the socket; wait at most this long for what was sent to leave this machine."""
+        if self._stream is None:
+            super().close(linger_ms)
+        else:
+            self._stream.close(linger_ms)
+
+    def drain(self) -> int:
+        """Handle messages that have arrived, for at most `DRAIN_NS`; return how many there were."""
+        stream = self._stream
+        if stream is None:
+            return super().drain()
+        now_ns = time.monotonic_ns()
+        stream.look(now_ns)
+        end_ns, n, take = now_ns + DRAIN_NS, 0, self._take
+        while now_ns < end_ns:
+            found = stream.receive()
+            if found is None:
+                break
+            n += len(found)
+            for key, frames in found:
+                now_ns = time.monotonic_ns()
+                take(key, frames, now_ns)
+            if not found:
+                now_ns = time.monotonic_ns()
+        return n
 
     # --- in -------------------------------------------------------------------------------
 
@@ -72,7 +133,7 @@ class ClientSide(RouterSide):
         if isinstance(message, Control):
             self._control(key, message, now_ns)
         elif isinstance(message, Ping):
-            send(self.socket, [key, *wire.encode_pong(Pong(message.stamp_ns, now_ns))])
+            self.post(key, wire.encode_pong(Pong(message.stamp_ns, now_ns)))
         elif connection is None or key not in self._core.clients:
             # Unknown, or its session moved to another connection, which made this one's HELLO void.
             self.connections.pop(key, None)
@@ -114,7 +175,7 @@ class ClientSide(RouterSide):
         self._welcome(key)
         # At once, not with the next round of PINGs: the way to this client matters from its first query on.
         connection.pinged_ns = time.monotonic_ns()
-        send(self.socket, [key, *wire.encode_ping(Ping(connection.pinged_ns))])
+        self.post(key, wire.encode_ping(Ping(connection.pinged_ns)))
 
     def _welcome(self, key: bytes) -> None:
         serving = self._serving
@@ -122,7 +183,7 @@ class ClientSide(RouterSide):
         version = self.connections[key].wire
         subnets = tuple((row.name, row.accuracy) for row in rows)
         welcome = ClientWelcome(serving.epoch, serving.model, subnets, serving.policy, version)
-        send(self.socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome.body(), version))])
+        self.post(key, wire.encode_control(Control(Kind.WELCOME, welcome.body(), version)))
 
     def welcome_all(self) -> None:
         """Send WELCOME to every client again: the model has changed."""
@@ -153,11 +214,11 @@ class ClientSide(RouterSide):
         epoch = self._serving.epoch
         if len(answers) == 1:
             frames = wire.encode_results(Results(epoch, [group_of(answers[0])]))
-            if not send(self.socket, [client, *frames]):
+            if not self.post(client, frames):
                 self._drop_results(client, answers[0].n)
             return
         for results in results_of(epoch, answers):
-            if not send(self.socket, [client, *wire.encode_results(results)]):
+            if not self.post(client, wire.encode_results(results)):
                 self._drop_results(client, sum(group.count for group in results.groups))
                 return
 

@@ -7,9 +7,9 @@ No send ever blocks: what a peer cannot take at once is counted, and the peer is
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
+import select
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,9 +27,8 @@ from router.serve.gate import Gate, check_reach
 from router.serve.side import Serving
 from router.serve.worker_side import WorkerSide
 from superserve.clock import MS
-from superserve.errors import WireError
 from superserve.net.context import new_context
-from superserve.net.sockets import Waiter, receive, rest
+from superserve.net.sockets import rest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -156,7 +155,7 @@ class RouterServer:
         self._let_peers_read()
         self._doors.close()
         for side in (self.clients, self.workers):
-            side.socket.close(linger=_GOODBYE_MS)
+            side.close(_GOODBYE_MS)
         if self._serving.gate is not None:
             self._serving.gate.close()
         if self._recorder is not None:
@@ -165,14 +164,13 @@ class RouterServer:
 
     def _let_peers_read(self) -> None:
         """Keep the connections open for a moment: a DEALER drops what it has not read when one breaks."""
-        waiter = Waiter((self.clients.socket, self.workers.socket))
+        sides = (self.clients, self.workers)
         end_ns = time.monotonic_ns() + _GOODBYE_MS * MS // 2
         has_peers = bool(self.clients.connections or self.workers.connections)
         while has_peers and (left_ns := end_ns - time.monotonic_ns()) > 0:
-            for socket in waiter.wait(left_ns):
-                with contextlib.suppress(WireError):
-                    while receive(socket) is not None:
-                        pass  # messages that arrive now are not served
+            for side in sides:
+                side.discard()  # messages that arrive now are not served
+            self._await(left_ns)
 
     # --- the loop -------------------------------------------------------------------------
 
@@ -182,7 +180,6 @@ class RouterServer:
         gc.collect()
         gc.freeze()
         gc.disable()  # the hot path makes no cycles, and a collection would delay it; idle passes collect
-        waiter = Waiter((self.clients.socket, self.workers.socket))
         try:
             deadline_ns: int | None = None
             while True:
@@ -191,7 +188,7 @@ class RouterServer:
                 if self._pass():
                     rest(began_ns)
                 else:
-                    waiter.wait(self._timeout_ns())
+                    self._await(self._timeout_ns())
                 if self._is_stopping:
                     now_ns = time.monotonic_ns()
                     if deadline_ns is None:
@@ -202,6 +199,13 @@ class RouterServer:
                         break
         finally:
             self.close()
+
+    def _await(self, timeout_ns: int) -> None:
+        """Wait until a side has something to read, or the time is up."""
+        sides = (self.clients, self.workers)
+        # ZeroMQ's descriptors are edge-triggered: whoever sleeps on one asks for its events before.
+        if timeout_ns > 0 and not any([side.is_readable() for side in sides]):  # noqa: C419  a generator is slower
+            select.select(sides, (), (), timeout_ns / 1e9)
 
     def _timeout_ns(self) -> int:
         now_ns = time.monotonic_ns()

@@ -20,7 +20,7 @@ from superserve.net.sockets import bind_router, is_readable, receive, send
 from superserve.wire import Control, Kind, Ping
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import zmq
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("router")
 
-_DRAIN_NS = 2 * MS
+DRAIN_NS = 2 * MS
 """Longest time spent on one socket before the core decides: a flood must not delay what is due."""
 _PINGS_AT_ONCE = 16
 """PINGs in one pass: a thousand clients that connected together must not stop the router every second."""
@@ -111,6 +111,7 @@ class RouterSide(ABC):
 
     Attributes:
         endpoint: Where peers connect, once bound.
+        post: Sends a peer a message, by its routing id, without waiting; False if it cannot take it.
         connections: The peers that said HELLO, by routing id.
     """
 
@@ -125,6 +126,7 @@ class RouterSide(ABC):
         self.endpoint = ""
         self.connections: dict[bytes, PeerConnection] = {}
         self.socket: zmq.Socket[bytes]
+        self.post: Callable[[bytes, Sequence[Buffer]], bool] = self._post
         self._serving = serving
         self._handle = serving.handle
         self._core = serving.core
@@ -153,14 +155,37 @@ class RouterSide(ABC):
         """Tell every peer that the router stops, and why."""
         goodbye = wire.encode_control(Control(Kind.BYE, {"reason": reason}))
         for key in self.connections:
-            send(self.socket, [key, *goodbye])
+            self.post(key, goodbye)
+
+    def fileno(self) -> int:
+        """Return the descriptor that wakes a loop: see `Waiter`."""
+        return int(self.socket.fileno())
+
+    def is_readable(self) -> bool:
+        """Return whether something has arrived; without asking, the descriptor may stay silent."""
+        return is_readable(self.socket)
+
+    def discard(self) -> None:
+        """Drop all that has arrived."""
+        while self.is_readable():
+            try:
+                receive(self.socket)
+            except WireError:
+                continue  # too many frames
+
+    def close(self, linger_ms: int) -> None:
+        """Close the socket; wait at most this long for what was sent to leave this machine."""
+        self.socket.close(linger=linger_ms)
+
+    def _post(self, key: bytes, frames: Sequence[Buffer]) -> bool:
+        return send(self.socket, [key, *frames])
 
     # --- receiving ------------------------------------------------------------------------
 
     def drain(self) -> int:
-        """Handle messages that have arrived, for at most `_DRAIN_NS`; return how many there were."""
+        """Handle messages that have arrived, for at most `DRAIN_NS`; return how many there were."""
         now_ns = time.monotonic_ns()
-        end_ns = now_ns + _DRAIN_NS
+        end_ns = now_ns + DRAIN_NS
         n = 0
         socket = self.socket
         if not is_readable(socket):
@@ -191,7 +216,7 @@ class RouterSide(ABC):
         except VersionError as error:
             self._counts["wrong_version"] += 1
             log.warning("refused %s: %s", key.hex(), error)
-            send(self.socket, [key, *wire.encode_control(wire.refusal(error))])
+            self.post(key, wire.encode_control(wire.refusal(error)))
             return None
         except WireError as error:
             self._counts["malformed"] += 1
@@ -222,7 +247,7 @@ class RouterSide(ABC):
                 self._drain_asked(key, message, now_ns)
             case Kind.STATUS:
                 answer = Control(Kind.STATUS, self._serving.status(now_ns).body(), wire.agreed(message))
-                send(self.socket, [key, *wire.encode_control(answer)])
+                self.post(key, wire.encode_control(answer))
             case _:
                 name = message.kind.name
                 self.refuse(key, "malformed", f"{name} is not a {self.peer}'s to send")
@@ -240,7 +265,7 @@ class RouterSide(ABC):
     def refuse(self, key: bytes, code: str, reason: str) -> None:
         """Tell a peer what is wrong with its message, or with itself."""
         refusal = Control(Kind.REFUSED, {"code": code, "reason": reason})
-        send(self.socket, [key, *wire.encode_control(refusal)])
+        self.post(key, wire.encode_control(refusal))
 
     # --- peers ----------------------------------------------------------------------------
 
@@ -291,7 +316,7 @@ class RouterSide(ABC):
     def _ping(self, key: bytes, connection: PeerConnection, now_ns: int) -> None:
         connection.pinged_ns = now_ns
         # ROUTER_MANDATORY makes a send to a connection that is gone fail, so a PING also finds that out.
-        is_reached = send(self.socket, [key, *wire.encode_ping(Ping(now_ns))])
+        is_reached = self.post(key, wire.encode_ping(Ping(now_ns)))
         if not is_reached or (self.gone_ns is not None and now_ns - connection.heard_ns > self.gone_ns):
             self.lose(key, now_ns)
         else:

@@ -18,7 +18,6 @@ from router.serve.side import RouterSide
 from superserve import wire
 from superserve.errors import ConfigError, SuperServeError, WireError
 from superserve.hello import ModelSpec, WorkerHello, WorkerWelcome
-from superserve.net.sockets import send
 from superserve.wire import Control, Done, Kind, Ping, Pong, Pull
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class WorkerSide(RouterSide):
             self.refuse(key, "say-hello", "the router has no HELLO from you: send one")
         elif isinstance(message, Ping):
             self._handle(WorkerHeard(key), now_ns)
-            send(self.socket, [key, *wire.encode_pong(Pong(message.stamp_ns, now_ns))])
+            self.post(key, wire.encode_pong(Pong(message.stamp_ns, now_ns)))
         else:
             handler = self._on.get(message.kind)
             try:
@@ -140,7 +139,7 @@ class WorkerSide(RouterSide):
         connection = self._greet(key, version, now_ns)
         connection.host, connection.version, connection.life = hello.host, hello.version, life
         welcome = WorkerWelcome(self._next_epoch, serving.epoch, version)
-        send(self.socket, [key, *wire.encode_control(Control(Kind.WELCOME, welcome.body(), version))])
+        self.post(key, wire.encode_control(Control(Kind.WELCOME, welcome.body(), version)))
         log.info("worker %s joined with %d GPUs (%s)", name, hello.n_slots, profiles[0].name)
         if model != serving.model:
             serving.model, serving.reference = model, profiles[0]
@@ -182,16 +181,16 @@ class WorkerSide(RouterSide):
         order = wire.encode_control(Control(Kind.DRAIN, {"worker": name}))
         for peer in peers:
             self._handle(DrainWorker(peer, None), now_ns)
-            send(self.socket, [peer, *order])  # or it would take the later BYE for the end of the router
+            self.post(peer, order)  # or it would take the later BYE for the end of the router
         return bool(peers)
 
     def dispatch(self, action: Dispatch) -> bool:
         """Send a batch; False if the worker cannot be reached."""
-        return send(self.socket, [action.peer, *wire.encode_directive(directive_of(action.batch))])
+        return self.post(action.peer, wire.encode_directive(directive_of(action.batch)))
 
     def release(self, key: bytes) -> None:
         """Tell a worker that it has drained."""
-        send(self.socket, [key, *wire.encode_control(Control(Kind.BYE, {"reason": "drained"}))])
+        self.post(key, wire.encode_control(Control(Kind.BYE, {"reason": "drained"})))
 
 
 def _words(model: ModelSpec) -> str:
