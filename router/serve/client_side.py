@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from router.core.events import CancelAsked, ClientJoined, ClientLeft, DrainRouter, QueriesArrived
-from router.serve.directives import group_of, results_of
+from router.serve.directives import frames_of, results_of
 from router.serve.gate import CLIENT_DOMAIN
 from router.serve.side import DRAIN_NS, RouterSide
 from superserve import wire
@@ -15,7 +15,7 @@ from superserve.clock import MS
 from superserve.errors import WireError
 from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.stream import StreamRouter, speaks
-from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries, Results
+from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -213,8 +213,7 @@ class ClientSide(RouterSide):
         """Send a client its answers; if it does not take them, count them and drop the client."""
         epoch = self._serving.epoch
         if len(answers) == 1:
-            frames = wire.encode_results(Results(epoch, [group_of(answers[0])]))
-            if not self.post(client, frames):
+            if not self.post(client, frames_of(epoch, answers[0])):
                 self._drop_results(client, answers[0].n)
             return
         for results in results_of(epoch, answers):

@@ -16,6 +16,9 @@ from superserve.wire import (
     Group,
     Results,
     Segment,
+    Status,
+    encode_outputs,
+    encode_results,
     pack_queued_us,
 )
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from router.core.events import Answer
     from router.core.workers import Batch
     from superserve.wire import Buffer, DoneRow, Queries
+
+_LATE = int(Status.LATE)  # an IntEnum compares at half the speed
 
 
 def directive_of(batch: Batch) -> Directive:
@@ -90,6 +95,25 @@ def _span(each: int, lengths: Buffer | None, lo: int, hi: int) -> tuple[int, int
     assert lengths is not None, "VARIED without a column of lengths"
     ends = [0, *accumulate(np.frombuffer(lengths, "<u4").tolist())]
     return ends[lo], ends[hi]
+
+
+def frames_of(epoch: int, answer: Answer) -> list[Buffer]:
+    """Return the frames of the RESULTS with one answer."""
+    ran = answer.ran
+    if ran is not None and answer.more is None and answer.status <= _LATE:
+        row, n = ran.row, answer.n
+        each = row.output_bytes
+        if row.lengths is None and n * each < GATHER_BYTES:
+            ids: Buffer = answer.cohort.message.ids
+            lo, at = answer.lo, answer.at
+            if 8 * n != len(ids):
+                ids = ids[8 * lo : 8 * (lo + n)]
+            output = memoryview(row.output)[each * at : each * (at + n)]
+            return encode_outputs(
+                epoch, n, answer.status, ran.subnet, ran.batch_size, ran.accuracy, answer.queued_ns,
+                ran.to_start_ns, ran.executing_ns, ran.returning_ns, ids, each, output,
+            )  # fmt: skip
+    return encode_results(Results(epoch, [group_of(answer)]))
 
 
 def results_of(epoch: int, answers: Sequence[Answer]) -> Iterator[Results]:

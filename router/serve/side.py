@@ -80,6 +80,7 @@ class Serving:
         gate: Checks both sides' peers; None without keys.
         model: What the workers serve; None before one has joined.
         reference: The profile of the first worker of that model.
+        handle: Passes an event to the core, and to the recorder.
     """
 
     def __init__(
@@ -94,11 +95,11 @@ class Serving:
         self.reference: Profile | None = None
         self.status = status
         self._recorder = recorder
+        self.handle: Callable[[Event, int], None] = core.handle if recorder is None else self._recorded
 
-    def handle(self, event: Event, now_ns: int) -> None:
-        """Pass an event to the core, and to the recorder."""
-        if self._recorder is not None:
-            self._recorder.event(now_ns, event)
+    def _recorded(self, event: Event, now_ns: int) -> None:
+        assert self._recorder is not None, "without one, the core takes events itself"
+        self._recorder.event(now_ns, event)
         self.core.handle(event, now_ns)
 
 

@@ -122,6 +122,7 @@ from superserve.wire.encode import (
     encode_control,
     encode_directive,
     encode_done,
+    encode_outputs,
     encode_ping,
     encode_pong,
     encode_pull,

@@ -104,6 +104,7 @@ PRELUDE_KEYED = struct.Struct("<IHH")  # the same, with magic, version and kind 
 QUERIES = struct.Struct("<QqII")  # epoch, sent_ns, n, payload_bytes
 RESULTS = struct.Struct("<QIIH2x")  # epoch, n, n_groups, row_bytes
 GROUP = struct.Struct("<IB3xHHfqqqqI")  # as Group has them, without ids; output_bytes last
+RESULTS_OF_ONE = struct.Struct("<QIIH2xIB3xHHfqqqqI")  # RESULTS, and the only GROUP
 CANCEL = struct.Struct("<QI")  # epoch, n
 PULL = struct.Struct("<QIH2x")  # epoch, n_rows, row_bytes
 PULL_ROW = struct.Struct("<HHHHQQqQff")  # as PullRow has them

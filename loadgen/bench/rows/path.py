@@ -22,7 +22,7 @@ from router.core import RouterCore
 from router.core.events import Answer, ClientJoined, Dispatch, Finished, Pulled, QueriesArrived, WorkerJoined
 from router.core.settings import CoreSettings
 from router.policies.registry import make_policy
-from router.serve.directives import directive_of, results_of
+from router.serve.directives import directive_of, frames_of, results_of
 from superserve import wire
 from superserve.clock import MS
 from superserve.net.sockets import REST_NS
@@ -186,8 +186,11 @@ class _Path:
             elif isinstance(action, Dispatch):
                 dispatches.append(action)
         for of_client in answers.values():
-            for results in results_of(1, of_client):
-                wire.encode_results(results)
+            if len(of_client) == 1:
+                frames_of(1, of_client[0])
+            else:
+                for results in results_of(1, of_client):
+                    wire.encode_results(results)
         answered = time.perf_counter_ns()
         for action in dispatches:
             wire.encode_directive(directive_of(action.batch))

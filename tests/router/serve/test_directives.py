@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from profiles.table import load_profile
 from router.core.edf import Cohort
+from router.core.events import Answer, Ran
 from router.core.workers import Batch, Peer, Worker
 from router.policies.slackfit import SlackFit
-from router.serve.directives import directive_of
+from router.serve.directives import directive_of, frames_of, results_of
 from superserve import wire
-from superserve.wire import VARIED, Directive, Queries
+from superserve.wire import VARIED, Directive, DoneRow, Queries, Status
 
 NOW_NS = 10**12
 CNN = load_profile("cnn-8gpu-modelled")
@@ -64,3 +65,28 @@ def test_a_directive_says_of_each_query_what_its_client_did(data: st.DataObject)
     ids = [i for segment in decoded.segments for i in wire.uint64s(segment.ids)]
     payloads = map(bytes, decoded.payload_list())
     assert list(zip(ids, decoded.slack_left_ns().tolist(), payloads, strict=True)) == expected
+
+
+@given(st.data())
+def test_an_answer_alone_is_framed_as_beside_others(data: st.DataObject) -> None:
+    """The short way from one answer to its bytes gives the same as the long one, whatever the outputs."""
+    cohort = data.draw(cohorts(1, st.just(64)))
+    n = len(cohort.deadlines_ns)
+    lo = data.draw(st.integers(0, n - 1))
+    hi = data.draw(st.integers(lo + 1, n))
+    at = data.draw(st.integers(0, 3))
+    each = data.draw(st.sampled_from([0, 4, 3_000, 40_000]))
+    n_batch = at + hi - lo + data.draw(st.integers(0, 2))
+    is_varied = data.draw(st.booleans())
+    lengths = np.full(n_batch, each, "<u4").tobytes() if is_varied else None
+    output = memoryview(bytes(i % 251 for i in range(n_batch)) * each)
+    row = DoneRow(1, 0, 1, 0, n_batch, 5, 6, 1, 0, 0, VARIED if is_varied else each, output, None, lengths)
+    ran = None if data.draw(st.booleans()) else Ran(row, 2, n_batch, 71.5, 10, 11, 12)
+    ends = [Status.EXPIRED] if ran is None else [Status.OK, Status.LATE, Status.FAILED]
+    status = data.draw(st.sampled_from(ends))
+    answer = Answer(b"c", cohort, lo, hi, hi - lo, status, 9, ran, at, "why" if ran is None else "")
+
+    short = frames_of(3, answer)
+
+    (results,) = results_of(3, [answer])
+    assert list(map(bytes, short)) == list(map(bytes, wire.encode_results(results)))
