@@ -24,7 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Every module of these that is not left out, and these modules.
 FOLDERS = ("router/core", "router/policies", "superserve/wire", "gpu_worker/core")
-MODULES = ("superserve/client/session.py",)
+MODULES = (
+    "superserve/client/session.py", "superserve/net/stream.py", "superserve/net/zmtp.py",
+    "router/serve/client_side.py", "router/serve/directives.py", "router/serve/side.py",
+    "router/serve/worker_side.py",
+)  # fmt: skip
 LEFT_OUT = ("__init__.py", "messages.py", "runs.py", "events.py")
 RECORD = "superserve/compiled.json"
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")

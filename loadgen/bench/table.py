@@ -25,6 +25,7 @@ from loadgen.bench.rows import calls as bench_calls
 from loadgen.bench.rows import simulator as bench_simulator
 from loadgen.bench.rows.churn import churn
 from loadgen.bench.rows.generator import generator_qps
+from loadgen.bench.rows.messages import Callers
 from loadgen.bench.rows.path import PathShape, path_cost
 from loadgen.bench.rows.row import BenchRow, SkippedError, machine
 from loadgen.bench.senders.offer import Offered, offer_singly
@@ -60,8 +61,6 @@ and then any stall of a shared machine costs attainment, at any rate."""
 SLO_NS = 36 * MS
 ENOUGH = 0.999
 """Attainment at which a rate holds."""
-N_CLIENTS = 1_000
-"""Small clients of `message_per_query_qps`, shared out over the sender processes."""
 IMAGE_BYTES = 150_528
 """224 x 224 x 3: an image."""
 N_SENDERS = 2
@@ -92,12 +91,16 @@ class Bench:
     Args:
         seconds: Length of a probe. A confirming run takes four times as long.
         say: Receives what is being done.
+
+    Attributes:
+        callers: The rows of many small callers.
     """
 
     def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
         self.seconds = seconds
         self._say = say
         self._tried: list[Probe] = []
+        self.callers = Callers(seconds, say)
 
     # --- rates --------------------------------------------------------------------------
 
@@ -134,20 +137,6 @@ class Bench:
         )
         return self._beside_echo("end_to_end_bulk_qps", found, conditions)
 
-    def message_per_query_qps(self) -> BenchRow:
-        """The highest rate of a thousand small clients that send each query as a separate message."""
-        with echo_server() as (endpoint, _):
-            plan = self._small_clients("many-echo", endpoint)
-            echo = self._search(lambda rate, s: self._offer(plan, rate, s), start_qps=12_000)
-        echo_tried = self._rate_conditions(echo)
-        found = self._search(self._offer_small_clients, start_qps=8_000)
-        conditions = self._rate_conditions(
-            found, senders=N_SENDERS, clients=N_CLIENTS, submit="one query a message, a socket a client",
-            echo=echo_tried, **_emulation(),
-        )  # fmt: skip
-        reference = f"{_ECHO}, same clients"
-        return _rate_row("message_per_query_qps", found, reference, echo.held_qps, conditions)
-
     def payload_150kb_ratio(self) -> BenchRow:
         """The rate of the whole path with payloads of 150 kB, over that of the echo with the same."""
         with echo_server() as (endpoint, _):
@@ -167,13 +156,6 @@ class Bench:
         return BenchRow(
             "payload_150kb_ratio", value, "x", f"{_ECHO}, same payload", 1.0, conditions, noise_ms
         )
-
-    def _small_clients(self, target: str, endpoint: str) -> SenderPlan:
-        return SenderPlan(endpoint, SLO_NS, target=target, n_clients=N_CLIENTS // N_SENDERS)
-
-    def _offer_small_clients(self, rate_qps: float, seconds: float) -> Probe:
-        with emulated(Emulation(PROFILE, n_gpus(rate_qps), RATE_POLICY)) as cluster:
-            return self._offer(self._small_clients("many", cluster.client_endpoint), rate_qps, seconds)
 
     def _beside_echo(self, name: str, found: Probe, conditions: dict[str, Any]) -> BenchRow:
         return _rate_row(name, found, _ECHO, self.echo_qps.value, conditions)
@@ -443,7 +425,11 @@ ROWS: dict[str, Callable[[Bench], BenchRow]] = {
     "end_to_end_qps": Bench.end_to_end_qps,
     "end_to_end_threads_qps": Bench.end_to_end_threads_qps,
     "end_to_end_bulk_qps": Bench.end_to_end_bulk_qps,
-    "message_per_query_qps": Bench.message_per_query_qps,
+    "message_per_query_qps": lambda bench: bench.callers.message_per_query_qps(),
+    "message_per_query_us": lambda bench: bench.callers.message_per_query_us(),
+    "callers_over_mosec": lambda bench: bench.callers.callers_over_mosec(),
+    "packed_over_mosec": lambda bench: bench.callers.packed_over_mosec(),
+    "crowd_us": lambda bench: bench.callers.crowd_us(),
     "payload_150kb_ratio": Bench.payload_150kb_ratio,
     "router_churn_mb": Bench.router_churn_mb,
 }

@@ -89,7 +89,6 @@ class SenderPlan:
         is_watched: Whether rows are written while it runs: see `loadgen.live.progress`.
         keys: As in `RunSettings`.
         target: The target in `loadgen.bench.senders`; "" for `BulkTarget`.
-        n_clients: Number of sockets, if the target has several.
         least_sleep_ns: The least time between two wake-ups to send: timers are usually later than a shorter
             one, and the lag that it adds is recorded. With 0 it wakes for each query.
         control: Where the coordinator listens, which fills in this field and the next ones.
@@ -106,7 +105,6 @@ class SenderPlan:
     is_watched: bool = False
     keys: str = ""
     target: str = ""
-    n_clients: int = 1
     least_sleep_ns: int = MS // 2
     control: str = ""
     name: str = ""

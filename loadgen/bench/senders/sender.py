@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zmq
 
-from loadgen.bench.senders.clients import ManyTarget, SingleTarget
+from loadgen.bench.senders.clients import SingleTarget
 from loadgen.live.sender import Records, Sender, main
 from superserve.client.aio import AsyncClient
 from superserve.client.client import Client
@@ -132,10 +132,9 @@ def run_single(plan: SenderPlan) -> None:
             client = stack.enter_context(Client(plan.endpoint, max_outstanding=_MAX_OUTSTANDING))
             target = ClientTarget(plan, records, client)
         else:
-            kind = EchoTarget if plan.target == "echo" else ManyTarget
-            target = peer = kind(plan, records, context)
-            stack.callback(peer.close)
-            peer.await_peer()
+            target = echo = EchoTarget(plan, records, context)
+            stack.callback(echo.close)
+            echo.await_peer()
         # To the end before the client closes: closing ends queries without an answer.
         for duration_ns in Sender(target, due_ns).play(context):
             target.wait(duration_ns)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]  # it has no stubs
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 from loadgen.bench import table as bench
 from loadgen.bench.rows.calls import wide_profile
 from loadgen.bench.rows.row import BenchRow
-from loadgen.live.run import Emulation, emulated
 from loadgen.study.rate_search import Bounds, Probe, confirmed, highest_rate, undisturbed
 
 if TYPE_CHECKING:
@@ -160,22 +158,6 @@ def test_gpus_come_with_the_rate() -> None:
     """There are 2 at least, and enough for 1,200 q/s each."""
     assert bench.n_gpus(10) == 2
     assert bench.n_gpus(40_000) == 34
-
-
-@pytest.mark.e2e
-def test_small_clients_are_offered_and_answered() -> None:
-    """A socket a client and a query a message: to the router and to the echo alike."""
-    measuring = bench.Bench(0.5, lambda _: None)
-    with bench.echo_server() as (endpoint, _):
-        plan = replace(measuring._small_clients("many-echo", endpoint), n_clients=10)
-        echoed = measuring._offer(plan, 300.0, 0.5)
-    with emulated(Emulation(bench.PROFILE, 2, bench.RATE_POLICY)) as cluster:
-        plan = replace(measuring._small_clients("many", cluster.client_endpoint), n_clients=10)
-        served = measuring._offer(plan, 300.0, 0.5)
-
-    assert 0 < echoed.share <= 1
-    assert 0 < served.share <= 1
-    assert psutil.Process().children(recursive=True) == []
 
 
 @pytest.mark.timeout(180)
