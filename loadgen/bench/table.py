@@ -1,6 +1,6 @@
 """`make bench`: measure the figures that have a budget, each beside a reference of the same run.
 
-    python -m loadgen.bench [--only NAME]... [--seconds N] [--out out/bench]
+    python -m loadgen.bench [--only NAME]... [--seconds N] [--out out/bench] [--record COMMIT]
 
 Everything runs on this machine, so absolute figures are this machine's, at this hour; only ratios
 are comparable. The reference of the rates is a bare pyzmq ROUTER that echoes, with the same senders,
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
+from loadgen.bench import figures
 from loadgen.bench.rows import calls as bench_calls
 from loadgen.bench.rows import simulator as bench_simulator
 from loadgen.bench.rows.churn import churn
@@ -547,11 +548,18 @@ def measure(
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out/bench"), show_default=True
 )
+@click.option(
+    "--record", metavar="COMMIT", help="Enter the figures as those of this commit, to be compared with later."
+)
 @plain_errors()
-def cli(only: tuple[str, ...], seconds: float, out: Path) -> None:
-    """Measure, write OUT/NAME.json for each figure, and print a table."""
+def cli(only: tuple[str, ...], seconds: float, out: Path, record: str | None) -> None:
+    """Measure, write OUT/NAME.json for each figure, and print a table and what has moved."""
+    committed = figures.load()  # first: if it is malformed, nothing need be measured
+    began_s = time.monotonic()
     rows = measure(only or tuple(ROWS), seconds, out, click.echo)
     click.echo()
-    for line in table(rows):
+    for line in [*table(rows), *figures.compared(rows, committed, figures.kind())]:
         click.echo(line)
-    click.echo(f"{machine()}; written to {out}")
+    if record is not None:
+        figures.record(rows, record)
+    click.echo(f"{machine()}; {time.monotonic() - began_s:.0f} s; written to {out}")
