@@ -54,6 +54,13 @@ _LOOPBACK = "tcp://127.0.0.1:*"
     help="Slack held back for late messages.  [default: by the latest ones measured, 0.1 to 1]",
 )
 @click.option(
+    "--spin-us",
+    type=click.IntRange(0, 1_000_000),
+    default=0,
+    show_default=True,
+    help="After a message, look for others without sleeping for this long; takes a whole processor.",
+)
+@click.option(
     "--metrics-port", type=click.IntRange(0, 65_535),
     help="Serve /metrics to Prometheus here; 0 is any free port.  [default: off]",
 )  # fmt: skip
@@ -75,6 +82,7 @@ def cli(
     max_queries: int,
     max_bytes: int,
     margin_ms: float | None,
+    spin_us: int,
     metrics_port: int | None,
     metrics_address: str,
     keys: Path | None,
@@ -93,7 +101,13 @@ def cli(
     if margin_ms is not None:
         core = core.with_margin(int(margin_ms * MS))
     settings = ServerSettings(
-        client_endpoint, worker_endpoint, policy, core, keys=keys, is_open=security == "none"
+        client_endpoint,
+        worker_endpoint,
+        policy,
+        core,
+        keys=keys,
+        is_open=security == "none",
+        spin_ns=1_000 * spin_us,
     )
     metrics = None if metrics_port is None else RouterMetrics()
     recorder = None

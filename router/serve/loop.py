@@ -58,6 +58,8 @@ class ServerSettings:
         drain_timeout_ns: How long a SIGTERM waits for queued queries.
         keys: The folder of keys; see `superserve.net.keys`. Without it, any peer is served.
         is_open: Without keys, bind even if other machines can reach the sockets.
+        spin_ns: How long after the last message the loop looks again at once instead of sleeping. It takes a
+            whole processor meanwhile, and what arrives wakes no thread.
     """
 
     client_endpoint: str = "tcp://127.0.0.1:*"
@@ -67,6 +69,7 @@ class ServerSettings:
     drain_timeout_ns: int = 5_000 * MS
     keys: Path | None = None
     is_open: bool = False
+    spin_ns: int = 0
 
 
 class RouterServer:
@@ -180,14 +183,19 @@ class RouterServer:
         gc.collect()
         gc.freeze()
         gc.disable()  # the hot path makes no cycles, and a collection would delay it; idle passes collect
+        spin_ns = self.settings.spin_ns
         try:
             deadline_ns: int | None = None
+            spin_until_ns = 0
             while True:
                 began_ns = time.monotonic_ns()
                 # Busy: messages during the rest share the next pass. Idle: the first one is served at once.
                 if self._pass():
-                    rest(began_ns)
-                else:
+                    if spin_ns:
+                        spin_until_ns = began_ns + spin_ns
+                    else:
+                        rest(began_ns)
+                elif began_ns >= spin_until_ns:
                     self._await(self._timeout_ns())
                 if self._is_stopping:
                     now_ns = time.monotonic_ns()

@@ -464,9 +464,13 @@ def test_thousands_of_mangled_messages_on_both_ports_cost_nobody_an_answer(net: 
                 group.check()
                 assert router.poll() is None, f"seed {SEED}, message {i}: {router.tail()}"
                 assert served(client, 10**6 + i)
-        counts = ask_status(router.ready["client"]).counts
-        assert counts["malformed"] + counts["wrong_version"] > 500
-        assert counts["wrong_version"] > 0, "some have another version"
+
+        def are_counted() -> bool:
+            # Not at once: who asks has its turn before the rest of a flood.
+            counts = ask_status(router.ready["client"]).counts
+            return counts["malformed"] + counts["wrong_version"] > 500 and counts["wrong_version"] > 0
+
+        poll(are_counted)
 
 
 def test_a_client_that_answers_its_first_ping_late_is_not_far_away() -> None:
