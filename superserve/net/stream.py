@@ -16,6 +16,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from superserve.clock import MS
 from superserve.errors import ConfigError, WireError
 from superserve.net import zmtp
@@ -203,10 +205,10 @@ class StreamRouter:
                 raise WireError(f"a frame of {length} bytes")
             if end > len(data):
                 if length >= _READ_BYTES and not flags & zmtp.COMMAND and peer.stage == _OPEN:
-                    large = bytearray(length)
-                    n_here = len(data) - start
-                    large[:n_here] = data[start:]
-                    peer.large, peer.large_at = memoryview(large), n_here
+                    # Not a bytearray: its zeros would be written first, 10 us for an image.
+                    large = np.empty(length, np.uint8).data
+                    peer.large, peer.large_at = large, len(data) - start
+                    large[: peer.large_at] = memoryview(data)[start:]
                     peer.large_more = bool(flags & zmtp.MORE)
                     return
                 break
