@@ -24,9 +24,9 @@ from superserve.wire import Status
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Eight GPUs, 6,400 q/s, 36 ms, messages that jitter by 5, 6 and 7 ms: of 1,000 queries 25, 459 and 626 are lost
-# without this module, and 0, 7 and 17 with it. The figures below are of caution alone, without `doubt_of_ways`,
-# with a fade of 1 s: 3, 12 and 22.
+# Eight GPUs, 6,400 q/s, 36 ms, messages that jitter by 5, 6 and 7 ms: of 1,000 queries 25, 459 and 626 are
+# lost without this module, and 0, 7 and 17 with it. The figures below are of caution alone, without
+# `doubt_of_ways`, with a fade of 1 s: 3, 12 and 22.
 
 _WINDOW_NS = 20 * MS
 """Losses are judged at most this often. 10 ms: 4, 15, 18; 40 ms: 6, 22, 26."""
@@ -38,8 +38,8 @@ _UP, _MOST = 2.0, 8.0
 """What a lossy window multiplies the caution by, and to how much. By 1.5: 6, 28, 36; to 4: 3, 16, 55."""
 
 _FADE_NS, _LONGEST_FADE_NS = SECOND // 2, 16 * SECOND
-"""Time constant of the fade, at first and at most. After GPUs that were twice as slow for a second, 1 s costs 0.4
-points of accuracy in the next three. At 0.2 s: 3, 32, 41."""
+"""Time constant of the fade, at first and at most. After GPUs that were twice as slow for a second, 1 s costs
+0.4 points of accuracy in the next three. At 0.2 s: 3, 32, 41."""
 
 _RELAPSE = 8
 """Needed again within this many fades, caution fades half as fast from then on."""
@@ -53,7 +53,8 @@ smallest subnet serves, and caution would not help. At 0.3 the trap itself count
 
 _STEADY, _UNSTEADY = 0.2, 12.0
 """Ways may differ by this share of a patience without doubt; what is beyond that counts this many times. With
-0.1 and 8, jitter of 3 ms and ten clients cost 0.2 points; with 0.25 and 16, jitter of 5 ms 2 queries in 1,000."""
+0.1 and 8, jitter of 3 ms and ten clients cost 0.2 points; with 0.25 and 16, jitter of 5 ms 2 queries in
+1,000."""
 
 
 def doubt_of_ways(differ_ns: int, patience_ns: float) -> float:
