@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
-from router.core.caution import doubt_of_ways
 from router.core.events import Complaint
 from router.core.lanes import LaneQueue
 from router.core.workers import Batch, PeerState, Worker, WorkerState
 from router.policies import Choice, QueueView, Shed, WorkerView, usable_slack_ns
+from router.policies.caution import doubt_of_ways
 from superserve.clock import MS
 from superserve.wire import Status
 

@@ -85,7 +85,7 @@ in 100 more, with batches of one or two."""
 
 _WARNED = 3.5
 """From this doubt on heads that are too late for a useful batch are let go. No GPU alone is doubted so much,
-so queries are being lost (`router.core.caution`). Without it messages that jitter by 7 of 36 ms cost 42
+so queries are being lost (`router.policies.caution`). Without it messages that jitter by 7 of 36 ms cost 42
 queries in 100 instead of 2; at 7 they cost 4."""
 
 _FRESH = 0.33

@@ -8,7 +8,7 @@ from loadgen.simulator.faults import jitter_faults
 from loadgen.simulator.simulate import SimSettings, simulate
 from loadgen.traces.trace import load_trace
 from profiles.table import load_profile
-from router.core.caution import Caution, doubt_of_ways
+from router.policies.caution import Caution, doubt_of_ways
 from superserve.clock import MS
 from superserve.wire import Status
 
