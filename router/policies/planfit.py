@@ -456,7 +456,8 @@ class PlanFit:
                     )
                 if wait > most:
                     wait = most
-        if load <= _NEAR and surge.by_curve < ahead:
+        # The curve is believed only as far as a surge that outgrows it is still served.
+        if surge.by_curve < ahead and _WORST * surge.at_once <= most_rate:
             ahead = surge.by_curve
         asked, rate = 0.0, demand.rate
         for bits, one in demand.classes.items():

@@ -67,13 +67,14 @@ class Surge:
         by_curve: Queries a nanosecond that may come within a patience, by the curve; no bound until it is
             learned. Set by `foresee`, like the others.
         by_pause: The same, by the latest slots.
+        at_once: The most queries a nanosecond that one patience has had.
         peak: The most queries a nanosecond that two patiences may have, by those that have been: the less
             the curve is learned, the more.
     """
 
     __slots__ = (
-        "_counts", "_ends_ns", "_grown_ns", "_is_over", "_mosts", "_peaks", "_slot_ns", "_sums", "by_curve",
-        "by_pause", "peak",
+        "_counts", "_ends_ns", "_grown_ns", "_is_over", "_mosts", "_peaks", "_slot_ns", "_sums", "at_once",
+        "by_curve", "by_pause", "peak",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -85,7 +86,7 @@ class Surge:
         self._grown_ns = 0
         self._is_over = True
         self.by_curve = self.by_pause = inf
-        self.peak = 0.0
+        self.at_once = self.peak = 0.0
         self._slot_ns = float(_SHORTEST_NS)
         self._ends_ns = 0.0
 
@@ -138,6 +139,7 @@ class Surge:
         )
         age_ns, learned_ns = now_ns - self._grown_ns, _LEARNED * SLOTS * slot_ns
         self.by_curve = inf
+        self.at_once = mosts[3] / ((WINDOWS[3] + 1) * slot_ns)
         self.peak = max(mosts[4], self._peaks[4]) / ((WINDOWS[4] + 1) * slot_ns)
         if not self._is_over and age_ns < learned_ns:
             self.peak *= 1.0 + _GROWTH * (1.0 - age_ns / learned_ns)
