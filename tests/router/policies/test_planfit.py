@@ -260,7 +260,7 @@ def test_what_cannot_come_is_not_asked_for() -> None:
     queue = view_of([17.8] * 16, demand, supply_of(1, 18 * MS))
     assert budget_ns(queue) == pytest.approx(17.8 * MS / 16, rel=0.01)
     assert chosen(queue) == Choice(CNN.most_accurate(16, round(17.8 * MS)), 16)
-    # Were 26 more than the GPU serves within a patience, the curve would not be believed, nor if it were none.
+    # It is not believed where the GPU could not serve more than that, nor before it is learned.
     demand.surge.at_once = 1.01 * supply_of(1, 18 * MS).rate / 1.6
     assert budget_ns(queue) < 0.95 * 17.8 * MS / 16
     demand.surge.at_once, demand.surge.by_curve = 0.0, math.inf
