@@ -159,8 +159,9 @@ def _plain(value: Any) -> str:
 
 
 def _queries(queries: Queries) -> dict[str, Any]:
-    body = {name: getattr(queries, name) for name in Queries.__slots__ if name != "payloads"}
-    return body | {"payload_sizes": [len(payload) for payload in queries.payloads]}
+    body = {name: getattr(queries, name) for name in Queries.__slots__ if name not in ("payloads", "shared")}
+    sizes = [queries.n_bytes()] if queries.shared is not None else [len(payload) for payload in queries.payloads]
+    return body | {"payload_sizes": sizes}
 
 
 def _done_row(row: DoneRow) -> dict[str, Any]:
