@@ -1,4 +1,4 @@
-"""The memories of clients that a worker reads payloads from, as its router offers them; see `superserve.shared`."""
+"""The memories of clients that a worker reads payloads from; see `superserve.shared`."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class WorkerMemories:
         if memory is None or not memory.contains(places, sizes):
             payloads = [_TAKEN_BACK] * segment.count
         else:
-            whole = memoryview(np.empty(sum(sizes), np.uint8))
+            whole = np.empty(sum(sizes), np.uint8).data
             at = 0
             for i, size in enumerate(sizes):
                 part = whole[at : at + size]

@@ -1,8 +1,8 @@
 """Memory that clients share: which connection offered it, and which worker processes read it by themselves.
 
-A client offers its memory to the router. Once a batch refers to it, the router offers it to that batch's worker,
-under a number of its own, and copies the payloads into frames until the worker has proved that it sees the
-memory too; for a worker on another host, always.
+A client offers its memory to the router. Once a batch refers to it, the router offers it to that batch's
+worker, under a number of its own, and copies the payloads into frames until the worker has proved that it
+sees the memory too; for a worker on another host, always.
 """
 
 from __future__ import annotations

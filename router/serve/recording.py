@@ -160,8 +160,9 @@ def _plain(value: Any) -> str:
 
 def _queries(queries: Queries) -> dict[str, Any]:
     body = {name: getattr(queries, name) for name in Queries.__slots__ if name not in ("payloads", "shared")}
-    sizes = [queries.n_bytes()] if queries.shared is not None else [len(payload) for payload in queries.payloads]
-    return body | {"payload_sizes": sizes}
+    if queries.shared is not None:
+        return body | {"payload_sizes": [queries.n_bytes()]}
+    return body | {"payload_sizes": [len(payload) for payload in queries.payloads]}
 
 
 def _done_row(row: DoneRow) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class PeerConnection:
     """What a side knows about one peer: how far away it is, and when it last sent something."""
 
     __slots__ = (
-        "heard_ns", "host", "life", "memory", "n_pongs", "one_way_ns", "pinged_ns", "reads", "rtts", "transit",
-        "user", "version", "wire",
+        "heard_ns", "host", "life", "memory", "n_pongs", "one_way_ns", "pinged_ns", "reads", "rtts",
+        "transit", "user", "version", "wire",
     )  # fmt: skip
 
     def __init__(self, now_ns: int, user: str = "") -> None:

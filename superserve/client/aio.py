@@ -282,7 +282,9 @@ class AsyncClient:
         return loop
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> None:
-        connection = Connection(self.endpoint, client_context(), self._keys, shared_memory=self._shared_memory)
+        connection = Connection(
+            self.endpoint, client_context(), self._keys, shared_memory=self._shared_memory
+        )
         self._loop = loop
         self._welcomed = loop.create_future()
         fail = functools.partial(_fail, self._session)

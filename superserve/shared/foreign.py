@@ -6,6 +6,7 @@ import fcntl
 import os
 import stat
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from superserve.errors import SuperServeError
@@ -114,13 +115,13 @@ def _opened(offer: MemoryOffer) -> int:
     if offer.n_bytes > MOST_BYTES:
         raise ValueError(f"expected at most {MOST_BYTES} bytes, got {offer.n_bytes}")
     theirs = f"/proc/{offer.pid}/fd/{offer.fd}"
-    if os.readlink(theirs) != _LINK:  # a look at the name asks no file system, which may hang
+    if str(Path(theirs).readlink()) != _LINK:  # a look at the name asks no file system, which may hang
         raise ValueError("expected a memory of a client, got another file")
     handle = os.open(theirs, os.O_PATH | os.O_CLOEXEC)
     try:
         found = os.fstat(handle)
         own = f"/proc/self/fd/{handle}"
-        if not stat.S_ISREG(found.st_mode) or os.readlink(own) != _LINK:
+        if not stat.S_ISREG(found.st_mode) or str(Path(own).readlink()) != _LINK:
             raise ValueError("expected a memory of a client, got another file")
         if found.st_uid != os.geteuid():
             raise ValueError(f"expected user {os.geteuid()}'s, got {found.st_uid}'s")

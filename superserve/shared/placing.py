@@ -6,7 +6,6 @@ import logging
 from typing import TYPE_CHECKING
 
 from superserve.clock import SECOND
-from superserve.shared.offers import MemoryAnswer
 from superserve.shared.owned import OwnedMemory
 from superserve.wire import PLACE, Queries, SharedPayloads, lengths_of, uint64s
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from superserve.shared.offers import MemoryOffer
+    from superserve.shared.offers import MemoryAnswer, MemoryOffer
     from superserve.wire import Buffer, Results
 
 log = logging.getLogger("superserve")
@@ -185,7 +184,7 @@ def _part(queries: Queries, lo: int, hi: int, payloads: Sequence[Buffer] = ()) -
         return None if column is None else column[each * lo : each * hi]
 
     return Queries(
-        queries.epoch, queries.sent_ns, hi - lo, queries.ids[8 * lo : 8 * hi], queries.slacks[8 * lo : 8 * hi],
-        queries.payload_bytes, payloads, True, cut(queries.lengths, 4), cut(queries.min_accuracy, 4),
-        cut(queries.priority, 1), queries.resubmitted,
+        queries.epoch, queries.sent_ns, hi - lo, queries.ids[8 * lo : 8 * hi],
+        queries.slacks[8 * lo : 8 * hi], queries.payload_bytes, payloads, True, cut(queries.lengths, 4),
+        cut(queries.min_accuracy, 4), cut(queries.priority, 1), queries.resubmitted,
     )  # fmt: skip

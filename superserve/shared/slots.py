@@ -1,12 +1,12 @@
-"""Which part of a memory holds which payload: slots of a few sizes, each list of free ones last in, first out."""
+"""Which part of a memory holds which payload: slots of a few sizes, the one freed last used first."""
 
 from __future__ import annotations
 
 PAGE_BYTES = 4_096
 HEAD_BYTES = 1_536
-"""Of a slot, before its payload: the stamp, and space. Copying is ten times slower if the target begins up to 64
-bytes after the source within a page: 91 us instead of 6 for 150 kB. Large arrays begin 16 to 48 bytes after a
-page, and rows of one at multiples of 1,024 from there: with this distance neither copy meets that."""
+"""Of a slot, before its payload: the stamp, and space. Copying is ten times slower if the target begins up to
+64 bytes after the source within a page: 91 us instead of 6 for 150 kB. Large arrays begin 16 to 48 bytes
+after a page, and rows of one at multiples of 1,024 from there: with this distance neither copy meets that."""
 FIRST_OFFSET = PAGE_BYTES
 """Of the first slot; the page before it holds the memory's nonce."""
 

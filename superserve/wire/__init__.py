@@ -110,8 +110,8 @@ clients has `shared` true takes offers, and a worker whose HELLO has it gets the
 workers. The answer has `memory` and `seen`, "" if the peer cannot read it. `gone`, a list of numbers, tells a
 worker to close memories. Only once it has seen a memory does a peer get messages that refer to it. These have
 no frames for such payloads but the extension column SHARED (tag 1): for each segment of DIRECTIVE with
-such payloads, and once in QUERIES, segment u32 (0 in QUERIES), (4 pad), memory u64, and for each of its queries
-offset u64 and stamp u64 of its slot. `packed` of such a segment is 0.
+such payloads, and once in QUERIES, segment u32 (0 in QUERIES), (4 pad), memory u64, and for each of its
+queries offset u64 and stamp u64 of its slot. `packed` of such a segment is 0.
 
 PING: `stamp_ns` i64. PONG: `stamp_ns` i64 of the PING, `own_ns` i64.
 

@@ -15,6 +15,7 @@ from superserve.shared.foreign import MAGIC, MEMORY_NAME, MOST_BYTES, ForeignMem
 from superserve.shared.offers import NONCE_BYTES, MemoryOffer, offered_proof
 from superserve.shared.owned import OwnedMemory
 from superserve.shared.slots import FIRST_OFFSET, HEAD_BYTES
+from tests.superserve.shared.descriptors import open_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,7 +92,7 @@ def test_a_full_memory_takes_no_payload(owned: OwnedMemory) -> None:
 
 
 def test_a_closed_memory_leaves_nothing(owned: OwnedMemory) -> None:
-    """The owner's descriptor is gone; a reader that has it open still reads, one that comes later does not."""
+    """A reader that has it open still reads, one that comes later does not."""
     offer = owned.offer
     foreign = ForeignMemory(offer)
     place = owned.place(b"a" * 5_000, 5_000)
@@ -106,10 +107,10 @@ def test_a_closed_memory_leaves_nothing(owned: OwnedMemory) -> None:
 
 def test_a_reader_that_goes_closes_its_descriptor(owned: OwnedMemory) -> None:
     """Once, and reports it; what was refused never was open."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     closed: list[int] = []
     foreign = ForeignMemory(owned.offer, closed.append)
-    assert len(os.listdir("/proc/self/fd")) == len(before) + 1
+    assert len(open_descriptors()) == len(before) + 1
 
     del foreign
 
@@ -117,7 +118,7 @@ def test_a_reader_that_goes_closes_its_descriptor(owned: OwnedMemory) -> None:
     with pytest.raises(UnseenMemoryError):
         ForeignMemory(replace(owned.offer, proof=""), closed.append)
     assert closed == [7]
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 # --- hostile offers -------------------------------------------------------------------------
@@ -163,12 +164,12 @@ def test_what_is_no_memory_of_a_client_is_refused(make: object, says: str) -> No
     """Without a read, a map or a wait; nothing stays open."""
     assert callable(make)
     fd = make()
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
 
     with pytest.raises(UnseenMemoryError, match=says):
         ForeignMemory(offer_of(fd))
 
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     os.close(fd)
 
 
@@ -185,7 +186,7 @@ def test_numbers_and_proofs_that_are_guessed_are_refused(change: dict[str, int |
     fd = memfd()
 
     with pytest.raises(UnseenMemoryError):
-        ForeignMemory(replace(offer_of(fd), **change))  # type: ignore[arg-type]  one field of either type
+        ForeignMemory(MemoryOffer(**(offer_of(fd).body() | change)))
 
     os.close(fd)
 
@@ -243,7 +244,9 @@ def test_a_memory_that_loses_its_pages_gives_zeros() -> None:
         (FIRST_OFFSET, [600_000, 600_000], False),  # the same slot twice: more bytes than there are
     ],
 )
-def test_places_lie_in_the_memory(owned: OwnedMemory, offset: int, sizes: list[int], *, is_inside: bool) -> None:
+def test_places_lie_in_the_memory(
+    owned: OwnedMemory, offset: int, sizes: list[int], *, is_inside: bool
+) -> None:
     """Behind the first page, head and payload before the end, and together no more than the memory."""
     foreign = ForeignMemory(owned.offer)
 

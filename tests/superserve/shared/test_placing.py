@@ -19,6 +19,7 @@ from superserve.shared.owned import OwnedMemory
 from superserve.shared.placing import FORGOTTEN_NS, SHARED_BYTES, PayloadPlacing
 from superserve.wire import VARIED, Group, Queries, Results, lengths_of, uint64s
 from tests.effort import examples
+from tests.superserve.shared.descriptors import open_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,10 +117,9 @@ def test_what_does_not_fit_travels_in_frames() -> None:
     assert 0 < first.n < 12
     assert (second.shared, second.n, list(second.payloads)) == (None, 12 - first.n, payloads[first.n :])
     for column, fmt in (("ids", "Q"), ("slacks", "q"), ("min_accuracy", "f"), ("priority", "B")):
-        values = [memoryview(getattr(part, column)).cast(fmt).tolist() for part in (first, second)]
-        assert [*values[0], *values[1]] == memoryview(
-            getattr(message(range(12), payloads), column)
-        ).cast(fmt).tolist()
+        values = [array(fmt, getattr(part, column)).tolist() for part in (first, second)]
+        whole = array(fmt, getattr(message(range(12), payloads), column)).tolist()
+        assert [*values[0], *values[1]] == whole
     shared.placing.close()
 
 
@@ -215,7 +215,7 @@ def test_a_query_without_an_answer_loses_its_slot_at_last() -> None:
 
 def test_a_closed_connection_leaves_no_descriptor() -> None:
     """Nor does one that never placed anything."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     shared = Shared()
     shared.send(message((1,), [bytes(50_000)]))
 
@@ -223,7 +223,7 @@ def test_a_closed_connection_leaves_no_descriptor() -> None:
     shared.foreign.close()
     PayloadPlacing(is_possible=True).close()
 
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_without_memory_payloads_travel_in_frames(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_the_environment_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> Non
     for word, expected in (("0", False), ("1", True)):
         monkeypatch.setenv(VARIABLE, word)
         assert is_allowed(None) is expected
-    assert not is_allowed(False)  # noqa: FBT003  the option's value
+    assert not is_allowed(False)
     monkeypatch.setenv(VARIABLE, "off")
     with pytest.raises(ConfigError, match="SUPERSERVE_SHARED_MEMORY: expected 0 or 1, got 'off'"):
         is_allowed(None)

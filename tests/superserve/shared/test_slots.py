@@ -64,9 +64,7 @@ class SlotsMachine(RuleBasedStateMachine):
         assert self.slots.n_used == len(self.taken)
 
 
-SlotsMachine.TestCase.settings = settings(
-    max_examples=examples(60), stateful_step_count=40, deadline=None
-)
+SlotsMachine.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
 TestSlots = SlotsMachine.TestCase
 
 

@@ -278,7 +278,8 @@ def extended(
         fields[stride_at] += len(row)
         known = fixed.pack(*fields)
     if tagged is not None:
-        columns = b"".join(struct.pack("<H2xI", tag, len(data)) + data for tag, data in enumerate(tagged, start=2))
+        numbered = enumerate(tagged, start=2)
+        columns = b"".join(struct.pack("<H2xI", tag, len(data)) + data for tag, data in numbered)
         at = len(body) - (n_buffer_bytes(message) if flags & GATHERED else 0)
         body = body[:at] + struct.pack("<I", len(columns)) + columns + body[at:]
         flags |= EXTENDED
