@@ -75,7 +75,7 @@ def directive(*segments: Segment) -> Directive:
 
 @pytest.mark.parametrize("sizes", [(40_000,), (40_000,) * 3, (40_000, 50_000, 33_000)])
 def test_a_segments_payloads_are_copied_end_to_end(owned: OwnedMemory, sizes: tuple[int, ...]) -> None:
-    """A model takes this one buffer as a batch without another copy; segments with frames stay as they are."""
+    """A model takes this buffer as a batch without another copy; segments with frames stay as they are."""
     payloads = [os.urandom(size) for size in sizes]
     places = [place(owned, payload) for payload in payloads]
     in_frames = Segment(1, 5, False, 0, bytes(8), struct.pack("<q", SLACK_NS), [b"frame"])
@@ -101,7 +101,8 @@ class Summing:
         """Return the sums."""
         del subnet
         self.ran += batch[:, 0].tolist()
-        return batch.sum(axis=1, dtype=np.int64)
+        sums: npt.NDArray[Any] = batch.sum(axis=1, dtype=np.int64)
+        return sums
 
 
 def test_a_query_whose_slot_was_used_again_is_refused_and_the_others_run(owned: OwnedMemory) -> None:
