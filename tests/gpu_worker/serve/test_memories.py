@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from gpu_worker.serve import memories as module
 from gpu_worker.serve.compute import run_batch
-from gpu_worker.serve.memories import WorkerMemories
+from gpu_worker.serve.memories import BatchBuffers, WorkerMemories
 from superserve.errors import WireError
 from superserve.shared.offers import MemoryAnswer
 from superserve.shared.owned import OwnedMemory
@@ -186,3 +187,37 @@ def test_an_offer_that_comes_again_replaces_the_first(owned: OwnedMemory) -> Non
     assert len(open_descriptors()) == len(before) + 1
     own.close()
     assert open_descriptors() == before
+
+
+def address(view: memoryview) -> int:
+    """Return where a buffer begins."""
+    return np.frombuffer(view, np.uint8).ctypes.data
+
+
+def test_a_batchs_buffer_is_used_again_once_nothing_refers_to_it() -> None:
+    """A part of it, or an array on it as a model makes one, keeps it; the last to go gives it back."""
+    buffers = BatchBuffers()
+    view = buffers.take(100_000)
+    where, part = address(view), view[50_000:]
+    array_on_it = np.frombuffer(part, np.float32)
+    del view
+    assert address(buffers.take(100_000)) != where
+    del part
+    assert address(buffers.take(100_000)) != where
+
+    del array_on_it
+
+    assert address(buffers.take(99_000)) == where, "of about the same size"
+    assert buffers._lent == {}
+
+
+def test_spare_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a burst of batches the rest goes back to the system."""
+    monkeypatch.setattr(module, "SPARE_BYTES", 1_000_000)
+    buffers = BatchBuffers()
+    views = [buffers.take(200_000) for _ in range(20)]
+    del views
+
+    spare = sum(len(whole) for of in buffers._spare.values() for whole in of)
+
+    assert 200_000 <= spare == buffers._spare_bytes <= 1_000_000
