@@ -40,6 +40,7 @@ from superserve.clock import MS
 from superserve.files import write_whole
 from superserve.roles.command import plain_errors
 from superserve.roles.processes import ProcessGroup
+from superserve.shared.offers import is_allowed
 from superserve.wire import Status
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class Bench:
         conditions = self._rate_conditions(
             found, senders=1, echo=echo_tried, rate_qps=found.held_qps, echo_qps=echo.held_qps,
             **_emulation(),
-        ) | {"payload_bytes": IMAGE_BYTES}  # fmt: skip
+        ) | {"payload_bytes": IMAGE_BYTES, "shared_memory": is_allowed(None)}  # fmt: skip
         is_known = found.held_qps is not None and bool(echo.held_qps)
         value = found.rate_qps / echo.rate_qps if is_known else None
         noise_ms = max(found.noise_ns, echo.noise_ns) / MS

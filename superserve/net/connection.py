@@ -200,6 +200,8 @@ class Connection:
     def _send_large(self, queries: Queries) -> bool:
         """Send queries with large payloads: what fits into the shared memory goes there."""
         placing = self.placing
+        if not placing.takes(queries):
+            return self._send(wire.encode_queries(queries))
         offer = placing.offer()
         if offer is not None:
             self._send(wire.encode_control(Control(Kind.SHARE, offer.body())))
@@ -237,8 +239,8 @@ class Connection:
                 log.warning("malformed message from %s: %s", self.endpoint, error)
                 continue
             if isinstance(message, Results):
+                self.placing.ended(message)  # not after the yield: the caller may stop here
                 yield message
-                self.placing.ended(message)
 
     def _control(self, message: Control) -> None:
         body = message.body

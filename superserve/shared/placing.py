@@ -62,8 +62,15 @@ class PayloadPlacing:
         self._is_asked_for = is_asked_for
         self._has_offered = self._is_seen = False
 
+    def takes(self, queries: Queries) -> bool:
+        """Return whether a message's payloads, all large, may go to memory; if so, `offer` it first."""
+        if not (self._is_possible and self._is_asked_for):
+            return False
+        sizes = lengths_of(queries.n, queries.payload_bytes, queries.lengths)
+        return min(sizes) >= SHARED_BYTES
+
     def offer(self) -> MemoryOffer | None:
-        """Return the offer to send, if a large payload is about to be sent and nothing was offered yet."""
+        """Return the offer to send to this router; None if it was sent already."""
         if self._has_offered or not (self._is_possible and self._is_asked_for):
             return None
         self._has_offered = True
@@ -87,7 +94,7 @@ class PayloadPlacing:
             log.debug("payloads travel in messages: the router does not see this client's memory")
 
     def placed(self, queries: Queries, now_ns: int) -> list[Queries]:
-        """Return messages for the same queries, with as many payloads in the memory as fit.
+        """Return messages for the same queries, which it `takes`, with as many payloads in memory as fit.
 
         A query that is sent again keeps its slot: the router may still have its first copy.
         """
@@ -95,8 +102,6 @@ class PayloadPlacing:
         if memory is None or not self._is_seen:
             return [queries]
         sizes = lengths_of(queries.n, queries.payload_bytes, queries.lengths)
-        if min(sizes) < SHARED_BYTES:
-            return [queries]
         slacks_ns, payloads = queries.slack_ns(), _separate(queries, sizes)
         places: list[tuple[int, int]] = []
         for query_id, size, slack_ns, payload in zip(

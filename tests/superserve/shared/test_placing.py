@@ -41,7 +41,8 @@ class Shared:
     def send(self, queries: Queries, now_ns: int = NOW_NS) -> list[bytes]:
         """Return the payloads of a message as a worker would get them, in order."""
         found: list[bytes] = []
-        for part in self.placing.placed(queries, now_ns):
+        parts = self.placing.placed(queries, now_ns) if self.placing.takes(queries) else [queries]
+        for part in parts:
             if part.shared is None:
                 sizes = lengths_of(part.n, part.payload_bytes, part.lengths)
                 data, at = b"".join(map(bytes, part.payloads)), 0
@@ -135,9 +136,18 @@ def test_packed_payloads_are_placed_one_by_one() -> None:
     shared.placing.close()
 
 
-@pytest.mark.parametrize("why", ["not asked for", "off", "not answered", "not seen", "another's", "small"])
+@pytest.mark.parametrize("sizes", [(SHARED_BYTES - 1,), (SHARED_BYTES, SHARED_BYTES - 1), (0, 400_000)])
+def test_small_payloads_travel_in_frames(sizes: tuple[int, ...]) -> None:
+    """So does a message in which one is small; no memory is made for it."""
+    placing = PayloadPlacing(is_possible=True)
+    placing.welcomed(is_asked_for=True)
+    assert not placing.takes(message(range(len(sizes)), [bytes(size) for size in sizes]))
+    assert placing.takes(message((1, 2), [bytes(SHARED_BYTES), bytes(SHARED_BYTES + 1)]))
+
+
+@pytest.mark.parametrize("why", ["not asked for", "off", "not answered", "not seen", "another's"])
 def test_payloads_travel_in_frames_unless_the_router_sees_the_memory(why: str) -> None:
-    """A router of an older release, the option, an answer that is missing or wrong; and small payloads."""
+    """A router of an older release, the option, and an answer that is missing or wrong."""
     placing = PayloadPlacing(is_possible=why != "off")
     placing.welcomed(is_asked_for=why != "not asked for")
     offer = placing.offer()
@@ -145,11 +155,11 @@ def test_payloads_travel_in_frames_unless_the_router_sees_the_memory(why: str) -
     if offer is not None and why != "not answered":
         seen = ForeignMemory(offer).seen if why != "not seen" else ""
         placing.answered(MemoryAnswer(offer.memory + (why == "another's"), seen))
-    size = SHARED_BYTES - (why == "small")
-    query = message((1,), [bytes(size)])
+    query = message((1,), [bytes(SHARED_BYTES)])
 
+    assert placing.takes(query) == (offer is not None)
     assert placing.placed(query, NOW_NS) == [query]
-    assert placing.is_shared == (why == "small")
+    assert not placing.is_shared
     assert placing.offer() is None, "a router is asked once"
     placing.close()
 
