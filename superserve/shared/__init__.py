@@ -11,17 +11,20 @@ DIRECTIVE carry (memory, offset, stamp) in the column SHARED; the worker copies 
 
 Why memory, not a connection from each client to each worker
 ------------------------------------------------------------
-Costs of one payload of 150,528 bytes on one host, CPU us of all processes (AMD EPYC, Linux 6.18):
+Costs of a query with a payload of 150,528 bytes on one host, CPU us of all processes with 200 queries
+outstanding (`loadgen.bench.rows.payloads`, on an EPYC with Linux 6.18):
 
-    through the router, TCP on loopback      4 copies by the kernel, 2 more by Python at the ends    430
-    straight to the worker, TCP on loopback  2 copies by the kernel, 1 more at the worker            220
-    through memory                           1 copy by the client, 1 by the worker                    35
+    through the router in messages     two trips over TCP                                        400 measured
+    straight to the worker             one trip over TCP, 210 (half the bare echo's 420 to
+                                       475), and the header through the router, 90               300 computed
+    through memory                     a copy by the client, 10, another by the worker, 30,
+                                       and the header through the router, 90                     130 measured
 
-Straight to the worker has more costs. A worker is known only once the router has decided, just in time, so
-the payload starts then: one more trip, 0.3 to 1 ms, for which the GPU waits, or each client sends each
-payload early to a worker that may not get the query. N clients and M workers need N x M connections, each
-with a key, and a lost worker needs the payload again from the client. It wins where the router's network is
-the bottleneck, which a host with 25 Gbit/s reaches at 10,000 images a second.
+Straight to the worker has other costs too. A worker is known only once the router has decided, just in time,
+so the payload starts then: one more trip, 0.3 to 1 ms, for which the GPU waits, or each client sends each
+payload early to a worker that may not get the query. N clients and M workers need N x M connections, each with
+a key, and a lost worker needs the payload again from the client. It wins where the router's network is the
+bottleneck, which a host with 25 Gbit/s reaches at 10,000 images a second in both directions together.
 
 Safe with a hostile peer
 ------------------------

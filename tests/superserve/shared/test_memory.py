@@ -173,6 +173,19 @@ def test_what_is_no_memory_of_a_client_is_refused(make: object, says: str) -> No
     os.close(fd)
 
 
+def test_another_file_is_told_by_its_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is opened, not even to look at: that may wait for a file system that hangs."""
+    fd = memfd("another")
+    opened: list[object] = []
+    monkeypatch.setattr(os, "open", lambda *args: opened.append(args))
+
+    with pytest.raises(UnseenMemoryError, match="another file"):
+        ForeignMemory(offer_of(fd))
+
+    assert opened == []
+    os.close(fd)
+
+
 @pytest.mark.parametrize(
     "change",
     [
