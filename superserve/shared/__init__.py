@@ -22,9 +22,9 @@ outstanding (`loadgen.bench.rows.payloads`, on an EPYC with Linux 6.18):
 
 Straight to the worker has other costs too. A worker is known only once the router has decided, just in time,
 so the payload starts then: one more trip, 0.3 to 1 ms, for which the GPU waits, or each client sends each
-payload early to a worker that may not get the query. N clients and M workers need N x M connections, each with
-a key, and a lost worker needs the payload again from the client. It wins where the router's network is the
-bottleneck, which a host with 25 Gbit/s reaches at 10,000 images a second in both directions together.
+payload early to a worker that may not get the query. N clients and M workers need N x M connections, each
+with a key, and a lost worker needs the payload again from the client. It wins where the router's network is
+the bottleneck, which a host with 25 Gbit/s reaches at 20,000 images a second.
 
 Safe with a hostile peer
 ------------------------
