@@ -27,6 +27,10 @@ STAMP = struct.Struct("<Q")
 MOST_BYTES = 256 << 20
 """Size of the largest memory that is accepted."""
 
+# By number: a Python that was built for an old C library does not have these names.
+_F_GET_SEALS = 1034
+F_SEAL_SHRINK = 2
+"""The seal by which a file cannot shrink."""
 _LINK = f"/memfd:{MEMORY_NAME} (deleted)"
 
 
@@ -135,7 +139,7 @@ def _opened(offer: MemoryOffer) -> int:
 def _checked(fd: int, offer: MemoryOffer) -> bytes:
     """Return the nonce of an opened memory; its size cannot shrink, and its offer knows its content."""
     # Fails for what is no memfd, such as a file of that name on a file system that may hang.
-    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+    if not fcntl.fcntl(fd, _F_GET_SEALS) & F_SEAL_SHRINK:
         raise ValueError("expected a memory that is sealed against shrinking")
     if os.fstat(fd).st_size != offer.n_bytes:  # it may have shrunk before it was sealed
         raise ValueError(f"expected {offer.n_bytes} bytes")

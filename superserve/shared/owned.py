@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
 import secrets
 from typing import Any
 
-from superserve.shared.foreign import MAGIC, MEMORY_NAME, STAMP
+from superserve.shared.foreign import F_SEAL_SHRINK, MAGIC, MEMORY_NAME, STAMP
 from superserve.shared.offers import NONCE_BYTES, MemoryOffer, is_same, offered_proof, seen_proof
 from superserve.shared.slots import HEAD_BYTES, PayloadSlots
 
 MEMORY_BYTES = 64 << 20
 """Of a client's memory: 400 images of 150 kB. Pages that no payload has touched take no memory."""
 
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+# By number: a Python that was built for an old C library has neither these names nor `memfd_create`.
+_F_ADD_SEALS = 1033
+_F_SEAL_SEAL, _F_SEAL_GROW = 1, 4
 _NO_STAMP = STAMP.pack(0)
 
 
@@ -41,10 +44,10 @@ class OwnedMemory:
         # Random, so that no payload that later lies where a slot began is taken for its stamp.
         self._last_stamp = secrets.randbits(62)
         self._pid = os.getpid()
-        self._fd = os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._fd = _memfd()
         try:
             os.ftruncate(self._fd, n_bytes)
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(self._fd, _F_ADD_SEALS, F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL)
             os.pwrite(self._fd, MAGIC + self._nonce, 0)
             # Sealed, so that mapping it is safe; a copy into a mapping takes a third of a write's time.
             self._map = mmap.mmap(self._fd, n_bytes)
@@ -88,3 +91,14 @@ class OwnedMemory:
             self._view.release()
             self._map.close()
             os.close(fd)
+
+
+def _memfd() -> int:
+    """Return a new memfd that can be sealed.
+
+    Raises:
+        OSError: The kernel gives none, or this Python does not offer it.
+    """
+    if not hasattr(os, "memfd_create"):
+        raise OSError(errno.ENOSYS, "this Python has no os.memfd_create")
+    return os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -125,8 +125,15 @@ def test_a_query_whose_slot_was_used_again_is_refused_and_the_others_run(owned: 
 
 
 @pytest.mark.parametrize("why", ["never offered", "gone", "outside", "more than the memory", "not filled"])
-def test_places_that_cannot_be_read_refuse_their_queries(owned: OwnedMemory, why: str) -> None:
-    """Whatever a router says, the worker lives, and runs no model on bytes that are not the client's."""
+def test_places_that_cannot_be_read_refuse_their_queries(
+    owned: OwnedMemory, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a router says, the worker lives: it takes no buffer for them, and runs no model on them."""
+
+    def refuse(_self: BatchBuffers, n_bytes: int) -> memoryview:
+        raise AssertionError(f"{n_bytes} bytes for payloads that are not there")
+
+    monkeypatch.setattr(BatchBuffers, "take", refuse)
     own = memories(owned)
     placed, sizes, number = place(owned, bytes(40_000)), [40_000] * 2, NUMBER
     if why == "never offered":
