@@ -30,9 +30,10 @@ Safe with a hostile peer
 ------------------------
 The memory is a memfd of the client, without a name: once the client and its readers have closed it, it is
 gone, however they ended. Readers open `/proc/PID/fd/FD` of the client, which the kernel allows to processes
-of the same user on the same host. They open it without reading first, and go on only with a memfd of this
-name, of their own user, of the stated size, that is sealed against shrinking. They never map it: a read of a
-file that is not what it should be fails, and cannot end the process by a signal.
+of the same user on the same host. They look at its name and kind before they open it, since opening a device
+or a file of a file system that hangs is not harmless, and go on only with a memfd of this name, of their own
+user, of the stated size, that is sealed against shrinking. They never map it: where a mapping would end the
+process by a signal, a read fails.
 
 An offer states the digest of a random nonce in the memory. A reader that finds the same nonce sees the
 same memory, so another host, another container, and an offer that guesses numbers are told apart. A peer
