@@ -309,16 +309,19 @@ def test_a_router_without_shared_memory_asks_for_none(net: Net, memory: OwnedMem
 
 
 def test_a_recorded_run_with_shared_payloads_replays(net: Net, memory: OwnedMemory, tmp_path: Path) -> None:
-    """The log has the payloads' sizes, as of those in frames."""
+    """The log has the payloads' sizes, as of those in frames: a query that was one too many is so again."""
     log = tmp_path / "router.jsonl"
-    with role("--record", str(log)) as router:
+    with role("--record", str(log), "--max-bytes", "120000") as router:
         worker = Worker(net, router.ready["worker"])
         worker.start()
         client = Peer(net, router.ready["client"])
         client.hello()
         share(client, memory.offer)
         client.send(placed(memory, (1, 2), [bytes(N_BYTES)] * 2))
-        worker.done(worker.directive())
+        batch = worker.directive()
+        client.send(placed(memory, (3,), [bytes(N_BYTES)]))
+        assert client.results() == {3: Status.OVERLOADED}
+        worker.done(batch)
         assert client.results() == {1: Status.OK, 2: Status.OK}
         assert router.stop() == 0
 
