@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import struct
 import threading
 from itertools import pairwise
@@ -27,6 +28,7 @@ from superserve.status import RouterStatus
 from superserve.subnet import TensorSpec
 from superserve.wire import Control, Group, Kind, Ping, Queries, Results, decode
 from tests.superserve.client.fakes import WAIT_S, FakeRouter, next_message, poll
+from tests.superserve.shared.descriptors import memories_of
 from tests.superserve.statuses import status
 
 if TYPE_CHECKING:
@@ -250,6 +252,7 @@ def test_an_answer_frees_its_slot_even_if_nothing_more_is_read(
     offer = MemoryOffer.from_body(router.expect(Control, lambda one: one.kind is Kind.SHARE).body)
     assert router.expect(Queries).shared is None, "until the router has answered"
     router.send(Control(Kind.SHARE, MemoryAnswer(offer.memory, ForeignMemory(offer).seen).body()))
+    assert memories_of(os.getpid()) >= 1
     poll(lambda: not list(connection.receive()) and connection.placing.is_shared)
     assert connection.send_queries(message)
     assert router.expect(Queries).shared is not None
@@ -260,3 +263,7 @@ def test_an_answer_frees_its_slot_even_if_nothing_more_is_read(
     next(connection.receive())
 
     assert connection.placing.n_placed == 0
+
+    connection.close()
+
+    assert memories_of(os.getpid()) == 0
