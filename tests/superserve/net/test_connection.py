@@ -259,7 +259,7 @@ def test_an_answer_frees_its_slot_even_if_nothing_more_is_read(
     assert connection.placing.n_placed == 1
 
     router.send(Results(1, [Group(1, 0, 0, 1, 0.0, 0, 0, 0, 0, bytes(8), 0, b"")]))
-    assert connection.socket.poll(1_000 * WAIT_S)
+    assert connection.socket.poll(int(1_000 * WAIT_S))
     next(connection.receive())
 
     assert connection.placing.n_placed == 0
