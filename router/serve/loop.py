@@ -24,12 +24,14 @@ from router.report.status import LoopFacts, status_of, summary_of
 from router.serve.client_side import ClientSide
 from router.serve.doors import Doors
 from router.serve.gate import Gate, check_reach
+from router.serve.memories import RouterMemories
 from router.serve.side import Serving
 from router.serve.worker_side import WorkerSide
 from superserve.clock import MS
 from superserve.errors import WireError
 from superserve.net.context import new_context
 from superserve.net.sockets import Waiter, receive, rest
+from superserve.shared.offers import is_allowed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,6 +61,8 @@ class ServerSettings:
         drain_timeout_ns: How long a SIGTERM waits for queued queries.
         keys: The folder of keys; see `superserve.net.keys`. Without it, any peer is served.
         is_open: Without keys, bind even if other machines can reach the sockets.
+        shared_memory: Whether clients on this host may share memory with large payloads; None asks the
+            environment. See `superserve.shared`.
     """
 
     client_endpoint: str = "tcp://127.0.0.1:*"
@@ -68,6 +72,7 @@ class ServerSettings:
     drain_timeout_ns: int = 5_000 * MS
     keys: Path | None = None
     is_open: bool = False
+    shared_memory: bool | None = None
 
 
 class RouterServer:
@@ -94,6 +99,7 @@ class RouterServer:
         self.loop_ns = 0
         self._serving = serving = Serving(self.core, settings.policy, recorder, self._status)
         self.counts = serving.counts
+        serving.memories = RouterMemories(serving.counts, is_allowed=is_allowed(settings.shared_memory))
         self.workers = WorkerSide(serving, settings.core.heartbeat_ns, self._model_changed)
         self.clients = ClientSide(serving, self.workers)
         self._load = Load()
