@@ -34,6 +34,7 @@ from superserve.roles.command import plain_errors
 from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
+from superserve.shared.offers import is_allowed
 from superserve.subnet import Subnet
 from superserve.wire import OURS, Directive
 
@@ -79,6 +80,7 @@ class WorkerDevice(NamedTuple):
     type=click.Path(path_type=Path),
     help="The worker's key file, for a router with keys; or a folder with worker.key.",
 )
+@click.option("--no-shared-memory", is_flag=True, help="Take large payloads only in messages.")
 @click.option("--emulate", metavar="PROFILE", help="Emulate GPUs: a shipped profile's name, or a file.")
 @click.option("--gpus", type=click.IntRange(1, MAX_GPUS), help="Emulated GPUs in this process.  [default: 1]")
 @click.option(
@@ -141,6 +143,7 @@ def cli(
     supernet: str | None,
     metrics_port: int | None,
     metrics_address: str,
+    no_shared_memory: bool,
     **of_supernet: Any,
 ) -> None:
     """Serve a supernet, or emulated GPUs, to a router until SIGTERM."""
@@ -166,7 +169,8 @@ def cli(
             assert supernet is not None, "one of the two was given"
             served = stack.enter_context(resident(Asked(supernet, **of_supernet), waker))
         exports = None if metrics_port is None else (metrics_address, metrics_port)
-        serve(endpoint, name, served, waker, exports, own)
+        sharing = False if no_shared_memory else None
+        serve(endpoint, name, served, waker, exports, own, shared_memory=sharing)
 
 
 def _given(
@@ -328,8 +332,12 @@ def serve(
     waker: Waker,
     exports: tuple[str, int] | None = None,
     keys: PeerKeys | None = None,
+    *,
+    shared_memory: bool | None = None,
 ) -> None:
     """Serve a device to the router at `endpoint` until a signal; metrics at address and port `exports`.
+
+    `shared_memory` as in `superserve.shared`; None asks the environment.
 
     Raises:
         SuperServeError: The endpoint is malformed, the port taken, or the router has refused this worker.
@@ -347,7 +355,7 @@ def serve(
             server = WorkerServer(
                 socket,
                 device.gpus,
-                hello(name, device),
+                hello(name, device, shared_memory=shared_memory),
                 clock=MonotonicClock(),
                 waker=waker,
                 handshake=handshake,
@@ -367,8 +375,8 @@ def serve(
         context.destroy(0)  # not term(): it would wait for ever for a socket that a signal left open
 
 
-def hello(name: str, device: WorkerDevice) -> WorkerHello:
-    """Return HELLO: the worker's name, and what its GPUs run and how fast."""
+def hello(name: str, device: WorkerDevice, *, shared_memory: bool | None = None) -> WorkerHello:
+    """Return HELLO: the worker's name, what its GPUs run and how fast, and whether it reads shared memory."""
     return WorkerHello(
         name=name,
         host=platform.node(),
@@ -381,6 +389,7 @@ def hello(name: str, device: WorkerDevice) -> WorkerHello:
         n_slots=device.gpus.n_slots,
         input=device.input_spec,
         output=device.output_spec,
+        shared=is_allowed(shared_memory) or None,
         wire=OURS,
     )
 

@@ -71,6 +71,7 @@ _LOOPBACK = "tcp://127.0.0.1:*"
     help="Admit only the keys that this folder lists; see `cluster keys`.",
 )
 @click.option("--security", type=click.Choice(["none"]), help="none: open to other machines without keys.")
+@click.option("--no-shared-memory", is_flag=True, help="Take large payloads only in messages.")
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Write an event log here.")
 @click.pass_context
 @plain_errors()
@@ -87,6 +88,7 @@ def cli(
     metrics_address: str,
     keys: Path | None,
     security: str | None,
+    no_shared_memory: bool,
     record: Path | None,
 ) -> None:
     """Run the router: one earliest-deadline-first queue for all workers."""
@@ -101,14 +103,9 @@ def cli(
     if margin_ms is not None:
         core = core.with_margin(int(margin_ms * MS))
     settings = ServerSettings(
-        client_endpoint,
-        worker_endpoint,
-        policy,
-        core,
-        keys=keys,
-        is_open=security == "none",
-        spin_ns=1_000 * spin_us,
-    )
+        client_endpoint, worker_endpoint, policy, core, keys=keys, is_open=security == "none",
+        shared_memory=False if no_shared_memory else None, spin_ns=1_000 * spin_us,
+    )  # fmt: skip
     metrics = None if metrics_port is None else RouterMetrics()
     recorder = None
     with ExitStack() as stack:

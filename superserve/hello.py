@@ -84,6 +84,7 @@ class WorkerHello(Introduction):
         life: Distinguishes this process from every other of the same name; "" if not stated.
         device: What its GPUs are, in words.
         fingerprint: Of the weights; "" if there are none.
+        shared: Whether it takes offers of memory with payloads; see `superserve.shared`.
         wire: As for `ClientHello`; older workers send one number, which is both.
     """
 
@@ -95,6 +96,7 @@ class WorkerHello(Introduction):
     life: str = ""
     device: str = ""
     fingerprint: str = ""
+    shared: bool | None = field(default=None, metadata=OMITTED)
     profiles: tuple[dict[str, Any], ...]
     n_slots: int
     input: TensorSpec | None = None
@@ -140,6 +142,7 @@ class ClientWelcome(Introduction):
         subnets: Name and accuracy (percent) of each row of the profile.
         policy: What chooses the batches, as `--policy` takes it.
         wire: The wire version to speak from now on; None if there is only one.
+        shared: Whether it takes offers of memory with payloads; see `superserve.shared`.
     """
 
     epoch: int
@@ -147,6 +150,7 @@ class ClientWelcome(Introduction):
     subnets: tuple[tuple[str, float], ...] = ()
     policy: str = ""
     wire: int | None = field(default=None, metadata=OMITTED)
+    shared: bool | None = field(default=None, metadata=OMITTED)
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> Self:

@@ -20,6 +20,7 @@ import zmq
 
 from gpu_worker.core import WorkerCore
 from gpu_worker.core.link import Gauges, LinkState
+from gpu_worker.serve.memories import WorkerMemories
 from superserve.clock import SECOND
 from superserve.errors import WireError
 from superserve.net import sockets
@@ -94,6 +95,7 @@ class WorkerServer:
 
     Attributes:
         core: Decides what to say and do.
+        memories: The memories of clients that it reads payloads from.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class WorkerServer:
             gpus, hello.body(), now_ns, gauges=gauges, jitter=partial(random.uniform, 0.75, 1.25),
             note=_LOG.info, warn=_LOG.warning,
         )  # fmt: skip
+        self.memories = WorkerMemories(self.core.counts, is_allowed=bool(hello.shared))
 
     @property
     def link(self) -> LinkState:
@@ -162,6 +165,7 @@ class WorkerServer:
             self.step()
             if many:
                 sockets.rest(began_ns)
+        self.memories.close()
         if (bye := self.core.goodbye()) is not None:
             sockets.send(self._socket, encode(bye))
             self._socket.set(zmq.LINGER, _BYE_LINGER_MS)
@@ -170,6 +174,7 @@ class WorkerServer:
     def step(self) -> None:
         """Receive everything, send what is due, and collect garbage if the worker is idle."""
         self._receive_all()
+        self.memories.follow(self.core.epoch)
         now_ns = self._clock.now_ns()
         if self._stop_asked:
             self._stop_asked = False
@@ -213,6 +218,15 @@ class WorkerServer:
 
     def _receive(self, message: Message) -> None:
         epoch = self.core.epoch
+        if isinstance(message, Directive):
+            if message.epoch == epoch:
+                self.memories.fill(message)
+        elif isinstance(message, Control) and message.kind is Kind.SHARE:
+            self.memories.follow(epoch)
+            answer = self.memories.share(message)
+            if answer is not None:
+                sockets.send(self._socket, encode(answer))
+            return
         pong = self.core.receive(_for_worker(message), self._clock.now_ns())
         if pong is not None:
             # A failure here shows in the heartbeat; a router may ping before it has welcomed this worker.

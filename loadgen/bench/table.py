@@ -28,6 +28,7 @@ from loadgen.bench.rows.churn import churn
 from loadgen.bench.rows.generator import generator_qps
 from loadgen.bench.rows.messages import Callers
 from loadgen.bench.rows.path import PathShape, path_cost
+from loadgen.bench.rows.payloads import payload_costs
 from loadgen.bench.rows.row import BenchRow, SkippedError, machine
 from loadgen.bench.senders.offer import Offered, offer_singly
 from loadgen.live.calm import await_calm
@@ -42,6 +43,7 @@ from superserve.clock import MS
 from superserve.files import write_whole
 from superserve.roles.command import plain_errors
 from superserve.roles.processes import ProcessGroup
+from superserve.shared.offers import is_allowed
 from superserve.wire import Status
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ ENOUGH = 0.999
 """Attainment at which a rate holds."""
 IMAGE_BYTES = 150_528
 """224 x 224 x 3: an image."""
+COST_QUERIES, COST_GPUS = 6_000, 16
+"""What the cost of payloads is measured with, in a closed loop."""
 N_SENDERS = 2
 """Sender processes with one query in each message or submit, also for the echo."""
 QPS_PER_GPU = 1_200
@@ -150,7 +154,11 @@ class Bench:
         conditions = self._rate_conditions(
             found, senders=1, echo=echo_tried, rate_qps=found.held_qps, echo_qps=echo.held_qps,
             **_emulation(),
-        ) | {"payload_bytes": IMAGE_BYTES}  # fmt: skip
+        ) | {"payload_bytes": IMAGE_BYTES, "shared_memory": is_allowed(None)}  # fmt: skip
+        clusters = partial(emulated, Emulation(PROFILE, COST_GPUS, RATE_POLICY))
+        costs = payload_costs(echo_server, clusters, IMAGE_BYTES, int(COST_QUERIES * min(1.0, self.seconds)))
+        conditions["cpu_us_per_query"] = costs
+        self._say("  CPU us a query: " + ", ".join(f"{name} {cost:.0f}" for name, cost in costs.items()))
         is_known = found.held_qps is not None and bool(echo.held_qps)
         value = found.rate_qps / echo.rate_qps if is_known else None
         noise_ms = max(found.noise_ns, echo.noise_ns) / MS

@@ -149,14 +149,12 @@ def compare_command(
         results, live = compare_live(comparison, cells, say, attempts)
         if is_beside:
             rows = beside(results, simulated_beside(comparison, cells, n_processes, say))
-    for line in (*lines(results), "", *headline_lines(results), *verdict_lines(results)):
+    for line in (*lines(results), "", *headline_lines(results), *verdict_lines(results), *_table(rows)):
         echo(line)
     if json_path is not None:
         write(json_path, _json(comparison, results, live))
     if page_path is not None:
         write(page_path, "\n".join(_table(rows) or markdown(results)) + "\n")
-    for line in _table(rows):
-        echo(line)
     spoiled = [run for run in live if (run.counts and not run.valid) or run.violations]
     for run in spoiled:
         echo(f"  INVALID          {run.cell}, seed {run.seed}, {run.policy}: {_why(run)}")

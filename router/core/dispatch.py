@@ -9,6 +9,7 @@ from router.core.events import Complaint
 from router.core.lanes import LaneQueue
 from router.core.workers import Batch, PeerState, Worker, WorkerState
 from router.policies import Choice, QueueView, Shed, WorkerView, usable_slack_ns
+from router.policies.caution import doubt_of_ways
 from superserve.clock import MS
 from superserve.wire import Status
 
@@ -194,6 +195,8 @@ class Dispatcher:
             patience_ns = model.demand.slack_ns - careful_ns
             self._fleet.fit_supply(patience_ns, now_ns)
             servable = self._fleet.supply.rate * patience_ns
+            usual_ns = slack.usual_way_back_ns(worker, cohort.client)
+            doubt *= doubt_of_ways(careful_ns - usual_ns, patience_ns)
             doubt *= model.caution.look(self._ledger.answered, queue.length, servable, now_ns)
         view.doubt = doubt
         view.free_at_ns = slack.begin_ns(worker, now_ns)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from router.core.caution import Caution
 from router.core.edf import EdfQueue
 from router.core.lanes import LaneQueue
+from router.policies.caution import Caution
 from router.policies.demand import Demand
 from router.policies.due import weights_of
 from superserve.errors import ConfigError

@@ -129,3 +129,4 @@ class Demand:
         self.calm_rate = sum([kind.rate for kind in self.classes.values()])
         self._n, self._hastes = 0, 0.0
         self._until_ns = now_ns
+        self.surge.foresee(now_ns)

@@ -42,7 +42,7 @@ from router.policies import Choice, Shed, usable_slack_ns
 from router.policies.due import UNIT, Tight
 from router.policies.pricing import limits_of, make_prices, sizes_of
 from router.policies.supply import FULL
-from router.policies.surge import SLOTS, WINDOWS
+from router.policies.surge import N_RESERVED, SLOTS, WINDOWS
 from superserve.build import mypyc_attr
 from superserve.errors import ConfigError
 
@@ -54,6 +54,19 @@ if TYPE_CHECKING:
 _SET_POINT = 0.36
 """Share of a patience that the queue is let grow to, at most, for the need to equal the rate. At 0.25 one GPU
 loses 0.15 points to half-empty batches, at 0.42 MAF loses 0.02 and recorded traces at 95 % 0.1 to 0.2."""
+
+_PATIENT, _PATIENT_CYCLE = 0.6, 1.5
+"""Where no overload is near it may grow to that share of the patience that no surge asks for, and leaves its
+head that many times a full batch. Without them rates of 90 % that jump or ramp lose 0.15 points: what
+waits after a jump is drained at the highest price."""
+
+_EXPOSED = 0.25
+"""And to that share where an overload is near: what waits when it begins is lost. At 0.36 recorded traces at
+95 % load lose 0.25 points; at 0.2 gamma gaps at 90 % lose 0.08 to batches that are not full."""
+
+_NEAR, _OVER = 0.97, 1.05
+"""An overload is near from that load of the highest peak on, and sure from the other. From 1.0 on two
+patiences of a steady 97 % are none; to 1.2 recorded traces at 95 % lose 0.1 points."""
 
 _QUEUE = 110.0
 """Queries that it may hold in any case: enough for the next batches to be full. At 50 MAF loses 0.13
@@ -69,7 +82,8 @@ share: what can wait half a second need not be served at today's price. Without 
 points."""
 
 _LONGEST = 0.75
-"""Prices count batches up to this share of a patience: longer ones fit only a head that has not waited."""
+"""Prices count batches up to this share of a patience: longer ones fit only a head that has not waited. The
+less is still to come, the fewer will have."""
 
 _GRACE = 1.25
 """Prices count batches up to this many times the head's slack, so that ordinary fluctuations do not move
@@ -85,7 +99,7 @@ in 100 more, with batches of one or two."""
 
 _WARNED = 3.5
 """From this doubt on heads that are too late for a useful batch are let go. No GPU alone is doubted so much,
-so queries are being lost (`router.core.caution`). Without it messages that jitter by 7 of 36 ms cost 42
+so queries are being lost (`router.policies.caution`). Without it messages that jitter by 7 of 36 ms cost 42
 queries in 100 instead of 2; at 7 they cost 4."""
 
 _FRESH = 0.33
@@ -106,7 +120,7 @@ _SUDDEN = 1.2
 """And this many times within a 32nd of a patience: at 1.6 Pareto batches lose 0.1 points, spikes of 300 on a
 base 0.15, and no cell attains more."""
 
-_SHARES = tuple(1.0 + window / SLOTS for window in WINDOWS[:-1])
+_SHARES = tuple(1.0 + window / SLOTS for window in WINDOWS[:N_RESERVED])
 """Patiences from the start of each window until what comes at its end is due."""
 
 _CUT = 0.33
@@ -146,15 +160,16 @@ class Outlook:
             if one is missed whatever is run.
         tightest: Which of them left the last batch least time.
         budget_ns: GPU time that there is for a query.
+        longest_ns: Prices count batches up to that.
         doubt: See `router.policies.WorkerView`.
         room_ns: GPU time neither taken, nor reserved for a surge, nor asked for by the queue.
         share_ns: What of it one GPU may take.
     """
 
     __slots__ = (
-        "begin_ns", "budget_ns", "doubt", "enough_ns", "full", "full_ns", "limit_ns", "lost_at_ns",
-        "lost_ns", "others", "patience_ns", "room_ns", "share_ns", "slowdown", "taken_ns", "tight",
-        "tightest", "unit_ns",
+        "begin_ns", "budget_ns", "doubt", "enough_ns", "full", "full_ns", "limit_ns", "longest_ns",
+        "lost_at_ns", "lost_ns", "others", "patience_ns", "room_ns", "share_ns", "slowdown", "taken_ns",
+        "tight", "tightest", "unit_ns",
     )  # fmt: skip
 
     begin_ns: int
@@ -171,6 +186,7 @@ class Outlook:
     tight: Tight
     tightest: int
     budget_ns: float
+    longest_ns: float
     doubt: float
     room_ns: float
     share_ns: float
@@ -198,7 +214,7 @@ class PlanFit:
         if argument is not None:
             raise ConfigError(f"planfit: expected no argument, got {argument!r}")
         self.sizes = sizes_of(profile)
-        self.limits_ns = limits_of(profile)
+        self.limits_ns = latencies_by_ratio(profile)
         self.prices = tuple(make_prices(profile, limit_ns) for limit_ns in self.limits_ns)
         self._profile = profile
         columns = [(one.size, one.p99_ns, one.latency_ns, one.hull, one.slopes, one) for one in self.sizes]
@@ -242,7 +258,7 @@ class PlanFit:
                 return shed
         floor, above = queue.head_floor, None
         if plan.tight is not None:
-            limit_ns = min(_LONGEST * plan.patience_ns, _GRACE * slack_ns)
+            limit_ns = min(plan.longest_ns, _GRACE * slack_ns)
             limit = bisect_right(self.limits_ns, limit_ns) - 1
             price = self.prices[max(0, limit)].at(plan.budget_ns)
             row, size = self._best(plan, price, slack_ns, 0, queue.length)
@@ -391,18 +407,14 @@ class PlanFit:
         harmless = (room_ns - careful_ns) / unit_ns * UNIT
         intensity, plan.tight, soon = due.ask(queue.head_deadline_ns, plan, harmless)
         plan.room_ns = room_ns - soon / UNIT * unit_ns
-        wait = self._wait_of(demand.calm_rate * slowdown, n_gpus, patience_ns)
-        asked = 0.0
-        for bits, one in demand.classes.items():
-            share = self._waits[bits]
-            asked += one.rate * (1.0 - (share if share > _SET_POINT else wait))
-        need = asked * slowdown + intensity / UNIT * n_gpus
+        need = self._asked(demand, supply.rate, plan, spare_ns) * slowdown + intensity / UNIT * n_gpus
         plan.budget_ns = n_gpus / need / (1.0 + _CAUTION * (worker.doubt - 1.0)) if need > 0.0 else _FOR_EVER
         return plan
 
     def _plan_alone(self, plan: Outlook, slack_ns: int, length: int) -> None:
         """Plan as if this worker were alone, and nothing arrived."""
         plan.patience_ns = max(1.0, slack_ns)
+        plan.longest_ns = _LONGEST * plan.patience_ns
         self._set_full(plan, FULL * plan.patience_ns)
         plan.others = plan.taken_ns = 0.0
         is_lost = slack_ns - length * plan.unit_ns < self._quickest_ns - self._heaviest * plan.unit_ns
@@ -410,24 +422,52 @@ class PlanFit:
         plan.budget_ns = plan.patience_ns / length
         plan.room_ns = plan.share_ns = _FOR_EVER
 
-    def _wait_of(self, rate: float, n_gpus: float, patience_ns: float) -> float:
-        """Return the share of a patience up to which the queue may grow.
+    def _asked(self, demand: Demand, most_rate: float, plan: Outlook, spare_ns: float) -> float:
+        """Return how many queries a nanosecond the price expects, and set what batches it counts.
+
+        It is what comes, less the part for which the queue's own length is to ask.
 
         Args:
-            rate: Queries a nanosecond.
-            n_gpus: How many GPUs like this one serve them.
-            patience_ns: How long a query can wait and run.
+            demand: What arrives.
+            most_rate: What the GPUs serve at best, queries a nanosecond.
+            plan: What is known so far.
+            spare_ns: GPU time that no surge asks for.
         """
-        queued = rate * patience_ns
-        if queued <= 0.0:
-            return _SET_POINT
-        share = 1.0 - _CYCLE * self._most * n_gpus / queued
-        fills = _QUEUE / queued
-        if fills > share:
-            share = fills
-        if share > _SET_POINT:
-            share = _SET_POINT
-        return share
+        surge, patience_ns, n_gpus = demand.surge, plan.patience_ns, plan.others + 1.0
+        queued, load = demand.calm_rate * plan.slowdown * patience_ns, surge.peak / most_rate
+        wait, ahead = _SET_POINT, surge.by_pause
+        if queued > 0.0:
+            cycle = self._most * n_gpus / queued
+            wait, fills = 1.0 - _CYCLE * cycle, _QUEUE / queued
+            if fills > wait:
+                wait = fills
+            if wait > _EXPOSED:
+                # So far it may grow: further if no overload is near, less far if one is.
+                most, held = 1.0 - _PATIENT_CYCLE * cycle, _PATIENT * spare_ns / (n_gpus * patience_ns)
+                if held < most:
+                    most = held
+                if most < _SET_POINT:
+                    most = _SET_POINT
+                if load > _NEAR:
+                    most = (
+                        _EXPOSED
+                        if load >= _OVER
+                        else _EXPOSED + (most - _EXPOSED) * (_OVER - load) / (_OVER - _NEAR)
+                    )
+                if wait > most:
+                    wait = most
+        # The curve is believed only as far as a surge that outgrows it is still served.
+        if surge.by_curve < ahead and _WORST * surge.at_once <= most_rate:
+            ahead = surge.by_curve
+        asked, rate = 0.0, demand.rate
+        for bits, one in demand.classes.items():
+            share = self._waits[bits]
+            asked += one.rate * (1.0 - (share if share > _SET_POINT else wait))
+        if ahead >= rate:
+            plan.longest_ns = _LONGEST * patience_ns
+            return asked
+        plan.longest_ns = (1.0 - (1.0 - _LONGEST) * ahead / rate) * patience_ns
+        return asked * ahead / rate
 
     def _spare_ns(self, demand: Demand, plan: Outlook, now_ns: int) -> float:
         """Return the GPU time that may be taken while a surge like the worst seen can still be served."""
@@ -444,7 +484,11 @@ class PlanFit:
         left_ns = _SHARES[2] * all_ns - each_ns * third
         if left_ns < spare_ns:
             spare_ns = left_ns
-        spare_ns -= (plan.others + 1.0) * _CUT * plan.full_ns
+        waste_ns = (plan.others + 1.0) * _CUT * plan.full_ns
+        most_ns = plan.unit_ns * third  # no more than the surge itself: where none may come none is wasted
+        if most_ns < waste_ns:
+            waste_ns = most_ns
+        spare_ns -= waste_ns
         least_ns = _LEAST * all_ns
         if spare_ns < least_ns:
             spare_ns = least_ns
@@ -520,3 +564,14 @@ class PlanFit:
         takes_ns = self._profile.latency_p99_ns(floor, n)
         served = n * self._weights[floor] - _WARY * plan.others * plan.full
         return takes_ns <= self._longest_ns(plan, plan.tight, served, takes_ns)
+
+
+def latencies_by_ratio(profile: Profile) -> tuple[int, ...]:
+    """Return the limits that prices are made for: those of `limits_of`, each put off to the next latency.
+
+    Between two latencies all limits allow the same batches, so that a price made for the lower one is exact
+    for both; made for a limit just below a latency it would leave out a batch that fits.
+    """
+    known = sorted({latency_ns for subnet in profile.subnets for latency_ns in subnet.latency_ns})
+    places = (bisect_left(known, limit_ns) for limit_ns in limits_of(profile))
+    return tuple(sorted({known[place] for place in places if place < len(known)}))

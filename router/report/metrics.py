@@ -67,6 +67,11 @@ _NAMES = (
     Metric("executed_queries", "counter", "Queries of the batches that workers reported as ended."),
     Metric("execution_seconds", "counter", "GPU time of those batches, as workers report it."),
     Metric("payload_bytes", "counter", "Payload bytes that clients sent."),
+    Metric("shared_payloads", "counter", "Payloads that came in memory shared with clients of this host."),
+    Metric(
+        "copied_payloads", "counter", "Those copied into messages, for workers that do not see the memory."
+    ),
+    Metric("refused_payloads", "counter", "Payloads said to be in memory that the client had not offered."),
     Metric("output_bytes", "counter", "Output bytes that workers sent."),
     Metric("malformed_messages", "counter", "Messages that broke the protocol, from anyone."),
     Metric("stale_messages", "counter", "Reports of batches given up, and messages of an older epoch."),
@@ -235,6 +240,9 @@ def fill(families: Families, snapshot: Snapshot, waited_s: float) -> None:
         "executed_queries": queries.executed,
         "execution_seconds": queries.busy_s,
         "payload_bytes": queries.payload_bytes,
+        "shared_payloads": now.counts.get("shared_payloads", 0),
+        "copied_payloads": now.counts.get("copied_payloads", 0),
+        "refused_payloads": now.counts.get("refused_payloads", 0),
         "output_bytes": queries.output_bytes,
         "malformed_messages": now.counts.get("malformed", 0),
         "stale_messages": batches.stale,

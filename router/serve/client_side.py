@@ -15,7 +15,7 @@ from superserve.clock import MS
 from superserve.errors import WireError
 from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.stream import StreamRouter, speaks
-from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries
+from superserve.wire import Cancel, Control, Group, Kind, Ping, Pong, Queries, Results, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,8 +146,31 @@ class ClientSide(RouterSide):
                 handler(key, message, now_ns)
 
     def _queries(self, key: bytes, connection: PeerConnection, queries: Queries, now_ns: int) -> None:
+        if queries.shared is not None and not self._find(key, connection, queries):
+            return
         transit_ns = connection.one_way_ns + connection.transit.excess_ns(queries.sent_ns, now_ns)
         self._handle(QueriesArrived(key, queries, min(transit_ns, _MAX_TRANSIT_NS)), now_ns)
+
+    def _find(self, key: bytes, connection: PeerConnection, queries: Queries) -> bool:
+        """Find the memory with a message's payloads; if that fails, its queries end here."""
+        try:
+            self._serving.memories.find(queries, connection.memory)
+        except WireError as error:
+            log.warning("client %s: %s", key.hex(), error)
+            reason, n = str(error).encode(), queries.n
+            group = Group(n, Status.INVALID, 0, 0, 0.0, 0, 0, 0, 0, queries.ids, 0, reason)
+            self.post(key, wire.encode_results(Results(self._serving.epoch, [group])))
+            return False
+        return True
+
+    def _shared(self, key: bytes, message: Control) -> None:
+        try:
+            memory, answer = self._serving.memories.opened(message.body)
+        except WireError as error:
+            self.refuse(key, "malformed", str(error))
+            return
+        self.connections[key].memory = memory
+        self.post(key, wire.encode_control(Control(Kind.SHARE, answer.body())))
 
     def _cancel(self, key: bytes, message: Cancel, now_ns: int) -> None:
         self._handle(CancelAsked(key, message), now_ns)
@@ -182,7 +205,8 @@ class ClientSide(RouterSide):
         rows = () if serving.reference is None else serving.reference.subnets
         version = self.connections[key].wire
         subnets = tuple((row.name, row.accuracy) for row in rows)
-        welcome = ClientWelcome(serving.epoch, serving.model, subnets, serving.policy, version)
+        takes = serving.memories.is_allowed or None
+        welcome = ClientWelcome(serving.epoch, serving.model, subnets, serving.policy, version, takes)
         self.post(key, wire.encode_control(Control(Kind.WELCOME, welcome.body(), version)))
 
     def welcome_all(self) -> None:

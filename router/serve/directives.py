@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from router.serve.memories import NO_READS
 from superserve.wire import (
     GATHER_BYTES,
     MAX_QUERIES,
@@ -16,9 +17,11 @@ from superserve.wire import (
     Group,
     Results,
     Segment,
+    SharedPayloads,
     Status,
     encode_outputs,
     encode_results,
+    lengths_of,
     pack_queued_us,
 )
 
@@ -28,19 +31,23 @@ if TYPE_CHECKING:
     from router.core.edf import Cohort, Stretch
     from router.core.events import Answer
     from router.core.workers import Batch
+    from router.serve.memories import ClientMemory, WorkerReads
     from superserve.wire import Buffer, DoneRow, Queries
 
 _LATE = int(Status.LATE)  # an IntEnum compares at half the speed
 
 
-def directive_of(batch: Batch) -> Directive:
-    """Return the DIRECTIVE of a batch; payloads that are not small are forwarded as the clients sent them."""
+def directive_of(batch: Batch, reads: WorkerReads = NO_READS) -> Directive:
+    """Return the DIRECTIVE of a batch; payloads that are not small are forwarded as the clients sent them.
+
+    Those in memory are copied into frames, unless `reads` shows that the worker sees them there.
+    """
     now_ns, stretches, worker = batch.dispatched_ns, batch.stretches, batch.worker
     each = stretches[0][0].message.payload_bytes
     if len(stretches) > 1 and each * batch.n < GATHER_BYTES and _are_alike(stretches, each):
         segments = [_joined(stretches, batch.n, each, now_ns)]
     else:
-        segments = [_segment(cohort, lo, hi, now_ns) for cohort, lo, hi in stretches]
+        segments = [_segment(cohort, lo, hi, now_ns, reads) for cohort, lo, hi in stretches]
     return Directive(worker.peer.epoch, batch.batch_id, worker.slot, batch.subnet, batch.n, segments)
 
 
@@ -71,11 +78,15 @@ def _joined(stretches: list[Stretch], n: int, each: int, now_ns: int) -> Segment
     return Segment(n, each, True, 0, b"".join(ids), slacks, (b"".join(payloads),))
 
 
-def _segment(cohort: Cohort, lo: int, hi: int, now_ns: int) -> Segment:
+def _segment(cohort: Cohort, lo: int, hi: int, now_ns: int, reads: WorkerReads) -> Segment:
     queries: Queries = cohort.message
     elapsed_ns = now_ns - cohort.base_ns
-    if queries.framed:
-        payloads: Sequence[Buffer] = queries.payloads[lo:hi]
+    payloads: Sequence[Buffer]
+    shared: SharedPayloads | None = None
+    if queries.shared is not None:
+        payloads, shared = _elsewhere(queries, lo, hi, reads)
+    elif queries.framed:
+        payloads = queries.payloads[lo:hi]
     elif hi - lo == queries.n:
         payloads = queries.payloads
     else:
@@ -84,8 +95,22 @@ def _segment(cohort: Cohort, lo: int, hi: int, now_ns: int) -> Segment:
     lengths = None if queries.lengths is None else queries.lengths[4 * lo : 4 * hi]
     return Segment(
         hi - lo, queries.payload_bytes, not queries.framed, elapsed_ns,
-        queries.ids[8 * lo : 8 * hi], queries.slacks[8 * lo : 8 * hi], payloads, lengths,
+        queries.ids[8 * lo : 8 * hi], queries.slacks[8 * lo : 8 * hi], payloads, lengths, shared,
     )  # fmt: skip
+
+
+def _elsewhere(
+    queries: Queries, lo: int, hi: int, reads: WorkerReads
+) -> tuple[Sequence[Buffer], SharedPayloads | None]:
+    """Return payloads that lie in a client's memory, as copies, or where a worker reads them."""
+    shared = queries.shared
+    assert shared is not None, "the caller looked"
+    memory: ClientMemory = shared.source
+    places = shared.places[16 * lo : 16 * hi]
+    if reads.sees(memory):
+        return (), SharedPayloads(memory.number, places)
+    lengths = None if queries.lengths is None else queries.lengths[4 * lo : 4 * hi]
+    return memory.payloads(places, lengths_of(hi - lo, queries.payload_bytes, lengths)), None
 
 
 def _span(each: int, lengths: Buffer | None, lo: int, hi: int) -> tuple[int, int]:

@@ -24,11 +24,13 @@ from router.report.status import LoopFacts, status_of, summary_of
 from router.serve.client_side import ClientSide
 from router.serve.doors import Doors
 from router.serve.gate import Gate, check_reach
+from router.serve.memories import RouterMemories
 from router.serve.side import Serving
 from router.serve.worker_side import WorkerSide
 from superserve.clock import MS
 from superserve.net.context import new_context
 from superserve.net.sockets import rest
+from superserve.shared.offers import is_allowed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,6 +62,8 @@ class ServerSettings:
         is_open: Without keys, bind even if other machines can reach the sockets.
         spin_ns: How long after the last message the loop looks again at once instead of sleeping. It takes a
             whole processor meanwhile, and what arrives wakes no thread.
+        shared_memory: Whether clients on this host may share memory with large payloads; None asks the
+            environment. See `superserve.shared`.
     """
 
     client_endpoint: str = "tcp://127.0.0.1:*"
@@ -70,6 +74,7 @@ class ServerSettings:
     keys: Path | None = None
     is_open: bool = False
     spin_ns: int = 0
+    shared_memory: bool | None = None
 
 
 class RouterServer:
@@ -96,6 +101,7 @@ class RouterServer:
         self.loop_ns = 0
         self._serving = serving = Serving(self.core, settings.policy, recorder, self._status)
         self.counts = serving.counts
+        serving.memories = RouterMemories(serving.counts, is_allowed=is_allowed(settings.shared_memory))
         self.workers = WorkerSide(serving, settings.core.heartbeat_ns, self._model_changed)
         self.clients = ClientSide(serving, self.workers)
         self._load = Load()

@@ -159,7 +159,9 @@ def _plain(value: Any) -> str:
 
 
 def _queries(queries: Queries) -> dict[str, Any]:
-    body = {name: getattr(queries, name) for name in Queries.__slots__ if name != "payloads"}
+    body = {name: getattr(queries, name) for name in Queries.__slots__ if name not in ("payloads", "shared")}
+    if queries.shared is not None:
+        return body | {"payload_sizes": [queries.n_bytes()]}
     return body | {"payload_sizes": [len(payload) for payload in queries.payloads]}
 
 

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, ClassVar
 
 from router.core.estimates import TransitClock, WindowedMin
+from router.serve.memories import NO_READS, RouterMemories
 from superserve import wire
 from superserve.clock import MS
 from superserve.errors import VersionError, WireError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from router.core import RouterCore
     from router.core.events import Event
     from router.serve.gate import Door, Gate
+    from router.serve.memories import ClientMemory
     from router.serve.recording import Recorder
     from superserve.hello import ModelSpec
     from superserve.net.keys import RouterKeys
@@ -47,8 +49,8 @@ class PeerConnection:
     """What a side knows about one peer: how far away it is, and when it last sent something."""
 
     __slots__ = (
-        "heard_ns", "host", "life", "n_pongs", "one_way_ns", "pinged_ns", "rtts", "transit", "user",
-        "version", "wire",
+        "heard_ns", "host", "life", "memory", "n_pongs", "one_way_ns", "pinged_ns", "reads", "rtts",
+        "transit", "user", "version", "wire",
     )  # fmt: skip
 
     def __init__(self, now_ns: int, user: str = "") -> None:
@@ -58,6 +60,8 @@ class PeerConnection:
         self.version = ""
         self.wire = wire.HIGHEST  # the version agreed on at its HELLO
         self.user = user  # the public key that it sent HELLO with, if the router has keys
+        self.memory: ClientMemory | None = None  # that a client has offered
+        self.reads = NO_READS  # which memories a worker reads
         self.n_pongs = 0
         self.one_way_ns = 0
         self.pinged_ns = 0
@@ -77,6 +81,7 @@ class Serving:
     Attributes:
         epoch: This router's life, as clients see it.
         counts: Messages, loops and faults, by name.
+        memories: The memories that clients share; none may unless the router is made so.
         gate: Checks both sides' peers; None without keys.
         model: What the workers serve; None before one has joined.
         reference: The profile of the first worker of that model.
@@ -90,6 +95,7 @@ class Serving:
         self.policy = policy
         self.epoch = time.time_ns()
         self.counts: Counter[str] = Counter()
+        self.memories = RouterMemories(self.counts, is_allowed=False)
         self.gate: Gate | None = None
         self.model: ModelSpec | None = None
         self.reference: Profile | None = None
@@ -249,6 +255,8 @@ class RouterSide(ABC):
             case Kind.STATUS:
                 answer = Control(Kind.STATUS, self._serving.status(now_ns).body(), wire.agreed(message))
                 self.post(key, wire.encode_control(answer))
+            case Kind.SHARE if key in self.connections:
+                self._shared(key, message)
             case _:
                 name = message.kind.name
                 self.refuse(key, "malformed", f"{name} is not a {self.peer}'s to send")
@@ -260,6 +268,10 @@ class RouterSide(ABC):
     @abstractmethod
     def _drain_asked(self, key: bytes, message: Control, now_ns: int) -> None:
         """Handle a DRAIN."""
+
+    @abstractmethod
+    def _shared(self, key: bytes, message: Control) -> None:
+        """Handle a SHARE of a known peer."""
 
     # --- answering ------------------------------------------------------------------------
 

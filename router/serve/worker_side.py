@@ -14,10 +14,12 @@ from router.report.status import Origin
 from router.serve.directives import directive_of
 from router.serve.gate import WORKER_DOMAIN
 from router.serve.lives import check_name, life_of
+from router.serve.memories import NO_READS, WorkerReads
 from router.serve.side import RouterSide
 from superserve import wire
 from superserve.errors import ConfigError, SuperServeError, WireError
 from superserve.hello import ModelSpec, WorkerHello, WorkerWelcome
+from superserve.shared.offers import MemoriesGone, MemoryAnswer
 from superserve.wire import Control, Done, Kind, Ping, Pong, Pull
 
 if TYPE_CHECKING:
@@ -138,6 +140,7 @@ class WorkerSide(RouterSide):
         self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes), now_ns)
         connection = self._greet(key, version, now_ns)
         connection.host, connection.version, connection.life = hello.host, hello.version, life
+        connection.reads = WorkerReads(is_asked_for=bool(hello.shared))
         welcome = WorkerWelcome(self._next_epoch, serving.epoch, version)
         self.post(key, wire.encode_control(Control(Kind.WELCOME, welcome.body(), version)))
         log.info("worker %s joined with %d GPUs (%s)", name, hello.n_slots, profiles[0].name)
@@ -186,7 +189,36 @@ class WorkerSide(RouterSide):
 
     def dispatch(self, action: Dispatch) -> bool:
         """Send a batch; False if the worker cannot be reached."""
-        return self.post(action.peer, wire.encode_directive(directive_of(action.batch)))
+        key = action.peer
+        connection = self.connections.get(key)
+        reads = NO_READS if connection is None else connection.reads
+        is_sent = self.post(key, wire.encode_directive(directive_of(action.batch, reads)))
+        if reads.to_offer:
+            self._offer(key, reads)
+        return is_sent
+
+    def _offer(self, key: bytes, reads: WorkerReads) -> None:
+        """Offer a worker the memories that its batches refer to: until it answers, they are copied for it."""
+        for memory in reads.to_offer:
+            self.post(key, wire.encode_control(Control(Kind.SHARE, memory.memory.offer.body())))
+        reads.to_offer.clear()
+
+    def _shared(self, key: bytes, message: Control) -> None:
+        try:
+            self.connections[key].reads.answered(MemoryAnswer.from_body(message.body))
+        except WireError as error:
+            self.refuse(key, "malformed", str(error))
+
+    def ping_due(self, now_ns: int) -> None:
+        """Send the PINGs that are due, and tell workers which memories are gone."""
+        memories = self._serving.memories
+        if memories.gone:
+            numbers = memories.taken_gone()
+            for key, connection in self.connections.items():
+                if gone := connection.reads.forget(numbers):
+                    body = MemoriesGone(tuple(gone)).body()
+                    self.post(key, wire.encode_control(Control(Kind.SHARE, body)))
+        super().ping_due(now_ns)
 
     def release(self, key: bytes) -> None:
         """Tell a worker that it has drained."""

@@ -37,6 +37,7 @@ from superserve.errors import CancelledQueryError, DrainingError, QueryError, Un
 from superserve.net.connection import Connection, no_router
 from superserve.net.context import client_context
 from superserve.net.keys import peer_keys
+from superserve.shared.offers import is_allowed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,9 +114,12 @@ class AsyncClient:
         connect_timeout_s: How long `connect` waits for a router.
         keys: A key file, or a folder with `client.key`, for a router with keys; "" for none. None reads
             the path from the environment variable SUPERSERVE_KEYS.
+        shared_memory: Whether payloads of 32 KiB and more go through memory shared with a router on this
+            host. None does so unless the environment variable SUPERSERVE_SHARED_MEMORY is 0.
 
     Raises:
-        ConfigError: The key file is missing, malformed, or others may read it.
+        ConfigError: The key file is missing, malformed, or others may read it; or the environment variable
+            is neither 0 nor 1.
         UsageError: A bound or the timeout is not a number.
     """
 
@@ -127,10 +131,12 @@ class AsyncClient:
         max_bytes: int = 1 << 30,
         connect_timeout_s: float = 5.0,
         keys: str | os.PathLike[str] | None = None,
+        shared_memory: bool | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.connect_timeout_s = checked_wait("connect_timeout_s", connect_timeout_s)
         self._keys = peer_keys(keys)
+        self._shared_memory = is_allowed(shared_memory)
         self._pid = os.getpid()
         self._session: Session[AsyncQueryFuture] = Session(
             threading.RLock(),
@@ -276,7 +282,9 @@ class AsyncClient:
         return loop
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> None:
-        connection = Connection(self.endpoint, client_context(), self._keys)
+        connection = Connection(
+            self.endpoint, client_context(), self._keys, shared_memory=self._shared_memory
+        )
         self._loop = loop
         self._welcomed = loop.create_future()
         fail = functools.partial(_fail, self._session)

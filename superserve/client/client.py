@@ -36,6 +36,7 @@ from superserve.client.session import CLOSED, Session
 from superserve.errors import DrainingError, SuperServeError, UnansweredError, UsageError
 from superserve.net.connection import no_router
 from superserve.net.keys import peer_keys
+from superserve.shared.offers import is_allowed
 
 if TYPE_CHECKING:
     import contextlib
@@ -67,9 +68,12 @@ class Client:
         connect_timeout_s: How long `connect` waits for a router.
         keys: A key file, or a folder with `client.key`, for a router with keys; "" for none. None reads
             the path from the environment variable SUPERSERVE_KEYS.
+        shared_memory: Whether payloads of 32 KiB and more go through memory shared with a router on this
+            host. None does so unless the environment variable SUPERSERVE_SHARED_MEMORY is 0.
 
     Raises:
-        ConfigError: The key file is missing, malformed, or others may read it.
+        ConfigError: The key file is missing, malformed, or others may read it; or the environment variable
+            is neither 0 nor 1.
         UsageError: A bound or the timeout is not a number.
     """
 
@@ -81,10 +85,12 @@ class Client:
         max_bytes: int = 1 << 30,
         connect_timeout_s: float = 5.0,
         keys: str | os.PathLike[str] | None = None,
+        shared_memory: bool | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.connect_timeout_s = checked_wait("connect_timeout_s", connect_timeout_s)
         self._keys = peer_keys(keys)
+        self._shared_memory = is_allowed(shared_memory)
         self.guard: contextlib.AbstractContextManager[Any] = threading.RLock()
         self.pid = os.getpid()
         self._session: Session[QueryFuture] = Session(
@@ -230,5 +236,5 @@ class Client:
     def _start(self) -> None:
         if os.getpid() != self.pid:
             raise UsageError(FORKED.format(what="Client"))
-        self._io.start(self.endpoint, self._keys)
+        self._io.start(self.endpoint, self._keys, shared_memory=self._shared_memory)
         _unclosed.add(self)

@@ -54,7 +54,7 @@ class IoThread:
 
     # --- any thread ---------------------------------------------------------------------
 
-    def start(self, endpoint: str, keys: PeerKeys | None) -> None:
+    def start(self, endpoint: str, keys: PeerKeys | None, *, shared_memory: bool | None = None) -> None:
         """Start the thread, unless it was already started or stopped.
 
         Raises:
@@ -63,7 +63,7 @@ class IoThread:
         with self._lock:
             if self.thread is not None or self.is_closing:
                 return
-            connection = Connection(endpoint, client_context(), keys)
+            connection = Connection(endpoint, client_context(), keys, shared_memory=shared_memory)
             self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self.thread = threading.Thread(
                 target=self._run, args=(connection,), name=f"superserve {endpoint}", daemon=True

@@ -22,7 +22,9 @@ from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.context import check_descriptors, new_context
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
-from superserve.net.sockets import receive, send
+from superserve.net.sockets import is_own_host, receive, send
+from superserve.shared.offers import MemoryAnswer, is_allowed
+from superserve.shared.placing import SHARED_BYTES, PayloadPlacing
 from superserve.status import RouterStatus
 from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries, Results
 
@@ -55,8 +57,11 @@ class Connection:
         endpoint: The router's client endpoint.
         context: The ZeroMQ context to make the socket in.
         keys: The client's keys; None for a router without keys.
+        shared_memory: Whether large payloads may go through memory shared with a router on this host; None
+            asks the environment; see `superserve.shared`.
 
     Attributes:
+        placing: Which payloads go through shared memory.
         epoch: The router's, after its WELCOME; None before, and after it fell silent.
         model: The model's input and output, from WELCOME; None if no worker has joined.
         subnets: Name and accuracy (percent) of each row of the profile.
@@ -70,9 +75,15 @@ class Connection:
     """
 
     def __init__(
-        self, endpoint: str, context: zmq.Context[zmq.Socket[bytes]], keys: PeerKeys | None = None
+        self,
+        endpoint: str,
+        context: zmq.Context[zmq.Socket[bytes]],
+        keys: PeerKeys | None = None,
+        *,
+        shared_memory: bool | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self.placing = PayloadPlacing(is_possible=is_allowed(shared_memory) and is_own_host(endpoint))
         self.session = secrets.randbits(62)
         self.epoch: int | None = None
         self.model: ModelSpec | None = None
@@ -108,6 +119,7 @@ class Connection:
             self._handshake.close()
             if self.epoch is not None:
                 send(self.socket, wire.encode_control(Control(Kind.BYE)))
+        self.placing.close()
         # Milliseconds for the BYE to leave; `Context.term` waits for it, so no longer than that.
         self.socket.close(linger=100)
 
@@ -181,7 +193,25 @@ class Connection:
 
     def send_queries(self, queries: Queries) -> bool:
         """Send; False if the router is gone or its queue is full."""
+        if queries.payload_bytes >= SHARED_BYTES:
+            return self._send_large(queries)
         return self._send(wire.encode_queries(queries))
+
+    def _send_large(self, queries: Queries) -> bool:
+        """Send queries with large payloads: what fits into the shared memory goes there."""
+        placing = self.placing
+        if not placing.takes(queries):
+            return self._send(wire.encode_queries(queries))
+        offer = placing.offer()
+        if offer is not None:
+            self._send(wire.encode_control(Control(Kind.SHARE, offer.body())))
+        parts = placing.placed(queries, time.monotonic_ns())
+        for i, part in enumerate(parts):
+            if not self._send(wire.encode_queries(part)):
+                for unsent in parts[i:]:
+                    placing.unsent(unsent)
+                return False
+        return True
 
     def send_cancel(self, n: int, ids: bytes) -> bool:
         """Ask the router to forget queries; ids as u64 bytes."""
@@ -209,6 +239,7 @@ class Connection:
                 log.warning("malformed message from %s: %s", self.endpoint, error)
                 continue
             if isinstance(message, Results):
+                self.placing.ended(message)  # not after the yield: the caller may stop here
                 yield message
 
     def _control(self, message: Control) -> None:
@@ -232,6 +263,8 @@ class Connection:
                 log.warning("%s refused a message: %s", self.endpoint, reason)
         elif message.kind is Kind.BYE:
             self.epoch = None
+        elif message.kind is Kind.SHARE:
+            self.placing.answered(MemoryAnswer.from_body(body))
         elif message.kind is Kind.STATUS:
             try:
                 self.status = RouterStatus.from_body(body)
@@ -240,7 +273,9 @@ class Connection:
                 raise
 
     def _welcomed(self, welcome: ClientWelcome) -> None:
-        self.n_welcomes += self.epoch != welcome.epoch
+        if self.epoch != welcome.epoch:
+            self.n_welcomes += 1
+            self.placing.welcomed(is_asked_for=bool(welcome.shared))
         self._handshake.succeeded()
         self.mismatch = None
         self.epoch = welcome.epoch

@@ -178,6 +178,24 @@ def is_local(endpoint: str) -> bool:
         return False  # a name or an interface: it may be anywhere
 
 
+def is_own_host(endpoint: str) -> bool:
+    """Return whether an endpoint that this process connects to is on this host, as far as its form shows."""
+    if is_local(endpoint):
+        return True
+    host = endpoint.partition("://")[2].rpartition(":")[0].strip("[]")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False  # a name may be anywhere, and looking it up may take seconds
+    family = stdlib_socket.AF_INET6 if address.version == 6 else stdlib_socket.AF_INET
+    with stdlib_socket.socket(family, stdlib_socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))  # the kernel binds only addresses of this host
+        except OSError:
+            return False
+    return True
+
+
 def is_readable(socket: zmq.Socket[bytes]) -> bool:
     """Return whether a message has arrived; costs a sixth of a `receive` that finds none."""
     events: int = _get(socket, _EVENTS)

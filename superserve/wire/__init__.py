@@ -35,6 +35,7 @@ receiver compares such stamps only with others of the same peer.
     RUN_PROGRESS   19  sender|agent -> coordinator   -                              JSON
     RUN_REPORT     20  sender|agent -> coordinator   -                              JSON, a frame a column
     RUN_FAILED     21  agent -> coordinator      -                                  JSON
+    SHARE          22  client -> router -> back, router -> worker -> back   -       JSON
 
 A retired kind's number is never reused.
 
@@ -45,7 +46,7 @@ Known fields never move. A release adds without a new version, and a receiver sk
 - fields at the end of a header: `header_bytes` says how long it is;
 - fields at the end of a row (a group, a segment): the header's `row_bytes` says how long each is;
 - columns after the known ones, with flag EXTENDED: `n_bytes` u32 of all of them together, then for each
-  tag u16, (2 pad), n_bytes u32, and its bytes; at most MAX_EXTENSIONS. No tag is assigned yet;
+  tag u16, (2 pad), n_bytes u32, and its bytes; at most MAX_EXTENSIONS. Tag 1 is SHARED, see below;
 - keys of a JSON object, and columns of a run by name.
 
 A flag adds bytes only where this page defines them; an unknown one is ignored. If a header
@@ -102,6 +103,16 @@ last_batch u64, running_batch u64, running_for_ns i64 (as in PULL), output_bytes
 as above), flags u16 (1: mixed statuses). Columns: for each row with mixed statuses, status
 u8 of n; for each VARIED row, lengths u32 of n. A buffer a row: outputs, or UTF-8 reasons, end to end.
 
+SHARE: about payloads in memory that a client shares with processes of its host; what the fields mean and how
+a peer checks them is in `superserve.shared`. Only peers that ask for it get one: a router whose WELCOME to
+clients has `shared` true takes offers, and a worker whose HELLO has it gets them. An offer has `memory` u64,
+`pid`, `fd`, `n_bytes` and `proof`; the client numbers its memories, and the router numbers them again for
+workers. The answer has `memory` and `seen`, "" if the peer cannot read it. `gone`, a list of numbers, tells a
+worker to close memories. Only once it has seen a memory does a peer get messages that refer to it. These have
+no frames for such payloads but the extension column SHARED (tag 1): for each segment of DIRECTIVE with
+such payloads, and once in QUERIES, segment u32 (0 in QUERIES), (4 pad), memory u64, and for each of its
+queries offset u64 and stamp u64 of its slot. `packed` of such a segment is 0.
+
 PING: `stamp_ns` i64. PONG: `stamp_ns` i64 of the PING, `own_ns` i64.
 
 The buffers of QUERIES, RESULTS, DIRECTIVE and DONE are separate frames. If together they
@@ -139,6 +150,7 @@ from superserve.wire.layout import (
     MAX_QUERIES,
     MAX_SLACK_NS,
     OURS,
+    PLACE,
     RUN_KINDS,
     STATUSES,
     VARIED,
@@ -161,6 +173,8 @@ from superserve.wire.messages import (
     Queries,
     Results,
     Segment,
+    SharedPayloads,
+    lengths_of,
     pack_queued_us,
     queued_us_of,
     uint64s,

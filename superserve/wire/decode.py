@@ -34,6 +34,7 @@ from superserve.wire.layout import (
     MAX_QUERIES,
     MAX_SLACK_NS,
     MIN_ACCURACY,
+    PLACE,
     PRELUDE,
     PRELUDE_KEYED,
     PRIORITY,
@@ -44,7 +45,9 @@ from superserve.wire.layout import (
     ROW_MIXED,
     RUN_KINDS,
     SEGMENT,
+    SHARED_OF,
     STATUSES,
+    TAG_SHARED,
     U32,
     VARIED,
     Kind,
@@ -65,6 +68,7 @@ from superserve.wire.messages import (
     Queries,
     Results,
     Segment,
+    SharedPayloads,
     int64s,
     lengths_of,
 )
@@ -162,7 +166,13 @@ def _buffers(
 
 
 def _skip_extensions(kind: Kind, frame: Buffer, at: int) -> int:
-    """Return where the extension columns at `at` end; this release uses none of them."""
+    """Return where the extension columns at `at` end."""
+    return _extensions(kind, frame, at)[0]
+
+
+def _extensions(kind: Kind, frame: Buffer, at: int) -> tuple[int, dict[int, Buffer]]:
+    """Return where the extension columns at `at` end, and the columns by tag."""
+    columns: dict[int, Buffer] = {}
     (n_bytes,) = U32.unpack(_take(kind, frame, at, U32.size, "extensions"))
     at += U32.size
     end = at + n_bytes
@@ -173,11 +183,36 @@ def _skip_extensions(kind: Kind, frame: Buffer, at: int) -> int:
         n_columns += 1
         if n_columns > MAX_EXTENSIONS:
             raise WireError(f"{kind.name.lower()}: expected at most {MAX_EXTENSIONS} extension columns")
-        _, n_bytes = EXTENSION.unpack(_take(kind, frame, at, EXTENSION.size, "extension"))
+        tag, n_bytes = EXTENSION.unpack(_take(kind, frame, at, EXTENSION.size, "extension"))
         at += EXTENSION.size + n_bytes
+        columns[tag] = frame[at - n_bytes : at]
     if at > end:
         raise WireError(f"{kind.name.lower()}: extension: the last is {at - end} bytes too long")
-    return at
+    return at, columns
+
+
+def _shared(
+    kind: Kind, frame: Buffer, flags: int, at: int, counts: Sequence[int]
+) -> dict[int, SharedPayloads]:
+    """Return where the payloads of segments lie that are not in frames, by segment; QUERIES are one."""
+    found: dict[int, SharedPayloads] = {}
+    if not flags & EXTENDED:
+        return found
+    column = _extensions(kind, frame, at)[1].get(TAG_SHARED, b"")
+    start = 0
+    while start < len(column):
+        if len(column) < start + SHARED_OF.size:
+            raise _short(kind, "shared", SHARED_OF.size, len(column) - start)
+        segment, memory = SHARED_OF.unpack_from(column, start)
+        start += SHARED_OF.size
+        if segment >= len(counts) or segment in found:
+            raise WireError(f"{kind.name.lower()}: shared: segment {segment}: expected each once")
+        end = start + PLACE.size * counts[segment]
+        if len(column) < end:
+            raise _short(kind, "shared", end - start, len(column) - start)
+        found[segment] = SharedPayloads(memory, column[start:end])
+        start = end
+    return found
 
 
 # --- one for each kind: `at` is where its header ends ----------------------------------------
@@ -227,7 +262,9 @@ def _optional_queries(frames: Sequence[Buffer], flags: int, at: int, message: Qu
         raise WireError("queries: payload_bytes: VARIED and the column of lengths go together")
     message.framed = bool(flags & FRAMES)
     message.resubmitted = bool(flags & RESUBMITTED)
-    sizes = lengths_of(n, each, lengths) if message.framed else (_size(n, each, lengths),)
+    sizes: Sequence[int] = lengths_of(n, each, lengths) if message.framed else (_size(n, each, lengths),)
+    if flags & EXTENDED and (shared := _shared(kind, frame, flags, at, (n,))):
+        message.shared, message.framed, sizes = shared[0], True, ()
     message.payloads = _buffers(kind, frames, flags, at, sizes)
     return message
 
@@ -306,6 +343,7 @@ def _decode_directive(frames: Sequence[Buffer], flags: int, at: int) -> Directiv
     ids, at = _column(kind, frame, at, rows, 8, "ids")
     slacks, at = _column(kind, frame, at, rows, 8, "slacks")
     lengths_of_all, at = _column(kind, frame, at, rows, 4 if flags & LENGTHS else 0, "lengths")
+    shared = _shared(kind, frame, flags, at, [row[0] for row in rows]) if flags & EXTENDED else {}
     segments: list[Segment] = []
     sizes: list[int] = []
     for i, (count, each, packed, elapsed_ns) in enumerate(rows):
@@ -314,14 +352,21 @@ def _decode_directive(frames: Sequence[Buffer], flags: int, at: int) -> Directiv
         lengths = lengths_of_all[i] if each == VARIED else None
         if each == VARIED and lengths is None:
             raise WireError(f"directive: segment {i}: VARIED without the column of lengths")
-        if packed:
+        elsewhere = shared.get(i)
+        if elsewhere is not None:
+            packed = 0
+        elif packed:
             sizes.append(_size(count, each, lengths))
         else:
             sizes += lengths_of(count, each, lengths)
-        segments.append(Segment(count, each, packed == 1, elapsed_ns, ids[i], slacks[i], (), lengths))
+        segments.append(
+            Segment(count, each, packed == 1, elapsed_ns, ids[i], slacks[i], (), lengths, elsewhere)
+        )
     payloads = _buffers(kind, frames, flags, at, sizes)
     first = 0
     for segment in segments:
+        if segment.shared is not None:
+            continue
         last = first + (1 if segment.packed else segment.count)
         segment.payloads = payloads[first:last]
         first = last

@@ -55,13 +55,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from superserve.wire.layout import Buffer
-    from superserve.wire.messages import Group, Message
+    from superserve.wire.messages import Group, Message, SharedPayloads
 
 
 def _preludes(kind: Kind) -> tuple[bytes, ...]:
     """Return the preludes of a kind, by flags: packing one costs as much as ten look-ups."""
     n_bytes = layout.HEADERS[kind].size
-    return tuple(PRELUDE.pack(MAGIC, HIGHEST, kind, flags, n_bytes) for flags in range(EXTENDED))
+    return tuple(PRELUDE.pack(MAGIC, HIGHEST, kind, flags, n_bytes) for flags in range(2 * EXTENDED))
 
 
 _QUERIES = _preludes(Kind.QUERIES)
@@ -94,6 +94,16 @@ def _frames(
     return [b"".join((preludes[flags], *parts)), *buffers]
 
 
+def _shared_columns(shared: Sequence[tuple[int, SharedPayloads]]) -> bytes:
+    """Return the extension columns with the places of payloads, by segment; QUERIES are one segment."""
+    parts: list[Buffer] = []
+    for i, one in shared:
+        parts += [layout.SHARED_OF.pack(i, one.memory), one.places]
+    column = b"".join(parts)
+    extension = layout.EXTENSION.pack(layout.TAG_SHARED, len(column))
+    return b"".join((layout.U32.pack(len(extension) + len(column)), extension, column))
+
+
 def encode_queries(message: Queries) -> list[Buffer]:
     """Return the frames of a QUERIES message."""
     flags = FRAMES if message.framed else 0
@@ -113,6 +123,9 @@ def encode_queries(message: Queries) -> list[Buffer]:
         parts.append(message.lengths)
     if message.resubmitted:
         flags |= RESUBMITTED
+    if message.shared is not None:
+        flags |= EXTENDED
+        parts.append(_shared_columns(((0, message.shared),)))
     return _frames(_QUERIES, flags, parts, message.payloads)
 
 
@@ -218,6 +231,11 @@ def encode_directive(message: Directive) -> list[Buffer]:
         flags |= LENGTHS
         parts += [bytes(4 * s.count) if s.lengths is None else s.lengths for s in segments]
     payloads = [payload for s in segments for payload in s.payloads]
+    for s in segments:  # faster than a list of them, when there is nothing to find
+        if s.shared is not None:
+            flags |= EXTENDED
+            parts.append(_shared_columns([(i, s.shared) for i, s in enumerate(segments) if s.shared]))
+            break
     return _frames(_DIRECTIVE, flags, parts, payloads)
 
 
@@ -245,7 +263,7 @@ def encode_pong(message: Pong) -> list[Buffer]:
 
 
 def encode_control(message: Control) -> list[Buffer]:
-    """Return the frames of a HELLO, WELCOME, DRAIN, BYE, STATUS or REFUSED.
+    """Return the frames of a HELLO, WELCOME, DRAIN, BYE, STATUS, REFUSED or SHARE.
 
     Raises:
         WireError: It is of another kind.

@@ -57,9 +57,12 @@ class Kind(enum.IntEnum):
     RUN_PROGRESS = 19
     RUN_REPORT = 20
     RUN_FAILED = 21
+    SHARE = 22
 
 
-CONTROL_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.DRAIN, Kind.BYE, Kind.STATUS, Kind.REFUSED})
+CONTROL_KINDS = frozenset(
+    {Kind.HELLO, Kind.WELCOME, Kind.DRAIN, Kind.BYE, Kind.STATUS, Kind.REFUSED, Kind.SHARE}
+)
 GREETINGS = frozenset({Kind.HELLO, Kind.STATUS})
 """Kinds that open a conversation: decoded in any wire version, since they state the sender's versions."""
 RUN_KINDS = frozenset(kind for kind in Kind if kind.name.startswith("RUN_"))
@@ -94,6 +97,7 @@ RESUBMITTED = 16
 GATHERED = 32
 QUEUED = 64
 EXTENDED = 128
+TAG_SHARED = 1
 ROW_MIXED = 1
 
 # --- fixed parts ----------------------------------------------------------------------------
@@ -115,6 +119,8 @@ DONE_ROW = struct.Struct("<QHHHIqqQQqIH")  # as DoneRow has them up to output_by
 PING = struct.Struct("<q")  # stamp_ns
 PONG = struct.Struct("<qq")  # stamp_ns, own_ns
 EXTENSION = struct.Struct("<H2xI")  # tag, n_bytes
+SHARED_OF = struct.Struct("<I4xQ")  # segment, memory; then the places of the segment's queries
+PLACE = struct.Struct("<QQ")  # offset, stamp
 
 U32 = struct.Struct("<I")
 I64 = struct.Struct("<q")

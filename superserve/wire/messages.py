@@ -40,6 +40,21 @@ def lengths_of(count: int, uniform: int, column: Buffer | None) -> list[int]:
 
 
 @dataclass(slots=True)
+class SharedPayloads:
+    """Where payloads lie in a memory that its client shares; see `superserve.shared`.
+
+    Attributes:
+        memory: The memory's number: to the router the client's own, to a worker the router's.
+        places: Of each query, offset and stamp of its slot, 2 u64, as bytes.
+        source: The memory, where the router has opened it; not on the wire.
+    """
+
+    memory: int
+    places: Buffer
+    source: Any = None
+
+
+@dataclass(slots=True)
 class Queries:
     """Client to router: queries, as columns of equal length n.
 
@@ -53,6 +68,8 @@ class Queries:
         lengths: n u32 as bytes when VARIED, else None.
         min_accuracy: n f32 percent as bytes, or None.
         priority: n u8 as bytes, or None.
+        shared: Where the payloads lie, if they are not in `payloads`, which is then empty; such a message
+            is `framed`.
     """
 
     kind: ClassVar[Kind] = Kind.QUERIES
@@ -69,6 +86,7 @@ class Queries:
     min_accuracy: Buffer | None = None
     priority: Buffer | None = None
     resubmitted: bool = False
+    shared: SharedPayloads | None = None
 
     def slack_ns(self) -> list[int]:
         """Return the slacks, ns. As a list: most messages are too short for an array to pay off."""
@@ -76,6 +94,8 @@ class Queries:
 
     def n_bytes(self) -> int:
         """Return the bytes of all payloads."""
+        if self.shared is not None:
+            return sum(lengths_of(self.n, self.payload_bytes, self.lengths))
         return len(self.payloads[0]) if len(self.payloads) == 1 else sum(map(len, self.payloads))
 
 
@@ -166,6 +186,7 @@ class Segment:
         ids: count u64 as bytes.
         slacks: count i64 ns as bytes, as the client sent them.
         lengths: count u32 as bytes when VARIED, else None.
+        shared: Where the payloads lie, if they are not in `payloads`, which is then empty and not `packed`.
     """
 
     count: int
@@ -176,6 +197,7 @@ class Segment:
     slacks: Buffer
     payloads: Sequence[Buffer]
     lengths: Buffer | None = None
+    shared: SharedPayloads | None = None
 
 
 @dataclass(slots=True)
@@ -201,9 +223,12 @@ class Directive:
         return min([min(memoryview(s.slacks).cast("q")) - s.elapsed_ns for s in self.segments])
 
     def payload_list(self) -> list[Buffer]:
-        """Return the n payloads, each a buffer; nothing is copied."""
+        """Return the n payloads, each a buffer; nothing is copied. Those in shared memory are empty."""
         payloads: list[Buffer] = []
         for segment in self.segments:
+            if segment.shared is not None:
+                payloads += [b""] * segment.count
+                continue
             if not segment.packed:
                 payloads.extend(segment.payloads)
                 continue
@@ -265,7 +290,7 @@ class Pong:
 
 @dataclass(slots=True)
 class Control:
-    """HELLO, WELCOME, DRAIN, BYE, STATUS and REFUSED: a JSON object.
+    """HELLO, WELCOME, DRAIN, BYE, STATUS, REFUSED and SHARE: a JSON object.
 
     Attributes:
         version: The wire version of this message.

@@ -39,6 +39,7 @@ class FakeRouter:
 
     Attributes:
         model: What WELCOME says of the model.
+        shared: Whether WELCOME asks for shared memory; None as a router of an older release.
         is_known: Whether clients have said HELLO to this one; until then they are refused.
         peer: Whoever spoke last.
     """
@@ -48,6 +49,7 @@ class FakeRouter:
         self.socket, self.endpoint = sockets.bind_router(self.context, endpoint)
         self.epoch = epoch
         self.model: dict[str, Any] | None = {"input": None, "output": None, "supernet": "fake"}
+        self.shared: bool | None = None
         self.peers: set[bytes] = set()
         self.peer: Buffer = b""
         self.hellos: list[dict[str, Any]] = []
@@ -64,6 +66,8 @@ class FakeRouter:
     def welcome(self) -> None:
         """Say WELCOME to whoever spoke last."""
         body = {"epoch": self.epoch, "model": self.model, "subnets": SUBNETS, "policy": "fake"}
+        if self.shared is not None:
+            body["shared"] = self.shared
         self.send(Control(Kind.WELCOME, body))
 
     def serve(self, until: Callable[[], bool]) -> None:

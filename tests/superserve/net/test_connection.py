@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
+import struct
 import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -20,10 +22,13 @@ from superserve.net.connection import (
     Connection,
     ask_status,
 )
+from superserve.shared.foreign import ForeignMemory
+from superserve.shared.offers import MemoryAnswer, MemoryOffer
 from superserve.status import RouterStatus
 from superserve.subnet import TensorSpec
-from superserve.wire import Control, Kind, Ping, decode
+from superserve.wire import Control, Group, Kind, Ping, Queries, Results, decode
 from tests.superserve.client.fakes import WAIT_S, FakeRouter, next_message, poll
+from tests.superserve.shared.descriptors import memories_of
 from tests.superserve.statuses import status
 
 if TYPE_CHECKING:
@@ -233,3 +238,32 @@ def test_why_a_router_refuses_is_said_once_and_kept(
 
     assert connection.absence == f"{router.endpoint} refused this client: expected that of clients"
     assert caplog.text.count("expected that of clients") == 1
+
+
+def test_an_answer_frees_its_slot_even_if_nothing_more_is_read(
+    router: FakeRouter, connection: Connection
+) -> None:
+    """A client reads a bounded number of messages at a time, and may stop at this one."""
+    router.shared = True
+    welcome(connection, router, 10**9)
+    payload = bytes(50_000)
+    message = Queries(1, 0, 1, bytes(8), struct.pack("<q", 10**10), len(payload), [payload], True)
+    assert connection.send_queries(message)
+    offer = MemoryOffer.from_body(router.expect(Control, lambda one: one.kind is Kind.SHARE).body)
+    assert router.expect(Queries).shared is None, "until the router has answered"
+    router.send(Control(Kind.SHARE, MemoryAnswer(offer.memory, ForeignMemory(offer).seen).body()))
+    assert memories_of(os.getpid()) >= 1
+    poll(lambda: not list(connection.receive()) and connection.placing.is_shared)
+    assert connection.send_queries(message)
+    assert router.expect(Queries).shared is not None
+    assert connection.placing.n_placed == 1
+
+    router.send(Results(1, [Group(1, 0, 0, 1, 0.0, 0, 0, 0, 0, bytes(8), 0, b"")]))
+    assert connection.socket.poll(int(1_000 * WAIT_S))
+    next(connection.receive())
+
+    assert connection.placing.n_placed == 0
+
+    connection.close()
+
+    assert memories_of(os.getpid()) == 0

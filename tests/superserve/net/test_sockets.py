@@ -202,3 +202,23 @@ def test_a_path_of_a_file_is_no_endpoint(context: zmq.Context[Socket], tmp_path:
     with pytest.raises(ConfigError, match="expected a socket or nothing at that path, got a file"):
         sockets.bind_router(context, f"ipc://{tmp_path}/notes")
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "is_own"),
+    [
+        ("ipc:///tmp/router.sock", True),
+        ("inproc://clients", True),
+        ("tcp://127.0.0.1:5555", True),
+        ("tcp://127.9.9.9:5555", True),
+        ("tcp://localhost:5555", True),
+        ("tcp://[::1]:5555", True),
+        ("tcp://192.0.2.1:5555", False),
+        ("tcp://[2001:db8::1]:5555", False),
+        ("tcp://router.example:5555", False),
+        ("tcp://:5555", False),
+    ],
+)
+def test_an_endpoint_shows_whether_it_is_on_this_host(endpoint: str, *, is_own: bool) -> None:
+    """By its form and its address; a name is not looked up, which may take seconds."""
+    assert sockets.is_own_host(endpoint) == is_own

@@ -23,7 +23,7 @@ I64 = st.integers(-(2**63), 2**63 - 1)
 DURATION_NS = st.integers(0, 2**63 - 1)
 SLACK_NS = st.integers(-wire.MAX_SLACK_NS, wire.MAX_SLACK_NS)
 F32 = st.floats(width=32, allow_nan=False)
-CONTROL_KINDS = (Kind.HELLO, Kind.WELCOME, Kind.DRAIN, Kind.BYE, Kind.STATUS, Kind.REFUSED)
+CONTROL_KINDS = (Kind.HELLO, Kind.WELCOME, Kind.DRAIN, Kind.BYE, Kind.STATUS, Kind.REFUSED, Kind.SHARE)
 
 
 @st.composite
@@ -48,11 +48,20 @@ def packed(parts: Sequence[bytes], *, framed: bool) -> list[Buffer]:
 
 
 @st.composite
+def shared(draw: st.DrawFn, n: int) -> wire.SharedPayloads | None:
+    """Draw the places of n payloads in a memory, or None for payloads in frames."""
+    if draw(st.booleans()):
+        return None
+    return wire.SharedPayloads(draw(U64), draw(columns("Q", U64, 2 * n)))
+
+
+@st.composite
 def queries(draw: st.DrawFn) -> wire.Queries:
     """Draw a QUERIES message."""
     n = draw(st.integers(1, 6))
     each, parts, lengths = draw(payloads(n))
-    framed = draw(st.booleans())
+    elsewhere = draw(shared(n))
+    framed = elsewhere is not None or draw(st.booleans())
     return wire.Queries(
         epoch=draw(U64),
         sent_ns=draw(I64),
@@ -60,12 +69,13 @@ def queries(draw: st.DrawFn) -> wire.Queries:
         ids=draw(columns("Q", U64, n)),
         slacks=draw(columns("q", SLACK_NS, n)),
         payload_bytes=each,
-        payloads=packed(parts, framed=framed),
+        payloads=packed(parts, framed=framed) if elsewhere is None else [],
         framed=framed,
         lengths=lengths,
         min_accuracy=draw(st.none() | columns("f", F32, n)),
         priority=draw(st.none() | columns("B", U8, n)),
         resubmitted=draw(st.booleans()),
+        shared=elsewhere,
     )
 
 
@@ -103,7 +113,8 @@ def segments(draw: st.DrawFn) -> wire.Segment:
     """Draw a stretch of a client's message inside a directive."""
     count = draw(st.integers(1, 4))
     each, parts, lengths = draw(payloads(count))
-    framed = draw(st.booleans())
+    elsewhere = draw(shared(count))
+    framed = elsewhere is not None or draw(st.booleans())
     return wire.Segment(
         count=count,
         payload_bytes=each,
@@ -111,8 +122,9 @@ def segments(draw: st.DrawFn) -> wire.Segment:
         elapsed_ns=draw(SLACK_NS),
         ids=draw(columns("Q", U64, count)),
         slacks=draw(columns("q", SLACK_NS, count)),
-        payloads=packed(parts, framed=framed),
+        payloads=packed(parts, framed=framed) if elsewhere is None else (),
         lengths=lengths,
+        shared=elsewhere,
     )
 
 
@@ -237,7 +249,7 @@ def n_buffer_bytes(message: wire.Message) -> int:
     """Return the bytes of a message's payloads or outputs."""
     match message:
         case wire.Queries():
-            return message.n_bytes()
+            return sum(map(len, message.payloads))
         case wire.Results():
             return sum(len(group.output) for group in message.groups)
         case wire.Directive():
@@ -250,7 +262,10 @@ def n_buffer_bytes(message: wire.Message) -> int:
 def extended(
     message: wire.Message, *, header: bytes = b"", row: bytes = b"", tagged: Sequence[bytes] | None = None
 ) -> list[bytes]:
-    """Return the frames that a later release would send: longer header and rows, and more columns."""
+    """Return the frames that a later release would send: longer header and rows, and more columns.
+
+    Columns can only be added to a message that has no extension columns yet.
+    """
     first, *rest = frames_of(message)
     magic, version, kind, flags, header_bytes = PRELUDE.unpack_from(first)
     known, body = first[8 : 8 + header_bytes], first[8 + header_bytes :]
@@ -263,7 +278,8 @@ def extended(
         fields[stride_at] += len(row)
         known = fixed.pack(*fields)
     if tagged is not None:
-        columns = b"".join(struct.pack("<H2xI", tag, len(data)) + data for tag, data in enumerate(tagged))
+        numbered = enumerate(tagged, start=2)
+        columns = b"".join(struct.pack("<H2xI", tag, len(data)) + data for tag, data in numbered)
         at = len(body) - (n_buffer_bytes(message) if flags & GATHERED else 0)
         body = body[:at] + struct.pack("<I", len(columns)) + columns + body[at:]
         flags |= EXTENDED
@@ -274,9 +290,10 @@ def extended(
 @st.composite
 def extended_frames(draw: st.DrawFn, message: wire.Message) -> list[bytes]:
     """Draw a later release's form of a message."""
+    has_columns = PRELUDE.unpack_from(frames_of(message)[0])[3] & EXTENDED
     return extended(
         message,
         header=draw(st.binary(max_size=9)),
         row=draw(st.binary(max_size=9)),
-        tagged=draw(st.none() | st.lists(st.binary(max_size=9), max_size=3)),
+        tagged=None if has_columns else draw(st.none() | st.lists(st.binary(max_size=9), max_size=3)),
     )

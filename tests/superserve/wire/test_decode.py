@@ -276,3 +276,35 @@ def test_json_beyond_the_limit_is_not_parsed() -> None:
     """JSON of more than MAX_JSON_BYTES is refused by its length."""
     with pytest.raises(WireError, match="at most"):
         decode([prelude(Kind.HELLO), b" " * (wire.MAX_JSON_BYTES + 1)])
+
+
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        (b"1234567", "shared: expected 16 bytes, got 7"),
+        (struct.pack("<I4xQ", 0, 7) + bytes(31), "shared: expected 32 bytes, got 31"),
+        (struct.pack("<I4xQ", 1, 7) + bytes(32), "shared: segment 1: expected each once"),
+        ((struct.pack("<I4xQ", 0, 7) + bytes(32)) * 2, "shared: segment 0: expected each once"),
+    ],
+    ids=["torn", "short", "absent", "twice"],
+)
+def test_places_that_do_not_add_up_are_refused(column: bytes, says: str) -> None:
+    """Each query whose payload is in shared memory has exactly one place."""
+    message = wire.Queries(1, 0, 2, bytes(16), bytes(16), 9, [], framed=True)
+    (first,) = frames_of(message)
+    magic, version, kind, flags, header_bytes = PRELUDE.unpack_from(first)
+    block = struct.pack("<IH2xI", 8 + len(column), 1, len(column)) + column
+
+    with pytest.raises(WireError, match=says):
+        decode([PRELUDE.pack(magic, version, kind, flags | 128, header_bytes) + first[8:] + block])
+
+
+def test_a_message_without_places_needs_its_payloads() -> None:
+    """An empty column of places stands for no payload: the frames must be there."""
+    message = wire.Queries(1, 0, 2, bytes(16), bytes(16), 9, [], framed=True)
+    (first,) = frames_of(message)
+    magic, version, kind, flags, header_bytes = PRELUDE.unpack_from(first)
+    block = struct.pack("<IH2xI", 8, 1, 0)
+
+    with pytest.raises(WireError, match="expected 18 bytes"):
+        decode([PRELUDE.pack(magic, version, kind, flags | 128, header_bytes) + first[8:] + block])

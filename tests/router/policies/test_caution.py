@@ -8,7 +8,7 @@ from loadgen.simulator.faults import jitter_faults
 from loadgen.simulator.simulate import SimSettings, simulate
 from loadgen.traces.trace import load_trace
 from profiles.table import load_profile
-from router.core.caution import Caution
+from router.policies.caution import Caution, doubt_of_ways
 from superserve.clock import MS
 from superserve.wire import Status
 
@@ -71,13 +71,13 @@ def test_a_jam_explains_its_losses(queued: int, factor: float) -> None:
 
 
 def test_it_fades_and_ends() -> None:
-    """By a factor e a second, and it is none in the end."""
+    """By a factor e in half a second, and it is none in the end."""
     losing = Losing()
     losing.step(ok=1, lost=9)
     factors = [losing.step(ok=10) for _ in range(300)]
 
     assert factors == sorted(factors, reverse=True)
-    assert factors[49] == pytest.approx(1 + 1 / 2.71828, rel=0.001)
+    assert factors[24] == pytest.approx(1 + 1 / 2.71828, rel=0.001)
     assert factors[-1] == 1.0
 
 
@@ -85,7 +85,7 @@ def test_a_long_silence_fades_it_as_much_as_many_decisions() -> None:
     """Nothing is decided while nothing comes."""
     losing = Losing()
     losing.step(ok=1, lost=9)
-    losing.now_ns += 980 * MS
+    losing.now_ns += 480 * MS
 
     assert losing.step() == pytest.approx(1 + 1 / 2.71828, rel=0.001)
 
@@ -109,9 +109,20 @@ def test_the_sooner_it_is_needed_again_the_longer_it_stays() -> None:
     assert windows_until_none() == pytest.approx(first, abs=1)
 
 
-@pytest.mark.parametrize("jitter_ms", [5, 6, 7])
-def test_messages_that_jitter_beyond_the_plan_cost_few_queries(jitter_ms: int) -> None:
-    """Of those that all fit on the smallest subnet. Without caution 3 to 60 in 100 are lost."""
+@pytest.mark.parametrize(
+    ("differ_ns", "patience_ns", "doubt"),
+    [(0, 100, 1.0), (20, 100, 1.0), (30, 100, 2.2), (50, 100, 4.6), (5, 0, 1.0), (5, -1, 1.0)],
+)
+def test_ways_that_differ_by_much_of_a_patience_are_doubt(
+    differ_ns: int, patience_ns: int, doubt: float
+) -> None:
+    """A fifth is none; without any patience it does not matter."""
+    assert doubt_of_ways(differ_ns, patience_ns) == pytest.approx(doubt)
+
+
+@pytest.mark.parametrize(("jitter_ms", "least"), [(4, 0.9999), (5, 0.9999), (6, 0.985), (7, 0.96)])
+def test_messages_that_jitter_beyond_the_plan_cost_few_queries(jitter_ms: int, least: float) -> None:
+    """Of those that all fit on the smallest subnet. Without doubt and caution 3 to 60 in 100 are lost."""
     trace = load_trace("poisson:rate=6400", duration_s=3.0, seed=1)
     gpus = [load_profile("cnn-8gpu-modelled")] * 8
     faults = jitter_faults(jitter_ms * MS, n_processes=1, n_clients=1)
@@ -120,4 +131,4 @@ def test_messages_that_jitter_beyond_the_plan_cost_few_queries(jitter_ms: int) -
         trace, gpus, policy="planfit", slo_ns=36 * MS, settings=SimSettings(), faults=faults, seed=1
     )  # fmt: skip
 
-    assert (run.result.slo_attainment or 0.0) > 0.96
+    assert (run.result.slo_attainment or 0.0) >= least
