@@ -3,10 +3,10 @@
     description = describe(Path("hosts.yaml"))
     for group in description.groups:
         for process in group.processes:
-            argv = description.argv(group, Place(folder="/run/superserve", router="10.0.0.1", ...))
+            argv = description.argv(group, RolePlace(folder="/run/superserve", router="10.0.0.1", ...))
 
 hosts.yaml says what is to run; only an engine knows where: the address at which the router is found, the
-folder in which a role's files lie, the device that a process is given. Those are a `Place`, and
+folder in which a role's files lie, the device that a process is given. Those are a `RolePlace`, and
 `Description.argv` returns the command line there. A host of the file is a *group* of equal workers: an engine
 that schedules puts them where it likes.
 """
@@ -60,7 +60,7 @@ class RoleFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class HealthProbe:
     """A question to the metrics port of a role, answered by 200 or 503.
 
     Attributes:
@@ -76,11 +76,11 @@ class Probe:
     failures: int
 
 
-LIVE = Probe("/live", period_s=5, timeout_s=3, failures=6)
+LIVE = HealthProbe("/live", period_s=5, timeout_s=3, failures=6)
 """Whether to restart a role: half a minute without an answer, since a busy machine is not a bug."""
-READY = Probe("/ready", period_s=2, timeout_s=3, failures=2)
+READY = HealthProbe("/ready", period_s=2, timeout_s=3, failures=2)
 """Whether to count on a role."""
-STARTED = Probe("/live", period_s=2, timeout_s=3, failures=300)
+STARTED = HealthProbe("/live", period_s=2, timeout_s=3, failures=300)
 """Whether a role has loaded: ten minutes for weights, the proof and CUDA graphs."""
 
 
@@ -157,7 +157,7 @@ class RoleGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RolePlace:
     """What only an engine knows about a process.
 
     Attributes:
@@ -212,7 +212,7 @@ class Description:
         """How many worker processes there are."""
         return sum(group.n for group in self.workers)
 
-    def argv(self, group: RoleGroup, place: Place) -> tuple[str, ...]:
+    def argv(self, group: RoleGroup, place: RolePlace) -> tuple[str, ...]:
         """Return the arguments of Python for a process of a group."""
         more: tuple[str, ...] = ()
         if place.metrics is not None:
@@ -226,7 +226,7 @@ class Description:
         served = _served(self.hosts, self.hosts.host(group.host), place)[0]
         return worker_argv(endpoint, place.name, served, *more)
 
-    def _router_argv(self, place: Place, more: tuple[str, ...]) -> tuple[str, ...]:
+    def _router_argv(self, place: RolePlace, more: tuple[str, ...]) -> tuple[str, ...]:
         hosts = self.hosts
         if self.has_keys:
             more = ("--keys", f"{place.folder}/{KEYS}", *more)
@@ -282,13 +282,13 @@ def _workers(hosts: Hosts, host: Host, where: Where, files: tuple[RoleFile, ...]
     device = "a GPU" if host.device == "cuda" else "a CPU"
     return RoleGroup(
         f"worker-{host.name}", "worker", host.name, processes, int(host.device == "cuda"), (),
-        tuple(sorted(host.env.items())), _served(hosts, host, Place("", device=device))[1],
+        tuple(sorted(host.env.items())), _served(hosts, host, RolePlace("", device=device))[1],
         tuple(sorted((*files, *_key_files(hosts, host.name, "worker")), key=lambda file: file.path)),
         math.ceil(timing().worker_stop_s), where,
     )  # fmt: skip
 
 
-def _served(hosts: Hosts, host: Host, place: Place) -> Served:
+def _served(hosts: Hosts, host: Host, place: RolePlace) -> Served:
     """Return a worker's arguments for what it serves, and that in words."""
     profile = served_profile(hosts)[0].replace(FOLDER, place.folder)
     if hosts.emulate is not None:

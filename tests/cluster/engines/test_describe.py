@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.engines.describe import Description, Place, describe
+from cluster.engines.describe import Description, RolePlace, describe
 from cluster.spec.hostkeys import complete
 from cluster.spec.hosts import load_hosts
 from profiles.table import load_profile
@@ -62,8 +62,8 @@ def test_a_group_for_the_router_and_one_for_each_host_with_workers(tmp_path: Pat
 def test_command_lines_are_of_the_place(tmp_path: Path) -> None:
     """What only an engine knows is filled in, and nothing of the hosts' own addresses is left."""
     found = described(tmp_path, TWO_HOSTS)
-    router = found.argv(found.router, Place("/run/ss", metrics=("0.0.0.0", 9400)))
-    worker = found.argv(found.workers[1], Place("/run/ss", router="ss", name="one", device="cuda:0"))
+    router = found.argv(found.router, RolePlace("/run/ss", metrics=("0.0.0.0", 9400)))
+    worker = found.argv(found.workers[1], RolePlace("/run/ss", router="ss", name="one", device="cuda:0"))
 
     assert " ".join(router) == (
         "-m router --client-endpoint tcp://0.0.0.0:5555 --worker-endpoint tcp://0.0.0.0:5556 "
@@ -73,7 +73,7 @@ def test_command_lines_are_of_the_place(tmp_path: Path) -> None:
         "-m gpu_worker --connect tcp://ss:5556 --name one --supernet digits --profile digits-cpu "
         "--device cuda:0 --threads 2"
     )
-    unnamed = found.argv(found.workers[1], Place("/run/ss", router="fd00::1"))
+    unnamed = found.argv(found.workers[1], RolePlace("/run/ss", router="fd00::1"))
     assert "--name" not in unnamed
     assert "tcp://[fd00::1]:5556" in unnamed
 
@@ -96,8 +96,8 @@ def test_each_role_reads_its_own_keys_only(tmp_path: Path) -> None:
     assert [file.path for file in found.router.files if file.is_secret] == ["keys/router.key"]
     assert all(file.is_secret for group in found.workers for file in group.files)
     assert found.workers[0].files[0].content == (tmp_path / "keys/workers/a.key").read_bytes()
-    assert "--keys /run/ss/keys" in " ".join(found.argv(found.router, Place("/run/ss")))
-    assert "--keys /run/ss/keys/worker.key" in " ".join(found.argv(found.workers[0], Place("/run/ss")))
+    assert "--keys /run/ss/keys" in " ".join(found.argv(found.router, RolePlace("/run/ss")))
+    assert "--keys /run/ss/keys/worker.key" in " ".join(found.argv(found.workers[0], RolePlace("/run/ss")))
     assert "secret =" not in repr(found)
 
 
@@ -125,7 +125,7 @@ def test_a_profile_of_the_users_own_is_a_file_beside_the_workers(tmp_path: Path)
 
     assert found.router.files == ()
     assert (file.content, file.is_secret) == (profile.to_json(), False)
-    assert f"/run/ss/{file.path}" in found.argv(found.workers[0], Place("/run/ss", router="ss"))
+    assert f"/run/ss/{file.path}" in found.argv(found.workers[0], RolePlace("/run/ss", router="ss"))
 
 
 def test_errors_name_file_line_and_field(tmp_path: Path) -> None:
