@@ -168,6 +168,8 @@ class RolePlace:
         name: The worker's name; None lets the process make one up.
         device: The device of a worker with a supernet, as the process sees it.
         metrics: Address and port of /metrics; None for none.
+        router_key: The file with the router's secret, if it does not lie among the lists.
+        worker_key: The file with the worker's secret, if it does not lie in the folder.
     """
 
     folder: str
@@ -176,6 +178,8 @@ class RolePlace:
     name: str | None = None
     device: str = "cpu"
     metrics: tuple[str, int] | None = None
+    router_key: str | None = None
+    worker_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +225,7 @@ class Description:
         if group.is_router:
             return self._router_argv(place, more)
         if self.has_keys:
-            more = ("--keys", f"{place.folder}/{KEYS}/worker.key", *more)
+            more = ("--keys", place.worker_key or f"{place.folder}/{KEYS}/worker.key", *more)
         endpoint = at(place.router, self.hosts.router.worker_port)
         served = _served(self.hosts, self.hosts.host(group.host), place)[0]
         return worker_argv(endpoint, place.name, served, *more)
@@ -229,7 +233,8 @@ class Description:
     def _router_argv(self, place: RolePlace, more: tuple[str, ...]) -> tuple[str, ...]:
         hosts = self.hosts
         if self.has_keys:
-            more = ("--keys", f"{place.folder}/{KEYS}", *more)
+            apart = () if place.router_key is None else ("--router-key", place.router_key)
+            more = ("--keys", f"{place.folder}/{KEYS}", *apart, *more)
         elif hosts.security == "none":
             more = ("--security", "none", *more)
         ends = [at(place.bind, port) for _, port in self.router.ports]

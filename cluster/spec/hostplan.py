@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from cluster.spec.hosts import Host, Hosts
     from cluster.spec.roles import HostRole, Served
 
-EVERY = "0.0.0.0"  # noqa: S104  only bound where `_check_security` allows it
+EVERY = "0.0.0.0"  # noqa: S104  only bound where `check_security` allows it
 """Every address of IPv4."""
 
 FOLDER = "{folder}"
@@ -110,7 +110,7 @@ def plan_of(hosts: Hosts, path: Path) -> HostsPlan:
     Raises:
         ConfigError: It is unsafe, or needs keys that are missing.
     """
-    _check_security(hosts, path)
+    check_security(hosts, path)
     profile, files = served_profile(hosts)
     keys = [keys_of(hosts, host.name) for host in hosts.hosts]
     roles = tuple(
@@ -150,7 +150,8 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
-def _check_security(hosts: Hosts, path: Path) -> None:
+def check_security(hosts: Hosts, path: Path) -> None:
+    """Raise ConfigError if a file without keys would open ports to other machines without leave."""
     if hosts.keys is not None or hosts.security == "none" or is_loopback(hosts.router_address):
         return
     raise ConfigError(

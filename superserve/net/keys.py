@@ -47,6 +47,9 @@ ENVIRONMENT = "SUPERSERVE_KEYS"
 FOLDERS = {"client": "clients", "worker": "workers", "operator": "operators"}
 """The folder of each role's list, under a router's folder."""
 
+ROUTER_KEY = "router.key"
+"""The file with a router's secret, in its folder."""
+
 _DEFAULTS = {"client": ("client.key", "operator.key"), "worker": ("worker.key",)}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_BYTES = 4_096  # a key file takes a few hundred; a bound on what a wrong path can make us read

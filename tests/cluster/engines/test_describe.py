@@ -6,40 +6,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.engines.describe import Description, RolePlace, describe
+from cluster.engines.describe import RolePlace, describe
 from cluster.spec.hostkeys import complete
 from cluster.spec.hosts import load_hosts
 from profiles.table import load_profile
 from superserve.errors import ConfigError
-from superserve.net.keys import add_peer, make_ring, revoke
+from superserve.net.keys import add_peer, revoke
+from tests.cluster.engines.described import TWO_HOSTS, described, with_keys
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-TWO_HOSTS = """\
-router: {host: a}
-hosts:
-  - {name: a, workers: 1, env: {TZ: UTC}}
-  - {name: b, gpus: [0, 1], threads: 2}
-security: none
-"""
-
-
-def described(folder: Path, text: str) -> Description:
-    """Return what a hosts file with this text describes."""
-    path = folder / "hosts.yaml"
-    path.write_text(text, encoding="utf-8")
-    return describe(path)
-
-
-def with_keys(folder: Path, text: str) -> Description:
-    """Return what it describes with new keys, and a client's."""
-    make_ring(folder / "keys")
-    add_peer(folder / "keys", "client", "web")
-    path = folder / "hosts.yaml"
-    path.write_text(text.replace("security: none", "keys: keys"), encoding="utf-8")
-    complete(load_hosts(path))
-    return describe(path)
 
 
 def test_a_group_for_the_router_and_one_for_each_host_with_workers(tmp_path: Path) -> None:
