@@ -119,7 +119,7 @@ def test_older_clusters_get_the_versions_that_they_have(helm: Path) -> None:
 )
 def test_wrong_values_are_refused_by_name(helm: Path, values: dict[str, str], expected: str) -> None:
     """Misspelt, of the wrong kind, or against each other."""
-    words = [helm, "template", "ss", CHART, *options(values)]
+    words: list[str | Path] = [helm, "template", "ss", CHART, *options(values)]
     assert expected in run(words, env={"HOME": str(helm.parent)}, fails=True)
 
 
@@ -180,8 +180,8 @@ def test_the_scaled_object_asks_for_what_a_router_exports(helm: Path, tmp_path: 
 def test_helm_on_the_page_takes_its_options(helm: Path, tools: Tools) -> None:
     """What is shown for `helm install` is a chart that Kubernetes takes."""
     (line,) = (line for line in commands("helm") if line.startswith("helm install"))
-    words = line.split()[2:]
-    said = run([helm, "template", *words], env={"HOME": str(helm.parent)})
+    words: list[str | Path] = [helm, "template", *line.split()[2:]]
+    said = run(words, env={"HOME": str(helm.parent)})
     text = said[said.index("---\n") :]
     tools.validate(text)
     assert "nvidia.com/gpu: 1" in text

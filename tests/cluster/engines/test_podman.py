@@ -100,9 +100,14 @@ class Compose:
 
     def __call__(self, line: str, *services: str) -> None:
         """Run a line of the documentation, for these services alone if any are given."""
-        assert line.startswith("docker compose "), line
-        words = line.replace("--build", "--no-build").split()[2:]
-        run([*self._words, *words, *services], env=self.env, cwd=self._cwd)
+        variables, docker, words = line.partition("docker compose ")
+        assert docker, line
+        # Kept for `down`, since podman-compose removes as many as the file has.
+        for variable in variables.split():
+            name, _, value = variable.partition("=")
+            self.env[name] = value
+        typed = words.replace("--build", "--no-build").split()
+        run([*self._words, *typed, *services], env=self.env, cwd=self._cwd)
 
 
 @pytest.fixture
@@ -222,7 +227,7 @@ def as_pods(manifests: str, port: str) -> str:
     """Return manifests as `podman kube play` takes them.
 
     Podman has no StatefulSet and no Service: its name resolution finds a pod by its own name, which the
-    router's pod shares with its Service. It also publishes every port on this machine.
+    router's pod shares with its Service. It publishes every port on this machine, and leaves $(POD_NAME).
     """
     found = []
     for manifest in yaml.safe_load_all(manifests):
@@ -232,6 +237,10 @@ def as_pods(manifests: str, port: str) -> str:
         (container,) = template["spec"]["containers"]
         ports = [{**each, "hostPort": int(port)} for each in container["ports"] if each["name"] == "clients"]
         container["ports"] = ports
+        if "--name" in container["args"]:
+            at = container["args"].index("--name")
+            assert container["args"].pop(at + 1) == "$(POD_NAME)"
+            container["args"].pop(at)
         if manifest["kind"] == "StatefulSet":
             manifest = {
                 "apiVersion": "v1", "kind": "Pod", "spec": template["spec"],
