@@ -70,6 +70,10 @@ _LOOPBACK = "tcp://127.0.0.1:*"
     type=click.Path(file_okay=False, path_type=Path),
     help="Admit only the keys that this folder lists; see `cluster keys`.",
 )
+@click.option(
+    "--router-key", "secret", type=click.Path(dir_okay=False, path_type=Path),
+    help="The router's secret, if it is not in that folder: a mounted one.",
+)  # fmt: skip
 @click.option("--security", type=click.Choice(["none"]), help="none: open to other machines without keys.")
 @click.option("--no-shared-memory", is_flag=True, help="Take large payloads only in messages.")
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Write an event log here.")
@@ -87,6 +91,7 @@ def cli(
     metrics_port: int | None,
     metrics_address: str,
     keys: Path | None,
+    secret: Path | None,
     security: str | None,
     no_shared_memory: bool,
     record: Path | None,
@@ -103,7 +108,7 @@ def cli(
     if margin_ms is not None:
         core = core.with_margin(int(margin_ms * MS))
     settings = ServerSettings(
-        client_endpoint, worker_endpoint, policy, core, keys=keys, is_open=security == "none",
+        client_endpoint, worker_endpoint, policy, core, keys=keys, secret=secret, is_open=security == "none",
         shared_memory=False if no_shared_memory else None, spin_ns=1_000 * spin_us,
     )  # fmt: skip
     metrics = None if metrics_port is None else RouterMetrics()
@@ -112,6 +117,8 @@ def cli(
         try:
             if keys is not None and security == "none":
                 raise ConfigError("--keys and --security none: expected one of them, got both")
+            if secret is not None and keys is None:
+                raise ConfigError("--router-key goes with --keys, the folder with the lists")
             _check_policy(policy)
             recorder = None if record is None else Recorder(record, policy, core)
             if recorder is not None:

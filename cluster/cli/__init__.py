@@ -17,6 +17,7 @@ import orjson
 from cluster.cli import hosts as hosts_cli
 from cluster.cli import operate as operate_cli
 from cluster.cli.keys import keys_command
+from cluster.cli.render import render
 from cluster.cli.top import top
 from cluster.operate.down import down as take_down
 from cluster.operate.engine import here
@@ -51,6 +52,9 @@ cli.add_command(top)
 
 
 cli.add_command(keys_command)
+
+
+cli.add_command(render)
 
 
 @cli.command()

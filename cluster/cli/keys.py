@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from cluster.cli.render import secrets
 from superserve.net import keys
 from superserve.roles.command import plain_errors
 
@@ -59,6 +60,15 @@ def revoke(folder: Path, name: str) -> None:
     gone = keys.revoke(folder, name)
     for path in gone:
         click.echo(f"removed {path}")
+
+
+@keys_command.command("secrets")
+@click.argument("name")
+@click.pass_obj
+@plain_errors()
+def secrets_command(folder: Path, name: str) -> None:
+    """Print the keys as Secrets of Kubernetes, whose names begin with NAME: pipe it to kubectl apply -f -."""
+    secrets(folder, name)
 
 
 @keys_command.command("list")

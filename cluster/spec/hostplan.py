@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from cluster.spec.hosts import Host, Hosts
     from cluster.spec.roles import HostRole, Served
 
-_EVERY = "0.0.0.0"  # noqa: S104  every address of IPv4; `_check_security` has allowed it
+EVERY = "0.0.0.0"  # noqa: S104  only bound where `check_security` allows it
+"""Every address of IPv4."""
 
 FOLDER = "{folder}"
 """In a role's arguments: the cluster's folder on the role's host."""
@@ -109,8 +110,8 @@ def plan_of(hosts: Hosts, path: Path) -> HostsPlan:
     Raises:
         ConfigError: It is unsafe, or needs keys that are missing.
     """
-    _check_security(hosts, path)
-    profile, files = _profile(hosts)
+    check_security(hosts, path)
+    profile, files = served_profile(hosts)
     keys = [keys_of(hosts, host.name) for host in hosts.hosts]
     roles = tuple(
         (*_router(hosts, host, own), *_workers(hosts, host, profile, own))
@@ -149,7 +150,8 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
-def _check_security(hosts: Hosts, path: Path) -> None:
+def check_security(hosts: Hosts, path: Path) -> None:
+    """Raise ConfigError if a file without keys would open ports to other machines without leave."""
     if hosts.keys is not None or hosts.security == "none" or is_loopback(hosts.router_address):
         return
     raise ConfigError(
@@ -159,7 +161,7 @@ def _check_security(hosts: Hosts, path: Path) -> None:
     )
 
 
-def _profile(hosts: Hosts) -> tuple[str, tuple[tuple[str, bytes], ...]]:
+def served_profile(hosts: Hosts) -> tuple[str, tuple[tuple[str, bytes], ...]]:
     """Return a worker's option for its profile, and the file to send if it is not a shipped one."""
     name = hosts.emulate or hosts.serves
     if name in shipped_profiles():
@@ -196,7 +198,7 @@ def _looked_up(hosts: Hosts, host: Host) -> str:
 def _router(hosts: Hosts, host: Host, keys: HostKeys) -> list[HostRole]:
     if host.name != hosts.router.host:
         return []
-    bound = _own(hosts) if is_loopback(hosts.router_address) else "::" if _is_ipv6(hosts) else _EVERY
+    bound = _own(hosts) if is_loopback(hosts.router_address) else "::" if _is_ipv6(hosts) else EVERY
     more = (
         *(("--keys", f"{FOLDER}/{keys.ring}") if keys.ring else ()),
         *(("--security", "none") if hosts.security == "none" else ()),

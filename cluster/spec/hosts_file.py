@@ -79,10 +79,11 @@ def _said(value: Any) -> Any:
 
 
 def _line(path: Path, line: int, where: Where, text: str) -> str:
-    return f"{path}:{line}: {_path(where)}: {text}" if where else f"{path}:{line}: {text}"
+    return f"{path}:{line}: {path_text(where)}: {text}" if where else f"{path}:{line}: {text}"
 
 
-def _path(where: Where) -> str:
+def path_text(where: Where) -> str:
+    """Return the path to a value as people write it: hosts[1].gpus."""
     text = ""
     for step in where:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from superserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Environment = tuple[tuple[str, str], ...]
 """Names and values of variables."""
@@ -60,9 +63,13 @@ def router_role(
 def worker_role(name: str, connect: str, served: Served, *more: str, env: Environment = ()) -> HostRole:
     """Return a worker that connects to a router and serves what `emulated` or `resident` gives."""
     argv, words = served
-    return HostRole(
-        name, "worker", ("-m", "gpu_worker", "--connect", connect, "--name", name, *argv, *more), env, words
-    )
+    return HostRole(name, "worker", worker_argv(connect, name, argv, *more), env, words)
+
+
+def worker_argv(connect: str, name: str | None, served: Sequence[str], *more: str) -> tuple[str, ...]:
+    """Return the arguments of Python for a worker; without a name it makes one up."""
+    named = () if name is None else ("--name", name)
+    return ("-m", "gpu_worker", "--connect", connect, *named, *served, *more)
 
 
 def emulated(profile: str, n: int, name: str) -> Served:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from superserve.clock import MS
 from superserve.roles.exposition import SIZE_BOUNDS, Families, Metric, MetricHistogram, exposition
 from superserve.roles.pages import Page
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from profiles.table import Profile
 
 _PREFIX = "superserve_worker_"
+_LIVE_NS = 2_000 * MS
+"""A loop that has not passed for this long hangs: heartbeats wake it ten times a second."""
 
 METRICS = tuple(
     Metric(_PREFIX + name, kind, text, labels)
@@ -117,4 +120,10 @@ def pages(server: WorkerServer, metrics: WorkerMetrics) -> dict[str, Callable[[]
         words = f"the link to the router is {link.value}\n".encode()
         return Page(200 if link.value == "serving" else 503, words)
 
-    return {"/metrics": lambda: exposition(metrics.families(server).all()), "/ready": ready}
+    def live() -> Page:
+        since_ns = server.since_pass_ns()
+        return Page(
+            200 if since_ns < _LIVE_NS else 503, f"the loop passed {since_ns // MS} ms ago\n".encode()
+        )
+
+    return {"/metrics": lambda: exposition(metrics.families(server).all()), "/live": live, "/ready": ready}

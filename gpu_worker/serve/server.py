@@ -122,7 +122,7 @@ class WorkerServer:
         self._stop_asked = False
         self._is_connected = False
         now_ns = clock.now_ns()
-        self._collected_ns = now_ns
+        self._collected_ns = self._passed_ns = now_ns
         self.core: WorkerCore[Directive] = WorkerCore(
             gpus, hello.body(), now_ns, gauges=gauges, jitter=partial(random.uniform, 0.75, 1.25),
             note=_LOG.info, warn=_LOG.warning,
@@ -143,6 +143,10 @@ class WorkerServer:
     def gauges(self) -> Gauges:
         """The device's gauges in the latest PULL."""
         return self.core.gauges
+
+    def since_pass_ns(self) -> int:
+        """Return how long ago the loop last passed; from any thread."""
+        return self._clock.now_ns() - self._passed_ns
 
     def stop(self) -> None:
         """Ask the server to drain and return from `run`; safe in a signal handler."""
@@ -175,7 +179,7 @@ class WorkerServer:
         """Receive everything, send what is due, and collect garbage if the worker is idle."""
         self._receive_all()
         self.memories.follow(self.core.epoch)
-        now_ns = self._clock.now_ns()
+        now_ns = self._passed_ns = self._clock.now_ns()
         if self._stop_asked:
             self._stop_asked = False
             self.core.stop(now_ns)

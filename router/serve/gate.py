@@ -104,6 +104,7 @@ class Gate:
     Args:
         context: The router's.
         folder: Its folder of keys; see `superserve.net.keys`.
+        secret: The file with its secret; None for `router.key` in the folder.
 
     Attributes:
         keys: The router's own keys.
@@ -117,8 +118,10 @@ class Gate:
         ConfigError: The folder is not a router's, or lists a malformed key.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path) -> None:
-        self.keys = router_keys(folder)
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, secret: Path | None = None
+    ) -> None:
+        self.keys = router_keys(folder, secret)
         self.clients, self.workers = Door(), Door()
         self.operators: Mapping[str, str] = {}
         self.version = 0

@@ -59,6 +59,7 @@ class ServerSettings:
         policy: As `router.policies.registry.make_policy` takes it.
         drain_timeout_ns: How long a SIGTERM waits for queued queries.
         keys: The folder of keys; see `superserve.net.keys`. Without it, any peer is served.
+        secret: The file with the router's secret, if it is not in that folder.
         is_open: Without keys, bind even if other machines can reach the sockets.
         spin_ns: How long after the last message the loop looks again at once instead of sleeping. It takes a
             whole processor meanwhile, and what arrives wakes no thread.
@@ -72,6 +73,7 @@ class ServerSettings:
     core: CoreSettings = field(default_factory=CoreSettings)
     drain_timeout_ns: int = 5_000 * MS
     keys: Path | None = None
+    secret: Path | None = None
     is_open: bool = False
     spin_ns: int = 0
     shared_memory: bool | None = None
@@ -139,7 +141,7 @@ class RouterServer:
                 check_reach("--client-endpoint", settings.client_endpoint)
                 check_reach("--worker-endpoint", settings.worker_endpoint)
             if settings.keys is not None:
-                self._serving.gate = gate = Gate(context, settings.keys)
+                self._serving.gate = gate = Gate(context, settings.keys, settings.secret)
                 gate.open()
                 keys = gate.keys
                 self.clients.admit_only(gate.clients)

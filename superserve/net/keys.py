@@ -18,7 +18,8 @@ lines of `field = value`; a line that begins with # is a comment:
     secret = JTKVSB%%)wK0E.X)V>+}o?pNmC{O&4W4b!Ni{Lh6
     router = Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID
 
-Keys are in Z85, 40 characters. This module overwrites no file, and reads no secret that others may read.
+Keys are in Z85, 40 characters. This module overwrites no file, and reads no secret that others may read; a
+file of root's may be readable for one group.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ ENVIRONMENT = "SUPERSERVE_KEYS"
 
 FOLDERS = {"client": "clients", "worker": "workers", "operator": "operators"}
 """The folder of each role's list, under a router's folder."""
+
+ROUTER_KEY = "router.key"
+"""The file with a router's secret, in its folder."""
 
 _DEFAULTS = {"client": ("client.key", "operator.key"), "worker": ("worker.key",)}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -134,14 +138,18 @@ def _within(folder: Path, role: str) -> Path:
     )
 
 
-def router_keys(folder: Path) -> RouterKeys:
+def router_keys(folder: Path, secret: Path | None = None) -> RouterKeys:
     """Return the key pair of the router with this folder.
+
+    Args:
+        folder: Its folder.
+        secret: The file with its secret; None for `router.key` in the folder.
 
     Raises:
         ConfigError: There is no key pair, others may read it, or it is malformed.
     """
-    path = folder / "router.key"
-    if not path.exists():
+    path = secret or folder / "router.key"
+    if secret is None and not path.exists():
         raise ConfigError(f"{path}: no such file: make it with `cluster keys --out {folder} make`")
     fields = _read_secret(path)
     if fields.get("role") != "router":
@@ -226,10 +234,14 @@ def signature(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
 
 def _read_secret(path: Path) -> dict[str, str]:
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
+        status = path.stat()
     except OSError as error:
         raise ConfigError(f"{path}: expected a key file: {error.strerror}") from error
-    if mode & 0o077:
+    mode = stat.S_IMODE(status.st_mode)
+    # Kubernetes hands a secret to a process that is not root as root's file, which the pod's own group may
+    # read. PostgreSQL takes its private key by the same rule.
+    others = 0o037 if status.st_uid == 0 and os.geteuid() != 0 else 0o077
+    if mode & others:
         raise ConfigError(f"{path}: a secret that others may read ({mode:04o}): chmod 600 {path}")
     return _parse(path, _read(path))
 

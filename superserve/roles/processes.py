@@ -40,6 +40,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
     from typing import NoReturn, Self
+
+NOTIFY_VARIABLE = "NOTIFY_SOCKET"
+"""Environment variable of systemd: the socket on which a unit of `Type=notify` announces that it is ready."""
 
 READY_FD_VARIABLE = "SUPERSERVE_READY_FD"
 """Environment variable: the file descriptor on which a role announces that it is ready."""
@@ -489,13 +493,14 @@ class ProcessGroup:
 
 
 def announce_ready(info: Mapping[str, Any]) -> None:
-    """Report to the process that started this role that it can serve now.
+    """Report to the process that started this role, or to systemd, that it can serve now.
 
     Does nothing in a process that you started by hand, and nothing the second time.
 
     Args:
         info: Facts for the parent, such as the endpoint; JSON values, under 64 KiB.
     """
+    _notify_systemd(os.environ.pop(NOTIFY_VARIABLE, ""))
     fd = os.environ.pop(READY_FD_VARIABLE, None)  # popped: no grandchild may announce in our place
     if fd is None or not fd.isdecimal():
         return
@@ -503,6 +508,17 @@ def announce_ready(info: Mapping[str, Any]) -> None:
     # A parent that has closed the pipe has given up on this role and is about to kill it.
     with contextlib.suppress(BrokenPipeError), os.fdopen(int(fd), "wb") as pipe:
         pipe.write(line)
+
+
+def _notify_systemd(path: str) -> None:
+    if not path.startswith(("/", "@")):
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path  # @ stands for Linux's abstract names
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notified:
+        try:
+            notified.sendto(b"READY=1", address)
+        except OSError as error:  # the role serves all the same; the unit would end by its start's time limit
+            print(f"{NOTIFY_VARIABLE}={path}: {error.strerror}", file=sys.stderr)  # noqa: T201
 
 
 def die_with_parent() -> None:

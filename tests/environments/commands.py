@@ -66,6 +66,12 @@ COMMANDS: dict[str, tuple[Step, ...]] = {
     "cluster logs": (step("cluster logs", codes=(1,), stderr=r"there are no logs"),),
     "cluster down": (step("cluster down", "nothing to stop"),),
     "cluster config": (step("cluster config {in}/hosts.yaml", "hosts"),),
+    "cluster render": (
+        step("cluster render kubernetes {in}/hosts.yaml", r"(?s)kind: StatefulSet.*NetworkPolicy"),
+    ),
+    "cluster render out": (
+        step("cluster render compose {in}/hosts.yaml --out {out}/r", "wrote", files={"r/compose.yaml": ANY}),
+    ),
     "cluster keys": (
         step(
             "cluster keys --out {out}/keys make",

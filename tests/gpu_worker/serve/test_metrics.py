@@ -25,6 +25,11 @@ class Server:
     link = LinkState.SERVING
     counts = {"malformed": 3}  # noqa: RUF012  of one test
     gauges = Gauges(memory_bytes=1_000, utilisation=0.5)
+    since_ns = 0
+
+    def since_pass_ns(self) -> int:
+        """Return how long ago the loop passed."""
+        return self.since_ns
 
 
 def report(slot: int, subnet: int, n: int, *, n_run: int, took_ms: int) -> EndedBatch:
@@ -71,6 +76,17 @@ def test_a_worker_is_ready_while_its_link_serves() -> None:
     assert ready()[:2] == (200, b"the link to the router is serving\n")
     server.link = LinkState.DRAINING
     assert ready()[:2] == (503, b"the link to the router is draining\n")
+
+
+def test_a_worker_is_live_while_its_loop_passes() -> None:
+    """Whatever its link is: a router that is away is no reason to restart a worker."""
+    server = Server()
+    server.link = LinkState.JOINING
+    live = pages(cast("WorkerServer", server), WorkerMetrics("w", PROFILE, n_slots=1))["/live"]
+
+    assert live()[:2] == (200, b"the loop passed 0 ms ago\n")
+    server.since_ns = 2_000 * MS
+    assert live()[:2] == (503, b"the loop passed 2000 ms ago\n")
 
 
 def test_every_metric_of_the_table_is_exported_and_what_is_unknown_is_absent() -> None:

@@ -55,6 +55,15 @@ def router(folder: Path) -> Iterator[RoleProcess]:
         assert router.poll() in (None, 0), router.tail()
 
 
+def test_a_router_reads_its_secret_where_it_is_mounted(folder: Path, tmp_path: Path) -> None:
+    """With its lists in one place and its secret in another it serves the same peers."""
+    (folder / "router.key").rename(tmp_path / "mounted")
+    argv = ["-m", "router", "--keys", str(folder), "--router-key", str(tmp_path / "mounted")]
+    with processes.start("router", argv) as router:
+        endpoint = processes.wait_ready(router, WAIT_S)["client"]
+        assert ask_status(endpoint, WAIT_S, keys=folder / "clients" / "web.key") is not None
+
+
 @pytest.fixture
 def net() -> Iterator[Net]:
     """Yield what peers are made of."""

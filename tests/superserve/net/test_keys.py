@@ -52,6 +52,35 @@ def test_a_secret_that_others_may_read_is_refused(folder: Path, mode: int) -> No
         keys.router_keys(folder)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs files of root")
+def test_a_group_may_read_a_secret_of_root(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So Kubernetes hands a secret to a process that is not root; for root itself the rule stays."""
+    path = folder / "clients" / "web.key"
+    path.chmod(0o440)
+    with pytest.raises(ConfigError, match="0440"):
+        keys.peer_keys(path)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 10_001)
+    assert keys.peer_keys(path) is not None
+    for mode in (0o444, 0o460, 0o640 | 0o010):
+        path.chmod(mode)
+        with pytest.raises(ConfigError, match=f"{mode:04o}"):
+            keys.peer_keys(path)
+    path.chmod(0o440)
+    os.chown(path, 10_001, 10_001)
+    with pytest.raises(ConfigError, match="0440"):
+        keys.peer_keys(path)
+
+
+def test_a_routers_secret_may_lie_elsewhere(folder: Path, tmp_path: Path) -> None:
+    """Where secrets are mounted on their own; the folder's own one is not read then."""
+    public = keys.router_keys(folder).public
+    (folder / "router.key").rename(tmp_path / "secret")
+    assert keys.router_keys(folder, tmp_path / "secret").public == public
+    with pytest.raises(ConfigError, match="elsewhere: expected a key file: No such file"):
+        keys.router_keys(folder, tmp_path / "elsewhere")
+
+
 def test_what_was_made_is_read(folder: Path) -> None:
     """A peer's file holds the key that is listed, and the router's."""
     ring, problems = keys.read_ring(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -483,3 +484,22 @@ def test_the_end_of_a_log_is_shown_without_the_steps_of_a_traceback() -> None:
 
     assert str(told.value).endswith("ends:\nbefore\nat work\nOSError: no more threads")
     assert "Traceback" in failing.log_path.read_text()
+
+
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_a_role_reports_to_systemd_that_it_is_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_abstract: bool
+) -> None:
+    """Once, on the socket that the unit names; a socket that is gone does not end the role."""
+    path = f"@superserve-{os.getpid()}" if is_abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind("\0" + path[1:] if is_abstract else path)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        processes.announce_ready({})
+        processes.announce_ready({})
+        systemd.setblocking(False)
+        assert systemd.recv(100) == b"READY=1"
+        with pytest.raises(BlockingIOError):
+            systemd.recv(100)
+    monkeypatch.setenv("NOTIFY_SOCKET", path)
+    processes.announce_ready({})

@@ -1,0 +1,1 @@
+"""Tests of `cluster.engines`: pure renderers here, real engines in the slow ones."""
