@@ -17,7 +17,7 @@ from superserve.errors import ConfigError, ProcessError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from cluster.operate.engine import RoleSeen
+    from cluster.engines.engine import RoleSeen
     from cluster.operate.supervised import SupervisedCluster
     from superserve.clock import Clock
 
@@ -182,7 +182,8 @@ class RollingOperator:
             took_s = (self._clock.now_ns() - begin_ns) / SECOND
             if all(now[name].is_up for name in names) and there.issuperset(workers):
                 for name in sorted(names):
-                    self._say(f"{name}: live again after {took_s:.1f} s, as pid {now[name].pid}")
+                    where = now[name].place or f"pid {now[name].pid}"
+                    self._say(f"{name}: live again after {took_s:.1f} s, as {where}")
                 return
             if took_s > timeout_s:
                 absent = sorted((names | set(workers)) - there - {"router"}) or ["router"]
