@@ -132,6 +132,10 @@ class ClusterEngine(Protocol):
         """What is known about the cluster without asking."""
         ...
 
+    def keep(self, record: Record) -> None:
+        """Replace what is known about the cluster: it was scaled."""
+        ...
+
     def apply(
         self, plans: Mapping[str, HostPlan], files: Mapping[str, Mapping[str, str]]
     ) -> dict[str, Applied]:

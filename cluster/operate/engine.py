@@ -59,6 +59,10 @@ class SupervisorEngine:
         self.record = record
         self._shell = shell
 
+    def keep(self, record: Record) -> None:
+        """Replace what is known about the cluster."""
+        self.record = record
+
     @property
     def is_here(self) -> bool:
         """Whether it is a cluster of this machine."""

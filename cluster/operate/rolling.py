@@ -113,6 +113,15 @@ class RollingOperator:
                 self._start(group, timeout_s, [role.name for role in group if role.kind == "worker"])
         return [role.name for role in ended]
 
+    def start(self, names: Sequence[str], timeout_s: float) -> None:
+        """Start roles that have ended, or are new to the engine; return once the router gives them work.
+
+        Raises:
+            ProcessError: One has ended again, or the router does not within `timeout_s` seconds.
+        """
+        roles = {role.name: role for role in self._cluster.roles()}
+        self._start([roles[name] for name in names], timeout_s, names)
+
     # --- steps --------------------------------------------------------------------------------
 
     def _is_safe(self, groups: Sequence[Sequence[RoleSeen]]) -> bool:

@@ -103,7 +103,7 @@ SlurmctldHost={platform.node()}(10.77.0.100)
 SlurmctldPort=17000
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={self._folder / "munge.socket"}
+AuthInfo=socket={self._folder / "munge.socket"},cred_expire=5
 CryptoType=crypto/munge
 CredType=cred/munge
 StateSaveLocation={self._folder / "state"}
@@ -129,8 +129,8 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-{nodes}PartitionName=main Nodes=ALL Default=YES PriorityTier=2 PreemptMode=OFF State=UP
-PartitionName=spare Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime={GRACE_S} State=UP
+{nodes}PartitionName=main Nodes=ALL Default=YES LLN=YES PriorityTier=2 PreemptMode=OFF State=UP
+PartitionName=spare Nodes=ALL LLN=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={GRACE_S} State=UP
 """
         )
         devices = self._folder / "gpus"

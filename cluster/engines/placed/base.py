@@ -88,6 +88,10 @@ class PlacedEngine(ABC):
     def __init__(self, record: Record) -> None:
         self.record = record
 
+    def keep(self, record: Record) -> None:
+        """Replace what is known about the cluster."""
+        self.record = record
+
     # --- what differs -------------------------------------------------------------------------
 
     @abstractmethod
@@ -303,7 +307,8 @@ class PlacedEngine(ABC):
                 raise ConfigError(f"{path}: expected what `cluster up` writes: {error}") from error
             return read_file(Started, body, str(path))
         host = self.record.host_of(name)
-        sibling = next((one for one in host.roles if one != name and self._path(one).exists()), None)
+        workers = [one for one in host.roles if one not in ("router", name)]
+        sibling = next((one for one in workers if self._path(one).exists()), None)
         if sibling is None:
             raise ConfigError(f"{name}: expected a worker that was started on {host.name} before")
         role = further(self.last(sibling), name)

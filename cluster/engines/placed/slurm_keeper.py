@@ -92,7 +92,7 @@ class JobKeeper:
         backoff = Backoff(Timing())
         while not self._is_asked():
             if not self._found_router():
-                self._rest(_FIND_S)
+                self._pause(_FIND_S)
                 continue
             began_s = time.monotonic()
             code, moved = self._run_once()
@@ -107,7 +107,7 @@ class JobKeeper:
                 self._say(f"{self._role.name}: ended with exit code {code} too often")
                 return code if 0 < code < 126 else 1
             self._say(f"{self._role.name}: ended with exit code {code}; starting it again in {pause_s:g} s")
-            self._rest(pause_s)
+            self._pause(pause_s)
         return self._queued_again() if self._asked == signal.SIGUSR1 else 0
 
     def _is_asked(self) -> bool:
@@ -125,10 +125,12 @@ class JobKeeper:
             env={**os.environ, "PYTHONUNBUFFERED": "1", **dict(role.env)}, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         moved = False
+        look_s = time.monotonic() + _LOOK_S
         while step.poll() is None:
-            self._rest(_LOOK_S)
-            if step.poll() is None and not self._is_asked():
+            self._rest(look_s - time.monotonic())
+            if time.monotonic() >= look_s and step.poll() is None and not self._is_asked():
                 moved = self._router_moved()
+                look_s = time.monotonic() + _LOOK_S
             if self._is_asked() or moved:
                 self._drain(step)
         return step.returncode, moved
@@ -183,7 +185,7 @@ class JobKeeper:
         except RemoteError as error:
             self._say(f"{self._role.name}: not queued again: {error}")
             return 1
-        self._rest(_REQUEUED_S)
+        self._stay()
         return 0
 
     def _drained_by_others(self) -> int:
@@ -194,7 +196,7 @@ class JobKeeper:
             preempted = False
         if preempted:
             self._say(f"{self._role.name}: drained for another job")
-            self._rest(_REQUEUED_S)
+            self._stay()
         return 0
 
     # --- signals ------------------------------------------------------------------------------
@@ -211,8 +213,23 @@ class JobKeeper:
         if self._asked != signal.SIGTERM:  # an end that was asked for stays one
             self._asked = number
 
+    def _stay(self) -> None:
+        """Wait for Slurm to end this job, or for SIGTERM."""
+        give_up_s = time.monotonic() + _REQUEUED_S
+        while self._asked != signal.SIGTERM and time.monotonic() < give_up_s:
+            self._rest(give_up_s - time.monotonic())
+
+    def _pause(self, seconds: float) -> None:
+        """Wait until time is up, or until this job is asked to end."""
+        end_s = time.monotonic() + seconds
+        while not self._is_asked() and time.monotonic() < end_s:
+            self._rest(end_s - time.monotonic())
+
     def _rest(self, seconds: float) -> None:
-        """Wait for a signal, of a child that ended too, or until time is up."""
+        """Wait for a signal, of a child that ended too, or until time is up.
+
+        Commands of Slurm are children as well, so this may return at once: callers look at the clock.
+        """
         select.select([self._wake], [], [], max(seconds, 0))
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake, 4_096)
