@@ -67,7 +67,8 @@ def load(here: Net, endpoint: str, host: str = "op") -> Iterator[Path]:
     began_s = time.monotonic()
     with here.start(
         sys.executable, "-m", "loadgen", "run", "--connect", endpoint, "--trace",
-        f"poisson:rate={_RATE_QPS}", "--duration", "600", "--slo-ms", str(_SLO_MS), "--json", str(path), "--json-lines",
+        f"poisson:rate={_RATE_QPS}", "--duration", "600", "--slo-ms", str(_SLO_MS),
+        "--json", str(path), "--json-lines",
         host=host,
     ) as offered:  # fmt: skip
         try:

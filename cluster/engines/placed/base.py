@@ -144,15 +144,10 @@ class PlacedEngine(ABC):
             for role in plan.roles
             if not done[host].error
         ]
-        self._leave({role.name for role in wanted}, done)
-        # The router first: workers that find it at once need not look again.
-        for role in sorted(wanted, key=lambda role: role.kind != "router"):
-            try:
-                if did := self._run(role):
-                    done[role.host].changed[role.name] = did
-            except RemoteError as error:
-                before = done[role.host]
-                done[role.host] = replace(before, error=f"{role.host}: {role.name}: {error}")
+        try:
+            self._replace(wanted, done)
+        except RemoteError as error:
+            return {host: replace(one, error=one.error or f"{host}: {error}") for host, one in done.items()}
         return done
 
     def roles(self) -> tuple[HostSeen, ...]:
@@ -214,37 +209,36 @@ class PlacedEngine(ABC):
             stop_s, self.settings(role.kind),
         )  # fmt: skip
 
-    def _run(self, role: Started) -> str:
-        """Start a role, again if it runs as something else; return what was done, "" for nothing."""
-        path = self._path(role.name)
-        before = self.seen().get(role.name)
-        is_running = before is not None and not before.has_ended
-        if is_running and path.exists() and self.last(role.name) == role:
-            return ""
-        if is_running:
-            self.end(role.name)
-            self._await_end([role.name])
-        self.gone([role.name])
-        self._write(role)
-        self.start(role)
-        return "restarted" if is_running else "started"
+    def _replace(self, wanted: Sequence[Started], done: dict[str, Applied]) -> None:
+        """End roles that are not wanted, or run as something else; then start all that do not run."""
+        found = self.seen()
+        running = {name: role for name, role in found.items() if not role.has_ended}
+        same = {role.name for role in wanted if role.name in running and self._was(role)}
+        ending = [name for name in running if name not in same]
+        for name in ending:
+            self.end(name)
+        self._await_end(ending)
+        self.gone(name for name in found if name not in same)
+        names = {role.name for role in wanted}
+        for name in ending:
+            if name not in names and running[name].host in done:
+                done[running[name].host].changed[name] = "stopped"
+        # The router first: workers that find it at once need not look again.
+        for role in sorted(wanted, key=lambda role: role.kind != "router"):
+            if role.name in same:
+                continue
+            self._write(role)
+            try:
+                self.start(role)
+            except RemoteError as error:
+                before = done[role.host]
+                done[role.host] = replace(before, error=f"{role.host}: {role.name}: {error}")
+            else:
+                done[role.host].changed[role.name] = "restarted" if role.name in running else "started"
 
-    def _leave(self, wanted: set[str], done: dict[str, Applied]) -> None:
-        """End the roles that are no longer wanted, all at once."""
-        try:
-            found = self.seen()
-            surplus = [name for name, role in found.items() if name not in wanted and not role.has_ended]
-            for name in surplus:
-                self.end(name)
-            self._await_end(surplus)
-            self.gone(name for name in found if name not in wanted)
-        except RemoteError as error:
-            done |= {host: replace(applied, error=f"{host}: {error}") for host, applied in done.items()}
-            return
-        for name in surplus:
-            host = found[name].host
-            if host in done:
-                done[host].changed[name] = "stopped"
+    def _was(self, role: Started) -> bool:
+        """Return whether that is what the role was started with last."""
+        return self._path(role.name).exists() and self.last(role.name) == role
 
     def _await_end(self, names: Sequence[str]) -> None:
         give_up_s = time.monotonic() + _END_S
