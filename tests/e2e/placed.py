@@ -41,18 +41,23 @@ def done(command: Command, *args: str) -> str:
 
 def seen(command: Command) -> dict[str, dict[str, Any]]:
     """Return each role, from `cluster status --json`."""
-    code, output = command("status", "--json")
-    assert code in (0, 1), output
-    return {role["name"]: role for role in json.loads(output)["roles"]}
+    return {role["name"]: role for role in _status(command)["roles"]}
 
 
 def well(command: Command) -> set[str]:
     """Return the workers to which the router gives work."""
-    code, output = command("status", "--json")
-    assert code in (0, 1), output
-    status = json.loads(output)["status"]
+    status = _status(command)["status"]
     workers = [] if status is None else status["workers"]
     return {gpu["name"] for gpu in workers if (gpu["process"], gpu["state"]) == ("live", "ready")}
+
+
+def _status(command: Command) -> dict[str, Any]:
+    code, output = command("status", "--json")
+    assert code in (0, 1), output
+    body: dict[str, Any] = json.loads(
+        output[output.index("{\n") :]
+    )  # what was printed on stderr is before it
+    return body
 
 
 def node(role: dict[str, Any]) -> str:

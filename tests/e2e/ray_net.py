@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -49,6 +50,7 @@ class RayNet:
         here.env |= {
             "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(here.folder / "ray"),
+            "RAY_raylet_start_wait_time_s": "120",  # other tests may keep the machine busy
             # A node that is cut off counts as dead after some seconds, not half a minute.
             "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "3",
@@ -61,8 +63,9 @@ class RayNet:
             self.head, "--head", f"--port={_PORT}", "--include-dashboard=false",
             f"--temp-dir={self.net.folder / 'ray'}",
         )  # fmt: skip
-        for host in self.net.hosts[1:]:
-            self._start(host, f"--address={self.address}")
+        others = self.net.hosts[1:]
+        with ThreadPoolExecutor(len(others)) as pool:  # each takes seconds
+            list(pool.map(lambda host: self._start(host, f"--address={self.address}"), others))
 
     def cluster(self, *args: str) -> tuple[int, str]:
         """Run `python -m cluster ...` on the head; return its exit code and all that it printed."""

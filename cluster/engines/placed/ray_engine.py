@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ def connected(record: Record) -> Iterator[RayEngine]:
             "engine: ray needs the package ray in this Python: pip install 'superserve[ray]'"
         ) from None
     settings = record.ray or RaySettings()
+    _hush(ray)
     try:
         ray.init(
             address=settings.address, namespace=namespace(record.name), log_to_driver=False,
@@ -60,6 +62,21 @@ def connected(record: Record) -> Iterator[RayEngine]:
         yield RayEngine(record, ray)
     finally:
         ray.shutdown()
+
+
+def _hush(ray: Any) -> None:
+    """Send to stderr what Ray prints about nodes that die: it would be in the midst of `status --json`.
+
+    Ray has no setting for it: those lines come even without `log_to_driver`.
+    """
+    worker: Any = getattr(getattr(ray, "_private", None), "worker", None)
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = _to_stderr
+
+
+def _to_stderr(data: dict[str, Any], *_: object, **__: object) -> None:
+    for line in data.get("lines", ()):
+        sys.stderr.write(f"ray: {line}\n")
 
 
 class RayEngine(PlacedEngine):

@@ -46,7 +46,7 @@ elif name == "squeue":
             print(line)
         elif job in wanted and state == "RUNNING":
             print(node)
-elif name == "scontrol" and args[-2] == "node":
+elif name == "scontrol" and "node" in args:
     print(f"NodeName={{args[-1]}} Arch=x86_64 NodeAddr=10.1.0.{{args[-1][1:]}} NodeHostName={{args[-1]}}")
 elif name == "scancel":
     path = jobs[int(args[-1])]
