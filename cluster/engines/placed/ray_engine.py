@@ -205,11 +205,11 @@ class RayEngine(PlacedEngine):
         node = self._settings.router_node
         if not is_router or node is None:
             return "SPREAD" if self._settings.spread and not is_router else "DEFAULT"
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
-
         alive = [one for one in self._ray.nodes() if one["Alive"]]
         for one in alive:
             if node in (one["NodeManagerAddress"], one["NodeManagerHostname"]):
+                from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
+
                 return NodeAffinitySchedulingStrategy(one["NodeID"], soft=False)
         known = ", ".join(sorted(one["NodeManagerAddress"] for one in alive))
         raise RemoteError(f"ray: router_node: expected a node of the cluster, one of {known}, got {node!r}")
