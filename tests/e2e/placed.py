@@ -7,21 +7,16 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tests.e2e.netns import Net
 
     Command = Callable[..., tuple[int, str]]
-
-_SLO_MS = 10_000  # no test's noise takes that long: what fails then has failed
-_RATE_QPS = 100
 
 
 def text(engine: str, settings: str, n: int) -> str:
@@ -66,28 +61,19 @@ def node(role: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def load(here: Net, endpoint: str, host: str = "op") -> Iterator[Path]:
+def load(here: Net, endpoint: str, host: str = "op") -> Iterator[None]:
     """Offer queries while the block runs; every one of them must be answered in time."""
-    path = here.folder / "run.json"
-    began_s = time.monotonic()
-    with here.start(
-        sys.executable, "-m", "loadgen", "run", "--connect", endpoint, "--trace",
-        f"poisson:rate={_RATE_QPS}", "--duration", "600", "--slo-ms", str(_SLO_MS),
-        "--json", str(path), "--json-lines",
-        host=host,
-    ) as offered:  # fmt: skip
+    with here.start(sys.executable, "-m", "tests.e2e.steady", endpoint, host=host) as offered:
+        assert offered.stdout is not None, "it was started with a pipe"
+        line = offered.stdout.readline()
+        assert line == "begun\n", line + offered.communicate(timeout=60)[0]
         try:
-            assert offered.stdout is not None, "it was started with a pipe"
-            while '"second"' not in offered.stdout.readline():  # the first line of figures
-                assert offered.poll() is None, "the load generator ended"
-            yield path
+            yield
         finally:
             offered.send_signal(signal.SIGINT)  # to `ip netns exec`, which it has become
-            output, _ = offered.communicate(timeout=90)
-    queries = json.loads(path.read_text())["queries"]
-    took_s = time.monotonic() - began_s
-    assert queries["total"] > _RATE_QPS * took_s / 3, "the load lasted as long as the block"
-    assert (queries["ok"], queries["unsent"]) == (queries["total"], 0), (queries, output)
+            output, _ = offered.communicate(timeout=60)
+    ends = json.loads(output.splitlines()[-1])
+    assert ends.keys() == {"ok"}, ends
 
 
 def kill(here: Net, name: str) -> int:

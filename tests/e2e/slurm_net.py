@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "nsenter")
 _ENTER = ("nsenter",)  # `ip netns exec` would hide the machine's control groups, and slurmd looks for them
 _N_GPUS = 2  # of each node: files stand for the devices
-GRACE_S = 8
+GRACE_S = 3
 """How long a job of the partition "spare" has when one of "main" takes its node."""
 
 

@@ -127,9 +127,8 @@ class RoleActor:
 
     def _start(self, address: str) -> subprocess.Popen[bytes]:
         role = self._role
-        argv = [
-            word.replace(ROUTER_HOST, address).replace(self._folder, str(self._here)) for word in role.argv
-        ]
+        there, here = f"{self._folder}/files/", f"{self._here}/files/"
+        argv = [word.replace(ROUTER_HOST, address).replace(there, here) for word in role.argv]
         env = {
             **os.environ, "PYTHONUNBUFFERED": "1", PARENT_PID_VARIABLE: str(os.getpid()), **dict(role.env),
         }  # fmt: skip
