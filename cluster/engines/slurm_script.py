@@ -14,7 +14,7 @@ import shlex
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from cluster.engines.describe import Place
+from cluster.engines.describe import RolePlace
 from cluster.spec.engines import SlurmSettings
 from cluster.spec.hostkeys import secret_path
 
@@ -117,7 +117,7 @@ def _body(description: Description) -> Iterator[str]:
 def _command(description: Description, group: RoleGroup, process: Process) -> str:
     host = description.hosts.host(group.host)
     address = description.hosts.metrics.address
-    place = Place(
+    place = RolePlace(
         folder=f"{_FOLDER}/{group.name}", router=_ROUTER, name=process.name,
         device="cuda:0" if group.gpus else "cpu",
         metrics=None if process.metrics is None else (address, process.metrics),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AskedFleets:
     """What a fleet is simulated on: plain values, which go to other processes."""
 
     spec: str
@@ -95,7 +95,7 @@ def autoscale_command(
     check_outputs({"--json": json_path, "--picture": picture})
     if picture is not None:
         check_installed()
-    asked = Asked(
+    asked = AskedFleets(
         spec, rate, duration, emulate, policy or options.DEFAULT_POLICY, options.slo_ns_of(slo_ms), seed
     )
     make_policy(asked.policy, parse_cluster(f"{emulate}:1")[0])
@@ -119,7 +119,7 @@ def autoscale_command(
         write(picture, draw(trace, found))
 
 
-def _run(asked: Asked, of: study.ScaledFleet) -> study.Scaled:
+def _run(asked: AskedFleets, of: study.ScaledFleet) -> study.Scaled:
     profile = parse_cluster(f"{asked.emulate}:1")[0]
     return study.run(asked.trace(), profile, of, policy=asked.policy, slo_ns=asked.slo_ns, seed=asked.seed)
 

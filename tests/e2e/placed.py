@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
+from tests.paths import ROOT
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tests.e2e.netns import Net
 
     Command = Callable[..., tuple[int, str]]
+
+_PAGE = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
 
 
 def text(engine: str, settings: str, n: int) -> str:
@@ -74,6 +80,33 @@ def load(here: Net, endpoint: str, host: str = "op") -> Iterator[None]:
             output, _ = offered.communicate(timeout=60)
     ends = json.loads(output.splitlines()[-1])
     assert ends.keys() == {"ok"}, ends
+
+
+def follow_page(here: Net, name: str, python: Path, host: str, *changes: tuple[str, str]) -> None:
+    """Type a section of docs/engines.md: save its hosts file, and run its commands, which must succeed.
+
+    Args:
+        here: The hosts.
+        name: As in the comment before the commands.
+        python: What runs the commands of this package.
+        host: Where they are typed.
+        changes: Words of the hosts file, and what stands for them in this test.
+    """
+    found = re.search(
+        rf"^```yaml\n([^`]*)^```\n\n<!-- runs: {name} -->\n```sh\n(.*?)^```$", _PAGE, re.MULTILINE | re.DOTALL
+    )
+    assert found is not None, name
+    text = found[1]
+    for words, instead in changes:
+        assert words in text, words
+        text = text.replace(words, instead)
+    (here.folder / "hosts.yaml").write_text(text)
+    for line in found[2].splitlines():
+        word, _, rest = line.partition(" ")
+        shell = f"cd {here.folder} && {python} -P -m {word} {rest}"
+        code, output = here.run("sh", "-c", shell, host=host)
+        # On a busy machine `loadgen` exits 1 after its table: its run is disturbed.
+        assert code == 0 or (word == "loadgen" and "SLO attainment" in output), f"{line}\n{output}"
 
 
 def kill(here: Net, name: str) -> int:

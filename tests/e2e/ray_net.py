@@ -14,7 +14,6 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -63,9 +62,8 @@ class RayNet:
             self.head, "--head", f"--port={_PORT}", "--include-dashboard=false",
             f"--temp-dir={self.net.folder / 'ray'}",
         )  # fmt: skip
-        others = self.net.hosts[1:]
-        with ThreadPoolExecutor(len(others)) as pool:  # each takes seconds
-            list(pool.map(lambda host: self._start(host, f"--address={self.address}"), others))
+        for host in self.net.hosts[1:]:  # one after the other: two that choose names for sockets at once hang
+            self._start(host, f"--address={self.address}")
 
     def cluster(self, *args: str) -> tuple[int, str]:
         """Run `python -m cluster ...` on the head; return its exit code and all that it printed."""

@@ -61,3 +61,6 @@ def test_a_cluster_on_ray_from_up_to_down(nodes: RayNet) -> None:
     assert "left alone" in placed.done(cluster, "up", path)
     assert "no process of it is left" in placed.done(cluster, "down")
     assert all(not placed.workers_on(here, host) for host in here.hosts if host != lost)
+
+    # The commands of docs/engines.md, on the nodes that are left.
+    placed.follow_page(here, "ray", nodes.python, nodes.head)

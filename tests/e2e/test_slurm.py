@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +16,6 @@ from tests.e2e.slurm_net import SlurmNet, slurm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -113,3 +113,10 @@ def test_the_rendered_job_serves_and_drains(nodes: SlurmNet) -> None:
     nodes.call("scancel", "--batch", "--signal=TERM", job)
     here.until(lambda: not nodes.call("squeue", "-h", f"--job={job}", "-o", "%T").strip())
     assert log.read_text().count("dropped: nothing") == 2
+
+
+def test_the_page_is_true(nodes: SlurmNet) -> None:
+    """The commands of docs/engines.md, from a hosts file to the end."""
+    folder = ("/shared/superserve", str(nodes.net.folder / "shared"))
+    partition = ("--partition=gpu", "--partition=main")
+    placed.follow_page(nodes.net, "slurm", Path(sys.executable), "op", folder, partition)

@@ -10,7 +10,7 @@ import base64
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.engines.describe import Place
+from cluster.engines.describe import RolePlace
 from cluster.engines.placed.base import ROUTER_HOST
 from cluster.remote.record import KnownHost, Record
 from cluster.spec.hostkeys import operator_key
@@ -81,7 +81,7 @@ def _roles(description: Description, group: RoleGroup, folder: str, n_before: in
     for i, process in enumerate(group.processes):
         first = metrics.router if group.is_router else metrics.workers
         port = None if first is None else first if group.is_router else first + n_before + i
-        place = Place(
+        place = RolePlace(
             folder=folder,
             router=ROUTER_HOST,
             name=process.name,
