@@ -31,7 +31,7 @@ def main(endpoint: str) -> None:
         futures = []
         while not stop.wait(1 / RATE_QPS):
             futures.append(client.submit(payload, slo_ms=SLO_MS))
-        ends: Counter[str] = Counter()
+        ends = Counter(ok=1)
         for future in futures:
             try:
                 future.result()

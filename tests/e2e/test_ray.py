@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -41,17 +43,16 @@ def test_a_cluster_on_ray_from_up_to_down(nodes: RayNet) -> None:
     assert places["router"] == here.address(nodes.head)
 
     with placed.load(here, f"tcp://{places['router']}:5555", host=nodes.head):
-        before = placed.seen(cluster)["worker-gpu-0"]["place"]
-        placed.kill(here, "worker-gpu-0")
-        here.until(lambda: placed.seen(cluster)["worker-gpu-0"]["place"] not in ("", before))
+        killed = placed.everywhere(here)["worker-gpu-0"]
+        os.kill(killed, signal.SIGKILL)
+        here.until(lambda: placed.everywhere(here).get("worker-gpu-0", killed) != killed)
         here.until(lambda: placed.well(cluster) == {"worker-gpu-0", "worker-gpu-1"})
 
         placed.done(cluster, "scale", "4")  # Ray spreads them: each other node has one at least
         assert placed.well(cluster) == {f"worker-gpu-{i}" for i in range(4)}
-        lost = next(host for host in here.hosts[1:] if placed.workers_on(here, host))
+        lost = next(host for host in here.hosts[1:] if placed.processes(here, host))
         placed.cut(here, lost, off=True)
-        address = here.address(lost)
-        here.until(lambda: all(placed.node(role) != address for role in placed.seen(cluster).values()))
+        here.until(lambda: len(placed.everywhere(here, lost)) == 4)  # Ray has made its actors elsewhere
         here.until(lambda: placed.well(cluster) == {f"worker-gpu-{i}" for i in range(4)})
 
         output = placed.done(cluster, "scale", "1")
@@ -60,7 +61,7 @@ def test_a_cluster_on_ray_from_up_to_down(nodes: RayNet) -> None:
 
     assert "left alone" in placed.done(cluster, "up", path)
     assert "no process of it is left" in placed.done(cluster, "down")
-    assert all(not placed.workers_on(here, host) for host in here.hosts if host != lost)
+    assert placed.everywhere(here, lost) == {}
 
     # The commands of docs/engines.md, on the nodes that are left.
     placed.follow_page(here, "ray", nodes.python, nodes.head)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,16 +48,18 @@ def test_a_cluster_on_slurm_from_up_to_down(nodes: SlurmNet) -> None:
     assert len(set(places.values())) == 3, places
 
     with placed.load(here, f"tcp://{here.address(places['router'])}:5555"):
-        placed.kill(here, "worker-gpu-0")
+        os.kill(placed.everywhere(here)["worker-gpu-0"], signal.SIGKILL)
         log = here.folder / "shared" / "worker-gpu-0.log"
         here.until(lambda: log.read_text().count("welcomed") == 2)
 
         lost = places["worker-gpu-1"]
         placed.cut(here, lost, off=True)
-        here.until(lambda: placed.node(placed.seen(cluster)["worker-gpu-1"]) not in ("", lost))
+        here.until(lambda: "worker-gpu-1" in placed.everywhere(here, lost))  # Slurm has moved its job
         here.until(lambda: "worker-gpu-1" in placed.well(cluster))
         placed.cut(here, lost, off=False)
-        here.until(lambda: not placed.workers_on(here, lost))  # Slurm ends what it had given up
+        here.until(
+            lambda: "worker-gpu-1" not in placed.processes(here, lost)
+        )  # Slurm ends what it had given up
 
         output = placed.done(cluster, "scale", "3")
         assert "worker-gpu-2: live again" in output
@@ -69,7 +73,7 @@ def test_a_cluster_on_slurm_from_up_to_down(nodes: SlurmNet) -> None:
     assert placed.well(cluster) == {"worker-gpu-0", "worker-gpu-1"}
     output = placed.done(cluster, "down")
     assert "no process of it is left" in output
-    assert all(not placed.workers_on(here, host) for host in here.hosts)
+    assert placed.everywhere(here) == {}
     assert not re.search(r"RUNNING|PENDING", nodes.call("squeue", "-h", "-o", "%T"))
 
 
