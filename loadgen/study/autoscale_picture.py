@@ -19,14 +19,12 @@ if TYPE_CHECKING:
     from loadgen.traces.trace import Trace
 
 _SIZE_IN = (8.0, 3.6)
-_NONE = 1e-6
-"""Where a share of 0 is drawn on a logarithmic axis."""
 _N_BINS = 200
 _COLOURS = dict(zip(NEEDS, RUNS, strict=False))
 
 
 def draw(trace: Trace, found: Sequence[Scaled]) -> str:
-    """Return an SVG: each fleet by GPU-hours and share missed, and the scaled fleet's size over the load."""
+    """Return an SVG: each fleet by GPU-hours and accuracy, and the scaled fleet's size over the load."""
     import matplotlib as mpl  # noqa: PLC0415  matplotlib's import is slow, and only pictures need it
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -42,19 +40,26 @@ def draw(trace: Trace, found: Sequence[Scaled]) -> str:
 
 def _costs(axes: Axes, found: Sequence[Scaled]) -> None:
     for one in found:
-        place = one.gpu_hours, max(1.0 - one.attainment, _NONE)
+        place = one.gpu_hours, one.accuracy or 0.0
         colour = MUTED if one.fleet.is_fixed else _COLOURS[one.fleet.need]
         axes.plot(*place, "s" if one.fleet.is_fixed else "o", color=colour, markersize=6)
-        accuracy = "" if one.accuracy is None else f", {one.accuracy:.1f} %"
+        # A scaled fleet is less accurate than a fixed one of its price, whose label is above.
+        below = not one.fleet.is_fixed
         axes.annotate(
-            f"{one.fleet.name}{accuracy}", place, (6, 4), textcoords="offset points", color=colour, fontsize=8
-        )
-    axes.set_yscale("log")
-    axes.set_ylim(_NONE / 2, 1.0)
-    axes.margins(x=0.35)
-    axes.set_xlabel("GPU-hours")
-    axes.set_ylabel("share of queries that missed its SLO")
+            f"{one.fleet.name}: {percent_missed(one.attainment)}", place, (7, -10 if below else 5),
+            textcoords="offset points", color=colour, fontsize=8,
+        )  # fmt: skip
+    axes.margins(x=0.1, y=0.15)
+    axes.set_xlim(0, max(one.gpu_hours for one in found) * 1.9)  # room for the last label
+    axes.set_xlabel("GPU-hours; share of queries that missed its SLO")
+    axes.set_ylabel("mean accuracy, %")
     axes.grid()
+
+
+def percent_missed(attainment: float) -> str:
+    """Return the share that missed, in words: "0.21 % missed"."""
+    missed = 100 * (1 - attainment)
+    return "none missed" if missed == 0 else f"{missed:.2g} % missed"
 
 
 def _sizes(axes: Axes, trace: Trace, scaled: Sequence[Scaled]) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _PORT = 6_379
 _N_CPUS = 8  # of each node, as Ray counts
 _INSTALL_S = 300.0
+_START_S = 300.0  # some 5 s on a quiet machine, 40 s on a busy one
 _PLACE = ROOT / "out" / "ray-venv"
 
 
@@ -70,12 +71,17 @@ class RayNet:
         return self.net.run(str(self.python), "-P", "-m", "cluster", *args, host=self.head)
 
     def _start(self, host: str, *more: str) -> None:
-        code, output = self.net.run(
+        started = self.net.start(
             str(self.python), "-m", "ray.scripts.scripts", "start",
             f"--node-ip-address={self.net.address(host)}",
             f"--num-cpus={_N_CPUS}", "--num-gpus=2", "--object-store-memory=100000000", *more, host=host,
         )  # fmt: skip
-        assert code == 0, output
+        try:
+            output, _ = started.communicate(timeout=_START_S)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            output, _ = started.communicate()
+        assert started.returncode == 0, output
 
 
 @functools.cache
