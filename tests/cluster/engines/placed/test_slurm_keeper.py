@@ -33,6 +33,14 @@ time.sleep(60)
 """
 
 
+_KEEPER = """\
+import sys
+from cluster.engines.placed import slurm_keeper
+slurm_keeper._LOOK_S = {look_s}
+sys.exit(slurm_keeper.main(*sys.argv[1:]))
+"""
+
+
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     """Give Slurm's commands: srun is the role itself, and scancel signals it as Slurm would."""
@@ -51,12 +59,12 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 class Kept:
     """A keeper as its job starts it, whose output is read line by line."""
 
-    def __init__(self, folder: Path, *argv: str) -> None:
+    def __init__(self, folder: Path, *argv: str, look_s: float = 30.0) -> None:
         role = Started("worker-a-0", "worker", "a", ("-c", *argv), (("A", "1"),), "", 0, sys.executable, 5.0)
         path = folder / "role.json"
         path.write_text(json.dumps(asdict(role)))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "cluster.engines.placed.slurm_keeper", str(path), "default"],
+            [sys.executable, "-P", "-c", _KEEPER.format(look_s=look_s), str(path), "default"],
             env={**os.environ, "SLURM_JOB_ID": "7", "PYTHONPATH": str(ROOT)}, cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -125,6 +133,26 @@ def test_a_role_that_crashes_is_started_again(fake: FakeSlurm, tmp_path: Path, k
 
     assert code == 0
     assert output == "A 1\nworker-a-0: ended with exit code 3; starting it again in 0.5 s\nA 1\n"
+
+
+def test_a_worker_follows_the_router_to_another_node(
+    fake: FakeSlurm, tmp_path: Path, kept: list[Kept]
+) -> None:
+    """It drains, and starts again with the new address; while the router is nowhere, it stays."""
+    kept.append(one := Kept(tmp_path, _ROLE, "tcp://{router}:5556", look_s=0.1))
+    assert one.read_until("role") == "role tcp://10.1.0.5:5556\n"
+
+    router = fake.folder / "jobs" / "5"
+    router.write_text("5|superserve:default:router|PENDING|0:00||BeginTime")
+    seen = len(fake.calls)
+    while len(fake.calls) < seen + 3:  # it has looked, found nothing, and looked again
+        assert one.process.poll() is None
+    router.write_text("5|superserve:default:router|RUNNING|0:01|n6|None")
+
+    assert one.read_until("drained") == "drained\n"
+    assert one.read_until("role") == "role tcp://10.1.0.6:5556\n"
+    one.process.send_signal(signal.SIGTERM)
+    assert one.end()[0] == 0
 
 
 def test_pauses_double_until_another_start_would_not_help() -> None:
