@@ -147,6 +147,7 @@ def test_a_worker_follows_the_router_to_another_node(
     seen = len(fake.calls)
     while len(fake.calls) < seen + 3:  # it has looked, found nothing, and looked again
         assert one.process.poll() is None
+    assert not any(call.startswith("scancel") for call in fake.calls)
     router.write_text("5|superserve:default:router|RUNNING|0:01|n6|None")
 
     assert one.read_until("drained") == "drained\n"
