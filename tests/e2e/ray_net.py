@@ -49,7 +49,7 @@ class RayNet:
         self.address = f"{here.address(self.head)}:{_PORT}"
         here.env |= {
             "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TMPDIR": str(here.folder / "ray"),
+            "RAY_TMPDIR": str(here.folder / "ray"), "TMPDIR": str(here.folder),
             "RAY_raylet_start_wait_time_s": "120",  # other tests may keep the machine busy
             # A node that is cut off counts as dead after some seconds, not half a minute.
             "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000",

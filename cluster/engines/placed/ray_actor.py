@@ -44,6 +44,15 @@ def namespace(cluster: str) -> str:
     return f"superserve-{cluster}"
 
 
+def _own_folder(cluster: str, role: str) -> Path:
+    """Make a private folder on this node; remove what killed actors of the role have left."""
+    head = f"superserve@{cluster}@{role}@"  # no name has an @: a role's name may begin another's
+    for left in Path(tempfile.gettempdir()).glob(f"{head}*"):
+        if left.stat().st_uid == os.getuid():
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=head))
+
+
 class RoleActor:
     """Holds one role. Its methods are called by the engine, and by other roles' actors.
 
@@ -60,7 +69,7 @@ class RoleActor:
         self._role = read_file(Started, dict(role), "role")
         self._cluster = cluster
         self._folder = folder
-        self._here = Path(tempfile.mkdtemp(prefix=f"superserve-{self._role.name}-"))
+        self._here = _own_folder(cluster, self._role.name)
         for name, content in files.items():
             path = self._here / name
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,7 +25,6 @@ from tests.paths import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 FILE = """\
 engine: ray
@@ -203,13 +204,20 @@ def module(monkeypatch: pytest.MonkeyPatch) -> _Module:
     return module
 
 
-def test_an_actor_holds_its_role(module: _Module) -> None:
+def test_an_actor_holds_its_role(module: _Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for the router, follows it, gives the role its files, and ends for good once drained."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     module.address = None
     argv = ("-c", _ROLE, "tcp://{router}:5556", "/f/files/a/keys/worker.key")
     role = Started("worker-a-0", "worker", "a", argv, (), "", 0, sys.executable, 5.0)
+    left = Path(tempfile.gettempdir()) / "superserve@default@worker-a-0@killed"
+    other = Path(tempfile.gettempdir()) / "superserve@default@worker-a-0-1@lives"
+    for folder in (left, other):
+        folder.mkdir(exist_ok=True)
     actor = RoleActor("default", asdict(role), "/f", {"files/a/keys/worker.key": b"secret"})
     assert actor.state()["state"] == "STARTING"
+    assert not left.exists()
+    other.rmdir()
 
     module.address = "10.0.0.5"
     _until(lambda: actor.tail(1))
