@@ -29,9 +29,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     # The event logs of emulated GPUs prove that none of them cheated; `core` is how fast those GPUs are; a
     # policy's name is checked before anything is started.
     "loadgen.live": ("gpu_worker.serve", "gpu_worker.core", "router.policies"),
-    "loadgen.cli": ("gpu_worker.serve", "gpu_worker.core", "router.policies"),
+    "loadgen.cli": ("gpu_worker.serve", "gpu_worker.core", "router.policies", "router.report.scaler"),
     "loadgen.paper": ("gpu_worker.serve",),
-    "loadgen.study": ("gpu_worker.serve", "gpu_worker.core"),
+    # Fleets that follow their load are simulated with the autoscaler that serves.
+    "loadgen.study": ("gpu_worker.serve", "gpu_worker.core", "router.report"),
     # The gate keeps figures under the version of the policy's code, and so asks where that is.
     "loadgen.study.gate": ("router.policies",),
     # The simulator runs the core that serves, under a policy built by name; no sockets. Its chaos clients are

@@ -35,6 +35,7 @@ CYCLES: set[frozenset[str]] = set()
 
 STARTED = {
     # By another process of ours, as `python -m NAME`.
+    "cluster.engines.placed.slurm_keeper",
     "cluster.host.bare",
     "cluster.host.onhost",
     "cluster.host.watch",

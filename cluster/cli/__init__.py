@@ -27,6 +27,7 @@ from cluster.operate.up import up as bring_up
 from cluster.show import tables as show
 from cluster.spec.plan import Options, make_plan, name_option
 from loadgen.options import profile_and_n
+from router.report.scaler import AS_SERVED, NEEDS, ScalerSettings
 from superserve.errors import ConfigError
 from superserve.files import check_text
 from superserve.roles import local
@@ -259,6 +260,48 @@ def down(name: str, timeout_s: float) -> None:
 def drain(name: str, names: tuple[str, ...]) -> None:
     """Drain workers: they take no new queries, answer the ones they have, and end."""
     operate_cli.drain(name, names)
+
+
+@cli.command()
+@_name
+@click.argument("n", type=int, metavar="N")
+@click.option(
+    "--timeout-s", default=120.0, show_default=True, help="Wait this long for new workers to be live."
+)
+@plain_errors()
+def scale(name: str, n: int, timeout_s: float) -> None:
+    """Run N workers of a hosts file's cluster: start some, or drain some.
+
+    Over ssh at most those of the file; Slurm and Ray get further ones.
+    """
+    operate_cli.scale(name, n, timeout_s=timeout_s)
+
+
+@cli.command()
+@_name
+@click.option("--floor", type=click.IntRange(1), default=1, show_default=True, help="The fewest workers.")
+@click.option("--ceiling", type=click.IntRange(1), required=True, help="The most workers.")
+@click.option(
+    "--need", type=click.Choice(NEEDS), default=AS_SERVED, show_default=True,
+    help="Keep the present accuracy, or meet deadlines at the lowest.",
+)  # fmt: skip
+@click.option("--every-s", type=click.FloatRange(0.5, 600.0), default=5.0, show_default=True)
+@click.option(
+    "--down-after-s", type=click.FloatRange(0.0), default=300.0, show_default=True,
+    help="Drain what was not needed for this long.",
+)  # fmt: skip
+@click.option(
+    "--up-cool-s", type=click.FloatRange(0.0), default=15.0, show_default=True,
+    help="Least time after a change until more are started.",
+)  # fmt: skip
+@click.option(
+    "--down-cool-s", type=click.FloatRange(0.0), default=60.0, show_default=True,
+    help="Least time after a change until some are drained.",
+)  # fmt: skip
+@plain_errors()
+def autoscale(name: str, need: str, every_s: float, **settings: Any) -> None:
+    """Scale a hosts file's cluster by the workers that its router needs, until Ctrl-C."""
+    operate_cli.autoscale(name, ScalerSettings(**settings), need=need, every_s=every_s)
 
 
 @cli.command()

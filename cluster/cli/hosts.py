@@ -16,12 +16,13 @@ from cluster.remote import record as records
 from cluster.remote.shell import RemoteError
 from cluster.show import hosts as hosts_show
 from cluster.show import tables as show
+from cluster.spec.engines import SSH
 from cluster.spec.plan import name_option
 from superserve.errors import ConfigError
 from superserve.roles import local
 
 if TYPE_CHECKING:
-    from cluster.operate.engine import SupervisorEngine
+    from cluster.engines.engine import ClusterEngine
     from cluster.operate.hosts_up import HostsUp
     from superserve.status import RouterStatus
 
@@ -43,12 +44,11 @@ def up(hosts_file: Path, *, ready_timeout_s: float, rollback: bool) -> None:
     try:
         hosts = load_hosts(hosts_file)
         say([f"made {path}" for path in complete(hosts)])
+        if hosts.engine != SSH:
+            _placed_up(hosts_file, hosts.cluster, ready_timeout_s=ready_timeout_s, rollback=rollback)
+            return
         plan = plan_of(hosts, hosts_file)
-        if local.load(local.cluster_folder(plan.name)) is not None:
-            raise ConfigError(
-                f"{hosts_file}: a cluster {plan.name!r} runs on this machine: stop it with `cluster "
-                f"down{name_option(plan.name)}`, or give this one another name with `cluster:`"
-            )
+        _check_free(hosts_file, plan.name)
         with OpenSsh(None if plan.ssh_config is None else Path(plan.ssh_config)) as shell:
             done = bring_up(
                 shell, plan, pack(), ready_timeout_s=ready_timeout_s, rollback=rollback,
@@ -59,6 +59,25 @@ def up(hosts_file: Path, *, ready_timeout_s: float, rollback: bool) -> None:
             "interrupted: the same command completes it, `cluster down` takes it down"
         ) from None
     _say_up(plan.name, done)
+
+
+def _check_free(hosts_file: Path, name: str) -> None:
+    if local.load(local.cluster_folder(name)) is not None:
+        raise ConfigError(
+            f"{hosts_file}: a cluster {name!r} runs on this machine: stop it with `cluster "
+            f"down{name_option(name)}`, or give this one another name with `cluster:`"
+        )
+
+
+def _placed_up(hosts_file: Path, name: str, *, ready_timeout_s: float, rollback: bool) -> None:
+    """Start a cluster whose engine chooses the machines."""
+    from cluster.engines.describe import describe  # noqa: PLC0415  it reads the file: see `up`
+    from cluster.operate.placed_up import up as bring_up  # noqa: PLC0415
+
+    if rollback:
+        raise ConfigError("--rollback: expected with engine: ssh only; `cluster down` takes everything down")
+    _check_free(hosts_file, name)
+    _say_up(name, bring_up(describe(hosts_file), ready_timeout_s=ready_timeout_s))
 
 
 def _say_up(name: str, done: HostsUp) -> None:
@@ -101,14 +120,14 @@ def status(name: str, *, as_json: bool) -> None:
         body = {"cluster": fleet.record, "hosts": seen, "roles": roles, "status": status, "problems": wrong}
         click.echo(orjson.dumps(body, option=orjson.OPT_INDENT_2).decode())
     else:
-        say([f"cluster {name!r} on {len(fleet.hosts)} hosts, from {fleet.record.file}", ""])
+        say([f"cluster {name!r} on {len(fleet.record.hosts)} hosts, from {fleet.record.file}", ""])
         say([*(show.router(fleet.record, said) if said is not None else ()), ""])
         say([hosts_show.roles(seen, said), *(["", *wrong] if wrong else [])])
     if wrong:
         sys.exit(1)
 
 
-def _ask(fleet: SupervisorEngine) -> RouterStatus | None:
+def _ask(fleet: ClusterEngine) -> RouterStatus | None:
     try:
         return fleet.router_status()
     except RemoteError:  # the hosts' states contain the reason

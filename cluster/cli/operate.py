@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 import orjson
 
 from cluster.cli import hosts as hosts_cli
+from cluster.operate import scaling
 from cluster.operate.doctor import Finding, Seen, Verdict, examine
 from cluster.operate.engine import here, open_cluster
 from cluster.operate.rolling import RollingOperator
 from cluster.operate.supervised import SupervisedCluster
 from cluster.show import tables as show
 from cluster.spec.plan import name_option
+from router.report.scaler import Scaler, ScalerSettings
 from superserve.errors import ConfigError
 from superserve.roles import local
 from superserve.roles.local import Liveness
@@ -23,6 +26,7 @@ from superserve.roles.local import Liveness
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from cluster.engines.engine import ClusterEngine
 
 _COUNT_S = 1.0  # between two reads of the counters: those that grow are faults of now, not of last week
 ROUTER_COSTS = (
@@ -56,6 +60,44 @@ def drain(name: str, names: Sequence[str]) -> None:
         RollingOperator(cluster, click.echo).drain(names)
     again = f"cluster restart{name_option(name)} {' '.join(names)}"
     click.echo(f"start again: `{again}`, or whatever has ended: `cluster up`")
+
+
+def scale(name: str, n: int, *, timeout_s: float) -> None:
+    """Make `n` workers of a cluster run."""
+    with opened_engine(name) as engine:
+        planned = scaling.scale(engine, n, click.echo, timeout_s=timeout_s)
+    if not planned.start and not planned.stop:
+        click.echo(f"{n} worker{'s' if n > 1 else ''} run{'s' if n == 1 else ''} already")
+
+
+def autoscale(name: str, settings: ScalerSettings, *, need: str, every_s: float) -> None:
+    """Scale a cluster by its load, until Ctrl-C."""
+    with opened_engine(name) as engine:
+        slots = set(dict(engine.record.slots).values())
+        if len(slots) > 1:
+            raise ConfigError(
+                "autoscale: expected workers with equally many GPUs, got "
+                f"{' and '.join(map(str, sorted(slots)))}: how many more workers a load needs is not known"
+            )
+        settings = replace(settings, gpus_per_worker=max(slots, default=1))
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to leave
+            scaling.follow(engine, Scaler(settings), click.echo, need=need, every_s=every_s)
+
+
+@contextlib.contextmanager
+def opened_engine(name: str) -> Iterator[ClusterEngine]:
+    """Give the engine of a cluster that has a hosts file.
+
+    Raises:
+        ConfigError: It does not run, or is one of this machine.
+    """
+    if local.load(local.cluster_folder(name)) is not None:
+        raise ConfigError(
+            f"{name}: expected a cluster of a hosts file: on this machine, `cluster down` and then "
+            f"`cluster up --workers N` give another number"
+        )
+    with open_cluster(name) as engine:
+        yield engine
 
 
 def restart(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from cluster.engines.text import Rendered
 
-ENGINES = ("compose", "kubernetes", "systemd")
+ENGINES = ("compose", "kubernetes", "slurm", "systemd")
 """Those of `cluster.engines.registry`, which takes half a second to import."""
 
 

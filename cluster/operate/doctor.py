@@ -16,7 +16,7 @@ from cluster.spec.plan import name_option
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from cluster.operate.engine import RoleSeen
+    from cluster.engines.engine import RoleSeen
     from cluster.operate.supervised import HostFacts
     from superserve.status import RouterStatus
 
@@ -100,6 +100,8 @@ def examine(seen: Seen) -> list[Finding]:
     """Return the findings of every check, in order; a check without problems has one: that all is well."""
     findings: list[Finding] = []
     for name, check, well in CHECKS:
+        if name in OF_HOSTS and not seen.hosts:
+            continue
         found = list(check(seen))
         findings += found or [Finding(name, Verdict.OK, well(seen))]
     return findings
@@ -289,6 +291,9 @@ def _least_free(seen: Seen) -> str:
 def _log_words(seen: Seen) -> str:
     return f"{sum(host.facts.log_bytes for host in seen.hosts if host.facts) / 1e6:.1f} MB of logs"
 
+
+OF_HOSTS = ("hosts", "clocks", "files", "disks", "logs")
+"""Checks of the hosts themselves: engines that choose the machines look after those."""
 
 CHECKS: Sequence[tuple[str, Callable[[Seen], Iterator[Finding]], Callable[[Seen], str]]] = (
     ("hosts", _reachable, lambda seen: f"reached: {', '.join(host.host for host in seen.hosts)}"),

@@ -1,4 +1,4 @@
-"""What starts, shows and stops the roles of a cluster: an engine, implemented by supervisor.
+"""The engine of clusters over ssh and of this machine: a supervisord on each host.
 
     with open_cluster("default") as engine:
         for host in engine.roles():
@@ -15,18 +15,21 @@ from __future__ import annotations
 import contextlib
 import platform
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.engines.engine import TAIL_LINES, Applied, HostSeen, RoleSeen, Stopped, absent
+from cluster.engines.placed.opening import open_placed
 from cluster.remote import record as records
 from cluster.remote.ask import ASK_S, ask
 from cluster.remote.record import KnownHost, Record
 from cluster.remote.shell import LocalShell, OpenSsh, RemoteError, parallel
+from cluster.spec.engines import SSH
 from cluster.spec.plan import python_path
 from cluster.spec.roles import HERE
 from superserve.errors import ConfigError
-from superserve.fields import KEY, read
+from superserve.fields import read
 from superserve.roles import local
 from superserve.status import RouterStatus
 
@@ -34,110 +37,19 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterator, Mapping, Sequence
 
+    from cluster.engines.engine import ClusterEngine
     from cluster.remote.shell import Shell
     from cluster.spec.roles import HostPlan
     from superserve.roles.local import LocalCluster
 
-_TAIL_LINES = 15
 _APPLY_S = 120.0  # roles that are replaced may take a while to end
 _STOP_S = 120.0  # every role on the host may take its whole grace period
-
-
-@dataclass(frozen=True, slots=True)
-class RoleSeen:
-    """A role, as the keeper on its host reports it.
-
-    Attributes:
-        host: The host's name.
-        name: Unique in the cluster; a worker also sends it to the router.
-        kind: "router" or "worker".
-        serves: What it serves, in words.
-        state: Supervisor's state, one of `superserve.roles.local.RoleState`.
-        pid: Its process; None if it has none.
-        up_s: How long that has run.
-        exit_code: Of its last end, -N if signal N ended it.
-        log: The path of its log on the host.
-        tail: The log's last lines, if it is not well.
-        restarts: How often it was restarted after crashes.
-        why: How it last ended, with the end of its log; "" if it never did.
-        metrics: Where it serves /metrics, HOST:PORT; "" if it does not.
-    """
-
-    host: str
-    name: str
-    kind: str
-    serves: str
-    state: str
-    pid: int | None
-    up_s: int
-    exit_code: int = field(metadata={KEY: "exit"})
-    log: str
-    tail: tuple[str, ...]
-    restarts: int = 0
-    why: str = ""
-    metrics: str = ""
-
-    @property
-    def is_up(self) -> bool:
-        """Whether it is ready."""
-        return self.state == "RUNNING"
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it has ended and will not be restarted automatically."""
-        return self.state in ("STOPPED", "EXITED", "FATAL")
-
-
-@dataclass(frozen=True, slots=True)
-class HostSeen:
-    """A host and its roles.
-
-    Attributes:
-        name: In hosts.yaml.
-        error: Why it cannot be reached; "" if it was.
-        supervisord: The keeper's process; None if it does not run.
-        roles: The router first, if it is on this host.
-    """
-
-    name: str
-    error: str
-    supervisord: int | None
-    roles: tuple[RoleSeen, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What `apply` did on a host.
-
-    Attributes:
-        error: Why it failed; "" if it did not.
-        changed: What was done to each role; without the roles that were left alone.
-        files: Files that were sent again or removed.
-    """
-
-    error: str
-    changed: dict[str, str]
-    files: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Stopped:
-    """What `stop` did.
-
-    Attributes:
-        stopped: Each role and the process it was, by host.
-        wrong: The hosts where it failed, each with the reason.
-    """
-
-    stopped: dict[str, tuple[tuple[str, int], ...]]
-    wrong: dict[str, str]
 
 
 class SupervisorEngine:
     """A supervisord on each host of a cluster.
 
-    No verb determines how or where a process is started: Slurm, Kubernetes or systemd could implement them
-    as well. Each raises RemoteError, naming the host, if it cannot be done.
+    Its verbs are those of `cluster.engines.engine.ClusterEngine`.
 
     Attributes:
         record: What is known about the cluster without asking.
@@ -147,20 +59,14 @@ class SupervisorEngine:
         self.record = record
         self._shell = shell
 
+    def keep(self, record: Record) -> None:
+        """Replace what is known about the cluster."""
+        self.record = record
+
     @property
     def is_here(self) -> bool:
         """Whether it is a cluster of this machine."""
         return all(host.is_here for host in self.record.hosts)
-
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        """The hosts' names."""
-        return tuple(host.name for host in self.record.hosts)
-
-    @property
-    def role_names(self) -> tuple[str, ...]:
-        """The roles' names, the router's first."""
-        return tuple(role for host in self.record.hosts for role in host.roles)
 
     # --- the engine's verbs -------------------------------------------------------------------
 
@@ -183,7 +89,7 @@ class SupervisorEngine:
         """Return the state of every role; a host that cannot be reached has an error."""
         return tuple(parallel(self.record.hosts, self._state))
 
-    def logs(self, role: str, n_lines: int = _TAIL_LINES) -> list[str]:
+    def logs(self, role: str, n_lines: int = TAIL_LINES) -> list[str]:
         """Return the last lines of a role's log."""
         lines: list[str] = self.ask(self.record.host_of(role).name, "tail", role=role, lines=n_lines)["lines"]
         return lines
@@ -198,8 +104,9 @@ class SupervisorEngine:
         stopped: dict[str, tuple[tuple[str, int], ...]] = {}
         wrong: dict[str, str] = {}
         self._stop(self.record.router_host, stopped, wrong, kind="router")
-        parallel([host for host in self.hosts if host not in wrong], lambda h: self._stop(h, stopped, wrong))
-        return Stopped({host: stopped[host] for host in self.hosts if host in stopped}, wrong)
+        others = [host for host in self.record.host_names if host not in wrong]
+        parallel(others, lambda h: self._stop(h, stopped, wrong))
+        return Stopped({host: stopped[host] for host in self.record.host_names if host in stopped}, wrong)
 
     def _stop(
         self,
@@ -255,13 +162,6 @@ def _seen(host: KnownHost, name: str, role: dict[str, Any] | None) -> RoleSeen:
     return read(RoleSeen, {**role, "host": host.name}, f"{host.name}: {name}")
 
 
-def absent(host: KnownHost, name: str, state: str, why: str = "") -> RoleSeen:
-    """Return a role that no keeper reports."""
-    kind = "router" if name == "router" else "worker"
-    log = str(Path(host.folder) / f"{name}.log")
-    return RoleSeen(host.name, name, kind, "", state, None, 0, 0, log, (), why=why)
-
-
 # --- which cluster ----------------------------------------------------------------------------
 
 
@@ -282,7 +182,7 @@ def here(name: str, cluster: LocalCluster | None = None, roles: Sequence[str] = 
 
 
 @contextlib.contextmanager
-def open_cluster(name: str) -> Iterator[SupervisorEngine]:
+def open_cluster(name: str) -> Iterator[ClusterEngine]:
     """Give a cluster that was started from a hosts file on this machine.
 
     Raises:
@@ -295,5 +195,9 @@ def open_cluster(name: str) -> Iterator[SupervisorEngine]:
             f"no cluster {name!r} on other hosts is known to this machine{others}; "
             f"`cluster up FILE` with its hosts file makes it known, and changes nothing that runs"
         )
+    if record.engine != SSH:
+        with open_placed(record) as engine:
+            yield engine
+        return
     with OpenSsh(None if record.ssh_config is None else Path(record.ssh_config)) as shell:
         yield SupervisorEngine(record, shell)

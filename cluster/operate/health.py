@@ -13,7 +13,7 @@ from superserve.roles.local import ProcessId, Role, RoleState
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cluster.operate.engine import HostSeen
+    from cluster.engines.engine import HostSeen
     from superserve.roles.local import LocalCluster
     from superserve.status import GpuStatus, RouterStatus
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cluster.operate.engine import HostSeen, RoleSeen
+    from cluster.engines.engine import HostSeen, RoleSeen
     from cluster.remote.record import Record
     from superserve.status import RouterStatus
 
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 def problems(record: Record, seen: Sequence[HostSeen], status: RouterStatus | None) -> list[str]:
     """Return what is wrong, one or a few lines each; nothing for a cluster that is well."""
     left_out = [f"{name}: takes no part since the last `cluster up`: {why}" for name, why in record.left_out]
-    return [*left_out, *(line.text for line in unready(seen, status, dict(record.slots)))]
+    awake = tuple(replace(host, roles=_awake(record, host)) for host in seen)
+    return [*left_out, *(line.text for line in unready(awake, status, dict(record.slots)))]
+
+
+def _awake(record: Record, host: HostSeen) -> tuple[RoleSeen, ...]:
+    """Return a host's roles without those that `cluster scale` has stopped."""
+    return tuple(role for role in host.roles if not (role.has_ended and role.name in record.resting))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +50,18 @@ def unready(
         if role.has_ended:
             lines.append(Unready(ended(role), is_final=True))
         elif role.kind == "router" and status is None:
-            lines.append(Unready(f"{role.host}: {role.name} did not answer", is_final=False))
+            lines.append(Unready(_no_answer(role), is_final=False))
         elif role.kind == "worker":
             ready = sum(gpu.is_well for gpu in registered.get(role.name, ()))
             if ready < n_slots.get(role.name, 1):
                 words = f"{role.host}: {role.name} ({role.state}) did not register with the router"
+                words += f": {role.why}" if role.why else ""
                 lines.append(Unready(words, is_final=False))
     return lines
+
+
+def _no_answer(role: RoleSeen) -> str:
+    return f"{role.host}: {role.name} did not answer" + (f": {role.why}" if role.why else "")
 
 
 def ended(role: RoleSeen) -> str:

@@ -21,9 +21,9 @@ from cluster.remote.shell import RemoteError, parallel
 from superserve.errors import ProcessError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from cluster.operate.engine import HostSeen
+    from cluster.engines.engine import ClusterEngine, HostSeen
     from cluster.remote.preflight import HostFinding
     from cluster.remote.shell import Shell
     from cluster.remote.wheel import Wheel
@@ -99,7 +99,7 @@ def up(
     _apply(shell, plan, known, done)
     if not (rollback and done.wrong):
         fleet = SupervisorEngine(_record(plan, known, done), shell)
-        _await_ready(fleet, plan, done, ready_timeout_s)
+        await_ready(fleet, dict(plan.slots), done, ready_timeout_s)
     if rollback and done.wrong:
         _undo(shell, known, before, done)
     return done
@@ -203,13 +203,20 @@ def _leave(shell: Shell, gone: Sequence[KnownHost], done: HostsUp) -> list[Known
 # --- readiness --------------------------------------------------------------------------------
 
 
-def _await_ready(fleet: SupervisorEngine, plan: HostsPlan, done: HostsUp, timeout_s: float) -> None:
-    """Wait until every worker is registered, one is given up, or time is up; record what is wrong."""
+def await_ready(fleet: ClusterEngine, slots: Mapping[str, int], done: HostsUp, timeout_s: float) -> None:
+    """Wait until every worker is registered, one is given up, or time is up; record what is wrong.
+
+    Args:
+        fleet: The cluster.
+        slots: How many GPUs each worker must register, by its name.
+        done: Gets the states, the router's STATUS and what is wrong.
+        timeout_s: How long to wait.
+    """
     give_up_s = time.monotonic() + timeout_s
     while True:
         done.seen = fleet.roles()
         done.status = _status(fleet)
-        wrong = unready(done.seen, done.status, dict(plan.slots))
+        wrong = unready(done.seen, done.status, slots)
         if not wrong:
             return
         is_hopeless = all(line.is_final for line in wrong)
@@ -221,7 +228,7 @@ def _await_ready(fleet: SupervisorEngine, plan: HostsPlan, done: HostsUp, timeou
         time.sleep(_ASK_AGAIN_S)
 
 
-def _status(fleet: SupervisorEngine) -> RouterStatus | None:
+def _status(fleet: ClusterEngine) -> RouterStatus | None:
     try:
         return fleet.router_status()
     except RemoteError:  # `states` contains the reason

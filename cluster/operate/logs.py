@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterable
 
-    from cluster.operate.engine import SupervisorEngine
+    from cluster.engines.engine import ClusterEngine
 
 _N_LINES = 20  # of each role, before the new ones
 _ENDED_S = 5.0  # the remote `tail` may hang on a dead connection, and Ctrl-C must not
 
 
-def chosen(fleet: SupervisorEngine, names: Iterable[str]) -> list[str]:
+def chosen(fleet: ClusterEngine, names: Iterable[str]) -> list[str]:
     """Return the roles that names of hosts or roles mean; all, if there are no names.
 
     Raises:
@@ -28,17 +28,17 @@ def chosen(fleet: SupervisorEngine, names: Iterable[str]) -> list[str]:
     """
     found: list[str] = []
     for name in names:
-        if name in fleet.hosts:
+        if name in fleet.record.host_names:
             found += fleet.record.host(name).roles
-        elif name in fleet.role_names:
+        elif name in fleet.record.role_names:
             found.append(name)
         else:
-            known = ", ".join((*fleet.hosts, *fleet.role_names))
+            known = ", ".join((*fleet.record.host_names, *fleet.record.role_names))
             raise ConfigError(f"{name}: expected a host or a role: {known}")
-    return list(dict.fromkeys(found)) or list(fleet.role_names)
+    return list(dict.fromkeys(found)) or list(fleet.record.role_names)
 
 
-def show_tails(fleet: SupervisorEngine, roles: Iterable[str]) -> list[str]:
+def show_tails(fleet: ClusterEngine, roles: Iterable[str]) -> list[str]:
     """Print the last lines of each role's log; return what could not be read, and why."""
     wrong = []
     for role in roles:
@@ -52,7 +52,7 @@ def show_tails(fleet: SupervisorEngine, roles: Iterable[str]) -> list[str]:
     return wrong
 
 
-def follow(fleet: SupervisorEngine, roles: Iterable[str]) -> None:
+def follow(fleet: ClusterEngine, roles: Iterable[str]) -> None:
     """Print what roles write, each line with its role in front, until Ctrl-C or no host is left."""
     roles = list(roles)
     width = max(map(len, roles))

@@ -17,7 +17,7 @@ from superserve.errors import ConfigError, ProcessError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from cluster.operate.engine import RoleSeen
+    from cluster.engines.engine import RoleSeen
     from cluster.operate.supervised import SupervisedCluster
     from superserve.clock import Clock
 
@@ -113,6 +113,15 @@ class RollingOperator:
                 self._start(group, timeout_s, [role.name for role in group if role.kind == "worker"])
         return [role.name for role in ended]
 
+    def start(self, names: Sequence[str], timeout_s: float) -> None:
+        """Start roles that have ended, or are new to the engine; return once the router gives them work.
+
+        Raises:
+            ProcessError: One has ended again, or the router does not within `timeout_s` seconds.
+        """
+        roles = {role.name: role for role in self._cluster.roles()}
+        self._start([roles[name] for name in names], timeout_s, names)
+
     # --- steps --------------------------------------------------------------------------------
 
     def _is_safe(self, groups: Sequence[Sequence[RoleSeen]]) -> bool:
@@ -182,7 +191,8 @@ class RollingOperator:
             took_s = (self._clock.now_ns() - begin_ns) / SECOND
             if all(now[name].is_up for name in names) and there.issuperset(workers):
                 for name in sorted(names):
-                    self._say(f"{name}: live again after {took_s:.1f} s, as pid {now[name].pid}")
+                    where = now[name].place or f"pid {now[name].pid}"
+                    self._say(f"{name}: live again after {took_s:.1f} s, as {where}")
                 return
             if took_s > timeout_s:
                 absent = sorted((names | set(workers)) - there - {"router"}) or ["router"]

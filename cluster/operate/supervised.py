@@ -7,15 +7,16 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cluster.engines.engine import absent
 from cluster.host.facts import Facts
-from cluster.operate.engine import absent
+from cluster.operate.engine import SupervisorEngine
 from cluster.remote.shell import RemoteError, parallel
 from superserve.errors import ConfigError, ProcessError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from cluster.operate.engine import RoleSeen, SupervisorEngine
+    from cluster.engines.engine import ClusterEngine, RoleSeen
     from cluster.remote.record import KnownHost
     from superserve.status import RouterStatus
 
@@ -53,9 +54,9 @@ class SupervisedCluster:
         is_local: Whether it is a cluster of this machine.
     """
 
-    def __init__(self, engine: SupervisorEngine) -> None:
+    def __init__(self, engine: ClusterEngine) -> None:
         self.name = engine.record.name
-        self.is_local = engine.is_here
+        self.is_local = isinstance(engine, SupervisorEngine) and engine.is_here
         self._engine = engine
 
     def roles(self) -> tuple[RoleSeen, ...]:
@@ -86,27 +87,34 @@ class SupervisedCluster:
         self._engine.scale(role, 1)
 
     def facts(self, roles: Sequence[RoleSeen]) -> tuple[HostFacts, ...]:
-        """Return the facts about each host, and how many files the processes of `roles` have open there."""
+        """Return the facts about each host, and how many files the processes of `roles` have open there.
+
+        None of an engine that chooses the machines: it looks after those itself.
+        """
+        engine = self._engine
+        if not isinstance(engine, SupervisorEngine):
+            return ()
         pids: dict[str, list[int]] = {}
         for role in roles:
             if role.pid is not None:
                 pids.setdefault(role.host, []).append(role.pid)
         return tuple(
-            parallel(self._engine.record.hosts, lambda host: self._facts(host, pids.get(host.name, [])))
+            parallel(engine.record.hosts, lambda host: _facts(engine, host, pids.get(host.name, [])))
         )
 
-    def _facts(self, host: KnownHost, pids: Sequence[int]) -> HostFacts:
-        before_s = time.time()
-        try:
-            said = self._engine.ask(host.name, "facts", pids=list(pids))
-        except RemoteError as error:
-            return HostFacts(host.name, str(error), None, 0.0, 0.0)
-        after_s = time.time()
-        files = {pid: (int(n), int(most)) for pid, (n, most) in said.pop("open_files").items()}
-        facts = Facts(**said, open_files=files)
-        # The host read its clock at some point in between: the middle is off by at most half.
-        middle_s, half_s = (before_s + after_s) / 2, (after_s - before_s) / 2
-        return HostFacts(host.name, "", facts, facts.time_s - middle_s, half_s)
+
+def _facts(engine: SupervisorEngine, host: KnownHost, pids: Sequence[int]) -> HostFacts:
+    before_s = time.time()
+    try:
+        said = engine.ask(host.name, "facts", pids=list(pids))
+    except RemoteError as error:
+        return HostFacts(host.name, str(error), None, 0.0, 0.0)
+    after_s = time.time()
+    files = {pid: (int(n), int(most)) for pid, (n, most) in said.pop("open_files").items()}
+    facts = Facts(**said, open_files=files)
+    # The host read its clock at some point in between: the middle is off by at most half.
+    middle_s, half_s = (before_s + after_s) / 2, (after_s - before_s) / 2
+    return HostFacts(host.name, "", facts, facts.time_s - middle_s, half_s)
 
 
 def chosen(roles: Sequence[RoleSeen], names: Iterable[str]) -> list[RoleSeen]:

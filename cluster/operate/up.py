@@ -198,7 +198,7 @@ class _Hold:
         return self
 
     def _started(self, engine: SupervisorEngine, plan: HostPlan, ports: _Ports) -> None:
-        (host,) = engine.hosts
+        (host,) = engine.record.host_names
         try:
             engine.ask(
                 host, "apply", plan=asdict(plan), files={}, hold=self._its.fileno(),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from cluster.spec.engines import SSH, RaySettings, SlurmSettings
 from cluster.spec.roles import HERE, Target
 from superserve.errors import ConfigError
 from superserve.fields import check_schema, read_file
@@ -75,6 +76,10 @@ class Record:
         slots: How many GPUs each worker registers, by its name.
         left_out: Hosts of the file that are not among them, each with the reason.
         keys: The key file with which this machine's commands ask the router; "" without keys.
+        engine: What keeps its roles.
+        slurm: Settings of that engine, if it is Slurm.
+        ray: Settings of that engine, if it is Ray.
+        resting: Roles that `cluster scale` has stopped: that they do not run is as asked for.
     """
 
     name: str
@@ -87,7 +92,21 @@ class Record:
     hosts: tuple[KnownHost, ...]
     slots: tuple[tuple[str, int], ...]
     left_out: tuple[tuple[str, str], ...]
-    keys: str = ""  # older files lack it
+    keys: str = ""  # older files lack it, and what follows
+    engine: str = SSH
+    slurm: SlurmSettings | None = None
+    ray: RaySettings | None = None
+    resting: tuple[str, ...] = ()
+
+    @property
+    def host_names(self) -> tuple[str, ...]:
+        """The hosts' names."""
+        return tuple(host.name for host in self.hosts)
+
+    @property
+    def role_names(self) -> tuple[str, ...]:
+        """The roles' names, by host."""
+        return tuple(role for host in self.hosts for role in host.roles)
 
     def host(self, name: str) -> KnownHost:
         """Return a host by its name.

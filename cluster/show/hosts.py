@@ -11,7 +11,7 @@ from cluster.spec.plan import name_option
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cluster.operate.engine import HostSeen, Stopped
+    from cluster.engines.engine import HostSeen, RoleSeen, Stopped
     from cluster.operate.hosts_up import HostsUp
     from cluster.remote.preflight import HostFinding
     from cluster.remote.record import Record
@@ -37,8 +37,8 @@ def processes(done: HostsUp) -> str:
         changed = done.changed.get(host.name, {})
         for role in host.roles:
             did = changed.get(role.name, "left alone")
-            rows.append((host.name, role.name, _pid(role.pid), role.state, did, role.serves))
-    return show.table(("host", "role", "pid", "state", "this call", "serves"), rows)
+            rows.append((host.name, role.name, _process(role), role.state, did, role.serves))
+    return show.table(("host", "role", _process_head(done.seen), "state", "this call", "serves"), rows)
 
 
 def removals(done: HostsUp) -> list[str]:
@@ -63,10 +63,11 @@ def roles(seen: Sequence[HostSeen], status: RouterStatus | None) -> str:
             rows.append((host.name, "-", "-", "UNREACHABLE", *("-",) * 6))
         for role in host.roles:
             work = show.work(registered.get(role.name, ()))
-            up = _duration(role.up_s) if role.pid is not None else "-"
-            rows.append((host.name, role.name, _pid(role.pid), role.state, up, role.serves, *work))
+            up = "-" if role.has_ended or _process(role) == "-" else _duration(role.up_s)
+            rows.append((host.name, role.name, _process(role), role.state, up, role.serves, *work))
     columns = (
-        "host", "role", "pid", "state", "up", "serves", "registered", "batches", "queries", "slowdown"
+        "host", "role", _process_head(seen), "state", "up", "serves", "registered", "batches", "queries",
+        "slowdown",
     )  # fmt: skip
     return show.table(columns, rows)
 
@@ -75,7 +76,7 @@ def stopped(record: Record, done: Stopped) -> list[str]:
     """Return lines about what was stopped, and where that failed."""
     lines = []
     for host, roles_there in done.stopped.items():
-        words = ", ".join(f"{role} (pid {pid})" for role, pid in roles_there)
+        words = ", ".join(f"{role} (pid {pid})" if pid else role for role, pid in roles_there)
         lines.append(f"{host}: stopped {words}" if words else f"{host}: nothing ran")
     lines += [f"{why}; what runs there still runs" for why in done.wrong.values()]
     if done.wrong:
@@ -93,8 +94,13 @@ def what_next(record: Record, status: RouterStatus) -> list[str]:
     )
 
 
-def _pid(pid: int | None) -> str:
-    return "-" if pid is None else str(pid)
+def _process(role: RoleSeen) -> str:
+    """Return a role's process in the words of its engine: a number, or "job 12 on n3"."""
+    return role.place or ("-" if role.pid is None else str(role.pid))
+
+
+def _process_head(seen: Sequence[HostSeen]) -> str:
+    return "place" if any(role.place for host in seen for role in host.roles) else "pid"
 
 
 def _duration(seconds: int) -> str:

@@ -52,6 +52,12 @@ def operator_key(hosts: Hosts) -> str:
     return "" if hosts.keys is None else str(_own(Path(hosts.keys), "operator", OPERATOR))
 
 
+def secret_path(hosts: Hosts, name: str) -> Path:
+    """Return the key file of a host's workers, on the operator's machine; the file must have keys."""
+    assert hosts.keys is not None, "asked only with keys"
+    return _own(Path(hosts.keys), "worker", name)
+
+
 def check(folder: Path) -> None:
     """Raise ConfigError unless `folder` is a router's folder of keys, and all its files are valid."""
     router_keys(folder)

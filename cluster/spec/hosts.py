@@ -22,6 +22,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from cluster.spec.engines import (  # pydantic looks at them when it reads a file
+    EngineName,  # noqa: TC001
+    RaySettings,  # noqa: TC001
+    SlurmSettings,  # noqa: TC001
+)
 from cluster.spec.plan import MAX_WORKERS
 from superserve.roles.local import DEFAULT_NAME
 
@@ -156,6 +161,11 @@ class Hosts:
         router: Where the router is.
         hosts: Every host, at least one.
         cluster: The cluster's name.
+        engine: What starts and keeps the roles. Other engines than ssh choose the machines themselves: to
+            them a host is a group of workers, and its address, user, port and the numbers of its GPUs mean
+            nothing.
+        slurm: Settings of `engine: slurm`.
+        ray: Settings of `engine: ray`.
         emulate: A profile whose GPUs are emulated, instead of `supernet`, `weights` and `profile`.
         supernet: What real workers serve; None with `emulate`.
         weights: Its checkpoint's path on each host, or "random"; None for the shipped one.
@@ -176,6 +186,9 @@ class Hosts:
     router: RouterPlace
     hosts: Annotated[tuple[Host, ...], Field(min_length=1, max_length=MAX_HOSTS)]
     cluster: Name = DEFAULT_NAME
+    engine: EngineName = "ssh"
+    slurm: SlurmSettings | None = None
+    ray: RaySettings | None = None
     emulate: Word | None = None
     supernet: Word | None = None
     weights: Word | None = None

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 
 from cluster.spec import hostkeys
+from cluster.spec.engines import RAY, SLURM, SSH, RaySettings, SlurmSettings
 from cluster.spec.hosts import CLIENT_PORT, WORKER_PORT, Host, Hosts, LogBounds, MetricsPorts, RouterPlace
 from cluster.spec.plan import DEFAULT_PROFILE, MAX_WORKERS
 from cluster.spec.yaml_lines import Where, read_located
@@ -40,7 +41,9 @@ T = TypeVar("T")
 _RESERVED = ("PYTHONPATH", "SUPERSERVE_HOST_FOLDER", "SUPERSERVE_ROLE_DIGEST", "SUPERSERVE_KEYS")
 _SECTIONS: dict[str, type] = {
     "router": RouterPlace, "hosts[i]": Host, "metrics": MetricsPorts, "log": LogBounds,
+    "slurm": SlurmSettings, "ray": RaySettings,
 }  # fmt: skip
+_MOST_NOTICE_S = 65_535  # sbatch's own bound for --signal
 _MAX_SHOWN = 60  # of a value in a message: the message should stay one line
 
 
@@ -357,8 +360,29 @@ def _security(data: dict[str, Any]) -> list[Found]:
     return []
 
 
+def _engine(data: dict[str, Any]) -> list[Found]:
+    """Check that the settings are those of the file's engine, and that options of sbatch are options."""
+    engine = _get(data, "engine", str) or SSH
+    found: list[Found] = [
+        ((name,), f"expected it with engine: {name} only, got engine: {engine}")
+        for name in (SLURM, RAY)
+        if data.get(name) is not None and engine != name
+    ]
+    slurm = _get(data, "slurm", dict) or {}
+    for key in ("options", "router_options", "worker_options"):
+        for i, option in enumerate(_get(slurm, key, list) or ()):
+            if isinstance(option, str) and (not option.startswith("-") or any(c.isspace() for c in option)):
+                text = f"expected an option of sbatch as one word, such as --partition=gpu, got {option!r}"
+                found.append((("slurm", key, i), text))
+    notice_s = _get(slurm, "notice_s", int)
+    if notice_s is not None and not 0 < notice_s <= _MOST_NOTICE_S:
+        found.append((("slurm", "notice_s"), f"expected 1 to {_MOST_NOTICE_S}, got {notice_s}"))
+    return found
+
+
 _CHECKS: tuple[Callable[[dict[str, Any]], list[Found]], ...] = (
     _hosts_once, _addresses, _router_is_listed, _standby_is_not_there, _ports_once, _workers, _security,
+    _engine,
 )  # fmt: skip
 
 
@@ -434,9 +458,17 @@ def _filled(hosts: Hosts, folder: Path) -> Hosts:
         hosts=filled,
         router=dataclasses.replace(hosts.router, address=hosts.router.address or router_host.address),
         keys=_absolute(hosts.keys, folder),
+        slurm=_slurm(hosts.slurm, folder) if hosts.engine == SLURM else None,
+        ray=hosts.ray or RaySettings() if hosts.engine == RAY else None,
         ssh_config=_absolute(hosts.ssh_config, folder),
         **served,
     )
+
+
+def _slurm(slurm: SlurmSettings | None, folder: Path) -> SlurmSettings:
+    """Return the settings with an absolute folder; that of the state folder depends on who reads it."""
+    slurm = slurm or SlurmSettings()
+    return dataclasses.replace(slurm, folder=_absolute(slurm.folder, folder))
 
 
 def _filled_host(host: Host, *, is_emulated: bool) -> Host:

@@ -39,6 +39,7 @@ class HostRole:
         argv: The arguments of the host's Python.
         env: Environment variables, in addition to the host's own.
         serves: What it serves, in words.
+        gpus: GPUs that an engine must give it; 0 where `argv` names the device, or it needs none.
     """
 
     name: str
@@ -46,6 +47,7 @@ class HostRole:
     argv: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
     serves: str
+    gpus: int = 0
 
 
 def router_role(

@@ -10,6 +10,7 @@ import click
 from loadgen import options
 from loadgen.cli.adversary import adversary_command
 from loadgen.cli.agent import agent_command
+from loadgen.cli.autoscale import autoscale_command
 from loadgen.cli.calibrate import calibrate_command
 from loadgen.cli.compare import compare_command
 from loadgen.cli.gate import gate_command
@@ -48,6 +49,7 @@ cli.add_command(agent_command)
 cli.add_command(calibrate_command)
 cli.add_command(simulate_command)
 cli.add_command(compare_command)
+cli.add_command(autoscale_command)
 cli.add_command(gate_command)
 cli.add_command(adversary_command)
 cli.add_command(search_command)

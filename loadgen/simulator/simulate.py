@@ -104,13 +104,13 @@ def simulate(
     workload = trace if isinstance(trace, Workload) else Workload(trace, slo_ns)
     found = Simulation(cluster, policy=policy, seed=seed, faults=faults, settings=settings)
     clients = found.offer(workload)
-    with _uncollected():
+    with uncollected():
         found.run()
-    return _simulated(workload, found, clients, policy)
+    return summarised(workload, found, clients, policy)
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Suspend garbage collection, like the live router: nothing in a query's path makes cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -121,7 +121,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _simulated(
+def summarised(
     workload: Workload, found: Simulation, clients: Sequence[OpenLoopClient], policy: str
 ) -> Simulated:
     """Put the clients' columns back into the order of the trace, and summarise them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cluster.operate.engine import RoleSeen
+from cluster.engines.engine import RoleSeen
 from cluster.operate.supervised import SupervisedCluster
 from superserve.errors import ProcessError
 from tests.clock import VirtualClock

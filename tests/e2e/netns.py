@@ -41,12 +41,14 @@ class Net:
         folder: Everything that the run writes.
         hosts: The hosts' names: "a", "b", ...
         ssh_config: The file for `ssh -F`.
+        env: Variables of every command, besides.
     """
 
     def __init__(self, hosts: tuple[str, ...]) -> None:
         self.hosts = hosts
         self.folder = Path(tempfile.mkdtemp(prefix="ss", dir="/tmp"))
         self.ssh_config = self.folder / "ssh_config"
+        self.env: dict[str, str] = {}
         self._sshd: dict[str, subprocess.Popen[bytes]] = {}
         self._id = f"{_PREFIX}-{os.getpid()}-{self.folder.name[2:]}"
 
@@ -183,6 +185,7 @@ class Net:
         return {
             **os.environ, "SUPERSERVE_STATE": str(self.state(host)), "PYTHONPATH": str(ROOT),
             "SUPERSERVE_SSH_CONFIG": str(self.ssh_config), "COLUMNS": "200",
+            **self.env,
         }  # fmt: skip
 
     def run(self, *argv: str, host: str = "op") -> tuple[int, str]:

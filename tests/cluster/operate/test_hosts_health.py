@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.operate.engine import HostSeen, RoleSeen
+from cluster.engines.engine import HostSeen, RoleSeen
 from cluster.operate.hosts_health import problems, unready
 from cluster.remote.record import Record
 from tests.superserve import statuses

@@ -256,6 +256,34 @@ HOSTS
 => 2: standby: a second router is not supported yet: expected no such key; without one, a router that
 
 router: {host: a}
+engine: slurmm
+HOSTS
+=> 2: engine: expected 'ssh', 'slurm' or 'ray', got 'slurmm'
+
+router: {host: a}
+ray: {address: auto}
+HOSTS
+=> 2: ray: expected it with engine: ray only, got engine: ssh
+
+router: {host: a}
+engine: slurm
+slurm: {partition: gpu}
+HOSTS
+=> 3: slurm.partition: unknown key; did you mean
+
+router: {host: a}
+engine: slurm
+slurm: {worker_options: [--partition=gpu, "--time 1:00"]}
+HOSTS
+=> 3: slurm.worker_options[1]: expected an option of sbatch as one word, such as
+
+router: {host: a}
+engine: slurm
+slurm: {notice_s: 0}
+HOSTS
+=> 3: slurm.notice_s: expected 1 to 65535, got 0
+
+router: {host: a}
 hosts: &h [*h]
 => 2: expected aliases that end: this one holds itself, or far too much
 """

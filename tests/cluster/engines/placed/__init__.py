@@ -1,0 +1,1 @@
+"""Engines that choose the machines."""
