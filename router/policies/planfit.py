@@ -42,7 +42,7 @@ from router.policies import Choice, Shed, usable_slack_ns
 from router.policies.due import UNIT, Tight
 from router.policies.pricing import limits_of, make_prices, sizes_of
 from router.policies.supply import FULL
-from router.policies.surge import N_RESERVED, SLOTS, WINDOWS
+from router.policies.surge import SLOTS, WINDOWS
 from superserve.build import mypyc_attr
 from superserve.errors import ConfigError
 
@@ -60,13 +60,9 @@ _PATIENT, _PATIENT_CYCLE = 0.6, 1.5
 head that many times a full batch. Without them rates of 90 % that jump or ramp lose 0.15 points: what
 waits after a jump is drained at the highest price."""
 
-_EXPOSED = 0.25
-"""And to that share where an overload is near: what waits when it begins is lost. At 0.36 recorded traces at
-95 % load lose 0.25 points; at 0.2 gamma gaps at 90 % lose 0.08 to batches that are not full."""
-
-_NEAR, _OVER = 0.97, 1.05
-"""An overload is near from that load of the highest peak on, and sure from the other. From 1.0 on two
-patiences of a steady 97 % are none; to 1.2 recorded traces at 95 % lose 0.1 points."""
+_NEAR, _OVER = 0.7, 0.9
+"""That further growth fades between these shares of what the GPUs serve at best: what waits when an overload
+begins is lost. From 0.9 to 1.0 LLM conversations at 95 % load lose 0.2 to 0.4 points."""
 
 _QUEUE = 110.0
 """Queries that it may hold in any case: enough for the next batches to be full. At 50 MAF loses 0.13
@@ -120,7 +116,7 @@ _SUDDEN = 1.2
 """And this many times within a 32nd of a patience: at 1.6 Pareto batches lose 0.1 points, spikes of 300 on a
 base 0.15, and no cell attains more."""
 
-_SHARES = tuple(1.0 + window / SLOTS for window in WINDOWS[:N_RESERVED])
+_SHARES = tuple(1.0 + window / SLOTS for window in WINDOWS[:-1])
 """Patiences from the start of each window until what comes at its end is due."""
 
 _CUT = 0.33
@@ -214,7 +210,7 @@ class PlanFit:
         if argument is not None:
             raise ConfigError(f"planfit: expected no argument, got {argument!r}")
         self.sizes = sizes_of(profile)
-        self.limits_ns = latencies_by_ratio(profile)
+        self.limits_ns = limits_of(profile)
         self.prices = tuple(make_prices(profile, limit_ns) for limit_ns in self.limits_ns)
         self._profile = profile
         columns = [(one.size, one.p99_ns, one.latency_ns, one.hull, one.slopes, one) for one in self.sizes]
@@ -433,32 +429,24 @@ class PlanFit:
             plan: What is known so far.
             spare_ns: GPU time that no surge asks for.
         """
-        surge, patience_ns, n_gpus = demand.surge, plan.patience_ns, plan.others + 1.0
-        queued, load = demand.calm_rate * plan.slowdown * patience_ns, surge.peak / most_rate
-        wait, ahead = _SET_POINT, surge.by_pause
+        patience_ns, n_gpus = plan.patience_ns, plan.others + 1.0
+        queued, load = demand.calm_rate * plan.slowdown * patience_ns, demand.calm_rate / most_rate
+        wait, ahead = _SET_POINT, demand.surge.by_pause
         if queued > 0.0:
             cycle = self._most * n_gpus / queued
             wait, fills = 1.0 - _CYCLE * cycle, _QUEUE / queued
             if fills > wait:
                 wait = fills
-            if wait > _EXPOSED:
-                # So far it may grow: further if no overload is near, less far if one is.
+            if wait > _SET_POINT:
                 most, held = 1.0 - _PATIENT_CYCLE * cycle, _PATIENT * spare_ns / (n_gpus * patience_ns)
                 if held < most:
                     most = held
-                if most < _SET_POINT:
-                    most = _SET_POINT
                 if load > _NEAR:
-                    most = (
-                        _EXPOSED
-                        if load >= _OVER
-                        else _EXPOSED + (most - _EXPOSED) * (_OVER - load) / (_OVER - _NEAR)
-                    )
+                    most = _SET_POINT + (most - _SET_POINT) * (_OVER - load) / (_OVER - _NEAR)
+                if most < _SET_POINT or load >= _OVER:
+                    most = _SET_POINT
                 if wait > most:
                     wait = most
-        # The curve is believed only as far as a surge that outgrows it is still served.
-        if surge.by_curve < ahead and _WORST * surge.at_once <= most_rate:
-            ahead = surge.by_curve
         asked, rate = 0.0, demand.rate
         for bits, one in demand.classes.items():
             share = self._waits[bits]
@@ -484,11 +472,7 @@ class PlanFit:
         left_ns = _SHARES[2] * all_ns - each_ns * third
         if left_ns < spare_ns:
             spare_ns = left_ns
-        waste_ns = (plan.others + 1.0) * _CUT * plan.full_ns
-        most_ns = plan.unit_ns * third  # no more than the surge itself: where none may come none is wasted
-        if most_ns < waste_ns:
-            waste_ns = most_ns
-        spare_ns -= waste_ns
+        spare_ns -= (plan.others + 1.0) * _CUT * plan.full_ns
         least_ns = _LEAST * all_ns
         if spare_ns < least_ns:
             spare_ns = least_ns
@@ -564,14 +548,3 @@ class PlanFit:
         takes_ns = self._profile.latency_p99_ns(floor, n)
         served = n * self._weights[floor] - _WARY * plan.others * plan.full
         return takes_ns <= self._longest_ns(plan, plan.tight, served, takes_ns)
-
-
-def latencies_by_ratio(profile: Profile) -> tuple[int, ...]:
-    """Return the limits that prices are made for: those of `limits_of`, each put off to the next latency.
-
-    Between two latencies all limits allow the same batches, so that a price made for the lower one is exact
-    for both; made for a limit just below a latency it would leave out a batch that fits.
-    """
-    known = sorted({latency_ns for subnet in profile.subnets for latency_ns in subnet.latency_ns})
-    places = (bisect_left(known, limit_ns) for limit_ns in limits_of(profile))
-    return tuple(sorted({known[place] for place in places if place < len(known)}))
