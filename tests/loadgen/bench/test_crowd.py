@@ -74,7 +74,9 @@ def small_router() -> Iterator[Server]:
         yield Server(int(cluster.client_endpoint.rpartition(":")[2]), "superserve", [cluster.router.pid])
 
 
-@pytest.mark.parametrize(("n_each", "rate_qps"), [(1, 0.0), (1, 300.0), (4, 400.0)])
+@pytest.mark.parametrize(
+    ("n_each", "rate_qps"), [(1, 0.0), pytest.param(1, 300.0, marks=pytest.mark.slow), (4, 400.0)]
+)
 def test_every_query_is_answered_by_the_router(n_each: int, rate_qps: float) -> None:
     """Closed and open loop, one query a message and several; the router's cost is read."""
     with small_router() as server:
@@ -92,7 +94,7 @@ def test_every_query_is_answered_by_the_echo() -> None:
     assert (run.unanswered, run.share) == (0, 1.0)
 
 
-@pytest.mark.parametrize("rate_qps", [0.0, 200.0])
+@pytest.mark.parametrize("rate_qps", [pytest.param(0.0, marks=pytest.mark.slow), 200.0])
 def test_every_query_is_answered_over_http(rate_qps: float) -> None:
     """By any server that keeps connections."""
     with web_server() as server:

@@ -104,6 +104,7 @@ _RUN = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(60)
 def test_a_run_crosses_two_namespaces() -> None:

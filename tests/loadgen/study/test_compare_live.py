@@ -38,6 +38,7 @@ def test_a_policy_on_slower_gpus_is_not_compared_live() -> None:
         check_live([Cell("a", "poisson:rate=10", TWO)], ("slackfit", "mincost@0.8"))
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(120)
 def test_policies_take_turns_on_the_same_queries() -> None:
