@@ -188,7 +188,8 @@ def test_a_cluster_with_keys_of_the_page_answers_and_is_watched(
 ) -> None:
     """Only listed keys get in; a killed worker is back; a revoked client is out without a restart."""
     _, make, add, render, up, run_load, down = commands("keys")
-    (text,) = (block for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if "address" in block)
+    section = PAGE[PAGE.index("## Containers") : PAGE.index("## Kubernetes")]
+    (text,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
     port = free_port()
     (tmp_path / "hosts.yaml").write_text(
         text.replace("10.0.0.1", "127.0.0.1").replace("{host: here}", f"{{host: here, client_port: {port}}}")
