@@ -5,7 +5,7 @@
     ray     a detached actor for each role                          cluster/engines/placed/ray_engine.py
 
 No verb determines how or where a process is started. What each reports is plain data: hosts of hosts.yaml,
-and their roles in supervisor's words (`superserve.roles.local.RoleState`), whoever keeps them.
+and their roles in supervisor's words (`superserve.roles.local.RoleState`), whatever keeps them.
 """
 
 from __future__ import annotations

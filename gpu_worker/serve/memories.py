@@ -58,7 +58,7 @@ class BatchBuffers:
         self._guard = threading.RLock()
 
     def take(self, n_bytes: int) -> memoryview:
-        """Return a buffer of `n_bytes` with any content; whoever keeps a view of it keeps it."""
+        """Return a buffer of `n_bytes` with any content; a view of it keeps it."""
         room = room_of(n_bytes)
         with self._guard:
             spare = self._spare.get(room)

@@ -219,7 +219,7 @@ class RouterServer:
     def _await(self, timeout_ns: int) -> None:
         """Wait until a side has something to read, or the time is up."""
         sides = (self.clients, self.workers)
-        # ZeroMQ's descriptors are edge-triggered: whoever sleeps on one asks for its events before.
+        # ZeroMQ's descriptors are edge-triggered: ask for the events before you sleep on one.
         if timeout_ns > 0 and not any([side.is_readable() for side in sides]):  # noqa: C419  a generator is slower
             select.select(sides, (), (), timeout_ns / 1e9)
 

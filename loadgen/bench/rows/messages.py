@@ -82,7 +82,7 @@ class CrowdRun:
         cpu_us: Processor time that the measured server took for each query in its better moments: a quarter
             of the run's tenths took less. Beside other work caches are cold, and a thread pays for that.
         cores: Processors that it used, over the whole run.
-        own_us: Processor time that the generator took for each query, likewise.
+        own_us: Processor time that the generator took for each query, in microseconds.
         lag_ms: The generator's p99.9 of sending late.
         unanswered: Queries without an answer.
     """
