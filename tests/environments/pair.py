@@ -63,10 +63,6 @@ class Stage:
         self.env: dict[str, str] = {}
         self.door = socket.create_server(("127.0.0.1", 0))
 
-    def __del__(self) -> None:
-        """Close the door: a stage that only shows its commands is never entered, and has no other end."""
-        self.door.close()
-
     def prepare(self) -> None:
         """Make what lies there, mount what is mounted, and set the variables."""
         hostile, base = self.hostile, self.base
