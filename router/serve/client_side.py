@@ -75,6 +75,11 @@ class ClientSide(RouterSide):
         self._stream = stream = StreamRouter(endpoint)
         self.endpoint, self.post = stream.endpoint, stream.send
 
+    def unbind(self) -> None:
+        """Close the plain sockets, if they serve: those of ZeroMQ end with their context."""
+        if self._stream is not None:
+            self._stream.close()
+
     def fileno(self) -> int:
         """Return the descriptor that wakes a loop."""
         return super().fileno() if self._stream is None else self._stream.fileno()

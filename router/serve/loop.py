@@ -11,6 +11,7 @@ import gc
 import logging
 import select
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -136,7 +137,9 @@ class RouterServer:
         settings = self.settings
         context, keys = self._context, None
         gate: Gate | None = None
-        try:
+        with ExitStack() as undone:  # at a signal, too: what is bound would keep Python from ending
+            undone.callback(context.destroy, 0)
+            undone.callback(self.clients.unbind)
             if settings.keys is None and not settings.is_open:
                 check_reach("--client-endpoint", settings.client_endpoint)
                 check_reach("--worker-endpoint", settings.worker_endpoint)
@@ -148,12 +151,11 @@ class RouterServer:
                 self.workers.admit_only(gate.workers)
             self.clients.bind(context, settings.client_endpoint, keys)
             self.workers.bind(context, settings.worker_endpoint, keys)
-        except BaseException:  # a signal's, too: what is bound would keep Python from ending
-            context.destroy(0)
-            raise
-        self._doors = Doors((self.client_endpoint, self.worker_endpoint))
-        if gate is not None:
-            gate.start({"client": self.clients.socket, "worker": self.workers.socket})
+            self._doors = Doors((self.client_endpoint, self.worker_endpoint))
+            undone.callback(self._doors.close)
+            if gate is not None:
+                gate.start({"client": self.clients.socket, "worker": self.workers.socket})
+            undone.pop_all()
 
     def stop(self) -> None:
         """Ask `run` to drain and return. Safe in a signal handler."""

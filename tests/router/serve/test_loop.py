@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
 from router.serve import loop
 from router.serve.loop import RouterServer, ServerSettings
+from superserve.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,23 @@ def test_a_loop_that_spins_does_not_sleep(
     server.run()
 
     assert seen == expected
+
+
+def test_a_router_that_cannot_open_gives_every_port_back() -> None:
+    """Also the one it had bound already: an application that tries the next port must not keep the first."""
+    running = RouterServer(ServerSettings())
+    running.open()
+    before = _held()
+    server = RouterServer(ServerSettings(worker_endpoint=running.worker_endpoint))
+
+    with pytest.raises(ConfigError, match=r"bind tcp://127\.0\.0\.1:\d+: Address already in use"):
+        server.open()
+
+    assert _held() == before
+    running.close()
+
+
+def _held() -> tuple[int, int]:
+    """Return how many descriptors this process has, and how many TCP ports it listens on."""
+    mine = psutil.Process()
+    return mine.num_fds(), sum(found.status == psutil.CONN_LISTEN for found in mine.net_connections("tcp"))
