@@ -106,13 +106,11 @@ def test_skipped_passes_change_nothing_that_was_decided(n_clients: int, policy: 
 
 
 def test_without_the_host_a_query_takes_what_its_batch_takes() -> None:
-    """No message, pass or rest takes time, and the core holds nothing back for them beyond its first guess."""
+    """No message, pass or rest takes time, and the core holds back nothing beyond its first guess."""
     trace, slo_ns = load_trace("poisson:rate=20", duration_s=1, seed=1), CNN.latency_p99_ns(0, 1) + MS // 2
 
     alone, hosted = [
-        simulate(
-            trace, [CNN] * 8, policy="mincost", slo_ns=CNN.latency_p99_ns(0, 1) + MS // 2, settings=settings
-        )
+        simulate(trace, [CNN] * 8, policy="mincost", slo_ns=slo_ns, settings=settings)
         for settings in (WITHOUT_HOST, SimSettings())
     ]
 
