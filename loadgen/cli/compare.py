@@ -127,6 +127,10 @@ def compare_command(
         raise ConfigError(
             "compare: --attempts and --beside are of live runs: expected them without --simulate"
         )
+    if troubles.warm_up_s and (with_bound or not is_simulated):
+        raise ConfigError(
+            "compare: --warm-up is of simulated runs, and the bound of all queries: give --no-bound"
+        )
     check_outputs({"--json": json_path, "--markdown": page_path})
     cluster = parse_cluster(emulate)
     if with_baselines:
