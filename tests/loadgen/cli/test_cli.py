@@ -47,6 +47,12 @@ def broken(tmp_path: Path) -> Path:
 
 
 LOADGEN = [
+    (("compare", "--simulate", "--attempts", "2"), "--attempts and --beside are of live runs"),
+    (("compare", "--simulate", "--warm-up", "1"), "--warm-up is of simulated runs without the bound"),
+    (
+        ("compare", "--trace", "poisson:rate=9", "--no-bound", "--warm-up", "1"),
+        "--warm-up is of simulated runs",
+    ),
     ((*RUN,), "no cluster runs on this machine: start one with `cluster up`; or give --connect"),
     ((*RUN, "--policy", "maxacc"), "--policy: a running router has its own"),
     ((*RUN, *EMULATE, "--connect", "127.0.0.1:1"), "got both"),
