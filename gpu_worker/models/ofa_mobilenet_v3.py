@@ -97,22 +97,7 @@ def squeezed(middle: int) -> int:
     return make_divisible(middle // _SQUEEZE)
 
 
-class ConvNormAct(nn.Module):
-    """A convolution without bias, its BatchNorm and a hard swish."""
-
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size // 2, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
-        self.act = nn.Hardswish()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (B, outputs, H', W')."""
-        activated: torch.Tensor = self.act(self.bn(self.conv(x)))
-        return activated
-
-
-class ConvNorm(nn.Module):
+class MobileConv(nn.Module):
     """A convolution and its BatchNorm, and perhaps an activation.
 
     Args:
@@ -169,13 +154,13 @@ class InvertedBottleneck(nn.Module):
     ) -> None:
         super().__init__()
         inputs, middle, outputs = channels
-        self.inverted_bottleneck: ConvNorm | None = None
+        self.inverted_bottleneck: MobileConv | None = None
         if expands:
             widen = nn.Conv2d(inputs, middle, 1, bias=False)
-            self.inverted_bottleneck = ConvNorm(widen, has_h_swish=has_h_swish)
-        self.depth_conv = ConvNorm(depthwise, has_h_swish=has_h_swish)
+            self.inverted_bottleneck = MobileConv(widen, has_h_swish=has_h_swish)
+        self.depth_conv = MobileConv(depthwise, has_h_swish=has_h_swish)
         self.se = SqueezeExcite(middle) if has_squeeze else None
-        self.point_linear = ConvNorm(nn.Conv2d(middle, outputs, 1, bias=False), has_h_swish=None)
+        self.point_linear = MobileConv(nn.Conv2d(middle, outputs, 1, bias=False), has_h_swish=None)
         self.has_shortcut = inputs == outputs and depthwise.stride == (1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -195,7 +180,7 @@ class OfaMobileNetV3(nn.Module):
         super().__init__()
         stem = sizes.channels(STEM_CHANNELS)
         self.resize = Resize(PIXELS)
-        self.first_conv = ConvNormAct(3, stem, 3, 2)
+        self.first_conv = MobileConv(nn.Conv2d(3, stem, 3, 2, 1, bias=False), has_h_swish=True)
         first = nn.Conv2d(stem, stem, 3, 1, 1, groups=stem, bias=False)
         blocks = [
             InvertedBottleneck((stem, stem, stem), first, has_h_swish=False, has_squeeze=False, expands=False)
@@ -213,7 +198,8 @@ class OfaMobileNetV3(nn.Module):
             )
         self.blocks = nn.ModuleList(blocks)
         widest, last = (sizes.channels(base) for base in LAST_CHANNELS)
-        self.final_expand_layer = ConvNormAct(sizes.channels(STAGE_CHANNELS[-1]), widest, 1)
+        expand = nn.Conv2d(sizes.channels(STAGE_CHANNELS[-1]), widest, 1, bias=False)
+        self.final_expand_layer = MobileConv(expand, has_h_swish=True)
         self.feature_mix_layer = nn.Conv2d(widest, last, 1, bias=False)
         self.classifier = nn.Linear(last, sizes.n_classes)
         for module in self.modules():

@@ -10,7 +10,7 @@ Source: Cai et al., "Once for All" (ICLR '20): elastic kernel size, and elastic 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
@@ -165,7 +165,7 @@ class ElasticKernelConv2d(ElasticOperator, KernelConv2d):
             matrix: torch.Tensor = getattr(self, matrix_name(large, small))
             edge = (large - small) // 2
             centre = kernel[:, :, edge : edge + small, edge : edge + small]
-            kernel = F.linear(centre.flatten(2), matrix.to(exact)).unflatten(2, (small, small))
+            kernel = F.linear(centre.flatten(2), matrix.to(exact)).reshape(-1, 1, small, small)
         return kernel.to(self.weight.dtype)
 
     proof_is_followed = True
@@ -224,7 +224,7 @@ class ElasticResize(ElasticOperator, Resize):
         """Return what the plain layer is to give, as a product with one matrix for each axis."""
         (x,) = call.args
         if call.kept is None or call.kept == layer.pixels:
-            return x
+            return cast("torch.Tensor", x)
         rows, columns = (_triangles(n, round(n * call.kept / layer.pixels), x.dtype) for n in x.shape[-2:])
         product: torch.Tensor = rows @ x @ columns.T
         return product
