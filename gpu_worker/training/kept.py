@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gpu_worker.supernet.checkpoints import UNREADABLE
 from superserve.errors import ConfigError
 from superserve.files import write_whole
 
@@ -90,7 +91,7 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: there is no checkpoint of a training to go on with") from error
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
         raise ConfigError(f"{what}: {_line(error)}") from error
     if not isinstance(content, dict) or content.get("superserve_training") != _SCHEMA:
         raise ConfigError(f"{what} of schema {_SCHEMA}")

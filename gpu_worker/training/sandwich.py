@@ -40,8 +40,8 @@ class Adapter(NamedTuple):
     outputs: Callable[[Any], torch.Tensor] = _as_it_is
 
 
-class Batch(NamedTuple):
-    """A batch on the device.
+class Lesson(NamedTuple):
+    """One batch, on the device.
 
     Attributes:
         inputs: As the model takes them.
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor | None
 
 
-def batch_of(given: Any, device: torch.device, adapter: Adapter) -> Batch:
+def batch_of(given: Any, device: torch.device, adapter: Adapter) -> Lesson:
     """Return what an iterable of batches gave, on the device.
 
     Raises:
@@ -69,7 +69,7 @@ def batch_of(given: Any, device: torch.device, adapter: Adapter) -> Batch:
     inputs, *targets = (one.to(device, non_blocking=True) for one in pair)
     if targets and len(targets[0]) != len(inputs):
         raise ConfigError(f"data: expected a target for each of {len(inputs)} inputs, got {len(targets[0])}")
-    return Batch(adapter.inputs(inputs), targets[0] if targets else None)
+    return Lesson(adapter.inputs(inputs), targets[0] if targets else None)
 
 
 class Sandwich:
@@ -105,7 +105,7 @@ class Sandwich:
         """Keep a copy of the network as it is: it teaches the largest where batches have no targets."""
         self._before = copy.deepcopy(self.supernet).eval().requires_grad_(False)
 
-    def step(self, batch: Batch, number: int) -> float:
+    def step(self, batch: Lesson, number: int) -> float:
         """Learn from a batch; return the loss of the first subnet, the largest of a sandwich.
 
         Raises:
@@ -120,7 +120,7 @@ class Sandwich:
         with apart():
             return self._step(batch, number)
 
-    def _step(self, batch: Batch, number: int) -> float:
+    def _step(self, batch: Lesson, number: int) -> float:
         self.supernet.train()
         self.optimiser.zero_grad()
         first, *others = self.recipe.controls(self.supernet.controls.space, number)
