@@ -6,11 +6,13 @@ import copy
 import hashlib
 import itertools
 import math
+import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
-from gpu_worker.training.recipe import PRECISIONS, apart, seed_of
+from gpu_worker.training.recipe import PRECISIONS, apart, seed_all, seed_of
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 
@@ -165,19 +167,22 @@ class Sandwich:
         """
         settings = self.supernet.settings_of(Subnet("learning", control))
         is_known = self.supernet.is_followed(settings)
-        torch.manual_seed(seed)
-        before = b"" if is_known else self._drawn()
+        seed_all(seed)
+        before = None if is_known else self._generators()
         outputs = self._run(self.supernet, settings, inputs)
-        if not is_known and self._drawn() != before:
-            torch.manual_seed(seed)
+        if before is not None and self._generators() != before:
+            seed_all(seed)
             outputs = self._run(self.supernet, settings, inputs)
         return outputs
 
-    def _drawn(self) -> bytes:
+    def _generators(self) -> tuple[object, ...]:
+        """Return where every generator is that a model may draw from."""
         states = [torch.random.get_rng_state()]
         if self._device == "cuda":
             states.append(torch.cuda.get_rng_state(self.supernet.device))
-        return b"".join(state.numpy().tobytes() for state in states)
+        numpys: Any = np.random.get_state(legacy=False)["state"]
+        drawn = (numpys["key"].tobytes(), numpys["pos"], random.getstate())
+        return (*(state.numpy().tobytes() for state in states), *drawn)
 
     def _run(self, supernet: Supernet, settings: Settings, inputs: torch.Tensor) -> torch.Tensor:
         is_cast = self._autocast is not None

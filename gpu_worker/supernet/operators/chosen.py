@@ -156,7 +156,7 @@ class ElasticKernelConv2d(ElasticOperator, KernelConv2d):
             raise ConfigError(f"{self.path}: expected a kernel size of {sizes}, got {size}")
         if size == self.elastic_size:
             return self.weight
-        # In half precision 25 products would round away what the matrix was trained to.
+        # In half precision every step would round.
         exact = torch.promote_types(self.weight.dtype, torch.float32)
         kernel = self.weight.to(exact)
         for small, large in reversed(list(itertools.pairwise(self.kernel_sizes))):

@@ -33,7 +33,12 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (B, 6)."""
-        out: torch.Tensor = x + self.back(self.drop(torch.relu(self.norm(self.wide(x)))))
+        middle = self.drop(torch.relu(self.norm(self.wide(x))))
+        # For this a subnet's first pass looks at the whole network's, and begins again: it draws twice.
+        middle = middle[:, : middle.shape[1]]
+        if self.training:  # noise of the other generators, too
+            middle = middle * (1 + 0.1 * np.random.random() + 0.1 * random.random())
+        out: torch.Tensor = x + self.back(middle)
         return out
 
 

@@ -80,7 +80,8 @@ def loss_of(name: str, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Te
     if name == "mse":
         return (outputs - targets).square().mean()
     if name == "cosine":
-        return (1 - (outputs * targets).sum(1) / outputs.norm(dim=1) / targets.norm(dim=1)).mean()
+        lengths: torch.Tensor = outputs.norm(dim=1) * targets.norm(dim=1)
+        return (1 - (outputs * targets).sum(1) / lengths).mean()
     if targets.dim() == 1:
         return -outputs.log_softmax(1)[torch.arange(len(targets)), targets].mean()
     return -(targets.softmax(1) * outputs.log_softmax(1)).sum(1).mean()
