@@ -88,6 +88,8 @@ class Stage:
 class Elastic:
     """A size that subnets choose: the outputs of some layers, or the heads of attention layers.
 
+    Or what a layer of `gpu_worker.supernet.operators.chosen` counts: a kernel's size, or an image's pixels.
+
     Attributes:
         name: Of the size, unique; control tuples give sizes in the order they are declared.
         layers: Paths of the layers that have it, or patterns such as "stages.0.*.conv1". All have as

@@ -10,8 +10,9 @@ and actuation is one store of it.
 
 Only outputs are chosen, or a kernel size or a resolution in the layers of `chosen`. Inputs follow the
 activation: a layer that is given 48 channels uses the first 48 of its inputs, a norm the first 48 of its
-scales, a depthwise convolution the first 48 of its groups. So you need not declare which layer feeds which, and residual streams work. Behind a
-concatenation or a fused projection they are not the first 48: `gpu_worker.supernet.flow` finds out which.
+scales, a depthwise convolution the first 48 of its groups. So you need not declare which layer feeds which,
+and residual streams work. Behind a concatenation or a fused projection they are not the first 48:
+`gpu_worker.supernet.flow` finds out which.
 
 Source: SubNetAct, SuperServe (NSDI '25).
 """

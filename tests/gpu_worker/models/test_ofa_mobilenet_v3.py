@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpu_worker.engines.torch_executor import Placement, TorchExecutor, example_input
 from gpu_worker.models.kinds import KINDS, fitted, resident
@@ -21,6 +22,7 @@ from gpu_worker.models.ofa_mobilenet_v3 import control_of, ofa_mobilenet_v3, pub
 from gpu_worker.proof.prove import prove
 from gpu_worker.supernet.actuation import actuate
 from gpu_worker.supernet.calibration import calibrate
+from profiles.measuring.flops import CostCounter
 from superserve.errors import ConfigError
 from superserve.subnet import Subnet
 from tests.gpu_worker.models.plain_mobilenet import plain_mobilenet, published_shapes
@@ -259,3 +261,15 @@ def test_a_worker_serves_it_trimmed() -> None:
 
     np.testing.assert_allclose(answers[0], answers[1], rtol=1e-4, atol=1e-5)
     assert sizes[1] < 0.75 * sizes[0]
+
+
+def test_a_subnet_costs_what_its_plain_network_does() -> None:
+    """Multiply-adds and kernels, without those that make smaller kernels once."""
+    tensors, count = random_tensors(published_shapes(), seed=0), CostCounter(KINDS[NAME])
+    for control in (SMALLEST, {**SMALLEST, "ks": [5] * 20, "r": [160]}):
+        plain = plain_mobilenet(tensors, control)
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            plain(images(1, 224))
+        layers = [one for one in plain.modules() if isinstance(one, torch.nn.Conv2d | torch.nn.Linear)]
+
+        assert count(control) == (counted.get_total_flops() // 2, len(layers))
