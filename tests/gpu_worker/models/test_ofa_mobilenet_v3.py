@@ -73,7 +73,7 @@ def assert_alike(supernet: Supernet, control: Control, plain: nn.Module, x: torc
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("n_tuples", [8, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_tuples", [4, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.timeout(300)
 def test_random_subnets_answer_as_plain_networks(
     filled_supernet: tuple[Supernet, Tensors], n_tuples: int
@@ -95,7 +95,10 @@ def test_the_ends_are_the_spaces_own(filled_supernet: tuple[Supernet, Tensors]) 
     assert_alike(supernet, LARGEST, plain_mobilenet(tensors, LARGEST), images(1, 75))
 
 
-@pytest.mark.parametrize(("width", "n_million"), [(Fraction(1), 7.66476), (Fraction(6, 5), 10.701632)])
+@pytest.mark.parametrize(
+    ("width", "n_million"),
+    [(Fraction(1), 7.66476), pytest.param(Fraction(6, 5), 10.701632, marks=pytest.mark.slow)],
+)
 def test_both_published_widths_load_and_answer(width: Fraction, n_million: float, tmp_path: Path) -> None:
     """From a file with the published names; the parameters are counted without the matrices' own."""
     name = NAME if width == 1 else f"{NAME}-w1.2"
@@ -123,7 +126,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("form", SPELLINGS)
 def test_each_releases_names_are_taken(form: str, tmp_path: Path) -> None:
-    """And as many classes as the checkpoint has; a fault is named as the file has the tensor."""
+    """And as many classes as the checkpoint has."""
     shapes = published_shapes(n_classes=7)
     tensors = {SPELLINGS[form](name): torch.zeros(shape) for name, shape in shapes.items() if shape}
     tensors |= {
@@ -136,11 +139,19 @@ def test_each_releases_names_are_taken(form: str, tmp_path: Path) -> None:
     assert resident(kind, str(path)).model.get_parameter("classifier.bias").shape == (7,)
     assert kind.output_spec.shape == (7,)
 
-    name = SPELLINGS[form]("blocks.3.mobile_inverted_conv.depth_conv.conv.5to3_matrix")
-    tensors[name] = torch.zeros(25, 25)
-    save_file(tensors, path)
-    bare = name.removeprefix("module.")
-    with pytest.raises(ConfigError, match=rf"tensor {bare}: expected shape \(9, 9\), got \(25, 25\)"):
+
+def test_a_fault_is_named_as_the_file_spells_it(tmp_path: Path) -> None:
+    """Of newer releases, and without the prefix that all names share."""
+    spelled = SPELLINGS["of several GPUs"]
+    tensors = {
+        spelled(name): torch.zeros(shape) if shape else torch.tensor(0)
+        for name, shape in published_shapes().items()
+    }
+    name = "blocks.3.conv.depth_conv.conv.5to3_matrix"
+    tensors[f"module.{name}"] = torch.zeros(25, 25)
+    path = tmp_path / "checkpoint.pt"
+    torch.save(tensors, path)
+    with pytest.raises(ConfigError, match=rf"tensor {name}: expected shape \(9, 9\), got \(25, 25\)"):
         resident(fitted(KINDS[NAME], str(path)), str(path))
 
 
@@ -161,7 +172,6 @@ DAMAGES: dict[str, tuple[Callable[[Tensors, str], object], str]] = {
 @pytest.mark.parametrize(
     "name",
     [
-        "first_conv.bn.running_var",
         "blocks.7.mobile_inverted_conv.depth_conv.conv.7to5_matrix",
         "blocks.6.mobile_inverted_conv.depth_conv.se.fc.expand.bias",
     ],
@@ -214,10 +224,10 @@ def test_what_is_copied_is_the_smaller_kernels_alone(supernet: tuple[Supernet, T
     """25 + 9 of 49 numbers of each depthwise kernel, once, however many subnets ran; weights stay."""
     found, tensors = supernet
     rng = np.random.default_rng(1)
-    found.host([Subnet(f"{n}", found.controls.space.random(rng)) for n in range(24)])
+    found.host([Subnet(f"{n}", found.controls.space.random(rng)) for n in range(8)])
     before = {name: tensor.data_ptr() for name, tensor in found.model.state_dict().items()}
     with torch.inference_mode():
-        for row in range(24):
+        for row in range(8):
             actuate(found, row)
             found(images(1, 32))
     depthwise = sum(
@@ -230,20 +240,16 @@ def test_what_is_copied_is_the_smaller_kernels_alone(supernet: tuple[Supernet, T
     assert_alike(found, SMALLEST, plain_mobilenet(tensors, SMALLEST), images())
 
 
-def test_both_kinds_are_proved() -> None:
-    """Each depth, expand ratio, kernel size and resolution occurs in what the proof looks at."""
-    for name in (NAME, f"{NAME}-w1.2"):
-        kind = KINDS[name]
-        supernet = resident(kind, "random")
-        proof = prove(
-            supernet,
-            example_input(supernet, kind, torch.float32, 2)[..., :32, :32],
-            most=4,
-            checks_resident=False,
-        )
+@pytest.mark.parametrize("name", [NAME, pytest.param(f"{NAME}-w1.2", marks=pytest.mark.slow)])
+def test_it_is_proved(name: str) -> None:
+    """Each end of the depths, expand ratios, kernel sizes and resolutions, and some between."""
+    kind = KINDS[name]
+    supernet = resident(kind, "random")
+    images = example_input(supernet, kind, torch.float32, 2)[..., :32, :32]
+    proof = prove(supernet, images, most=3, checks_resident=False)
 
-        assert proof.n_layers > 300
-        assert proof.deviation < 1e-12
+    assert proof.n_layers > 300
+    assert proof.deviation < 1e-12
 
 
 def test_a_worker_serves_it_trimmed() -> None:
@@ -266,10 +272,10 @@ def test_a_worker_serves_it_trimmed() -> None:
 def test_a_subnet_costs_what_its_plain_network_does() -> None:
     """Multiply-adds and kernels, without those that make smaller kernels once."""
     tensors, count = random_tensors(published_shapes(), seed=0), CostCounter(KINDS[NAME])
-    for control in (SMALLEST, {**SMALLEST, "ks": [5] * 20, "r": [160]}):
-        plain = plain_mobilenet(tensors, control)
-        with FlopCounterMode(display=False) as counted, torch.no_grad():
-            plain(images(1, 224))
-        layers = [one for one in plain.modules() if isinstance(one, torch.nn.Conv2d | torch.nn.Linear)]
+    control = {**SMALLEST, "ks": [3, 5] * 10, "r": [160]}
+    plain = plain_mobilenet(tensors, control)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        plain(images(1, 224))
+    layers = [one for one in plain.modules() if isinstance(one, torch.nn.Conv2d | torch.nn.Linear)]
 
-        assert count(control) == (counted.get_total_flops() // 2, len(layers))
+    assert count(control) == (counted.get_total_flops() // 2, len(layers))

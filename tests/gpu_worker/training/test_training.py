@@ -139,7 +139,7 @@ def test_each_subnet_has_a_turn_and_one_can_be_alone() -> None:
 
 def test_it_learns() -> None:
     """After some passes the subnets are right far more often than by chance, on data as they are."""
-    recipe = Recipe(120, seed=1, learning_rate=0.02)
+    recipe = Recipe(60, seed=1, learning_rate=0.02)
     supernet = trained(mine.loader(), recipe)
     data = mine.Augmented()
     examples = [(data.inputs, data.labels)]
@@ -153,7 +153,7 @@ def test_it_learns() -> None:
 
 def test_without_targets_small_subnets_come_nearer_to_the_network_as_it_was() -> None:
     """And it stays where it was: an encoder is made elastic with texts alone."""
-    recipe = Recipe(60, objective="cosine", learning_rate=0.01)
+    recipe = Recipe(40, objective="cosine", learning_rate=0.01)
     data = mine.unlabelled()
     supernet, before = mine.seeded(), mine.seeded().eval()
     whole = before.settings_of(Subnet("largest", before.controls.space.largest))
