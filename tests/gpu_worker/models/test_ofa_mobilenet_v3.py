@@ -224,7 +224,9 @@ def test_what_is_copied_is_the_smaller_kernels_alone(supernet: tuple[Supernet, T
     """25 + 9 of 49 numbers of each depthwise kernel, once, however many subnets ran; weights stay."""
     found, tensors = supernet
     rng = np.random.default_rng(1)
-    found.host([Subnet(f"{n}", found.controls.space.random(rng)) for n in range(8)])
+    drawn = [found.controls.space.random(rng) for _ in range(6)]
+    controls = [control_of(depth=4, ratio=3, kernel=kernel) for kernel in (3, 5)]
+    found.host([Subnet(f"{n}", control) for n, control in enumerate((*controls, *drawn))])
     before = {name: tensor.data_ptr() for name, tensor in found.model.state_dict().items()}
     with torch.inference_mode():
         for row in range(8):
