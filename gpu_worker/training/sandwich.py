@@ -156,8 +156,10 @@ class Sandwich:
         self.scaler.unscale_(self.optimiser)
         torch.nn.utils.clip_grad_norm_(self._learning, self.recipe.clip_norm)
         self.scaler.step(self.optimiser)
+        scale = self.scaler.get_scale()
         self.scaler.update()
-        self.schedule.step()
+        if self.scaler.get_scale() >= scale:  # else gradients overflowed, and nothing was learnt
+            self.schedule.step()
 
     def _outputs(self, control: Control, inputs: torch.Tensor, seed: int) -> torch.Tensor:
         """Run a subnet with random numbers of its own.

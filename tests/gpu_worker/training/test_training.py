@@ -256,10 +256,19 @@ def test_one_that_is_finished_only_loads(uninterrupted: Supernet, tmp_path: Path
     assert_same(supernet, uninterrupted)
 
 
-def test_half_precision_is_used_for_products_alone() -> None:
-    """Weights stay in float32, and differ a little from those of float32."""
-    precise = trained(mine.loader())
-    halves = trained(mine.loader(), Recipe(STEPS, seed=3, learning_rate=0.01, precision="bfloat16"))
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_is_used_for_products_alone(
+    precision: str, uninterrupted: Supernet, tmp_path: Path
+) -> None:
+    """Weights stay in float32, and differ a little from those of float32; it goes on exactly, too."""
+    recipe = Recipe(STEPS, seed=3, learning_rate=0.01, precision=precision)
+    precise, halves = uninterrupted, trained(mine.loader(), recipe)
+    path, seen = tmp_path / "kept", []
+    train(
+        mine.seeded(), mine.loader(), recipe, keeping=Keeping(path),
+        on_step=lambda step, _: seen.append(step), stops=lambda: len(seen) >= 6,
+    )  # fmt: skip
+    assert_same(trained(mine.loader(), recipe, keeping=Keeping(path, goes_on=True)), halves)
     own, other = (one.model.get_parameter("last.weight") for one in (halves, precise))
 
     assert own.dtype == torch.float32
