@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gpu_worker.supernet.calibration import calibrate
 from gpu_worker.supernet.insertion import Elastic, insert
 from gpu_worker.training.judge import calibration_inputs, ends_and_some, judge, settle
+from gpu_worker.training.kept import Position, go_on, keep
 from gpu_worker.training.loop import Keeping, train
 from gpu_worker.training.recipe import Recipe
 from gpu_worker.training.sandwich import Adapter, Lesson, Sandwich
@@ -274,6 +275,19 @@ def test_half_precision_is_used_for_products_alone(
     assert own.dtype == torch.float32
     assert not torch.equal(own, other)
     torch.testing.assert_close(own, other, rtol=0.2, atol=0.1)
+
+
+def test_the_scale_of_gradients_is_kept(tmp_path: Path) -> None:
+    """Half precision's: it grows over thousands of steps."""
+    recipe = Recipe(STEPS, precision="float16")
+    sandwiches = [Sandwich(mine.seeded(), recipe, Adapter()) for _ in range(2)]
+    batch = next(iter(mine.loader()))
+    sandwiches[0].step(Lesson(*batch), 0)
+    sandwiches[0].scaler.update(512.0)
+    keep(tmp_path / "kept", sandwiches[0], Position(1, 0, 1))
+
+    assert go_on(tmp_path / "kept", sandwiches[1]) == Position(1, 0, 1)
+    assert sandwiches[1].scaler.get_scale() == 512.0
 
 
 # --- afterwards -------------------------------------------------------------------------------
