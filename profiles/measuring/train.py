@@ -64,14 +64,20 @@ _OUT = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--learning-rate", default=3e-4, show_default=True, help="The highest of the schedule.")
 @click.option("--weight-decay", default=0.02, show_default=True, help="Of AdamW.")
-@click.option("--drawn", "n_drawn", default=2, show_default=True, help="Subnets drawn for each batch.")
+@click.option(
+    "--drawn", "n_drawn", type=click.IntRange(0), default=2, show_default=True,
+    help="Subnets drawn for each batch.",
+)  # fmt: skip
 @click.option(
     "--distilled", default=0.5, show_default=True, help="Share of the largest's teaching beside the targets."
 )
 @click.option("--alone", type=click.Choice(["largest", "smallest"]), help="Train one subnet, to compare.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same weights on a CPU.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True,
+    help="The same seed gives the same weights on a CPU.",
+)  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<n>.")
-@click.option("--threads", default=1, show_default=True, help="CPU threads of torch.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of torch.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -80,9 +86,18 @@ _OUT = click.Path(dir_okay=False, path_type=Path)
     help="Of products; auto is half precision on CUDA.",
 )
 @click.option("--checkpoint", type=_OUT, help="Keep the training here.  [default: OUT.training]")
-@click.option("--checkpoint-every", "every", default=200, show_default=True, help="Steps between two writes.")
+@click.option(
+    "--checkpoint-every", "every", type=click.IntRange(1), default=200, show_default=True,
+    help="Steps between two writes.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on with the checkpoint of a training that was interrupted.")
-@click.option("--judged", default=4, show_default=True, help="Subnets to judge, beside both ends.")
+@click.option(
+    "--judged",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    help="Subnets to judge, beside both ends.",
+)
 @click.option("--out", required=True, type=_OUT, help="Weights to write, safetensors.")
 @plain_errors(OSError)
 def train_command(

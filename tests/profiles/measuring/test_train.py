@@ -174,6 +174,25 @@ def test_what_does_not_fit_is_one_clear_line(words: tuple[Any, ...], message: st
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--seed", -1),
+        ("--threads", 0),
+        ("--drawn", -1),
+        ("--judged", -1),
+        ("--checkpoint-every", 0),
+        ("--steps", 0),
+    ],
+)
+def test_numbers_out_of_range_are_refused(words: tuple[Any, ...], tmp_path: Path) -> None:
+    """Before anything is loaded."""
+    result = run(*USUAL, "--steps", 5, *words, "--out", tmp_path / "weights.safetensors")
+
+    assert result.exit_code == 2
+    assert f"Invalid value for '{words[0]}'" in result.output
+
+
 def test_a_pass_without_a_length_needs_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs cannot be counted then."""
     monkeypatch.delattr(mine.Interrupting, "__len__")
