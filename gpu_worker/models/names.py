@@ -1,8 +1,9 @@
 """Names of the supernets that come with the package, for code that must not import torch."""
 
 DIGITS, OFA_RESNET50, DYNABERT = "digits", "ofa-resnet50", "dynabert"
+OFA_MOBILENET_V3, OFA_MOBILENET_V3_W12 = "ofa-mobilenet-v3", "ofa-mobilenet-v3-w1.2"
 
-SHIPPED_SUPERNETS = (DIGITS, OFA_RESNET50, DYNABERT)
+SHIPPED_SUPERNETS = (DIGITS, OFA_RESNET50, DYNABERT, OFA_MOBILENET_V3, OFA_MOBILENET_V3_W12)
 """What `--supernet` takes, beside `package.module:attribute`."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+
+UNREADABLE = (
+    OSError, SafetensorError, RuntimeError, ValueError, EOFError,
+    # Of torch, for text that begins like a pickle.
+    AttributeError, IndexError, KeyError, TypeError, struct.error,
+)  # fmt: skip
+"""What reading a file raises that is no checkpoint, beside `pickle.UnpicklingError`."""
 
 _WRAPPED = "state_dict"  # the key under which published files often keep the tensors
 
@@ -105,19 +113,27 @@ def shape_of(path: Path, name: str) -> tuple[int, ...] | None:
     Raises:
         ConfigError: As `read_tensors` does.
     """
+    shapes = shapes_in(path)
+    return next((shape for key, shape in shapes.items() if key == name or key.endswith(f".{name}")), None)
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors by name.
+
+    Raises:
+        ConfigError: As `read_tensors` does.
+    """
     try:
         with path.open("rb") as file:
             is_safetensors = _is_safetensors(path, file.read(64))
         if is_safetensors:  # its sizes stand at its beginning
             with safe_open(path, framework="pt") as tensors:
-                shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  it is no dictionary
-        else:
-            shapes = {key: tuple(tensor.shape) for key, tensor in read_tensors(path).items()}
+                return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  it is no dictionary
+        return {key: tuple(tensor.shape) for key, tensor in read_tensors(path).items()}
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"{path}: expected a safetensors or .pt file of tensors: {_plain(error)}"
         ) from error
-    return next((shape for key, shape in shapes.items() if key == name or key.endswith(f".{name}")), None)
 
 
 def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
@@ -140,7 +156,7 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
         raise ConfigError(
             f"{path}: expected a safetensors or .pt file of tensors: {_refused(path)}"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         reason = _plain(error)
         raise ConfigError(f"{path}: expected a safetensors or .pt file of tensors: {reason}") from error
     if isinstance(content, dict) and isinstance(content.get(_WRAPPED), dict):
