@@ -63,7 +63,8 @@ class FamilyMemory:
 
     Attributes:
         members: Bytes of each member's weights, by name: of its files, or of its tensors.
-        grown: By how much this process's memory grew as they were loaded; on CUDA the device has more.
+        grown: By how much this process's memory grew as they were loaded, with the code that runs them; on
+            CUDA the device has more.
     """
 
     members: tuple[tuple[str, int], ...]
@@ -79,7 +80,7 @@ class FamilyMemory:
         each = ", ".join(f"{name} {_mb(n_bytes)}" for name, n_bytes in self.members)
         return (
             f"{len(self.members)} members, all resident: {_mb(self.weights)} of weights ({each}); the "
-            f"process grew by {_mb(self.grown)}"
+            f"process grew by {_mb(self.grown)}, runtimes included"
         )
 
 
@@ -185,7 +186,8 @@ class FamilyExecutor(PaddedExecutor):
             rows.append(row)
         specs = (spec, check_alike(family, given))
         for member in members:
-            _LOG.info("member %s: %s, %s", member.name, member.digest, member.runs_by)
+            proved = "equal to a direct run" if is_proved else "unproven"
+            _LOG.info("member %s: %s, %s, %s", member.name, member.digest, member.runs_by, proved)
         engine = FamilyEngine(rows, spec, placement.batch_sizes)
         return cls(family, engine, specs, placement, max(0, _resident_bytes() - before))
 
