@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+INT64 = int(TensorProto.INT64)
+
 WIDTH, CLASSES = 5, 3
 """What `linear` takes and gives."""
 

@@ -312,7 +312,7 @@ def test_a_function_that_is_none_is_named(function: str, expected: str, tmp_path
 def test_members_have_to_take_and_give_alike(tmp_path: Path) -> None:
     """Another width, another dtype, another number of classes: the error names the member and both."""
     linear(tmp_path / "a.onnx")
-    linear(tmp_path / "int.onnx", dtype=onnxruntime_int64())
+    linear(tmp_path / "int.onnx", dtype=models.INT64)
     models.exported(tmp_path / "wide.pt2", nn.Linear(WIDTH + 1, CLASSES), (torch.ones(2, WIDTH + 1),))
     models.exported(tmp_path / "more.pt2", nn.Linear(WIDTH, CLASSES + 1))
     first = "name: a, model: a.onnx, accuracy: 1"
@@ -326,14 +326,9 @@ def test_members_have_to_take_and_give_alike(tmp_path: Path) -> None:
             loaded(written(tmp_path, first, f"name: b, model: {name}, accuracy: 2"))
 
 
-def onnxruntime_int64() -> int:
-    """Return ONNX's number of int64."""
-    return int(models.TensorProto.INT64)
-
-
 def test_a_dtype_that_holds_the_queries_is_enough(tmp_path: Path) -> None:
     """int32 on the wire, int64 in the graph: each query is converted, and none is changed."""
-    linear(tmp_path / "a.onnx", dtype=onnxruntime_int64())
+    linear(tmp_path / "a.onnx", dtype=models.INT64)
     path = written(tmp_path, "name: a, model: a.onnx, accuracy: 1", head="input: {dtype: int32, shape: [5]}")
     batch = np.arange(10, dtype=np.int32).reshape(2, 5)
 
