@@ -261,9 +261,8 @@ def _direct(
 def _prove(
     family: Family, asked: FamilyMember, row: FamilyRow, direct: DirectRun, placement: Placement
 ) -> None:
-    is_cuda = placement.torch_device().type == "cuda"
     try:
-        prove_member(direct, row.run, placement.batch_sizes, is_cuda=is_cuda)
+        prove_member(direct, row.run, placement.batch_sizes)
     except FamilyProofError as error:
         raise fault(family, asked, str(error)) from error
     except Exception as error:  # the model's, of any kind

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import logging
+import re
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,8 @@ from gpu_worker.supernet.checkpoints import load_checkpoint
 from superserve.plugins import load_attribute
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy.typing as npt
 
     from gpu_worker.family.file import Family, FamilyMember
@@ -75,10 +80,7 @@ class ExportedMember(_TorchMember):
 
     def __init__(self, family: Family, member: FamilyMember) -> None:
         check_file(family, member, "a torch.export file")
-        try:
-            self._program = torch.export.load(member.model)
-        except Exception as error:
-            raise fault(family, member, "expected a file that torch.export.save wrote", error) from error
+        self._program = _loaded(family, member)
         self._run = self._program.module()
         self._user = [
             spec.arg
@@ -120,6 +122,41 @@ class ExportedMember(_TorchMember):
 
         self._program = move_to_device_pass(self._program, device)
         self._run = self._program.module()
+
+
+def _loaded(family: Family, member: FamilyMember) -> torch.export.ExportedProgram:
+    """Return the program of a file. torch logs what is wrong with it, and raises without a reason."""
+    with _torch_says() as said:
+        try:
+            return torch.export.load(member.model)
+        except Exception as error:
+            what = "expected a file that torch.export.save wrote"
+            if found := next((match[1] for line in said if (match := _UNKNOWN_CLASS.search(line))), None):
+                what = (
+                    f"it takes or returns a {found}, which torch knows only where its package is imported: "
+                    "export a model that returns tensors, in tuples or dictionaries (return_dict=False in "
+                    "the configuration of a model of transformers)"
+                )
+                raise fault(family, member, what) from error
+            raise fault(family, member, what, error) from error
+
+
+_UNKNOWN_CLASS = re.compile(r"Deserializing ([\w.]+) in pytree is not registered")
+
+
+@contextmanager
+def _torch_says() -> Iterator[list[str]]:
+    """Give what torch.export logs within the block, instead of printing it."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(handler.format(record))  # type: ignore[method-assign]  # a handler's one method
+    logger = logging.getLogger("torch.export")
+    before, logger.propagate = logger.propagate, False
+    others, logger.handlers = logger.handlers, [handler]
+    try:
+        yield said
+    finally:
+        logger.propagate, logger.handlers = before, others
 
 
 class FunctionMember(_TorchMember):

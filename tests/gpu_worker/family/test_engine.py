@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils import _pytree
 
 from gpu_worker.engines.torch_executor import Placement
 from gpu_worker.family.engine import FamilyExecutor
 from gpu_worker.family.file import load_family
+from gpu_worker.family.onnx_member import OnnxMember
 from gpu_worker.family.proof import deviation
 from superserve.errors import ConfigError, InvalidQueryError
 from superserve.subnet import Subnet, TensorSpec
@@ -227,6 +230,24 @@ def test_a_model_whose_rows_depend_on_each_other_is_refused(kind: str, tmp_path:
     assert loaded(path, is_proved=False).execute(0, queries(2)).shape == (2, CLASSES)
 
 
+def test_what_serves_has_to_compute_what_the_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device or an optimisation that is 5 % off is refused; one that adds in another order is not."""
+    linear(tmp_path / "a.onnx")
+    path = written(tmp_path, "name: a, model: a.onnx, accuracy: 1")
+    plain = OnnxMember.run
+    for factor in (1.001, 1.05):
+        monkeypatch.setattr(OnnxMember, "run", lambda *args, factor=factor: factor * plain(*args))
+        if factor < 1.01:
+            loaded(path)
+        else:
+            with pytest.raises(
+                ConfigError, match=r"are 0.05 off those of a direct run .*computes something else"
+            ):
+                loaded(path)
+
+
 def test_an_answer_without_numbers_equals_itself_alone() -> None:
     """A NaN for a NaN is no deviation; for a number it is."""
     one = np.array([1.0, np.nan, 2.0], np.float32)
@@ -246,6 +267,33 @@ def test_a_fixed_batch_is_refused_with_how_to_export(name: str, tmp_path: Path) 
     path = written(tmp_path, f"name: a, model: {name}, accuracy: 1")
 
     with pytest.raises(ConfigError, match=r"first axis of any size.*export it again: torch.*dynamic_shapes="):
+        loaded(path)
+
+
+@dataclass
+class Answer:
+    """What a model of a library returns: a class that torch is told of when that is imported."""
+
+    logits: torch.Tensor
+
+
+class Answering(Linear):
+    """A model that returns it."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Return the answer, in a class."""
+        return Answer(super().forward(x))
+
+
+def test_a_class_that_is_not_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A .pt2 file of a model of transformers needs transformers: torch logs that, and raises without it."""
+    name = f"{__name__}.Answer"
+    torch.export.register_dataclass(Answer, serialized_type_name=name)
+    models.exported(tmp_path / "a.pt2", Answering())
+    monkeypatch.delitem(_pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE, name)
+    path = written(tmp_path, "name: a, model: a.pt2, accuracy: 1")
+
+    with pytest.raises(ConfigError, match=rf"it takes or returns a {name}, which torch knows only where its"):
         loaded(path)
 
 
