@@ -107,7 +107,8 @@ def _check_direct(got: npt.NDArray[Any], expected: npt.NDArray[Any], size: int) 
     if not error <= FROM_DIRECT:
         raise FamilyProofError(
             f"its answers in a batch of {size} are {error:.3g} off those of a direct run on the CPU, query "
-            f"by query (at most {FROM_DIRECT:g} is expected): what runs it here computes another. {_MORE}"
+            f"by query (at most {FROM_DIRECT:g} is expected): what runs it here computes "
+            f"something else. {_MORE}"
         )
 
 

@@ -165,9 +165,19 @@ def test_another_module_is_another_digest(
     before = loaded(path).subnets
     assert loaded(path).subnets == before
 
-    other = Linear(seed=5) if change == "weights" else nn.Sequential(nn.Dropout(), Linear())
+    other = Linear(seed=5 if change == "weights" else 0)
+    if change == "layers":
+        other.add_module("last", nn.ReLU())
     monkeypatch.setattr(models, "build", lambda: other)
     assert loaded(path).subnets != before
+
+
+def test_a_module_is_put_into_evaluation_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its function returns: dropout is off."""
+    path = written(tmp_path, f'name: c, model: "{FUNCTION}", accuracy: 3', head=INPUT)
+    monkeypatch.setattr(models, "build", lambda: nn.Sequential(nn.Dropout(), Linear()).train())
+
+    np.testing.assert_allclose(loaded(path).execute(0, queries(2)), queries(2) @ weights_of(0), rtol=1e-5)
 
 
 def test_a_subnet_that_is_no_member_is_named(three: Path) -> None:

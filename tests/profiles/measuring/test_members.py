@@ -167,7 +167,9 @@ def test_options_of_supernets_are_refused_beside_a_family(option: tuple[str, ...
     """Each is named."""
     linear(tmp_path / "a.onnx")
     path = written(tmp_path, "name: a, model: a.onnx, accuracy: 1")
-    result = CliRunner().invoke(cli, ["measure", "--family", str(path), *option, "--out", "x.json"])
+    result = CliRunner().invoke(
+        cli, ["measure", "--family", str(path), *option, "--out", str(tmp_path / "x.json")]
+    )
 
     assert result.exit_code == 1
     assert (
