@@ -254,19 +254,27 @@ def _direct(
             raise fault(family, asked, f"it cannot run a batch of {shape}", error) from error
 
     output, given = answering(family, member.name, run(queries[:_SPEC_ROWS]), _SPEC_ROWS)
-    answers = np.concatenate([run(queries[i : i + 1])[output] for i in range(len(queries))])
-    return FamilyRow(member, feeds, output), given, DirectRun(queries, answers)
+    answers = [run(queries[i : i + 1])[output] for i in range(len(queries))]
+    for answer in answers:
+        if answer.shape != (1, *given.shape):
+            raise fault(
+                family, asked,
+                f"output {output!r}: expected answers of one shape, got {list(given.shape)} and then "
+                f"{list(answer.shape[1:])}: export a model that pads them",
+            )  # fmt: skip
+    return FamilyRow(member, feeds, output), given, DirectRun(queries, np.concatenate(answers))
 
 
 def _prove(
     family: Family, asked: FamilyMember, row: FamilyRow, direct: DirectRun, placement: Placement
 ) -> None:
+    largest = max(placement.batch_sizes, default=1)
     try:
         prove_member(direct, row.run, placement.batch_sizes)
+        row.run(np.resize(direct.queries, (largest, *direct.queries.shape[1:])))
     except FamilyProofError as error:
         raise fault(family, asked, str(error)) from error
     except Exception as error:  # the model's, of any kind
-        largest = max(placement.batch_sizes, default=1)
         raise fault(family, asked, f"it cannot run in batches of up to {largest}", error) from error
 
 

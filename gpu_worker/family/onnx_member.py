@@ -47,8 +47,8 @@ class OnnxMember:
         self.runs_by = "ONNX Runtime"
 
     def direct(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Run it on the CPU, without optimisations."""
-        names = [one.name for one in self._session.get_outputs()]
+        """Run it on the CPU, without optimisations; outputs that are no tensors, such as maps, are left."""
+        names = [one.name for one in self._session.get_outputs() if one.type.startswith("tensor")]
         return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
 
     def settle(self, device: torch.device, threads: int | None) -> None:

@@ -67,6 +67,26 @@ def centred(path: Path) -> Path:
     return _save(path, nodes, [taken], [given], [weights, axes])
 
 
+def mapping(path: Path) -> Path:
+    """Write x @ W, and beside it a dictionary for each row, as converters of scikit-learn's models do."""
+    weights = numpy_helper.from_array(weights_of(0), "w")
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["probabilities"]),
+        helper.make_node(
+            "ZipMap",
+            ["probabilities"],
+            ["maps"],
+            domain="ai.onnx.ml",
+            classlabels_int64s=list(range(CLASSES)),
+        ),
+    ]
+    taken = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", WIDTH])
+    row = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    maps = helper.make_value_info("maps", helper.make_sequence_type_proto(row))
+    given = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", CLASSES])
+    return _save(path, nodes, [taken], [maps, given], [weights])
+
+
 VOCABULARY, LENGTH = 11, 4
 """What `reader` takes: token ids below the first, in rows of the second."""
 
@@ -112,6 +132,9 @@ def read_by_hand(
     return np.asarray(found if types is None else found + types.sum(axis=1, keepdims=True), np.float32)
 
 
+_OPSETS = [helper.make_opsetid("", 18), helper.make_opsetid("ai.onnx.ml", 3)]
+
+
 def _save(
     path: Path,
     nodes: list[Any],
@@ -122,7 +145,7 @@ def _save(
     is_external: bool = False,
 ) -> Path:
     graph = helper.make_graph(nodes, path.stem, taken, given, tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=_OPSETS, ir_version=9)
     onnx.checker.check_model(model)
     onnx.save(model, path, save_as_external_data=is_external, location=f"{path.name}.data", size_threshold=0)
     return path

@@ -307,15 +307,38 @@ def test_a_class_that_is_not_imported_is_named(tmp_path: Path, monkeypatch: pyte
         loaded(path)
 
 
-def test_a_batch_that_an_export_bounds_is_refused(tmp_path: Path) -> None:
-    """A dimension whose largest size is below the profile's largest batch."""
-    batch = torch.export.Dim("batch", max=3)
+@pytest.mark.parametrize("bound", [3, 100])
+def test_a_batch_that_an_export_bounds_is_refused(bound: int, tmp_path: Path) -> None:
+    """A dimension whose largest size is below the profile's largest batch, however large that is."""
+    batch = torch.export.Dim("batch", max=bound)
     program = torch.export.export(Linear(), (torch.ones(2, WIDTH),), dynamic_shapes=({0: batch},))
     torch.export.save(program, tmp_path / "a.pt2")
     path = written(tmp_path, "name: a, model: a.pt2, accuracy: 1")
 
+    placement = Placement(batch_sizes=(1, bound + 1))
+    with pytest.raises(ConfigError, match=r"it cannot run in batches of up to \d+: AssertionError: Guard"):
+        FamilyExecutor.load(load_family(path), placement)
+
+
+class Ragged(nn.Module):
+    """A model whose answers differ in size, as those of a detector do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return more of a query that begins above zero."""
+        return x[:, : 1 + int(x[0, 0] > 0)]
+
+
+def ragged() -> nn.Module:
+    """Return it as a family file names it."""
+    return Ragged()
+
+
+def test_answers_are_of_one_shape(tmp_path: Path) -> None:
+    """The wire has one output spec for a model."""
+    path = written(tmp_path, f'name: a, model: "{__name__}:ragged", accuracy: 1', head=INPUT)
+
     with pytest.raises(
-        ConfigError, match="it cannot run in batches of up to 4: AssertionError: Guard failed"
+        ConfigError, match=r"output '0': expected answers of one shape, got .\d. and then .\d."
     ):
         loaded(path)
 
@@ -430,6 +453,14 @@ def test_one_of_several_outputs_answers(head: str, sign: int | None, tmp_path: P
     else:
         got = loaded(path).execute(0, queries(1))
         np.testing.assert_allclose(got, sign * queries(1) @ weights_of(0), rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_that_are_no_tensors_are_left(tmp_path: Path) -> None:
+    """A classifier of scikit-learn gives a dictionary for each row too, which nobody has to name."""
+    models.mapping(tmp_path / "a.onnx")
+    path = written(tmp_path, "name: a, model: a.onnx, accuracy: 1")
+
+    np.testing.assert_allclose(loaded(path).execute(0, queries(3)), queries(3) @ weights_of(0), rtol=1e-5)
 
 
 # --- several inputs -------------------------------------------------------------------------
