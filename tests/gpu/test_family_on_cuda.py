@@ -1,4 +1,4 @@
-"""A family on a CUDA device: members of each kind answer as on the CPU, where their runtimes are installed."""
+"""A family on a CUDA device: members of each kind answer as on the CPU, where their runtime is installed."""
 
 from __future__ import annotations
 
