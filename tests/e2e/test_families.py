@@ -7,6 +7,8 @@ and the plain module filled from the exported program.
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from profiles.table import SubnetProfile, load_profile
 from superserve.client.client import Client
 from superserve.clock import MS
 from superserve.roles.processes import ProcessGroup
+from tests.e2e.netns import net
 from tests.gpu_worker.family.models import exported, linear, queries, weights_of, written
 from tests.superserve.client.fakes import WAIT_S
 
@@ -199,3 +202,45 @@ def test_exported_networks_are_served_as_a_family(tmp_path: Path, kind: str) -> 
         assert check(burst(client, inputs), inputs, answers) == set(NAMES)
     with served(family, "planfit") as client:
         assert check(burst(client, inputs, (0.0,)), inputs, answers) <= set(NAMES)
+
+
+# --- several hosts --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_family_is_served_by_several_hosts(tmp_path: Path) -> None:
+    """Each host finds the models at the path of the file, and is sent the profile; both take part."""
+    for seed, name in enumerate(NAMES):
+        linear(tmp_path / f"{name}.onnx", seed)
+    family = listed(tmp_path, "onnx")
+    profile = profiled(family)
+    with net("a", "b") as hosts:
+        entries = [
+            f"{{name: {name}, address: {hosts.address(name)}, workers: 1, python: {sys.executable}}}"
+            for name in "ab"
+        ]
+        file = hosts.folder / "hosts.yaml"
+        file.write_text(
+            f"router: {{host: a}}\nsecurity: none\nhosts: [{', '.join(entries)}]\n"
+            f"family: {family}\nprofile: {profile}\n"
+        )
+        code, output = hosts.cluster("up", str(file))
+        assert code == 0, output
+        assert f"{family} on cpu" in output
+
+        code, output = hosts.loadgen(
+            "run", "--trace", "poisson:rate=200", "--duration", "1",
+            "--slo-ms", "10000", "--json", str(hosts.folder / "run.json"),
+        )  # fmt: skip
+        assert code in (0, 1), output  # 1: a busy machine; what is counted must agree all the same
+        queries_run = json.loads((hosts.folder / "run.json").read_text())["queries"]
+        assert queries_run["total"] == queries_run["ok"] > 0, queries_run
+        code, output = hosts.cluster("status", "--json")
+        assert code == 0, output
+        assert all(worker["queries"] for worker in json.loads(output)["status"]["workers"])
+        code, output = hosts.cluster("logs", "b")
+        assert "member large: " in output
+        assert "equal to a direct run" in output
+        code, output = hosts.cluster("down")
+        assert code == 0, output
