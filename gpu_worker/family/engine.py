@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]  # it ships no types
+import torch
 
 from gpu_worker.engines.torch_executor import PaddedExecutor, Staged, fill
 from gpu_worker.family.file import EXPORTED, ONNX
@@ -63,12 +64,14 @@ class FamilyMemory:
 
     Attributes:
         members: Bytes of each member's weights, by name: of its files, or of its tensors.
-        grown: By how much this process's memory grew as they were loaded, with the code that runs them; on
-            CUDA the device has more.
+        grown: By how much memory grew as they were loaded, with the code that runs them: this process's, or
+            on CUDA the device's.
+        place: "process" or "device".
     """
 
     members: tuple[tuple[str, int], ...]
     grown: int
+    place: str = "process"
 
     @property
     def weights(self) -> int:
@@ -80,7 +83,7 @@ class FamilyMemory:
         each = ", ".join(f"{name} {_mb(n_bytes)}" for name, n_bytes in self.members)
         return (
             f"{len(self.members)} members, all resident: {_mb(self.weights)} of weights ({each}); the "
-            f"process grew by {_mb(self.grown)}, runtimes included"
+            f"{self.place} grew by {_mb(self.grown)}, runtimes included"
         )
 
 
@@ -170,7 +173,7 @@ class FamilyExecutor(PaddedExecutor):
         if placement.precision not in ("auto", "float32"):
             raise ConfigError("--precision: a member of a family computes in what it was exported in")
         hosted = family.members if subnets is None else [family.member(subnet.name) for subnet in subnets]
-        before = _resident_bytes()
+        before = _held_bytes(device)
         members = [_opened(family, member) for member in hosted]
         for subnet, member in zip(subnets or (), members, strict=False):
             check_digest(family, subnet, member)
@@ -189,7 +192,7 @@ class FamilyExecutor(PaddedExecutor):
             proved = "equal to a direct run" if is_proved else "unproven"
             _LOG.info("member %s: %s, %s, %s", member.name, member.digest, member.runs_by, proved)
         engine = FamilyEngine(rows, spec, placement.batch_sizes)
-        return cls(family, engine, specs, placement, max(0, _resident_bytes() - before))
+        return cls(family, engine, specs, placement, max(0, _held_bytes(device) - before))
 
     def hosting(self, names: Sequence[str]) -> FamilyExecutor:
         """Return one that hosts these members, in this order; they are resident once."""
@@ -204,7 +207,8 @@ class FamilyExecutor(PaddedExecutor):
 
     def memory(self) -> FamilyMemory:
         """Return what the members occupy."""
-        return FamilyMemory(tuple((row.member.name, row.member.n_bytes) for row in self._rows), self._grown)
+        members = tuple((row.member.name, row.member.n_bytes) for row in self._rows)
+        return FamilyMemory(members, self._grown, "device" if self.device.type == "cuda" else "process")
 
 
 def check_digest(family: Family, subnet: Subnet, member: Member) -> None:
@@ -283,5 +287,9 @@ def _fingerprint(subnets: Sequence[Subnet], specs: tuple[TensorSpec, TensorSpec]
     return hashlib.blake2b(words.encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
-def _resident_bytes() -> int:
+def _held_bytes(device: torch.device) -> int:
+    """Return what is held of the memory in which models are resident on a device."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
     return int(psutil.Process().memory_info().rss)

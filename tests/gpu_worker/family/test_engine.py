@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from gpu_worker.engines.torch_executor import Placement
-from gpu_worker.family.engine import FamilyExecutor
+from gpu_worker.family.engine import FamilyExecutor, FamilyRow
 from gpu_worker.family.file import load_family
 from gpu_worker.family.onnx_member import OnnxMember
 from gpu_worker.family.proof import deviation
@@ -91,6 +91,40 @@ def test_warming_up_answers_nothing_and_breaks_nothing(three: Path) -> None:
 
     for row in range(3):
         np.testing.assert_array_equal(executor.execute(row, batch), before[row])
+
+
+def test_every_member_is_warm_at_every_size(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No query pays for the first batch of a shape."""
+    ran = []
+    executor = loaded(three)
+    plain = FamilyRow.run
+
+    def noted(row: FamilyRow, batch: Any) -> Any:
+        ran.append((row.member.name, len(batch)))
+        return plain(row, batch)
+
+    monkeypatch.setattr(FamilyRow, "run", noted)
+    executor.warm_up()
+    assert sorted(ran) == [(name, size) for name in "abc" for size in SIZES]
+
+
+def test_threads_are_those_of_each_session(three: Path) -> None:
+    """ONNX Runtime would take every core."""
+    asked = []
+
+    class Options(onnxruntime.SessionOptions):  # type: ignore[misc]  # untyped
+        """Options that tell how many threads were asked for."""
+
+        def add_session_config_entry(self, name: str, value: str) -> None:
+            asked.append((self.intra_op_num_threads, name, value))
+            super().add_session_config_entry(name, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", Options)
+        FamilyExecutor.load(load_family(three), Placement(threads=2, batch_sizes=(1,)))
+    torch.set_num_threads(1)
+    spinning = "session.intra_op.allow_spinning"
+    assert asked == [(1, spinning, "0"), (2, spinning, "0")]  # the direct run's, and the one that serves
 
 
 def test_what_does_not_fit_is_refused(three: Path) -> None:
@@ -543,11 +577,17 @@ def test_inputs_that_no_query_holds_are_named(head: str, expected: str, tmp_path
 ON_CPU = ["CPUExecutionProvider"]
 
 
+def as_if_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a placement be on a CUDA device that torch sees."""
+    monkeypatch.setattr(Placement, "torch_device", lambda _: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1, 2))
+
+
 def test_a_runtime_without_cuda_is_refused_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would run on the CPU without an error, and the profile would lie."""
     linear(tmp_path / "a.onnx")
     path = written(tmp_path, "name: a, model: a.onnx, accuracy: 1")
-    monkeypatch.setattr(Placement, "torch_device", lambda _: torch.device("cuda:0"))
+    as_if_cuda(monkeypatch)
 
     with pytest.raises(ConfigError, match=r"ONNX Runtime here has no CUDAExecutionProvider: expected .*-gpu"):
         loaded(path)
@@ -557,7 +597,7 @@ def test_a_runtime_that_falls_back_is_refused(tmp_path: Path, monkeypatch: pytes
     """A provider that is listed and cannot be loaded."""
     linear(tmp_path / "a.onnx")
     path = written(tmp_path, "name: a, model: a.onnx, accuracy: 1")
-    monkeypatch.setattr(Placement, "torch_device", lambda _: torch.device("cuda:0"))
+    as_if_cuda(monkeypatch)
     both = ["CUDAExecutionProvider", *ON_CPU]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
     session = onnxruntime.InferenceSession
