@@ -76,7 +76,7 @@ def _check_group(description: Description, group: RoleGroup) -> None:
         )
     if description.hosts.family is not None:
         raise description.error(
-            ("family",), "a pod has no files of its host: a family is served by other engines so far"
+            ("family",), "a pod has no files of its host: deploy/chart mounts a volume with a family"
         )
     for file in group.files:
         place, _, last = file.path.rpartition("/")
