@@ -72,8 +72,14 @@ cli.add_command(render)
     metavar="NAME",
     help="digits, ofa-resnet50, dynabert, ofa-mobilenet-v3, or module:attribute.",
 )
+@click.option(
+    "--family",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Ordinary models instead: docs/families.md.",
+)
 @click.option("--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]')
-@click.option("--profile", metavar="PROFILE", help="The supernet's on this device.  [default: digits-cpu]")
+@click.option("--profile", metavar="PROFILE", help="The model's on this device.  [default: digits-cpu]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each worker's torch.  [default: 1]")
 @click.option(
     "--policy",

@@ -103,7 +103,7 @@ PROFILES = [
 ]
 WORKER = [
     ((), "--connect"),
-    (("--connect", "tcp://{closed}"), "expected one of --emulate and --supernet"),
+    (("--connect", "tcp://{closed}"), "expected one of --emulate, --supernet and --family"),
     (("--connect", "tcp://{closed}", "--emulate", "x", "--supernet", "digits"), "expected one of"),
     (("--connect", "tcp://{closed}", "--emulate", "cnn-8gpu-modeled"), "cnn-8gpu-modelled"),
     (("--connect", "tcp://{closed}", "--emulate", "{tmp}/broken.json"), "latency_ms"),
