@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -203,6 +204,24 @@ def test_few_late_queries_are_no_overload() -> None:
     # A hundred more are an overload: not even the smallest subnet serves them.
     queue = view_of([2.9] * 3 + [24.0] * 110, demand, supply_of(1, 9 * MS))
     assert isinstance(chosen(queue), Shed)
+
+
+def test_while_queries_are_let_go_no_time_is_spent_on_accuracy() -> None:
+    """For a patience after a shed the smallest subnet serves, though the queue alone would pay for more."""
+    policy, demand = PlanFit(CNN), demand_of(300)
+    calm = view_of([30.0] * 16, demand, supply_of(8, 35 * MS))
+    jam = view_of([3.0] * 3 + [24.0] * 600, demand, supply_of(8, 35 * MS))
+
+    def row(after_ms: int) -> int:
+        worker = WorkerView(NOW_NS + after_ms * MS, WAY_NS, 1.0, 1.0)
+        later = replace(calm, head_deadline_ns=calm.head_deadline_ns + after_ms * MS)
+        choice = policy.choose(later, worker, NOW_NS + after_ms * MS)
+        assert isinstance(choice, Choice)
+        return choice.subnet
+
+    assert row(0) > 0
+    assert isinstance(policy.choose(jam, idle(), NOW_NS), Shed)
+    assert [row(after_ms) > 0 for after_ms in (0, 30, 40)] == [False, False, True]
 
 
 @pytest.mark.parametrize(("short_ms", "kind"), [(8, Choice), (200, Shed)])
