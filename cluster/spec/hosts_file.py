@@ -23,7 +23,7 @@ from cluster.spec.engines import RAY, SLURM, SSH, RaySettings, SlurmSettings
 from cluster.spec.hosts import CLIENT_PORT, WORKER_PORT, Host, Hosts, LogBounds, MetricsPorts, RouterPlace
 from cluster.spec.plan import DEFAULT_PROFILE, MAX_WORKERS
 from cluster.spec.yaml_lines import Where, read_located
-from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS
+from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS, is_known
 from profiles.table import load_profile, shipped_profiles
 from router.policies.registry import make_policy
 from superserve.errors import ConfigError
@@ -399,7 +399,7 @@ def _serving(data: dict[str, Any], folder: Path) -> list[Found]:
             for key in ("supernet", "profile", "weights")
             if data.get(key) is not None
         ]
-    if supernet and supernet not in SHIPPED_SUPERNETS and ":" not in supernet:
+    if supernet and not is_known(supernet):
         nearest = difflib.get_close_matches(supernet, SHIPPED_SUPERNETS, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         names = ", ".join(SHIPPED_SUPERNETS)

@@ -110,7 +110,10 @@ class Engine(Protocol):
     """One kind of device."""
 
     def stage(self, batch: Batch, size: int) -> Staged:
-        """Bring a batch to the device, padded with zeros to `size`; may be called while another runs."""
+        """Bring a batch to the device, padded with zeros to `size`; may be called while another runs.
+
+        Texts may be shorter than a query is on the wire, all of a batch alike.
+        """
         ...
 
     def run(self, row: int, staged: Staged) -> npt.NDArray[Any]:
@@ -139,7 +142,7 @@ class CpuEngine:
 
     def stage(self, batch: Batch, size: int) -> Staged:
         """Copy a batch: as received it may be read-only memory, which torch does not take."""
-        padded = np.empty((size, *self._kind.input_spec.shape), dtype=self._kind.input_spec.dtype)
+        padded = np.empty((size, *batch[0].shape), dtype=self._kind.input_spec.dtype)
         fill(padded, batch)
         return Staged(len(batch), torch.from_numpy(padded))
 
@@ -308,6 +311,8 @@ class TorchExecutor:
     def stage(self, batch: Batch) -> Staged:
         """Pad B queries (B, *input), or B that lie apart, to a profiled size and bring them to the device.
 
+        Texts are cut to the bucket that holds the longest of them.
+
         Raises:
             InvalidQueryError: If its size, dtype or shape is not what the supernet takes.
         """
@@ -319,7 +324,8 @@ class TorchExecutor:
         fitting = [size for size in self.batch_sizes if size >= n] if self.batch_sizes else [n]
         if not fitting:
             raise InvalidQueryError(f"batch: expected at most {self.batch_sizes[-1]} queries, got {n}")
-        return self._engine.stage(batch, fitting[0])
+        lengths = self.kind.lengths
+        return self._engine.stage(batch if lengths is None else lengths.cut(batch), fitting[0])
 
     def run(self, subnet: int, staged: Staged) -> npt.NDArray[Any]:
         """Run a staged batch on row `subnet` and return its outputs (B, *output).

@@ -1,9 +1,15 @@
 """Names of the supernets that come with the package, for code that must not import torch."""
 
 DIGITS, OFA_RESNET50, DYNABERT = "digits", "ofa-resnet50", "dynabert"
+BERT_ENCODER, BERT_RERANKER = "bert-encoder", "bert-reranker"
 
-SHIPPED_SUPERNETS = (DIGITS, OFA_RESNET50, DYNABERT)
+SHIPPED_SUPERNETS = (DIGITS, OFA_RESNET50, DYNABERT, BERT_ENCODER, BERT_RERANKER)
 """What `--supernet` takes, beside `package.module:attribute`."""
+
+
+def is_known(supernet: str) -> bool:
+    """Return whether `--supernet` takes this: a shipped one, perhaps with options, or your own."""
+    return ":" in supernet or supernet.partition("@")[0] in SHIPPED_SUPERNETS
 
 
 def with_example(supernet: str, example: str | None) -> str:

@@ -105,19 +105,27 @@ def shape_of(path: Path, name: str) -> tuple[int, ...] | None:
     Raises:
         ConfigError: As `read_tensors` does.
     """
+    shapes = shapes_in(path)
+    return next((shape for key, shape in shapes.items() if key == name or key.endswith(f".{name}")), None)
+
+
+def shapes_in(path: Path) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors, by name.
+
+    Raises:
+        ConfigError: As `read_tensors` does.
+    """
     try:
         with path.open("rb") as file:
             is_safetensors = _is_safetensors(path, file.read(64))
         if is_safetensors:  # its sizes stand at its beginning
             with safe_open(path, framework="pt") as tensors:
-                shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  it is no dictionary
-        else:
-            shapes = {key: tuple(tensor.shape) for key, tensor in read_tensors(path).items()}
+                return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  it is no dictionary
+        return {key: tuple(tensor.shape) for key, tensor in read_tensors(path).items()}
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"{path}: expected a safetensors or .pt file of tensors: {_plain(error)}"
         ) from error
-    return next((shape for key, shape in shapes.items() if key == name or key.endswith(f".{name}")), None)
 
 
 def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:

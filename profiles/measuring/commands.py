@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gpu_worker.models.names import SHIPPED_SUPERNETS, with_example
+from gpu_worker.models.names import is_known, with_example
 from profiles.measuring.declared import subnets_of
 from profiles.measuring.measure import (
     Device,
@@ -384,7 +384,7 @@ def _measured(
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  see above
     from profiles.measuring.accuracy import measured_accuracy  # noqa: PLC0415  see above
 
-    if supernet is None and profile.supernet not in SHIPPED_SUPERNETS and ":" not in profile.supernet:
+    if supernet is None and not is_known(profile.supernet):
         raise ConfigError(
             f"--supernet: expected package.module:attribute: the profile names {profile.supernet!r}, "
             "which does not come with the package"

@@ -145,9 +145,9 @@ def test_every_way_out_gives_the_buffer_back(monkeypatch: pytest.MonkeyPatch) ->
             with pytest.raises(RuntimeError, match="on fire"):
                 engine.run(0, engine.stage(queries(2), 2))
 
-    assert engine._buffers(2).qsize() == N_BUFFERS
+    assert engine._buffers((2, 1, 20, 20)).qsize() == N_BUFFERS
     staged = [engine.stage(queries(2, seed), 2) for seed in range(N_BUFFERS)]
-    assert engine._buffers(2).empty()
+    assert engine._buffers((2, 1, 20, 20)).empty()
     for seed, one in enumerate(staged):
         np.testing.assert_allclose(engine.run(1, one), plain(1, queries(2, seed)), rtol=1e-4, atol=1e-4)
 
