@@ -1,4 +1,4 @@
-"""The commands `profiles measure`, `search`, `show`, `accuracy` and `calibrate`.
+"""The commands `profiles measure`, `search`, `exits`, `show`, `accuracy` and `calibrate`.
 
 They use torch, which takes seconds to import, so each imports it when it runs.
 """
@@ -297,6 +297,51 @@ def _print_found(found: Found, took_s: float) -> None:
         f"of {found.n_judged} judged, in {took_s:.1f} s"
     )
     click.echo(profile.provenance)
+
+
+@click.command("exits")
+@_supernet
+@_example_input
+@_weights
+@click.option(
+    "--pairs", required=True, type=_FILE, help="Texts to rank, an .npz: see profiles/measuring/exits.py."
+)
+@_device
+@_threads
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="List of subnets to write, for `profiles measure --subnets`.",
+)
+@plain_errors(OSError)
+def exits_command(
+    supernet: str,
+    example_input: str | None,
+    weights: str | None,
+    pairs: Path,
+    device: str,
+    threads: int,
+    out: Path,
+) -> None:
+    """Rank the exits of an encoder or reranker, and write them to OUT.
+
+    An exit's figure is 100 times Spearman's correlation of its scores with full depth's, or with the scores
+    that the file of pairs holds.
+    """
+    import torch  # noqa: PLC0415  see above
+
+    from gpu_worker.engines.torch_executor import Placement  # noqa: PLC0415  see above
+    from profiles.measuring.exits import ranked_exits, write_subnets  # noqa: PLC0415  see above
+
+    torch.set_num_threads(threads)
+    placement = Placement(device=device, threads=threads)
+    exits = ranked_exits(with_example(supernet, example_input), weights, pairs, placement)
+    for one in exits:
+        note = "" if one.is_kept else "  left out: a shallower exit ranks as well"
+        click.echo(f"{one.subnet.name:<10} {one.percent:7.2f}{note}")
+    write_subnets(exits, out)
+    click.echo(f"wrote {out}")
 
 
 @click.command("show")
