@@ -15,6 +15,7 @@ from cluster.operate.health import problems
 from cluster.show import tables as show
 from cluster.spec import plan as plans
 from cluster.spec.plan import Options, Plan, differences, make_plan, python_path
+from superserve.errors import ConfigError
 from superserve.hello import ModelSpec
 from superserve.roles import local
 from superserve.roles.local import STATE_VARIABLE, LocalCluster, Phase, ProcessId, Role, RoleState
@@ -86,6 +87,27 @@ def test_without_a_gpu_one_worker_serves_digits_on_the_cpu() -> None:
 
     assert [role.serves for role in plan.roles] == ["policy planfit", "digits on cpu"]
     assert "--client-endpoint {client}" in " ".join(plan.roles[0].argv)
+
+
+def test_a_models_folder_and_its_options_reach_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is named by its full path; what is neither a file nor a folder is refused."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = {"supernet": "bert-encoder@length=64,dim=8", "profile": "digits-cpu", "device": "cpu"}
+    argv = planned(weights="model", **options).roles[1].argv
+
+    assert argv[argv.index("--weights") + 1] == str(tmp_path / "model")
+    assert argv[argv.index("--supernet") + 1] == "bert-encoder@length=64,dim=8"
+    with pytest.raises(
+        ConfigError, match="--weights: expected a checkpoint's file, a folder or 'random', got 'no'"
+    ):
+        planned(weights="no", **options)
+    with pytest.raises(
+        ConfigError, match=r"--supernet: expected one of .*bert-encoder.*, got 'bert-encode@length=4'"
+    ):
+        planned(**{**options, "supernet": "bert-encode@length=4"})
 
 
 def test_with_gpus_each_has_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
