@@ -1,4 +1,4 @@
-"""The commands `profiles measure`, `search`, `exits`, `show`, `accuracy` and `calibrate`.
+"""The commands `profiles advise`, `measure`, `search`, `exits`, `show`, `accuracy` and `calibrate`.
 
 They use torch, which takes seconds to import, so each imports it when it runs.
 """
@@ -28,6 +28,7 @@ from profiles.show import draw_heat_map, flops, flops_unit, print_heat_map
 from profiles.table import load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError
+from superserve.files import write_whole
 from superserve.roles.command import plain_errors
 from superserve.subnet import Subnet
 
@@ -86,6 +87,43 @@ def _parsed(_context: click.Context, _option: click.Parameter, text: str) -> tup
 _batch_sizes = click.option(
     "--batch-sizes", default="1,2,4,8,16", show_default=True, callback=_parsed, help="Ascending, with commas."
 )
+
+
+@click.command("advise")
+@click.argument("module", metavar="MODULE:FUNCTION")
+@click.option(
+    "--example-input", metavar="SHAPE:DTYPE", required=True,
+    help="One input of the module: 3x224x224:float32, or a .npy file.",
+)  # fmt: skip
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the supernet to this .py file."
+)
+@plain_errors(OSError)
+def advise_command(module: str, example_input: str, out: Path | None) -> None:
+    """Say what of your module can be made elastic, and how.
+
+    MODULE:FUNCTION builds a plain torch module. Each candidate is inserted into a copy of it and proved; what
+    fails is named, with the reason.
+    """
+    from profiles.measuring.advise import advise_on, code_of, lines_of  # noqa: PLC0415  see above
+
+    advice, *place = advise_on(module, example_input, lambda what: click.echo(f"trying {what}", err=True))
+    for line in lines_of(advice):
+        click.echo(line)
+    if advice.proof is None:
+        return
+    click.echo()
+    if out is None:
+        click.echo(code_of(advice, *place))
+    else:
+        write_whole(out, code_of(advice, *place))
+        click.echo(f"wrote {out}")
+    name = "my_supernet" if out is None else out.stem
+    click.echo(f"{'Save this as my_supernet.py. ' if out is None else ''}Train its subnets together, then:")
+    click.echo(
+        f"  profiles search --supernet {name}:supernet --example-input {example_input} "
+        "--weights WEIGHTS --examples EXAMPLES.npz --out profile.json"
+    )
 
 
 @click.command("measure")
