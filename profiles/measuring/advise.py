@@ -41,7 +41,7 @@ _HEADS = ("head_dim", "head_size", "attention_head_size", "dim_head", "head_widt
 """Attributes in which modules keep the width of an attention head."""
 
 
-class Candidate(NamedTuple):
+class SamePlace(NamedTuple):
     """Layers of one place in several blocks.
 
     Attributes:
@@ -64,7 +64,7 @@ class Candidate(NamedTuple):
         return self.pattern.rpartition(".")[0]
 
 
-class Refusal(NamedTuple):
+class StaysWhole(NamedTuple):
     """What stays whole, and why."""
 
     what: str
@@ -90,7 +90,7 @@ class Advice:
     n_norms: int
     stages: tuple[Stage, ...]
     elastic: tuple[Elastic, ...]
-    refused: tuple[Refusal, ...]
+    refused: tuple[StaysWhole, ...]
     n_left: int
     proof: str | None
     is_instance: bool = False
@@ -114,14 +114,14 @@ def advise(
     layers = layers_in(model, ())
     stages: list[Stage] = []
     elastic: list[Elastic] = []
-    refused: list[Refusal] = []
+    refused: list[StaysWhole] = []
     containers, groups = list(_containers(model)), _candidates(model)
     n_left = len(containers) + len(groups) - MAX_TRIED
     for path in containers[:MAX_TRIED]:
         on_progress(path)
         found, why = _first_that_holds(trial, stages, elastic, [[_stage(path)], [_stage(path, zero=True)]])
         if found is None:
-            refused.append(Refusal(path or "the module", why))
+            refused.append(StaysWhole(path or "the module", why))
         stages += found or []
     taken: set[str] = set()
     for group in groups[: max(0, MAX_TRIED - len(containers))]:
@@ -131,7 +131,7 @@ def advise(
         ways = list(_ways(group, [one for one in groups if one.pattern not in taken]))
         found, why = _first_that_holds(trial, stages, elastic, [[size] for size, _ in ways])
         if found is None:
-            refused.append(Refusal(group.pattern, why))
+            refused.append(StaysWhole(group.pattern, why))
             continue
         elastic += found
         taken |= next(patterns for size, patterns in ways if size is found[0])
@@ -263,7 +263,7 @@ def _stage(path: str, *, zero: bool = False) -> Stage:
     return Stage(path, skipped="zero") if zero else Stage(path)
 
 
-def _candidates(model: nn.Module) -> list[Candidate]:
+def _candidates(model: nn.Module) -> list[SamePlace]:
     """Return the layers of which outputs can be chosen, those of one place together, in the model's order."""
     found: dict[tuple[str, int], list[str]] = defaultdict(list)
     layers: dict[str, nn.Module] = {}
@@ -278,7 +278,7 @@ def _candidates(model: nn.Module) -> list[Candidate]:
         layers[path] = module
         found[_pattern(path), _outputs(module)].append(path)
     return [
-        Candidate(pattern, tuple(paths), outputs, _inputs(layers[paths[0]]), _head(model, paths[0]))
+        SamePlace(pattern, tuple(paths), outputs, _inputs(layers[paths[0]]), _head(model, paths[0]))
         for (pattern, outputs), paths in found.items()
     ]
 
@@ -306,7 +306,7 @@ def _head(model: nn.Module, path: str) -> int:
     return next((width for width in widths if width > 1), 1)
 
 
-def _ways(group: Candidate, others: Sequence[Candidate]) -> Iterator[tuple[Elastic, set[str]]]:
+def _ways(group: SamePlace, others: Sequence[SamePlace]) -> Iterator[tuple[Elastic, set[str]]]:
     """Yield how a group of layers may be cut, and the patterns that are cut then; the simplest first."""
     siblings = [
         one
@@ -334,12 +334,12 @@ def _ways(group: Candidate, others: Sequence[Candidate]) -> Iterator[tuple[Elast
 _MOST_COMBINATIONS = 4  # of as many siblings: a block has few
 
 
-def _layers_of(group: Candidate) -> list[str]:
+def _layers_of(group: SamePlace) -> list[str]:
     """Return the pattern of a group, or its paths if there is only one of them."""
     return [group.pattern] if len(group.paths) > 1 else list(group.paths)
 
 
-def _name(groups: Sequence[Candidate]) -> str:
+def _name(groups: Sequence[SamePlace]) -> str:
     """Return a name such as "layer.attention.query+key+value"."""
     place = groups[0].parent.replace(".*", "").removeprefix("*.")
     layers = "+".join(group.pattern.rpartition(".")[2] for group in groups)

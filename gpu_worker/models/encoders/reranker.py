@@ -57,7 +57,7 @@ MINILM_RERANKER = RerankerSizes(BertSizes(n_blocks=6, n_heads=12, head_size=32, 
 """The sizes of ms-marco-MiniLM-L6-v2, for random weights."""
 
 
-class Head(nn.Module):
+class ExitHead(nn.Module):
     """What scores at one exit. A subnet runs the head of its last layer and leaves out the others."""
 
     def __init__(self, sizes: RerankerSizes, *, pools: bool) -> None:
@@ -86,7 +86,7 @@ class Reranker(nn.Module):
         self.n_labels = sizes.n_labels
         self.bert = Bert(sizes.bert, pools=self.pools)
         n_heads = 1 if sizes.layout == SHARED else sizes.bert.n_blocks
-        self.heads = nn.ModuleList(Head(sizes, pools=not self.pools) for _ in range(n_heads))
+        self.heads = nn.ModuleList(ExitHead(sizes, pools=not self.pools) for _ in range(n_heads))
         initialise(self)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
