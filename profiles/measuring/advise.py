@@ -25,7 +25,6 @@ from gpu_worker.proof.prove import prove
 from gpu_worker.supernet.insertion import Elastic, Stage, insert
 from gpu_worker.supernet.operators import SubnetNorm
 from gpu_worker.supernet.recognition import is_elastic_kind, layers_in, operator_of
-from gpu_worker.supernet.supernet import Supernet
 from superserve.errors import ConfigError
 from superserve.plugins import load_attribute
 from superserve.subnet import Subnet
@@ -234,8 +233,6 @@ def advise_on(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         built = found if is_instance or not callable(found) else found()
-    if isinstance(built, Supernet):
-        raise ConfigError(f"{name}: is a supernet already: advice is for plain modules")
     if not isinstance(built, nn.Module):
         raise ConfigError(f"{name}: expected what gives a torch.nn.Module, got {type(built).__name__}")
     one = read_example(example_input)

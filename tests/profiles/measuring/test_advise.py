@@ -171,6 +171,9 @@ def test_published_networks_are_elastic_where_the_zoo_says(model: Any, stage: st
     assert [one.blocks for one in advice.stages] == [stage]
     assert [one.name for one in advice.elastic] == sizes
     assert advice.proof is not None
+    cut = {layer for one in advice.elastic for layer in one.layers}
+    assert not cut & set(reasons(advice)), "what is cut with its siblings does not stay whole"
+    assert not any("emb" in what for what in reasons(advice)), "an embedding is the stream itself"
 
 
 def test_too_many_candidates_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,13 +210,21 @@ def test_without_a_file_the_code_is_printed() -> None:
 
 
 def test_a_module_without_anything_elastic_gives_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what stays whole, and why; a module is taken as it is."""
-    monkeypatch.setattr(sys.modules[__name__], "single", nn.Linear(3, 2), raising=False)
+    """Only what stays whole, and why."""
+    monkeypatch.setattr(sys.modules[__name__], "single", lambda: nn.Linear(3, 2), raising=False)
     result = run(advise_command, f"{__name__}:single", "--example-input", "3")
 
     assert result.exit_code == 0, result.output
     assert "may be left out: nothing\nmay be cut: nothing\n" in result.output
     assert "def supernet" not in result.output
+
+
+def test_a_module_that_is_there_already_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code names it as it is; what builds one is called."""
+    monkeypatch.setattr(sys.modules[__name__], "images", Images(), raising=False)
+
+    assert "\n        images,\n" in code_of(*advise_on(f"{__name__}:images", "1x8x8"))
+    assert "\n        Images(),\n" in code_of(*advise_on(f"{__name__}:Images", "1x8x8"))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +233,7 @@ def test_a_module_without_anything_elastic_gives_no_code(monkeypatch: pytest.Mon
         ("Images", "1x8x8", "expected package.module:function, which returns a module, got 'Images'"),
         (f"{__name__}:absent", "1x8x8", "has no attribute 'absent'"),
         (f"{__name__}:not_a_module", "1x8x8", "expected what gives a torch.nn.Module, got int"),
-        (f"{__name__}:supernet", "1x20x20", "is a supernet already"),
+        (f"{__name__}:supernet", "1x20x20", "the model is a supernet already"),
         (
             f"{__name__}:Images",
             "2x8x8",
