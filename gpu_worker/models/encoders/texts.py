@@ -144,16 +144,16 @@ def _encoder(sizes: BertSizes, pooling: Pooling, options: TextOptions, where: st
         functools.partial(sentence_encoder, sizes, pooling, dimension),
         TensorSpec("int32", (options.length,)),
         TensorSpec("float32", (dimension,)),
-        _lengths(sizes, options, where),
+        _lengths(sizes, options, (sizes.n_tokens,), where),
     )
 
 
-def _lengths(sizes: BertSizes, options: TextOptions, where: str) -> Lengths:
+def _lengths(sizes: BertSizes, options: TextOptions, limits: tuple[int, ...], where: str) -> Lengths:
     if options.length > sizes.max_length:
         raise ConfigError(
             f"{where}: {_LENGTH}: expected at most {sizes.max_length} tokens, got {options.length}"
         )
-    return Lengths.up_to(options.length, sizes.padding)
+    return Lengths.up_to(options.length, sizes.padding, limits)
 
 
 # --- rerankers ------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _reranker(sizes: RerankerSizes, options: TextOptions, where: str) -> TextMod
         functools.partial(reranker, sizes),
         TensorSpec("int32", (2, options.length)),
         TensorSpec("float32", (sizes.n_labels,)),
-        _lengths(sizes.bert, options, where),
+        _lengths(sizes.bert, options, (sizes.bert.n_tokens, sizes.bert.n_types), where),
         functools.partial(published_name, sizes),
         ignored_names(sizes),
     )

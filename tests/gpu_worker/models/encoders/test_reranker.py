@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from gpu_worker.engines.torch_executor import Placement, TorchExecutor, example_input
 from gpu_worker.models.kinds import fitted, resident, supernet_kind
 from gpu_worker.proof.prove import prove
-from superserve.errors import ConfigError
+from superserve.errors import ConfigError, InvalidQueryError
 from superserve.subnet import Subnet
 from tests.gpu_worker.models.encoders.folders import (
     LENGTH,
@@ -90,6 +90,15 @@ def test_only_the_heads_that_a_subnet_uses_stay(tmp_path: Path) -> None:
     one = TorchExecutor.load(NAME, [subnet], weights=str(tmp_path), placement=Placement(threads=1))
 
     assert one.memory().shared < whole / 2
+
+
+def test_token_types_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
+    """Beside token ids, which are checked by their own number."""
+    saved(tmp_path, "shared")
+    executor, pairs = served(tmp_path, NAME), pairs_of(token_ids())
+    pairs[2, 1, 4] = 2
+    with pytest.raises(InvalidQueryError, match="token types: expected 0 to 1, got 2"):
+        executor.stage(pairs)
 
 
 def test_a_missing_head_is_named(tmp_path: Path) -> None:

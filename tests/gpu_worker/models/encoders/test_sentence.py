@@ -14,11 +14,16 @@ from gpu_worker.engines.torch_executor import Placement, TorchExecutor, example_
 from gpu_worker.models.kinds import fitted, resident, supernet_kind
 from gpu_worker.proof.kept import require_proof
 from gpu_worker.proof.prove import prove
+from gpu_worker.serve.compute import run_batch
+from superserve.clock import SECOND
+from superserve.errors import InvalidQueryError
 from superserve.subnet import Subnet
+from superserve.wire import Status
 from tests.gpu_worker.models.encoders.folders import (
     HAS_MINILM,
     LENGTH,
     N_BLOCKS,
+    N_TOKENS,
     WIDTH,
     WITHOUT_MINILM,
     hidden_states,
@@ -28,6 +33,7 @@ from tests.gpu_worker.models.encoders.folders import (
     saved_encoder,
     token_ids,
 )
+from tests.gpu_worker.serve.test_emulated import directive
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,6 +158,26 @@ def test_a_batch_runs_at_the_bucket_of_its_longest_text(tmp_path: Path) -> None:
     assert executor.stage(list(ids)).inputs.shape == (4, 32)
     assert executor.stage(token_ids(3)).inputs.shape == (4, LENGTH)
     np.testing.assert_allclose(executor.execute(1, ids), executor.run(1, executor.stage(list(ids))))
+
+
+def test_ids_that_the_model_does_not_have_fail_their_query_alone(tmp_path: Path) -> None:
+    """Before they reach the device, where a lookup would end the process; others are answered."""
+    saved_encoder(tmp_path)
+    executor, ids = served(tmp_path, batch_sizes=(4,)), token_ids(3)
+    expected = executor.execute(0, ids[[0, 2]])
+    for wrong in (N_TOKENS, -1):
+        ids[1, 5] = wrong
+        with pytest.raises(InvalidQueryError, match=rf"token ids: expected 0 to 98, got {wrong}"):
+            executor.stage(ids)
+        batch = directive(1, 0, (SECOND,) * 3, [query.tobytes() for query in ids])
+        outcome = run_batch(executor, batch, 0)
+
+        assert outcome.statuses == bytes([Status.OK, Status.FAILED, Status.OK])
+        lengths = np.frombuffer(outcome.lengths or b"", "<u4")
+        first, reason, third = np.split(np.frombuffer(outcome.output, np.uint8), np.cumsum(lengths)[:-1])
+        assert b"token ids: expected 0 to 98" in reason.tobytes()
+        answers = np.concatenate([first, third]).view(np.float32).reshape(expected.shape)
+        np.testing.assert_allclose(answers, expected, atol=EXACT)
 
 
 def test_texts_without_tokens_have_an_answer(tmp_path: Path) -> None:
