@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gpu_worker.models.names import is_known, with_example
+from gpu_worker.models.names import BERT_ENCODER, is_known, with_example
 from profiles.measuring.declared import subnets_of
 from profiles.measuring.measure import (
     Device,
@@ -338,7 +338,9 @@ def _print_found(found: Found, took_s: float) -> None:
 
 
 @click.command("exits")
-@_supernet
+@click.option(
+    "--supernet", default=BERT_ENCODER, show_default=True, help="Its name, or module:attribute: one of depth."
+)
 @_example_input
 @_weights
 @click.option(
