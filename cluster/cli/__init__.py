@@ -67,8 +67,14 @@ cli.add_command(render)
     "--workers", type=click.IntRange(1, 1_024), help="Worker processes.  [default: one a GPU, or 1]"
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if torch sees GPUs]")
-@click.option("--supernet", metavar="NAME", help="digits, ofa-resnet50, dynabert, or module:attribute.")
-@click.option("--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]')
+@click.option(
+    "--supernet",
+    metavar="NAME",
+    help="digits, ofa-resnet50, dynabert, bert-encoder, bert-reranker, or module:attribute.",
+)
+@click.option(
+    "--weights", metavar="FILE", help='A checkpoint, a folder, or "random".  [default: the shipped one]'
+)
 @click.option("--profile", metavar="PROFILE", help="The supernet's on this device.  [default: digits-cpu]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each worker's torch.  [default: 1]")
 @click.option(

@@ -232,7 +232,11 @@ def advise_on(
     is_instance = isinstance(found, nn.Module)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        built = found if is_instance or not callable(found) else found()
+        try:
+            built = found if is_instance or not callable(found) else found()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ConfigError(f"{name}: expected a function that takes nothing: {reason}") from error
     if not isinstance(built, nn.Module):
         raise ConfigError(f"{name}: expected what gives a torch.nn.Module, got {type(built).__name__}")
     one = read_example(example_input)

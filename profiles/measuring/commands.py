@@ -65,7 +65,9 @@ _out = click.option(
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
 )
 _weights = click.option(
-    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: those that come with it]'
+    "--weights",
+    metavar="FILE",
+    help='A checkpoint, a folder, or "random".  [default: those that come with it]',
 )
 _examples = click.option(
     "--examples",

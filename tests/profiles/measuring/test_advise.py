@@ -232,6 +232,11 @@ def test_a_module_that_is_there_already_is_not_called(monkeypatch: pytest.Monkey
     [
         ("Images", "1x8x8", "expected package.module:function, which returns a module, got 'Images'"),
         (f"{__name__}:absent", "1x8x8", "has no attribute 'absent'"),
+        (
+            f"{__name__}:words",
+            "1x8x8",
+            r"expected a function that takes nothing: TypeError: words\(\) missing",
+        ),
         (f"{__name__}:not_a_module", "1x8x8", "expected what gives a torch.nn.Module, got int"),
         (f"{__name__}:supernet", "1x20x20", "the model is a supernet already"),
         (

@@ -193,7 +193,10 @@ def test_batch_sizes_ascend(batch_sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--supernet", "digit"], "supernet: expected one of digits, ofa-resnet50, dynabert, or"),
+        (
+            ["--supernet", "digit"],
+            "supernet: expected one of digits, ofa-resnet50, dynabert, bert-encoder, bert-reranker, or",
+        ),
         (["--supernet", "digit"], "did you mean 'digits'?"),
         (["--supernet", "os:path"], "supernet os:path: expected a SupernetKind, got module"),
         (["--supernet", "nobody.here:kind"], "supernet nobody.here:kind: No module named 'nobody'"),
