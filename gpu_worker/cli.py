@@ -18,6 +18,7 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 
 from gpu_worker.core.link import Gauges
 from gpu_worker.core.played import SPEEDS, Pace
+from gpu_worker.family.file import NEEDS_PROFILE, check_profile, load_family
 from gpu_worker.models.names import SHIPPED_SUPERNETS, with_example
 from gpu_worker.serve.emulated import OUTPUT, emulated_gpus
 from gpu_worker.serve.eventlog import EventLogHeader, EventLogWriter
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     import zmq
 
     from gpu_worker.core.queue import Gpus
-    from gpu_worker.engines.torch_executor import TorchExecutor
+    from gpu_worker.engines.torch_executor import PaddedExecutor
     from superserve.net.keys import PeerKeys
     from superserve.subnet import TensorSpec
 
@@ -54,6 +55,9 @@ Python's default of 5 ms a finished batch would wait for the thread that serves 
 
 UNPROVEN_VARIABLE = "SUPERSERVE_UNPROVEN"
 """The environment variable that, at 1, stands for --unproven: for workers that `cluster up` starts."""
+
+_OF_FAMILIES = ("--profile", "--device", "--threads", "--cores", "--unproven")
+"""Options that go with --family too."""
 
 MAX_GPUS = 1_024
 """Most emulated GPUs in one process; one loop serves them all."""
@@ -105,6 +109,11 @@ class WorkerDevice(NamedTuple):
     help=f"Serve a supernet: {', '.join(SHIPPED_SUPERNETS)}, or module:attribute.",
 )
 @click.option(
+    "--family",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Serve the ordinary models of this file: see docs/families.md.",
+)
+@click.option(
     "--example-input", metavar="SHAPE:DTYPE",
     help="One query of a module:function that returns a supernet: 3x224x224:float32, or a .npy file.",
 )  # fmt: skip
@@ -118,7 +127,7 @@ class WorkerDevice(NamedTuple):
     type=click.Path(dir_okay=False, path_type=Path),
     help="SubnetNorm's, for the profile's subnets.  [default: those beside the profile, if any]",
 )
-@click.option("--profile", help="The supernet's profile on this device.  [default: the shipped one]")
+@click.option("--profile", help="The model's profile on this device.  [default: the shipped one]")
 @click.option("--device", help="cpu, cuda or cuda:<n>.  [default: cpu]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.  [default: one a core, or 1]")
 @click.option("--cores", metavar="LIST", help="Pin the process to these cores, such as 0,2 or 0-3.")
@@ -143,24 +152,23 @@ def cli(
     drift: float | None,
     event_log: Path | None,
     supernet: str | None,
+    family: Path | None,
     metrics_port: int | None,
     metrics_address: str,
     no_shared_memory: bool,
-    **of_supernet: Any,
+    **of_model: Any,
 ) -> None:
-    """Serve a supernet, or emulated GPUs, to a router until SIGTERM."""
+    """Serve a supernet, a family of models, or emulated GPUs, to a router until SIGTERM."""
     die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Containers share host names, and each has a process 1.
     name = name or f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"
     _only_with("--emulate", emulate, _given(gpus, speed, drift, event_log))
-    _only_with(
-        "--supernet",
-        supernet,
-        {f"--{option.replace('_', '-')}": value for option, value in of_supernet.items()},
-    )
-    if (emulate is None) == (supernet is None):
-        raise ConfigError("expected one of --emulate and --supernet")
+    if sum(one is not None for one in (emulate, supernet, family)) != 1:
+        raise ConfigError("expected one of --emulate, --supernet and --family")
+    named = {f"--{option.replace('_', '-')}": value for option, value in of_model.items()}
+    _only_with("--supernet", supernet, {k: v for k, v in named.items() if k not in _OF_FAMILIES})
+    _only_with("--supernet or --family", supernet or family, named)
     own = peer_keys(keys or "", "worker")
     with ExitStack() as stack:
         waker = stack.enter_context(Waker())
@@ -168,8 +176,7 @@ def cli(
             pace = Pace(1.0 if speed is None else speed, drift or 0.0, MonotonicClock().now_ns())
             served = stack.enter_context(emulated(emulate, gpus or 1, name, event_log, pace))
         else:
-            assert supernet is not None, "one of the two was given"
-            served = stack.enter_context(resident(Asked(supernet, **of_supernet), waker))
+            served = stack.enter_context(resident(Asked(supernet, family=family, **of_model), waker))
         exports = None if metrics_port is None else (metrics_address, metrics_port)
         sharing = False if no_shared_memory else None
         serve(endpoint, name, served, waker, exports, own, shared_memory=sharing)
@@ -182,7 +189,7 @@ def _given(
     return {"--gpus": gpus, "--speed": speed, "--drift": drift, "--event-log": event_log}
 
 
-def _only_with(option: str, value: str | None, others: dict[str, object]) -> None:
+def _only_with(option: str, value: object, others: dict[str, object]) -> None:
     if value is not None:
         return
     for other, given in others.items():
@@ -213,9 +220,10 @@ def emulated(
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The options of a worker with a real supernet; None is the default."""
+    """The options of a worker with a real model: a supernet or a family; None is the default."""
 
-    supernet: str
+    supernet: str | None
+    family: Path | None = None
     example_input: str | None = None
     profile: str | None = None
     weights: str | None = None
@@ -231,10 +239,10 @@ class Asked:
 
 @contextmanager
 def resident(asked: Asked, waker: Waker) -> Iterator[WorkerDevice]:
-    """Give one real device with a resident supernet, warmed up; its threads end with the block.
+    """Give one real device with a resident model, warmed up; its threads end with the block.
 
     Raises:
-        ConfigError: The supernet, the device or the profile is invalid.
+        ConfigError: The model, the device or the profile is invalid.
     """
     cores = None if asked.cores is None else pin(asked.cores)
     threads = asked.threads or len(cores or (0,))
@@ -249,7 +257,7 @@ def resident(asked: Asked, waker: Waker) -> Iterator[WorkerDevice]:
     gpu = ComputeGpu(executor, profile, MonotonicClock(), waker.wake, stager=stager)
     gpu.start(executor.warm_up)
     sys.setswitchinterval(SWITCH_S)
-    logging.getLogger(__name__).info("%s, %s: %s", asked.supernet, executor.precision, executor.memory())
+    logging.getLogger(__name__).info("%s, %s: %s", profile.supernet, executor.precision, executor.memory())
     gauges = _memory_of_process
     if executor.device.type == "cuda":
         from gpu_worker.serve.gauges import CudaGauges  # noqa: PLC0415
@@ -263,13 +271,21 @@ def resident(asked: Asked, waker: Waker) -> Iterator[WorkerDevice]:
         gpu.close()
 
 
-def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
-    """Return the profile and the resident supernet that hosts its subnets."""
+def load_executor(asked: Asked, threads: int) -> tuple[Profile, PaddedExecutor]:
+    """Return the profile and the resident model that hosts its subnets."""
+    if asked.family is not None:
+        return _family_executor(asked, asked.family, threads)
+    assert asked.supernet is not None, "the caller checked it"
+    return _supernet_executor(asked, asked.supernet, threads)
+
+
+def _supernet_executor(asked: Asked, supernet: str, threads: int) -> tuple[Profile, PaddedExecutor]:
     from gpu_worker.engines.torch_executor import Placement, TorchExecutor  # noqa: PLC0415
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  these import torch
     from gpu_worker.proof.kept import require_proof  # noqa: PLC0415
 
-    supernet = with_example(asked.supernet, asked.example_input)
+    is_proved = _is_proved(asked, supernet)
+    supernet = with_example(supernet, asked.example_input)
     kind = supernet_kind(supernet)
     name = asked.profile or kind.profile
     if name is None:
@@ -291,10 +307,6 @@ def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
     statistics = asked.statistics
     if statistics is None and (beside := statistics_path(name)).exists():
         statistics = beside
-    if unproven := asked.unproven or os.environ.get(UNPROVEN_VARIABLE) == "1":
-        logging.getLogger(__name__).warning(
-            "%s is served unproven: a subnet may answer for another without an error", asked.supernet
-        )
     try:
         executor = TorchExecutor.load(
             supernet,
@@ -302,11 +314,36 @@ def load_executor(asked: Asked, threads: int) -> tuple[Profile, TorchExecutor]:
             weights=asked.weights,
             statistics=statistics,
             placement=placement,
-            check=None if unproven else require_proof,
+            check=require_proof if is_proved else None,
         )
     except ConfigError as error:
         raise ConfigError(f"profile {profile.name!r}: {error}") from error
     return profile, executor
+
+
+def _family_executor(asked: Asked, path: Path, threads: int) -> tuple[Profile, PaddedExecutor]:
+    from gpu_worker.engines.torch_executor import Placement  # noqa: PLC0415  it imports torch
+    from gpu_worker.family.engine import FamilyExecutor  # noqa: PLC0415  it imports torch
+
+    family = load_family(path)
+    if asked.profile is None:
+        raise ConfigError(f"--profile: {NEEDS_PROFILE}")
+    profile = load_profile(asked.profile)
+    check_profile(family, profile)
+    placement = Placement(asked.device or "cpu", threads, profile.batch_sizes)
+    subnets = [Subnet(row.name, row.control) for row in profile.subnets]
+    is_proved = _is_proved(asked, str(path))
+    return profile, FamilyExecutor.load(family, placement, subnets, is_proved=is_proved)
+
+
+def _is_proved(asked: Asked, what: str) -> bool:
+    """Return whether a proof is asked for; warn if not."""
+    unproven = asked.unproven or os.environ.get(UNPROVEN_VARIABLE) == "1"
+    if unproven:
+        logging.getLogger(__name__).warning(
+            "%s is served unproven: a subnet may answer for another without an error", what
+        )
+    return not unproven
 
 
 def pin(text: str) -> list[int]:

@@ -7,6 +7,7 @@ import sys
 import click
 
 from profiles.measuring import commands
+from profiles.measuring.train import train_command
 from superserve.files import check_text
 from superserve.roles.command import plain_errors
 
@@ -20,6 +21,6 @@ def cli() -> None:
 
 for _command in (
     commands.measure_command, commands.search_command, commands.show_command, commands.calibrate_command,
-    commands.accuracy_command, commands.exits_command, commands.advise_command,
+    commands.accuracy_command, commands.exits_command, commands.advise_command, train_command,
 ):  # fmt: skip
     cli.add_command(_command)

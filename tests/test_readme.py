@@ -48,6 +48,7 @@ MORE_PAGES = (
     "docs/loadgen.md",
     "docs/policies.md",
     "docs/profiles.md",
+    "docs/training.md",
     "docs/your-model.md",
 )
 """Whose paths and commands are looked up too; they name no make target."""

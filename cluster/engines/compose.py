@@ -136,4 +136,8 @@ def _volumes(description: Description, group: RoleGroup) -> list[str]:
     weights = description.hosts.weights
     if not group.is_router and weights is not None and weights.startswith("/"):
         volumes.append(f"{weights}:{weights}:ro")
+    family = description.hosts.family
+    if not group.is_router and family is not None:  # its models lie beside it
+        folder = family.rpartition("/")[0] or "/"
+        volumes.append(f"{folder}:{folder}:ro")
     return volumes

@@ -166,7 +166,7 @@ class RolePlace:
             anything that the engine replaces later, such as a shell's variable.
         bind: The address that the router binds.
         name: The worker's name; None lets the process make one up.
-        device: The device of a worker with a supernet, as the process sees it.
+        device: The device of a worker with a real model, as the process sees it.
         metrics: Address and port of /metrics; None for none.
         router_key: The file with the router's secret, if it does not lie among the lists.
         worker_key: The file with the worker's secret, if it does not lie in the folder.
@@ -298,8 +298,7 @@ def _served(hosts: Hosts, host: Host, place: RolePlace) -> Served:
     profile = served_profile(hosts)[0].replace(FOLDER, place.folder)
     if hosts.emulate is not None:
         return emulated(profile, host.gpus_per_worker or 1, load_profile(hosts.emulate).name)
-    assert hosts.supernet is not None, "load_hosts fills it in"
-    return resident(hosts.supernet, profile, place.device, host.threads or 1, hosts.weights)
+    return resident(hosts.model, profile, place.device, host.threads or 1, hosts.weights)
 
 
 def _key_files(hosts: Hosts, host: str, kind: str) -> tuple[RoleFile, ...]:

@@ -74,6 +74,10 @@ def _check_group(description: Description, group: RoleGroup) -> None:
             f"a pod has no path of its host: expected 'random' or none, got {weights!r}; deploy/chart "
             f"mounts a volume with weights",
         )
+    if description.hosts.family is not None:
+        raise description.error(
+            ("family",), "a pod has no files of its host: deploy/chart mounts a volume with a family"
+        )
     for file in group.files:
         place, _, last = file.path.rpartition("/")
         if place != FILES:

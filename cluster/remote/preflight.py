@@ -16,7 +16,7 @@ import orjson
 
 from cluster.remote.ask import answer
 from cluster.remote.shell import CONNECT_TIMEOUT_S, RemoteError, UnreachableError, parallel
-from cluster.remote.wheel import FOR_SUPERNETS, ON_EVERY_HOST
+from cluster.remote.wheel import FOR_FAMILIES, FOR_SUPERNETS, ON_EVERY_HOST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,7 +96,11 @@ def _asked(cluster: str, host: Wanted, wheel: Wheel) -> dict[str, Any]:
 
 def requirements(host: Wanted) -> tuple[tuple[str, str], ...]:
     """Return the distributions that a host's roles import, each with its least version."""
-    return (*ON_EVERY_HOST, *(FOR_SUPERNETS if host.serves_supernet else ()))
+    return (
+        *ON_EVERY_HOST,
+        *(FOR_SUPERNETS if host.serves_supernet else ()),
+        *(FOR_FAMILIES if host.serves_supernet and host.serves_family else ()),
+    )
 
 
 def bare(

@@ -29,7 +29,11 @@ ON_EVERY_HOST = (
 """Distributions that a host needs, each with its least version."""
 
 FOR_SUPERNETS = (("torch", "2.10"), ("safetensors", "0.5"))
-"""Further distributions that a host needs if its workers serve a supernet on a real device."""
+"""Further distributions that a host needs if its workers serve a model on a real device."""
+
+FOR_FAMILIES = (("ruamel.yaml", "0.18"),)
+"""And if that is a family. What runs ONNX files is left to its user: onnxruntime or onnxruntime-gpu, which
+own the same files, so that one must not be installed beside the other."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip file's earliest time: files' own times must not change the hash
 _MODE = 0o644 << 16

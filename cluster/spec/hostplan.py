@@ -185,7 +185,7 @@ def _wanted(hosts: Hosts, host: Host, roles: Sequence[HostRole]) -> Wanted:
         host.name, Target(host.address, host.user, host.port), host.python, tuple(ports),
         () if hosts.emulate is not None else gpus,
         hosts.emulate is None and host.n_workers > 0, tuple(role.name for role in roles),
-        _looked_up(hosts, host),
+        _looked_up(hosts, host), hosts.family is not None,
     )  # fmt: skip
 
 
@@ -244,5 +244,4 @@ def _workers(hosts: Hosts, host: Host, profile: str, keys: HostKeys) -> list[Hos
 def _served(hosts: Hosts, host: Host, profile: str, device: str) -> Served:
     if hosts.emulate is not None:
         return emulated(profile, host.gpus_per_worker or 1, hosts.emulate)
-    assert hosts.supernet is not None, "load_hosts fills it in"
-    return resident(hosts.supernet, profile, device, host.threads or 1, hosts.weights)
+    return resident(hosts.model, profile, device, host.threads or 1, hosts.weights)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -29,6 +29,9 @@ from cluster.spec.engines import (  # pydantic looks at them when it reads a fil
 )
 from cluster.spec.plan import MAX_WORKERS
 from superserve.roles.local import DEFAULT_NAME
+
+if TYPE_CHECKING:
+    from cluster.spec.roles import Model
 
 CLIENT_PORT, WORKER_PORT = 5555, 5556
 """Where a router listens unless the file says otherwise: fixed, so that a restarted one is found again."""
@@ -166,8 +169,9 @@ class Hosts:
             nothing.
         slurm: Settings of `engine: slurm`.
         ray: Settings of `engine: ray`.
-        emulate: A profile whose GPUs are emulated, instead of `supernet`, `weights` and `profile`.
-        supernet: What real workers serve; None with `emulate`.
+        emulate: A profile whose GPUs are emulated, instead of `supernet`, `family`, `weights` and `profile`.
+        supernet: What real workers serve; None with `emulate` and with `family`.
+        family: The path of a family file on each host, served instead of a supernet.
         weights: Its checkpoint's path on each host, or "random"; None for the shipped one.
         profile: A shipped profile's name, or a file's absolute path on this machine.
         policy: The router's policy.
@@ -191,6 +195,7 @@ class Hosts:
     ray: RaySettings | None = None
     emulate: Word | None = None
     supernet: Word | None = None
+    family: Word | None = None
     weights: Word | None = None
     profile: Word | None = None
     policy: Word = "planfit"
@@ -211,6 +216,14 @@ class Hosts:
         """Where clients and workers reach the router's host."""
         assert self.router.address is not None, "load_hosts fills it in"
         return self.router.address
+
+    @property
+    def model(self) -> Model:
+        """What real workers serve, as the worker's option and its value."""
+        if self.family is not None:
+            return "--family", self.family
+        assert self.supernet is not None, "load_hosts fills it in"
+        return "--supernet", self.supernet
 
     @property
     def serves(self) -> str:

@@ -23,6 +23,7 @@ from cluster.spec.engines import RAY, SLURM, SSH, RaySettings, SlurmSettings
 from cluster.spec.hosts import CLIENT_PORT, WORKER_PORT, Host, Hosts, LogBounds, MetricsPorts, RouterPlace
 from cluster.spec.plan import DEFAULT_PROFILE, MAX_WORKERS
 from cluster.spec.yaml_lines import Where, read_located
+from gpu_worker.family.file import NEEDS_PROFILE
 from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS, is_known
 from profiles.table import load_profile, shipped_profiles
 from router.policies.registry import make_policy
@@ -396,9 +397,10 @@ def _serving(data: dict[str, Any], folder: Path) -> list[Found]:
     if emulate is not None:
         found += [
             ((key,), "expected it or `emulate`, got both")
-            for key in ("supernet", "profile", "weights")
+            for key in ("supernet", "family", "profile", "weights")
             if data.get(key) is not None
         ]
+    found += _family(data)
     if supernet and not is_known(supernet):
         nearest = difflib.get_close_matches(supernet, SHIPPED_SUPERNETS, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -416,6 +418,26 @@ def _serving(data: dict[str, Any], folder: Path) -> list[Found]:
             (("weights",), f"expected 'random' or an absolute path, the same on each host, got {weights!r}")
         )
     return [*found, *_profile_and_policy(data, folder), *_keys_folder(data, folder)]
+
+
+def _family(data: dict[str, Any]) -> list[Found]:
+    """Check a family, whose file lies on the hosts with its models: they may be too large to send."""
+    family = _get(data, "family", str)
+    if family is None or data.get("emulate") is not None:
+        return []
+    found: list[Found] = [
+        ((key,), f"expected it or `family`, got both: {why}")
+        for key, why in (
+            ("supernet", "a family is served instead of a supernet"),
+            ("weights", "each model of a family has its own"),
+        )
+        if data.get(key) is not None
+    ]
+    if not family.startswith("/"):
+        found.append((("family",), f"expected an absolute path, the same on each host, got {family!r}"))
+    if data.get("profile") is None:
+        found.append((("family",), NEEDS_PROFILE))
+    return found
 
 
 def _keys_folder(data: dict[str, Any], folder: Path) -> Iterator[Found]:
@@ -451,7 +473,8 @@ def _filled(hosts: Hosts, folder: Path) -> Hosts:
     filled = tuple(_filled_host(host, is_emulated=hosts.emulate is not None) for host in hosts.hosts)
     router_host = next(host for host in filled if host.name == hosts.router.host)
     served: dict[str, Any] = {"emulate": _profile(hosts.emulate, folder)} if hosts.emulate is not None else {
-        "supernet": hosts.supernet or DIGITS, "profile": _profile(hosts.profile or DEFAULT_PROFILE, folder),
+        "supernet": None if hosts.family else hosts.supernet or DIGITS,
+        "profile": _profile(hosts.profile or DEFAULT_PROFILE, folder),
     }  # fmt: skip
     return dataclasses.replace(
         hosts,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.spec.roles import HostRole, emulated, resident, router_role, worker_role
 from gpu_worker.cli import MAX_GPUS
+from gpu_worker.family.file import NEEDS_PROFILE, check_profile, load_family
 from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS, is_known
 from profiles.table import load_profile, shipped_profiles
 from router.policies.registry import make_policy
@@ -22,6 +23,8 @@ from superserve.roles.local import DEFAULT_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from cluster.spec.roles import Model
 
 ANY_PORT = 0
 """The system picks a free one."""
@@ -58,6 +61,7 @@ class Options:
         workers: Worker processes.
         device: "cpu" or "cuda".
         supernet: What real workers serve.
+        family: A family file that they serve instead.
         weights: Its checkpoint, or "random".
         profile: Their profile.
         threads: CPU threads of each.
@@ -74,6 +78,7 @@ class Options:
     workers: int | None = None
     device: str | None = None
     supernet: str | None = None
+    family: Path | None = None
     weights: str | None = None
     profile: str | None = None
     threads: int | None = None
@@ -176,7 +181,7 @@ def name_option(name: str) -> str:
 def _emulated(options: Options) -> tuple[list[HostRole], str, dict[str, Any]]:
     """Return worker processes that share the emulated GPUs, their profile, and the request in words."""
     assert options.emulate is not None, "the caller checked it"
-    for option in ("gpus", "device", "supernet", "weights", "profile", "threads"):
+    for option in ("gpus", "device", "supernet", "family", "weights", "profile", "threads"):
         if getattr(options, option) is not None:
             raise ConfigError(f"--{option} and --emulate: expected one of them, got both")
     n_gpus = options.n_gpus or 1
@@ -197,6 +202,29 @@ def _emulated(options: Options) -> tuple[list[HostRole], str, dict[str, Any]]:
 
 def _real(options: Options) -> tuple[list[HostRole], str, dict[str, Any]]:
     """Return a worker process for each device, their profile, and the request in words."""
+    model = _model(options)
+    _check_installed()
+    profile = _profile(options.profile or DEFAULT_PROFILE)
+    if options.family is not None:
+        check_profile(load_family(options.family), load_profile(profile))
+    weights = None if options.weights is None else _weights(options.weights)
+    threads = options.threads or 1
+    devices = _devices(options)
+    served = [resident(model, profile, device, threads, weights) for device in devices]
+    roles = [worker_role(f"worker-{i}", WORKER, one) for i, one in enumerate(served)]
+    asked = {"workers": f"{model[1]} on {', '.join(devices)}", "profile": profile, "threads": threads}
+    return roles, profile, asked if weights is None else {**asked, "weights": weights}
+
+
+def _model(options: Options) -> Model:
+    """Return what workers serve: a family's absolute path, since a role may run in another folder."""
+    if options.family is not None:
+        for option in ("supernet", "weights"):
+            if getattr(options, option) is not None:
+                raise ConfigError(f"--{option} and --family: expected one of them, got both")
+        if options.profile is None:
+            raise ConfigError(f"--profile: {NEEDS_PROFILE}")
+        return "--family", str(options.family.absolute())
     supernet = options.supernet or DIGITS
     if not is_known(supernet):
         raise ConfigError(
@@ -205,15 +233,7 @@ def _real(options: Options) -> tuple[list[HostRole], str, dict[str, Any]]:
         )
     if supernet != DIGITS and options.profile is None:
         raise ConfigError(f"--profile: {supernet} comes without one: expected one, from `profiles search`")
-    _check_installed()
-    profile = _profile(options.profile or DEFAULT_PROFILE)
-    weights = None if options.weights is None else _weights(options.weights)
-    threads = options.threads or 1
-    devices = _devices(options)
-    served = [resident(supernet, profile, device, threads, weights) for device in devices]
-    roles = [worker_role(f"worker-{i}", WORKER, one) for i, one in enumerate(served)]
-    asked = {"workers": f"{supernet} on {', '.join(devices)}", "profile": profile, "threads": threads}
-    return roles, profile, asked if weights is None else {**asked, "weights": weights}
+    return "--supernet", supernet
 
 
 def _profile(name: str) -> str:

@@ -19,6 +19,9 @@ Environment = tuple[tuple[str, str], ...]
 Served = tuple[tuple[str, ...], str]
 """A worker's arguments for what it serves, and that in words."""
 
+Model = tuple[str, str]
+"""What a real worker serves: `--supernet` and its name, or `--family` and its file."""
+
 OURS_VARIABLE = "SUPERSERVE_HOST_FOLDER"
 """Environment variable of every role: the folder of its cluster on its host."""
 
@@ -80,13 +83,14 @@ def emulated(profile: str, n: int, name: str) -> Served:
     return ("--emulate", profile, "--gpus", str(n)), words
 
 
-def resident(supernet: str, profile: str, device: str, threads: int, weights: str | None) -> Served:
-    """Return a worker's arguments for a real supernet, and that in words."""
+def resident(model: Model, profile: str, device: str, threads: int, weights: str | None) -> Served:
+    """Return a worker's arguments for a real model, and that in words."""
+    option, name = model
     argv = (
-        "--supernet", supernet, "--profile", profile, "--device", device, "--threads", str(threads),
+        option, name, "--profile", profile, "--device", device, "--threads", str(threads),
         *(() if weights is None else ("--weights", weights)),
     )  # fmt: skip
-    return argv, f"{supernet} on {device}"
+    return argv, f"{name} on {device}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +197,7 @@ class Wanted:
         serves_supernet: Whether its workers need torch.
         roles: The names of the roles that it will run.
         router: The router's name, which its workers look up; "" if they do not.
+        serves_family: Whether they read a family file.
     """
 
     name: str
@@ -203,3 +208,4 @@ class Wanted:
     serves_supernet: bool
     roles: tuple[str, ...]
     router: str = ""
+    serves_family: bool = False

@@ -1,7 +1,8 @@
 """TorchExecutor: a supernet resident on one device, and the batches that run on it.
 
 A batch is staged (padded to a profiled size, brought to the device) and then run on a subnet. What a
-device needs for both is its engine: `CpuEngine` here, `gpu_worker.engines.cuda_engine.CudaEngine` for CUDA.
+device needs for both is its engine: `CpuEngine` here, `gpu_worker.engines.cuda_engine.CudaEngine` for CUDA,
+`gpu_worker.family.engine.FamilyEngine` for ordinary models.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from gpu_worker.models.encoders.lengths import Lengths
     from gpu_worker.supernet.supernet import MemoryReport, SubnetStatistics, Supernet
-    from superserve.subnet import Subnet
+    from superserve.subnet import Subnet, TensorSpec
 
     Batch = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
     """Queries as one array (B, *input), or B arrays that lie apart."""
@@ -97,12 +99,12 @@ class Staged(NamedTuple):
 
     Attributes:
         n: Queries in it.
-        inputs: (padded size, *input), on the device.
+        inputs: (padded size, *input), where and as the engine has it.
         buffer: What the engine has to reclaim, if anything.
     """
 
     n: int
-    inputs: torch.Tensor
+    inputs: Any
     buffer: Any = None
 
 
@@ -218,18 +220,96 @@ def _sort_of(dtype: torch.dtype) -> str:
     return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "whole"
 
 
-class TorchExecutor:
-    """Runs batches on any subnet of a resident supernet, one at a time.
+class PaddedExecutor:
+    """Runs batches on any of an engine's subnets, one at a time, padded to a profiled size.
 
     Attributes:
-        kind: Which supernet.
         subnets: Those hosted, by row.
         input_spec: One query.
         output_spec: One query's answer.
         fingerprint: Workers whose fingerprints are equal answer alike.
-        device: Where the supernet is resident.
+        device: Where the model is resident.
         batch_sizes: Sizes that batches are padded to, ascending; () pads none.
         precision: What it computes in.
+        stages_ahead: Whether a batch may be staged while another one runs.
+        lengths: What batches of token ids are cut to; None if queries are no texts.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        subnets: tuple[Subnet, ...],
+        input_spec: TensorSpec,
+        output_spec: TensorSpec,
+        fingerprint: str,
+        device: torch.device,
+        batch_sizes: tuple[int, ...],
+        precision: str,
+        stages_ahead: bool,
+        lengths: Lengths | None = None,
+    ) -> None:
+        self.subnets = subnets
+        self.input_spec, self.output_spec = input_spec, output_spec
+        self.fingerprint = fingerprint
+        self.device = device
+        self.batch_sizes = batch_sizes
+        self.precision = precision
+        self.stages_ahead = stages_ahead
+        self.lengths = lengths
+        self._engine = engine
+
+    def stage(self, batch: Batch) -> Staged:
+        """Pad B queries (B, *input), or B that lie apart, to a profiled size and bring them to the device.
+
+        Texts are cut to the bucket that holds the longest of them.
+
+        Raises:
+            InvalidQueryError: If its size, dtype or shape is not what the supernet takes.
+        """
+        n = len(batch) if not isinstance(batch, np.ndarray) or batch.ndim else 0
+        if n < 1:
+            raise InvalidQueryError("batch: expected at least 1 query, got none")
+        for query in batch[:1] if isinstance(batch, np.ndarray) else batch:
+            self.input_spec.check(query, "batch")
+        fitting = [size for size in self.batch_sizes if size >= n] if self.batch_sizes else [n]
+        if not fitting:
+            raise InvalidQueryError(f"batch: expected at most {self.batch_sizes[-1]} queries, got {n}")
+        return self._engine.stage(batch if self.lengths is None else self.lengths.cut(batch), fitting[0])
+
+    def run(self, subnet: int, staged: Staged) -> npt.NDArray[Any]:
+        """Run a staged batch on row `subnet` and return its outputs (B, *output).
+
+        Raises:
+            ConfigError: If there is no such row.
+        """
+        if not 0 <= subnet < len(self.subnets):
+            self._engine.discard(staged)
+            raise ConfigError(f"subnet: expected a row from 0 to {len(self.subnets) - 1}, got {subnet}")
+        return self._engine.run(subnet, staged)
+
+    def discard(self, staged: Staged) -> None:
+        """Forget a staged batch that will not run."""
+        self._engine.discard(staged)
+
+    def execute(self, subnet: int, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Stage `batch` (B, *input), run it on row `subnet` and return its outputs (B, *output)."""
+        return self.run(subnet, self.stage(batch))
+
+    def warm_up(self) -> None:
+        """Run every subnet and every padded size once, so that no query pays for a first time."""
+        self._engine.warm_up()
+
+    def memory(self) -> object:
+        """Return what the model occupies; as text, one line."""
+        raise NotImplementedError
+
+
+class TorchExecutor(PaddedExecutor):
+    """Runs batches on any subnet of a resident supernet: see `PaddedExecutor`.
+
+    Attributes:
+        kind: Which supernet.
     """
 
     def __init__(
@@ -242,16 +322,20 @@ class TorchExecutor:
         fingerprint: str,
         precision: str,
     ) -> None:
+        super().__init__(
+            engine,
+            subnets=supernet.subnets,
+            input_spec=kind.input_spec,
+            output_spec=kind.output_spec,
+            fingerprint=fingerprint,
+            device=supernet.device,
+            batch_sizes=placement.batch_sizes,
+            precision=precision,
+            stages_ahead=supernet.device.type == "cuda",
+            lengths=kind.lengths,
+        )
         self.kind = kind
-        self.subnets = supernet.subnets
-        self.input_spec, self.output_spec = kind.input_spec, kind.output_spec
-        self.fingerprint = fingerprint
-        self.device = supernet.device
-        self.batch_sizes = placement.batch_sizes
-        self.precision = precision
-        self.stages_ahead = self.device.type == "cuda"
         self._supernet = supernet
-        self._engine = engine
 
     @classmethod
     def load(
@@ -307,48 +391,6 @@ class TorchExecutor:
             fingerprint=found + mark,
             precision=precision,
         )
-
-    def stage(self, batch: Batch) -> Staged:
-        """Pad B queries (B, *input), or B that lie apart, to a profiled size and bring them to the device.
-
-        Texts are cut to the bucket that holds the longest of them.
-
-        Raises:
-            InvalidQueryError: If its size, dtype or shape is not what the supernet takes.
-        """
-        n = len(batch) if not isinstance(batch, np.ndarray) or batch.ndim else 0
-        if n < 1:
-            raise InvalidQueryError("batch: expected at least 1 query, got none")
-        for query in batch[:1] if isinstance(batch, np.ndarray) else batch:
-            self.input_spec.check(query, "batch")
-        fitting = [size for size in self.batch_sizes if size >= n] if self.batch_sizes else [n]
-        if not fitting:
-            raise InvalidQueryError(f"batch: expected at most {self.batch_sizes[-1]} queries, got {n}")
-        lengths = self.kind.lengths
-        return self._engine.stage(batch if lengths is None else lengths.cut(batch), fitting[0])
-
-    def run(self, subnet: int, staged: Staged) -> npt.NDArray[Any]:
-        """Run a staged batch on row `subnet` and return its outputs (B, *output).
-
-        Raises:
-            ConfigError: If there is no such row.
-        """
-        if not 0 <= subnet < len(self.subnets):
-            self._engine.discard(staged)
-            raise ConfigError(f"subnet: expected a row from 0 to {len(self.subnets) - 1}, got {subnet}")
-        return self._engine.run(subnet, staged)
-
-    def discard(self, staged: Staged) -> None:
-        """Forget a staged batch that will not run."""
-        self._engine.discard(staged)
-
-    def execute(self, subnet: int, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Stage `batch` (B, *input), run it on row `subnet` and return its outputs (B, *output)."""
-        return self.run(subnet, self.stage(batch))
-
-    def warm_up(self) -> None:
-        """Run every subnet and every padded size once, so that no query pays for a first time."""
-        self._engine.warm_up()
 
     def memory(self) -> MemoryReport:
         """Return what the supernet occupies."""

@@ -22,10 +22,27 @@ from gpu_worker.models.dynabert import MNLI, dynabert
 from gpu_worker.models.encoders import texts
 from gpu_worker.models.examples import Data, Examples
 from gpu_worker.models.factory import SEED, described
-from gpu_worker.models.names import BERT_ENCODER, BERT_RERANKER, DYNABERT, OFA_RESNET50
+from gpu_worker.models.names import (
+    BERT_ENCODER,
+    BERT_RERANKER,
+    DYNABERT,
+    OFA_MOBILENET_V3,
+    OFA_MOBILENET_V3_W12,
+    OFA_RESNET50,
+)
 from gpu_worker.models.names import DIGITS as DIGITS_NAME
+from gpu_worker.models.ofa_mobilenet_v3 import (
+    PIXELS,
+    W10,
+    W12,
+    MobileNetArchitecture,
+    architecture_of,
+    ofa_mobilenet_v3,
+    spelled_as,
+)
+from gpu_worker.models.ofa_mobilenet_v3 import published_name as mobilenet_name
 from gpu_worker.models.ofa_resnet50 import N_CLASSES, ofa_resnet50, published_name
-from gpu_worker.supernet.checkpoints import load_checkpoint, shape_of
+from gpu_worker.supernet.checkpoints import load_checkpoint, shape_of, shapes_in
 from superserve.errors import ConfigError
 from superserve.plugins import load_attribute
 from superserve.subnet import TensorSpec
@@ -181,6 +198,29 @@ def _text_kind(name: str, given: str = "") -> SupernetKind:
     return _of_text(name, options, _TEXTS[name][0](options))
 
 
+def _mobilenet(name: str, sizes: MobileNetArchitecture) -> SupernetKind:
+    """Return the kind of an OFA-MobileNetV3 of these sizes; a checkpoint's classes and spelling are taken."""
+    kind = SupernetKind(
+        name=name,
+        build=functools.partial(ofa_mobilenet_v3, sizes),
+        input_spec=TensorSpec("uint8", (PIXELS, PIXELS, 3)),
+        output_spec=TensorSpec("float32", (sizes.n_classes,)),
+        preprocess=ImagenetInput(),
+        published_name=mobilenet_name,
+        takes_images=True,
+    )
+
+    def of_checkpoint(path: Path) -> SupernetKind:
+        shapes = shapes_in(path)
+        try:
+            found = architecture_of(sizes, shapes)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        return replace(_mobilenet(name, found), published_name=spelled_as(shapes))
+
+    return replace(kind, of_checkpoint=of_checkpoint)
+
+
 _KINDS = (
     SupernetKind(
         name=DIGITS_NAME,
@@ -211,6 +251,8 @@ _KINDS = (
         ignored=("bert.embeddings.position_ids",),  # a constant that older files hold
         of_checkpoint=_dynabert_of,
     ),
+    _mobilenet(OFA_MOBILENET_V3, W10),
+    _mobilenet(OFA_MOBILENET_V3_W12, W12),
     *map(_text_kind, _TEXTS),
 )
 KINDS = {kind.name: kind for kind in _KINDS}

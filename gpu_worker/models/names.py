@@ -1,9 +1,12 @@
 """Names of the supernets that come with the package, for code that must not import torch."""
 
 DIGITS, OFA_RESNET50, DYNABERT = "digits", "ofa-resnet50", "dynabert"
+OFA_MOBILENET_V3, OFA_MOBILENET_V3_W12 = "ofa-mobilenet-v3", "ofa-mobilenet-v3-w1.2"
 BERT_ENCODER, BERT_RERANKER = "bert-encoder", "bert-reranker"
 
-SHIPPED_SUPERNETS = (DIGITS, OFA_RESNET50, DYNABERT, BERT_ENCODER, BERT_RERANKER)
+SHIPPED_SUPERNETS = (
+    DIGITS, OFA_RESNET50, DYNABERT, OFA_MOBILENET_V3, OFA_MOBILENET_V3_W12, BERT_ENCODER, BERT_RERANKER,
+)  # fmt: skip
 """What `--supernet` takes, beside `package.module:attribute`."""
 
 

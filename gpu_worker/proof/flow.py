@@ -21,7 +21,7 @@ _SOFT = frozenset(
     {
         "native_layer_norm", "native_batch_norm", "_native_batch_norm_legit", "native_group_norm",
         "_native_batch_norm_legit_no_training", "_batch_norm_no_update", "_fused_rms_norm", "clone",
-        "_to_copy", "cat", "stack", "copy_", "native_dropout",
+        "_to_copy", "cat", "stack", "copy_", "native_dropout", "hardswish", "hardswish_",
     }
 )  # fmt: skip
 _JOINS = frozenset({"cat", "stack"})

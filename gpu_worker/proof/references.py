@@ -50,10 +50,13 @@ class Reference:
         compute: From the plain layer and a call to the output, as wide as the whole layer's.
         count: From the layer to how many outputs the last axis of what it gives consists of, or a multiple of
             it, each with its first ones kept; None if all that it gives stays whole.
+        is_followed: Whether the rules follow what `compute` does, and find out what is absent of its output;
+            then it is given its inputs as they are.
     """
 
     compute: Callable[[Any, ReferenceCall], Any]
     count: Callable[[Any], int] | None
+    is_followed: bool = False
 
 
 _references: dict[type[nn.Module], Reference] = {}
@@ -75,7 +78,8 @@ def reference_of(layer: nn.Module, operator: nn.Module | None) -> Reference | No
     """Return a layer's reference: registered for its type, or brought by the operator that it became."""
     own = getattr(type(operator), "proof_reference", None)
     if own is not None:
-        return Reference(own, getattr(type(operator), "proof_count", None))
+        is_followed = bool(getattr(type(operator), "proof_is_followed", False))
+        return Reference(own, getattr(type(operator), "proof_count", None), is_followed)
     return next((_references[cls] for cls in type(layer).__mro__ if cls in _references), None)
 
 

@@ -415,6 +415,8 @@ def _probed(call: OperationCall) -> Any:
 
 _RULES: dict[str, Callable[[OperationCall], Any]] = {
     **dict.fromkeys(("copy_",), _copy),
+    # One by one, though torch does not tag it; flat below -3, where a probe sees no dependence.
+    **dict.fromkeys(("hardswish", "hardswish_"), _pointwise),
     **dict.fromkeys(("fill_", "zero_", "normal_", "uniform_"), _filled_in_place),
     **dict.fromkeys(
         (

@@ -233,6 +233,8 @@ class WholeNetwork:
             if name is not None and kept is not None:
                 self._mark(path, output, axis_of(module), kept)
             return output
+        if brought.is_followed:
+            return brought.compute(module, ReferenceCall(args, kwargs, (), kept))
         with _disable_current_modes():  # a reference says itself what is absent
             output = brought.compute(module, self._reference_call(args, kwargs, kept))
         if name is not None and kept is not None and brought.count is not None:
@@ -340,7 +342,8 @@ class WholeNetwork:
                 "Stage(..., skipped=a function)"
             )
         given = torch.zeros_like(x) if stage.skipped == "zero" else x
-        if x.shape != seen.shape:
+        # At another resolution than the whole network's the shapes are others, and the block keeps them too.
+        if x.shape != seen.shape and seen.given != seen.shape:
             if seen.appends is None or stage.skipped == "zero":
                 raise UnsliceableError(
                     f"block {path}: it turns {tuple(x.shape)} into {tuple(seen.shape)}, so that what "
@@ -382,6 +385,7 @@ class _Answer(NamedTuple):
     """What a block returned in the whole network.
 
     Attributes:
+        given: The shape of its first argument.
         shape: Of its first tensor.
         kind: Tuple or list, if it is in one.
         n: How many values that has.
@@ -389,6 +393,7 @@ class _Answer(NamedTuple):
         appends: The axis along which the first tensor is the block's input and more, if it is that.
     """
 
+    given: torch.Size
     shape: torch.Size
     kind: type | None
     n: int
@@ -405,7 +410,7 @@ def _answer(given: torch.Tensor, output: Any) -> _Answer:
     if given.dim() == first.dim() and len(longer) == 1:
         head = first.narrow(longer[0], 0, given.shape[longer[0]])
         appends = longer[0] if torch.equal(head, given) else None
-    return _Answer(first.shape, kind, 1 if kind is None else len(output), is_alone, appends)
+    return _Answer(given.shape, first.shape, kind, 1 if kind is None else len(output), is_alone, appends)
 
 
 def filled(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+
+UNREADABLE = (
+    OSError, SafetensorError, RuntimeError, ValueError, EOFError,
+    # Of torch, for text that begins like a pickle.
+    AttributeError, IndexError, KeyError, TypeError, struct.error,
+)  # fmt: skip
+"""What reading a file raises that is no checkpoint, beside `pickle.UnpicklingError`."""
 
 _WRAPPED = "state_dict"  # the key under which published files often keep the tensors
 
@@ -109,8 +117,8 @@ def shape_of(path: Path, name: str) -> tuple[int, ...] | None:
     return next((shape for key, shape in shapes.items() if key == name or key.endswith(f".{name}")), None)
 
 
-def shapes_in(path: Path) -> Mapping[str, tuple[int, ...]]:
-    """Return the shapes of a checkpoint's tensors, by name.
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors by name.
 
     Raises:
         ConfigError: As `read_tensors` does.
@@ -148,7 +156,7 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
         raise ConfigError(
             f"{path}: expected a safetensors or .pt file of tensors: {_refused(path)}"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         reason = _plain(error)
         raise ConfigError(f"{path}: expected a safetensors or .pt file of tensors: {reason}") from error
     if isinstance(content, dict) and isinstance(content.get(_WRAPPED), dict):

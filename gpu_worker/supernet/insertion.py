@@ -51,6 +51,7 @@ from gpu_worker.supernet.recognition import (
     is_elastic_kind,
     layers_in,
     operator_of,
+    passes_channels,
 )
 from gpu_worker.supernet.supernet import Supernet
 from superserve.errors import ConfigError
@@ -86,6 +87,8 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Elastic:
     """A size that subnets choose: the outputs of some layers, or the heads of attention layers.
+
+    Or what a layer of `gpu_worker.supernet.operators.chosen` counts: a kernel's size, or an image's pixels.
 
     Attributes:
         name: Of the size, unique; control tuples give sizes in the order they are declared.
@@ -271,7 +274,7 @@ def _check_elastic(size: str, path: str, module: nn.Module) -> None:
             f"size {size}: {path}: expected one of {elastic_names()}, got {type(module).__name__}"
             f"{_reason(module)}"
         )
-    if getattr(module, "groups", 1) > 1:
+    if getattr(module, "groups", 1) > 1 and not passes_channels(kind):
         raise ConfigError(
             f"size {size}: {path}: a convolution with groups keeps those that its input fills: "
             "make the layer before it elastic"
@@ -319,7 +322,15 @@ def _n_outputs(size: str, layers: Iterable[Named], parts: tuple[int, ...]) -> in
 
 
 def _outputs_of(module: nn.Module) -> int:
-    for name in ("num_heads", "hidden_size", "embedding_dim", "out_channels", "out_features", "nf"):
+    for name in (
+        "elastic_size",
+        "num_heads",
+        "hidden_size",
+        "embedding_dim",
+        "out_channels",
+        "out_features",
+        "nf",
+    ):
         if hasattr(module, name):
             return int(getattr(module, name))
     raise AssertionError("every layer whose outputs can be chosen has one of these")

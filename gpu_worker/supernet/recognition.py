@@ -17,7 +17,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from gpu_worker.supernet.attention import SlicedAttention
-from gpu_worker.supernet.operators import ElasticOperator, Operator, Switched, norms, recurrent, slices
+from gpu_worker.supernet.operators import (
+    ElasticOperator,
+    Operator,
+    Switched,
+    chosen,
+    norms,
+    recurrent,
+    slices,
+)
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,6 +57,9 @@ OPERATORS: Mapping[type[nn.Module], type[Operator]] = {
     nn.SyncBatchNorm: norms.SubnetNormSync,
 }
 """What each layer becomes; an embedding only if it is elastic."""
+
+_KNOWN: Mapping[type[nn.Module], type[Operator]] = {**chosen.CHOSEN, **OPERATORS}
+"""These, and before them the package's own layers."""
 
 _OWN_METHODS = ("forward", "_conv_forward", "forward_impl", "_output_padding", "_apply_instance_norm")
 """What a subclass must not redefine, so that its layer's operator computes what it does."""
@@ -124,9 +135,9 @@ def operator_of(module: nn.Module, path: str) -> type[Operator] | None:
 
 def _recognised(module: nn.Module) -> type[Operator] | None:
     cls = type(module)
-    if cls in OPERATORS:
-        return OPERATORS[cls]
-    for base, operator in OPERATORS.items():
+    if cls in _KNOWN:
+        return _KNOWN[cls]
+    for base, operator in _KNOWN.items():
         if isinstance(module, base) and all(
             getattr(cls, name, None) is getattr(base, name, None) for name in _OWN_METHODS
         ):
@@ -153,10 +164,17 @@ def is_elastic_kind(cls: type[Operator] | None) -> bool:
     return cls is not None and issubclass(cls, ElasticOperator)
 
 
+def passes_channels(cls: type[Operator] | None) -> bool:
+    """Return whether subnets choose something else of such a layer than its outputs."""
+    return cls is not None and issubclass(cls, ElasticOperator) and cls.passes_channels
+
+
 def elastic_names() -> str:
-    """Return the names of torch's layers of which outputs can be chosen."""
+    """Return the names of the layers that can be elastic."""
     return ", ".join(
-        cls.__name__ for cls, operator in OPERATORS.items() if issubclass(operator, ElasticOperator)
+        cls.__name__
+        for cls, operator in (*OPERATORS.items(), *chosen.CHOSEN.items())
+        if issubclass(operator, ElasticOperator)
     )
 
 

@@ -215,6 +215,10 @@ class Supernet(nn.Module):
             return out
         return self._run(chosen.settings, layouts, args, kwargs)
 
+    def is_followed(self, settings: Settings) -> bool:
+        """Return whether these settings have run, so that the next pass looks at no channels."""
+        return _sizes(settings) in self._followed
+
     def run_with(self, settings: Settings, *args: Any, **kwargs: Any) -> Any:
         """Run the model once with these settings, whatever is actuated.
 

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     "--queries", type=click.IntRange(100, 100_000), default=4_000, show_default=True,
     help="Of each workload, about.",
 )  # fmt: skip
+@click.option(
+    "--again", "is_again", is_flag=True,
+    help="Each workload comes twice, and the second time counts: what has come once is no surprise.",
+)  # fmt: skip
 @click.option("--profile", default="cnn-8gpu-modelled", show_default=True, help="Of the GPUs.")
 @options.processes
 @click.option(
@@ -58,6 +62,7 @@ def adversary_command(
     evaluations: int | None,
     seed: int,
     queries: int,
+    is_again: bool,
     profile: str,
     processes: int | None,
     folder: Path,
@@ -70,7 +75,7 @@ def adversary_command(
     """
     check_outputs({"--json": json_path})
     make_policy(policy, load_profile(profile))
-    question = Question(policy, against, profile, queries)
+    question = Question(policy, against, profile, queries, is_again)
     worst = evolve(
         question, seed=seed, is_over=_ending(minutes, evaluations),
         n_processes=processes or len(os.sched_getaffinity(0)), say=_say,

@@ -123,10 +123,9 @@ def compare_command(
     """
     if not is_simulated and not (traces or chosen):
         raise ConfigError("compare: live runs take their time: expected --trace or --cell, or --simulate")
-    if is_simulated and (is_beside or attempts > 1):
-        raise ConfigError(
-            "compare: --attempts and --beside are of live runs: expected them without --simulate"
-        )
+    _check_kind(is_simulated=is_simulated, is_live=is_beside or attempts > 1)
+    if troubles.warm_up_s and (with_bound or not is_simulated):
+        raise ConfigError("compare: --warm-up is of simulated runs without the bound: give --no-bound")
     check_outputs({"--json": json_path, "--markdown": page_path})
     cluster = parse_cluster(emulate)
     if with_baselines:
@@ -160,6 +159,14 @@ def compare_command(
         echo(f"  INVALID          {run.cell}, seed {run.seed}, {run.policy}: {_why(run)}")
     if spoiled or any(row.wrong for row in rows) or (is_judged and any(verdicts(results).values())):
         sys.exit(1)
+
+
+def _check_kind(*, is_simulated: bool, is_live: bool) -> None:
+    """Refuse the options of live runs for simulated ones."""
+    if is_simulated and is_live:
+        raise ConfigError(
+            "compare: --attempts and --beside are of live runs: expected them without --simulate"
+        )
 
 
 def _table(rows: Sequence[Beside]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What befalls the cells of a comparison: `--priority`, `--faults`, `--jitter-ms` and `--clients`."""
+"""What befalls the cells of a comparison, and from when on it counts: options of `loadgen compare`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ _OPTIONS = (
     click.option(
         "--clients", type=click.IntRange(1, 10_000), default=1, show_default=True, help="That send.",
     ),
+    click.option(
+        "--warm-up", type=click.FloatRange(0), default=0.0, show_default=True, metavar="SECONDS",
+        help="Simulated: queries due before that are served and not counted.",
+    ),
 )  # fmt: skip
 
 
@@ -42,6 +46,7 @@ class Troubles:
     path: Path | None
     jitter_ms: float
     clients: int
+    warm_up_s: float
 
     def on(self, cells: list[Cell]) -> list[Cell]:
         """Return the cells with these.
@@ -54,7 +59,12 @@ class Troubles:
         faults = () if self.path is None else load_faults(self.path)
         return [
             replace(
-                cell, priority=self.priority, faults=faults, jitter_ms=self.jitter_ms, n_clients=self.clients
+                cell,
+                priority=self.priority,
+                faults=faults,
+                jitter_ms=self.jitter_ms,
+                n_clients=self.clients,
+                warm_up_s=self.warm_up_s,
             )
             for cell in cells
         ]
@@ -65,8 +75,14 @@ def trouble_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def with_troubles(
-        *, priority: str | None, path: Path | None, jitter_ms: float, clients: int, **others: Any
+        *,
+        priority: str | None,
+        path: Path | None,
+        jitter_ms: float,
+        clients: int,
+        warm_up: float,
+        **others: Any,
     ) -> None:
-        command(troubles=Troubles(priority, path, jitter_ms, clients), **others)
+        command(troubles=Troubles(priority, path, jitter_ms, clients, warm_up), **others)
 
     return functools.reduce(lambda made, option: option(made), reversed(_OPTIONS), with_troubles)

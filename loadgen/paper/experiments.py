@@ -16,7 +16,7 @@ from loadgen.options import DEFAULT_POLICY
 from loadgen.paper.figures import ENOUGH, N_GPUS, Point, ablation, throughput_range
 from loadgen.results.run import in_time
 from loadgen.simulator.faults import Fault
-from loadgen.simulator.simulate import SimSettings, simulate
+from loadgen.simulator.simulate import WITHOUT_HOST, SimSettings, simulate
 from loadgen.simulator.workloads import parse_cluster
 from loadgen.study.compare import MAF_QPS, Cell, Comparison, baselines, paper_cells, to_dict
 from loadgen.study.rate_search import Bounds, highest_rate
@@ -74,12 +74,16 @@ class ExperimentEffort:
     def compare(
         self, cells: list[Cell], duration_s: float, *, policies: tuple[str, ...] = POLICIES, n_seeds: int = 1
     ) -> dict[str, Any]:
-        """Simulate policies and baselines on cells, and compute the bound."""
+        """Simulate policies and baselines on cells, compute the bound, and simulate without the host too."""
         rivals = baselines(parse_cluster(cells[0].cluster)[0])
-        comparison = Comparison(
-            (*policies, *rivals), tuple(range(n_seeds)), duration_s * self.share, True, SimSettings()
-        )
-        return to_dict(comparison, comparison.run(cells, n_processes=self.n_processes, say=self.say))
+        seeds, duration_s = tuple(range(n_seeds)), duration_s * self.share
+        comparison = Comparison((*policies, *rivals), seeds, duration_s, True, SimSettings())
+        alone = Comparison(policies, seeds, duration_s, False, WITHOUT_HOST)
+        found = to_dict(comparison, comparison.run(cells, n_processes=self.n_processes, say=self.say))
+        others = to_dict(alone, alone.run(cells, n_processes=self.n_processes, say=self.say))
+        for cell, other in zip(found["cells"], others["cells"], strict=True):
+            cell["without_host"] = other["policies"]
+        return found
 
 
 def maf_cnn(effort: ExperimentEffort) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import numpy as np
 from loadgen.live.run import summarise
 from loadgen.results.run import Run
 from loadgen.simulator.workloads import Workload, slowed
-from loadgen.simulator.world import START_NS, SimSettings, Simulation
+from loadgen.simulator.world import START_NS, WITHOUT_HOST, SimSettings, Simulation
 from superserve.clock import MS
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from loadgen.traces.trace import Trace
     from profiles.table import Profile
 
-__all__ = ("START_NS", "SimSettings", "Simulated", "Simulation", "Workload", "simulate", "slowed")
+__all__ = (
+    "START_NS", "WITHOUT_HOST", "SimSettings", "Simulated", "Simulation", "Workload", "simulate", "slowed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ from router.core.events import (
     WorkerJoined,
     WorkerLeft,
 )
+from router.core.settings import CoreSettings
 from router.policies.registry import make_policy
 from superserve.clock import MS
 from superserve.errors import ConfigError
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from loadgen.simulator.workloads import Workload
     from profiles.table import Profile
     from router.core.events import Action, Event
-    from router.core.settings import CoreSettings
     from router.policies import Policy
     from superserve.wire import Message
 
@@ -86,6 +86,7 @@ class SimSettings:
         actuation_ns: How long a GPU takes to change subnet.
         pace: Of the GPUs compared with their profiles; drift counts from the start of the trace.
         machine: A live run's delays for the same trace, instead of ways and rests. None is a quiet machine.
+        core: What the core allows for them; None is as live.
     """
 
     way: Way = field(default_factory=lambda: Way(100_000, 50_000))
@@ -97,10 +98,18 @@ class SimSettings:
     actuation_ns: int = 0
     pace: Pace = AS_PROFILED
     machine: MachineDelays | None = None
+    core: CoreSettings | None = None
 
     def like(self, machine: MachineDelays) -> SimSettings:
         """Return settings with the message delays of a live run, and its loops' rests."""
         return replace(self, machine=machine, router_rest_ns=0, worker_rest_ns=0, n_clients=1)
+
+
+WITHOUT_HOST = SimSettings(
+    Way(0, 0), 0, 0, 0,
+    core=CoreSettings(dispatch_ahead_ns=0, least_ahead_ns=0, margin_ns=0, least_margin_ns=0),
+)  # fmt: skip
+"""No time passes between a client, the router and a GPU, and the core allows for none."""
 
 
 class Simulation:
@@ -112,7 +121,7 @@ class Simulation:
         seed: Of the network's delays.
         faults: What goes wrong, and when: instants count from the start of the trace.
         settings: The delays of machine and network.
-        core: The core's settings.
+        core: The core's settings; None are those of `settings`.
         make_core: Builds the core; tests pass broken ones.
 
     Attributes:
@@ -140,7 +149,7 @@ class Simulation:
         self.settings = settings or SimSettings()
         self._build = partial(make_policy, policy) if isinstance(policy, str) else policy
         self._sees_demand = False
-        self.core = make_core(self._built, core)
+        self.core = make_core(self._built, core or self.settings.core)
         self._max_queries = self.core.settings.max_queries // self.settings.n_clients
         self.now_ns = _JOIN_NS
         self.clients: dict[int, SimClient] = {}

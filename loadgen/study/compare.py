@@ -33,7 +33,7 @@ from loadgen.simulator.workloads import (
 from loadgen.traces.azure import MinuteCounts
 from loadgen.traces.specs import Spec
 from loadgen.traces.trace import open_source, trace_of
-from superserve.clock import MS
+from superserve.clock import MS, SECOND
 from superserve.errors import ConfigError
 from superserve.net.context import has_threads
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from gpu_worker.core.played import Pace
     from loadgen.simulator.faults import Fault
-    from loadgen.simulator.simulate import Workload
+    from loadgen.simulator.simulate import Simulated, Workload
     from loadgen.traces.trace import Trace
     from profiles.table import Profile
 
@@ -79,6 +79,7 @@ class Cell:
         speed: Of its GPUs: times as fast as their profile.
         duration_s: Its own length; None is that of the comparison.
         minutes: How many minutes of a Functions 2019 file are played, others with each seed; None is all.
+        warm_up_s: Queries due before that are served and not counted.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Cell:
     speed: float = 1.0
     duration_s: float | None = None
     minutes: int | None = None
+    warm_up_s: float = 0.0
 
     def workload(self, duration_s: float | None, seed: int) -> Workload:
         """Return the queries of a seed, drawn for `duration_s` unless the cell has its own length."""
@@ -316,6 +318,8 @@ def serve(
     faults = cell.troubles(len(cluster), settings)
     found = simulate(workload, cluster, policy=policy, seed=seed, faults=faults, settings=settings)
     result = found.result
+    if cell.warm_up_s:
+        return _after(found, workload, round(cell.warm_up_s * SECOND))
     top = None
     if workload.priority is not None and (is_top := workload.priority == workload.priority.max()).sum():
         top = None if is_top.all() else float(in_time(found.columns, workload.slo_ns)[is_top].mean())
@@ -323,6 +327,22 @@ def serve(
         result.slo_attainment or 0.0, result.mean_accuracy, found.accuracy_per_query, top,
         result.batch_size_mean,
     )  # fmt: skip
+
+
+def _after(found: Simulated, workload: Workload, from_ns: int) -> Figures:
+    """Return the figures of the queries that are due from an instant on; the mean batch is that of all."""
+    counted = found.columns["due_ns"] >= from_ns
+    if not counted.any():
+        raise ConfigError(f"--warm-up: no query is due after {from_ns / SECOND:g} s")
+    is_good = in_time(found.columns, workload.slo_ns)
+    good = counted & is_good
+    attained = float(is_good[counted].mean())
+    accuracy = float(found.columns["accuracy"][good].mean(dtype=np.float64)) if good.any() else None
+    top = None
+    if workload.priority is not None:
+        is_top = counted & (workload.priority == workload.priority.max())
+        top = None if is_top[counted].all() else float(is_good[is_top].mean())
+    return Figures(attained, accuracy, attained * (accuracy or 0.0), top, found.result.batch_size_mean)
 
 
 def bound_in(
@@ -498,6 +518,7 @@ def _cell_dict(result: CellResult) -> dict[str, Any]:
         "faults": [fault.to_dict() for fault in cell.faults],
         "jitter_ms": cell.jitter_ms,
         "clients": cell.n_clients,
+        "warm_up_s": cell.warm_up_s,
         "policies": {name: [asdict(one) for one in runs] for name, runs in result.policies.items()},
         "bound": None if result.bounds is None else [asdict(one) for one in result.bounds],
         "gain_per_query": {

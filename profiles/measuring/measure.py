@@ -210,7 +210,8 @@ def measure(
 
     Args:
         executor: Hosts `subnets`, in that order.
-        subnets: Their names, control tuples and accuracies, by ascending accuracy.
+        subnets: Their names, control tuples and accuracies, by ascending accuracy; of those equally accurate
+            the fastest is kept.
         setting: How to measure.
         place: What the figures depend on.
         name: Of the profile.
@@ -223,7 +224,7 @@ def measure(
     """
     samples = sample(executor, setting, clock)
     median, p99 = np.median(samples, axis=0), percentile_99(samples)
-    rows = told_apart(median, pareto_rows(median))
+    rows = told_apart(median, _first_of_equals(subnets, pareto_rows(median)))
     fitted = fit(median[rows])
     fitted_p99 = np.maximum(fit(p99[rows]), fitted)
     profile = Profile(
@@ -296,6 +297,15 @@ def pareto_rows(latency: npt.NDArray[np.float64]) -> list[int]:
         if not kept or mean_log[row] < mean_log[kept[-1]] + np.log(1 - _LEAST_SPEED_UP):
             kept.append(row)
     return kept[::-1]
+
+
+def _first_of_equals(subnets: Sequence[SubnetProfile], rows: Sequence[int]) -> list[int]:
+    """Return the rows, by ascending latency, without those that are no more accurate than a faster one."""
+    kept: list[int] = []
+    for row in rows:
+        if not kept or subnets[row].accuracy > subnets[kept[-1]].accuracy:
+            kept.append(row)
+    return kept
 
 
 def told_apart(latency: npt.NDArray[np.float64], rows: Sequence[int]) -> list[int]:

@@ -184,7 +184,9 @@ class Dispatcher:
         queue.head_deadline_ns = deadline_ns
         queue.head_floor = _floor(head)
         queue.length = len(model.queue)
-        careful_ns = slack.careful_way_back_ns(worker, cohort.client, deadline_ns - cohort.arrived_ns)
+        client = cohort.client
+        usual_ns = slack.usual_way_back_ns(worker, client)
+        careful_ns = slack.careful_way_back_ns(worker, client, usual_ns, deadline_ns - cohort.arrived_ns)
         if model.demand is not None:
             model.demand.settle(now_ns)
             queue.demand = model.demand
@@ -195,7 +197,6 @@ class Dispatcher:
             patience_ns = model.demand.slack_ns - careful_ns
             self._fleet.fit_supply(patience_ns, now_ns)
             servable = self._fleet.supply.rate * patience_ns
-            usual_ns = slack.usual_way_back_ns(worker, cohort.client)
             doubt *= doubt_of_ways(careful_ns - usual_ns, patience_ns)
             doubt *= model.caution.look(self._ledger.answered, queue.length, servable, now_ns)
         view.doubt = doubt
@@ -204,7 +205,7 @@ class Dispatcher:
         choice = self._corrected_choice(worker, now_ns)
         if choice is None:
             # Nothing leaves room for the worst transport: try the usual one, which is better than to refuse.
-            view.allowance_ns = slack.usual_way_back_ns(worker, cohort.client)
+            view.allowance_ns = usual_ns
             choice = self._corrected_choice(worker, now_ns)
         return choice
 

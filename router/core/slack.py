@@ -84,7 +84,7 @@ class Slack:
         """Return how long the way back to the client may take: nearly the worst seen on both parts."""
         return self.back_ns(worker) + client.return_bound_ns()
 
-    def careful_way_back_ns(self, worker: Worker, client: ClientState, whole_ns: int) -> int:
+    def careful_way_back_ns(self, worker: Worker, client: ClientState, usual_ns: int, whole_ns: int) -> int:
         """Return the way back to allow for at first: nearly the worst, within what an answer can spare.
 
         A stall of a machine or a network makes the worst way longer than the whole slack of a query. To
@@ -94,9 +94,9 @@ class Slack:
         Args:
             worker: Who would run the batch.
             client: Who waits for the answer.
+            usual_ns: What that way usually takes.
             whole_ns: The query's slack when it arrived.
         """
-        usual_ns = self.usual_way_back_ns(worker, client)
         spared_ns = (whole_ns - usual_ns) // _SPARED if whole_ns > usual_ns else 0
         return min(self.way_back_ns(worker, client), usual_ns + spared_ns)
 

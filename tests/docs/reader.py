@@ -33,12 +33,12 @@ class Step(NamedTuple):
 
 
 def steps(page: str) -> list[Step]:
-    """Return the blocks of a page in their order; Python and JSON are saved under the name before them."""
+    """Return the blocks of a page in their order; Python, JSON and YAML are saved under the name before."""
     found, end = [], 0
     for match in _FENCE.finditer(page):
         language, text = match.groups()
         names = _FILE.findall(page[end : match.start()])
-        assert bool(names) == (language in ("python", "json")), (
+        assert bool(names) == (language in ("python", "json", "yaml")), (
             f"a name for each file, and none for commands: {text}"
         )
         found.append(Step(names[-1] if names else "", text))

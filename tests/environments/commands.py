@@ -141,6 +141,7 @@ COMMANDS: dict[str, tuple[Step, ...]] = {
     "profiles search help": helps("profiles search"),
     "profiles accuracy help": helps("profiles accuracy"),
     "profiles calibrate help": helps("profiles calibrate"),
+    "profiles train help": helps("profiles train"),
     "profiles exits help": helps("profiles exits"),
     "profiles advise help": helps("profiles advise"),
     "router help": helps("superserve-router"),

@@ -26,11 +26,17 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 
 {{/* What the schema cannot say: values that need or exclude each other. */}}
 {{- define "superserve.check" -}}
-{{- if eq (empty .Values.supernet) (empty .Values.emulate) -}}
-{{- fail "supernet: expected it or emulate, and not both: --set supernet=digits, or --set emulate=cnn-8gpu-modelled" -}}
+{{- if ne (len (compact (list .Values.supernet .Values.family .Values.emulate))) 1 -}}
+{{- fail "supernet: expected it, family or emulate, one of them: --set supernet=digits, or --set emulate=cnn-8gpu-modelled" -}}
 {{- end -}}
 {{- if and .Values.emulate (or .Values.profile .Values.weights) -}}
 {{- fail "profile, weights: expected neither with emulate" -}}
+{{- end -}}
+{{- if and .Values.family (empty .Values.profile) -}}
+{{- fail "profile: expected one with family, of `profiles measure --family`" -}}
+{{- end -}}
+{{- if and .Values.family .Values.weights -}}
+{{- fail "weights: expected none with family, whose models have their own" -}}
 {{- end -}}
 {{- if and .Values.emulate .Values.worker.gpus -}}
 {{- fail "worker.gpus: expected 0 with emulate, which uses no device" -}}

@@ -354,7 +354,7 @@ def _tag_outputs(op: Operator, x: torch.Tensor | None, outs: list[torch.Tensor])
         if out.dim() < -op.channel_axis:
             continue  # what else a packed sequence holds
         axis = op.channel_axis if op.channel_axis < 0 else op.channel_axis - out.dim()
-        if not isinstance(op, ElasticOperator):
+        if not isinstance(op, ElasticOperator) or op.passes_channels:
             _tag(out, dict(given))
             continue
         kept = (

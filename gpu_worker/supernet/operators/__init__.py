@@ -8,10 +8,11 @@ All operators of a supernet share one `Cursor`. Its `settings` are one tuple wit
 each operator: outputs that are kept, a switch, a pair of statistics. A subnet is such a tuple,
 and actuation is one store of it.
 
-Only outputs are chosen. Inputs follow the activation: a layer that is given 48 channels uses
-the first 48 of its inputs, a norm the first 48 of its scales, a depthwise convolution the first
-48 of its groups. So you need not declare which layer feeds which, and residual streams work. Behind a
-concatenation or a fused projection they are not the first 48: `gpu_worker.supernet.flow` finds out which.
+Only outputs are chosen, or a kernel size or a resolution in the layers of `chosen`. Inputs follow the
+activation: a layer that is given 48 channels uses the first 48 of its inputs, a norm the first 48 of its
+scales, a depthwise convolution the first 48 of its groups. So you need not declare which layer feeds which,
+and residual streams work. Behind a concatenation or a fused projection they are not the first 48:
+`gpu_worker.supernet.flow` finds out which.
 
 Source: SubNetAct, SuperServe (NSDI '25).
 """

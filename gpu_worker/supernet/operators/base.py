@@ -167,6 +167,8 @@ class ElasticOperator(Operator):
 
     gives_channels = True
     """Whether its outputs are what is chosen; heads are inside."""
+    passes_channels = False
+    """Whether its outputs have its inputs' channels; then something else is chosen, such as a kernel size."""
     parts: tuple[int, ...] = ()
     whole_parts: tuple[int, ...]
 

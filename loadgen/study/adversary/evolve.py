@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING
 from loadgen.simulator.workloads import parse_cluster
 from loadgen.study.adversary.genome import crossed, drawn, mutated
 from loadgen.study.compare import bound_in, serve
+from superserve.clock import SECOND
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from loadgen.study.adversary.genome import Genome
+    from loadgen.traces.trace import Trace
 
 REFERENCES: dict[str, tuple[str, ...]] = {
     "yardstick": ("slackfit", "mincost@0.8"),
@@ -53,14 +55,18 @@ class Question:
         against: A key of `REFERENCES`.
         profile: Of the GPUs.
         queries: Of each workload, about.
+        is_again: Whether each workload comes twice, and the second time counts: then nothing is a surprise.
     """
 
     policy: str
     against: str
     profile: str
     queries: int
+    is_again: bool = False
 
     def __post_init__(self) -> None:
+        if self.is_again and self.against == "bound":
+            raise ConfigError("--again: the bound is of all queries: expected another --against")
         if self.against not in REFERENCES:
             raise ConfigError(f"--against: expected one of {', '.join(REFERENCES)}, got {self.against!r}")
 
@@ -203,10 +209,17 @@ def _mapper(n_processes: int) -> Iterator[Callable[[Question, list[Genome]], lis
         yield lambda question, genomes: list(pool.map(partial(evaluated, question), genomes))
 
 
+def arrivals(question: Question, genome: Genome) -> tuple[Trace, float]:
+    """Return the arrivals of a workload, and the seconds of them that do not count."""
+    trace = genome.trace(question.queries, 2 if question.is_again else 1)
+    return trace, trace.duration_ns / 2 / SECOND if question.is_again else 0.0
+
+
 def evaluated(question: Question, genome: Genome) -> Scored:
     """Return what comes of a workload, as `loadgen compare` finds it with seed 0."""
-    workload, cluster = genome.workload(question.queries), parse_cluster(genome.cluster)
-    cell = genome.cell("")
+    trace, warm_up_s = arrivals(question, genome)
+    workload, cluster = genome.workload(trace), parse_cluster(genome.cluster)
+    cell = genome.cell("", warm_up_s)
     policies = dict.fromkeys((question.policy, *REFERENCES[question.against]))
     attainments = {policy: serve(cell, workload, cluster, policy, seed=0).attainment for policy in policies}
     if question.against == "bound":

@@ -99,19 +99,22 @@ class Genome:
             return f"{self.slos[0][0]:g}"
         return ",".join(f"{ms:g}:{weight:g}" for ms, weight in self.slos)
 
-    def cell(self, trace: str) -> Cell:
-        """Return the cell that plays its arrivals from a file."""
+    def cell(self, trace: str, warm_up_s: float = 0.0) -> Cell:
+        """Return the cell that plays its arrivals from a file, and does not count those of the warm-up."""
         floor = None
         if self.floor is not None:
             row, share = self.floor
             floor = f"{load_profile(self.profile).subnets[row].accuracy:g}:{share:g}"
         return Cell(
             self.family, trace, self.cluster, slo_ms=self.slo_ms, floor=floor, jitter_ms=self.jitter_ms,
-            speed=round(1 / self.slowness, 4),
+            speed=round(1 / self.slowness, 4), warm_up_s=warm_up_s,
         )  # fmt: skip
 
-    def trace(self, queries: int) -> Trace:
-        """Return its arrivals: whole cycles until there are about `queries` queries, or 20 s of them."""
+    def trace(self, queries: int, times: int = 1) -> Trace:
+        """Return its arrivals: whole cycles until there are about `queries` queries, or 20 s of them.
+
+        All of them come so many `times`, once after the other.
+        """
         can_qps = self._can_qps()
         sizes = [max(1, round(size * can_qps * self._slo_s())) for _, size in self.spikes]
         per_cycle = sum(share * load for share, load in self.rates) * self.cycle_s * can_qps + sum(sizes)
@@ -126,13 +129,14 @@ class Genome:
         due_ns = np.minimum(due_ns, duration_ns - 1)
         if not due_ns.size:
             due_ns = np.zeros(1, np.int64)
-        return Trace(self.family, due_ns, duration_ns, f"evolved, not recorded: {self!r}")
+        due_ns = np.concatenate([due_ns + i * duration_ns for i in range(times)])
+        return Trace(self.family, due_ns, times * duration_ns, f"evolved, not recorded: {self!r}")
 
-    def workload(self, queries: int) -> Workload:
+    def workload(self, trace: Trace) -> Workload:
         """Return its queries, as `loadgen compare` draws them from its trace with seed 0."""
         cell = self.cell("")
         floor = None if cell.floor is None else parse_floor(cell.floor)
-        return mixed_workload(self.trace(queries), parse_slos(self.slo_ms), floor, seed=0)
+        return mixed_workload(trace, parse_slos(self.slo_ms), floor, seed=0)
 
     def _slo_s(self) -> float:
         return min(ms for ms, _ in self.slos) / 1e3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from loadgen.study.adversary.evolve import REFERENCES
+from loadgen.study.adversary.evolve import REFERENCES, arrivals
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ def write_worst(folder: Path, question: Question, worst: Sequence[Scored]) -> li
         raise ConfigError(f"--out: {folder}: cannot be made: {error.strerror}") from error
     paths = [folder / f"worst-{i + 1:02d}.trace" for i in range(len(worst))]
     for path, one in zip(paths, worst, strict=True):
-        one.genome.trace(question.queries).save(path)
+        arrivals(question, one.genome)[0].save(path)
     return paths
 
 
 def command(question: Question, one: Scored, path: Path) -> str:
     """Return the command that repeats it: same queries, same cluster, same figures."""
-    cell = one.genome.cell(str(path))
+    cell = one.genome.cell(str(path), arrivals(question, one.genome)[1])
     words = [".venv/bin/loadgen", "compare", "--simulate", "--seeds", "1"]
     for policy in dict.fromkeys((question.policy, *REFERENCES[question.against])):
         words += ["--policy", policy]
@@ -45,6 +45,8 @@ def command(question: Question, one: Scored, path: Path) -> str:
         words += ["--jitter-ms", f"{cell.jitter_ms:g}"]
     if cell.speed != 1:
         words += ["--speed", f"{cell.speed:g}"]
+    if cell.warm_up_s:
+        words += ["--warm-up", repr(cell.warm_up_s)]
     if question.against != "bound":
         words.append("--no-bound")
     return shlex.join(words)
@@ -66,6 +68,7 @@ def to_dict(question: Question, worst: Sequence[Scored], paths: Sequence[Path]) 
         "schema": 1,
         "policy": question.policy,
         "against": question.against,
+        "again": question.is_again,
         "worst": [
             {
                 "gap": one.gap,

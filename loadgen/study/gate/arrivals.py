@@ -22,6 +22,10 @@ _ACCEL_S = 10.0
 _SURPRISING = 150
 """With a CV² of 200 and seed 1 the largest surge is 621 queries in 20 ms: it fills eight GPUs."""
 
+_HEAVY = 1.3
+"""Batches of such an alpha bring surges that are beyond all before them, again and again: with 1.1 and seed 2
+there are 425 queries within 4 ms, after at most 193, and 648 within 36 ms, more than eight GPUs serve."""
+
 
 def paper_family() -> list[GateCell]:
     """Return the paper's grid: MAF, nine bursty and nine accelerating cells, and MAF on the transformer."""
@@ -117,11 +121,13 @@ def pareto_family() -> list[GateCell]:
         draft(
             "pareto", f"{alpha:g} at {load:.0%}",
             f"pareto:rate={at_load(load, CNN_8):g},alpha={alpha},most=200",
+            is_surprise=alpha <= _HEAVY,
         )
         for alpha in (1.1, 1.5, 2.5)
         for load in (0.3, 0.6, 0.85)
     ]  # fmt: skip
-    found.append(draft("pareto", "1.3 to 1000 at 40%", f"pareto:rate={at_load(0.4, CNN_8):g},alpha=1.3"))
+    spec = f"pareto:rate={at_load(0.4, CNN_8):g},alpha=1.3"
+    found.append(draft("pareto", "1.3 to 1000 at 40%", spec, is_surprise=True))
     return found
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from loadgen.simulator.workloads import parse_cluster
 from loadgen.study.compare import CellResult, Figures, bound_in, serve
-from loadgen.study.gate.promise import PromiseLine, Standing, findings, shortcomings
+from loadgen.study.gate.promise import PromiseLine, Standing, findings, shortcomings, slowed_speed
 from loadgen.study.gate.store import BOUND
 
 if TYPE_CHECKING:
@@ -77,10 +77,14 @@ class PolicyGate:
     seeds: tuple[int, ...]
     store: FigureStore
 
-    @property
-    def comparators(self) -> tuple[str, ...]:
-        """The policies whose figures are kept."""
-        return tuple(dict.fromkeys((SLACKFIT, MINCOST, SLOWER, self.baseline)))
+    def comparators(self, of: GateCell) -> tuple[str, ...]:
+        """Return the policies whose figures in a cell are kept."""
+        return tuple(dict.fromkeys((SLACKFIT, MINCOST, SLOWER, self.baseline, *self._slowed(of))))
+
+    def _slowed(self, of: GateCell) -> tuple[str, str]:
+        """Return slackfit and the baseline on the slower GPUs of lines c and d."""
+        speed = slowed_speed(is_surprise=of.is_surprise)
+        return f"{SLACKFIT}@{speed:g}", f"{self.baseline}@{speed:g}"
 
     def run(
         self,
@@ -99,8 +103,8 @@ class PolicyGate:
         tasks = []
         for one in played:
             for seed in self.seeds:
-                found = known[one.name, seed] = self._stored(one.cell, seed)
-                wanted = (*self.comparators, BOUND, *self._own())
+                found = known[one.name, seed] = self._stored(one, seed)
+                wanted = (*self.comparators(one), BOUND, *self._own(one))
                 if missing := tuple(policy for policy in wanted if policy not in found):
                     tasks.append(_Task(one.cell, seed, missing))
         n_missing = sum(len(task.policies) for task in tasks)
@@ -110,7 +114,7 @@ class PolicyGate:
         for task, figures in zip(tasks, _all(tasks, n_processes), strict=True):
             known[task.cell.name, task.seed].update(figures)
             for policy, computed in figures.items():
-                if policy == BOUND or policy in self.comparators:
+                if policy == BOUND or policy in self.comparators(by_name[task.cell.name]):
                     self.store.put(task.cell, task.seed, policy, computed)
             open_seeds[task.cell.name] -= 1
             if not open_seeds[task.cell.name]:
@@ -119,26 +123,27 @@ class PolicyGate:
                 say(f"{done.of.name}: {ours.attainment:.5f} {ours.per_query:.3f}  {done.verdict}")
         return [self._judged(cell, known) for cell in played]
 
-    def _own(self) -> tuple[str, ...]:
-        return () if self.candidate in self.comparators else (self.candidate,)
+    def _own(self, of: GateCell) -> tuple[str, ...]:
+        return () if self.candidate in self.comparators(of) else (self.candidate,)
 
-    def _stored(self, cell: Cell, seed: int) -> dict[str, Figures]:
-        found = {policy: self.store.get(cell, seed, policy) for policy in (*self.comparators, BOUND)}
+    def _stored(self, of: GateCell, seed: int) -> dict[str, Figures]:
+        found = {policy: self.store.get(of.cell, seed, policy) for policy in (*self.comparators(of), BOUND)}
         return {policy: one for policy, one in found.items() if one is not None}
 
     def _judged(self, of: GateCell, known: dict[tuple[str, int], dict[str, Figures]]) -> Judged:
         by_seed = [known[of.name, seed] for seed in self.seeds]
-        names = tuple(dict.fromkeys((self.candidate, *self.comparators)))
+        names = tuple(dict.fromkeys((self.candidate, *self.comparators(of))))
         result = CellResult(
             of.cell, self.seeds, {name: tuple(one[name] for one in by_seed) for name in names},
             tuple(one[BOUND] for one in by_seed),
         )  # fmt: skip
         bound = result.mean_bound()
         assert bound is not None, "computed or known for each seed"
+        slowed_slackfit, slowed_baseline = map(result.mean, self._slowed(of))
         standing = Standing(
             result.mean(self.candidate), result.mean(SLACKFIT), result.mean(MINCOST), result.mean(SLOWER),
-            result.mean(self.baseline), bound, of.is_strict, of.is_at_once, of.n_gpus, of.slo_ns,
-            of.is_surprise,
+            result.mean(self.baseline), slowed_slackfit, slowed_baseline, bound, of.is_strict, of.is_at_once,
+            of.n_gpus, of.slo_ns, of.is_surprise,
         )  # fmt: skip
         return Judged(of, result, standing, shortcomings(standing))
 

@@ -15,11 +15,13 @@ from cluster.operate.health import problems
 from cluster.show import tables as show
 from cluster.spec import plan as plans
 from cluster.spec.plan import Options, Plan, differences, make_plan, python_path
+from profiles.table import load_profile
 from superserve.errors import ConfigError
 from superserve.hello import ModelSpec
 from superserve.roles import local
 from superserve.roles.local import STATE_VARIABLE, LocalCluster, Phase, ProcessId, Role, RoleState
 from superserve.status import BatchCounts, EndCounts, QueueStatus
+from tests.gpu_worker.family.models import linear, written
 from tests.superserve.statuses import gpu, queries, status
 
 KEEPER = ProcessId(4_000_000, 1)  # nobody's
@@ -108,6 +110,43 @@ def test_a_models_folder_and_its_options_reach_the_worker(
         ConfigError, match=r"--supernet: expected one of .*bert-encoder.*, got 'bert-encode@length=4'"
     ):
         planned(**{**options, "supernet": "bert-encode@length=4"})
+
+
+def test_a_family_is_named_by_its_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a worker elsewhere finds it; a profile of something else is refused before anything starts."""
+    linear(tmp_path / "a.onnx")
+    written(tmp_path, "name: digits, model: a.onnx, accuracy: 1")
+    profile = load_profile("digits-cpu")
+    row = replace(profile.subnets[0], name="digits")
+    fitting = replace(profile, supernet="tiny", subnets=(row,))
+    (tmp_path / "mine.json").write_bytes(fitting.to_json())
+    monkeypatch.chdir(tmp_path)
+    family = Path("family.yaml")
+    plan = planned(family=family, profile="mine.json")
+
+    assert plan.roles[1].argv[6:10] == (
+        "--family", str(tmp_path / "family.yaml"), "--profile", str(tmp_path / "mine.json"),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="profile 'digits-cpu': expected one of the family 'tiny', got one"):
+        planned(family=family, profile="digits-cpu")
+    (tmp_path / "mine.json").write_bytes(replace(fitting, subnets=profile.subnets[:1]).to_json())
+    with pytest.raises(ConfigError, match=r"family.yaml: no member is called 'digits-[\d.]+'"):
+        planned(family=family, profile="mine.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--profile: a family comes without one: expected one, from `profiles measure --family`"),
+        ({"profile": "digits-cpu", "supernet": "digits"}, "--supernet and --family: expected one of them"),
+        ({"profile": "digits-cpu", "weights": "random"}, "--weights and --family: expected one of them"),
+        ({"emulate": "cnn-8gpu-modelled"}, "--family and --emulate: expected one of them, got both"),
+    ],
+)
+def test_what_means_nothing_to_a_family_is_refused(options: dict[str, Any], message: str) -> None:
+    """Each option is named."""
+    with pytest.raises(ConfigError, match=message):
+        planned(family=Path("family.yaml"), **options)
 
 
 def test_with_gpus_each_has_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,9 @@ MATRIX: dict[str, tuple[dict[str, str], ...]] = {
         {"supernet": "dynabert", "profile": "/models/p.json", "weights": "/models/w.safetensors",
          "worker.volumes[0].name": "models", "worker.volumes[0].persistentVolumeClaim.claimName": "models",
          "worker.volumeMounts[0].name": "models", "worker.volumeMounts[0].mountPath": "/models"},
+        {"family": "/models/family.yaml", "profile": "/models/p.json",
+         "worker.volumes[0].name": "models", "worker.volumes[0].persistentVolumeClaim.claimName": "models",
+         "worker.volumeMounts[0].name": "models", "worker.volumeMounts[0].mountPath": "/models"},
     ),
     "joined": (
         {"security": "none"}, {"keys.prefix": "ss", "keys.testSecret": "ss-test"}, {"keys.prefix": "ss"},
@@ -103,12 +106,34 @@ def test_older_clusters_get_the_versions_that_they_have(helm: Path) -> None:
         assert {each for each in versions if each.startswith(("policy", "autoscaling"))} == wanted
 
 
+def test_a_familys_workers_are_given_its_file(helm: Path) -> None:
+    """Instead of a supernet."""
+    values = {"security": "none", "family": "/models/f.yaml", "profile": "/models/p.json"}
+    workers = [
+        container["args"]
+        for manifest in yaml.safe_load_all(template(helm, values))
+        for container in manifest.get("spec", {}).get("template", {}).get("spec", {}).get("containers", ())
+        if container["name"] == "worker"
+    ]
+
+    (args,) = workers
+    assert args[args.index("--family") + 1] == "/models/f.yaml"
+    assert args[args.index("--profile") + 1] == "/models/p.json"
+    assert "--supernet" not in args
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         ({"emulate": "x"}, "security: expected it or keys.prefix"),
-        ({"security": "none"}, "supernet: expected it or emulate"),
-        (FIRST | {"supernet": "digits"}, "supernet: expected it or emulate"),
+        ({"security": "none"}, "supernet: expected it, family or emulate"),
+        (FIRST | {"supernet": "digits"}, "supernet: expected it, family or emulate"),
+        (FIRST | {"family": "/models/f.yaml"}, "supernet: expected it, family or emulate"),
+        ({"security": "none", "family": "/models/f.yaml"}, "profile: expected one with family"),
+        (
+            {"security": "none", "family": "/f.yaml", "profile": "/p.json", "weights": "random"},
+            "weights: exp",
+        ),
         (FIRST | {"keys.prefix": "ss"}, "security: expected it or keys.prefix"),
         (FIRST | {"worker.gpus": "1"}, "worker.gpus: expected 0 with emulate"),
         (FIRST | {"worker.gpu": "1"}, "additional properties 'gpu' not allowed"),

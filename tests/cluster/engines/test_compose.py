@@ -61,6 +61,18 @@ def test_a_gpu_has_a_service_of_its_own(tmp_path: Path) -> None:
         assert command[command.index("--device") + 1] == "cuda:0"
 
 
+def test_a_familys_folder_is_mounted_where_it_is(tmp_path: Path) -> None:
+    """With the models beside the file; the router reads none of them."""
+    text = ONE_HOST.replace("emulate: cnn-8gpu-modelled", "family: /srv/models/f.yaml\nprofile: digits-cpu")
+    found = services(described(tmp_path, text))
+
+    assert "/srv/models:/srv/models:ro" in found["worker-a"]["volumes"]
+    assert "/srv/models" not in str(found["router"])
+    command = found["worker-a"]["command"]
+    assert command[command.index("--family") + 1] == "/srv/models/f.yaml"
+    assert "--supernet" not in command
+
+
 def test_a_cluster_of_loopback_is_published_there_alone(tmp_path: Path) -> None:
     """The hosts file says that only this machine reaches it; a port for metrics is published as it says."""
     text = ONE_HOST.replace("name: a,", "name: a, address: 127.0.0.1,") + "metrics: {router: 9000}\n"

@@ -205,6 +205,7 @@ def test_variables_of_kubernetes_are_not_replaced(tmp_path: Path) -> None:
         (TWO_HOSTS.replace("name: b", "name: B"), r":4: hosts\[1\]\.name: expected a name of Kubernetes"),
         (TWO_HOSTS + "cluster: my_cluster\n", r":6: cluster: expected a name of Kubernetes"),
         (TWO_HOSTS + "weights: /data/w.safetensors\n", r":6: weights: a pod has no path of its host"),
+        (TWO_HOSTS + "family: /data/f.yaml\nprofile: digits-cpu\n", r":6: family: a pod has no files of its"),
         (TWO_HOSTS.replace("security: none\n", ""), r":1: security: on kubernetes roles reach each other"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from cluster.host.bare import marked
 from cluster.remote.preflight import COLUMNS, judge, look, requirements
 from cluster.remote.shell import Completed, UnreachableError
-from cluster.remote.wheel import FOR_SUPERNETS, ON_EVERY_HOST, Wheel
+from cluster.remote.wheel import FOR_FAMILIES, FOR_SUPERNETS, ON_EVERY_HOST, Wheel
 from cluster.spec.roles import Target, Wanted
 
 if TYPE_CHECKING:
@@ -98,6 +98,14 @@ def test_only_real_supernets_need_torch() -> None:
     assert requirements(WANTED) == (*ON_EVERY_HOST, *FOR_SUPERNETS)
     emulated = Wanted("a", Target("a"), "python3", (), (), False, ())
     assert requirements(emulated) == ON_EVERY_HOST
+
+
+def test_only_families_need_a_reader_of_their_file() -> None:
+    """Which ONNX Runtime is installed is left to the host's owner: the two own the same files."""
+    family = replace(WANTED, serves_family=True)
+    assert requirements(family) == (*ON_EVERY_HOST, *FOR_SUPERNETS, *FOR_FAMILIES)
+    assert not [name for name, _ in requirements(family) if name.startswith("onnx")]
+    assert requirements(replace(family, serves_supernet=False)) == ON_EVERY_HOST
 
 
 class Fake:

@@ -44,7 +44,7 @@ def test_what_hosts_need_is_what_the_project_says() -> None:
     extras = project["optional-dependencies"]
     declared = {*project["dependencies"], *extras["server"], *extras["cluster"], *extras["worker"]}
 
-    for name, least in (*wheel.ON_EVERY_HOST, *wheel.FOR_SUPERNETS):
+    for name, least in (*wheel.ON_EVERY_HOST, *wheel.FOR_SUPERNETS, *wheel.FOR_FAMILIES):
         assert f"{name}>={least}" in declared
     here = {f"{name}>={least}" for name, least in wheel.ON_EVERY_HOST}
     assert {*project["dependencies"], *extras["server"]} <= here

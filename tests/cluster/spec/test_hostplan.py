@@ -61,6 +61,18 @@ def test_every_host_gets_its_roles(tmp_path: Path) -> None:
     assert (plan.log_bytes, plan.log_files) == (1 << 20, 2)
 
 
+def test_workers_of_a_family_are_given_its_file(tmp_path: Path) -> None:
+    """Instead of a supernet; its profile is sent, and its models are on the hosts."""
+    text = REAL.replace("supernet: digits", "family: /srv/f.yaml\nprofile: digits-cpu")
+    plan = planned(tmp_path, text)
+
+    worker = argv(plan, "b", "worker-b-0")
+    assert "--family /srv/f.yaml --profile digits-cpu --device cpu --threads 4" in worker
+    assert "--supernet" not in worker
+    assert all(want.serves_family for want in plan.wanted)
+    assert not any(want.serves_family for want in planned(tmp_path, REAL).wanted)
+
+
 @pytest.mark.parametrize(
     ("address", "bound", "own", "others", "looked_up"),
     [

@@ -214,6 +214,37 @@ HOSTS
 => 2: weights: expected 'random' or an absolute path, the same on each host, got 'w.safetensors'
 
 router: {host: a}
+family: f.yaml
+profile: digits-cpu
+HOSTS
+=> 2: family: expected an absolute path, the same on each host, got 'f.yaml'
+
+router: {host: a}
+family: /srv/f.yaml
+HOSTS
+=> 2: family: a family comes without one: expected one, from `profiles measure --family`
+
+router: {host: a}
+family: /srv/f.yaml
+profile: digits-cpu
+supernet: digits
+HOSTS
+=> 4: supernet: expected it or `family`, got both: a family is served instead of a supernet
+
+router: {host: a}
+family: /srv/f.yaml
+profile: digits-cpu
+weights: random
+HOSTS
+=> 4: weights: expected it or `family`, got both: each model of a family has its own
+
+router: {host: a}
+family: /srv/f.yaml
+emulate: cnn-8gpu-modelled
+HOSTS
+=> 2: family: expected it or `emulate`, got both
+
+router: {host: a}
 policy: fixed:huge
 HOSTS
 => 2: policy: fixed: profile 'digits-cpu' has no subnet 'huge'

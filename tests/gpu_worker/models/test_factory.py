@@ -131,6 +131,7 @@ def test_a_worker_is_given_it_by_options(no_trim: bool | None, tmp_path: Path) -
     asked = Asked(f"{__name__}:filled", example_input="4:float32", profile=str(path), no_trim=no_trim)
     profile, executor = load_executor(asked, threads=1)
 
+    assert isinstance(executor, TorchExecutor)
     assert profile.supernet == executor.kind.name
     assert executor.execute(0, np.full((1, 4), 7, np.float32)).tolist() == [[7, 0, 0]]
     n_numbers = 3 * 4 + 3 + 3 * 3 + 3 if no_trim is None else 6 * 4 + 6 + 3 * 6 + 3

@@ -273,7 +273,7 @@ def test_a_file_of_another_model_is_told_in_a_few_lines(tmp_path: Path) -> None:
         load_checkpoint(model, path)
 
 
-@pytest.mark.parametrize("content", [b"not tensors", b""])
+@pytest.mark.parametrize("content", [b"not tensors", b"", b"text", b"(hello", b"X"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_what_is_no_checkpoint_is_refused(content: bytes, suffix: str, tmp_path: Path) -> None:
     """Random bytes, an empty file and a missing file are refused as no checkpoint."""

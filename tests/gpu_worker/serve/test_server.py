@@ -281,12 +281,21 @@ def test_every_pair_of_link_and_event_is_known_or_cannot_happen() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "expected one of --emulate and --supernet"),
-        (["--emulate", PROFILE, "--supernet", "digits"], "expected one of --emulate and --supernet"),
+        ([], "expected one of --emulate, --supernet and --family"),
+        (
+            ["--emulate", PROFILE, "--supernet", "digits"],
+            "expected one of --emulate, --supernet and --family",
+        ),
         (["--supernet", "digits", "--gpus", "2"], "--gpus goes with --emulate"),
         (["--supernet", "digits", "--speed", "2"], "--speed goes with --emulate"),
         (["--supernet", "digits", "--drift", "0"], "--drift goes with --emulate"),
-        (["--emulate", PROFILE, "--threads", "2"], "--threads goes with --supernet"),
+        (["--emulate", PROFILE, "--threads", "2"], "--threads goes with --supernet or --family"),
+        (
+            ["--family", "f.yaml", "--supernet", "digits"],
+            "expected one of --emulate, --supernet and --family",
+        ),
+        (["--family", "f.yaml", "--weights", "w.pt"], "--weights goes with --supernet"),
+        (["--family", "none.yaml"], "none.yaml: expected a family file: No such file or directory"),
         (["--emulate", "cnn-8gpu-modeled"], "did you mean 'cnn-8gpu-modelled'?"),
         (["--supernet", "digit"], "expected one of digits, ofa-resnet50, dynabert"),
         (["--supernet", "digits", "--profile", PROFILE], "expected one of digits, got one of ofa-resnet50"),

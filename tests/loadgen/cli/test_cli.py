@@ -47,6 +47,12 @@ def broken(tmp_path: Path) -> Path:
 
 
 LOADGEN = [
+    (("compare", "--simulate", "--attempts", "2"), "--attempts and --beside are of live runs"),
+    (("compare", "--simulate", "--warm-up", "1"), "--warm-up is of simulated runs without the bound"),
+    (
+        ("compare", "--trace", "poisson:rate=9", "--no-bound", "--warm-up", "1"),
+        "--warm-up is of simulated runs",
+    ),
     ((*RUN,), "no cluster runs on this machine: start one with `cluster up`; or give --connect"),
     ((*RUN, "--policy", "maxacc"), "--policy: a running router has its own"),
     ((*RUN, *EMULATE, "--connect", "127.0.0.1:1"), "got both"),
@@ -97,7 +103,7 @@ PROFILES = [
 ]
 WORKER = [
     ((), "--connect"),
-    (("--connect", "tcp://{closed}"), "expected one of --emulate and --supernet"),
+    (("--connect", "tcp://{closed}"), "expected one of --emulate, --supernet and --family"),
     (("--connect", "tcp://{closed}", "--emulate", "x", "--supernet", "digits"), "expected one of"),
     (("--connect", "tcp://{closed}", "--emulate", "cnn-8gpu-modeled"), "cnn-8gpu-modelled"),
     (("--connect", "tcp://{closed}", "--emulate", "{tmp}/broken.json"), "latency_ms"),

@@ -7,7 +7,7 @@ import pytest
 
 from loadgen.simulator.faults import Fault
 from loadgen.simulator.links import Way
-from loadgen.simulator.simulate import SimSettings, Simulation, Workload, simulate
+from loadgen.simulator.simulate import WITHOUT_HOST, SimSettings, Simulation, Workload, simulate
 from loadgen.traces.trace import Trace, load_trace
 from profiles.table import load_profile
 from superserve.clock import MS
@@ -103,3 +103,17 @@ def test_skipped_passes_change_nothing_that_was_decided(n_clients: int, policy: 
     for one, other in zip(skipping, whole, strict=True):
         for name in ("answered_ns", "status", "subnet", "batch_size"):
             assert (one[name] == other[name]).all(), name
+
+
+def test_without_the_host_a_query_takes_what_its_batch_takes() -> None:
+    """No message, pass or rest takes time, and the core holds back nothing beyond its first guess."""
+    trace, slo_ns = load_trace("poisson:rate=20", duration_s=1, seed=1), CNN.latency_p99_ns(0, 1) + MS // 2
+
+    alone, hosted = [
+        simulate(trace, [CNN] * 8, policy="mincost", slo_ns=slo_ns, settings=settings)
+        for settings in (WITHOUT_HOST, SimSettings())
+    ]
+
+    assert alone.result.queries["ok"] == trace.n
+    assert set(alone.columns["answered_ns"] - alone.columns["due_ns"]) == {CNN.latency_ns(0, 1)}
+    assert hosted.result.queries["infeasible"] == trace.n

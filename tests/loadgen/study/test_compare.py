@@ -252,3 +252,24 @@ def test_a_pool_is_not_begun_where_no_process_can_be(monkeypatch: pytest.MonkeyP
     assert comparison.run([CELL], n_processes=2) == comparison.run([CELL])
     with pytest.raises(ChildProcessError):
         os.waitpid(tried[0], os.WNOHANG)
+
+
+def test_queries_of_the_warm_up_are_served_and_not_counted() -> None:
+    """Figures are those of the later queries, in a run in which all were served."""
+    cell = replace(CELL, trace="onoff:high=9000,low=200,on=0.2,off=0.3", priority="1:0.2", duration_s=0.5)
+    workload, cluster = cell.workload(None, 1), [CNN] * 2
+    whole = simulate(workload, cluster, policy="mincost", seed=1)
+    later = whole.columns["due_ns"] >= 0.15 * SECOND
+    good = in_time(whole.columns, workload.slo_ns)
+
+    found = serve(replace(cell, warm_up_s=0.15), workload, cluster, "mincost", seed=1)
+
+    assert (
+        found.attainment == good[later].mean() != serve(cell, workload, cluster, "mincost", seed=1).attainment
+    )
+    assert workload.priority is not None
+    assert found.top == good[later & (workload.priority == 1)].mean()
+    assert found.accuracy == pytest.approx(whole.columns["accuracy"][later & good].mean())
+    assert found.per_query == pytest.approx(found.attainment * (found.accuracy or 0.0))
+    with pytest.raises(ConfigError, match="--warm-up: no query is due after 9 s"):
+        serve(replace(cell, warm_up_s=9.0), workload, cluster, "mincost", seed=1)

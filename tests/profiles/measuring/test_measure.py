@@ -195,7 +195,7 @@ def test_batch_sizes_ascend(batch_sizes: tuple[int, ...]) -> None:
     [
         (
             ["--supernet", "digit"],
-            "supernet: expected one of digits, ofa-resnet50, dynabert, bert-encoder, bert-reranker, or",
+            "supernet: expected one of digits, ofa-resnet50, dynabert, ofa-mobilenet-v3,",
         ),
         (["--supernet", "digit"], "did you mean 'digits'?"),
         (["--supernet", "os:path"], "supernet os:path: expected a SupernetKind, got module"),

@@ -90,8 +90,9 @@ def test_the_usual_way_back_has_no_margin() -> None:
 def test_a_short_worst_way_back_counts_whole() -> None:
     """What a query can spare is more than that."""
     worker, client = make_worker(), make_client(100)
+    usual_ns = SLACK.usual_way_back_ns(worker, client)
 
-    assert SLACK.careful_way_back_ns(worker, client, 36 * MS) == SLACK.way_back_ns(worker, client)
+    assert SLACK.careful_way_back_ns(worker, client, usual_ns, 36 * MS) == SLACK.way_back_ns(worker, client)
 
 
 def test_a_worst_way_back_beyond_the_slack_counts_for_a_third_of_what_the_usual_one_leaves() -> None:
@@ -100,7 +101,7 @@ def test_a_worst_way_back_beyond_the_slack_counts_for_a_third_of_what_the_usual_
     worker.transport = RecentQuantiles([MEDIAN_NS] * 15 + [50 * MS])
     usual_ns = SLACK.usual_way_back_ns(worker, client)
 
-    careful_ns = SLACK.careful_way_back_ns(worker, client, 36 * MS)
+    careful_ns = SLACK.careful_way_back_ns(worker, client, usual_ns, 36 * MS)
 
     assert careful_ns == usual_ns + (36 * MS - usual_ns) // 3 < SLACK.way_back_ns(worker, client)
 
@@ -108,8 +109,9 @@ def test_a_worst_way_back_beyond_the_slack_counts_for_a_third_of_what_the_usual_
 def test_a_query_with_less_slack_than_the_usual_way_is_allowed_that_way() -> None:
     """It is lost in any case, but not for a negative allowance."""
     worker, client = make_worker(), make_client(100)
+    usual_ns = SLACK.usual_way_back_ns(worker, client)
 
-    assert SLACK.careful_way_back_ns(worker, client, 0) == SLACK.usual_way_back_ns(worker, client)
+    assert SLACK.careful_way_back_ns(worker, client, usual_ns, 0) == usual_ns
 
 
 @given(median_ns=st.integers(0, 10**9))

@@ -196,13 +196,25 @@ def test_a_head_with_a_floor_takes_those_of_such_floors_along() -> None:
 def test_few_late_queries_are_no_overload() -> None:
     """Three are due in 2.9 ms, ten in 20, and the rate looks high: the smallest subnet still serves all."""
     demand = demand_of(10)
-    demand.arrived([8 * MS] * 60, NOW_NS)
+    demand.arrived([16 * MS] * 60, NOW_NS)
     demand.settle(NOW_NS + MS)
     queue = view_of([2.9] * 3 + [24.0] * 10, demand, supply_of(1, 9 * MS))
     assert isinstance(chosen(queue), Choice)
     # A hundred more are an overload: not even the smallest subnet serves them.
     queue = view_of([2.9] * 3 + [24.0] * 110, demand, supply_of(1, 9 * MS))
     assert isinstance(chosen(queue), Shed)
+
+
+@pytest.mark.parametrize(("short_ms", "kind"), [(8, Choice), (200, Shed)])
+def test_a_short_query_that_has_just_come_is_not_late(short_ms: int, kind: type) -> None:
+    """In overload 6 ms fit no full batch. Of 8 ms that is nearly all; of 200 it is a head that has waited."""
+    demand = demand_of(8_000)
+    demand.arrived([short_ms * MS] * 200, NOW_NS)
+    demand.settle(NOW_NS + MS)
+
+    queue = view_of([6.0] * 40 + [30.0] * 600, demand, supply_of(8, 35 * MS))
+
+    assert isinstance(chosen(queue), kind)
 
 
 @pytest.mark.parametrize(("n", "kind"), [(300, Choice), (365, Shed)])

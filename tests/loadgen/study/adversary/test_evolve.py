@@ -84,6 +84,18 @@ def test_what_a_policy_is_compared_with() -> None:
         Question("maxacc", "nothing", CNN, 2_000)
 
 
+def test_what_has_come_once_is_no_surprise() -> None:
+    """One spike that fills the GPUs costs PlanFit queries; after it, the same spike does not."""
+    spike = replace(PLAIN, rates=((1.0, 0.3),), spikes=((0.5, 0.7),), cycle_s=0.3)
+    once, again = [
+        evaluated(Question("planfit", "mincost", CNN, 2_000, is_again), spike) for is_again in (False, True)
+    ]
+
+    assert once.gap > 0.01 > 0.002 > again.gap
+    with pytest.raises(ConfigError, match="--again: the bound is of all queries"):
+        Question("planfit", "bound", CNN, 1_000, is_again=True)
+
+
 def test_the_command_has_every_term() -> None:
     """Trace, GPUs, SLOs, floor, jitter and speed, each where it is one; the bound where it was asked for."""
     rich = replace(PLAIN, floor=(5, 0.25), jitter_ms=1.5, slowness=1.25, slos=((18.0, 1.0), (100.0, 2.0)))
@@ -102,13 +114,14 @@ def test_the_command_has_every_term() -> None:
     )
 
 
-def test_the_command_repeats_what_was_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--again"]])
+def test_the_command_repeats_what_was_found(tmp_path: Path, more: list[str]) -> None:
     """Each of the worst comes as a trace file and a command whose figures are those of the search."""
     path = tmp_path / "found.json"
     found = CliRunner().invoke(
         cli,
         ["adversary", "--policy", "maxacc", "--evaluations", "24", "--queries", "300", "--seed", "4",
-         "--processes", "1", "--out", str(tmp_path / "out"), "--json", str(path)],
+         "--processes", "1", "--out", str(tmp_path / "out"), "--json", str(path), *more],
     )  # fmt: skip
     assert found.exit_code == 0, found.output
     assert re.search(
@@ -119,6 +132,7 @@ def test_the_command_repeats_what_was_found(tmp_path: Path) -> None:
 
     for one in written["worst"][:3]:
         assert one["command"] in found.output
+        assert ("--warm-up" in one["command"]) == bool(more)
         again = CliRunner().invoke(
             cli,
             [*shlex.split(one["command"])[1:], "--processes", "1", "--json", str(tmp_path / "again.json")],

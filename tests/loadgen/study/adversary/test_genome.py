@@ -55,7 +55,7 @@ def test_every_genome_can_be_built_within_its_limits() -> None:
         assert 0 <= one.cv2 <= MOST_CV2
         assert 1 <= one.slowness <= MOST_SLOWNESS
         assert 0 <= one.jitter_ms <= MOST_JITTER_MS
-        workload = one.workload(1_000)
+        workload = one.workload(one.trace(1_000))
         assert 1 <= workload.trace.n <= 3_000
         assert workload.trace.duration_ns <= (MOST_SECONDS + 2) * SECOND
         assert len(parse_cluster(one.cluster)) == one.n_gpus
@@ -67,6 +67,9 @@ def test_equal_draws_are_equal_genomes_and_arrivals() -> None:
     assert some(5) == some(5)
     for one in some(5):
         assert (one.trace(500).due_ns == one.trace(500).due_ns).all()
+        once, twice = one.trace(500), one.trace(500, 2)
+        assert twice.duration_ns == 2 * once.duration_ns
+        assert (twice.due_ns[once.n :] - once.duration_ns == once.due_ns).all()
 
 
 def test_search_reaches_every_kind() -> None:

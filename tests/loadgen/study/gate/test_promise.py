@@ -22,7 +22,8 @@ def figures(
 # All attain 0.99; the candidate is as accurate as slackfit and the baseline, and the bound is near.
 EVEN = Standing(
     candidate=figures(0.99), slackfit=figures(0.99), mincost=figures(0.99, 74.0), slower=figures(0.99, 74.0),
-    baseline=figures(0.99), bound=Figures(1.0, None, 77.4), is_strict=True,
+    baseline=figures(0.99), slowed_slackfit=figures(0.99), slowed_baseline=figures(0.99),
+    bound=Figures(1.0, None, 77.4), is_strict=True,
     is_at_once=False, n_gpus=8, slo_ns=36 * MS,
 )  # fmt: skip
 
@@ -40,29 +41,30 @@ def test_a_policy_as_good_as_all_holds_every_line() -> None:
 
 
 SURPRISED = replace(EVEN, is_surprise=True, n_gpus=1)
+ALL_LOSE = dict.fromkeys(("slackfit", "baseline", "slowed_slackfit", "slowed_baseline"), figures(0.9))
 
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
         ({"slower": figures(1.0, 74.0)}, ""),
-        ({"mincost": figures(1.0, 80.0), "candidate": figures(0.96), "slackfit": figures(0.9)}, "ac"),
-        ({"mincost": figures(1.0, 80.0), "candidate": figures(0.96), "slackfit": figures(0.9),
-          "baseline": figures(0.9)}, ""),
-        ({"mincost": figures(1.0, 80.0), "candidate": figures(0.9599), "slackfit": figures(0.9),
-          "baseline": figures(0.9)}, "a"),
+        ({"candidate": figures(0.96), "slackfit": figures(0.9)}, "ac"),
+        ({"mincost": figures(1.0, 80.0), "candidate": figures(0.95), **ALL_LOSE}, ""),
+        ({"mincost": figures(1.0, 80.0), "candidate": figures(0.9499), **ALL_LOSE}, "a"),
         ({"slackfit": figures(0.9905, 77.0)}, ""),
         ({"slackfit": figures(0.9906, 77.0)}, "a"),
         ({"baseline": figures(0.9906, 77.0)}, "a"),
-        ({"baseline": Figures(0.99, 78.0, 77.241)}, "c"),
+        ({"slowed_baseline": Figures(0.99, 78.0, 77.241)}, "c"),
     ],
-)  # fmt: skip
+)
 def test_in_a_surprise_others_that_spend_time_are_the_measure(
     changed: dict[str, object], expected: str
 ) -> None:
-    """Line a against slackfit, the baseline and mincost less 0.04; neither b nor c against mincost."""
+    """Line a against slackfit, the baseline and mincost less 0.05; neither b nor c against mincost."""
     assert failing(replace(SURPRISED, **changed)) == expected  # type: ignore[arg-type]  # each is a field
-    assert "b" not in {one.line for one in findings(SURPRISED)}
+    found = findings(SURPRISED)
+    assert "b" not in {one.line for one in found}
+    assert {one.against for one in found if one.line == "c"} == {"slackfit at 0.9", "baseline at 0.9"}
 
 
 @pytest.mark.parametrize(
@@ -79,17 +81,18 @@ def test_in_a_surprise_others_that_spend_time_are_the_measure(
         ({"mincost": figures(0.9905, 74.0)}, ""),
         ({"mincost": figures(0.9906, 74.0)}, "b"),
         ({"mincost": figures(0.9906, 74.0), "is_strict": False}, ""),
-        # c: correct answers of slackfit, mincost and the baseline, each less 0.02.
-        ({"slackfit": Figures(0.98, 78.0, 77.239)}, ""),
-        ({"slackfit": Figures(0.98, 78.0, 77.241)}, "c"),
+        # c: correct answers of mincost, and of slackfit and the baseline on slower GPUs, each less 0.02.
+        ({"slowed_slackfit": Figures(0.98, 78.0, 77.239)}, ""),
+        ({"slowed_slackfit": Figures(0.98, 78.0, 77.241)}, "c"),
         ({"mincost": Figures(0.99, 78.0, 77.241, None, 15.0)}, "c"),
-        ({"baseline": Figures(0.99, 78.0, 77.239)}, ""),
-        ({"baseline": Figures(0.99, 78.0, 77.241)}, "c"),
+        ({"slowed_baseline": Figures(0.99, 78.0, 77.239)}, ""),
+        ({"slowed_baseline": Figures(0.99, 78.0, 77.241)}, "c"),
+        ({"slackfit": Figures(0.99, 78.0, 80.0), "baseline": Figures(0.99, 78.0, 80.0)}, ""),
         # d: accuracy, where attainments differ by less than 0.0005.
-        ({"slackfit": Figures(0.9899, 78.0199, 77.2)}, ""),
-        ({"slackfit": Figures(0.9899, 78.0201, 77.2)}, "d"),
-        ({"slackfit": Figures(0.9894, 78.0201, 77.2)}, ""),
-        ({"slackfit": Figures(0.9899, None, 77.2)}, ""),
+        ({"slowed_slackfit": Figures(0.9899, 78.0199, 77.2)}, ""),
+        ({"slowed_slackfit": Figures(0.9899, 78.0201, 77.2)}, "d"),
+        ({"slowed_slackfit": Figures(0.9894, 78.0201, 77.2)}, ""),
+        ({"slowed_slackfit": Figures(0.9899, None, 77.2)}, ""),
         # e: within 0.3 of the bound, where that is near.
         ({"bound": Figures(1.0, None, 77.5199)}, ""),
         ({"bound": Figures(1.0, None, 77.5201)}, "e"),
@@ -129,14 +132,14 @@ def test_the_highest_class_counts_as_all_do(ours: Figures, top: Figures, expecte
 def test_the_worst_of_each_line_is_shown() -> None:
     """Of two failures of one line the larger is named, with what it was compared with and by how much."""
     standing = replace(
-        EVEN, slackfit=Figures(0.97, 79.0, 77.3), baseline=Figures(0.99, 79.0, 78.21),
+        EVEN, slowed_slackfit=Figures(0.97, 79.0, 77.3), slowed_baseline=Figures(0.99, 79.0, 78.21),
         mincost=figures(0.995, 74.0),
     )  # fmt: skip
 
     short = shortcomings(standing)
 
     assert [one.line for one in short] == ["b", "c"]
-    assert short[1].against == "baseline"
+    assert short[1].against == "baseline at 0.95"
     assert short[1].margin == pytest.approx(0.99 * 78 - 78.21 + 0.02)
     assert str(PromiseLine("c", "baseline", -0.97)) == "c -0.97000 (baseline)"
 

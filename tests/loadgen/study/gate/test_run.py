@@ -30,6 +30,8 @@ LIGHT = GateCell("tiny", Cell("tiny light", "poisson:rate=100", "cnn-8gpu-modell
                  is_held_out=True)  # fmt: skip
 AWAY = replace(LIGHT, cell=replace(LIGHT.cell, name="tiny away"), skipped="no file")
 
+COMPARATORS = ("slackfit", "mincost", "mincost@0.8", "demandfit", "slackfit@0.95", "demandfit@0.95")
+
 
 def gate(folder: Path, policy: str = BAD, seeds: tuple[int, ...] = (1, 2)) -> PolicyGate:
     """Return a gate that keeps its figures in a folder."""
@@ -75,7 +77,7 @@ def test_verdicts_are_said_as_cells_end(tmp_path: Path) -> None:
 
     heavy, _ = gate(tmp_path).run([HEAVY, LIGHT], say=said.append)
 
-    assert said[0] == "2 cells, 2 seeds: 24 figures to compute"
+    assert said[0] == "2 cells, 2 seeds: 32 figures to compute"
     assert len(said) == 3
     assert said[1].startswith(f"tiny heavy: {heavy.standing.candidate.attainment:.5f} ")
     assert "FAILS a -0." in said[1]
@@ -89,7 +91,7 @@ def test_figures_are_those_of_the_simulations(tmp_path: Path) -> None:
 
     assert judged.result == again.result
     workload, cluster = HEAVY.cell.workload(None, 2), parse_cluster(HEAVY.cell.cluster)
-    for policy in ("slackfit", "mincost", "mincost@0.8", "demandfit", BAD):
+    for policy in (*COMPARATORS, BAD):
         assert judged.result.policies[policy][1] == serve(HEAVY.cell, workload, cluster, policy, seed=2)
     assert judged.result.bounds is not None
     assert judged.result.bounds[1] == bound_in(HEAVY.cell, workload, cluster)
@@ -98,7 +100,7 @@ def test_figures_are_those_of_the_simulations(tmp_path: Path) -> None:
 def test_a_second_run_simulates_the_candidate_alone(tmp_path: Path, served: list[str]) -> None:
     """The comparators and the bound are known then; a further seed is not; figures stay the same."""
     first = gate(tmp_path).run([HEAVY])
-    assert sorted(served) == sorted([*["slackfit", "mincost", "mincost@0.8", "demandfit", BOUND, BAD] * 2])
+    assert sorted(served) == sorted([*COMPARATORS, BOUND, BAD] * 2)
     served.clear()
 
     second = gate(tmp_path).run([HEAVY])
@@ -109,7 +111,7 @@ def test_a_second_run_simulates_the_candidate_alone(tmp_path: Path, served: list
     gate(tmp_path, "slackfit", (1, 2)).run([HEAVY])
     assert served == []
     gate(tmp_path, "slackfit", (2, 3)).run([HEAVY])
-    assert sorted(served) == sorted(["slackfit", "mincost", "mincost@0.8", "demandfit", BOUND])
+    assert sorted(served) == sorted([*COMPARATORS, BOUND])
 
 
 def test_figures_of_other_code_are_not_taken(
@@ -123,10 +125,10 @@ def test_figures_of_other_code_are_not_taken(
 
     PolicyGate(BAD, "demandfit", (1, 2), store).run([HEAVY])
     assert served == [BAD, BAD]
-    assert store.n_stale == 2 * 5
+    assert store.n_stale == 2 * (len(COMPARATORS) + 1)
     served.clear()
     gate(tmp_path).run([HEAVY])
-    assert len(served) == 2 * 6
+    assert len(served) == 2 * (len(COMPARATORS) + 2)
 
 
 def test_a_policys_code_is_what_it_reaches() -> None:
