@@ -121,10 +121,14 @@ def advise_command(module: str, example_input: str, out: Path | None) -> None:
         write_whole(out, code_of(advice, *place))
         click.echo(f"wrote {out}")
     name = "my_supernet" if out is None else out.stem
-    click.echo(f"{'Save this as my_supernet.py. ' if out is None else ''}Train its subnets together, then:")
+    supernet = f"--supernet {name}:supernet --example-input {example_input}"
     click.echo(
-        f"  profiles search --supernet {name}:supernet --example-input {example_input} "
-        "--weights WEIGHTS --examples EXAMPLES.npz --out profile.json"
+        f"{'Save this as my_supernet.py. ' if out is None else ''}Train its subnets together, then search:"
+    )
+    click.echo(f"  profiles train {supernet} --data MODULE:FUNCTION --epochs 10 --out weights.safetensors")
+    click.echo(
+        f"  profiles search {supernet} --weights weights.safetensors --examples EXAMPLES.npz "
+        "--out profile.json"
     )
 
 

@@ -194,7 +194,8 @@ def test_what_is_advised_is_served_as_it_is_written(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
 
-    assert f"profiles search --supernet advised:supernet --example-input {example}" in result.output
+    for command in ("profiles train", "profiles search"):
+        assert f"{command} --supernet advised:supernet --example-input {example} --" in result.output
     made = resident(supernet_kind(f"advised:supernet@{example}"), None)
     assert made.controls.space.largest == {"d": [3], "w": [1.0]}
     assert len(prove(made, torch.randn(2, 1, 8, 8)).subnets) >= 4
