@@ -118,7 +118,9 @@ class WorkerDevice(NamedTuple):
     help="One query of a module:function that returns a supernet: 3x224x224:float32, or a .npy file.",
 )  # fmt: skip
 @click.option(
-    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: those that come with it]'
+    "--weights",
+    metavar="FILE",
+    help='A checkpoint, a folder, or "random".  [default: those that come with it]',
 )
 @click.option(
     "--statistics",

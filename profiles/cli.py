@@ -21,6 +21,6 @@ def cli() -> None:
 
 for _command in (
     commands.measure_command, commands.search_command, commands.show_command, commands.calibrate_command,
-    commands.accuracy_command, train_command,
+    commands.accuracy_command, commands.exits_command, commands.advise_command, train_command,
 ):  # fmt: skip
     cli.add_command(_command)

@@ -44,6 +44,7 @@ PAGES = (
 MORE_PAGES = (
     "docs/README.md",
     "docs/demo.md",
+    "docs/encoders.md",
     "docs/loadgen.md",
     "docs/policies.md",
     "docs/profiles.md",

@@ -70,7 +70,7 @@ cli.add_command(render)
 @click.option(
     "--supernet",
     metavar="NAME",
-    help="digits, ofa-resnet50, dynabert, ofa-mobilenet-v3, or module:attribute.",
+    help="digits, ofa-resnet50, bert-encoder, ... (docs/supernets.md), or module:attribute.",
 )
 @click.option(
     "--family",
@@ -78,7 +78,9 @@ cli.add_command(render)
     metavar="FILE",
     help="Ordinary models instead: docs/families.md.",
 )
-@click.option("--weights", metavar="FILE", help='A checkpoint, or "random".  [default: the shipped one]')
+@click.option(
+    "--weights", metavar="FILE", help='A checkpoint, a folder, or "random".  [default: the shipped one]'
+)
 @click.option("--profile", metavar="PROFILE", help="The model's on this device.  [default: digits-cpu]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of each worker's torch.  [default: 1]")
 @click.option(

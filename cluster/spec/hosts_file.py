@@ -24,7 +24,7 @@ from cluster.spec.hosts import CLIENT_PORT, WORKER_PORT, Host, Hosts, LogBounds,
 from cluster.spec.plan import DEFAULT_PROFILE, MAX_WORKERS
 from cluster.spec.yaml_lines import Where, read_located
 from gpu_worker.family.file import NEEDS_PROFILE
-from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS
+from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS, is_known
 from profiles.table import load_profile, shipped_profiles
 from router.policies.registry import make_policy
 from superserve.errors import ConfigError
@@ -401,7 +401,7 @@ def _serving(data: dict[str, Any], folder: Path) -> list[Found]:
             if data.get(key) is not None
         ]
     found += _family(data)
-    if supernet and supernet not in SHIPPED_SUPERNETS and ":" not in supernet:
+    if supernet and not is_known(supernet):
         nearest = difflib.get_close_matches(supernet, SHIPPED_SUPERNETS, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         names = ", ".join(SHIPPED_SUPERNETS)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.spec.roles import HostRole, emulated, resident, router_role, worker_role
 from gpu_worker.cli import MAX_GPUS
 from gpu_worker.family.file import NEEDS_PROFILE, check_profile, load_family
-from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS
+from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS, is_known
 from profiles.table import load_profile, shipped_profiles
 from router.policies.registry import make_policy
 from superserve.errors import ConfigError
@@ -226,7 +226,7 @@ def _model(options: Options) -> Model:
             raise ConfigError(f"--profile: {NEEDS_PROFILE}")
         return "--family", str(options.family.absolute())
     supernet = options.supernet or DIGITS
-    if supernet not in SHIPPED_SUPERNETS and ":" not in supernet:
+    if not is_known(supernet):
         raise ConfigError(
             f"--supernet: expected one of {', '.join(SHIPPED_SUPERNETS)}, or package.module:attribute, "
             f"got {supernet!r}"
@@ -243,11 +243,11 @@ def _profile(name: str) -> str:
 
 
 def _weights(text: str) -> str:
-    """Return "random", or a checkpoint's absolute path: a role may run in another folder."""
+    """Return "random", or the absolute path of a checkpoint or a model's folder: a role may run elsewhere."""
     if text == "random":
         return text
-    if not Path(text).is_file():
-        raise ConfigError(f"--weights: expected a checkpoint's file or 'random', got {text!r}")
+    if not Path(text).exists():
+        raise ConfigError(f"--weights: expected a checkpoint's file, a folder or 'random', got {text!r}")
     return str(Path(text).absolute())
 
 

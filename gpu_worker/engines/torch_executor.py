@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from gpu_worker.models.encoders.lengths import Lengths
     from gpu_worker.supernet.supernet import MemoryReport, SubnetStatistics, Supernet
     from superserve.subnet import Subnet, TensorSpec
 
@@ -111,7 +112,10 @@ class Engine(Protocol):
     """One kind of device."""
 
     def stage(self, batch: Batch, size: int) -> Staged:
-        """Bring a batch to the device, padded with zeros to `size`; may be called while another runs."""
+        """Bring a batch to the device, padded with zeros to `size`; may be called while another runs.
+
+        Texts may be shorter than a query is on the wire, all of a batch alike.
+        """
         ...
 
     def run(self, row: int, staged: Staged) -> npt.NDArray[Any]:
@@ -140,7 +144,7 @@ class CpuEngine:
 
     def stage(self, batch: Batch, size: int) -> Staged:
         """Copy a batch: as received it may be read-only memory, which torch does not take."""
-        padded = np.empty((size, *self._kind.input_spec.shape), dtype=self._kind.input_spec.dtype)
+        padded = np.empty((size, *batch[0].shape), dtype=self._kind.input_spec.dtype)
         fill(padded, batch)
         return Staged(len(batch), torch.from_numpy(padded))
 
@@ -228,6 +232,7 @@ class PaddedExecutor:
         batch_sizes: Sizes that batches are padded to, ascending; () pads none.
         precision: What it computes in.
         stages_ahead: Whether a batch may be staged while another one runs.
+        lengths: What batches of token ids are cut to; None if queries are no texts.
     """
 
     def __init__(
@@ -242,6 +247,7 @@ class PaddedExecutor:
         batch_sizes: tuple[int, ...],
         precision: str,
         stages_ahead: bool,
+        lengths: Lengths | None = None,
     ) -> None:
         self.subnets = subnets
         self.input_spec, self.output_spec = input_spec, output_spec
@@ -250,10 +256,13 @@ class PaddedExecutor:
         self.batch_sizes = batch_sizes
         self.precision = precision
         self.stages_ahead = stages_ahead
+        self.lengths = lengths
         self._engine = engine
 
     def stage(self, batch: Batch) -> Staged:
         """Pad B queries (B, *input), or B that lie apart, to a profiled size and bring them to the device.
+
+        Texts are cut to the bucket that holds the longest of them.
 
         Raises:
             InvalidQueryError: If its size, dtype or shape is not what the supernet takes.
@@ -266,7 +275,7 @@ class PaddedExecutor:
         fitting = [size for size in self.batch_sizes if size >= n] if self.batch_sizes else [n]
         if not fitting:
             raise InvalidQueryError(f"batch: expected at most {self.batch_sizes[-1]} queries, got {n}")
-        return self._engine.stage(batch, fitting[0])
+        return self._engine.stage(batch if self.lengths is None else self.lengths.cut(batch), fitting[0])
 
     def run(self, subnet: int, staged: Staged) -> npt.NDArray[Any]:
         """Run a staged batch on row `subnet` and return its outputs (B, *output).
@@ -323,6 +332,7 @@ class TorchExecutor(PaddedExecutor):
             batch_sizes=placement.batch_sizes,
             precision=precision,
             stages_ahead=supernet.device.type == "cuda",
+            lengths=kind.lengths,
         )
         self.kind = kind
         self._supernet = supernet

@@ -19,10 +19,18 @@ import torch
 from gpu_worker.models import digits
 from gpu_worker.models.digits_supernet import DIGITS, digits_supernet
 from gpu_worker.models.dynabert import MNLI, dynabert
+from gpu_worker.models.encoders import texts
 from gpu_worker.models.examples import Data, Examples
 from gpu_worker.models.factory import SEED, described
+from gpu_worker.models.names import (
+    BERT_ENCODER,
+    BERT_RERANKER,
+    DYNABERT,
+    OFA_MOBILENET_V3,
+    OFA_MOBILENET_V3_W12,
+    OFA_RESNET50,
+)
 from gpu_worker.models.names import DIGITS as DIGITS_NAME
-from gpu_worker.models.names import DYNABERT, OFA_MOBILENET_V3, OFA_MOBILENET_V3_W12, OFA_RESNET50
 from gpu_worker.models.ofa_mobilenet_v3 import (
     PIXELS,
     W10,
@@ -44,6 +52,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from gpu_worker.models.encoders.lengths import Lengths
     from gpu_worker.supernet.supernet import Supernet
 
 RANDOM = "random"
@@ -72,6 +81,9 @@ class SupernetKind:
         example: One query, where random numbers would be none; None draws random ones.
         of_checkpoint: From a checkpoint's path to the kind that fits its sizes, such as its number of
             classes; None if all checkpoints have the same.
+        tensors_in: From what `--weights` names to the file of tensors: itself, or one in a model's folder.
+        lengths: What batches of token ids are cut to; None if queries are no texts.
+        with_options: From the text behind the name's @ to the kind with these options; None if it has none.
     """
 
     name: str
@@ -88,6 +100,9 @@ class SupernetKind:
     loads_weights: bool = False
     example: npt.NDArray[Any] | None = None
     of_checkpoint: Callable[[Path], SupernetKind] | None = None
+    tensors_in: Callable[[Path], Path] | None = None
+    lengths: Lengths | None = None
+    with_options: Callable[[str], SupernetKind] | None = None
 
 
 def as_floats(batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -141,6 +156,46 @@ def _dynabert_of(path: Path) -> SupernetKind:
         build=functools.partial(dynabert, replace(MNLI, n_classes=shape[0])),
         output_spec=TensorSpec("float32", (shape[0],)),
     )
+
+
+_TEXTS = {
+    BERT_ENCODER: (texts.default_encoder, texts.encoder_in),
+    BERT_RERANKER: (texts.default_reranker, texts.reranker_in),
+}
+"""By name, the model of the default sizes, and the one of a folder."""
+
+
+def _of_text(name: str, options: texts.TextOptions, model: texts.TextModel) -> SupernetKind:
+    return SupernetKind(
+        name=options.named(name),
+        build=model.build,
+        input_spec=model.input_spec,
+        output_spec=model.output_spec,
+        preprocess=as_tokens,
+        published_name=model.published_name,
+        ignored=model.ignored,
+        of_checkpoint=functools.partial(_text_in, name, options),
+        tensors_in=texts.tensors_in,
+        lengths=model.lengths,
+        with_options=functools.partial(_text_kind, name),
+    )
+
+
+def _text_in(name: str, options: texts.TextOptions, folder: Path) -> SupernetKind:
+    return _of_text(name, options, _TEXTS[name][1](folder, options))
+
+
+def _text_kind(name: str, given: str = "") -> SupernetKind:
+    """Return a model of text with the options that a name has behind its @.
+
+    Raises:
+        ConfigError: An option is unknown, or too large for the default sizes.
+    """
+    try:
+        options = texts.TextOptions.read(given) if given else texts.TextOptions()
+    except ConfigError as error:
+        raise ConfigError(f"supernet {name}: {error}") from error
+    return _of_text(name, options, _TEXTS[name][0](options))
 
 
 def _mobilenet(name: str, sizes: MobileNetArchitecture) -> SupernetKind:
@@ -198,6 +253,7 @@ _KINDS = (
     ),
     _mobilenet(OFA_MOBILENET_V3, W10),
     _mobilenet(OFA_MOBILENET_V3_W12, W12),
+    *map(_text_kind, _TEXTS),
 )
 KINDS = {kind.name: kind for kind in _KINDS}
 """The supernets that come with the package."""
@@ -206,6 +262,7 @@ KINDS = {kind.name: kind for kind in _KINDS}
 def supernet_kind(name: str) -> SupernetKind:
     """Return the kind called `name`, or the one that `package.module:attribute` names.
 
+    Some take options behind an `@`: see `gpu_worker.models.encoders.texts`.
     An attribute may also be a function that returns a supernet, with an example of its input behind an `@`:
     see `gpu_worker.models.factory`.
 
@@ -215,6 +272,8 @@ def supernet_kind(name: str) -> SupernetKind:
     if name in KINDS:
         return KINDS[name]
     path, _, example = name.partition("@")
+    if example and path in KINDS and (with_options := KINDS[path].with_options) is not None:
+        return with_options(example)
     module, colon, attribute = path.partition(":")
     if not colon:
         near = difflib.get_close_matches(name, KINDS, n=1)
@@ -285,6 +344,7 @@ def resident(kind: SupernetKind, weights: str | None) -> Supernet:
             "loads_weights=True in its SupernetKind, if its build loads them"
         )
     supernet = kind.build().eval()
+    path = path if kind.tensors_in is None else kind.tensors_in(path)
     load_checkpoint(supernet.model, path, published_name=kind.published_name, ignored=kind.ignored)
     return supernet
 

@@ -2,9 +2,17 @@
 
 DIGITS, OFA_RESNET50, DYNABERT = "digits", "ofa-resnet50", "dynabert"
 OFA_MOBILENET_V3, OFA_MOBILENET_V3_W12 = "ofa-mobilenet-v3", "ofa-mobilenet-v3-w1.2"
+BERT_ENCODER, BERT_RERANKER = "bert-encoder", "bert-reranker"
 
-SHIPPED_SUPERNETS = (DIGITS, OFA_RESNET50, DYNABERT, OFA_MOBILENET_V3, OFA_MOBILENET_V3_W12)
+SHIPPED_SUPERNETS = (
+    DIGITS, OFA_RESNET50, DYNABERT, OFA_MOBILENET_V3, OFA_MOBILENET_V3_W12, BERT_ENCODER, BERT_RERANKER,
+)  # fmt: skip
 """What `--supernet` takes, beside `package.module:attribute`."""
+
+
+def is_known(supernet: str) -> bool:
+    """Return whether `--supernet` takes this: a shipped one, perhaps with options, or your own."""
+    return ":" in supernet or supernet.partition("@")[0] in SHIPPED_SUPERNETS
 
 
 def with_example(supernet: str, example: str | None) -> str:

@@ -1,4 +1,4 @@
-"""The commands `profiles measure`, `search`, `show`, `accuracy` and `calibrate`.
+"""The commands `profiles advise`, `measure`, `search`, `exits`, `show`, `accuracy` and `calibrate`.
 
 They use torch, which takes seconds to import, so each imports it when it runs.
 """
@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gpu_worker.models.names import SHIPPED_SUPERNETS, with_example
+from gpu_worker.models.names import BERT_ENCODER, is_known, with_example
 from profiles.measuring.declared import subnets_of
 from profiles.measuring.measure import (
     Device,
@@ -28,6 +28,7 @@ from profiles.show import draw_heat_map, flops, flops_unit, print_heat_map
 from profiles.table import load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError
+from superserve.files import write_whole
 from superserve.roles.command import plain_errors
 from superserve.subnet import Subnet
 
@@ -64,7 +65,9 @@ _out = click.option(
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Profile to write."
 )
 _weights = click.option(
-    "--weights", metavar="FILE", help='A checkpoint, or "random".  [default: those that come with it]'
+    "--weights",
+    metavar="FILE",
+    help='A checkpoint, a folder, or "random".  [default: those that come with it]',
 )
 _examples = click.option(
     "--examples",
@@ -86,6 +89,47 @@ def _parsed(_context: click.Context, _option: click.Parameter, text: str) -> tup
 _batch_sizes = click.option(
     "--batch-sizes", default="1,2,4,8,16", show_default=True, callback=_parsed, help="Ascending, with commas."
 )
+
+
+@click.command("advise")
+@click.argument("module", metavar="MODULE:FUNCTION")
+@click.option(
+    "--example-input", metavar="SHAPE:DTYPE", required=True,
+    help="One input of the module: 3x224x224:float32, or a .npy file.",
+)  # fmt: skip
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the supernet to this .py file."
+)
+@plain_errors(OSError)
+def advise_command(module: str, example_input: str, out: Path | None) -> None:
+    """Say what of your module can be made elastic, and how.
+
+    MODULE:FUNCTION builds a plain torch module. Each candidate is inserted into a copy of it and proved; what
+    fails is named, with the reason.
+    """
+    from profiles.measuring.advise import advise_on, code_of, lines_of  # noqa: PLC0415  see above
+
+    advice, *place = advise_on(module, example_input, lambda what: click.echo(f"trying {what}", err=True))
+    for line in lines_of(advice):
+        click.echo(line)
+    if advice.proof is None:
+        return
+    click.echo()
+    if out is None:
+        click.echo(code_of(advice, *place))
+    else:
+        write_whole(out, code_of(advice, *place))
+        click.echo(f"wrote {out}")
+    name = "my_supernet" if out is None else out.stem
+    supernet = f"--supernet {name}:supernet --example-input {example_input}"
+    click.echo(
+        f"{'Save this as my_supernet.py. ' if out is None else ''}Train its subnets together, then search:"
+    )
+    click.echo(f"  profiles train {supernet} --data MODULE:FUNCTION --epochs 10 --out weights.safetensors")
+    click.echo(
+        f"  profiles search {supernet} --weights weights.safetensors --examples EXAMPLES.npz "
+        "--out profile.json"
+    )
 
 
 @click.command("measure")
@@ -331,6 +375,53 @@ def _print_found(found: Found, took_s: float) -> None:
     click.echo(profile.provenance)
 
 
+@click.command("exits")
+@click.option(
+    "--supernet", default=BERT_ENCODER, show_default=True, help="Its name, or module:attribute: one of depth."
+)
+@_example_input
+@_weights
+@click.option(
+    "--pairs", required=True, type=_FILE, help="Texts to rank, an .npz: see profiles/measuring/exits.py."
+)
+@_device
+@_threads
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="List of subnets to write, for `profiles measure --subnets`.",
+)
+@plain_errors(OSError)
+def exits_command(
+    supernet: str,
+    example_input: str | None,
+    weights: str | None,
+    pairs: Path,
+    device: str,
+    threads: int,
+    out: Path,
+) -> None:
+    """Rank the exits of an encoder or reranker, and write them to OUT.
+
+    An exit's figure is 100 times Spearman's correlation of its scores with full depth's, or with the scores
+    that the file of pairs holds.
+    """
+    import torch  # noqa: PLC0415  see above
+
+    from gpu_worker.engines.torch_executor import Placement  # noqa: PLC0415  see above
+    from profiles.measuring.exits import ranked_exits, write_subnets  # noqa: PLC0415  see above
+
+    torch.set_num_threads(threads)
+    placement = Placement(device=device, threads=threads)
+    exits = ranked_exits(with_example(supernet, example_input), weights, pairs, placement)
+    for one in exits:
+        note = "" if one.is_kept else "  left out: a shallower exit ranks as well"
+        click.echo(f"{one.subnet.name:<10} {one.percent:7.2f}{note}")
+    write_subnets(exits, out)
+    click.echo(f"wrote {out}")
+
+
 @click.command("show")
 @click.argument("profile")
 @click.option(
@@ -416,7 +507,7 @@ def _measured(
     from gpu_worker.models.kinds import supernet_kind  # noqa: PLC0415  see above
     from profiles.measuring.accuracy import measured_accuracy  # noqa: PLC0415  see above
 
-    if supernet is None and profile.supernet not in SHIPPED_SUPERNETS and ":" not in profile.supernet:
+    if supernet is None and not is_known(profile.supernet):
         raise ConfigError(
             f"--supernet: expected package.module:attribute: the profile names {profile.supernet!r}, "
             "which does not come with the package"

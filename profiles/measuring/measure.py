@@ -164,6 +164,8 @@ def measure_supernet(
     executor.warm_up()
     place = torch_place(device.device, device.threads, executor.precision)
     notes = ["Weights are random: latencies alone are meant."] if device.weights == RANDOM else []
+    if kind.lengths is not None:
+        notes.append(f"Latencies are of queries of {kind.lengths.longest} tokens, the longest.")
     notes.append(f"Subnets and accuracies are those of {subnets.name}: {subnets.provenance}")
     return measure(
         executor, subnets.subnets, setting, place, name=name, supernet=kind.name, clock=clock, notes=notes

@@ -142,6 +142,8 @@ COMMANDS: dict[str, tuple[Step, ...]] = {
     "profiles accuracy help": helps("profiles accuracy"),
     "profiles calibrate help": helps("profiles calibrate"),
     "profiles train help": helps("profiles train"),
+    "profiles exits help": helps("profiles exits"),
+    "profiles advise help": helps("profiles advise"),
     "router help": helps("superserve-router"),
     "router": (step("superserve-router", serves="listens"),),
     "router metrics": (step("superserve-router --metrics-port 0", serves="listens"),),

@@ -12,7 +12,7 @@ from tests.environments.hostile import FAMILIES
 if TYPE_CHECKING:
     from tests.environments.hostile import Hostile
 
-SAMPLED = 40
+SAMPLED = 44
 """How many pairs the sample has."""
 
 

@@ -79,6 +79,8 @@ def _joined(call: Call) -> list[Tags]:
     tags: Tags = {}
     pieces: list[tuple[int, int]] = []
     for tensor in tensors:
+        if tensor.shape == (0,):
+            continue  # torch joins an empty list of numbers with anything, as an empty cache is
         carried = tags_of(tensor)
         own: Layout | Lost = carried.get(axis, ((tensor.shape[axis], tensor.shape[axis]),))
         if isinstance(own, Lost):

@@ -91,6 +91,27 @@ def test_without_a_gpu_one_worker_serves_digits_on_the_cpu() -> None:
     assert "--client-endpoint {client}" in " ".join(plan.roles[0].argv)
 
 
+def test_a_models_folder_and_its_options_reach_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is named by its full path; what is neither a file nor a folder is refused."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = {"supernet": "bert-encoder@length=64,dim=8", "profile": "digits-cpu", "device": "cpu"}
+    argv = planned(weights="model", **options).roles[1].argv
+
+    assert argv[argv.index("--weights") + 1] == str(tmp_path / "model")
+    assert argv[argv.index("--supernet") + 1] == "bert-encoder@length=64,dim=8"
+    with pytest.raises(
+        ConfigError, match="--weights: expected a checkpoint's file, a folder or 'random', got 'no'"
+    ):
+        planned(weights="no", **options)
+    with pytest.raises(
+        ConfigError, match=r"--supernet: expected one of .*bert-encoder.*, got 'bert-encode@length=4'"
+    ):
+        planned(**{**options, "supernet": "bert-encode@length=4"})
+
+
 def test_a_family_is_named_by_its_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a worker elsewhere finds it; a profile of something else is refused before anything starts."""
     linear(tmp_path / "a.onnx")

@@ -6,6 +6,8 @@ What CUDA itself does is shown by `tests/gpu`, which needs a device.
 from __future__ import annotations
 
 import contextlib
+import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +17,11 @@ import torch
 from gpu_worker.engines import cuda_engine
 from gpu_worker.engines.cuda_engine import CudaEngine
 from gpu_worker.engines.torch_executor import Placement
-from gpu_worker.models.kinds import KINDS, resident
+from gpu_worker.models.encoders.bert import BertSizes
+from gpu_worker.models.encoders.sentence import sentence_encoder
+from gpu_worker.models.kinds import KINDS, resident, supernet_kind
 from profiles.table import evenly, load_profile
-from superserve.subnet import Subnet
+from superserve.subnet import Subnet, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,9 +149,9 @@ def test_every_way_out_gives_the_buffer_back(monkeypatch: pytest.MonkeyPatch) ->
             with pytest.raises(RuntimeError, match="on fire"):
                 engine.run(0, engine.stage(queries(2), 2))
 
-    assert engine._buffers(2).qsize() == N_BUFFERS
+    assert engine._buffers((2, 1, 20, 20)).qsize() == N_BUFFERS
     staged = [engine.stage(queries(2, seed), 2) for seed in range(N_BUFFERS)]
-    assert engine._buffers(2).empty()
+    assert engine._buffers((2, 1, 20, 20)).empty()
     for seed, one in enumerate(staged):
         np.testing.assert_allclose(engine.run(1, one), plain(1, queries(2, seed)), rtol=1e-4, atol=1e-4)
 
@@ -178,3 +182,41 @@ def test_graphs_are_captured_for_each_subnet_and_size(monkeypatch: pytest.Monkey
         for row in range(len(SUBNETS)):
             found = engine.run(row, engine.stage(queries(1), size))
             np.testing.assert_allclose(found, plain(row, queries(1)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_fake_cuda")
+def test_texts_have_buffers_and_graphs_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch runs at its own length, by the graph of that length; the longest ones are captured first."""
+    sizes = BertSizes(n_blocks=2, n_heads=2, head_size=4, n_units=8, n_tokens=50, max_length=32)
+    kind = replace(
+        supernet_kind("bert-encoder@length=32"),
+        build=functools.partial(sentence_encoder, sizes),
+        output_spec=TensorSpec("float32", (8,)),
+    )
+    supernet = resident(kind, "random")
+    supernet.host([Subnet("half", {"d": [1]}), Subnet("whole", {"d": [2]})])
+    engine = CudaEngine(supernet, kind, Placement(batch_sizes=(2,)), torch.float32)
+    replayed: list[tuple[int, ...]] = []
+
+    def capture(row: int, inputs: torch.Tensor, _pool: object) -> cuda_engine._Graph:
+        output = torch.zeros(len(inputs), 8)
+
+        def replay() -> None:
+            replayed.append((row, *inputs.shape))
+            output.copy_(supernet.run_with(supernet.prepared(row).settings, inputs))
+
+        return cuda_engine._Graph(FakeGraph(replay), output)  # type: ignore[arg-type]  # a fake
+
+    monkeypatch.setattr(engine, "_captured", capture)
+    engine.warm_up()
+    ids = np.random.default_rng(0).integers(1, 50, (2, 32)).astype(np.int32)
+    with torch.inference_mode():
+        for length in (16, 32):
+            found = engine.run(1, engine.stage(ids[:, :length], 2))
+            settings = supernet.prepared(1).settings
+            expected = supernet.run_with(settings, torch.from_numpy(ids[:, :length]))
+            np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+    assert list(engine._graphs) == [(0, (2, 32)), (1, (2, 32)), (0, (2, 16)), (1, (2, 16))]
+    assert replayed == [(1, 2, 16), (1, 2, 32)]
+    assert {shape: free.qsize() for shape, free in engine._free.items()} == {(2, 16): 2, (2, 32): 2}

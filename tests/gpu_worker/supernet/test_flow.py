@@ -107,6 +107,13 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], Between, Callable[[], nn.Module]
         (2, 4),
         -1,
     ),
+    "joined behind an empty cache": (
+        lambda: nn.Linear(4, 8),
+        lambda x: torch.cat([torch.tensor([], dtype=x.dtype), x], dim=-2),
+        lambda: nn.Linear(8, 3),
+        (2, 4, 4),
+        -1,
+    ),
     "stacked and unbound": (
         lambda: nn.Linear(4, 8),
         lambda x: torch.stack([x, 2 * x], 1).unbind(1)[1],
