@@ -1,8 +1,8 @@
 """The global queue in lanes, one for each priority class and floor, for policies that see demand.
 
-The order is earliest deadline first across all lanes. What lanes add: a batch can skip queries whose
-floor lies above its subnet, and a class can give way. With one lane, if clients use neither, it is an
-`EdfQueue` behind one look-up.
+The order is earliest deadline first across all lanes, and of queries due together the higher class first: a
+spike has one deadline. What lanes add: a batch can skip queries whose floor lies above its subnet, and a
+class can give way. With one lane, if clients use neither, it is an `EdfQueue` behind one look-up.
 """
 
 from __future__ import annotations
@@ -153,7 +153,10 @@ class LaneQueue(EdfQueue):
                 break
             heads.sort(key=_order)
             head, lane = heads[0]
-            limit_ns = heads[1][0][0] if len(heads) > 1 else until_ns
+            limit_ns = until_ns
+            if len(heads) > 1:
+                (next_ns, _, _), next_lane = heads[1]
+                limit_ns = next_ns - (next_lane[0] > lane[0])  # those due with a higher class wait for it
             if until_ns is not None and limit_ns is not None:
                 if head[0] > until_ns:
                     break
@@ -183,10 +186,10 @@ class LaneQueue(EdfQueue):
         return heads
 
 
-def _order(head: tuple[tuple[int, Cohort, int], Lane]) -> tuple[int, int]:
-    """Earliest deadline first, ties by arrival."""
-    (deadline_ns, cohort, _), _ = head
-    return deadline_ns, cohort.serial
+def _order(head: tuple[tuple[int, Cohort, int], Lane]) -> tuple[int, int, int]:
+    """Earliest deadline first; of equal ones the higher class, then by arrival."""
+    (deadline_ns, cohort, _), lane = head
+    return deadline_ns, -lane[0], cohort.serial
 
 
 def _lanes_of(cohort: Cohort, lo: int, hi: int) -> Iterator[tuple[Lane, int, int]]:

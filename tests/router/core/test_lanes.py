@@ -197,3 +197,16 @@ def test_what_waited_before_there_were_lanes_is_taken_over() -> None:
     assert len(queue) == 3
     assert queue.head_class() == (0, 0)
     assert sorted(lane for _, lane in queue.heads()) == [(0, 0), (0, 2), (9, 0)]
+
+
+def test_of_queries_due_together_the_higher_class_is_first() -> None:
+    """Whichever came first: a spike has one deadline, and the first batches may be all that are in time."""
+    queue = LaneQueue(weights=WEIGHTS)
+    queue.push(make_cohort(0, [5] * 4, None, [0, 7, 0, 3]), 0, 4)
+    queue.push(make_cohort(1, [5, 4], None, [7, 0]), 0, 2)
+
+    head = queue.head()
+
+    assert head is not None
+    assert (head[0], head[1].serial) == (4, 1)
+    assert flat(queue.take(6, 0)[0]) == [(1, 1), (0, 1), (1, 0), (0, 3), (0, 0), (0, 2)]
