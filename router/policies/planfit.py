@@ -255,7 +255,7 @@ class PlanFit:
         costs_ns = profile.least_costs_ns()
         self._weights = tuple(cost_ns / costs_ns[0] for cost_ns in costs_ns)
         self._quickest_ns = self.sizes[0].p99_ns[0]
-        self._lost_ns = -_FOR_EVER
+        self._lost_ns = -int(_FOR_EVER)
         # What the batch itself can take off the queue at most, in queries of the smallest subnet.
         self._heaviest = profile.max_batch_size * self._weights[-1] if self._grows else inf
 
@@ -543,11 +543,15 @@ class PlanFit:
 
     def _has_waited(self, demand: Demand, worker: WorkerView, slack_ns: int) -> bool:
         """Return whether a head with so much slack has waited, whatever its patience; if unknown, it has."""
+        own_ns = self._shortest_ns(demand, worker)
+        return own_ns <= 0.0 or slack_ns < _OWN * own_ns
+
+    def _shortest_ns(self, demand: Demand, worker: WorkerView) -> float:
+        """Return how long the least patient queries can wait and run, about; 0 if that is not known."""
         shortest_ns = min(
             [one.slack_ns for one in demand.classes.values() if one.rate * one.slack_ns >= _FEW], default=0.0
         )
-        own_ns = (shortest_ns - worker.allowance_ns) / worker.slowdown
-        return own_ns <= 0.0 or slack_ns < _OWN * own_ns
+        return max(0.0, (shortest_ns - worker.allowance_ns) / worker.slowdown)
 
     def _escape(
         self, queue: QueueView, worker: WorkerView, now_ns: int, slack_ns: int, plan: Outlook
@@ -558,8 +562,12 @@ class PlanFit:
         those behind grow as late. Losing them once frees all others. Only where queries are lost in any case,
         and where one that has just come has time for more than that.
         """
-        lean_ns = self._lean_ns(plan)
-        if slack_ns >= lean_ns or lean_ns > _FRESH * plan.patience_ns or queue.outranks or queue.due is None:
+        lean_ns, demand = self._lean_ns(plan), queue.demand
+        if slack_ns >= lean_ns or lean_ns > _FRESH * plan.patience_ns or queue.outranks:
+            return None
+        if queue.due is None or demand is None:
+            return None
+        if len(demand.classes) > 1 and lean_ns > _FRESH * self._shortest_ns(demand, worker):
             return None
         before_ns = max(now_ns, worker.free_at_ns) + worker.allowance_ns + int(lean_ns * worker.slowdown)
         left = queue.due.total - queue.due.until(queue.head_deadline_ns, before_ns)

@@ -206,6 +206,19 @@ def test_few_late_queries_are_no_overload() -> None:
     assert isinstance(chosen(queue), Shed)
 
 
+@pytest.mark.parametrize(("short_ms", "kind"), [(60, Shed), (8, Choice)])
+def test_heads_are_let_go_only_if_those_that_follow_have_more_time(short_ms: int, kind: type) -> None:
+    """In 2 ms there is time for two. Of 60 ms such a head has grown old; of 8 all are soon like it."""
+    demand = demand_of(300, 60.0)
+    demand.arrived([short_ms * MS] * 20, NOW_NS)
+    demand.settle(NOW_NS + MS)
+
+    queue = view_of([2.0] * 4 + [30.0] * 60, demand, supply_of(8, 35 * MS))
+
+    assert isinstance(chosen(queue, idle(4.0)), kind)
+    assert isinstance(chosen(queue, idle(3.0)), Choice)
+
+
 def test_while_queries_are_let_go_no_time_is_spent_on_accuracy() -> None:
     """For a patience after a shed the smallest subnet serves, though the queue alone would pay for more."""
     policy, demand = PlanFit(CNN), demand_of(300)
