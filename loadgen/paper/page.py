@@ -175,7 +175,7 @@ def _subnet(policy: str) -> str:
 
 def _grids(found: Found) -> Iterator[str]:
     yield "## Bursty and accelerating arrivals\n"
-    yield "Three numbers a policy: attainment, accuracy, and summed accuracy per query less the bound's. Without the "
+    yield "Three numbers a policy: attainment, accuracy, and summed accuracy per query less the bound's. Without the"
     yield "host means: messages and loops take no time, and nothing is allowed for them; the policy and the GPUs alone."
     yield "The paper: attainment above 0.999 in every bursty cell, 0.991 to 1.0 in the accelerating ones.\n"
     cells = [*found["bursty"]["cells"], *found["accelerating"]["cells"]]
