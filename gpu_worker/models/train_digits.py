@@ -43,7 +43,7 @@ _LEARNING_RATE = 3e-3
 
 
 class AugmentedDigits:
-    """The training originals in batches: drawn anew in each pass, turned, shifted and noisy."""
+    """The training originals in batches: drawn again in each pass, turned, shifted and noisy."""
 
     def __init__(self) -> None:
         self._originals = digits.originals(held_out=False)
