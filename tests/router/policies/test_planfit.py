@@ -206,6 +206,20 @@ def test_few_late_queries_are_no_overload() -> None:
     assert isinstance(chosen(queue), Shed)
 
 
+def test_a_lone_spike_has_the_time_that_its_slack_allows() -> None:
+    """16 come each 40 ms on one GPU, as often before: 18.5 ms are enough for a batch of 16.9."""
+    demand = Demand()
+    for at_ns in range(NOW_NS - 2_400 * MS, NOW_NS + 1, MS):
+        if (NOW_NS - at_ns) % (40 * MS) == 0:
+            demand.arrived([20 * MS] * 16, at_ns)
+        if at_ns < NOW_NS:
+            demand.settle(at_ns)
+
+    choice = chosen(view_of([18.5] * 16, demand, supply_of(1, 18.5 * MS)))
+
+    assert choice == Choice(3, 16)
+
+
 @pytest.mark.parametrize(("short_ms", "kind"), [(60, Shed), (8, Choice)])
 def test_heads_are_let_go_only_if_those_that_follow_have_more_time(short_ms: int, kind: type) -> None:
     """In 2 ms there is time for two. Of 60 ms such a head has grown old; of 8 all are soon like it."""
