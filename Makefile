@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint style test test-full check bench chaos mutants environments gate reproduce demo train \
+.PHONY: help install lint style test test-full check bench proto chaos mutants environments kubernetes upgrades gate \
+	reproduce demo train \
 	docs wheel compile pure clean
 .DELETE_ON_ERROR:
 
@@ -37,7 +38,8 @@ $(INSTALLED): pyproject.toml
 unexport PYTHONDONTWRITEBYTECODE
 
 # Files of tests go to processes as wholes, in the order that tests/conftest.py gives them: the longest first.
-# Three on two cores, since many tests wait for processes that they have started.
+# Three on two cores, since many tests wait for processes that they have started. More of them cost what they gain:
+# each reads every file of tests first.
 JOBS ?= 3
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder --hypothesis-profile quick
 
@@ -52,9 +54,13 @@ style: $(INSTALLED)
 test: style ## lint, types and every test that is not slow; some five minutes on two cores
 	$(BIN)/pytest -m "not slow" $(SIDE_BY_SIDE)
 
-# One after the other: what is judged live shall not be slowed down by the next test.
+# First files of tests side by side; then those tests that judge what they measure live, one after the other, since
+# the next test would slow them down. Only their files are read then: reading all takes half a minute.
 test-full: $(INSTALLED) ## what `make test` leaves out: the slow tests, and more examples of each property
-	$(BIN)/pytest -m "slow or hypothesis"
+	@failed=0; \
+	$(BIN)/pytest -m "(slow or hypothesis) and not alone" -n $(JOBS) --dist loadfile --no-loadscope-reorder || failed=1; \
+	$(BIN)/pytest -m alone $$(grep -rl --include='test_*.py' 'mark\.alone' tests) || failed=1; \
+	exit $$failed
 
 check: style ## lint, types and the tests that are quick; a minute
 	$(BIN)/pytest -m "not slow and not e2e and not long" $(SIDE_BY_SIDE)
@@ -62,8 +68,13 @@ check: style ## lint, types and the tests that are quick; a minute
 bench: $(INSTALLED) ## run the benchmarks; out/bench/*.json and a table
 	$(BIN)/python -m loadgen.bench
 
-chaos: $(INSTALLED) ## 10,000 fault schedules through the real core on a virtual clock
+proto: $(INSTALLED) ## describe gateway/rpc/inference.proto again, after it has changed
+	$(BIN)/python -m grpc_tools.protoc -Igateway/rpc --descriptor_set_out=gateway/rpc/inference.binpb \
+	  gateway/rpc/inference.proto
+
+chaos: $(INSTALLED) ## 20,000 fault schedules through the real core on a virtual clock, of one router and of several
 	$(BIN)/python -m loadgen.simulator.chaos
+	$(BIN)/python -m loadgen.simulator.chaos.routers
 	$(BIN)/python -m tests.loadgen.simulator.mutants
 
 mutants: $(INSTALLED) ## break one line after the other; the unit tests must notice each; some minutes
@@ -71,6 +82,14 @@ mutants: $(INSTALLED) ## break one line after the other; the unit tests must not
 
 environments: $(INSTALLED) ## 1,000 commands in hostile environments; half an hour
 	$(BIN)/python -m tests.environments
+
+# Kubernetes is built once, in half an hour, into ~/.cache/superserve/kubernetes or $SUPERSERVE_KUBERNETES. Debian 12
+# and root; elsewhere it says why not.
+kubernetes: $(INSTALLED) ## a real Kubernetes: install, upgrade, roll back, scale and drain under load
+	$(BIN)/python -m tests.cluster.kubernetes
+
+upgrades: $(INSTALLED) ## 100,000 queries across an upgrade, a drain and a scale-down on each of ENGINES
+	$(BIN)/python -m tests.cluster.upgrades $(or $(ENGINES),podman slurm ray kubernetes)
 
 # TRACES is a folder with Azure's files, which docs/traces.md says where to find; POLICY is who is judged. Every
 # judgement is listed, so try a policy with `loadgen gate` first: see docs/gate.md.

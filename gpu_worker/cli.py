@@ -1,4 +1,4 @@
-"""The worker's command: one process, one GPU or many emulated ones, one router."""
+"""The worker's command: one process, one GPU or many emulated ones, one router at a time."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import hashlib
 import logging
 import os
 import platform
+import random
 import secrets
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
+from gpu_worker.core.choice import RouterChoice
 from gpu_worker.core.link import Gauges
 from gpu_worker.core.played import SPEEDS, Pace
 from gpu_worker.family.file import NEEDS_PROFILE, check_profile, load_family
@@ -23,12 +26,14 @@ from gpu_worker.models.names import SHIPPED_SUPERNETS, with_example
 from gpu_worker.serve.emulated import OUTPUT, emulated_gpus
 from gpu_worker.serve.eventlog import EventLogHeader, EventLogWriter
 from gpu_worker.serve.metrics import WorkerMetrics, pages
+from gpu_worker.serve.routers import WorkerRouters
 from gpu_worker.serve.server import Waker, WorkerServer
 from profiles.table import Profile, load_profile, statistics_path
 from superserve.clock import MonotonicClock
 from superserve.errors import ConfigError
 from superserve.hello import WorkerHello
 from superserve.net.context import new_context
+from superserve.net.endpoints import endpoints_of, resolved
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
 from superserve.roles.command import plain_errors
@@ -37,10 +42,10 @@ from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 from superserve.shared.offers import is_allowed
 from superserve.subnet import Subnet
-from superserve.wire import OURS, Directive
+from superserve.wire import OURS, Control, Directive, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import zmq
 
@@ -75,7 +80,10 @@ class WorkerDevice(NamedTuple):
 
 
 @click.command()
-@click.option("--connect", "endpoint", required=True, metavar="tcp://HOST:PORT", help="The router.")
+@click.option(
+    "--connect", "endpoints", required=True, multiple=True, metavar="tcp://HOST:PORT",
+    help="The router; several, with commas or the option again: it belongs to one and knows the others.",
+)  # fmt: skip
 @click.option(
     "--name", help="The worker's name in the cluster.  [default: host, process number and a random end]"
 )
@@ -143,7 +151,7 @@ class WorkerDevice(NamedTuple):
 )  # fmt: skip
 @plain_errors()
 def cli(
-    endpoint: str,
+    endpoints: tuple[str, ...],
     name: str | None,
     keys: Path | None,
     emulate: str | None,
@@ -179,7 +187,15 @@ def cli(
             served = stack.enter_context(resident(Asked(supernet, family=family, **of_model), waker))
         exports = None if metrics_port is None else (metrics_address, metrics_port)
         sharing = False if no_shared_memory else None
-        serve(endpoint, name, served, waker, exports, own, shared_memory=sharing)
+        serve(
+            endpoints_of(",".join(endpoints), "--connect"),
+            name,
+            served,
+            waker,
+            exports,
+            own,
+            shared_memory=sharing,
+        )
 
 
 def _given(
@@ -365,7 +381,7 @@ def pin(text: str) -> list[int]:
 
 
 def serve(
-    endpoint: str,
+    endpoints: Sequence[str],
     name: str,
     device: WorkerDevice,
     waker: Waker,
@@ -374,7 +390,7 @@ def serve(
     *,
     shared_memory: bool | None = None,
 ) -> None:
-    """Serve a device to the router at `endpoint` until a signal; metrics at address and port `exports`.
+    """Serve a device to one of the routers until a signal; metrics at address and port `exports`.
 
     `shared_memory` as in `superserve.shared`; None asks the environment.
 
@@ -386,21 +402,32 @@ def serve(
     waker.on_signals(lambda: asked_early.append(True))  # before its router can know that it is there
     try:
         with ExitStack() as stack:
-            handshake = Handshake(context, endpoint, keys)
-            socket = stack.enter_context(handshake.socket)
-            stack.enter_context(handshake)  # ends before the socket that it watches
+
+            def connect(endpoint: str) -> Handshake:
+                handshake = Handshake(context, endpoint, keys)
+                stack.enter_context(handshake.socket)
+                return stack.enter_context(handshake)  # ends before the socket that it watches
+
+            choice = RouterChoice(
+                resolved(endpoints), device.gpus.n_slots, MonotonicClock().now_ns(),
+                partial(random.uniform, 0.7, 1.3),
+            )  # fmt: skip
+            routers = WorkerRouters(choice, connect, Control(Kind.BYE, {"worker": name}))
+            first = routers.doors[0]
+            assert first is not None, "it raises if it cannot be opened"
             ready: dict[str, Any] = {"name": name, "n_slots": device.gpus.n_slots}
             metrics = None if exports is None else WorkerMetrics(name, device.profile, device.gpus.n_slots)
             server = WorkerServer(
-                socket,
+                first.socket,
                 device.gpus,
                 hello(name, device, shared_memory=shared_memory),
                 clock=MonotonicClock(),
                 waker=waker,
-                handshake=handshake,
+                handshake=first.handshake,
                 gauges=device.gauges,
                 on_ready=lambda: announce_ready(ready),
                 metrics=metrics,
+                routers=routers,
             )
             if metrics is not None and exports is not None:
                 address, port = exports

@@ -6,7 +6,7 @@ from superserve.moved import moved
 moved(
     __name__,
     {
-        "agreement": "study.agreement", "chaos": "simulator.chaos", "figures": "paper.figures",
+        "agreement": "study.agreement", "chaos": "simulator.chaos.__main__", "figures": "paper.figures",
         "reproduce": "paper.reproduce",
     },
 )  # fmt: skip

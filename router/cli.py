@@ -11,21 +11,18 @@ from pathlib import Path
 
 import click
 
-from profiles.table import load_profile
-from router.core.settings import CoreSettings
-from router.policies.registry import make_policy
+from router.report.flight import DEFAULT_BYTES
 from router.report.metrics import SWITCH_S, RouterMetrics, pages
 from router.serve.doors import raise_limit
 from router.serve.loop import RouterServer, ServerSettings
 from router.serve.recording import Recorder, replay
-from superserve.clock import MS
+from router.serve.settings_file import MAX_MARGIN_MS, RouterSettings, SettingsFile
 from superserve.errors import ConfigError, SuperServeError
 from superserve.roles.command import plain_errors
 from superserve.roles.pages import LOOPBACK, serve_pages
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.roles.version import version
 
-_MAX_MARGIN_MS = 60_000.0  # a larger one is a mistaken unit
 _LOOPBACK = "tcp://127.0.0.1:*"
 
 
@@ -76,6 +73,18 @@ _LOOPBACK = "tcp://127.0.0.1:*"
 )  # fmt: skip
 @click.option("--security", type=click.Choice(["none"]), help="none: open to other machines without keys.")
 @click.option("--no-shared-memory", is_flag=True, help="Take large payloads only in messages.")
+@click.option(
+    "--flight-mb", type=click.FloatRange(0, 4096), default=DEFAULT_BYTES / 2**20, show_default=True,
+    help="Memory for the record of the last minutes, which `explain` and the live page read; 0 keeps none.",
+)  # fmt: skip
+@click.option(
+    "--settings", "settings_path", type=click.Path(dir_okay=False, path_type=Path),
+    help="Policy, margin and bounds from this JSON file instead, which may change while the router runs.",
+)  # fmt: skip
+@click.option(
+    "--routers", type=click.Path(dir_okay=False, path_type=Path),
+    help="A file that lists all routers of the cluster, for clients and workers; read again when it changes.",
+)  # fmt: skip
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), help="Write an event log here.")
 @click.pass_context
 @plain_errors()
@@ -94,6 +103,9 @@ def cli(
     secret: Path | None,
     security: str | None,
     no_shared_memory: bool,
+    flight_mb: float,
+    settings_path: Path | None,
+    routers: Path | None,
     record: Path | None,
 ) -> None:
     """Run the router: one earliest-deadline-first queue for all workers."""
@@ -102,25 +114,46 @@ def cli(
     die_with_parent()
     raise_limit()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
-    if margin_ms is not None and not 0 <= margin_ms <= _MAX_MARGIN_MS:  # a FloatRange lets NaN pass
-        raise click.ClickException(f"--margin-ms: expected 0 to {_MAX_MARGIN_MS:g} ms, got {margin_ms}")
-    core = CoreSettings(max_queries=max_queries, max_bytes=max_bytes)
-    if margin_ms is not None:
-        core = core.with_margin(int(margin_ms * MS))
+    if margin_ms is not None and not 0 <= margin_ms <= MAX_MARGIN_MS:  # a FloatRange lets NaN pass
+        raise click.ClickException(f"--margin-ms: expected 0 to {MAX_MARGIN_MS:g} ms, got {margin_ms}")
+    tuned = RouterSettings(policy, margin_ms, max_queries, max_bytes)
+    file = None if settings_path is None else _settings_file(context, settings_path)
+    if file is not None:
+        tuned = file.settings
     settings = ServerSettings(
-        client_endpoint, worker_endpoint, policy, core, keys=keys, secret=secret, is_open=security == "none",
-        shared_memory=False if no_shared_memory else None, spin_ns=1_000 * spin_us,
+        client_endpoint, worker_endpoint, tuned.policy, tuned.core(), keys=keys, secret=secret,
+        is_open=security == "none", shared_memory=False if no_shared_memory else None,
+        spin_ns=1_000 * spin_us, flight_bytes=int(flight_mb * 2**20), file=file, routers=routers,
     )  # fmt: skip
     metrics = None if metrics_port is None else RouterMetrics()
+    _serve(settings, tuned, metrics, f"{metrics_address}:{metrics_port}", record)
+
+
+def _serve(
+    settings: ServerSettings,
+    tuned: RouterSettings,
+    metrics: RouterMetrics | None,
+    metrics_at: str,
+    record: Path | None,
+) -> None:
+    """Announce a router and run it until a signal.
+
+    Args:
+        settings: Of its server.
+        tuned: What decides, as options or a file have it.
+        metrics: What it exports; None for nothing.
+        metrics_at: ADDRESS:PORT of the exporter.
+        record: Where the event log goes; None for none.
+    """
     recorder = None
     with ExitStack() as stack:
         try:
-            if keys is not None and security == "none":
+            if settings.keys is not None and settings.is_open:
                 raise ConfigError("--keys and --security none: expected one of them, got both")
-            if secret is not None and keys is None:
+            if settings.secret is not None and settings.keys is None:
                 raise ConfigError("--router-key goes with --keys, the folder with the lists")
-            _check_policy(policy)
-            recorder = None if record is None else Recorder(record, policy, core)
+            tuned.check("router")
+            recorder = None if record is None else Recorder(record, tuned.policy, settings.core)
             if recorder is not None:
                 stack.callback(recorder.close)  # also if nothing is served
             server = RouterServer(settings, recorder, metrics)
@@ -128,9 +161,8 @@ def cli(
                 signal.signal(number, lambda *_: server.stop())
             where = ""
             if metrics is not None:
-                exporter = serve_pages(
-                    pages(server.core, metrics), address=metrics_address, port=metrics_port or 0
-                )
+                address, _, port = metrics_at.rpartition(":")
+                exporter = serve_pages(pages(server.core, metrics), address=address, port=int(port))
                 where = stack.enter_context(exporter)
                 sys.setswitchinterval(SWITCH_S)
             version()  # cached: read the code now, while it is what runs, not in the loop at the first STATUS
@@ -159,11 +191,12 @@ def _announce(server: RouterServer, metrics: str) -> None:
         click.echo(where, err=True)
 
 
-def _check_policy(policy: str) -> None:
-    """Refuse an unknown policy now. Which subnets `fixed:` may name is only known once a worker joins."""
-    name, _, subnet = policy.partition(":")
-    if name != "fixed" or not subnet:
-        make_policy(policy, load_profile("cnn-8gpu-modelled"))
+def _settings_file(context: click.Context, path: Path) -> SettingsFile:
+    """Return the settings file; ConfigError if an option says the same."""
+    for name in ("policy", "margin_ms", "max_queries", "max_bytes"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected none beside --settings, which has it")
+    return SettingsFile(path)
 
 
 @cli.command("replay")

@@ -85,6 +85,8 @@ class WorkerHello(Introduction):
         device: What its GPUs are, in words.
         fingerprint: Of the weights; "" if there are none.
         shared: Whether it takes offers of memory with payloads; see `superserve.shared`.
+        guest: Whether it belongs to another router, and only lends this one credits: sent to routers that
+            have said what GPU time is worth to them.
         wire: As for `ClientHello`; older workers send one number, which is both.
     """
 
@@ -97,6 +99,7 @@ class WorkerHello(Introduction):
     device: str = ""
     fingerprint: str = ""
     shared: bool | None = field(default=None, metadata=OMITTED)
+    guest: bool | None = field(default=None, metadata=OMITTED)
     profiles: tuple[dict[str, Any], ...]
     n_slots: int
     input: TensorSpec | None = None
@@ -143,6 +146,8 @@ class ClientWelcome(Introduction):
         policy: What chooses the batches, as `--policy` takes it.
         wire: The wire version to speak from now on; None if there is only one.
         shared: Whether it takes offers of memory with payloads; see `superserve.shared`.
+        routers: The client endpoints of all routers of the cluster; None if there is one.
+        gpus: GPUs that get work here; None if there is one router.
     """
 
     epoch: int
@@ -151,6 +156,8 @@ class ClientWelcome(Introduction):
     policy: str = ""
     wire: int | None = field(default=None, metadata=OMITTED)
     shared: bool | None = field(default=None, metadata=OMITTED)
+    routers: tuple[str, ...] | None = field(default=None, metadata=OMITTED)
+    gpus: int | None = field(default=None, metadata=OMITTED)
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> Self:
@@ -170,11 +177,13 @@ class WorkerWelcome(Introduction):
         epoch: This worker's: the router drops what comes under an older one. 0 to 2^64 - 1.
         router: The router's own life; 0 if not stated.
         wire: As for `ClientWelcome`.
+        routers: The worker endpoints of all routers of the cluster; None if there is one.
     """
 
     epoch: int
     router: int = 0
     wire: int | None = field(default=None, metadata=OMITTED)
+    routers: tuple[str, ...] | None = field(default=None, metadata=OMITTED)
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> Self:
@@ -187,3 +196,31 @@ class WorkerWelcome(Introduction):
         if not 0 <= found.epoch < 2**64:
             raise WireError(f"welcome: epoch: expected 0 to 2^64 - 1, got {found.epoch}")
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class RouterBrief(Introduction):
+    """A router's short answer to a worker that asks with STATUS and `brief`: is this the place to be?
+
+    Attributes:
+        router: The router's life.
+        gpus: GPUs that get work there.
+        is_draining: It takes no new work.
+        routers: The worker endpoints of all routers of the cluster; None if there is one.
+        price: What GPU time is worth there (`router.core.price`); None if it takes no guests.
+    """
+
+    router: int
+    gpus: int
+    is_draining: bool = False
+    routers: tuple[str, ...] | None = field(default=None, metadata=OMITTED)
+    price: float | None = field(default=None, metadata=OMITTED)
+
+    @classmethod
+    def from_body(cls, body: dict[str, Any]) -> Self:
+        """Read the body of the answer.
+
+        Raises:
+            WireError: A field is missing or not what it should be.
+        """
+        return read(cls, body, "status")

@@ -80,6 +80,10 @@ class RouterInfo:
         policy: As `--policy` takes it.
         cpu_s: CPU time, user and system.
         loop_s: Time spent in the loop's passes.
+        max_queries: Most queries held; 0 if an older router does not send it.
+        max_bytes: Most payload bytes held; 0 if an older router does not send it.
+        margin_ms: Slack held back for late messages; None for what is measured.
+        settings_error: Why the settings file's present content is not in force; "" if it is.
     """
 
     draining: bool
@@ -93,6 +97,10 @@ class RouterInfo:
     worker_endpoint: str
     cpu_s: float
     loop_s: float
+    max_queries: int = 0
+    max_bytes: int = 0
+    margin_ms: float | None = None
+    settings_error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +246,27 @@ class ListedKeys:
     operators: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class RouterShare:
+    """One of several routers.
+
+    Attributes:
+        endpoint: Where its clients connect.
+        answers: Whether it answers.
+        draining: Whether it takes no new queries.
+        gpus: GPUs that get work there.
+        queued: Queries that wait there.
+        received: Queries that arrived there.
+    """
+
+    endpoint: str
+    answers: bool = False
+    draining: bool = False
+    gpus: int = 0
+    queued: int = 0
+    received: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSummary:
     """STATUS without the GPUs: what costs the same for any number of workers.
@@ -270,10 +299,12 @@ class RouterStatus(RouterSummary):
     Attributes:
         workers: Each GPU; those of a process are adjacent.
         keys: The admitted keys; None from a router without keys.
+        routers: Each of several routers, of which this is the whole; None from one router.
     """
 
     workers: tuple[GpuStatus, ...]
     keys: ListedKeys | None = field(default=None, metadata=OMITTED)
+    routers: tuple[RouterShare, ...] | None = field(default=None, metadata=OMITTED)
 
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> Self:

@@ -1,4 +1,7 @@
-"""What is judged live counts on a calm machine; on a busy one it is repeated, and given up at last."""
+"""What is judged live counts on a calm machine; on a busy one it is repeated, and given up at last.
+
+A slow machine is calm too, so such a test judges by a control of the same minute, not by times.
+"""
 
 from __future__ import annotations
 

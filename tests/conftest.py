@@ -50,8 +50,16 @@ _LONG = (
 """Where tests simulate, train or draw: two thirds of the processor time of all that start no process."""
 
 
+_FIRST = (
+    "test_types.py", "wheels/test_compiled.py", "docs/test_your_model.py", "cluster/engines/test_podman.py",
+    "docs/test_training.py", "e2e/test_hosts.py", "e2e/test_slurm.py", "docs/test_families.py",
+    "e2e/test_ray.py", "docs/test_encoders.py", "docs/test_models.py", "docs/test_quick_start.py",
+)  # fmt: skip
+"""The files that take longest, in `make test` and in `make test-full`, the longest first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what computes for long; put mypy first, then the files with tests that start processes.
+    """Mark what computes for long; put the longest files first, then those with tests that start processes.
 
     Beyond that order is random.
     """
@@ -60,16 +68,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(item.path.is_relative_to(place) for place in long):
             item.add_marker("long")
     longest = {item.path for item in items if item.get_closest_marker("e2e")}
-    items.sort(key=lambda item: (item.path.name != "test_types.py", item.path not in longest))
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: (ranks.get(item.path, len(ranks)), item.path not in longest))
 
 
 @pytest.fixture(autouse=True)
-def _heed_ctrl_c() -> Iterator[None]:
-    """Each test heeds Ctrl-C, whatever shell started the suite and whatever a test before it has set.
+def _heed_signals() -> Iterator[None]:
+    """Each test heeds Ctrl-C and a hangup, whatever started the suite and whatever a test before it has set.
 
-    A suite in a shell's background ignores it, and so would what tests start; a command that runs in this
-    process gives it another meaning.
+    A suite in a shell's background ignores the first and one under nohup the second, and so would what tests
+    start; a command that runs in this process gives them another meaning.
     """
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    heeded = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    previous = {number: signal.signal(number, handler) for number, handler in heeded.items()}
     yield
-    signal.signal(signal.SIGINT, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("superserve", "router", "gpu_worker", "loadgen", "profiles", "cluster")
+PACKAGES = ("superserve", "router", "gpu_worker", "gateway", "loadgen", "profiles", "cluster")
 
 # What a folder, and all below it, may import beyond itself; arrows add up. An entry of the right side
 # stands for itself and all below it. Nobody is given `cluster`.
@@ -22,6 +23,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "router": ("superserve", "profiles.table"),
     "gpu_worker": ("superserve", "profiles.table"),
     "profiles": ("superserve",),
+    # A client of the router, like any application.
+    "gateway": ("superserve",),
     # What measures, calibrates or counts a subnet runs it; the commands lead there.
     "profiles.measuring": ("gpu_worker",),
     # The load generator starts routers and workers as processes, through superserve.roles.processes.
@@ -35,9 +38,13 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "loadgen.study": ("gpu_worker.serve", "gpu_worker.core", "router.report"),
     # The gate keeps figures under the version of the policy's code, and so asks where that is.
     "loadgen.study.gate": ("router.policies",),
+    # Why a query was late is read from the router's event log, replayed, and from its flight record.
+    "loadgen.study.explain": ("router.serve", "router.core"),
     # The simulator runs the core that serves, under a policy built by name; no sockets. Its chaos clients are
     # the session that applications embed, given the messages that the router would send.
     "loadgen.simulator": ("router.core", "router.policies", "router.serve", "gpu_worker"),
+    # gRPC's messages, to offer load over the gateway's protocol; its options are those of a run.
+    "loadgen.oip": ("gateway.rpc", "gpu_worker.core"),
     # The demo compares what came back with a local forward of the same subnet.
     "loadgen.demo": ("gpu_worker", "profiles.measuring"),
     # The benchmarks time the router's path, the decision and the actuation on their own.
@@ -84,11 +91,24 @@ def dotted(path: Path) -> str:
 MODULES = modules()
 
 
-def imports(name: str, path: Path) -> list[Import]:
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    """Return a file's syntax tree."""
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+@functools.cache
+def imports(name: str, path: Path) -> tuple[Import, ...]:
     """Return every import of a module: at its top, inside functions, and for type checking."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    return list(_walk(tree, package, at_import=True))
+    return tuple(_walk(tree(path), package, at_import=True))
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield what is directly below a node and has statements or is one; expressions are most of a tree."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            yield child
 
 
 def _walk(node: ast.AST, package: str, *, at_import: bool) -> Iterator[Import]:
@@ -101,7 +121,7 @@ def _walk(node: ast.AST, package: str, *, at_import: bool) -> Iterator[Import]:
         "typing.TYPE_CHECKING",
     )
     deferred: list[ast.stmt] = getattr(node, "body", []) if is_function or is_typing else []
-    for child in ast.iter_child_nodes(node):
+    for child in statements(node):
         yield from _walk(child, package, at_import=at_import and child not in deferred)
 
 
@@ -135,39 +155,36 @@ def _may_use(name: str, importer: str) -> bool:
     return under(name, [importer]) or (rest in ENTRY_POINTS and under(importer, [role]))
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_follow_the_arrows(name: str) -> None:
-    """No module imports another role beyond what the table allows, even inside a function."""
-    path = MODULES[name]
-    wrong = [
-        f"{path.relative_to(ROOT)}:{found.line} imports {found.target}"
-        for found in imports(name, path)
-        if forbidden(name, found.target)
+def offences(names: Iterable[str], is_wrong: Callable[[str, Import], bool]) -> list[str]:
+    """Return the imports of modules that are wrong, each with its file and line."""
+    return [
+        f"{MODULES[name].relative_to(ROOT)}:{found.line} imports {found.target}"
+        for name in names
+        for found in imports(name, MODULES[name])
+        if is_wrong(name, found)
     ]
-    assert not wrong, wrong
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if under(name, ["superserve"])])
-def test_importing_superserve_needs_little(name: str) -> None:
+def test_imports_follow_the_arrows() -> None:
+    """No module imports another role beyond what the table allows, even inside a function."""
+    assert offences(MODULES, lambda name, found: forbidden(name, found.target)) == []
+
+
+def test_importing_superserve_needs_little() -> None:
     """An application that embeds the client gets no torch, click or psutil by importing it."""
     allowed = (*EMBEDDED_DEPENDENCIES, "superserve", *sys.stdlib_module_names)
-    wrong = [
-        f"line {found.line} imports {found.target}"
-        for found in imports(name, MODULES[name])
-        if found.at_import and not under(found.target, allowed)
-    ]
-    assert not wrong, wrong
+    names = [name for name in MODULES if under(name, ["superserve"])]
+
+    assert names
+    assert offences(names, lambda _, found: found.at_import and not under(found.target, allowed)) == []
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if under(name, PURE)])
-def test_the_core_and_the_policies_are_pure(name: str) -> None:
+def test_the_core_and_the_policies_are_pure() -> None:
     """They have no socket, clock, thread, log or hidden randomness to reach for."""
-    wrong = [
-        f"line {found.line} imports {found.target}"
-        for found in imports(name, MODULES[name])
-        if under(found.target, IMPURE)
-    ]
-    assert not wrong, wrong
+    names = [name for name in MODULES if under(name, PURE)]
+
+    assert names
+    assert offences(names, lambda _, found: under(found.target, IMPURE)) == []
 
 
 @pytest.mark.parametrize(
@@ -207,7 +224,7 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
         "def f():\n    import random\n"
         "class C:\n    import socket\n"
     )
-    assert imports("superserve.module", path) == [
+    assert list(imports("superserve.module", path)) == [
         Import("zmq.asyncio", 1, at_import=True),
         Import("router.policies", 2, at_import=True),
         Import("router", 2, at_import=True),

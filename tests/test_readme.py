@@ -14,13 +14,17 @@ import click
 import pytest
 
 from cluster.cli import cli as cluster_cli
+from gateway.cli import cli as gateway_cli
 from gpu_worker.cli import cli as gpu_worker_cli
 from gpu_worker.serve.eventlog import cli as eventlog_cli
 from loadgen.cli import cli as loadgen_cli
+from loadgen.cli.questions.explain import cli as explain_cli
 from loadgen.live.run import Emulation, emulated
 from loadgen.paper.figures import main as figures_cli
 from loadgen.simulator.chaos import main as chaos_cli
+from loadgen.simulator.chaos.routers import main as chaos_routers_cli
 from loadgen.study.agreement import main as agreement_cli
+from loadgen.study.shards import cli as shards_cli
 from profiles.cli import cli as profiles_cli
 from router.cli import cli as router_cli
 
@@ -45,9 +49,12 @@ MORE_PAGES = (
     "docs/README.md",
     "docs/demo.md",
     "docs/encoders.md",
+    "docs/explain.md",
+    "docs/live.md",
     "docs/loadgen.md",
     "docs/policies.md",
     "docs/profiles.md",
+    "docs/routers.md",
     "docs/training.md",
     "docs/your-model.md",
 )
@@ -58,15 +65,19 @@ CLIENT_PAGES = ("README.md", "wheels/client/README.md")
 
 ENDPOINT = "tcp://127.0.0.1:5555"
 COMMANDS: dict[str, click.Command] = {
+    ".venv/bin/python -m gateway": gateway_cli,
     ".venv/bin/python -m router": router_cli,
     ".venv/bin/python -m loadgen.study.agreement": agreement_cli,
     ".venv/bin/python -m loadgen.simulator.chaos": chaos_cli,
+    ".venv/bin/python -m loadgen.simulator.chaos.routers": chaos_routers_cli,
+    ".venv/bin/python -m loadgen.study.shards": shards_cli,
     ".venv/bin/python -m loadgen.paper.figures": figures_cli,
     ".venv/bin/python -m gpu_worker": gpu_worker_cli,
     ".venv/bin/python -m gpu_worker.serve.eventlog": eventlog_cli,
     ".venv/bin/cluster": cluster_cli,
     ".venv/bin/loadgen": loadgen_cli,
     ".venv/bin/profiles": profiles_cli,
+    ".venv/bin/superserve": click.Group(commands={"explain": explain_cli}),
     # With the environment activated, as README.md and docs/your-model.md have it.
     "cluster": cluster_cli,
     "loadgen": loadgen_cli,
@@ -112,8 +123,11 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
     """Return what a command line runs and its arguments; subcommands are followed."""
     n = 3 if words[1] == "-m" else 1
     command, rest = COMMANDS[" ".join(words[:n])], words[n:]
-    while isinstance(command, click.Group) and rest and rest[0] in command.commands:
-        command, rest = command.commands[rest[0]], rest[1:]
+    while isinstance(command, click.Group) and rest:
+        sub = command.get_command(click.Context(command), rest[0])
+        if sub is None:
+            break
+        command, rest = sub, rest[1:]
     return command, rest
 
 
@@ -151,7 +165,7 @@ def test_the_index_leads_to_every_page() -> None:
 
 def test_every_folder_is_on_the_map_in_its_own_words() -> None:
     """ARCHITECTURE.md's map has a row for each folder: the first sentence of its docstring."""
-    roles = ("superserve", "router", "gpu_worker", "loadgen", "profiles", "cluster")
+    roles = ("superserve", "router", "gpu_worker", "gateway", "loadgen", "profiles", "cluster")
     rows = set()
     for role in roles:
         for path in (ROOT / role).rglob("__init__.py"):

@@ -20,6 +20,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import click
+
 from tests.paths import ROOT
 
 if TYPE_CHECKING:
@@ -94,7 +96,10 @@ def main(control_fd: int) -> None:
         return
     control = socket.socket(fileno=control_fd)
     for module in MODULES:
-        importlib.import_module(f"{module}.cli")
+        group = importlib.import_module(f"{module}.cli").cli
+        context = click.Context(group)
+        for name in group.list_commands(context):  # imported when they are run, and so now
+            group.get_command(context, name)
     importlib.import_module("loadgen.live.run")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that watch
     while True:

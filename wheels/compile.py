@@ -5,8 +5,8 @@
 
 `superserve.build` reads what is written here, and refuses modules whose source has changed since.
 
-Left out, beside packages' `__init__`: modules of dataclasses alone (`messages`, `runs`, `events`). mypyc
-makes them no faster, and takes a class variable of a dataclass with slots for a field.
+Left out, beside packages' `__init__`: modules of dataclasses and tuples alone (`messages`, `runs`, `events`,
+`traceparent`). mypyc makes them no faster, and takes a class variable of a dataclass with slots for a field.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ ROOT = Path(__file__).parents[1]
 # Every module of these that is not left out, and these modules.
 FOLDERS = ("router/core", "router/policies", "superserve/wire", "gpu_worker/core")
 MODULES = (
-    "superserve/client/session.py", "superserve/net/stream.py", "superserve/net/zmtp.py",
+    "superserve/client/checks.py", "superserve/client/outgoing.py", "superserve/client/session.py",
+    "superserve/client/spread.py", "superserve/net/stream.py", "superserve/net/zmtp.py",
     "router/serve/client_side.py", "router/serve/directives.py", "router/serve/side.py",
     "router/serve/worker_side.py",
 )  # fmt: skip
-LEFT_OUT = ("__init__.py", "messages.py", "runs.py", "events.py")
+LEFT_OUT = ("__init__.py", "messages.py", "runs.py", "events.py", "traceparent.py")
 RECORD = "superserve/compiled.json"
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 _TIMEOUT_S = 1_200

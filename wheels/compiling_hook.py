@@ -1,4 +1,4 @@
-"""Puts the compiled core into the whole system's wheel, if SUPERSERVE_COMPILE=1 asks for it.
+"""Puts third-party files into the whole system's wheel, and the compiled core if SUPERSERVE_COMPILE=1 asks.
 
 Without that the wheel is pure Python, for every machine: it needs no compiler, neither here nor there.
 """
@@ -18,17 +18,20 @@ _VARIABLE = "SUPERSERVE_COMPILE"
 
 
 class CompilingBuildHook(BuildHookInterface[Any]):
-    """Compiles in a copy of the packages, so that the checkout stays as it is."""
+    """Adds `vendor/`; compiles in a copy of the packages, so that the checkout stays as it is."""
 
     _folder: tempfile.TemporaryDirectory[str] | None = None
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Add what was compiled, and the tag of this Python and machine.
+        """Add the vendored files, what was compiled, and the tag of this Python and machine.
 
         Raises:
             RuntimeError: mypyc or the C compiler failed, or mypyc is not installed.
         """
-        if os.environ.get(_VARIABLE) != "1" or version == "editable":
+        if version == "editable":
+            return  # the checkout has it all; a folder `cluster` beside the packages would be in the way
+        build_data["force_include"][str(Path(self.root) / "vendor")] = "cluster/web/vendor"
+        if os.environ.get(_VARIABLE) != "1":
             return
         root = Path(self.root)
         spec = importlib.util.spec_from_file_location("superserve_compile", root / "wheels" / "compile.py")

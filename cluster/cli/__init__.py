@@ -16,16 +16,14 @@ import orjson
 
 from cluster.cli import hosts as hosts_cli
 from cluster.cli import operate as operate_cli
-from cluster.cli.keys import keys_command
-from cluster.cli.render import render
-from cluster.cli.top import top
 from cluster.operate.down import down as take_down
 from cluster.operate.engine import here
 from cluster.operate.health import ask_router, problems, seen_by, unasked
 from cluster.operate.up import StartError
 from cluster.operate.up import up as bring_up
 from cluster.show import tables as show
-from cluster.spec.plan import Options, make_plan, name_option
+from cluster.spec.plan import MAX_ROUTERS, Options, make_plan, name_option
+from loadgen.commands import Commands
 from loadgen.options import profile_and_n
 from router.report.scaler import AS_SERVED, NEEDS, ScalerSettings
 from superserve.errors import ConfigError
@@ -35,6 +33,7 @@ from superserve.roles.command import plain_errors
 from superserve.roles.local import DEFAULT_NAME, Liveness
 
 if TYPE_CHECKING:
+    from cluster.spec.hosts import Hosts
     from superserve.roles.local import LocalCluster
 
 _PORT = click.IntRange(0, 65_535)
@@ -42,26 +41,65 @@ _MAX_EMULATED = 4_096  # a larger number is a typing error
 _name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="A cluster of this machine.")
 
 
-@click.group()
+# What commands of their own files need is imported when they are run.
+
+
+def _top() -> click.Command:
+    from cluster.cli.top import top  # noqa: PLC0415
+
+    return top
+
+
+def _web() -> click.Command:
+    from cluster.cli.web import web  # noqa: PLC0415
+
+    return web
+
+
+def _trace() -> click.Command:
+    from cluster.cli.trace import trace  # noqa: PLC0415
+
+    return trace
+
+
+def _explain() -> click.Command:
+    from cluster.cli.trace import explain  # noqa: PLC0415
+
+    return explain
+
+
+def _keys() -> click.Command:
+    from cluster.cli.keys import keys_command  # noqa: PLC0415
+
+    return keys_command
+
+
+def _render() -> click.Command:
+    from cluster.cli.render import render  # noqa: PLC0415
+
+    return render
+
+
+_LATER = {
+    "top": _top, "web": _web, "trace": _trace, "explain": _explain, "keys": _keys, "render": _render,
+}  # fmt: skip
+
+
+@click.group(cls=Commands, later=_LATER)
 @plain_errors()
 def cli() -> None:
     """Run a cluster: a router and its workers, on this machine or on several hosts."""
     check_text(sys.argv[1:])
 
 
-cli.add_command(top)
-
-
-cli.add_command(keys_command)
-
-
-cli.add_command(render)
-
-
 @cli.command()
 @click.argument("hosts_file", required=False, type=click.Path(path_type=Path))
 @_name
 @click.option("--emulate", metavar="PROFILE:N", help="N emulated GPUs instead of real ones.")
+@click.option(
+    "--routers", type=click.IntRange(1, MAX_ROUTERS), default=1, show_default=True,
+    help="Equal routers: if one ends, the others serve its queries.",
+)  # fmt: skip
 @click.option("--gpus", metavar="LIST", help="These CUDA devices, such as 0,2: one worker on each.")
 @click.option(
     "--workers", type=click.IntRange(1, 1_024), help="Worker processes.  [default: one a GPU, or 1]"
@@ -97,6 +135,10 @@ cli.add_command(render)
 @click.option("--client-port", type=_PORT, default=0, help="Where clients connect.  [default: any free one]")
 @click.option("--worker-port", type=_PORT, default=0, help="Where workers connect.  [default: any free one]")
 @click.option("--metrics", is_flag=True, help="Each process serves /metrics to Prometheus, on loopback.")
+@click.option("--gateway", is_flag=True, help="Serve the Open Inference Protocol too: docs/gateway.md.")
+@click.option("--http-port", type=_PORT, help="Of the gateway, on loopback.  [default: 8000]")
+@click.option("--grpc-port", type=_PORT, help="Of the gateway, on loopback.  [default: no gRPC]")
+@click.option("--default-slo-ms", type=float, help="Of the gateway, for requests without a deadline.")
 @click.option(
     "--ready-timeout-s", default=60.0, show_default=True, help="Wait this long for all to be ready."
 )
@@ -176,9 +218,14 @@ def config(hosts_file: Path, effective: bool) -> None:
         return
     n_workers, n_hosts = sum(host.n_workers for host in hosts.hosts), len(hosts.hosts)
     click.echo(
-        f"{hosts_file}: no errors: cluster {hosts.cluster!r}, the router on {hosts.router.host}, "
+        f"{hosts_file}: no errors: cluster {hosts.cluster!r}, the {_router_words(hosts)}, "
         f"{n_workers} worker{'s' if n_workers > 1 else ''} on {n_hosts} host{'s' if n_hosts > 1 else ''}"
     )
+
+
+def _router_words(hosts: Hosts) -> str:
+    names = [place.host for place in hosts.places]
+    return f"router on {names[0]}" if len(names) == 1 else f"routers on {' and '.join(names)}"
 
 
 def options(*, emulate: str | None, gpus: str | None, **plain: Any) -> Options:
@@ -284,9 +331,21 @@ def drain(name: str, names: tuple[str, ...]) -> None:
 def scale(name: str, n: int, timeout_s: float) -> None:
     """Run N workers of a hosts file's cluster: start some, or drain some.
 
-    Over ssh at most those of the file; Slurm and Ray get further ones.
+    Over ssh at most those of the file; Slurm, Ray and Kubernetes get further ones.
     """
     operate_cli.scale(name, n, timeout_s=timeout_s)
+
+
+@cli.command()
+@click.argument("hosts_file", type=click.Path(path_type=Path))
+@click.option("--timeout-s", default=90.0, show_default=True, help="Wait this long for the router.")
+@plain_errors()
+def apply(hosts_file: Path, timeout_s: float) -> None:
+    """Let the running router take policy, margin and bounds of HOSTS_FILE; nothing is restarted.
+
+    Everything else in the file takes effect with `cluster up`.
+    """
+    operate_cli.apply(hosts_file, timeout_s=timeout_s)
 
 
 @cli.command()

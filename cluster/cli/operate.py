@@ -25,6 +25,7 @@ from superserve.roles.local import Liveness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from cluster.engines.engine import ClusterEngine
 
@@ -33,6 +34,9 @@ ROUTER_COSTS = (
     "the router: while it is away, some seconds, new queries are refused as DRAINING or wait at their "
     "clients; it answers what it holds first, for up to 5 s"
 )
+
+
+ROUTERS_COST = "the routers, one after the other: the others take over its queries and workers meanwhile"
 
 
 @contextlib.contextmanager
@@ -68,6 +72,17 @@ def scale(name: str, n: int, *, timeout_s: float) -> None:
         planned = scaling.scale(engine, n, click.echo, timeout_s=timeout_s)
     if not planned.start and not planned.stop:
         click.echo(f"{n} worker{'s' if n > 1 else ''} run{'s' if n == 1 else ''} already")
+
+
+def apply(hosts_file: Path, *, timeout_s: float) -> None:
+    """Let the router of a hosts file's cluster take the file's settings; print what changed."""
+    from cluster.spec.hosts import load_hosts  # noqa: PLC0415  it reads a file with pydantic, 0.2 s
+
+    hosts = load_hosts(hosts_file)
+    with opened_engine(hosts.cluster) as engine:
+        lines = scaling.tune(engine, hosts.tuning(), timeout_s=timeout_s)
+    for line in lines or ["nothing differs: the router runs with these settings already"]:
+        click.echo(line)
 
 
 def autoscale(name: str, settings: ScalerSettings, *, need: str, every_s: float) -> None:
@@ -123,7 +138,8 @@ def restart(
     with opened(name) as cluster:
         operator = RollingOperator(cluster, click.echo)
         if router:
-            click.echo(ROUTER_COSTS)
+            is_one = sum(role.kind == "router" for role in cluster.roles()) == 1
+            click.echo(ROUTER_COSTS if is_one else ROUTERS_COST)
             operator.restart_router(timeout_s)
         if names or rolling:
             n = at_once if rolling else len(cluster.roles())

@@ -40,7 +40,7 @@ def top(name: str, connect: str | None, once: bool, interval_s: float) -> None:
     If the output is not a terminal, pages follow each other as plain text.
     """
     try:
-        endpoint = _endpoint(name, connect)
+        endpoint = endpoint_of(name, connect)
         if once:
             click.echo(plain(_two_looks(endpoint, interval_s)))
         elif sys.stdout.isatty():
@@ -54,9 +54,11 @@ def top(name: str, connect: str | None, once: bool, interval_s: float) -> None:
         sys.exit(0)
 
 
-def _endpoint(name: str, connect: str | None) -> str:
+def endpoint_of(name: str, connect: str | None) -> str:
+    """Return the client endpoint of a cluster: the one given, of this machine, or of a file."""
     if connect is not None:
-        return connect if "://" in connect else f"tcp://{connect}"
+        parts = [one.strip() for one in connect.split(",")]
+        return ",".join(one if "://" in one else f"tcp://{one}" for one in parts)
     cluster = local.load(local.cluster_folder(name))
     if cluster is None and (record := records.load(name)) is not None:
         return record.client_endpoint

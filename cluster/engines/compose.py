@@ -1,6 +1,6 @@
-"""A compose file: `docker compose up`, or `podman-compose up`, runs router and workers on this machine.
+"""A compose file: `docker compose up`, or `podman-compose up`, runs routers and workers on this machine.
 
-    router          the service's name is its address; the clients' port is published
+    router          the service's name is its address; the clients' port is published; or router-HOST-I
     worker-HOST     one service with replicas; with GPUs a service for each, since replicas share devices
 
 A compose file has one machine, so a hosts file with several hosts is refused.
@@ -12,9 +12,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from cluster.engines.containers import FOLDER, SCRATCH, check_network, device_of, project_name
-from cluster.engines.describe import LIVE, ROUTER, STARTED, RolePlace
+from cluster.engines.describe import LIVE, STARTED, RolePlace
 from cluster.engines.text import Rendered, yaml_text
-from cluster.spec.hostplan import EVERY, is_loopback
+from cluster.spec.hostplan import EVERY, is_loopback, list_of_routers
+from cluster.spec.roles import ROUTERS_FILE, SETTINGS, at
 
 if TYPE_CHECKING:
     from cluster.engines.containers import RenderOptions
@@ -36,7 +37,7 @@ def render(description: Description, options: RenderOptions) -> tuple[Rendered, 
     name = project_name(
         description, _PROJECT, "lower-case letters, digits, '_' and '-', as compose has for projects"
     )
-    services: dict[str, Any] = {ROUTER: _router(description, options)}
+    services = {group.name: _router(description, i, options) for i, group in enumerate(description.routers)}
     for group in description.workers:
         services |= _workers(description, group, options)
     text = yaml_text(
@@ -48,7 +49,25 @@ def render(description: Description, options: RenderOptions) -> tuple[Rendered, 
         for group in description.groups
         for file in group.files
     )
-    return (Rendered(FILE, text), *beside)
+    return (Rendered(FILE, text), *beside, *_of_routers(description))
+
+
+def _of_routers(description: Description) -> list[Rendered]:
+    """Return what routers read, and read again when it changes: settings, and the list of all of them."""
+    files = {SETTINGS: description.hosts.tuning().content().decode()}
+    if description.is_listed:
+        # For clients, which reach what is published; workers are given the services' names.
+        files[ROUTERS_FILE] = list_of_routers(description.hosts, _worker_ends(description)).decode()
+    return [
+        Rendered(f"{group.name}/{path}", text, is_beside=True)
+        for group in description.routers
+        for path, text in files.items()
+    ]
+
+
+def _worker_ends(description: Description) -> tuple[str, ...]:
+    """Return where workers reach each router: at its service's name."""
+    return tuple(at(group.name, dict(group.ports)["workers"]) for group in description.routers)
 
 
 def _check_one_host(description: Description) -> None:
@@ -62,19 +81,28 @@ def _check_one_host(description: Description) -> None:
         )
 
 
-def _router(description: Description, options: RenderOptions) -> dict[str, Any]:
-    group, hosts = description.router, description.hosts
-    place = RolePlace(FOLDER, metrics=(EVERY, group.metrics_or_default))
-    near = "127.0.0.1:" if is_loopback(hosts.router_address) else ""
-    published = [f"{near}{hosts.router.client_port}:{hosts.router.client_port}"]
+def _router(description: Description, i: int, options: RenderOptions) -> dict[str, Any]:
+    group, hosts = description.routers[i], description.hosts
+    router = hosts.places[i]
+    assert router.address is not None, "load_hosts fills it in"
+    place = RolePlace(
+        FOLDER, metrics=(EVERY, group.metrics_or_default), settings=f"{FOLDER}/{SETTINGS}",
+        listed=f"{FOLDER}/{ROUTERS_FILE}" if description.is_listed else "",
+    )  # fmt: skip
+    near = "127.0.0.1:" if is_loopback(router.address) else ""
+    published = [f"{near}{router.client_port}:{router.client_port}"]
     if group.metrics is not None:
         published.append(f"{hosts.metrics.address}:{group.metrics}:{group.metrics}")
     return _service(description, group, place, options) | {"ports": published}
 
 
 def _workers(description: Description, group: RoleGroup, options: RenderOptions) -> dict[str, Any]:
-    place = RolePlace(FOLDER, ROUTER, device=device_of(group), metrics=(EVERY, group.metrics_or_default))
-    service = _service(description, group, place, options) | {"depends_on": [ROUTER]}
+    place = RolePlace(
+        FOLDER, _worker_ends(description), device=device_of(group),
+        metrics=(EVERY, group.metrics_or_default),
+    )  # fmt: skip
+    routers = [router.name for router in description.routers]
+    service = _service(description, group, place, options) | {"depends_on": routers}
     if not group.gpus:
         return {group.name: service | {"deploy": {"mode": "replicated", "replicas": group.n}}}
     return {process.name: service | {"deploy": _with_gpu(process)} for process in group.processes}
@@ -131,7 +159,8 @@ def _healthcheck(port: int) -> dict[str, Any]:
 
 def _volumes(description: Description, group: RoleGroup) -> list[str]:
     """Return the mounts of a group: folders, so that a list that is written again is seen at once."""
-    tops = sorted({file.path.partition("/")[0] for file in group.files})
+    paths = [file.path for file in group.files] + ([SETTINGS] if group.is_router else [])
+    tops = sorted({path.partition("/")[0] for path in paths})
     volumes = [f"./{group.name}/{top}:{FOLDER}/{top}:ro" for top in tops]
     weights = description.hosts.weights
     if not group.is_router and weights is not None and weights.startswith("/"):

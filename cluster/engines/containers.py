@@ -37,13 +37,18 @@ class RenderOptions:
     owner: tuple[int, int] = (USER, USER)
 
 
+def object_name(cluster: str) -> str:
+    """Return what the names of a cluster's objects begin with."""
+    return "superserve" if cluster == DEFAULT_NAME else cluster
+
+
 def project_name(description: Description, pattern: re.Pattern[str], expected: str) -> str:
     """Return the name under which an engine knows the cluster.
 
     Raises:
         ConfigError: The engine would not take it.
     """
-    name = "superserve" if description.name == DEFAULT_NAME else description.name
+    name = object_name(description.name)
     if pattern.fullmatch(name) is None:
         raise description.error(("cluster",), f"expected {expected}, got {name!r}")
     return name

@@ -3,9 +3,9 @@
     description = describe(Path("hosts.yaml"))
     for group in description.groups:
         for process in group.processes:
-            argv = description.argv(group, RolePlace(folder="/run/superserve", router="10.0.0.1", ...))
+            argv = description.argv(group, RolePlace("/run/superserve", ("tcp://10.0.0.1:5556",), ...))
 
-hosts.yaml says what is to run; only an engine knows where: the address at which the router is found, the
+hosts.yaml says what is to run; only an engine knows where: the addresses at which routers are found, the
 folder in which a role's files lie, the device that a process is given. Those are a `RolePlace`, and
 `Description.argv` returns the command line there. A host of the file is a *group* of equal workers: an engine
 that schedules puts them where it likes.
@@ -19,16 +19,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.spec.hostkeys import keys_of
-from cluster.spec.hostplan import EVERY, FOLDER, at, served_profile
+from cluster.spec.hostplan import EVERY, FOLDER, served_profile
 from cluster.spec.hosts import load_hosts
 from cluster.spec.hosts_file import path_text
-from cluster.spec.roles import KEYS, OPERATOR_KEY, emulated, resident, router_role, timing, worker_argv
+from cluster.spec.roles import KEYS, OPERATOR_KEY, at, emulated, resident, router_role, timing, worker_argv
 from cluster.spec.yaml_lines import read_located
 from profiles.table import load_profile
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from cluster.spec.hosts import Host, Hosts
@@ -39,7 +39,7 @@ ROUTER_METRICS, WORKER_METRICS = 9400, 9401
 """Where roles serve /metrics, /live and /ready if an engine needs them and the file names no port."""
 
 ROUTER = "router"
-"""The name of the router's group, and its kind."""
+"""The kind of routers, and the name of the only one."""
 
 _DIGEST_CHARACTERS = 12  # 48 bits: it only tells files apart, and verifies nothing
 
@@ -101,10 +101,10 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class RoleGroup:
-    """Processes that differ in nothing but their name and device: the router, or a host's workers.
+    """Processes that differ in nothing but their name and device: a router, or a host's workers.
 
     Attributes:
-        name: "router", or "worker-HOST".
+        name: "router", of a list of them "router-HOST-I", or "worker-HOST".
         kind: "router" or "worker".
         host: Its host in the file.
         processes: At least one.
@@ -136,7 +136,7 @@ class RoleGroup:
 
     @property
     def is_router(self) -> bool:
-        """Whether it is the router."""
+        """Whether it is a router."""
         return self.kind == ROUTER
 
     @property
@@ -162,24 +162,30 @@ class RolePlace:
 
     Attributes:
         folder: Where the group's files lie.
-        router: The name or address at which a worker reaches the router; unused for the router. It may be
-            anything that the engine replaces later, such as a shell's variable.
-        bind: The address that the router binds.
+        connect: The endpoints at which a worker reaches the routers; unused for a router. They may have in
+            them what the engine replaces later, such as a shell's variable.
+        bind: The address that a router binds.
         name: The worker's name; None lets the process make one up.
         device: The device of a worker with a real model, as the process sees it.
         metrics: Address and port of /metrics; None for none.
         router_key: The file with the router's secret, if it does not lie among the lists.
         worker_key: The file with the worker's secret, if it does not lie in the folder.
+        settings: The file with the router's settings; "" gives them as options.
+        listed: The file with the list of routers; "" for a router that stays the only one.
+        ports: What a router binds for clients and workers; None for the ports of the file.
     """
 
     folder: str
-    router: str = ""
+    connect: tuple[str, ...] = ()
     bind: str = EVERY
     name: str | None = None
     device: str = "cpu"
     metrics: tuple[str, int] | None = None
     router_key: str | None = None
     worker_key: str | None = None
+    settings: str = ""
+    listed: str = ""
+    ports: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,21 +196,26 @@ class Description:
         name: Of the cluster.
         file: The hosts file.
         hosts: Its content, with every default filled in.
-        router: The router's group, of one process.
+        routers: A group of one process for each router, in the file's order.
         workers: A group for each host with workers, in the file's order.
     """
 
     name: str
     file: Path
     hosts: Hosts
-    router: RoleGroup
+    routers: tuple[RoleGroup, ...]
     workers: tuple[RoleGroup, ...]
     _lines: Mapping[Where, int] = field(repr=False)
 
     @property
     def groups(self) -> tuple[RoleGroup, ...]:
-        """Every group, the router's first."""
-        return (self.router, *self.workers)
+        """Every group, the routers' first."""
+        return (*self.routers, *self.workers)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the file has a list of routers; then each router is given the list."""
+        return self.hosts.routers is not None
 
     @property
     def has_keys(self) -> bool:
@@ -223,22 +234,23 @@ class Description:
             address, port = place.metrics
             more = ("--metrics-port", str(port), "--metrics-address", address)
         if group.is_router:
-            return self._router_argv(place, more)
+            return self._router_argv(group, place, more)
         if self.has_keys:
             more = ("--keys", place.worker_key or f"{place.folder}/{KEYS}/worker.key", *more)
-        endpoint = at(place.router, self.hosts.router.worker_port)
         served = _served(self.hosts, self.hosts.host(group.host), place)[0]
-        return worker_argv(endpoint, place.name, served, *more)
+        return worker_argv(",".join(place.connect), place.name, served, *more)
 
-    def _router_argv(self, place: RolePlace, more: tuple[str, ...]) -> tuple[str, ...]:
+    def _router_argv(self, group: RoleGroup, place: RolePlace, more: tuple[str, ...]) -> tuple[str, ...]:
         hosts = self.hosts
         if self.has_keys:
             apart = () if place.router_key is None else ("--router-key", place.router_key)
             more = ("--keys", f"{place.folder}/{KEYS}", *apart, *more)
         elif hosts.security == "none":
             more = ("--security", "none", *more)
-        ends = [at(place.bind, port) for _, port in self.router.ports]
-        return router_role(ends[0], ends[1], hosts.policy, hosts.margin_ms, *more).argv
+        if place.listed:
+            more = (*more, "--routers", place.listed)
+        ends = [at(place.bind, port) for port in place.ports or dict(group.ports).values()]
+        return router_role(ends[0], ends[1], hosts.tuning(place.settings), *more).argv
 
     def error(self, where: Where, text: str) -> ConfigError:
         """Return the error for a value of the file: `FILE:LINE: path: text`."""
@@ -264,17 +276,24 @@ def describe(path: Path) -> Description:
     workers = tuple(
         _workers(hosts, host, ("hosts", places[host.name]), own) for host in hosts.hosts if host.n_workers
     )
-    router = _router(hosts, ("hosts", places[hosts.router.host]))
-    return Description(hosts.cluster, path, hosts, router, workers, read_located(path).lines)
+    routers = tuple(_router(hosts, i, ("hosts", places[place.host])) for i, place in enumerate(hosts.places))
+    description = Description(hosts.cluster, path, hosts, routers, workers, read_located(path).lines)
+    if hosts.gateway is not None:
+        raise description.error(
+            ("gateway",),
+            "expected none: it is started over ssh only; run `python -m gateway` as a service of its own",
+        )
+    return description
 
 
-def _router(hosts: Hosts, where: Where) -> RoleGroup:
-    ports = (("clients", hosts.router.client_port), ("workers", hosts.router.worker_port))
-    process = Process(ROUTER, "cpu", hosts.metrics.router)
-    env = tuple(sorted(hosts.host(hosts.router.host).env.items()))
+def _router(hosts: Hosts, i: int, where: Where) -> RoleGroup:
+    place, name = hosts.places[i], hosts.router_names[i]
+    ports = (("clients", place.client_port), ("workers", place.worker_port))
+    process = Process(name, "cpu", hosts.router_metrics(i))
+    env = tuple(sorted(hosts.host(place.host).env.items()))
     return RoleGroup(
-        ROUTER, ROUTER, hosts.router.host, (process,), 0, ports, env, f"policy {hosts.policy}",
-        _key_files(hosts, hosts.router.host, ROUTER), math.ceil(timing().router_stop_s), where,
+        name, ROUTER, place.host, (process,), 0, ports, env, f"policy {hosts.policy}",
+        _key_files(hosts, place.host, ROUTER), math.ceil(timing().router_stop_s), where,
     )  # fmt: skip
 
 
@@ -318,6 +337,22 @@ def _key_files(hosts: Hosts, host: str, kind: str) -> tuple[RoleFile, ...]:
     return tuple(
         RoleFile(name, content, is_secret=name.endswith(".key")) for name, content in sorted(found.items())
     )
+
+
+def apart(routers: Sequence[RoleGroup]) -> list[tuple[int, int]]:
+    """Return ports for each router such that all can be on one machine, where an engine may put them.
+
+    A router has the ports of the file if no earlier one has them, else the next ones that are free.
+    """
+    found: list[tuple[int, int]] = []
+    taken: set[int] = set()
+    for group in routers:
+        client, worker = dict(group.ports).values()
+        while {client, worker} & taken:
+            client, worker = client + 2, worker + 2
+        taken |= {client, worker}
+        found.append((client, worker))
+    return found
 
 
 def _is_listed(path: str) -> bool:

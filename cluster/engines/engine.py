@@ -1,8 +1,9 @@
 """What every engine can do, and what it reports: the verbs behind the commands of `cluster`.
 
-    ssh     a supervisord on each host                              cluster/operate/engine.py
-    slurm   a job for each role                                     cluster/engines/placed/slurm.py
-    ray     a detached actor for each role                          cluster/engines/placed/ray_engine.py
+    ssh           a supervisord on each host             cluster/operate/engine.py
+    slurm         a job for each role                    cluster/engines/placed/slurm.py
+    ray           a detached actor for each role         cluster/engines/placed/ray_engine.py
+    kubernetes    a StatefulSet or Deployment a role     cluster/engines/placed/kubernetes_engine.py
 
 No verb determines how or where a process is started. What each reports is plain data: hosts of hosts.yaml,
 and their roles in supervisor's words (`superserve.roles.local.RoleState`), whatever keeps them.
@@ -14,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.spec.roles import is_router
 from superserve.fields import KEY
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from cluster.remote.record import KnownHost, Record
     from cluster.spec.roles import HostPlan
@@ -154,21 +156,34 @@ class ClusterEngine(Protocol):
         """Run a role once, or, with 0, drain it and let it end. Does not wait for either."""
         ...
 
+    def tune(self, settings: bytes) -> None:
+        """Give every router other settings, in a file that it reads by itself. Does not wait for that."""
+        ...
+
     def stop(self) -> Stopped:
-        """Stop the router, while workers still answer what it holds, then everything."""
+        """Stop the routers, while workers still answer what they hold, then everything."""
         ...
 
     def router_status(self) -> RouterStatus | None:
         """Return the router's STATUS; None if it does not answer, WireError if it cannot be read."""
         ...
 
-    def start_reading(self, host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a command where a host's logs are; the caller reads its output from `stdout`, and ends it."""
+    def follow(self, role: str, n_lines: int) -> subprocess.Popen[bytes]:
+        """Start what prints the last lines of a role's log and then each new one.
+
+        The caller reads its output from `stdout`, and ends it.
+        """
         ...
 
 
 def absent(host: KnownHost, name: str, state: str, why: str = "") -> RoleSeen:
     """Return a role that no keeper reports."""
-    kind = "router" if name == "router" else "worker"
+    kind = "router" if is_router(name) else "worker"
     log = str(Path(host.folder) / f"{name}.log")
     return RoleSeen(host.name, name, kind, "", state, None, 0, 0, log, (), why=why)
+
+
+def tail(path: str, n_lines: int) -> list[str]:
+    """Return a command that prints the last lines of a log, and then each new one."""
+    # -F: the log is rotated when it has grown, and starts again.
+    return ["tail", "-n", str(n_lines), "-F", path]

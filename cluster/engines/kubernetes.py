@@ -1,8 +1,10 @@
-"""Kubernetes manifests: a StatefulSet for the router, a Deployment for each host's workers.
+"""Kubernetes manifests: a StatefulSet for the routers, a Deployment for each host's workers.
 
-    NAME                    Service for clients; only a router that is ready is behind it
+    NAME                    Service for clients; only routers that are ready are behind it
     NAME-router             headless Service for workers: a router is ready once it has a worker, so its
-                            address has to be found before that
+                            address has to be found before that; several have all theirs behind this name
+    NAME-router             StatefulSet, and a PodDisruptionBudget that takes one router at a time
+    NAME-routers            ConfigMap with the list of routers, which each reads again when it changes
     NAME-worker-HOST        Deployment, and a PodDisruptionBudget that takes one worker at a time
 
 deploy/chart is the same with values, for who installs with Helm; a test compares the pods of both.
@@ -13,30 +15,29 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from cluster.engines import kubesecrets
-from cluster.engines.containers import FOLDER, SCRATCH, USER, check_network, device_of, project_name
-from cluster.engines.describe import LIVE, READY, ROUTER, STARTED, RolePlace
+from cluster.engines import kubesecrets, pods
+from cluster.engines.containers import FOLDER, check_network, device_of, project_name
+from cluster.engines.describe import ROUTER, RolePlace
 from cluster.engines.text import Rendered, yaml_text
 from cluster.spec.hostplan import EVERY
-from cluster.spec.roles import FILES, KEYS
+from cluster.spec.roles import FILES, KEYS, at, routers_file
 from superserve.net.keys import ROUTER_KEY
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from cluster.engines.containers import RenderOptions
-    from cluster.engines.describe import Description, HealthProbe, RoleGroup
+    from cluster.engines.describe import Description, RoleGroup
 
 FILE, KEYS_FILE = "superserve.yaml", "keys.yaml"
-PAST_DRAIN_S = 10
-"""How much longer than its drain a pod may take to end."""
-GPU = "nvidia.com/gpu"
-"""The resource that NVIDIA's device plugin offers."""
+LISTED, LIST_FILE = "routers", "routers.json"
+"""The end of the name of the ConfigMap with the list of routers, and of where it is mounted; and its key."""
 
 _LABEL = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
 _MAX_CONFIG_BYTES = 1_000_000  # Kubernetes refuses ConfigMaps beyond 1 MiB
+_POD_NAME = "$(POD_NAME)"  # of the variable that a pod sets
 _WANTED_NAME = "a name of Kubernetes: up to 40 lower-case letters, digits and '-', a letter first"
-_ROUTER_STARTS = 30  # periods: a router loads nothing
-_MODE = 0o400
 
 
 def render(description: Description, options: RenderOptions) -> tuple[Rendered, ...]:
@@ -45,16 +46,35 @@ def render(description: Description, options: RenderOptions) -> tuple[Rendered, 
     Raises:
         ConfigError: The file asks for what a pod has not: a device by number, a host's path, an odd name.
     """
-    check_network(description, "kubernetes")
-    name = project_name(description, _LABEL, _WANTED_NAME)
-    for group in description.workers:
-        _check_group(description, group)
+    name = checked(description)
     head = ["Made by `cluster render kubernetes`; change hosts.yaml and make it again."]
     files: tuple[Rendered, ...] = ()
     if description.has_keys:
         head.append(f"Apply its Secrets first: `cluster render kubernetes --out DIR` writes DIR/{KEYS_FILE}.")
         files = (Rendered(KEYS_FILE, yaml_text(*_secrets(description, name)), is_secret=True),)
     return (Rendered(FILE, yaml_text(*_objects(description, name, options), head=head)), *files)
+
+
+def checked(description: Description) -> str:
+    """Return the name of a cluster's objects.
+
+    Raises:
+        ConfigError: The file asks for what a pod has not: a device by number, a host's path, an odd name.
+    """
+    check_network(description, "kubernetes")
+    name = project_name(description, _LABEL, _WANTED_NAME)
+    for group in description.workers:
+        _check_group(description, group)
+    if description.n_workers < len(description.routers):
+        raise description.error(
+            ("routers",),
+            f"a router without a worker is never ready, and updates wait for it: expected at most "
+            f"{description.n_workers}, the workers of the file, got {len(description.routers)}",
+        )
+    for group in description.routers:
+        if _LABEL.fullmatch(group.host) is None:
+            raise description.error((*group.where, "name"), f"expected {_WANTED_NAME}, got {group.host!r}")
+    return name
 
 
 def _check_group(description: Description, group: RoleGroup) -> None:
@@ -92,7 +112,7 @@ def _check_group(description: Description, group: RoleGroup) -> None:
 
 def _secrets(description: Description, name: str) -> list[dict[str, Any]]:
     """Return the Secrets with keys; their names are those of `kubesecrets.secrets_of`."""
-    files = {file.path: file.content for file in description.router.files}
+    files = {file.path: file.content for file in description.routers[0].files}
     found = [kubesecrets.secret(f"{name}-router", {ROUTER_KEY: files[f"{KEYS}/router.key"]})]
     for below, listed in kubesecrets.list_names(name).items():
         start = f"{KEYS}/{below}/"
@@ -111,128 +131,86 @@ def _objects(description: Description, name: str, options: RenderOptions) -> lis
         if file.path.startswith(f"{FILES}/")
     }
     found = [_config_map(f"{name}-{FILES}", profile)] if profile else []
-    found += _router(description, name, options)
+    found += _routers(description, name, options)
     for group in description.workers:
         found += _workers(description, name, group, options)
-    return [*found, *_policies(description, name)]
+    first = description.routers[0]
+    found.append(pods.router_policy(name, dict(first.ports), first.metrics_or_default))
+    return [*found, pods.worker_policy(name, description.workers[0].metrics_or_default)]
 
 
 def _config_map(name: str, files: dict[str, str]) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": files}
 
 
-# --- labels -----------------------------------------------------------------------------------
-
-
-def _labels(name: str, kind: str, pool: str = "") -> dict[str, str]:
-    """Return the labels of a role's pods, by which they are also selected."""
-    labels = {
-        "app.kubernetes.io/name": "superserve",
-        "app.kubernetes.io/instance": name,
-        "app.kubernetes.io/component": kind,
-    }
-    return labels | ({"superserve/pool": pool} if pool else {})
-
-
-def _meta(name: str, labels: dict[str, str]) -> dict[str, Any]:
-    return {"name": name, "labels": labels}
-
-
-# --- the router -------------------------------------------------------------------------------
-
-
-def _router(description: Description, name: str, options: RenderOptions) -> list[dict[str, Any]]:
-    group = description.router
-    labels = _labels(name, ROUTER)
+def _routers(description: Description, name: str, options: RenderOptions) -> list[dict[str, Any]]:
+    """Return what routers consist of: pods of one set, each with an address, and so with the same ports."""
+    group, n = description.routers[0], len(description.routers)
+    for i, other in enumerate(description.routers):
+        if other.env != group.env:
+            raise description.error(
+                ("routers", i, "host"),
+                f"routers are pods alike on kubernetes: expected hosts with the same env, got those of "
+                f"{group.host!r} and {other.host!r}",
+            )
+    labels = pods.labels(name, ROUTER)
+    listed = f"{name}-{LISTED}"
     place = RolePlace(
-        FOLDER, metrics=(EVERY, group.metrics_or_default), router_key=f"{FOLDER}/router/{ROUTER_KEY}"
-    )
-    volumes = [("scratch", _scratch(), SCRATCH)]
+        FOLDER, metrics=(EVERY, group.metrics_or_default), router_key=f"{FOLDER}/router/{ROUTER_KEY}",
+        listed=f"{FOLDER}/{LISTED}/{LIST_FILE}",
+    )  # fmt: skip
+    volumes: list[pods.Volume] = [(LISTED, {"configMap": {"name": listed}}, f"{FOLDER}/{LISTED}")]
     if description.has_keys:
-        volumes.append(("router", _secret_volume(f"{name}-router"), f"{FOLDER}/router"))
+        volumes.append(("router", pods.secret_volume(f"{name}-router"), f"{FOLDER}/router"))
         volumes += [
-            (below, _secret_volume(listed), f"{FOLDER}/{KEYS}/{below}")
+            (below, pods.secret_volume(listed), f"{FOLDER}/{KEYS}/{below}")
             for below, listed in kubesecrets.list_names(name).items()
         ]
-    pod = _pod(description, group, place, labels, volumes, options)
-    pod["spec"]["containers"][0]["resources"] = {"requests": {"cpu": "500m", "memory": "512Mi"}}
-    by_name = dict(group.ports)
-    clients, workers = (
-        {"name": key, "port": by_name[key], "targetPort": key} for key in ("clients", "workers")
-    )
-    stateful = {
-        "apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": _meta(f"{name}-{ROUTER}", labels),
-        "spec": {
-            "replicas": 1, "serviceName": f"{name}-{ROUTER}", "selector": {"matchLabels": labels},
-            "template": pod,
-        },
-    }  # fmt: skip
+    pod = _pod(description, group, place, labels, volumes, options, cpu="500m")
+    full_name = f"{name}-{ROUTER}"
+    ends = pod_ends([f"{full_name}-{i}" for i in range(n)], full_name, dict(group.ports))
     return [
-        _service(name, labels, {"selector": labels, "ports": [clients]}),
-        _service(
-            f"{name}-{ROUTER}", labels,
-            {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": labels,
-             "ports": [clients, workers]},
-        ),
-        stateful,
-    ]  # fmt: skip
+        _config_map(listed, {LIST_FILE: routers_file(*ends).decode()}),
+        *pods.services(name, labels, dict(group.ports)),
+        pods.router_set(full_name, labels, pod, full_name, n),
+        pods.one_at_a_time(full_name, labels, labels),
+    ]
 
 
-def _service(name: str, labels: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:
-    return {"apiVersion": "v1", "kind": "Service", "metadata": _meta(name, labels), "spec": spec}
-
-
-# --- workers ----------------------------------------------------------------------------------
+def pod_ends(pods: Sequence[str], service: str, ports: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """Return where clients and workers reach routers by the names of their pods; nothing for a single one."""
+    if len(pods) == 1:
+        return [], []
+    clients, workers = (
+        [at(f"{pod}.{service}", ports[key]) for pod in pods] for key in ("clients", "workers")
+    )
+    return clients, workers
 
 
 def _workers(
     description: Description, name: str, group: RoleGroup, options: RenderOptions
 ) -> list[dict[str, Any]]:
-    labels = _labels(name, "worker", group.host)
+    labels = pods.labels(name, "worker", pool=group.host)
     place = RolePlace(
-        FOLDER, f"{name}-{ROUTER}", name="$(POD_NAME)", device=device_of(group),
+        FOLDER, (at(f"{name}-{ROUTER}", dict(description.routers[0].ports)["workers"]),),
+        name=_POD_NAME, device=device_of(group),
         metrics=(EVERY, group.metrics_or_default),
     )  # fmt: skip
-    volumes = [("scratch", _scratch(), SCRATCH)]
+    volumes: list[pods.Volume] = []
     if description.has_keys:
-        volumes.append((KEYS, _secret_volume(f"{name}-{group.name}"), f"{FOLDER}/{KEYS}"))
+        volumes.append((KEYS, pods.secret_volume(f"{name}-{group.name}"), f"{FOLDER}/{KEYS}"))
     if any(file.path.startswith(f"{FILES}/") for file in group.files):
         volumes.append((FILES, {"configMap": {"name": f"{name}-{FILES}"}}, f"{FOLDER}/{FILES}"))
-    pod = _pod(description, group, place, labels, volumes, options)
     threads = description.hosts.host(group.host).threads
-    wanted: dict[str, Any] = {"requests": {"cpu": str(threads or "250m"), "memory": "512Mi"}}
-    if group.gpus:
-        wanted["limits"] = {GPU: group.gpus}
-    pod["spec"]["containers"][0]["resources"] = wanted
+    pod = _pod(description, group, place, labels, volumes, options, cpu=str(threads or "250m"))
     # A worker that is replaced must give its GPU up first: there may be no other.
     surge = {"maxSurge": 0, "maxUnavailable": 1} if group.gpus else {"maxSurge": 1, "maxUnavailable": 0}
+    strategy = {"type": "RollingUpdate", "rollingUpdate": surge}
     full_name = f"{name}-{group.name}"
     return [
-        {
-            "apiVersion": "apps/v1", "kind": "Deployment", "metadata": _meta(full_name, labels),
-            "spec": {
-                "replicas": group.n, "selector": {"matchLabels": labels},
-                "strategy": {"type": "RollingUpdate", "rollingUpdate": surge},
-                "progressDeadlineSeconds": STARTED.period_s * STARTED.failures + 300,
-                "template": pod,
-            },
-        },
-        {
-            "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": _meta(full_name, labels),
-            "spec": {"maxUnavailable": 1, "selector": {"matchLabels": labels}},
-        },
-    ]  # fmt: skip
-
-
-# --- pods -------------------------------------------------------------------------------------
-
-
-def _scratch() -> dict[str, Any]:
-    return {"emptyDir": {"medium": "Memory", "sizeLimit": "256Mi"}}
-
-
-def _secret_volume(name: str) -> dict[str, Any]:
-    return {"secret": {"secretName": name, "defaultMode": _MODE, "optional": False}}
+        pods.deployment(full_name, labels, group.n, strategy, pod),
+        pods.one_at_a_time(full_name, labels, labels),
+    ]
 
 
 def _pod(
@@ -240,101 +218,28 @@ def _pod(
     group: RoleGroup,
     place: RolePlace,
     labels: dict[str, str],
-    volumes: list[tuple[str, dict[str, Any], str]],
+    volumes: list[pods.Volume],
     options: RenderOptions,
-) -> dict[str, Any]:
-    """Return a pod's template; `volumes` have a name, a source and the path in the container."""
-    spec = {
-        "terminationGracePeriodSeconds": group.stop_s + PAST_DRAIN_S,
-        "automountServiceAccountToken": False,
-        # A Service named superserve would set SUPERSERVE_* variables.
-        "enableServiceLinks": False,
-        "securityContext": {
-            "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [_container(description, group, place, options, volumes)],
-        "volumes": [{"name": name, **source} for name, source, _ in volumes],
-    }  # fmt: skip
-    metadata: dict[str, Any] = {"labels": labels}
-    if group.files:
-        metadata["annotations"] = {"superserve/files": group.digest}
-    return {"metadata": metadata, "spec": spec}
-
-
-def _container(
-    description: Description,
-    group: RoleGroup,
-    place: RolePlace,
-    options: RenderOptions,
-    volumes: list[tuple[str, dict[str, Any], str]],
+    cpu: str,
 ) -> dict[str, Any]:
     assert place.metrics is not None, "probes ask there"
-    args = [
-        word if word == place.name else word.replace("$(", "$$(") for word in description.argv(group, place)
-    ]
-    env: list[dict[str, Any]] = [
-        {"name": key, "value": value.replace("$(", "$$(")} for key, value in group.env
-    ]
+    env = pods.variables(group.env)
     if not group.is_router:
         env.insert(0, {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}})
-    ports = [*group.ports, ("metrics", place.metrics[1])]
-    container: dict[str, Any] = {
-        "name": group.kind,
-        "image": options.image,
-        "imagePullPolicy": "IfNotPresent",
-        "args": args,
-        "env": env,
-        "ports": [{"name": key, "containerPort": port} for key, port in ports],
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-        "startupProbe": _probe(STARTED, _ROUTER_STARTS if group.is_router else STARTED.failures),
-        "livenessProbe": _probe(LIVE, LIVE.failures),
-        "readinessProbe": _probe(READY, READY.failures),
-        "volumeMounts": [
-            {"name": key, "mountPath": path, **({} if path == SCRATCH else {"readOnly": True})}
-            for key, _, path in volumes
-        ],
-    }
-    return container if env else {key: value for key, value in container.items() if key != "env"}
-
-
-def _probe(probe: HealthProbe, failures: int) -> dict[str, Any]:
-    return {
-        "httpGet": {"path": probe.path, "port": "metrics"},
-        "periodSeconds": probe.period_s,
-        "timeoutSeconds": probe.timeout_s,
-        "failureThreshold": failures,
-    }
-
-
-# --- who reaches whom -------------------------------------------------------------------------
-
-
-def _policies(description: Description, name: str) -> list[dict[str, Any]]:
-    """Return who reaches whom: anyone the clients' port and metrics, workers alone the workers' port."""
-    ports = dict(description.router.ports)
-    workers = {"podSelector": {"matchLabels": _labels(name, "worker")}}
-    to_router = [
-        {"ports": [_tcp(ports["clients"]), _tcp(description.router.metrics_or_default)]},
-        {"ports": [_tcp(ports["workers"])], "from": [workers]},
-    ]
-    to_workers = [{"ports": [_tcp(description.workers[0].metrics_or_default)]}]
-    return [
-        _policy(f"{name}-{ROUTER}", _labels(name, ROUTER), to_router),
-        _policy(f"{name}-worker", _labels(name, "worker"), to_workers),
-    ]
-
-
-def _tcp(port: int) -> dict[str, Any]:
-    return {"protocol": "TCP", "port": port}
-
-
-def _policy(name: str, labels: dict[str, str], ingress: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": _meta(name, labels),
-        "spec": {"podSelector": {"matchLabels": labels}, "policyTypes": ["Ingress"], "ingress": ingress},
-    }  # fmt: skip
+    return pods.template(
+        pods.PodParts(
+            kind=group.kind,
+            image=options.image,
+            args=tuple(
+                word if word == place.name else pods.literal(word) for word in description.argv(group, place)
+            ),
+            env=tuple(env),
+            ports=(*group.ports, ("metrics", place.metrics[1])),
+            stop_s=group.stop_s,
+            volumes=tuple(volumes),
+            labels=labels,
+            annotations={"superserve/files": group.digest} if group.files else {},
+            cpu=cpu,
+            gpus=group.gpus,
+        )
+    )

@@ -7,7 +7,8 @@
 Units of a cluster that is not called "default" have its name after "superserve-".
 
 Secrets reach a role as credentials, readable by that unit alone. A router's lists stay files, since
-credentials do not change while a unit runs, and a revoked key must be cut off at once.
+credentials do not change while a unit runs, and a revoked key must be cut off at once. So does the list of
+routers: a router that is added or taken away restarts no other.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from cluster.engines.describe import ROUTER, RolePlace
 from cluster.engines.text import Rendered
-from cluster.spec.hostplan import EVERY, check_security, is_loopback
-from cluster.spec.roles import KEYS
+from cluster.spec.hostplan import bound_at, check_security, list_of_routers, worker_ends
+from cluster.spec.roles import KEYS, ROUTERS_FILE
 from superserve.roles.local import DEFAULT_NAME
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ def render(description: Description, options: RenderOptions) -> tuple[Rendered, 
             Rendered(f"{host.name}/{unit}", _unit(description, group, process, host.python))
             for process, group, unit in units
         ]
+        if description.is_listed and any(group.is_router for group in groups):
+            listed = list_of_routers(description.hosts).decode()
+            place = f"{host.name}/{description.name}/{ROUTERS_FILE}"
+            found.append(Rendered(place, listed, is_beside=True))
         found += [
             Rendered(f"{host.name}/{place}", file.content.decode(), file.is_secret, is_beside=True)
             for place, file in {
@@ -124,15 +129,18 @@ def _unit(description: Description, group: RoleGroup, process: Process, python: 
 
 
 def _place(description: Description, group: RoleGroup, process: Process) -> RolePlace:
-    hosts = description.hosts
-    address, is_ipv6 = hosts.router_address, ":" in hosts.router_address
-    own = "::1" if is_ipv6 else "127.0.0.1"
-    bind = own if is_loopback(address) else "::" if is_ipv6 else EVERY
+    hosts, folder = description.hosts, f"{ETC}/{description.name}"
     metrics = None if process.metrics is None else (hosts.metrics.address, process.metrics)
+    if group.is_router:
+        return RolePlace(
+            folder, bind=bound_at(hosts.places[description.routers.index(group)]), metrics=metrics,
+            router_key=f"{_CREDENTIALS}/router.key",
+            listed=f"{folder}/{ROUTERS_FILE}" if description.is_listed else "",
+        )  # fmt: skip
+    connect = worker_ends(hosts, hosts.host(group.host), group.processes.index(process))
     return RolePlace(
-        f"{ETC}/{description.name}", own if group.host == hosts.router.host else address, bind,
-        process.name, process.device, metrics,
-        f"{_CREDENTIALS}/router.key", f"{_CREDENTIALS}/worker.key",
+        folder, (connect,), name=process.name, device=process.device, metrics=metrics,
+        worker_key=f"{_CREDENTIALS}/worker.key",
     )  # fmt: skip
 
 

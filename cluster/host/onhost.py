@@ -45,6 +45,7 @@ from cluster.host.config import (
     KEEPER_LOG,
     PLAN,
     SOCKET,
+    kept_digests,
     script,
     supervisord_conf,
     tail_of,
@@ -228,10 +229,11 @@ def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     plan = read_file(HostPlan, asked["plan"], PLAN)
     hold = asked.get("hold")
     with alone(folder, wait_s=_LOCK_S if hold is None else 0.0):
+        contents = {name: base64.b64decode(text) for name, text in asked["files"].items()}
         if hold is not None:
             _check_free(folder)
-            return _start_here(folder, plan, hold, asked["kept_open"])
-        files = _put_files(folder, {name: base64.b64decode(text) for name, text in asked["files"].items()})
+            return _start_here(folder, plan, contents, hold, asked["kept_open"])
+        files = _put_files(folder, contents)
         is_running = Supervisord(folder).pid() is not None
         before = _read(folder / PLAN) if is_running else None
         if before is None:
@@ -241,17 +243,20 @@ def apply(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
         return {"changed": _run(folder, plan), "files": files}
 
 
-def _start_here(folder: Path, plan: HostPlan, hold: int, kept_open: Sequence[int]) -> dict[str, Any]:
+def _start_here(
+    folder: Path, plan: HostPlan, contents: dict[str, bytes], hold: int, kept_open: Sequence[int]
+) -> dict[str, Any]:
     """Start a cluster of this machine, not kept yet; if that fails, leave nothing of it."""
     try:
         for path in folder.glob("*.log*"):  # of an earlier cluster
             path.unlink()
+        files = _put_files(folder, contents) if contents else []
         _write(folder, plan)
         Supervisord(folder).start(plan, hold, kept_open)
     except BaseException:
         tidy_unowned(folder)
         raise
-    return {"changed": {role.name: "started" for role in plan.roles}, "files": []}
+    return {"changed": {role.name: "started" for role in plan.roles}, "files": files}
 
 
 def _check_free(folder: Path) -> None:
@@ -292,12 +297,16 @@ def _run(folder: Path, plan: HostPlan) -> dict[str, str]:
 
 def _write(folder: Path, plan: HostPlan) -> None:
     (folder / "roles").mkdir(mode=0o700, exist_ok=True)
+    before, config, digests = _read(folder / PLAN), _read(folder / CONFIG), {}
+    if before is not None and config is not None:
+        with contextlib.suppress(ConfigError):  # another version wrote it: all its roles are restarted
+            digests = kept_digests(read_file(HostPlan, json.loads(before), PLAN), config, plan)
     write_private(folder / PLAN, json.dumps(asdict(plan)).encode())
     for role in plan.roles:
         write_private(folder / "roles" / f"{role.name}.sh", script(role, plan).encode())
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     min_files = _FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, _FILES_WANTED)
-    write_private(folder / CONFIG, supervisord_conf(plan, min_files=min_files).encode())
+    write_private(folder / CONFIG, supervisord_conf(plan, min_files=min_files, digests=digests).encode())
 
 
 def _put_files(folder: Path, files: dict[str, bytes]) -> list[str]:
@@ -354,6 +363,15 @@ def states(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 def _roles(folder: Path) -> list[HostRole]:
     text = _read(folder / PLAN)
     return [] if text is None else list(read_file(HostPlan, json.loads(text), PLAN).roles)
+
+
+def put(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Replace a file that `apply` has put beside the roles, which read it again by themselves."""
+    path = folder / asked["name"]
+    if not path.is_file():
+        raise ConfigError(f"{path}: expected the file of a cluster that runs: `cluster up` puts it there")
+    write_private(path, base64.b64decode(asked["content"]))
+    return {}
 
 
 def down(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -423,7 +441,7 @@ def tail(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 VERBS = {
-    "apply": apply, "undo": undo, "states": states, "down": down, "start": start, "stop": stop,
+    "apply": apply, "put": put, "undo": undo, "states": states, "down": down, "start": start, "stop": stop,
     "status": status, "tail": tail, "facts": facts,
 }  # fmt: skip
 

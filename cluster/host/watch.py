@@ -7,7 +7,8 @@ each asks the kernel for that, and finds its parent's number in the environment
 
 - **Until it is kept.** FD is a socket to the command that starts a cluster of this machine. Until
   `keep` comes over it, its end, for any reason, takes everything down and leaves nothing.
-- **Order.** SIGTERM stops the router first, which answers what it holds, then all workers at once.
+- **Order.** SIGTERM stops the gateway first, then the router, which answers what it holds, then all workers
+  at once.
 - **Its traces.** For a cluster of this machine it writes the state file, by which clients find the
   router; at its end it removes everything except the logs.
 """

@@ -260,8 +260,8 @@ class WatchedOptions(ServerOptions):  # type: ignore[misc]  # supervisor ships n
         for config in found:
             config.timing = self._timing
             config.startsecs, config.startretries = 0, _MANY  # `WatchedProcess` decides this instead
-            is_router = config.priority == 1
-            config.stopwaitsecs = self._timing.router_stop_s if is_router else self._timing.worker_stop_s
+            waits_s = (self._timing.gateway_stop_s, self._timing.router_stop_s, self._timing.worker_stop_s)
+            config.stopwaitsecs = waits_s[min(config.priority, len(waits_s) - 1)]
         return found
 
     def openhttpservers(self, supervisord: Any) -> None:

@@ -127,7 +127,15 @@ def _router(seen: Seen) -> Iterator[Finding]:
             else "wait: it is being restarted"
         )
         yield Finding("router", Verdict.WRONG, f"router: {words}", fix)
-    elif seen.status.router.draining:
+        return
+    for share in seen.status.routers or ():
+        if not share.answers:
+            fix = f"wait: it is being restarted; or {seen.command('restart --router')}"
+            yield Finding("router", Verdict.WRONG, f"router at {share.endpoint}: does not answer", fix)
+        elif not share.gpus and seen.status.workers_ready:
+            fix = "wait a few seconds: workers move to routers that have fewer GPUs"
+            yield Finding("router", Verdict.WRONG, f"router at {share.endpoint}: has no GPUs", fix)
+    if seen.status.router.draining:
         fix = f"wait until it has ended, then {seen.command('restart --router')}"
         yield Finding("router", Verdict.WRONG, "router: drains, and refuses queries", fix)
 

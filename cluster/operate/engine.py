@@ -12,6 +12,7 @@ way, so an operator needs no access to the router's ports.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import platform
 import sys
@@ -19,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.engines.engine import TAIL_LINES, Applied, HostSeen, RoleSeen, Stopped, absent
+from cluster.engines.engine import TAIL_LINES, Applied, HostSeen, RoleSeen, Stopped, absent, tail
 from cluster.engines.placed.opening import open_placed
 from cluster.remote import record as records
 from cluster.remote.ask import ASK_S, ask
@@ -27,7 +28,7 @@ from cluster.remote.record import KnownHost, Record
 from cluster.remote.shell import LocalShell, OpenSsh, RemoteError, parallel
 from cluster.spec.engines import SSH
 from cluster.spec.plan import python_path
-from cluster.spec.roles import HERE
+from cluster.spec.roles import HERE, SETTINGS
 from superserve.errors import ConfigError
 from superserve.fields import read
 from superserve.roles import local
@@ -99,11 +100,17 @@ class SupervisorEngine:
         assert n in (0, 1), "a role is one process: `up` with another number of workers adds roles"
         self.ask(self.record.host_of(role).name, "start" if n else "stop", role=role)
 
+    def tune(self, settings: bytes) -> None:
+        """Give the routers other settings, in a file that each reads by itself."""
+        text = base64.b64encode(settings).decode()
+        for host in self.record.router_hosts:
+            self.ask(host, "put", name=SETTINGS, content=text)
+
     def stop(self) -> Stopped:
-        """Stop the router, while workers still answer what it holds, then everything on all hosts."""
+        """Stop the routers, while workers still answer what they hold, then everything on all hosts."""
         stopped: dict[str, tuple[tuple[str, int], ...]] = {}
         wrong: dict[str, str] = {}
-        self._stop(self.record.router_host, stopped, wrong, kind="router")
+        parallel(self.record.router_hosts, lambda h: self._stop(h, stopped, wrong, kind="router"))
         others = [host for host in self.record.host_names if host not in wrong]
         parallel(others, lambda h: self._stop(h, stopped, wrong))
         return Stopped({host: stopped[host] for host in self.record.host_names if host in stopped}, wrong)
@@ -150,9 +157,10 @@ class SupervisorEngine:
         known = self.record.host(host)
         return ask(self._shell, known, verb, timeout_s=timeout_s, **asked)
 
-    def start_reading(self, host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a command on a host; the caller reads its output from `stdout`, and ends it."""
-        return self._shell.start(self.record.host(host).target, argv)
+    def follow(self, role: str, n_lines: int) -> subprocess.Popen[bytes]:
+        """Start what prints the last lines of a role's log and then each new one, on its host."""
+        host = self.record.host_of(role)
+        return self._shell.start(host.target, tail(f"{host.folder}/{role}.log", n_lines))
 
 
 def _seen(host: KnownHost, name: str, role: dict[str, Any] | None) -> RoleSeen:

@@ -57,7 +57,18 @@ def unready(
                 words = f"{role.host}: {role.name} ({role.state}) did not register with the router"
                 words += f": {role.why}" if role.why else ""
                 lines.append(Unready(words, is_final=False))
-    return lines
+    return lines if status is None else [*lines, *_silent(seen, status)]
+
+
+def _silent(seen: Sequence[HostSeen], status: RouterStatus) -> list[Unready]:
+    """Return which of several routers do not answer: the others' STATUS is there all the same."""
+    n = sum(role.kind == "router" and not role.has_ended for host in seen for role in host.roles)
+    shares = status.routers or ()
+    n_answering = sum(share.answers for share in shares) if shares else 1
+    if n_answering >= n:
+        return []
+    ends = ", ".join(share.endpoint for share in shares if not share.answers) or "one that has no place yet"
+    return [Unready(f"{n_answering} of {n} routers answer, and not {ends}", is_final=False)]
 
 
 def _no_answer(role: RoleSeen) -> str:

@@ -7,6 +7,7 @@ the record is written before anything is started.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from cluster.remote import record as records
 from cluster.remote.ask import ask
 from cluster.remote.record import KnownHost, Record
 from cluster.remote.shell import RemoteError, parallel
+from cluster.spec.roles import ROUTERS_FILE, is_router
 from superserve.errors import ProcessError
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def up(
     known = _prepare(shell, plan, able, wheel, done)
     before = records.load(plan.name)
     _remember(plan, known, before, done)
-    _apply(shell, plan, known, done)
+    _apply(shell, plan, known, before, done)
     if not (rollback and done.wrong):
         fleet = SupervisorEngine(_record(plan, known, done), shell)
         await_ready(fleet, dict(plan.slots), done, ready_timeout_s)
@@ -164,7 +166,26 @@ def _remember(plan: HostsPlan, known: list[KnownHost], before: Record | None, do
     done.changed |= {host.name: {} for host in known}
 
 
-def _apply(shell: Shell, plan: HostsPlan, known: Sequence[KnownHost], done: HostsUp) -> None:
+def _unlist(
+    engine: SupervisorEngine, plan: HostsPlan, before: Record | None, files: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Give the routers that stay their new list before others drain: so no client turns to one of those."""
+    wanted = {role.name for roles in plan.roles for role in roles}
+    if before is None or not any(is_router(name) and name not in wanted for name in before.role_names):
+        return
+    staying = [name for name in engine.record.router_hosts if name in before.router_hosts]
+
+    def put(name: str) -> None:
+        # Where there is none yet, or the host does not answer, `apply` does it, or says why not.
+        with contextlib.suppress(RemoteError, KeyError):
+            engine.ask(name, "put", name=ROUTERS_FILE, content=files[name][ROUTERS_FILE])
+
+    parallel(staying, put)
+
+
+def _apply(
+    shell: Shell, plan: HostsPlan, known: Sequence[KnownHost], before: Record | None, done: HostsUp
+) -> None:
     """Make each host run exactly its roles, all at once, and hosts that left the file none."""
     record = records.load(plan.name)
     assert record is not None, "it was written just now"
@@ -174,6 +195,7 @@ def _apply(shell: Shell, plan: HostsPlan, known: Sequence[KnownHost], done: Host
     plans = {host.name: plan.plan_of(host.name, host.folder, host.interpreter, host.code) for host in known}
     files = {host.name: plan.files_of(host.name) for host in known}
     engine = SupervisorEngine(_record(plan, known, done), shell)
+    _unlist(engine, plan, before, files)
     for name, applied in engine.apply(plans, files).items():
         if applied.error:
             done.wrong.append(applied.error)

@@ -59,11 +59,7 @@ def follow(fleet: ClusterEngine, roles: Iterable[str]) -> None:
     readers: list[subprocess.Popen[bytes]] = []
     threads = []
     for role in roles:
-        host = fleet.record.host_of(role)
-        # -F: the log is rotated when it has grown, and starts again.
-        reader = fleet.start_reading(
-            host.name, ["tail", "-n", str(_N_LINES), "-F", f"{host.folder}/{role}.log"]
-        )
+        reader = fleet.follow(role, _N_LINES)
         readers.append(reader)
         threads.append(threading.Thread(target=_copy, args=(reader, role.ljust(width)), daemon=True))
     for thread in threads:

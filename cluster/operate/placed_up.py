@@ -41,7 +41,7 @@ def up(description: Description, *, ready_timeout_s: float) -> HostsUp:
     record = placing.record_of(description, folder)
     if before is not None and before.hosts[0].folder == str(folder):
         client, worker = before.client_endpoint, before.worker_endpoint
-        if _ports(before) == _ports(record):  # where the router was is the first place to ask
+        if _ports(before) == _ports(record):  # where the routers were is the first place to ask
             record = replace(record, client_endpoint=client, worker_endpoint=worker)
     done = HostsUp(description.name, [])
     with open_placed(record) as engine:
@@ -57,4 +57,5 @@ def up(description: Description, *, ready_timeout_s: float) -> HostsUp:
 
 
 def _ports(record: Record) -> list[str]:
-    return [end.rpartition(":")[2] for end in (record.client_endpoint, record.worker_endpoint)]
+    ends = f"{record.client_endpoint},{record.worker_endpoint}".split(",")
+    return [end.rpartition(":")[2] for end in ends]

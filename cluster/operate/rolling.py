@@ -94,21 +94,41 @@ class RollingOperator:
         self._each(groups, force, timeout_s)
 
     def restart_router(self, timeout_s: float) -> None:
-        """Restart the router, and wait until every worker that was live is live again.
+        """Restart the router, and wait until every worker that was live is live again; several in turn.
+
+        Of several, the next one is touched only once each has GPUs again: queries and workers of the one
+        that is away are with the others.
 
         Raises:
             ProcessError: It does not come back, or a worker does not find it.
         """
-        router = self._cluster.roles()[0]
+        routers = [role for role in self._cluster.roles() if role.kind == "router"]
         before = self._well()
-        self._stop([] if router.has_ended else [router])
-        self._start([router], timeout_s, before)
+        for router in routers:
+            self._stop([] if router.has_ended else [router])
+            self._start([router], timeout_s, before)
+            if len(routers) > 1:
+                self._await_shares(timeout_s, min(len(routers), len(before)))
+
+    def _await_shares(self, timeout_s: float, n: int) -> None:
+        """Wait until `n` routers have GPUs."""
+        begin_ns = self._clock.now_ns()
+        while True:
+            status = self._cluster.status()
+            shares = () if status is None else status.routers or ()
+            if sum(share.gpus > 0 for share in shares) >= n:
+                return
+            if (self._clock.now_ns() - begin_ns) / SECOND > timeout_s:
+                alone = ", ".join(share.endpoint for share in shares if not share.gpus)
+                raise ProcessError(f"{alone}: no worker has moved there within {timeout_s:g} s")
+            self._pause(_ASK_AGAIN_S)
 
     def start_ended(self, timeout_s: float) -> list[str]:
         """Start every role that has ended; return their names once they are live."""
         ended = [role for role in self._cluster.roles() if role.has_ended]
         router = [role for role in ended if role.kind == "router"]
-        for group in (router, [role for role in ended if role.kind == "worker"]):
+        others = [role for role in ended if role.kind not in ("router", "worker")]
+        for group in (router, [role for role in ended if role.kind == "worker"], others):
             if group:
                 self._start(group, timeout_s, [role.name for role in group if role.kind == "worker"])
         return [role.name for role in ended]
@@ -195,7 +215,10 @@ class RollingOperator:
                     self._say(f"{name}: live again after {took_s:.1f} s, as {where}")
                 return
             if took_s > timeout_s:
-                absent = sorted((names | set(workers)) - there - {"router"}) or ["router"]
+                absent = sorted(
+                    (names | set(workers)) - there - {role.name for role in roles if role.kind == "router"}
+                )
+                absent = absent or [role.name for role in roles]
                 raise ProcessError(f"{', '.join(absent)}: not live again within {timeout_s:g} s")
             self._pause(_ASK_AGAIN_S)
 

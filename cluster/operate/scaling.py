@@ -1,4 +1,4 @@
-"""`cluster scale` and `cluster autoscale`: how many workers run, whatever keeps them.
+"""`cluster scale`, `autoscale` and `apply`: how many workers run and how their router decides, on any engine.
 
 Over ssh a cluster has the workers of its file: scaling starts and drains those. An engine that chooses the
 machines gets further ones, like their siblings. Which ones is decided here, once, and so that the same number
@@ -19,17 +19,23 @@ from cluster.remote import record as records
 from cluster.remote.shell import RemoteError
 from cluster.spec.engines import SSH
 from cluster.spec.plan import MAX_WORKERS
+from cluster.spec.roles import is_worker
 from router.report.scaler import AS_SERVED, need_of
-from superserve.errors import ConfigError
+from router.serve.settings_file import RouterSettings
+from superserve.errors import ConfigError, ProcessError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from cluster.engines.engine import ClusterEngine, RoleSeen
     from cluster.remote.record import Record
+    from cluster.spec.roles import Tuning
     from router.report.scaler import Scaler
+    from superserve.status import RouterInfo
 
 _MEMBER = re.compile(r"worker-(.+)-(\d+)")
+_ASK_AGAIN_S = 0.1
+_TUNED = ("policy", "margin_ms", "max_queries", "max_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ def change(record: Record, running: Collection[str], n: int) -> Change:
     Raises:
         ConfigError: `n` is not 1 to `MAX_WORKERS`, or more than a cluster over ssh has.
     """
-    known = [(role, host.name) for host in record.hosts for role in host.roles if role != "router"]
+    known = [(role, host.name) for host in record.hosts for role in host.roles if is_worker(role)]
     if not 1 <= n <= MAX_WORKERS:
         raise ConfigError(f"scale: expected 1 to {MAX_WORKERS} workers, got {n}")
     if record.engine == SSH and n > len(known):
@@ -95,7 +101,7 @@ def noted(record: Record, change: Change) -> Record:
     for role, host in change.start:
         if role not in record.host(host).roles:
             more.setdefault(host, []).append(role)
-            sibling = next(one for one in record.host(host).roles if one != "router")
+            sibling = next(one for one in record.host(host).roles if is_worker(one))
             slots[role] = slots.get(sibling, 1)
     hosts = tuple(replace(host, roles=(*host.roles, *more.get(host.name, ()))) for host in record.hosts)
     started = {role for role, _ in change.start}
@@ -223,3 +229,56 @@ def _note(engine: ClusterEngine, planned: Change) -> None:
     if record != engine.record:
         records.save(record)
         engine.keep(record)
+
+
+# --- the router's settings ---------------------------------------------------------------------
+
+
+def tune(
+    engine: ClusterEngine, tuning: Tuning, *, timeout_s: float, pause: Callable[[float], None] = time.sleep
+) -> list[str]:
+    """Give the router other settings, and wait until they are in force; return what changed, in lines.
+
+    Args:
+        engine: The cluster.
+        tuning: The settings.
+        timeout_s: How long the router may take.
+        pause: Waits for a number of seconds.
+
+    Raises:
+        ProcessError: The router does not answer, refuses them, or does not take them in time.
+    """
+    before = _info(engine)
+    if before is None:
+        raise ProcessError("the router does not answer, so nothing was changed: see `cluster doctor`")
+    given = {name: value for name in _TUNED if (value := getattr(tuning, name)) is not None}
+    wanted = RouterSettings(**given)
+    engine.tune(tuning.content())
+    give_up_s = time.monotonic() + timeout_s
+    while True:
+        now = _info(engine)
+        if now is not None:
+            if not _different(now, wanted) and not now.settings_error:
+                return [
+                    f"{name}: {_words(getattr(before, name))} -> {_words(getattr(now, name))}"
+                    for name in _different(before, wanted)
+                ]
+            if now.settings_error and now.settings_error != before.settings_error:
+                raise ProcessError(f"the router refuses them, and runs on as before: {now.settings_error}")
+        if time.monotonic() > give_up_s:
+            left = ", ".join(_different(now, wanted)) if now is not None else "no answer"
+            raise ProcessError(f"the router did not take them within {timeout_s:g} s: {left}")
+        pause(_ASK_AGAIN_S)
+
+
+def _info(engine: ClusterEngine) -> RouterInfo | None:
+    status = engine.router_status()
+    return None if status is None else status.router
+
+
+def _different(info: RouterInfo, wanted: RouterSettings) -> list[str]:
+    return [name for name in _TUNED if getattr(info, name) != getattr(wanted, name)]
+
+
+def _words(value: object) -> str:
+    return "as measured" if value is None else str(value)

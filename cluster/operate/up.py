@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import signal
 import socket
@@ -19,7 +20,7 @@ from cluster.operate.rolling import RollingOperator
 from cluster.operate.supervised import SupervisedCluster
 from cluster.remote.shell import RemoteError
 from cluster.spec.plan import differences, name_option, python_path
-from cluster.spec.roles import HostPlan, timing
+from cluster.spec.roles import ROUTERS_FILE, HostPlan, routers_file, timing
 from superserve.errors import ConfigError, ProcessError
 from superserve.net.connection import ask_status
 from superserve.roles import local
@@ -173,11 +174,16 @@ class _Hold:
         self._folder = folder
         self._control, self._its = socket.socketpair()
         self._is_ours = False
+        self._files: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         ports = _Ports()
         try:
-            roles, client, worker = self._plan.placed(ports.take)
+            roles, clients, workers = self._plan.placed(ports.take, str(self._folder))
+            client, worker = ",".join(clients), ",".join(workers)
+            if len(clients) > 1:
+                content = routers_file(clients, workers)
+                self._files[ROUTERS_FILE] = base64.b64encode(content).decode()
             about = {
                 "name": self._plan.name, "options": self._plan.options, "client_endpoint": client,
                 "worker_endpoint": worker,
@@ -201,7 +207,7 @@ class _Hold:
         (host,) = engine.record.host_names
         try:
             engine.ask(
-                host, "apply", plan=asdict(plan), files={}, hold=self._its.fileno(),
+                host, "apply", plan=asdict(plan), files=self._files, hold=self._its.fileno(),
                 kept_open=ports.descriptors(),
             )  # fmt: skip
         except RemoteError as error:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from cluster.spec.engines import SSH, RaySettings, SlurmSettings
-from cluster.spec.roles import HERE, Target
+from cluster.spec.engines import SSH, KubernetesSettings, RaySettings, SlurmSettings
+from cluster.spec.roles import HERE, Target, is_router
 from superserve.errors import ConfigError
 from superserve.fields import check_schema, read_file
 from superserve.files import write_private
@@ -79,6 +79,7 @@ class Record:
         engine: What keeps its roles.
         slurm: Settings of that engine, if it is Slurm.
         ray: Settings of that engine, if it is Ray.
+        kubernetes: Settings of that engine, if it is Kubernetes.
         resting: Roles that `cluster scale` has stopped: that they do not run is as asked for.
     """
 
@@ -96,12 +97,18 @@ class Record:
     engine: str = SSH
     slurm: SlurmSettings | None = None
     ray: RaySettings | None = None
+    kubernetes: KubernetesSettings | None = None
     resting: tuple[str, ...] = ()
 
     @property
     def host_names(self) -> tuple[str, ...]:
         """The hosts' names."""
         return tuple(host.name for host in self.hosts)
+
+    @property
+    def router_hosts(self) -> tuple[str, ...]:
+        """The names of the hosts with a router."""
+        return tuple(host.name for host in self.hosts if any(is_router(role) for role in host.roles))
 
     @property
     def role_names(self) -> tuple[str, ...]:

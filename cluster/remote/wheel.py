@@ -18,7 +18,7 @@ from pathlib import Path
 from superserve.errors import ConfigError
 
 PROJECT = "superserve"
-PACKAGES = ("superserve", "router", "gpu_worker", "loadgen", "profiles", "cluster")
+PACKAGES = ("superserve", "router", "gpu_worker", "gateway", "loadgen", "profiles", "cluster")
 
 # What roles and their keeper import on a host; the launcher needs more. A test compares these
 # with pyproject.toml.
@@ -34,6 +34,9 @@ FOR_SUPERNETS = (("torch", "2.10"), ("safetensors", "0.5"))
 FOR_FAMILIES = (("ruamel.yaml", "0.18"),)
 """And if that is a family. What runs ONNX files is left to its user: onnxruntime or onnxruntime-gpu, which
 own the same files, so that one must not be installed beside the other."""
+
+FOR_GATEWAY = (("grpcio", "1.70"), ("httptools", "0.6"), ("protobuf", "5.29"), ("uvloop", "0.21"))
+"""And if a gateway runs there."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip file's earliest time: files' own times must not change the hash
 _MODE = 0o644 << 16

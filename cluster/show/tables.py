@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from cluster.operate.down import Down
     from superserve.roles.local import LocalCluster, Role
-    from superserve.status import GpuStatus, RouterStatus
+    from superserve.status import GpuStatus, RouterShare, RouterStatus
 
 _MS = 1_000_000
 _MIB = 1 << 20
@@ -46,10 +46,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def processes(cluster: LocalCluster) -> str:
     """Return the table of a cluster's processes: role, number, state, and what each serves."""
     rows = [("keeper", str(cluster.keeper.pid), str(cluster.phase), f"this cluster, since {cluster.since}")]
+    ends = list(zip(cluster.client_endpoint.split(","), cluster.worker_endpoint.split(","), strict=False))
     for role in cluster.roles:
         serves = role.serves
-        if role.kind == "router" and cluster.client_endpoint:
-            serves = f"clients at {cluster.client_endpoint}, workers at {cluster.worker_endpoint}, {serves}"
+        if role.kind == "router" and cluster.client_endpoint and ends:
+            client, worker = ends.pop(0)
+            serves = f"clients at {client}, workers at {worker}, {serves}"
         if role.metrics:
             serves = f"{serves}, http://{role.metrics}/metrics"
         rows.append((role.name, _pid(role), _state(role), serves))
@@ -94,7 +96,7 @@ def next_lines(
     name: str, client_endpoint: str, status: RouterStatus, profile: str, *, has_keys: bool = False
 ) -> list[str]:
     """Return what to type next, and how a program connects, for a cluster on any hosts."""
-    given = "" if name == DEFAULT_NAME else f" --connect {client_endpoint.removeprefix('tcp://')}"
+    given = "" if name == DEFAULT_NAME else f" --connect {client_endpoint.replace('tcp://', '')}"
     named = name_option(name)
     keys = ', keys="NAME.key"' if has_keys else ""
     return [
@@ -152,7 +154,7 @@ def router(cluster: Endpoints, status: RouterStatus) -> list[str]:
     queries, queue, batches = status.queries, status.queue, status.batches
     answered = ", ".join(f"{name} {n:,}" for name, n in queries.answered.items() if n) or "none"
     head = queue.head_slack_ms
-    return [
+    lines = [
         f"clients    {cluster.client_endpoint}, {status.clients} connected",
         f"workers    {cluster.worker_endpoint}, {len(status.workers)} GPUs registered",
         f"policy     {status.router.policy}",
@@ -162,6 +164,18 @@ def router(cluster: Endpoints, status: RouterStatus) -> list[str]:
         + ("" if head is None else f", the first has {head:.1f} ms of slack"),
         f"batches    {batches.dispatched:,} dispatched, {batches.in_flight:,} in flight",
     ]
+    return [*lines, *(f"router     {share_words(share)}" for share in status.routers or ())]
+
+
+def share_words(share: RouterShare) -> str:
+    """Return one of several routers in words."""
+    if not share.answers:
+        return f"{share.endpoint}: does not answer"
+    state = ", draining" if share.draining else ""
+    return (
+        f"{share.endpoint}: {share.gpus} GPUs, {share.queued:,} queries queued, "
+        f"{share.received:,} received{state}"
+    )
 
 
 def roles(cluster: LocalCluster, status: RouterStatus | None) -> str:

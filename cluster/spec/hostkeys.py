@@ -114,7 +114,7 @@ def keys_of(hosts: Hosts, name: str) -> HostKeys:
     folder = Path(hosts.keys)
     files: list[tuple[str, bytes]] = []
     ring = worker = ""
-    if name == hosts.router.host:
+    if name in {place.host for place in hosts.places}:  # all routers have the same key
         ring = f"{KEYS}/{_digest(router_keys(folder).public)}"
         operator, _ = _secret(folder, "operator", OPERATOR)
         files += [*_ring_files(folder, ring), (f"{KEYS}/{OPERATOR_KEY}", operator)]

@@ -1,7 +1,8 @@
 """What each host of a hosts file will run: its roles, their command lines, and what they need there.
 
     router            on the router's host; binds every address of it, or loopback if that is all
-                      the file names
+                      the file names; of a list of routers: router-HOST-I
+    gateway           on the first router's host, if the file has one
     worker-HOST-I     one for each GPU of `gpus`, or `workers` of them
 
 The paths of files on the operator's machine (a profile that is not a shipped one) become
@@ -17,15 +18,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.spec.gateway import gateway_on_host
 from cluster.spec.hostkeys import keys_of, operator_key
 from cluster.spec.roles import (
     FILES,
+    ROUTERS_FILE,
+    SETTINGS,
     HostPlan,
     Target,
     Wanted,
+    at,
     emulated,
     resident,
     router_role,
+    routers_file,
     timing,
     worker_role,
 )
@@ -36,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cluster.spec.hostkeys import HostKeys
-    from cluster.spec.hosts import Host, Hosts
+    from cluster.spec.hosts import Host, Hosts, RouterPlace
     from cluster.spec.roles import HostRole, Served
 
 EVERY = "0.0.0.0"  # noqa: S104  only bound where `check_security` allows it
@@ -54,9 +60,9 @@ class HostsPlan:
         name: Of the cluster.
         file: Its hosts file, as an absolute path.
         ssh_config: The file for `ssh -F`; None for the user's own.
-        router_host: The name of the router's host.
-        client_endpoint: Where clients connect.
-        worker_endpoint: Where workers connect.
+        router_host: The name of the router's host; of several, the first one's.
+        client_endpoint: Where clients connect; of several routers, all of them with commas between.
+        worker_endpoint: Where workers connect, in the same form.
         profile: The profile that the workers use.
         wanted: What each host must have.
         roles: What each runs, in the same order.
@@ -114,24 +120,72 @@ def plan_of(hosts: Hosts, path: Path) -> HostsPlan:
     profile, files = served_profile(hosts)
     keys = [keys_of(hosts, host.name) for host in hosts.hosts]
     roles = tuple(
-        (*_router(hosts, host, own), *_workers(hosts, host, profile, own))
+        (*_routers(hosts, host, own), *_workers(hosts, host, profile, own), *_gateway(hosts, host))
         for host, own in zip(hosts.hosts, keys, strict=True)
     )
     wanted = tuple(_wanted(hosts, host, there) for host, there in zip(hosts.hosts, roles, strict=True))
     slots = tuple((name, host.gpus_per_worker or 1) for host in hosts.hosts for name in host.worker_names)
     return HostsPlan(
         hosts.cluster, str(path.absolute()), hosts.ssh_config, hosts.router.host,
-        at(hosts.router_address, hosts.router.client_port),
-        at(hosts.router_address, hosts.router.worker_port),
-        hosts.emulate or hosts.serves, wanted, roles, slots, tuple((*files, *own.files) for own in keys),
+        ",".join(_ends(hosts, "client")), ",".join(_ends(hosts, "worker")),
+        hosts.emulate or hosts.serves, wanted, roles, slots,
+        tuple(
+            (*files, *own.files, *_settings(hosts, host), *_list_of_routers(hosts, host))
+            for host, own in zip(hosts.hosts, keys, strict=True)
+        ),
         hosts.log.megabytes << 20, hosts.log.files, operator_key(hosts),
     )  # fmt: skip
 
 
-def at(address: str, port: int) -> str:
-    """Return the endpoint of a port at a name or an address; IPv6 addresses get brackets."""
-    bare = address.strip("[]")
-    return f"tcp://[{bare}]:{port}" if ":" in bare else f"tcp://{address}:{port}"
+def _ends(hosts: Hosts, whose: str) -> list[str]:
+    """Return each router's endpoint for clients or workers, as others reach it."""
+    ports = {"client": "client_port", "worker": "worker_port"}
+    return [at(_address(place), getattr(place, ports[whose])) for place in hosts.places]
+
+
+def _address(place: RouterPlace) -> str:
+    assert place.address is not None, "load_hosts fills it in"
+    return place.address
+
+
+def _list_of_routers(hosts: Hosts, host: Host) -> tuple[tuple[str, bytes], ...]:
+    """Return the file that lists several routers, for a host with one of them."""
+    if hosts.routers is None or host.name not in {place.host for place in hosts.places}:
+        return ()
+    return ((ROUTERS_FILE, list_of_routers(hosts)),)
+
+
+def list_of_routers(hosts: Hosts, worker_ends: Sequence[str] | None = None) -> bytes:
+    """Return the file that lists the routers of a hosts file, as others reach them; none if it has one.
+
+    That one hears of others by this file, once there are some.
+
+    Args:
+        hosts: The file.
+        worker_ends: Where workers reach each, if not at the address of the file.
+    """
+    if len(hosts.places) == 1:
+        return routers_file((), ())
+    return routers_file(_ends(hosts, "client"), worker_ends or _ends(hosts, "worker"))
+
+
+def worker_ends(hosts: Hosts, host: Host, i: int) -> str:
+    """Return what the `i`th worker of a host connects to: every router, with commas between."""
+    # A router's own host may not reach itself at the address that others use.
+    endpoints = [
+        at(own_address(place) if host.name == place.host else _address(place), place.worker_port)
+        for place in hosts.places
+    ]
+    # Each begins its list with another router: of routers that are alike it joins the first.
+    first = sum(one.n_workers for one in hosts.hosts[: hosts.hosts.index(host)])
+    turn = (first + i) % len(endpoints)
+    return ",".join(endpoints[turn:] + endpoints[:turn])
+
+
+def bound_at(place: RouterPlace) -> str:
+    """Return what a router binds: loopback if that is all it is reached at, else every address."""
+    address = _address(place)
+    return own_address(place) if is_loopback(address) else "::" if ":" in address else EVERY
 
 
 def _is_literal(address: str) -> bool:
@@ -152,11 +206,12 @@ def is_loopback(address: str) -> bool:
 
 def check_security(hosts: Hosts, path: Path) -> None:
     """Raise ConfigError if a file without keys would open ports to other machines without leave."""
-    if hosts.keys is not None or hosts.security == "none" or is_loopback(hosts.router_address):
+    open_at = [_address(place) for place in hosts.places if not is_loopback(_address(place))]
+    if hosts.keys is not None or hosts.security == "none" or not open_at:
         return
     raise ConfigError(
         f"{path}: security: without keys nothing listens beyond loopback, and the router's address is "
-        f"{hosts.router_address}: make keys with `cluster keys make` and write `keys: FOLDER`, or write "
+        f"{open_at[0]}: make keys with `cluster keys make` and write `keys: FOLDER`, or write "
         f"`security: none` if every host that reaches it may use it"
     )
 
@@ -174,10 +229,12 @@ def served_profile(hosts: Hosts) -> tuple[str, tuple[tuple[str, bytes], ...]]:
 
 def _wanted(hosts: Hosts, host: Host, roles: Sequence[HostRole]) -> Wanted:
     assert host.address is not None, "load_hosts fills it in"
-    is_routers = host.name == hosts.router.host
-    ports = [hosts.router.client_port, hosts.router.worker_port] if is_routers else []
-    if is_routers and hosts.metrics.router is not None:
-        ports.append(hosts.metrics.router)
+    here = [place for place in hosts.places if place.host == host.name]
+    ports = [port for place in here for port in (place.client_port, place.worker_port)]
+    if hosts.gateway is not None and host.name == hosts.router.host:
+        ports += hosts.gateway.ports
+    if here and hosts.metrics.router is not None:
+        ports += range(hosts.metrics.router, hosts.metrics.router + len(here))
     if hosts.metrics.workers is not None:
         ports += range(hosts.metrics.workers, hosts.metrics.workers + host.n_workers)
     gpus = tuple(int(device.partition(":")[2]) for device in host.devices if device.startswith("cuda:"))
@@ -186,35 +243,59 @@ def _wanted(hosts: Hosts, host: Host, roles: Sequence[HostRole]) -> Wanted:
         () if hosts.emulate is not None else gpus,
         hosts.emulate is None and host.n_workers > 0, tuple(role.name for role in roles),
         _looked_up(hosts, host), hosts.family is not None,
+        hosts.gateway is not None and host.name == hosts.router.host,
     )  # fmt: skip
 
 
 def _looked_up(hosts: Hosts, host: Host) -> str:
     """Return the name that a host's workers look up to find the router; "" if they look up none."""
-    is_needed = host.n_workers > 0 and host.name != hosts.router.host
-    return hosts.router_address if is_needed and not _is_literal(hosts.router_address) else ""
+    others = [_address(place) for place in hosts.places if place.host != host.name]
+    names = [address for address in others if not _is_literal(address)]
+    return names[0] if names and host.n_workers > 0 else ""
 
 
-def _router(hosts: Hosts, host: Host, keys: HostKeys) -> list[HostRole]:
-    if host.name != hosts.router.host:
-        return []
-    bound = _own(hosts) if is_loopback(hosts.router_address) else "::" if _is_ipv6(hosts) else EVERY
+def _routers(hosts: Hosts, host: Host, keys: HostKeys) -> list[HostRole]:
     more = (
         *(("--keys", f"{FOLDER}/{keys.ring}") if keys.ring else ()),
         *(("--security", "none") if hosts.security == "none" else ()),
-        *_metrics(hosts, hosts.metrics.router),
     )
-    client, worker = at(bound, hosts.router.client_port), at(bound, hosts.router.worker_port)
-    return [router_role(client, worker, hosts.policy, hosts.margin_ms, *more, env=_env(host))]
+    listed = () if hosts.routers is None else ("--routers", f"{FOLDER}/{ROUTERS_FILE}")
+    tuning = hosts.tuning(f"{FOLDER}/{SETTINGS}")
+    roles = []
+    for i, (name, place) in enumerate(zip(hosts.router_names, hosts.places, strict=True)):
+        if place.host != host.name:
+            continue
+        metrics = _metrics(hosts, hosts.router_metrics(i))
+        client, worker = (at(bound_at(place), port) for port in (place.client_port, place.worker_port))
+        role = router_role(client, worker, tuning, *more, *metrics, *listed, env=_env(host))
+        roles.append(replace(role, name=name))
+    return roles
 
 
-def _is_ipv6(hosts: Hosts) -> bool:
-    return ":" in hosts.router_address
+def _settings(hosts: Hosts, host: Host) -> tuple[tuple[str, bytes], ...]:
+    """Return the routers' settings for a host with one of them; nothing for others."""
+    is_there = host.name in {place.host for place in hosts.places}
+    return ((SETTINGS, hosts.tuning().content()),) if is_there else ()
 
 
-def _own(hosts: Hosts) -> str:
-    """Return the address at which the router's own host reaches it."""
-    return "::1" if _is_ipv6(hosts) else "127.0.0.1"
+def _gateway(hosts: Hosts, host: Host) -> list[HostRole]:
+    if hosts.gateway is None or host.name != hosts.router.host:
+        return []
+    connect = ",".join(
+        at(own_address(place) if place.host == host.name else _address(place), place.client_port)
+        for place in hosts.places
+    )
+    return [
+        gateway_on_host(
+            hosts.gateway, connect, FOLDER, has_keys=hosts.keys is not None, is_open=hosts.security == "none",
+            env=_env(host),
+        )
+    ]  # fmt: skip
+
+
+def own_address(place: RouterPlace) -> str:
+    """Return the address at which a router's own host reaches it."""
+    return "::1" if ":" in _address(place) else "127.0.0.1"
 
 
 def _metrics(hosts: Hosts, port: int | None) -> tuple[str, ...]:
@@ -228,16 +309,14 @@ def _env(host: Host) -> tuple[tuple[str, str], ...]:
 
 
 def _workers(hosts: Hosts, host: Host, profile: str, keys: HostKeys) -> list[HostRole]:
-    # The router's own host may not reach itself at the address that others use.
-    address = _own(hosts) if host.name == hosts.router.host else hosts.router_address
-    endpoint = at(address, hosts.router.worker_port)
     admitted = ("--keys", f"{FOLDER}/{keys.worker}") if keys.worker else ()
     roles = []
     first_port = hosts.metrics.workers
     for i, (name, device) in enumerate(zip(host.worker_names, host.devices, strict=True)):
         metrics = _metrics(hosts, None if first_port is None else first_port + i)
         served = _served(hosts, host, profile, device)
-        roles.append(worker_role(name, endpoint, served, *admitted, *metrics, env=_env(host)))
+        connect = worker_ends(hosts, host, i)
+        roles.append(worker_role(name, connect, served, *admitted, *metrics, env=_env(host)))
     return roles
 
 

@@ -24,10 +24,13 @@ from pydantic import BeforeValidator, Field
 
 from cluster.spec.engines import (  # pydantic looks at them when it reads a file
     EngineName,  # noqa: TC001
+    KubernetesSettings,  # noqa: TC001
     RaySettings,  # noqa: TC001
     SlurmSettings,  # noqa: TC001
 )
-from cluster.spec.plan import MAX_WORKERS
+from cluster.spec.gateway import HTTP_PORT
+from cluster.spec.plan import MAX_ROUTERS, MAX_WORKERS
+from cluster.spec.roles import Tuning
 from superserve.roles.local import DEFAULT_NAME
 
 if TYPE_CHECKING:
@@ -134,7 +137,7 @@ class MetricsPorts:
     """Where Prometheus finds metrics; None for nowhere.
 
     Attributes:
-        router: The router's port.
+        router: The router's port; others on its host follow it.
         workers: The port of each host's first worker process; the others follow it.
         address: The address that they are bound to; loopback if not given.
     """
@@ -144,6 +147,40 @@ class MetricsPorts:
     router: Port | None = None
     workers: Port | None = None
     address: Word = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayPlace:
+    """A gateway beside the router.
+
+    Attributes:
+        http_port: Where it serves HTTP.
+        grpc_port: Where it serves gRPC; None for nowhere.
+        address: Where it listens; loopback if not given. Any other needs `callers`, or `security: none`.
+        default_slo_ms: For requests without a deadline; None refuses them.
+        processes: Processes for each of the two.
+        model: The model's name in requests; None for the supernet's.
+        callers: The file of callers, on the router's host.
+        tls_cert: The server's certificate chain there; None serves without TLS.
+        tls_key: Its key there.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    http_port: Port = HTTP_PORT
+    grpc_port: Port | None = None
+    address: Word = "127.0.0.1"
+    default_slo_ms: Annotated[float, Field(gt=0, le=86_400_000, allow_inf_nan=False)] | None = None
+    processes: Count = 1
+    model: Word | None = None
+    callers: Word | None = None
+    tls_cert: Word | None = None
+    tls_key: Word | None = None
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """Where it listens."""
+        return (self.http_port,) if self.grpc_port is None else (self.http_port, self.grpc_port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +198,7 @@ class Hosts:
     """A hosts file.
 
     Attributes:
-        router: Where the router is.
+        router: Where the router is; of several, the first.
         hosts: Every host, at least one.
         cluster: The cluster's name.
         engine: What starts and keeps the roles. Other engines than ssh choose the machines themselves: to
@@ -169,6 +206,7 @@ class Hosts:
             nothing.
         slurm: Settings of `engine: slurm`.
         ray: Settings of `engine: ray`.
+        kubernetes: Settings of `engine: kubernetes`.
         emulate: A profile whose GPUs are emulated, instead of `supernet`, `family`, `weights` and `profile`.
         supernet: What real workers serve; None with `emulate` and with `family`.
         family: The path of a family file on each host, served instead of a supernet.
@@ -176,23 +214,27 @@ class Hosts:
         profile: A shipped profile's name, or a file's absolute path on this machine.
         policy: The router's policy.
         margin_ms: Slack that the router holds back; None for what it measures.
+        max_queries: Most queries that the router holds; None for its own bound.
+        max_bytes: Most payload bytes that it holds; None for its own bound.
         security: "keys", or "none" for a trusted network.
         keys: The folder of `cluster keys`, as an absolute path on this machine; None for no keys, and then
             nothing listens beyond loopback unless `security` is "none".
         metrics: Where Prometheus finds figures.
+        gateway: A gateway beside the router; None for none.
         ssh_config: A file for `ssh -F`, as an absolute path; None for the user's own.
         log: How much output is kept.
-        standby: A second router. Not implemented yet: a file that names one is refused.
+        routers: Equal routers, instead of `router`; None for one that stays the only one.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
-    router: RouterPlace
     hosts: Annotated[tuple[Host, ...], Field(min_length=1, max_length=MAX_HOSTS)]
+    router: RouterPlace = None  # type: ignore[assignment]  # `load_hosts` fills it in, if there are several
     cluster: Name = DEFAULT_NAME
     engine: EngineName = "ssh"
     slurm: SlurmSettings | None = None
     ray: RaySettings | None = None
+    kubernetes: KubernetesSettings | None = None
     emulate: Word | None = None
     supernet: Word | None = None
     family: Word | None = None
@@ -200,20 +242,49 @@ class Hosts:
     profile: Word | None = None
     policy: Word = "planfit"
     margin_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False)] | None = None
+    max_queries: Annotated[int, Field(ge=1)] | None = None
+    max_bytes: Annotated[int, Field(ge=1)] | None = None
     security: Literal["keys", "none"] = "keys"
     keys: Word | None = None
     metrics: MetricsPorts = field(default_factory=MetricsPorts)
+    gateway: GatewayPlace | None = None
     ssh_config: Word | None = None
     log: LogBounds = field(default_factory=LogBounds)
-    standby: Any = None
+    routers: Annotated[tuple[RouterPlace, ...], Field(min_length=1, max_length=MAX_ROUTERS)] | None = None
 
     def host(self, name: str) -> Host:
         """Return the host of that name, which must be there."""
         return next(host for host in self.hosts if host.name == name)
 
+    def tuning(self, file: str = "") -> Tuning:
+        """Return how the router decides: as options, or from a file."""
+        return Tuning(self.policy, self.margin_ms, self.max_queries, self.max_bytes, file)
+
+    @property
+    def places(self) -> tuple[RouterPlace, ...]:
+        """Where each router is."""
+        return (self.router,) if self.routers is None else self.routers
+
+    @property
+    def router_names(self) -> tuple[str, ...]:
+        """The role's name of each router: `router`, or of a list `router-HOST-I`.
+
+        A router keeps its name while others of the list come and go on other hosts, and so runs on.
+        """
+        if self.routers is None:
+            return ("router",)
+        hosts = [place.host for place in self.routers]
+        return tuple(f"router-{host}-{hosts[:i].count(host)}" for i, host in enumerate(hosts))
+
+    def router_metrics(self, i: int) -> int | None:
+        """Return the port of a router's metrics: of several on one host, each has the next one."""
+        if self.metrics.router is None:
+            return None
+        return self.metrics.router + [place.host for place in self.places[:i]].count(self.places[i].host)
+
     @property
     def router_address(self) -> str:
-        """Where clients and workers reach the router's host."""
+        """Where clients and workers reach the router's host; of several, the first one's."""
         assert self.router.address is not None, "load_hosts fills it in"
         return self.router.address
 

@@ -19,8 +19,18 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 
 from cluster.spec import hostkeys
-from cluster.spec.engines import RAY, SLURM, SSH, RaySettings, SlurmSettings
-from cluster.spec.hosts import CLIENT_PORT, WORKER_PORT, Host, Hosts, LogBounds, MetricsPorts, RouterPlace
+from cluster.spec.engines import KUBERNETES, RAY, SLURM, SSH, KubernetesSettings, RaySettings, SlurmSettings
+from cluster.spec.gateway import check_gateway
+from cluster.spec.hosts import (
+    CLIENT_PORT,
+    WORKER_PORT,
+    GatewayPlace,
+    Host,
+    Hosts,
+    LogBounds,
+    MetricsPorts,
+    RouterPlace,
+)
 from cluster.spec.plan import DEFAULT_PROFILE, MAX_WORKERS
 from cluster.spec.yaml_lines import Where, read_located
 from gpu_worker.family.file import NEEDS_PROFILE
@@ -41,8 +51,9 @@ T = TypeVar("T")
 
 _RESERVED = ("PYTHONPATH", "SUPERSERVE_HOST_FOLDER", "SUPERSERVE_ROLE_DIGEST", "SUPERSERVE_KEYS")
 _SECTIONS: dict[str, type] = {
-    "router": RouterPlace, "hosts[i]": Host, "metrics": MetricsPorts, "log": LogBounds,
-    "slurm": SlurmSettings, "ray": RaySettings,
+    "router": RouterPlace, "routers[i]": RouterPlace, "hosts[i]": Host, "metrics": MetricsPorts,
+    "log": LogBounds, "slurm": SlurmSettings, "ray": RaySettings, "kubernetes": KubernetesSettings,
+    "gateway": GatewayPlace,
 }  # fmt: skip
 _MOST_NOTICE_S = 65_535  # sbatch's own bound for --signal
 _MAX_SHOWN = 60  # of a value in a message: the message should stay one line
@@ -71,7 +82,10 @@ def dump(hosts: Hosts) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # it is typed as None
-    yaml.dump(_said(dataclasses.asdict(hosts)), text)
+    said = _said(dataclasses.asdict(hosts))
+    if hosts.routers is not None:
+        del said["router"]  # it is the first of them
+    yaml.dump(said, text)
     return text.getvalue()
 
 
@@ -165,6 +179,7 @@ def _unknown_key(where: Where) -> str:
     key = str(where[-1])
     known = _keys(_class_at(where[:-1]))
     elsewhere = [place for place, kind in _SECTIONS.items() if key in _keys(kind)]
+    elsewhere = [place for place in elsewhere if place != "routers[i]"]  # the same keys as `router`
     if key in _keys(Hosts):
         elsewhere.append("the top of the file")
     if nearest := difflib.get_close_matches(key, known, n=1):
@@ -242,33 +257,44 @@ def _addresses(data: dict[str, Any]) -> list[Found]:
     """Check that an address is not a login: ssh would accept `user@address`, and nothing else would."""
     places = [(where, host) for where, host in _hosts(data)]
     found: list[Found] = []
-    for where, section in [(("router",), data.get("router")), *places]:
+    for where, section in [*_routers(data), *places]:
         address = _get(section, "address", str)
         if address and "@" in address:
-            hint = "; `user:` is the name to log in as" if where != ("router",) else ""
+            hint = "; `user:` is the name to log in as" if where[0] == "hosts" else ""
             found.append(((*where, "address"), f"expected an address alone, got {address!r}{hint}"))
     return found
 
 
-def _router_is_listed(data: dict[str, Any]) -> list[Found]:
+def _routers(data: dict[str, Any]) -> list[tuple[Where, dict[str, Any]]]:
+    """Return each router's section that is a mapping, and where it is."""
+    several = data.get("routers")
+    found: list[tuple[Where, Any]] = [(("router",), data.get("router"))]
+    if isinstance(several, list):
+        found = [(("routers", i), section) for i, section in enumerate(several)]
+    return [(where, section) for where, section in found if isinstance(section, dict)]
+
+
+def _routers_are_listed(data: dict[str, Any]) -> list[Found]:
     names = list(dict.fromkeys(_names(data)))
-    name = _get(data.get("router"), "host", str)
-    if name is None or not names or name in names:
-        return []
-    nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    known = ", ".join(names)
-    return [(("router", "host"), f"expected the name of a host: {known}, got {name!r}{hint}")]
+    found: list[Found] = []
+    for where, router in _routers(data):
+        name = _get(router, "host", str)
+        if name is None or not names or name in names:
+            continue
+        nearest = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        known = ", ".join(names)
+        found.append(((*where, "host"), f"expected the name of a host: {known}, got {name!r}{hint}"))
+    return found
 
 
-def _standby_is_not_there(data: dict[str, Any]) -> list[Found]:
-    if data.get("standby") is None:
-        return []
-    text = (
-        "a second router is not supported yet: expected no such key; without one, a router that crashes is "
-        "started again on its host, on the same ports"
-    )
-    return [(("standby",), text)]
+def _router_or_routers(data: dict[str, Any]) -> list[Found]:
+    """Check that the file has one of both."""
+    if data and "router" not in data and "routers" not in data:
+        return [(("router",), f"expected {_WANTED['router']}, got nothing")]
+    if "router" in data and "routers" in data:
+        return [(("routers",), "expected router or routers, got both: write all of them as routers")]
+    return []
 
 
 def _count(host: dict[str, Any]) -> int:
@@ -277,16 +303,26 @@ def _count(host: dict[str, Any]) -> int:
 
 
 def _ports_once(data: dict[str, Any]) -> list[Found]:
-    """Check that each port of a host has one user: the router has two, and each role one for metrics."""
-    router, metrics = data.get("router"), data.get("metrics")
-    router_host = _get(router, "host", str)
+    """Check that each port of a host has one user: a router has two, and each role one for metrics.
+
+    Of routers, that is. An engine that chooses the machines takes other ports where two have the same.
+    """
+    metrics = data.get("metrics")
     used: dict[tuple[str, int], list[tuple[Where, str]]] = defaultdict(list)
-    for key, default in (("client_port", CLIENT_PORT), ("worker_port", WORKER_PORT)):
-        port = default if not isinstance(router, dict) or key not in router else _get(router, key, int)
-        if router_host and port:
-            used[router_host, port].append((("router", key), f"router.{key}"))
-    if router_host and (port := _get(metrics, "router", int)):
-        used[router_host, port].append((("metrics", "router"), "metrics.router"))
+    n_before: dict[str | None, int] = defaultdict(int)
+    is_placed = _get(data, "engine", str) not in (None, SSH)
+    for place, router in _routers(data):
+        router_host = _get(router, "host", str)
+        i, n_before[router_host] = n_before[router_host], n_before[router_host] + 1
+        if is_placed and i:
+            continue
+        for key, default in (("client_port", CLIENT_PORT), ("worker_port", WORKER_PORT)):
+            port = default if key not in router else _get(router, key, int)
+            if router_host and port:
+                where = (*place, key)
+                used[router_host, port].append((where, path_text(where)))
+        if router_host and (port := _get(metrics, "router", int)):
+            used[router_host, port + i].append((("metrics", "router"), "metrics.router"))
     if first := _get(metrics, "workers", int):
         for host in {_get(host, "name", str): host for _, host in _hosts(data)}.values():
             for i in range(min(_count(host), MAX_WORKERS)):
@@ -316,12 +352,12 @@ def _workers(data: dict[str, Any]) -> list[Found]:
     """Check that each host chooses its workers in one way, and that at least one host has a worker."""
     found: list[Found] = []
     is_emulated = data.get("emulate") is not None
-    router_host = _get(data.get("router"), "host", str)
+    router_hosts = {_get(router, "host", str) for _, router in _routers(data)}
     n_workers = 0
     for where, host in _hosts(data):
         found += [
             ((*where, key), text)
-            for key, text in _of_host(host, is_emulated, host.get("name") == router_host)
+            for key, text in _of_host(host, is_emulated, host.get("name") in router_hosts)
         ]
         n_workers += _count(host)
     if not found and not n_workers and _names(data):
@@ -366,7 +402,7 @@ def _engine(data: dict[str, Any]) -> list[Found]:
     engine = _get(data, "engine", str) or SSH
     found: list[Found] = [
         ((name,), f"expected it with engine: {name} only, got engine: {engine}")
-        for name in (SLURM, RAY)
+        for name in (SLURM, RAY, KUBERNETES)
         if data.get(name) is not None and engine != name
     ]
     slurm = _get(data, "slurm", dict) or {}
@@ -382,8 +418,8 @@ def _engine(data: dict[str, Any]) -> list[Found]:
 
 
 _CHECKS: tuple[Callable[[dict[str, Any]], list[Found]], ...] = (
-    _hosts_once, _addresses, _router_is_listed, _standby_is_not_there, _ports_once, _workers, _security,
-    _engine,
+    _hosts_once, _addresses, _routers_are_listed, _router_or_routers, _ports_once, _workers, _security,
+    _engine, check_gateway,
 )  # fmt: skip
 
 
@@ -471,7 +507,10 @@ def _profile(name: str, folder: Path) -> str:
 def _filled(hosts: Hosts, folder: Path) -> Hosts:
     """Return `hosts` with every default filled in, and absolute paths."""
     filled = tuple(_filled_host(host, is_emulated=hosts.emulate is not None) for host in hosts.hosts)
-    router_host = next(host for host in filled if host.name == hosts.router.host)
+    addresses = {host.name: host.address for host in filled}
+    places = tuple(
+        dataclasses.replace(place, address=place.address or addresses[place.host]) for place in hosts.places
+    )
     served: dict[str, Any] = {"emulate": _profile(hosts.emulate, folder)} if hosts.emulate is not None else {
         "supernet": None if hosts.family else hosts.supernet or DIGITS,
         "profile": _profile(hosts.profile or DEFAULT_PROFILE, folder),
@@ -479,10 +518,12 @@ def _filled(hosts: Hosts, folder: Path) -> Hosts:
     return dataclasses.replace(
         hosts,
         hosts=filled,
-        router=dataclasses.replace(hosts.router, address=hosts.router.address or router_host.address),
+        router=places[0],
+        routers=None if hosts.routers is None else places,
         keys=_absolute(hosts.keys, folder),
         slurm=_slurm(hosts.slurm, folder) if hosts.engine == SLURM else None,
         ray=hosts.ray or RaySettings() if hosts.engine == RAY else None,
+        kubernetes=hosts.kubernetes or KubernetesSettings() if hosts.engine == KUBERNETES else None,
         ssh_config=_absolute(hosts.ssh_config, folder),
         **served,
     )

@@ -12,7 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.spec.roles import HostRole, emulated, resident, router_role, worker_role
+from cluster.spec.roles import (
+    ROUTERS_FILE,
+    HostRole,
+    Tuning,
+    emulated,
+    gateway_role,
+    resident,
+    router_role,
+    worker_role,
+)
 from gpu_worker.cli import MAX_GPUS
 from gpu_worker.family.file import NEEDS_PROFILE, check_profile, load_family
 from gpu_worker.models.names import DIGITS, SHIPPED_SUPERNETS, is_known
@@ -36,6 +45,11 @@ MAX_WORKERS = 1_024
 
 CLIENT, WORKER = "{client}", "{worker}"
 """In a role's arguments: the router's endpoints, the same for as long as the cluster runs."""
+
+ROUTERS = "{routers}"
+"""In a router's arguments: the file that lists all routers, in the cluster's folder."""
+MAX_ROUTERS = 16
+"""Most routers of a cluster on one machine."""
 
 METRICS_PORT = "{metrics}"
 """In a role's arguments: where it serves /metrics, the same port for as long as the cluster runs."""
@@ -66,6 +80,11 @@ class Options:
         profile: Their profile.
         threads: CPU threads of each.
         metrics: Whether every process serves /metrics, on a free port of loopback.
+        routers: How many routers.
+        gateway: Whether a gateway runs in front of the router.
+        http_port: Where it serves HTTP, on loopback.
+        grpc_port: Where it serves gRPC; None for nowhere.
+        default_slo_ms: Its SLO for requests without a time.
     """
 
     policy: str = "planfit"
@@ -83,6 +102,11 @@ class Options:
     profile: str | None = None
     threads: int | None = None
     metrics: bool = False
+    routers: int = 1
+    gateway: bool = False
+    http_port: int | None = None
+    grpc_port: int | None = None
+    default_slo_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +115,7 @@ class Plan:
 
     Attributes:
         name: Of the cluster.
-        roles: The router first.
+        roles: The routers first.
         options: What differs between clusters, to compare and to show.
         ready_timeout_s: How long the roles may take to be ready, together.
         profile: The profile that the workers use.
@@ -103,20 +127,38 @@ class Plan:
     ready_timeout_s: float = 60.0
     profile: str = DEFAULT_PROFILE
 
-    def placed(self, port: Callable[[], int]) -> tuple[tuple[HostRole, ...], str, str]:
-        """Return what this machine will run, and where clients and workers connect.
+    @property
+    def n_routers(self) -> int:
+        """How many of the roles are routers."""
+        return sum(role.kind == "router" for role in self.roles)
+
+    def placed(
+        self, port: Callable[[], int], folder: str
+    ) -> tuple[tuple[HostRole, ...], list[str], list[str]]:
+        """Return what this machine will run, and where clients and workers connect, by router.
 
         Args:
             port: Returns a free port of loopback, another one each time.
+            folder: Of the cluster.
         """
-        client, worker = (endpoint(self.options[f"{whose}_port"] or port()) for whose in ("client", "worker"))
+        n = self.n_routers
+        clients, workers = (
+            [endpoint(self.options[f"{whose}_port"] or port()) for _ in range(n)]
+            for whose in ("client", "worker")
+        )
         roles = []
+        n_placed = dict.fromkeys([role.kind for role in self.roles], 0)
         for role in self.roles:
-            words = {CLIENT: client, WORKER: worker}
+            i = n_placed[role.kind]
+            n_placed[role.kind] += 1
+            words = {ROUTERS: f"{folder}/{ROUTERS_FILE}", CLIENT: clients[i % n], WORKER: workers[i % n]}
+            if role.kind == "worker":
+                # Each begins its list with another router: of routers that are alike it joins the first.
+                words[WORKER] = ",".join(workers[i % n :] + workers[: i % n])
             if METRICS_PORT in role.argv:
                 words[METRICS_PORT] = str(port())
             roles.append(replace(role, argv=tuple(words.get(word, word) for word in role.argv)))
-        return tuple(roles), client, worker
+        return tuple(roles), clients, workers
 
 
 def make_plan(name: str, options: Options, ready_timeout_s: float) -> Plan:
@@ -139,11 +181,39 @@ def make_plan(name: str, options: Options, ready_timeout_s: float) -> Plan:
     workers, profile, asked = _emulated(options) if options.emulate is not None else _real(options)
     make_policy(options.policy, load_profile(profile))
     router = {name: getattr(options, name) for name in ("policy", "margin_ms", "client_port", "worker_port")}
-    roles = [router_role(CLIENT, WORKER, options.policy, margin_ms), *workers]
+    if options.routers > 1:
+        if options.client_port or options.worker_port:
+            raise ConfigError("--client-port and --worker-port: of one router; expected without --routers")
+        router["routers"] = options.routers
+    roles = [*_routers(options, margin_ms), *workers, *_gateway(options, asked)]
     if options.metrics:
         roles = [replace(role, argv=(*role.argv, "--metrics-port", METRICS_PORT)) for role in roles]
         asked["metrics"] = "on"
     return Plan(name, tuple(roles), router | asked, ready_timeout_s, profile)
+
+
+def _gateway(options: Options, asked: dict[str, Any]) -> list[HostRole]:
+    """Return the gateway, if there is to be one, and enter it in the request's words."""
+    http_port = 8000 if options.http_port is None else options.http_port
+    given = {name: getattr(options, name) for name in ("http_port", "grpc_port", "default_slo_ms")}
+    if not options.gateway:
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected with --gateway only")
+        return []
+    missing = [name for name in ("grpc", "httptools") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"--gateway: {', '.join(missing)}: not installed; try: pip install 'superserve[gateway]'"
+        )
+    if not http_port or options.grpc_port == 0 or http_port == options.grpc_port:
+        raise ConfigError("--http-port and --grpc-port: expected two ports above 0, which callers know")
+    slo_ms = options.default_slo_ms
+    if slo_ms is not None and not 0 < slo_ms <= 86_400_000:
+        raise ConfigError(f"--default-slo-ms: expected milliseconds above 0 and up to a day, got {slo_ms}")
+    role = gateway_role(CLIENT, http_port, options.grpc_port, slo_ms)
+    asked["gateway"] = role.serves + ("" if slo_ms is None else f", {slo_ms:g} ms by default")
+    return [role]
 
 
 def differences(running: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
@@ -173,6 +243,14 @@ def python_path() -> str:
 def name_option(name: str) -> str:
     """Return the option that names a cluster: nothing for the default one."""
     return "" if name == DEFAULT_NAME else f" --name {name}"
+
+
+def _routers(options: Options, margin_ms: float | None) -> list[HostRole]:
+    """Return the roles of the routers; several know the file that lists them."""
+    n, role = options.routers, router_role(CLIENT, WORKER, Tuning(options.policy, margin_ms))
+    if n == 1:
+        return [role]
+    return [replace(role, name=f"router-{i}", argv=(*role.argv, "--routers", ROUTERS)) for i in range(n)]
 
 
 # --- workers ----------------------------------------------------------------------------------

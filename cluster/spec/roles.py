@@ -5,9 +5,13 @@ Plain data: every host imports this module, so it needs only the packages that e
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from superserve.errors import ConfigError
 
@@ -28,6 +32,15 @@ OURS_VARIABLE = "SUPERSERVE_HOST_FOLDER"
 KEYS, FILES = FILLED = ("keys", "files")
 """Folders of a cluster on its host that contain exactly what `up` puts there."""
 
+SETTINGS = f"{FILES}/router.json"
+"""The router's settings: what `cluster apply` replaces while it runs."""
+ROUTERS_FILE = f"{FILES}/routers.json"
+"""The list of a cluster's routers, which each of them reads again when it changes."""
+GATEWAY = "gateway"
+"""The gateway's name, and its kind."""
+
+_ROUTER = re.compile(r"router(-.+)?")
+
 OPERATOR_KEY = "operator.key"
 """In KEYS of the router's host: the key to ask for its STATUS with."""
 
@@ -38,7 +51,7 @@ class HostRole:
 
     Attributes:
         name: Unique in the cluster.
-        kind: "router" or "worker".
+        kind: "router", "worker" or "gateway".
         argv: The arguments of the host's Python.
         env: Environment variables, in addition to the host's own.
         serves: What it serves, in words.
@@ -53,16 +66,88 @@ class HostRole:
     gpus: int = 0
 
 
-def router_role(
-    client: str, worker: str, policy: str, margin_ms: float | None, *more: str, env: Environment = ()
-) -> HostRole:
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a router decides and what it holds; None is its own default.
+
+    Attributes:
+        policy: Its policy.
+        margin_ms: Slack that it holds back.
+        max_queries: Most queries held.
+        max_bytes: Most payload bytes held.
+        file: The path of a file with all this, which it reads again; "" gives it as options.
+    """
+
+    policy: str
+    margin_ms: float | None = None
+    max_queries: int | None = None
+    max_bytes: int | None = None
+    file: str = ""
+
+    def words(self) -> tuple[str, ...]:
+        """Return the options of a router."""
+        if self.file:
+            return ("--settings", self.file)
+        given = {name: value for name, value in self._fields().items() if value is not None}
+        return tuple(
+            word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", _plain(value))
+        )
+
+    def content(self) -> bytes:
+        """Return the content of the file."""
+        return json.dumps({k: v for k, v in self._fields().items() if v is not None}).encode() + b"\n"
+
+    def _fields(self) -> dict[str, str | float | None]:
+        return {name: value for name, value in asdict(self).items() if name != "file"}
+
+
+def _plain(value: str | float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def router_role(client: str, worker: str, tuning: Tuning, *more: str, env: Environment = ()) -> HostRole:
     """Return a router that binds these endpoints."""
-    margin = () if margin_ms is None else ("--margin-ms", f"{margin_ms:g}")
     argv = (
-        "-m", "router", "--client-endpoint", client, "--worker-endpoint", worker,
-        "--policy", policy, *margin, *more,
+        "-m", "router", "--client-endpoint", client, "--worker-endpoint", worker, *tuning.words(), *more,
     )  # fmt: skip
-    return HostRole("router", "router", argv, env, f"policy {policy}")
+    return HostRole("router", "router", argv, env, f"policy {tuning.policy}")
+
+
+def at(address: str, port: int) -> str:
+    """Return the endpoint of a port at a name or an address; IPv6 addresses get brackets."""
+    bare = address.strip("[]")
+    return f"tcp://[{bare}]:{port}" if ":" in bare else f"tcp://{address}:{port}"
+
+
+def routers_file(clients: Sequence[str], workers: Sequence[str]) -> bytes:
+    """Return the content of the file that lists a cluster's routers: `router.serve.listed` reads it."""
+    pairs = zip(clients, workers, strict=True)
+    return orjson.dumps({"routers": [{"client": client, "worker": worker} for client, worker in pairs]})
+
+
+def is_router(name: str) -> bool:
+    """Return whether a role of that name is a router: `router`, or `router-HOST-I` of several."""
+    return _ROUTER.fullmatch(name) is not None
+
+
+def is_worker(name: str) -> bool:
+    """Return whether a role of that name takes batches."""
+    return name != GATEWAY and not is_router(name)
+
+
+def gateway_role(
+    connect: str, http_port: int, grpc_port: int | None, default_slo_ms: float | None
+) -> HostRole:
+    """Return a gateway in front of the router at `connect`."""
+    argv = (
+        "-m", "gateway", "--connect", connect, "--http-port", str(http_port),
+        *(() if grpc_port is None else ("--grpc-port", str(grpc_port))),
+        *(() if default_slo_ms is None else ("--default-slo-ms", f"{default_slo_ms:g}")),
+    )  # fmt: skip
+    words = f"http://127.0.0.1:{http_port}/v2" + (
+        "" if grpc_port is None else f", gRPC at 127.0.0.1:{grpc_port}"
+    )
+    return HostRole(GATEWAY, GATEWAY, argv, (), words)
 
 
 def worker_role(name: str, connect: str, served: Served, *more: str, env: Environment = ()) -> HostRole:
@@ -102,6 +187,7 @@ class Timing:
         most_restarts: Most restarts in a row: after that, another one would not help.
         good_service_s: After being ready for this long, a role that crashes counts its restarts from 0.
         ready_timeout_s: How long a restarted role may take to be ready.
+        gateway_stop_s: How long a gateway has after SIGTERM; it drains for up to 10.5 s.
         router_stop_s: How long a router has after SIGTERM; it drains for up to 5 s.
         worker_stop_s: How long a worker has after SIGTERM; it drains for up to 4 s.
     """
@@ -110,6 +196,7 @@ class Timing:
     most_restarts: int = 5
     good_service_s: float = 60.0
     ready_timeout_s: float = 60.0
+    gateway_stop_s: float = 14.0
     router_stop_s: float = 8.0
     worker_stop_s: float = 5.0
 
@@ -198,6 +285,7 @@ class Wanted:
         roles: The names of the roles that it will run.
         router: The router's name, which its workers look up; "" if they do not.
         serves_family: Whether they read a family file.
+        serves_gateway: Whether a gateway runs there.
     """
 
     name: str
@@ -209,3 +297,4 @@ class Wanted:
     roles: tuple[str, ...]
     router: str = ""
     serves_family: bool = False
+    serves_gateway: bool = False

@@ -8,6 +8,8 @@ Imports `superserve.wire` and `profiles.table`. No socket, clock, thread, log or
 message with the instant at which it was read, then calls `poll`, and sends what that returns. So one class
 decides what a worker says, wherever its GPUs are played.
 
+With several routers `choice` says to which one the process belongs, and `lending` lends credits to others.
+
 While joining it sends HELLO every 200 ms until a WELCOME. Each WELCOME with a new epoch starts over: batches
 of an older epoch that have not started are dropped, and those that have are not reported, because the
 router has given them to others, or is another router that numbers its batches from 1.
@@ -31,7 +33,7 @@ from gpu_worker.core.link import (
     LinkEvent,
     LinkState,
 )
-from gpu_worker.core.queue import B, Gpus, TakenBatch
+from gpu_worker.core.queue import OWN, B, Gpus, TakenBatch
 from superserve.clock import SECOND
 from superserve.errors import SuperServeError, WireError
 from superserve.hello import WorkerWelcome
@@ -40,11 +42,13 @@ from superserve.wire import LOWEST, Control, Done, Kind, Message, Ping, Pong, Pu
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from gpu_worker.core.lending import Lender
+
 
 _OTHERS = (Control, Ping, Pong)
 """A router's messages other than directives."""
 # An enum member costs three times as much as a global, several times in each pass of a simulated worker.
-_JOINING, _SERVING, _DRAINING, _STOPPED = LinkState
+_JOINING, _SERVING, _LEAVING, _DRAINING, _STOPPED = LinkState
 
 
 class RefusedError(SuperServeError):
@@ -70,6 +74,8 @@ class WorkerCore(Generic[B]):
         counts: Dropped messages, by reason.
         gauges: The device's gauges in the latest PULL.
         busy_ns: When a batch last arrived or ended.
+        lender: Lends credits to other routers; None if there is one.
+        gpus: What runs the batches.
     """
 
     def __init__(
@@ -88,7 +94,8 @@ class WorkerCore(Generic[B]):
         self.counts: Counter[str] = Counter()
         self.gauges = Gauges()
         self.busy_ns = now_ns
-        self._gpus = gpus
+        self.lender: Lender[B] | None = None
+        self.gpus = self._gpus = gpus
         self._hello = dict(hello)
         self._name = str(hello["name"])
         self._read_gauges = gauges
@@ -98,6 +105,7 @@ class WorkerCore(Generic[B]):
         self._router = 0  # the router that gave the epoch: two routers may give the same number
         self._refused: list[EndedBatch] = []
         self._is_drain_told = False
+        self._is_released = False  # its router has said BYE, and another's batches still run
         self._heard_ns = now_ns
         self._hello_due_ns = now_ns
         self._ping_due_ns = now_ns
@@ -131,9 +139,9 @@ class WorkerCore(Generic[B]):
         self._report(said, now_ns, on_ended)
         if self.link is _JOINING or now_ns - self._heard_ns > SILENCE_NS:
             self._greet(said, now_ns)
-        if self.link is _DRAINING:
+        if self.link is _DRAINING or self.link is _LEAVING:
             self._drain(said, now_ns)
-        if self.link is _SERVING or self.link is _DRAINING:
+        if self.link is not _JOINING and self.link is not _STOPPED:
             if now_ns >= self._ping_due_ns:
                 self._ping_due_ns = now_ns + HEARTBEAT_NS
                 said.append(Ping(now_ns))
@@ -154,34 +162,58 @@ class WorkerCore(Generic[B]):
         self.busy_ns = now_ns
         if on_ended is not None:
             on_ended(found)
+        if self.lender is not None:
+            found = self._own_ends(self.lender, found, now_ns)
         rows = [batch.row for batch in found if batch.epoch is not None and batch.epoch == self.epoch]
         if len(rows) < len(found):
             self.counts["ended under another epoch"] += len(found) - len(rows)
             self._pull_due_ns = now_ns  # their GPUs are free, and no DONE will report it
         if not rows:
             return
-        if self.link is LinkState.DRAINING:
+        if self.link is not _SERVING:
             for row in rows:
                 row.credit = 0
         assert self.epoch is not None, "rows are of this epoch"
         said.append(Done(self.epoch, rows))
 
+    def _own_ends(self, lender: Lender[B], found: list[EndedBatch], now_ns: int) -> list[EndedBatch]:
+        """Return the batches of the own router, as lending leaves their reports; the others' go to them."""
+        for batch in found:
+            lender.looked(batch.row.slot, now_ns)
+        own = []
+        for batch in found:
+            row = batch.row
+            if batch.source != OWN:
+                lender.ended(batch, now_ns)
+                continue
+            if lender.is_away(row.slot):
+                row.credit = 0
+            if not row.running_batch:
+                row.running_for_ns = lender.running_for_ns(row.slot, OWN, now_ns)
+            own.append(batch)
+        return own
+
     def _pull(self, epoch: int, now_ns: int) -> Pull:
         self._pull_due_ns = now_ns + PULL_EVERY_NS
-        self.gauges = gauges = self._read_gauges()
-        is_draining = self.link is LinkState.DRAINING
-        rows = []
-        for slot in range(self._gpus.n_slots):
-            report = self._gpus.report(slot, now_ns)
-            if is_draining:
-                report = report._replace(credit=0)
-            rows.append(PullRow(slot, *report, *gauges))
-        return Pull(epoch, rows)
+        self.gauges = self._read_gauges()
+        return Pull(epoch, [self._pull_row(slot, now_ns) for slot in range(self._gpus.n_slots)])
+
+    def _pull_row(self, slot: int, now_ns: int) -> PullRow:
+        report = self._gpus.report(slot, now_ns)
+        if self.lender is not None:
+            report = self.lender.masked(slot, report, now_ns)
+        if self.link is not _SERVING:
+            report = report._replace(credit=0)
+        return PullRow(slot, *report, *self.gauges)
+
+    def pull_of(self, slot: int, now_ns: int) -> Pull | None:
+        """Return a PULL of one GPU; None while no router has welcomed this process."""
+        return None if self.epoch is None else Pull(self.epoch, [self._pull_row(slot, now_ns)])
 
     def _greet(self, said: list[Message], now_ns: int) -> None:
-        if now_ns < self._hello_due_ns or self.link in (LinkState.DRAINING, LinkState.STOPPED):
+        if now_ns < self._hello_due_ns or self.link not in (_JOINING, _SERVING):
             return
-        if self.link is LinkState.JOINING:
+        if self.link is _JOINING:
             self._hello_due_ns = now_ns + HELLO_EVERY_NS
         else:
             self._hello_due_ns = now_ns + int(SECOND * self._jitter())
@@ -207,6 +239,8 @@ class WorkerCore(Generic[B]):
             self._control(message, now_ns)
         elif isinstance(message, Ping):
             return Pong(message.stamp_ns, now_ns)
+        elif isinstance(message, Pong) and self.lender is not None:
+            self.lender.ponged(message, now_ns)
         return None
 
     def drop(self, reason: str, detail: str) -> None:
@@ -251,8 +285,10 @@ class WorkerCore(Generic[B]):
                 self.stop(now_ns)  # at once: the router's BYE may be the next message
             case Kind.DRAIN:
                 self._note("the router drains")
-            case Kind.BYE if self.link is LinkState.DRAINING:
-                self._over("drained")
+            case Kind.BYE if self.link is _DRAINING and self.lender is not None and self.lender.holds_any():
+                self._is_released = True  # other routers' batches end first
+            case Kind.BYE if self.link in (_DRAINING, _LEAVING):
+                self._over("drained", now_ns)
             case Kind.BYE:
                 self.lost("the router said BYE", now_ns)
             case _:
@@ -264,6 +300,8 @@ class WorkerCore(Generic[B]):
             # Routers count epochs from 1: a restarted one may give the same number again.
             n_dropped = self._gpus.forget_held()
             self._refused = []
+            if self.lender is not None:
+                self.lender.own_lost()
             self._note(f"welcomed under epoch {epoch}; {n_dropped} held batches dropped")
             self.epoch, self._router = epoch, router
             self._is_drain_told = False
@@ -278,6 +316,8 @@ class WorkerCore(Generic[B]):
         self._refused = []
         self._warn(f"{why}; {n_dropped} held batches dropped")
         self.epoch = None
+        if self.lender is not None:
+            self.lender.own_lost()
         self._move(LinkEvent.LOST)
         self._hello_due_ns = now_ns
 
@@ -285,12 +325,33 @@ class WorkerCore(Generic[B]):
 
     def stop(self, now_ns: int) -> None:
         """Begin to drain, unless it already does."""
-        if self.link not in (LinkState.JOINING, LinkState.SERVING):
+        if self.link is _DRAINING or self.link is _STOPPED:
             return
         self._move(LinkEvent.STOP)
         self._drain_until_ns = now_ns + DRAIN_TIMEOUT_NS
         self._pull_due_ns = now_ns
         self._note(f"asked to stop: {self.link.value}")
+
+    def leave(self, now_ns: int) -> None:
+        """Begin to leave for another router: take no more, run what is held, and then join again.
+
+        Once `link` is JOINING, the host has sent BYE to this router, and sends to the other.
+        """
+        if self.link is not _SERVING:
+            return
+        self._move(LinkEvent.MOVE)
+        self._drain_until_ns = now_ns + DRAIN_TIMEOUT_NS
+        self._pull_due_ns = now_ns
+        self._note("leaves for a router with fewer GPUs")
+
+    @property
+    def heard_ns(self) -> int:
+        """When the router last sent something."""
+        return self._heard_ns
+
+    def greet(self, now_ns: int) -> None:
+        """Send HELLO at once while joining: the router is another one."""
+        self._hello_due_ns = self._heard_ns = now_ns
 
     def goodbye(self) -> Control | None:
         """Return the BYE of a worker that has stopped; None if no router knows the worker."""
@@ -300,14 +361,24 @@ class WorkerCore(Generic[B]):
         if not self._is_drain_told:
             self._is_drain_told = True
             said.append(Control(Kind.DRAIN, {"worker": self._name}))
-        if self._gpus.is_idle() and now_ns - self._heard_ns > UNHEARD_NS:
-            self._over("nothing is held, and the router is silent")
+        if self._is_released and self.lender is not None and not self.lender.holds_any():
+            self._over("drained", now_ns)
+        elif self._gpus.is_idle() and now_ns - self._heard_ns > UNHEARD_NS:
+            self._over("nothing is held, and the router is silent", now_ns)
         elif now_ns >= self._drain_until_ns:
-            self._over(f"not drained within {DRAIN_TIMEOUT_NS // SECOND} s")
+            self._over(f"not drained within {DRAIN_TIMEOUT_NS // SECOND} s", now_ns)
 
-    def _over(self, why: str) -> None:
+    def _over(self, why: str, now_ns: int) -> None:
         self._note(why)
         self._move(LinkEvent.OVER)
+        if self.link is _JOINING:  # it has left, and what it still runs is not reported to the next router
+            self._gpus.forget_held()
+            self._refused = []
+            self.epoch = None
+            if self.lender is not None:
+                self.lender.own_lost()
+            self._is_drain_told = False
+            self._hello_due_ns = now_ns
 
     def _move(self, event: LinkEvent) -> None:
         self.link = TRANSITIONS[self.link, event]

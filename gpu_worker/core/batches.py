@@ -75,6 +75,7 @@ class EndedBatch:
         row: Its row of DONE.
         subnet: Row of the profile.
         n_run: Queries that took GPU time; 0 if all were refused.
+        source: Which router sent it: see `gpu_worker.core.queue`.
     """
 
     epoch: int | None
@@ -83,6 +84,7 @@ class EndedBatch:
     n_run: int
     started_ns: int
     ended_ns: int
+    source: int = 0
 
 
 class Refusal(NamedTuple):
@@ -132,7 +134,7 @@ def refused(order: BatchOrder, status: Status, reason: str) -> Outcome:
 def end_of(
     batch: TakenBatch[Any], outcome: Outcome, report: QueueReport, started_ns: int, ended_ns: int
 ) -> EndedBatch:
-    """Return a batch's end; `report` is its GPU's report after it."""
+    """Return a batch's end; `report` is its GPU's report after it, to the router that sent it."""
     order = batch.order
     row = DoneRow(
         order.batch_id, order.slot, report.credit, report.held, order.n, started_ns - batch.received_ns,
@@ -140,4 +142,4 @@ def end_of(
         outcome.output_bytes, outcome.output, outcome.statuses, outcome.lengths,
     )  # fmt: skip
     epoch = None if batch.is_given_up else order.epoch
-    return EndedBatch(epoch, row, order.subnet, outcome.n_run, started_ns, ended_ns)
+    return EndedBatch(epoch, row, order.subnet, outcome.n_run, started_ns, ended_ns, batch.source)

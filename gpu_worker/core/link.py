@@ -2,6 +2,7 @@
 
     JOINING  -welcomed-> SERVING -lost-> JOINING        lost: refused, silent or unreachable
        +------+--stop----> DRAINING -over-> STOPPED     over: the router's BYE, or time is up
+    SERVING  -move----> LEAVING -over or lost-> JOINING move: to another router
 
 Host and core share these constants; no other module repeats a period.
 """
@@ -37,6 +38,7 @@ class LinkState(enum.Enum):
 
     JOINING = "joining"
     SERVING = "serving"
+    LEAVING = "leaving"
     DRAINING = "draining"
     STOPPED = "stopped"
 
@@ -47,6 +49,7 @@ class LinkEvent(enum.Enum):
     WELCOMED = "welcomed"
     LOST = "lost"  # refused with say-hello, a BYE, or the connection is gone
     STOP = "stop"  # SIGTERM, SIGINT, or a DRAIN that names this worker
+    MOVE = "move"  # another router has too few GPUs
     OVER = "over"  # the router's BYE, no router there, or time is up
 
 
@@ -57,6 +60,11 @@ TRANSITIONS: dict[tuple[LinkState, LinkEvent], LinkState] = {
     (LinkState.SERVING, LinkEvent.WELCOMED): LinkState.SERVING,
     (LinkState.SERVING, LinkEvent.LOST): LinkState.JOINING,
     (LinkState.SERVING, LinkEvent.STOP): LinkState.DRAINING,
+    (LinkState.SERVING, LinkEvent.MOVE): LinkState.LEAVING,
+    (LinkState.LEAVING, LinkEvent.WELCOMED): LinkState.LEAVING,
+    (LinkState.LEAVING, LinkEvent.LOST): LinkState.JOINING,
+    (LinkState.LEAVING, LinkEvent.STOP): LinkState.DRAINING,
+    (LinkState.LEAVING, LinkEvent.OVER): LinkState.JOINING,
     (LinkState.DRAINING, LinkEvent.WELCOMED): LinkState.DRAINING,
     (LinkState.DRAINING, LinkEvent.LOST): LinkState.STOPPED,  # the router gives the rest to others
     (LinkState.DRAINING, LinkEvent.STOP): LinkState.DRAINING,

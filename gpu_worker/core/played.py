@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Generic
 
 from gpu_worker.core.batches import FULL, EndedBatch, Outcome, Refusal, end_of, fault_of
-from gpu_worker.core.queue import B, GpuQueue
+from gpu_worker.core.queue import OWN, B, GpuQueue, Running, running_of
 from superserve.build import mypyc_attr
 from superserve.errors import ConfigError
 
@@ -116,16 +116,16 @@ class PlayedGpu(Generic[B]):
         """The instant at which the running batch ends; None if idle."""
         return None if self.queue.running is None else self.ends_ns
 
-    def submit(self, order: B, received_ns: int) -> Refusal | None:
+    def submit(self, order: B, received_ns: int, source: int = OWN) -> Refusal | None:
         """Take a batch at the instant when it arrived and return None, or why it is not taken."""
         n_subnets, most = self._sizes
         if order.subnet >= n_subnets or order.n > most:
             return fault_of(self.profile, order)
         queue = self.queue
         if queue.running is None:
-            queue.take(order, received_ns)
+            queue.take(order, received_ns, source)
             self._begin()
-        elif queue.take(order, received_ns) is None:
+        elif queue.take(order, received_ns, source) is None:
             return FULL
         return None
 
@@ -138,16 +138,17 @@ class PlayedGpu(Generic[B]):
             assert outcome is not None, "a batch that runs has an outcome"
             if queue.end(ends_ns) is not None:
                 self._begin()
-            found.append(end_of(batch, outcome, queue.report(now_ns), batch.started_ns, ends_ns))
+            report = queue.report(now_ns, batch.source)
+            found.append(end_of(batch, outcome, report, batch.started_ns, ends_ns))
         return found
 
     def report(self, now_ns: int) -> QueueReport:
         """Return its report to the router as of `now_ns`."""
         return self.queue.report(now_ns)
 
-    def forget_held(self) -> int:
-        """Drop batches that have not started, and restart the count; return how many were dropped."""
-        return len(self.queue.forget_held())
+    def forget_held(self, source: int = OWN) -> int:
+        """Drop a source's batches that have not started, restart its count; return how many were dropped."""
+        return len(self.queue.forget_held(source))
 
     def _begin(self) -> None:
         """Compute how the batch that has just started will end."""
@@ -190,11 +191,11 @@ class PlayedGpus(Generic[B]):
         # One entry, (end of the running batch, slot), for each GPU that is not idle.
         self._due: list[tuple[int, int]] = []
 
-    def submit(self, order: B, received_ns: int) -> Refusal | None:
+    def submit(self, order: B, received_ns: int, source: int = OWN) -> Refusal | None:
         """Take a batch and return None, or why its GPU does not take it."""
         gpu = self.gpus[order.slot]
         was_idle = gpu.queue.running is None
-        refusal = gpu.submit(order, received_ns)
+        refusal = gpu.submit(order, received_ns, source)
         if was_idle and refusal is None:
             heappush(self._due, (gpu.ends_ns, order.slot))
         return refusal
@@ -217,13 +218,18 @@ class PlayedGpus(Generic[B]):
             self._on_ended(found)
         return found
 
-    def report(self, slot: int, now_ns: int) -> QueueReport:
-        """Return one GPU's report to the router."""
-        return self.gpus[slot].queue.report(now_ns)
+    def report(self, slot: int, now_ns: int, source: int = OWN) -> QueueReport:
+        """Return one GPU's report to the router of a source."""
+        return self.gpus[slot].queue.report(now_ns, source)
 
-    def forget_held(self) -> int:
-        """Drop batches that have not started on any GPU; return how many."""
-        return sum(gpu.forget_held() for gpu in self.gpus)
+    def running(self, slot: int) -> Running | None:
+        """Return what runs on a GPU; None if it is idle."""
+        gpu = self.gpus[slot]
+        return running_of(gpu.queue.running, gpu.profile)
+
+    def forget_held(self, source: int = OWN) -> int:
+        """Drop a source's batches that have not started on any GPU; return how many."""
+        return sum(gpu.forget_held(source) for gpu in self.gpus)
 
     def is_idle(self) -> bool:
         """Return whether all GPUs are idle."""

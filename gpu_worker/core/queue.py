@@ -9,12 +9,16 @@ from gpu_worker.core.batches import BatchOrder
 
 if TYPE_CHECKING:
     from gpu_worker.core.batches import EndedBatch, Refusal
+    from profiles.table import Profile
 
 B = TypeVar("B", bound=BatchOrder)
 B_contra = TypeVar("B_contra", bound=BatchOrder, contravariant=True)
 
 CAPACITY = 2
 """Batches that a GPU takes at a time: one runs and one waits, so that the GPU never waits for the network."""
+
+OWN = 0
+"""The source of batches of the router that the process belongs to."""
 
 MAX_OUTSTANDING = 16
 """A router that keeps to its credit never exceeds `CAPACITY`. From this many on, batches are refused."""
@@ -47,18 +51,40 @@ class TakenBatch(Generic[B]):
     """A batch that has been taken.
 
     Attributes:
+        source: Which router sent it: `OWN`, or the number of a visit to another (`gpu_worker.core.lending`).
         received_ns: When it arrived.
         started_ns: When it began; meaningless while it waits.
         is_given_up: Whether its epoch is over; another router may use the same numbers.
     """
 
-    __slots__ = ("is_given_up", "order", "received_ns", "started_ns")
+    __slots__ = ("is_given_up", "order", "received_ns", "source", "started_ns")
 
-    def __init__(self, order: B, received_ns: int) -> None:
+    def __init__(self, order: B, received_ns: int, source: int = 0) -> None:
         self.order = order
+        self.source = source
         self.received_ns = received_ns
         self.started_ns = received_ns
         self.is_given_up = False
+
+
+class Running(NamedTuple):
+    """The batch that runs on a GPU.
+
+    Attributes:
+        source: Which router sent it.
+        ends_ns: When it ends if it takes as long as profiled.
+    """
+
+    source: int
+    ends_ns: int
+
+
+def running_of(batch: TakenBatch[B] | None, profile: Profile) -> Running | None:
+    """Return what runs on a GPU of a profile, given its queue's running batch."""
+    if batch is None:
+        return None
+    order = batch.order
+    return Running(batch.source, batch.started_ns + profile.latency_ns(order.subnet, order.n))
 
 
 class GpuQueue(Generic[B]):
@@ -69,14 +95,15 @@ class GpuQueue(Generic[B]):
 
     Attributes:
         running: The batch that runs; None if idle.
-        last_batch: Highest batch id received in this epoch.
+        last_batch: Highest batch id received in this epoch of the own router.
     """
 
-    __slots__ = ("_waiting", "last_batch", "running")
+    __slots__ = ("_waiting", "last_batch", "last_visiting", "running")
 
     def __init__(self) -> None:
         self.running: TakenBatch[B] | None = None
         self.last_batch = 0
+        self.last_visiting: dict[int, int] = {}  # highest batch id of each visit
         self._waiting: deque[TakenBatch[B]] = deque()
 
     @property
@@ -89,13 +116,15 @@ class GpuQueue(Generic[B]):
         """The batches that wait, in order."""
         return tuple(self._waiting)
 
-    def take(self, order: B, received_ns: int) -> TakenBatch[B] | None:
+    def take(self, order: B, received_ns: int, source: int = OWN) -> TakenBatch[B] | None:
         """Take a batch that arrived at `received_ns`, or return None if `MAX_OUTSTANDING` are here."""
-        if order.batch_id > self.last_batch:
+        if source != OWN:
+            self.last_visiting[source] = max(order.batch_id, self.last_visiting.get(source, 0))
+        elif order.batch_id > self.last_batch:
             self.last_batch = order.batch_id
         if len(self._waiting) + 1 >= MAX_OUTSTANDING:
             return None
-        batch = TakenBatch(order, received_ns)
+        batch = TakenBatch(order, received_ns, source)
         if self.running is None:
             self.running = batch
         else:
@@ -114,25 +143,31 @@ class GpuQueue(Generic[B]):
             batch.started_ns = ended_ns
         return batch
 
-    def report(self, now_ns: int) -> QueueReport:
-        """Return the GPU's report to the router as of `now_ns`."""
-        running, last_batch = self.running, self.last_batch
+    def report(self, now_ns: int, source: int = OWN) -> QueueReport:
+        """Return the GPU's report to the router of a source as of `now_ns`."""
+        running = self.running
+        last_batch = self.last_batch if source == OWN else self.last_visiting.get(source, 0)
         if running is None:
             return QueueReport(CAPACITY, 0, 0, last_batch, 0, 0)
         n_held = len(self._waiting)
         credit = max(0, CAPACITY - 1 - n_held)
-        if running.is_given_up:
+        if running.is_given_up or running.source != source:
             return QueueReport(credit, n_held, 1, last_batch, 0, 0)
         # Two threads read the clock: the batch may have started after `now_ns`.
         running_for_ns = max(0, now_ns - running.started_ns)
         return QueueReport(credit, n_held, 1, last_batch, running.order.batch_id, running_for_ns)
 
-    def forget_held(self) -> list[TakenBatch[B]]:
-        """Drop waiting batches, give up the running one, and restart the count; return the dropped ones."""
-        dropped = list(self._waiting)
-        self._waiting.clear()
-        self.last_batch = 0
-        if self.running is not None:
+    def forget_held(self, source: int = OWN) -> list[TakenBatch[B]]:
+        """Drop a source's waiting batches, give up its running one, restart its count; return the dropped."""
+        dropped = [batch for batch in self._waiting if batch.source == source]
+        if dropped:
+            kept = [batch for batch in self._waiting if batch.source != source]
+            self._waiting = deque(kept)
+        if source == OWN:
+            self.last_batch = 0
+        else:
+            self.last_visiting.pop(source, None)
+        if self.running is not None and self.running.source == source:
             self.running.is_given_up = True
         return dropped
 
@@ -145,8 +180,8 @@ class Gpus(Protocol[B_contra]):
         """Number of GPUs."""
         ...
 
-    def submit(self, order: B_contra, received_ns: int) -> Refusal | None:
-        """Take a batch and return None, or why its GPU does not: it cannot run it, or holds too many."""
+    def submit(self, order: B_contra, received_ns: int, source: int = OWN) -> Refusal | None:
+        """Take a batch of a source and return None, or why not: its GPU cannot run it, or holds too many."""
         ...
 
     def next_event_ns(self) -> int | None:
@@ -157,12 +192,16 @@ class Gpus(Protocol[B_contra]):
         """Return the batches that have ended since the last call, each GPU's in order."""
         ...
 
-    def report(self, slot: int, now_ns: int) -> QueueReport:
-        """Return one GPU's report to the router."""
+    def report(self, slot: int, now_ns: int, source: int = OWN) -> QueueReport:
+        """Return one GPU's report to the router of a source."""
         ...
 
-    def forget_held(self) -> int:
-        """Drop batches that have not started, restart the count of batches; return how many were dropped."""
+    def running(self, slot: int) -> Running | None:
+        """Return what runs on a GPU; None if it is idle."""
+        ...
+
+    def forget_held(self, source: int = OWN) -> int:
+        """Drop a source's batches that have not started, restart its count; return how many were dropped."""
         ...
 
     def is_idle(self) -> bool:

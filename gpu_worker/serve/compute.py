@@ -30,7 +30,7 @@ from gpu_worker.core.batches import (
     refused,
     unexpired,
 )
-from gpu_worker.core.queue import GpuQueue, QueueReport, TakenBatch
+from gpu_worker.core.queue import OWN, GpuQueue, QueueReport, Running, TakenBatch, running_of
 from superserve.wire import Status
 
 if TYPE_CHECKING:
@@ -288,17 +288,18 @@ class ComputeGpu:
 
     def close(self, timeout_s: float = 1.0) -> None:
         """End the threads after the running batch, or abandon them after `timeout_s` seconds each."""
-        self.forget_held()
+        for job in self._outstanding:
+            job.is_dropped = True
         self._entrance.put(None)
         for thread in self._threads:
             thread.join(timeout_s)
 
-    def submit(self, order: Directive, received_ns: int) -> Refusal | None:
+    def submit(self, order: Directive, received_ns: int, source: int = OWN) -> Refusal | None:
         """Pass a batch to the compute thread and return None, or why not: see `Gpus.submit`."""
         fault = fault_of(self._profile, order)
         if fault is not None:
             return fault
-        batch = self._queue.take(order, received_ns)
+        batch = self._queue.take(order, received_ns, source)
         if batch is None:
             return FULL
         job = _Job(batch)
@@ -327,16 +328,22 @@ class ComputeGpu:
                 found.append(self._ended(report, now_ns))
         return found
 
-    def report(self, slot: int, now_ns: int) -> QueueReport:
-        """Return the device's report to the router as of `now_ns`."""
+    def report(self, slot: int, now_ns: int, source: int = OWN) -> QueueReport:
+        """Return the device's report to the router of a source as of `now_ns`."""
         assert slot == 0, "a compute process has one GPU"
-        return self._queue.report(now_ns)
+        return self._queue.report(now_ns, source)
 
-    def forget_held(self) -> int:
-        """Make the thread skip what it has not started; return at least how many batches that is."""
+    def running(self, slot: int) -> Running | None:
+        """Return what runs on the device; None if it is idle."""
+        assert slot == 0, "a compute process has one GPU"
+        return running_of(self._queue.running, self._profile)
+
+    def forget_held(self, source: int = OWN) -> int:
+        """Make the thread skip what it has not started of a source; return how many batches that is."""
         for job in self._outstanding:
-            job.is_dropped = True
-        return len(self._queue.forget_held())
+            if job.batch.source == source:
+                job.is_dropped = True
+        return len(self._queue.forget_held(source))
 
     def is_idle(self) -> bool:
         """Return whether nothing is outstanding."""
@@ -345,7 +352,8 @@ class ComputeGpu:
     def _ended(self, report: _ThreadReport, now_ns: int) -> EndedBatch:
         batch = report.job.batch
         self._queue.end(report.ended_ns)
-        return end_of(batch, report.outcome, self._queue.report(now_ns), report.started_ns, report.ended_ns)
+        after = self._queue.report(now_ns, batch.source)
+        return end_of(batch, report.outcome, after, report.started_ns, report.ended_ns)
 
     def _compute(self) -> None:
         """Prepare, then run batches until `close`. The thread's outermost loop."""

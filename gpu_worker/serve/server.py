@@ -1,4 +1,6 @@
-"""The worker's server: the host of `gpu_worker.core` that owns the socket. It never computes.
+"""The worker's server: the host of `gpu_worker.core` that owns the sockets. It never computes.
+
+With several routers, `gpu_worker.core.choice` says to which one the process belongs.
 
 Garbage collection is off while it serves, because nothing in a query's path makes cycles.
 Cycles that failures leave behind are collected after 5 idle seconds, at most once a minute.
@@ -19,10 +21,12 @@ from typing import TYPE_CHECKING
 import zmq
 
 from gpu_worker.core import WorkerCore
+from gpu_worker.core.lending import Lender
 from gpu_worker.core.link import Gauges, LinkState
 from gpu_worker.serve.memories import WorkerMemories
 from superserve.clock import SECOND
 from superserve.errors import WireError
+from superserve.hello import WorkerWelcome
 from superserve.net import sockets
 from superserve.wire import Control, Directive, Kind, Message, Ping, Pong, decode, encode, encode_pong
 
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
     from gpu_worker.core.queue import Gpus
     from gpu_worker.serve.metrics import WorkerMetrics
+    from gpu_worker.serve.routers import WorkerRouters
     from superserve.clock import Clock
     from superserve.hello import WorkerHello
     from superserve.net.handshake import Handshake
@@ -80,7 +85,7 @@ class Waker:
 
 
 class WorkerServer:
-    """Serves one process's GPUs to one router.
+    """Serves one process's GPUs to one router at a time.
 
     Args:
         socket: A DEALER, connected; the caller closes it.
@@ -92,6 +97,7 @@ class WorkerServer:
         handshake: The socket's: reports why no router answers, and retries; the caller closes it.
         on_ready: Called once, after the first WELCOME.
         metrics: Receives ended batches; None if nothing is exported.
+        routers: The ways to all routers; None if there is only that of `socket`.
 
     Attributes:
         core: Decides what to say and do.
@@ -110,8 +116,10 @@ class WorkerServer:
         handshake: Handshake | None = None,
         on_ready: Callable[[], None] = lambda: None,
         metrics: WorkerMetrics | None = None,
+        routers: WorkerRouters | None = None,
     ) -> None:
         self._socket = socket
+        self._routers = routers
         self._gpus = gpus
         self._clock = clock
         self._waker = waker
@@ -127,6 +135,7 @@ class WorkerServer:
             gpus, hello.body(), now_ns, gauges=gauges, jitter=partial(random.uniform, 0.75, 1.25),
             note=_LOG.info, warn=_LOG.warning,
         )  # fmt: skip
+        self._lender: Lender[Directive] = Lender(self.core, gpus, hello.body())
         self.memories = WorkerMemories(self.core.counts, is_allowed=bool(hello.shared))
 
     @property
@@ -160,16 +169,22 @@ class WorkerServer:
         """
         gc.freeze()
         gc.disable()
-        waiter = sockets.Waiter([self._socket], [self._waker.fd])
+        watched = [self._socket] if self._routers is None else self._routers.all_sockets()
+        waiter = sockets.Waiter(watched, [self._waker.fd])
         many = self._gpus.n_slots > 1  # a single GPU must never wait for its server
         while self.link is not LinkState.STOPPED:
-            waiter.wait(self.core.next_due_ns() - self._clock.now_ns())
+            waiter.wait(self._next_due_ns() - self._clock.now_ns())
             self._waker.drain()
             began_ns = self._clock.now_ns()
             self.step()
+            if self._routers is not None and len(self._routers.doors) != len(watched):
+                watched = self._routers.all_sockets()
+                waiter = sockets.Waiter(watched, [self._waker.fd])
             if many:
                 sockets.rest(began_ns)
         self.memories.close()
+        if self._routers is not None:
+            self._routers.part_all(self._lender)
         if (bye := self.core.goodbye()) is not None:
             sockets.send(self._socket, encode(bye))
             self._socket.set(zmq.LINGER, _BYE_LINGER_MS)
@@ -183,13 +198,57 @@ class WorkerServer:
         if self._stop_asked:
             self._stop_asked = False
             self.core.stop(now_ns)
+        if self._routers is not None and not self._look_at_routers(self._routers, now_ns):
+            return
         for message in self.core.poll(now_ns, self._on_ended):
             if not self._tell(message, now_ns):
                 break
+        if self._routers is not None:
+            self._routers.lend(self._lender, now_ns)
         if not self._is_announced and self.core.epoch is not None:
             self._is_announced = True
             self._on_ready()
         self._collect(now_ns)
+
+    def _next_due_ns(self) -> int:
+        due_ns = self.core.next_due_ns()
+        if self._routers is None:
+            return due_ns
+        lender_ns = self._lender.next_due_ns()
+        if lender_ns is not None and lender_ns < due_ns:
+            due_ns = lender_ns
+        routers_ns = self._routers.choice.next_due_ns()
+        if self._routers.choice.own is None:
+            return due_ns if routers_ns is None else routers_ns
+        return due_ns if routers_ns is None else min(due_ns, routers_ns)
+
+    def _look_at_routers(self, routers: WorkerRouters, now_ns: int) -> bool:
+        """Ask the routers, and turn to another one if it is time; return whether one is chosen."""
+        choice, core = routers.choice, self.core
+        if not choice.is_many:
+            return True
+        lender = self._lender
+        routers.listen(lender, now_ns)
+        routers.ask(now_ns)
+        door = None if choice.own is None else routers.doors[choice.own]
+        is_connected = door is not None and door.is_connected()
+        self._turn_to(choice.turn(core, now_ns, is_connected=is_connected), now_ns)
+        lender.turn(choice.own, choice.prices(now_ns), now_ns)
+        return choice.own is not None or core.link is LinkState.STOPPED
+
+    def _turn_to(self, i: int | None, now_ns: int) -> None:
+        """Greet another router."""
+        routers = self._routers
+        if i is None or routers is None:
+            return
+        door = routers.doors[i]
+        assert door is not None, "only a router that answered is chosen"
+        if door.socket is not self._socket:
+            routers.part(self._socket)
+        self._socket, self._handshake = door.socket, door.handshake
+        self._is_connected = False
+        self.core.greet(now_ns)
+        _LOG.info("turns to the router at %s", routers.choice.endpoints[i])
 
     def _tell(self, message: Message, now_ns: int) -> bool:
         """Send to the router; if the router that gave this epoch cannot be reached, it is lost."""
@@ -231,6 +290,13 @@ class WorkerServer:
             if answer is not None:
                 sockets.send(self._socket, encode(answer))
             return
+        elif isinstance(message, Control) and message.kind is Kind.STATUS and self._routers is not None:
+            own = self._routers.choice.own
+            if own is not None:
+                self._routers.answered(own, message, self._clock.now_ns())
+            return
+        elif isinstance(message, Control) and message.kind is Kind.WELCOME and self._routers is not None:
+            self._routers.learn(WorkerWelcome.from_body(message.body).routers or ())
         pong = self.core.receive(_for_worker(message), self._clock.now_ns())
         if pong is not None:
             # A failure here shows in the heartbeat; a router may ping before it has welcomed this worker.

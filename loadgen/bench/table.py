@@ -25,15 +25,16 @@ from loadgen.bench import figures
 from loadgen.bench.rows import calls as bench_calls
 from loadgen.bench.rows import simulator as bench_simulator
 from loadgen.bench.rows.churn import churn
+from loadgen.bench.rows.gateway import GatewayCost
 from loadgen.bench.rows.generator import generator_qps
 from loadgen.bench.rows.messages import Callers
 from loadgen.bench.rows.path import PathShape, path_cost
 from loadgen.bench.rows.payloads import payload_costs
 from loadgen.bench.rows.row import BenchRow, SkippedError, machine
 from loadgen.bench.senders.offer import Offered, offer_singly
-from loadgen.live.calm import await_calm
+from loadgen.live.records import SenderPlan
 from loadgen.live.run import Emulation, RunSettings, emulated, run_emulated, run_trace
-from loadgen.live.sender import SenderPlan
+from loadgen.results.calm import await_calm
 from loadgen.results.result import quantile_ns
 from loadgen.results.run import in_time
 from loadgen.study.rate_search import Bounds, Probe, confirmed, highest_rate, undisturbed
@@ -99,6 +100,7 @@ class Bench:
 
     Attributes:
         callers: The rows of many small callers.
+        gateway: The rows of the gateway.
     """
 
     def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
@@ -106,6 +108,7 @@ class Bench:
         self._say = say
         self._tried: list[Probe] = []
         self.callers = Callers(seconds, say)
+        self.gateway = GatewayCost(seconds, say)
 
     # --- rates --------------------------------------------------------------------------
 
@@ -438,6 +441,8 @@ ROWS: dict[str, Callable[[Bench], BenchRow]] = {
     "message_per_query_us": lambda bench: bench.callers.message_per_query_us(),
     "callers_over_mosec": lambda bench: bench.callers.callers_over_mosec(),
     "packed_over_mosec": lambda bench: bench.callers.packed_over_mosec(),
+    "gateway_us": lambda bench: bench.gateway.gateway_us(),
+    "gateway_150kb_us": lambda bench: bench.gateway.gateway_150kb_us(),
     "crowd_us": lambda bench: bench.callers.crowd_us(),
     "payload_150kb_ratio": Bench.payload_150kb_ratio,
     "router_churn_mb": Bench.router_churn_mb,

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,13 @@ from loadgen.live.environment import environment_of
 from loadgen.live.hosts import Head
 from loadgen.live.progress import HEADER, Endings, Watch
 from loadgen.live.run import Emulation, RunSettings, run_emulated, run_trace
-from loadgen.live.targets import keys_of, payload_bytes_of, target_of
+from loadgen.live.targets import keys_of
+from loadgen.oip.model import is_url
+from loadgen.oip.options import check_answers, input_options, settings_of
+from loadgen.oip.run import run_target
 from loadgen.results.tables import check_outputs, echo, json_line, table, write, write_page
 from loadgen.results.timeline import recorded
+from loadgen.study.spans.remembered import RunMemory
 from loadgen.traces.trace import load_trace
 from superserve.clock import MS
 from superserve.errors import ConfigError
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
     from gpu_worker.core.played import Pace
     from gpu_worker.serve.eventlog import EventLogReport
     from loadgen.live.progress import Second
+    from loadgen.oip.inputs import LabelledInputs
+    from loadgen.oip.options import GivenInputs
     from loadgen.results.result import RunResult
     from loadgen.results.run import Run
     from loadgen.traces.trace import Trace
@@ -46,6 +52,7 @@ _CALIBRATED_FROM_NS = 10_000 * MS
 @click.command("run")
 @options.trace
 @options.connect
+@input_options
 @options.keys
 @options.emulate
 @pace_options
@@ -62,6 +69,9 @@ _CALIBRATED_FROM_NS = 10_000 * MS
     help="Print a JSON object for each second and one for the result, and everything else to stderr.",
 )  # fmt: skip
 @options.report_file
+@click.option(
+    "--perfetto", "trace_path", type=options.FILE, help="Write a Chrome trace of the run's last minutes."
+)
 @click.option("--logs", type=options.FOLDER, help="Keep event logs here.")
 @click.option("--generators", metavar="HOST:PORT,...", help="Send from the `loadgen agent` on these hosts.")
 @click.option(
@@ -72,6 +82,7 @@ _CALIBRATED_FROM_NS = 10_000 * MS
 def run_command(
     spec: str,
     connect: str | None,
+    given: GivenInputs,
     keys: str | None,
     emulate: str | None,
     pace: Pace,
@@ -85,6 +96,7 @@ def run_command(
     json_path: Path | None,
     is_json: bool,
     page_path: Path | None,
+    trace_path: Path | None,
     logs: Path | None,
     is_calibrated: bool | None,
     generators: str | None,
@@ -103,32 +115,31 @@ def run_command(
     watch = Watch(partial(_show_second, is_json=is_json, endings=endings), endings)
     try:
         slo_ns = options.slo_ns_of(slo_ms)
-        check_outputs({"--json": json_path, "--report": page_path})
-        if generators is not None and (connect is None or is_json):
-            raise ConfigError("--generators: expected --connect, as they reach it, and no --json-lines")
-        target = target_of(connect, emulate, policy, logs, pace=pace)
+        check_outputs({"--json": json_path, "--report": page_path, "--perfetto": trace_path})
+        inputs, target = given.read(), given.target(connect, emulate, policy, logs, pace)
         shown = keys_of(target, keys)
-        if generators is not None and shown:
-            raise ConfigError("--generators: agents are sent no keys: expected a router without")
+        _check_generators(generators, connect, shown, is_json=is_json)
         trace = load_trace(spec, rate_qps=rate, duration_s=duration, seed=seed)
-        n_bytes = payload_bytes_of(target, shown) if payload_bytes is None else payload_bytes
-        settings = RunSettings(slo_ns, senders, n_bytes, seed=seed, keys=shown)
+        settings = settings_of(target, inputs, payload_bytes, slo_ns, senders=senders, seed=seed, keys=shown)
         say(f"{trace.name}: {trace.n:,} queries in {trace.duration_ns / 1e9:.1f} s, SLO {slo_ms:g} ms")
         say(f"  {trace.provenance}")
-        calibration = None
-        if is_calibrated or (is_calibrated is None and generators is None and _is_calibrated(trace)):
-            calibration = calibrate(trace, settings)
-            say(f"  {calibration.to_line()}")
+        is_default = generators is None and _is_calibrated(trace, target)
+        wants = is_default if is_calibrated is None else is_calibrated
+        calibration = _calibration(trace, settings, say) if wants else None
         agents = () if generators is None else tuple(generators.split(","))
-        measured, report = _offer(trace, settings, target, agents, watch, is_json=is_json)
+        memory = RunMemory(shown, is_needed=any((json_path, page_path, trace_path)))
+        how = _How(watch, agents, memory.on_end, is_json=is_json)
+        measured, report = _offer(trace, settings, target, how)
         endings.finish()
     except KeyboardInterrupt:
         say("Interrupted before there was anything to report")
         sys.exit(endings.exit_code)
     _show(measured, report, say)
     result = _recorded(measured, trace, settings, target, report)
-    if calibration is not None:
-        result = replace(result, calibration=calibration.to_dict())
+    result = replace(result, lanes=memory.lanes(), calibration=calibration)
+    result = _with_labels(result, measured, settings, target, inputs, say)
+    if trace_path is not None:
+        memory.write_trace(trace_path, say)
     if is_json:
         echo(json_line({"kind": "result", **result.to_dict(), "timeline": None}))
     _write(result, json_path, page_path, say)
@@ -136,6 +147,29 @@ def run_command(
         sys.exit(endings.exit_code)
     if not measured.result.valid or (report is not None and report.n_violations):
         sys.exit(1)
+
+
+def _calibration(trace: Trace, settings: RunSettings, say: Callable[[str], object]) -> dict[str, Any]:
+    """Return what the senders do beside a sink, in place of the server."""
+    calibration = calibrate(trace, settings)
+    say(f"  {calibration.to_line()}")
+    return calibration.to_dict()
+
+
+def _with_labels(
+    result: RunResult,
+    measured: Run,
+    settings: RunSettings,
+    target: Emulation | str,
+    inputs: LabelledInputs | None,
+    say: Callable[[str], object],
+) -> RunResult:
+    """Return the result with how many answers were right, if the inputs have labels."""
+    checked = check_answers(measured, inputs, target, settings)
+    if checked is None:
+        return result
+    say(f"  right answers    {checked.right:,} of {checked.checked:,} in time")
+    return replace(result, environment={**(result.environment or {}), "labels": checked.to_dict()})
 
 
 def _recorded(
@@ -168,28 +202,51 @@ def _write(
             write_page(page_path, [result], say=say)
 
 
+def _check_generators(generators: str | None, connect: str | None, keys: str, *, is_json: bool) -> None:
+    if generators is None:
+        return
+    if connect is None or is_json:
+        raise ConfigError("--generators: expected --connect, as they reach it, and no --json-lines")
+    if keys:
+        raise ConfigError("--generators: agents are sent no keys: expected a router without")
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How a trace is offered: from where, and what happens meanwhile and at the end."""
+
+    watch: Watch
+    agents: tuple[str, ...]
+    on_end: Callable[[str], None] | None
+    is_json: bool
+
+
 def _offer(
-    trace: Trace,
-    settings: RunSettings,
-    target: Emulation | str,
-    agents: tuple[str, ...],
-    watch: Watch,
-    *,
-    is_json: bool,
+    trace: Trace, settings: RunSettings, target: Emulation | str, how: _How
 ) -> tuple[Run, EventLogReport | None]:
-    """Offer a trace from here, or from `agents` if there are any."""
-    if agents:
-        return _offer_across(trace, settings, str(target), agents, watch), None
-    if not is_json:
+    """Offer a trace from here, or from agents if there are any."""
+    if not how.is_json and not how.agents:
         echo(HEADER)
     if isinstance(target, Emulation):
-        return run_emulated(trace, settings, target, watch=watch)
-    return run_trace(trace, settings, target, watch=watch), None
+        return run_emulated(trace, settings, target, watch=how.watch, on_end=how.on_end)
+    if is_url(target):
+        return run_target(trace, settings, target, how.watch), None
+    if how.agents:
+        run = _offer_across(trace, settings, target, how.agents, how.watch)
+    else:
+        run = run_trace(trace, settings, target, watch=how.watch)
+    if how.on_end is not None:
+        how.on_end(target)
+    return run, None
 
 
-def _is_calibrated(trace: Trace) -> bool:
-    """Return whether a run is calibrated by default: it is long, and its first second has queries."""
-    return trace.duration_ns >= _CALIBRATED_FROM_NS and int(trace.due_ns[0]) < SECONDS * 1e9
+def _is_calibrated(trace: Trace, target: Emulation | str) -> bool:
+    """Return whether a run is calibrated by default: long, to a router, and its first second has queries."""
+    return (
+        not is_url(target)
+        and trace.duration_ns >= _CALIBRATED_FROM_NS
+        and int(trace.due_ns[0]) < SECONDS * 1e9
+    )
 
 
 def _offer_across(

@@ -23,7 +23,8 @@ _BASE_SHARE = 0.35  # of the load, as a constant stream; the rest comes in burst
 _CV2 = (40.0, 20.0, 10.0, 4.0, 1.0)  # of the bursts: the first whose peak leaves the smallest subnet headroom
 _PEAK_S = 0.1
 _HEADROOM = 0.5  # the peak takes at most this share of the smallest subnet's capacity
-_LEAST_SLO_MS, _SLO_BATCHES, _SLO_STEP_MS = 150.0, 5, 50.0
+# Ten full batches of the largest subnet: a slow machine stalls for as many batches as a fast one.
+_LEAST_SLO_MS, _SLO_BATCHES, _SLO_STEP_MS = 150.0, 10, 50.0
 _MARGIN = 0.1  # of the SLO, held back by the router, because all processes share this machine's cores
 
 
@@ -84,7 +85,7 @@ def sized_load(
     Args:
         measurement: Of the subnets that will serve, on the machine that will serve them.
         seconds: Length of the trace.
-        slo_ms: None for 150, or five full batches of the largest subnet if that is longer.
+        slo_ms: None for 150, or ten full batches of the largest subnet if that is longer.
         seed: Of the arrivals.
     """
     sizes, subnets = measurement.profile.batch_sizes, measurement.profile.subnets

@@ -1,7 +1,8 @@
 """What must hold in the demo: which problems fail it, and which are warnings.
 
-A wrong answer is always a failure. A missed deadline is one on a quiet machine; if other work kept it busy
-it is a warning, as long as adapting met more deadlines than not adapting.
+A wrong answer is always a failure. A missed deadline is one on a quiet machine, unless few were missed: few
+compared with what the largest subnet alone misses on the same machine in the same minute. Those are a
+warning, and so is what other work cost, as long as adapting met more deadlines than not adapting.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 ATTAINED, NOT_ATTAINED = 0.99, 0.9
 """The default policy must attain at least the first, the largest subnet alone less than the second."""
+
+_FEW = 0.05
+"""Share of the deadlines that the largest subnet alone misses: a stall or two of a slow machine cost less."""
 
 _WRONG = ("failed", "invalid")
 _LOST = ("worker_lost", "unanswered")
@@ -52,8 +56,12 @@ class DemoVerdict:
 def missed_by_adapting(served: Served) -> list[str]:
     """Return how the default policy's run missed its deadlines, a line each."""
     attained = served.result.slo_attainment or 0.0
-    low = [f"attainment under {served.policy}: expected at least {ATTAINED}, got {attained:.4f}"]
-    return missed(served) + (low if attained < ATTAINED else [])
+    return missed(served) + ([_low(served)] if attained < ATTAINED else [])
+
+
+def _low(served: Served) -> str:
+    attained = served.result.slo_attainment or 0.0
+    return f"attainment under {served.policy}: expected at least {ATTAINED}, got {attained:.4f}"
 
 
 def missed_by_largest(served: Served) -> list[str]:
@@ -88,14 +96,17 @@ MISSED: dict[str, Callable[[Served], list[str]]] = {
 def judge_serving(runs: Sequence[Served]) -> DemoVerdict:
     """Judge the runs of one load, the default policy's first, the largest subnet's last."""
     failures, warnings = [], []
+    attained, alone = (one.result.slo_attainment or 0.0 for one in (runs[0], runs[-1]))
+    few = {_low(runs[0])} if 1 - attained <= _FEW * (1 - alone) else set()
     for served in runs:
         for line in MISSED[served.policy](served):
             if served.noise:
                 warnings.append(f"{line} (disturbed: {served.noise})")
+            elif line in few:
+                warnings.append(f"{line} (a stall: the largest subnet alone got {alone:.4f} here)")
             else:
                 failures.append(line)
         failures += _ended(served, _WRONG)
-    attained, alone = (one.result.slo_attainment or 0.0 for one in (runs[0], runs[-1]))
     if attained <= alone:
         failures.append(
             f"attainment under {runs[0].policy}: expected more than the largest subnet alone, "

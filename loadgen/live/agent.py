@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loadgen.live.coordinator import Hooks
+from loadgen.live.records import COLUMNS
 from loadgen.live.run import RunSettings, run_trace
-from loadgen.live.sender import COLUMNS
 from loadgen.traces.trace import Trace
 from superserve import wire
 from superserve.clock import SECOND

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from loadgen.live.progress import Seconds
-from loadgen.live.sender import COLUMNS
+from loadgen.live.records import COLUMNS
 from loadgen.results.result import NoiseProbe
 from superserve.clock import MS
 from superserve.net.context import new_context
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import zmq
 
     from loadgen.live.progress import Watch
-    from loadgen.live.sender import SenderPlan
+    from loadgen.live.records import SenderPlan
     from loadgen.traces.trace import Trace
     from superserve.wire import Ping, Pong, RunMessage
 

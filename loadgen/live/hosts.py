@@ -17,8 +17,8 @@ import numpy as np
 import zmq
 
 from loadgen.live.agent import SILENT_S
+from loadgen.live.records import COLUMNS, UNANSWERED
 from loadgen.live.run import summarise
-from loadgen.live.sender import COLUMNS, UNANSWERED
 from loadgen.results.run import Run
 from superserve.clock import MS, SECOND
 from superserve.errors import ConfigError, WireError

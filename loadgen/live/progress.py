@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loadgen.live.sender import LIVE_ROW, UNANSWERED
+from loadgen.live.records import LIVE_ROW, UNANSWERED
 from loadgen.results.histogram import Histogram
 from loadgen.results.result import quantile_ns
 from superserve.clock import MS, SECOND

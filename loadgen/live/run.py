@@ -15,7 +15,7 @@ from gpu_worker.core.played import AS_PROFILED, Pace
 from gpu_worker.serve.eventlog import check_logs
 from loadgen.live.coordinator import Offering, coordinated
 from loadgen.live.jitter import apart
-from loadgen.live.sender import UNANSWERED, SenderPlan
+from loadgen.live.records import UNANSWERED, SenderPlan
 from loadgen.results.result import (
     LAG_QUANTILES,
     MAX_EXACT,
@@ -153,15 +153,24 @@ def _shares(n: int, parts: int) -> list[int]:
 
 
 def run_emulated(
-    trace: Trace, settings: RunSettings, emulation: Emulation, watch: Watch | None = None
+    trace: Trace,
+    settings: RunSettings,
+    emulation: Emulation,
+    watch: Watch | None = None,
+    on_end: Callable[[str], None] | None = None,
 ) -> tuple[Run, EventLogReport]:
-    """Offer `trace` to a private cluster, then check the event logs of its GPUs: see `check_logs`."""
+    """Offer `trace` to a private cluster, then check the event logs of its GPUs: see `check_logs`.
+
+    `on_end` receives the router's endpoint after the run, while the cluster is still there.
+    """
     with contextlib.ExitStack() as stack:
         if emulation.folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="superserve-")))
             emulation = replace(emulation, folder=folder)
         with emulated(emulation) as cluster:
             run = run_trace(trace, settings, cluster.client_endpoint, watch=watch)
+            if on_end is not None:
+                on_end(cluster.client_endpoint)
         return run, check_logs(cluster.event_logs)
 
 
@@ -199,7 +208,7 @@ def run_trace(
         columns = senders.columns()
     is_partial = senders.stop_ns is not None and senders.stop_ns < trace.duration_ns
     if is_partial:
-        trace, columns = _until(trace, columns, senders.stop_ns or 0)
+        trace, columns = until(trace, columns, senders.stop_ns or 0)
     noise = quantile_ns(senders.noise[1], 999)
     result = summarise(trace, settings.slo_ns, before.router.policy, columns, senders.subnets, noise)
     if is_partial:
@@ -210,7 +219,7 @@ def run_trace(
     )  # fmt: skip
 
 
-def _until(
+def until(
     trace: Trace, columns: dict[str, npt.NDArray[Any]], stop_ns: int
 ) -> tuple[Trace, dict[str, npt.NDArray[Any]]]:
     """Return the part of a run up to `stop_ns`.

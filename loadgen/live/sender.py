@@ -14,26 +14,29 @@ from __future__ import annotations
 
 import abc
 import gc
+import random
 import sys
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
 
+from loadgen.live.records import LIVE_ROW, UNANSWERED, Payloads, Records, SenderPlan
 from superserve import wire
+from superserve.client.spread import Spread
 from superserve.clock import MS
-from superserve.errors import ConfigError, SuperServeError, WireError
+from superserve.errors import ConfigError, SuperServeError
 from superserve.net.connection import Connection
 from superserve.net.context import new_context
+from superserve.net.endpoints import endpoints_of, resolved
 from superserve.net.keys import peer_keys
-from superserve.net.sockets import ZERO_COPY_BYTES, Waiter, connect_dealer, receive, send, wait
+from superserve.net.sockets import Waiter, connect_dealer, receive, send, wait
 from superserve.roles.command import one_line
 from superserve.roles.processes import announce_ready, die_with_parent
 from superserve.wire import (
-    HAS_OUTPUT,
     MAX_QUERIES,
     Queries,
     RunProgress,
@@ -43,7 +46,6 @@ from superserve.wire import (
     RunStop,
     decode_run,
     encode_run,
-    queued_us_of,
 )
 
 if TYPE_CHECKING:
@@ -52,207 +54,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import zmq
 
-    from superserve.wire import Group
-
     Steps = Generator[int, None, None]
     """Yields how long there is nothing to do, in ns: the caller waits or sleeps that long."""
 
 _PROGRESS_NS = 250 * MS
-_SETTLE_AT = 128
-"""Groups of answers entered at once, at most."""
-_SETTLE_QUERIES = 1_024
-"""Their queries, at about which they are entered: 10,000 at once would hold up the next send by 2 ms."""
-_ZEROS_BYTES = 16 << 20
 _WELCOME_NS = 10_000 * MS
-COLUMNS = (
-    "sent_ns", "answered_ns", "status", "subnet", "batch_size", "accuracy", "queued_ns", "executing_ns"
-)  # fmt: skip
-"""What a sender writes for each query."""
-UNANSWERED = 255
-"""In `status`: no answer came."""
-LIVE_ROW = np.dtype([("sent_ns", "<i8"), ("answered_ns", "<i8"), ("accuracy", "<f4"), ("status", "u1")])
-"""What a watched sender writes for each query while it runs."""
 LATE_NS = 250 * MS
 """How long after its deadline a query's row is written: only a stuck answer takes longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class SenderPlan:
-    """The orders of one sender; written as JSON beside the arrays.
-
-    Attributes:
-        endpoint: Where it sends: a router's client endpoint, or an echo's.
-        slo_ns: From due to deadline.
-        payload_bytes: Bytes of each payload, unless payloads are real.
-        grace_ns: How long after the last deadline answers are awaited.
-        keep_outputs: Whether outputs are written too.
-        is_watched: Whether rows are written while it runs: see `loadgen.live.progress`.
-        keys: As in `RunSettings`.
-        target: The target in `loadgen.bench.senders`; "" for `BulkTarget`.
-        least_sleep_ns: The least time between two wake-ups to send: timers are usually later than a shorter
-            one, and the lag that it adds is recorded. With 0 it wakes for each query.
-        control: Where the coordinator listens, which fills in this field and the next ones.
-        name: This sender's name.
-        folder: Contains `<name>-due.npy` (int64 ns offsets, ascending) and, for real payloads,
-            `payloads.npy` (uint8, shape (n, n_bytes)) and `<name>-pick.npy`.
-    """
-
-    endpoint: str
-    slo_ns: int
-    payload_bytes: int = 64
-    grace_ns: int = 500 * MS
-    keep_outputs: bool = False
-    is_watched: bool = False
-    keys: str = ""
-    target: str = ""
-    least_sleep_ns: int = MS // 2
-    control: str = ""
-    name: str = ""
-    folder: str = ""
-
-    @property
-    def live_path(self) -> Path:
-        """Return where the rows are written while it runs."""
-        return Path(self.folder) / f"{self.name}-live.rows"
-
-    def path(self, what: str) -> Path:
-        """Return the path of one of this sender's arrays."""
-        return Path(self.folder) / f"{self.name}-{what}.npy"
-
-
-class Payloads:
-    """The payloads of queries lo to hi, end to end: real ones by index, or zeros."""
-
-    def __init__(self, plan: SenderPlan) -> None:
-        shared = Path(plan.folder) / "payloads.npy"
-        self._rows = np.load(shared, mmap_mode="r") if shared.exists() else None
-        self._pick = np.load(plan.path("pick")) if self._rows is not None else None
-        self.each = plan.payload_bytes if self._rows is None else int(self._rows.shape[1])
-        self._zeros = memoryview(bytes(max(self.each, min(self.each * 4096, _ZEROS_BYTES))))
-
-    @property
-    def framed(self) -> bool:
-        """Whether each is a separate frame: large payloads must not be copied."""
-        return self.each >= ZERO_COPY_BYTES
-
-    def buffers(self, lo: int, hi: int) -> Sequence[bytes | memoryview]:
-        """Return the payloads of queries lo to hi: one buffer for each if `framed`, otherwise one for all."""
-        if self.framed:
-            return [self.packed(i, i + 1) for i in range(lo, hi)]
-        return (self.packed(lo, hi),)
-
-    def packed(self, lo: int, hi: int) -> bytes | memoryview:
-        """Return the payloads of queries lo to hi in one buffer."""
-        if self._rows is not None and self._pick is not None:
-            packed: bytes = self._rows[self._pick[lo:hi]].tobytes()
-            return packed
-        n_bytes = self.each * (hi - lo)
-        return self._zeros[:n_bytes] if n_bytes <= len(self._zeros) else bytes(n_bytes)
-
-
-class Records:
-    """What became of each query of one sender, as columns of length n; -1 where it did not happen."""
-
-    def __init__(self, n: int) -> None:
-        self.sent_ns = np.full(n, -1, np.int64)
-        self.answered_ns = np.full(n, -1, np.int64)
-        self.status = np.full(n, UNANSWERED, np.uint8)
-        # Filled, not np.zeros: its pages would be faulted in during the run.
-        self.subnet = np.full(n, 0, np.uint16)
-        self.batch_size = np.full(n, 0, np.uint16)
-        self.accuracy = np.full(n, 0, np.float32)
-        self.queued_ns = np.full(n, 0, np.int64)
-        self.executing_ns = np.full(n, 0, np.int64)
-        self.outputs: npt.NDArray[np.uint8] | None = None
-        self.n_answered = 0
-        self.n_duplicates = 0
-        self.reasons: dict[str, str] = {}
-        self._gathered: list[tuple[Group, int]] = []
-        self._n_gathered = 0
-
-    @property
-    def n_ended(self) -> int:
-        """Queries answered, those gathered included: a duplicate among these counts until `settle`."""
-        return self.n_answered + self._n_gathered
-
-    def gather(self, group: Group, now_ns: int) -> bool:
-        """Keep a group that arrived at `now_ns`; True if it is time to `settle`."""
-        self._gathered.append((group, now_ns))
-        self._n_gathered += group.count
-        return self._n_gathered >= _SETTLE_QUERIES or len(self._gathered) >= _SETTLE_AT
-
-    def settle(self, *, keep_outputs: bool) -> None:
-        """Enter what was gathered: all at once, for one by one NumPy's calls cost more than the rest."""
-        gathered, self._gathered, self._n_gathered = self._gathered, [], 0
-        groups = [group for group, _ in gathered]
-        if not groups:
-            return
-        index = np.frombuffer(b"".join([group.ids for group in groups]), "<i8")
-        is_plain = all([group.status in HAS_OUTPUT for group in groups])  # noqa: C419  a generator is slower
-        if keep_outputs or not is_plain or self._has_duplicates(index):
-            for group, now_ns in gathered:
-                self.take(group, now_ns, keep_outputs=keep_outputs)
-            return
-        counts = [group.count for group in groups]
-        self.n_answered += len(index)
-        self.answered_ns[index] = np.repeat([now_ns for _, now_ns in gathered], counts)
-        self.status[index] = np.repeat([group.status for group in groups], counts)
-        self.subnet[index] = np.repeat([group.subnet for group in groups], counts)
-        self.batch_size[index] = np.repeat([group.batch_size for group in groups], counts)
-        self.accuracy[index] = np.repeat([group.accuracy for group in groups], counts)
-        self.executing_ns[index] = np.repeat([group.executing_ns for group in groups], counts)
-        waits_us = b"".join([queued_us_of(group) for group in groups])
-        self.queued_ns[index] = np.frombuffer(waits_us, "<u4") * np.int64(1000)
-
-    def _has_duplicates(self, index: npt.NDArray[np.int64]) -> bool:
-        is_answered: bool = (self.status[index] != UNANSWERED).any()
-        # Not np.unique: its first call imports a module, and the sender stands still for 8 to 20 ms.
-        ordered = np.sort(index)
-        return is_answered or bool((ordered[1:] == ordered[:-1]).any())
-
-    def take(self, group: Group, now_ns: int, *, keep_outputs: bool) -> None:
-        """Enter a group of answers that arrived at `now_ns`."""
-        index = np.frombuffer(group.ids, "<i8")
-        before = self.status[index]
-        queued_ns: Any = group.queued_ns
-        if group.queued_us is not None:
-            queued_ns = np.frombuffer(group.queued_us, "<u4").astype(np.int64) * 1000
-        if before.min() != UNANSWERED:
-            is_new = before == UNANSWERED
-            self.n_duplicates += int((~is_new).sum())
-            index = index[is_new]
-            queued_ns = queued_ns[is_new] if group.queued_us is not None else queued_ns
-        self.n_answered += len(index)
-        self.answered_ns[index] = now_ns
-        self.status[index] = group.status
-        self.queued_ns[index] = queued_ns
-        if group.status not in HAS_OUTPUT:
-            status = wire.Status(group.status).name
-            if status not in self.reasons:
-                self.reasons[status] = bytes(group.output).decode(errors="replace")[:500]
-            return
-        self.subnet[index] = group.subnet
-        self.batch_size[index] = group.batch_size
-        self.accuracy[index] = group.accuracy
-        self.executing_ns[index] = group.executing_ns
-        if keep_outputs and len(index) == group.count:
-            self._keep(group, index)
-
-    def _keep(self, group: Group, index: npt.NDArray[np.int64]) -> None:
-        """Store the outputs of a group. All have the same length, because a model has one output shape."""
-        each = len(group.output) // group.count
-        if group.lengths is not None and set(memoryview(group.lengths).cast("I")) != {each}:
-            raise WireError(f"results: expected outputs of {each} bytes, got lengths that differ")
-        if self.outputs is None:
-            self.outputs = np.zeros((len(self.status), each), np.uint8)
-        self.outputs[index] = np.frombuffer(group.output, np.uint8).reshape(group.count, -1)
-
-    def save(self, plan: SenderPlan) -> None:
-        """Write every column to the plan's folder."""
-        for name in COLUMNS:
-            np.save(plan.path(name), getattr(self, name))
-        if self.outputs is not None:
-            np.save(plan.path("outputs"), self.outputs)
 
 
 class SenderTarget(abc.ABC):
@@ -334,6 +142,118 @@ class BulkTarget(SenderTarget):
         """Send heartbeats, and HELLO again if the router has gone."""
         self.connection.tick(now_ns)
         self.subnets = self.connection.subnets
+
+
+class SpreadTarget(BulkTarget):
+    """Several routers: each message goes to one of them, as `superserve.client.spread` says."""
+
+    def __init__(self, plan: SenderPlan, records: Records, connections: Sequence[Connection]) -> None:
+        super().__init__(plan, records, connections[0])
+        self.connections = connections
+        self.spread = Spread(random.random())
+        for _ in connections[1:]:
+            self.spread.add()
+        self.n_again = 0
+        self._waiter = Waiter([connection.socket for connection in connections])
+        self._deadlines_ns = np.zeros(len(records.status), np.int64)
+        self._taken_back: list[int] = []
+        records.is_copied = np.zeros(len(records.status), np.bool_)
+
+    def __contains__(self, query_id: object) -> bool:
+        return self.records.status[query_id] == UNANSWERED  # type: ignore[call-overload,no-any-return]  # an int
+
+    def send(self, lo: int, slacks_ns: npt.NDArray[np.int64], now_ns: int) -> int:
+        """Send the queries to the router that will serve them soonest."""
+        i, n = self.spread.choose(len(slacks_ns)), len(slacks_ns)
+        if i is None:
+            return 0
+        self.connection = self.connections[i]
+        self._deadlines_ns[lo : lo + n] = slacks_ns + now_ns
+        if super().send(lo, slacks_ns, now_ns) == 0:
+            self.connection.lose()
+            self._observe(i)
+            return self.send(lo, slacks_ns, now_ns)
+        self.spread.sent(i, range(lo, lo + n), now_ns)
+        if self.spread.is_bloated(i):
+            self.settle()
+            self.spread.prune(i, self)
+        return n
+
+    def take(self) -> None:
+        """Collect the answers that have come, and look after the routers."""
+        for i, connection in enumerate(self.connections):
+            for results in connection.receive():
+                arrived_ns = time.monotonic_ns()
+                for group in results.groups:
+                    self.spread.answered(i, group.count)
+                    if group.status == wire.Status.DRAINING:
+                        self.spread.routes[i].is_draining = True
+                        if len(self.spread.live()) > 1:
+                            self._taken_back += np.frombuffer(group.ids, "<i8").tolist()
+                            continue
+                    if self.records.gather(group, arrived_ns):
+                        self.settle()
+            self._observe(i)
+        self._look_after(time.monotonic_ns())
+
+    def _observe(self, i: int) -> None:
+        """Notice that a router came or went; another gets what a lost one had."""
+        connection, route = self.connections[i], self.spread.routes[i]
+        connection.look()
+        if connection.epoch != route.epoch:
+            lost = [one for ids in route.sent for one in ids] if route.epoch is not None else []
+            route.forget()
+            route.epoch = connection.epoch
+            there = self.spread.on_live()
+            self._taken_back += [one for one in lost if one not in there]
+        route.gpus, route.is_draining = connection.gpus, route.is_draining or connection.is_draining
+
+    def _look_after(self, now_ns: int) -> None:
+        """Ask silent routers, give up dead ones, and send again what they had, or may have lost."""
+        spread = self.spread
+        for connection, route in zip(self.connections, spread.routes, strict=True):
+            connection.tick(now_ns)
+            route.hear(connection.heard_ns)
+        if (beat_ns := spread.next_beat_ns()) is not None and now_ns >= beat_ns:
+            self.settle()
+            asked, dead = spread.beat(now_ns, self)
+            for i in asked:
+                self.connections[i].ping(now_ns)
+            for i in dead:
+                self.connections[i].lose()
+                self._observe(i)
+        for i in spread.suspects():
+            self._taken_back += spread.copies(
+                i, lambda one: one in self and self._deadlines_ns[one] > now_ns, now_ns
+            )
+        if self._taken_back:
+            self._send_again(now_ns)
+
+    def _send_again(self, now_ns: int) -> None:
+        self.settle()
+        ids = np.array(self._taken_back, np.int64)
+        self._taken_back = []
+        slacks_ns = self._deadlines_ns[ids] - now_ns
+        is_open = (self.records.status[ids] == UNANSWERED) & (slacks_ns > 2 * MS)
+        ids, slacks_ns = ids[is_open], slacks_ns[is_open]
+        i = self.spread.choose(len(ids))
+        if i is None or not len(ids):
+            return
+        connection, each = self.connections[i], self.payloads.each
+        message = Queries(
+            connection.epoch or 0, now_ns, len(ids), ids.astype("<u8").tobytes(), slacks_ns.tobytes(), each,
+            self.payloads.picked(ids), self.payloads.framed, resubmitted=True,
+        )  # fmt: skip
+        if connection.send_queries(message):
+            self.n_again += len(ids)
+            self.spread.sent(i, ids.tolist(), now_ns)
+            assert self.records.is_copied is not None, "the constructor made it"
+            self.records.is_copied[ids] = True
+
+    def tick(self, now_ns: int) -> None:
+        """Note what the rows of the profile are; `take` does the rest."""
+        del now_ns
+        self.subnets = max((connection.subnets for connection in self.connections), key=len)
 
 
 class Sender:
@@ -449,18 +369,25 @@ class Sender:
         return message.after_ns
 
 
-def _await_welcome(connection: Connection) -> None:
+def _await_welcome(connections: Sequence[Connection]) -> Connection:
+    """Wait for a router with workers, and return the connection to it."""
     give_up_ns = time.monotonic_ns() + _WELCOME_NS
-    while connection.epoch is None or connection.model is None:
+    while True:
         now_ns = time.monotonic_ns()
-        if now_ns > give_up_ns or connection.mismatch is not None:
-            if connection.epoch is None:
-                raise ConfigError(connection.absence)
-            raise ConfigError(f"{connection.endpoint}: no worker has joined this router")
-        connection.tick(now_ns)
-        wait((connection.socket,), 20 * MS)
-        for _ in connection.receive():
-            pass
+        for connection in connections:
+            if connection.epoch is not None and connection.model is not None:
+                return connection
+        if now_ns > give_up_ns or all(connection.mismatch is not None for connection in connections):
+            for connection in connections:
+                if connection.epoch is not None:
+                    raise ConfigError(f"{connection.endpoint}: no worker has joined this router")
+            raise ConfigError("; ".join(dict.fromkeys(connection.absence for connection in connections)))
+        for connection in connections:
+            connection.tick(now_ns)
+        wait([connection.socket for connection in connections], 20 * MS)
+        for connection in connections:
+            for _ in connection.receive():
+                pass
 
 
 def run_sender(plan: SenderPlan) -> None:
@@ -472,10 +399,15 @@ def run_sender(plan: SenderPlan) -> None:
     due_ns = np.load(plan.path("due"))
     records = Records(len(due_ns))
     with new_context() as context:
-        connection = Connection(plan.endpoint, context, peer_keys(plan.keys))
+        open_at = partial(Connection, context=context, keys=peer_keys(plan.keys))
+        connections = [open_at(endpoint) for endpoint in resolved(endpoints_of(plan.endpoint))]
         try:
-            _await_welcome(connection)
+            connection = _await_welcome(connections)
+            known = [one.endpoint for one in connections]
+            connections += [open_at(one) for one in connection.routers if one not in known]
             target = BulkTarget(plan, records, connection)
+            if len(connections) > 1:
+                target = SpreadTarget(plan, records, connections)
             expected = None if connection.model is None else connection.model.input
             if expected is not None and expected.n_bytes != target.payloads.each:
                 raise ConfigError(
@@ -485,7 +417,8 @@ def run_sender(plan: SenderPlan) -> None:
             for duration_ns in Sender(target, due_ns).play(context):
                 target.wait(duration_ns)
         finally:
-            connection.close()
+            for one in connections:
+                one.close()
 
 
 def main(argv: list[str], run: Callable[[SenderPlan], None] = run_sender) -> int:

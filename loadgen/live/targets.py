@@ -13,6 +13,7 @@ from profiles.table import load_profile
 from router.policies.registry import make_policy
 from superserve.errors import ConfigError
 from superserve.net.connection import ask_status
+from superserve.net.endpoints import endpoints_of
 from superserve.roles import local
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def target_of(
     """Return the private cluster to start, or the endpoint to use.
 
     Args:
-        connect: `HOST:PORT` of a router.
+        connect: `HOST:PORT` of a router, or of several, separated by commas.
         emulate: `PROFILE:N`; with neither, the cluster that runs on this machine.
         policy: Of the private cluster.
         logs: Where it keeps its event logs.
@@ -54,7 +55,8 @@ def target_of(
         raise ConfigError("--policy: a running router has its own; expected with --emulate only")
     if connect is None:
         return _local_endpoint()
-    return connect if "://" in connect else f"tcp://{connect}"
+    parts = endpoints_of(connect, "--connect")
+    return ",".join(part if "://" in part else f"tcp://{part}" for part in parts)
 
 
 def _local_endpoint() -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu_worker.serve.eventlog import check_logs
-from loadgen.live.calm import await_calm
 from loadgen.live.run import Emulation, RunSettings, emulated, run_emulated, run_trace
 from loadgen.paper.experiments import (
     CNN,
@@ -22,6 +21,7 @@ from loadgen.paper.experiments import (
     fault_figures,
 )
 from loadgen.paper.figures import N_GPUS
+from loadgen.results.calm import await_calm
 from loadgen.study.compare import MAF_QPS
 from loadgen.traces.trace import load_trace
 from superserve.clock import MS

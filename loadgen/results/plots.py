@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loadgen.results.canvas import HEIGHT, Canvas, Panel
+from loadgen.results.lanes import lanes_from
 from loadgen.results.result import LATENCY_QUANTILES, OUTCOMES
 from loadgen.results.style import AREA, ENDS, GRID, INK, MUTED, RC, RUNS, figure, percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    import numpy.typing as npt
     from matplotlib.axes import Axes
+    from matplotlib.patches import PathPatch
 
     from loadgen.results.result import RunResult
     from loadgen.results.timeline import Counts, Floats, RunTimeline
@@ -212,6 +215,91 @@ def queue_wait(runs: Sequence[Shown]) -> Panel:
     return canvas.panel(title, f"{_which(runs)} Of the queries that came back with an output.")
 
 
+_SHADES = (0.12, 0.28, 0.48, 0.72, 1.0)
+"""Opacities of the river, for quarters of a decade: a few queries that wait must be seen beside a burst."""
+
+
+def river(runs: Sequence[Shown]) -> Panel:
+    """Draw the queue by time to the deadline, one row of axes for each run."""
+    title = "Slack river: queries that wait, by ms to their deadline"
+    known = [run for run in runs if run.timeline.river is not None]
+    most = max([float(run.timeline.river.waiting.max()) for run in known if run.timeline.river], default=0.0)
+    if not known or most <= 0:
+        return Panel("river", title, empty="No query waited, or the file is older and does not say.")
+    canvas = Canvas("river", _end_s(runs), len(known))
+    for row, run in enumerate(known):
+        axes = canvas.time_axes(row)
+        found = run.timeline.river
+        assert found is not None, "only these are drawn"
+        level = np.ceil(len(_SHADES) * np.sqrt(found.waiting / most)).astype(int)
+        for shade, alpha in enumerate(_SHADES, start=1):
+            cells = _cells(level == shade, run.edges_s, found.width_ms)
+            if cells is not None:
+                axes.add_patch(_patch(cells, run.colour, alpha, f"river-{run.place}-{shade}"))
+        axes.set_ylim(0, found.width_ms * found.waiting.shape[1])
+        canvas.key([(f"{most:.3g} on average", run.colour)], row, heading="" if len(runs) == 1 else run.label)
+    note = "Dark: many wait with so much time left. A burst sinks towards 0 unless accuracy gives way."
+    return canvas.panel(title, note)
+
+
+def gpu_lanes(runs: Sequence[Shown]) -> Panel:
+    """Draw what each GPU ran in the worst two seconds, one row of axes for each run."""
+    title = "GPUs in the worst two seconds"
+    known = [(run, lanes_from(run.result.lanes)) for run in runs if run.result.lanes is not None]
+    if not any(lanes.batches for _, lanes in known):
+        why = (
+            "Not kept: a live run asks its router for them, unless there are several; a simulation has none."
+        )
+        return Panel("gpus", title, empty=why)
+    canvas = Canvas("gpus", None, len(known))
+    for row, (run, lanes) in enumerate(known):
+        axes = canvas.axes(row)
+        colours = accuracy_colours([accuracy for _, accuracy in lanes.subnets])
+        served = sorted({one[3] for one in lanes.batches})
+        for subnet in served:
+            boxes = [
+                (max(0.0, start), min(lanes.duration_ms, start + took), gpu + 0.1, gpu + 0.9)
+                for gpu, start, took, row_of, _ in lanes.batches
+                if row_of == subnet
+            ]
+            axes.add_patch(_patch(boxes, colours[subnet], 1.0, f"gpus-{run.place}-{subnet}"))
+        axes.set_xlim(0, lanes.duration_ms)
+        axes.set_ylim(len(lanes.gpus), 0)
+        axes.set_yticks([gpu + 0.5 for gpu in range(len(lanes.gpus))], [name[-7:] for name in lanes.gpus])
+        ticks = [0, lanes.duration_ms / 2, lanes.duration_ms]
+        axes.set_xticks(ticks, [f"{at / 1e3:g} s" for at in ticks])
+        key = [(f"{lanes.subnets[subnet][1]:.2f} %", colours[subnet]) for subnet in reversed(served)]
+        canvas.key(key, row, heading="" if len(runs) == 1 else run.label)
+    missed = ", ".join(f"{lanes.missed:,}" for _, lanes in known)
+    note = f"A box is a batch, its colour the subnet's accuracy; gaps are idle. Missed then: {missed}."
+    return canvas.panel(title, note)
+
+
+def _cells(
+    chosen: npt.NDArray[np.bool_], edges_s: Floats, width: float
+) -> list[tuple[float, float, float, float]] | None:
+    """Return the chosen cells as left, right, bottom, top: those side by side as one."""
+    found = []
+    for row in range(chosen.shape[1]):
+        column = np.concatenate(([False], chosen[:, row], [False])).astype(np.int8)
+        starts, ends = np.flatnonzero(np.diff(column) == 1), np.flatnonzero(np.diff(column) == -1)
+        for start, end in zip(starts, ends, strict=True):
+            found.append((float(edges_s[start]), float(edges_s[end]), row * width, (row + 1) * width))
+    return found or None
+
+
+def _patch(cells: list[tuple[float, float, float, float]], colour: str, alpha: float, gid: str) -> PathPatch:
+    """Return many rectangles as one path: a page has thousands of them."""
+    from matplotlib.patches import PathPatch  # noqa: PLC0415  an optional extra
+    from matplotlib.path import Path as Outline  # noqa: PLC0415
+
+    corners, codes = [], []
+    for left, right, bottom, top in cells:
+        corners += [(left, bottom), (right, bottom), (right, top), (left, top), (left, bottom)]
+        codes += [Outline.MOVETO, Outline.LINETO, Outline.LINETO, Outline.LINETO, Outline.CLOSEPOLY]
+    return PathPatch(Outline(corners, codes), facecolor=colour, alpha=alpha, linewidth=0, gid=gid)
+
+
 def distribution(runs: Sequence[Shown]) -> Panel:
     """Draw latency by percentile on a complementary log scale, so that the p99.9 can be read."""
     title = "Latency distribution, ms by percentile"
@@ -304,9 +392,10 @@ def ends(runs: Sequence[Shown]) -> Panel:
 
 
 PANELS: tuple[Callable[[Sequence[Shown]], Panel], ...] = (
-    rate, attainment, subnets, ends, accuracy, batch_size, latency, queue_wait, send_lag, distribution
+    rate, attainment, river, accuracy, subnets, ends, batch_size, latency, queue_wait, gpu_lanes, send_lag,
+    distribution,
 )  # fmt: skip
-"""In the page's order, two side by side; all but the last are over time."""
+"""In the page's order, two side by side; all but the lanes and the last are over time."""
 
 
 def draw(runs: Sequence[Shown]) -> list[Panel]:
@@ -321,13 +410,18 @@ def draw(runs: Sequence[Shown]) -> list[Panel]:
 
 def subnet_colours(runs: Sequence[Shown]) -> dict[str, str]:
     """Return a colour for each subnet, by the rank of its accuracy."""
+    accuracies = {one.name: one.accuracy for run in runs for one in run.timeline.subnets}
+    return dict(zip(accuracies, accuracy_colours(list(accuracies.values())), strict=True))
+
+
+def accuracy_colours(accuracies: Sequence[float]) -> list[str]:
+    """Return a colour for each accuracy, by its rank."""
     import matplotlib as mpl  # noqa: PLC0415  an optional extra
     from matplotlib.colors import to_hex  # noqa: PLC0415
 
-    accuracies = {one.name: one.accuracy for run in runs for one in run.timeline.subnets}
-    ranks = {one: i for i, one in enumerate(sorted(set(accuracies.values())))}
+    ranks = {one: i for i, one in enumerate(sorted(set(accuracies)))}
     colours = mpl.colormaps["viridis"](np.linspace(0.2, 0.95, max(2, len(ranks))))
-    return {name: to_hex(colours[ranks[one]]) for name, one in accuracies.items()}
+    return [to_hex(colours[ranks[one]]) for one in accuracies]
 
 
 def _end_s(runs: Iterable[Shown]) -> float:

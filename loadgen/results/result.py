@@ -144,6 +144,7 @@ class RunResult:
         quantiles: "exact", or "histogram, 1 %" for more than `MAX_EXACT` queries; None if not stated.
         generators: For a run from several hosts: each one's queries, and how far off its start may be.
         gaps: What is unknown because generators were lost; None if none was.
+        lanes: The GPUs' batches in the worst two seconds: see `loadgen.results.lanes`; None if not kept.
     """
 
     schema: int = SCHEMA
@@ -173,6 +174,7 @@ class RunResult:
     quantiles: str | None = _kept()
     generators: tuple[Mapping[str, Any], ...] | None = _kept()
     gaps: tuple[Mapping[str, Any], ...] | None = _kept()
+    lanes: Mapping[str, Any] | None = _kept()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the file's fields, in its order; optional ones only if they are set."""
@@ -186,6 +188,8 @@ class RunResult:
             found["timeline"] = {
                 key: orjson.Fragment(orjson.dumps(self.timeline[key])) for key in self.timeline
             }
+        if self.lanes is not None:
+            found["lanes"] = {key: orjson.Fragment(orjson.dumps(self.lanes[key])) for key in self.lanes}
         return orjson.dumps(found, option=option).decode()
 
     def check(self) -> None:

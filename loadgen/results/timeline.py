@@ -14,6 +14,7 @@ import numpy as np
 
 from loadgen.results.histogram import rank
 from loadgen.results.result import OUTCOMES, PERMILLE, quantiles_ms
+from loadgen.results.river import SlackRiver, river_from, river_of
 from loadgen.results.run import in_time
 from superserve.clock import MS
 from superserve.errors import ConfigError
@@ -72,6 +73,7 @@ class RunTimeline:
         tail_ms: Latencies in ascending order, picked to be evenly spread on a complementary log
             scale, shape (n_points,).
         tail_n: How many answered queries took at least that long, same length.
+        river: The queue by time to the deadline; None in an older file.
     """
 
     bin_ms: float
@@ -86,6 +88,7 @@ class RunTimeline:
     noise_p99_9_ms: float | None
     tail_ms: Floats
     tail_n: Counts
+    river: SlackRiver | None = None
 
     @property
     def n_bins(self) -> int:
@@ -103,6 +106,7 @@ class RunTimeline:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result file's `timeline`."""
+        river = {} if self.river is None else {"river": self.river.to_dict()}
         return {
             "bin_ms": self.bin_ms,
             "queries": {name: counts.tolist() for name, counts in self.queries.items()},
@@ -118,6 +122,7 @@ class RunTimeline:
             "noise_ms": {name: _plain(values) for name, values in self.noise_ms.items()},
             "noise_p99_9_ms": self.noise_p99_9_ms,
             "latency_tail": {"ms": _plain(self.tail_ms), "at_least": self.tail_n.tolist()},
+            **river,
         }
 
 
@@ -183,6 +188,7 @@ def timeline_of(
         noise_p99_9_ms=quantiles_ms(late_ns, ("p99_9",))["p99_9"],
         tail_ms=tail_ms,
         tail_n=tail_n,
+        river=river_of(columns, slo_ns, bins.index(), len(bins.sizes), bin_ns(duration_ns)),
     )
 
 
@@ -308,6 +314,7 @@ def timeline_from(raw: object) -> RunTimeline:
         noise_p99_9_ms=None if noise is None else float(_floats([noise], 1, "noise_p99_9_ms")[0]),
         tail_ms=_floats(tail["ms"], n_tail, "latency_tail.ms"),
         tail_n=_counts(tail.get("at_least"), n_tail, "latency_tail.at_least"),
+        river=river_from(found.get("river"), n),
     )
 
 

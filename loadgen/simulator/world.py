@@ -28,6 +28,7 @@ from router.core.events import (
     ClientJoined,
     ClientLeft,
     Complaint,
+    CoreSettings,
     Dispatch,
     DrainWorker,
     Fence,
@@ -38,7 +39,6 @@ from router.core.events import (
     WorkerJoined,
     WorkerLeft,
 )
-from router.core.settings import CoreSettings
 from router.policies.registry import make_policy
 from superserve.clock import MS
 from superserve.errors import ConfigError
@@ -312,7 +312,8 @@ class Simulation:
 
         Before its next wake the core has nothing to do, whatever joins the queue behind its head. So such a
         pass is skipped, which saves half the cost of a run, and the next one admits its queries too. Not
-        under a policy that sees demand, because that depends on the parts in which queries come.
+        under a policy that sees demand, because that depends on the parts in which queries come. Messages
+        that are read together say less of their client's way, which is known some of them later.
         """
         queue = self.core.model.queue
         if self._wake_ns <= now_ns or not queue or self._sees_demand or self.on_pass is not None:

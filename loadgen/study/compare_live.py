@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loadgen.live.calm import await_calm
 from loadgen.live.jitter import enter_private_network
 from loadgen.live.run import Emulation, RunSettings, run_emulated
+from loadgen.results.calm import await_calm
 from loadgen.simulator.workloads import parse_cluster, parse_slos
 from loadgen.study.compare import CellResult, Figures, bound_in, is_paced
 from superserve.clock import MS

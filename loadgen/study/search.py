@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu_worker.serve.eventlog import check_logs
-from loadgen.live.calm import await_calm
 from loadgen.live.run import Emulation, RunSettings, emulated, run_trace
+from loadgen.results.calm import await_calm
 from loadgen.simulator.simulate import simulate
 from loadgen.study.rate_search import Probe, confirmed, highest_rate, undisturbed
 from loadgen.traces.specs import Spec

@@ -7,7 +7,7 @@ same calls always return the same actions.
 
 Its parts, each of which imports only those above it:
 
-    events, settings          what goes in and out; the numbers
+    events                    what goes in and out; the numbers
     edf, lanes, estimates     the queue; quantiles of what was measured
     workers                   processes and GPUs: states, credit, slowdown; a batch in flight
     model                     what belongs to a model: queue, demand, profiles and policies
@@ -15,6 +15,7 @@ Its parts, each of which imports only those above it:
     slack                     the formulas: when a batch can begin, what it takes, the way back
     admission     (ledger)    clients, and which of their queries may wait
     fleet         (ledger)    workers join, report, fall silent and overrun
+    price         (fleet)     what GPU time is worth here, for workers that may lend theirs
     dispatch      (both)      what is refused at the head, and which batch goes to which worker
 
 Clients' events go to admission, workers' to the fleet; `advance` lets the fleet judge and then the
@@ -32,12 +33,14 @@ from router.core.events import (
     CancelAsked,
     ClientJoined,
     ClientLeft,
+    CoreSettings,
     DrainRouter,
     DrainWorker,
     Event,
     Finished,
     Pulled,
     QueriesArrived,
+    Retuned,
     WorkerHeard,
     WorkerJoined,
     WorkerLeft,
@@ -45,7 +48,7 @@ from router.core.events import (
 from router.core.fleet import Fleet
 from router.core.ledger import Ledger
 from router.core.model import Model
-from router.core.settings import CoreSettings
+from router.core.price import Price
 from router.core.slack import Slack
 
 if TYPE_CHECKING:
@@ -88,6 +91,7 @@ class RouterCore:
         self.admission = admission(self.ledger, self.settings)
         self.fleet = fleet(self.ledger, self.slack, self.settings)
         self.dispatcher = dispatcher(self.ledger, self.fleet, self.slack)
+        self.price = Price(self.ledger, self.fleet)
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             ClientJoined: self.admission.client_joined,
             ClientLeft: self.admission.client_left,
@@ -100,6 +104,7 @@ class RouterCore:
             Finished: self.fleet.finished,
             WorkerLeft: self.fleet.left,
             DrainWorker: self.fleet.drain,
+            Retuned: self._retuned,
         }
 
     def handle(self, event: Event, now_ns: int) -> None:
@@ -133,6 +138,15 @@ class RouterCore:
             self.admission.floor_waiting()
             self.model.show_demand()
             self.fleet.refresh()  # sets the capacity of the demand that was just made
+
+    def _retuned(self, event: Retuned, _now_ns: int) -> None:
+        """Take other settings; ConfigError, and nothing has changed, if its policy cannot be built."""
+        self.model.retune(event.make_policy)
+        self.settings = event.settings
+        self.admission.retune(event.settings)
+        self.slack.retune(event.settings)
+        self.fleet.retuned()
+        self.dispatcher.retuned()
 
     # --- what hosts and reports read --------------------------------------------------------
 
@@ -232,5 +246,16 @@ class RouterCore:
         return self.admission.draining
 
     def workers(self) -> Iterator[Worker]:
-        """Yield every GPU of every known worker process."""
+        """Yield every GPU of every known worker process, guests included."""
         return self.fleet.workers()
+
+    def residents(self) -> Iterator[Worker]:
+        """Yield every GPU that belongs to this router."""
+        for peer in list(self.fleet.peers.values()):
+            if not peer.is_guest:
+                yield from list(peer.workers)
+
+    @property
+    def n_borrowed(self) -> int:
+        """Batches that ran on GPUs of other routers."""
+        return self.fleet.n_borrowed

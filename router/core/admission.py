@@ -16,9 +16,8 @@ from superserve.wire import Status
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from router.core.events import Key
+    from router.core.events import CoreSettings, Key
     from router.core.ledger import Ledger
-    from router.core.settings import CoreSettings
     from superserve.wire import Queries
 
 _SAMPLE_EVERY_NS = MS
@@ -95,6 +94,10 @@ class Admission:
     def drain(self, _event: DrainRouter, _now_ns: int) -> None:
         """Refuse new queries from now on."""
         self.draining = True
+
+    def retune(self, settings: CoreSettings) -> None:
+        """Take other bounds, for queries that arrive from now on."""
+        self._settings = settings
 
     # --- queries ----------------------------------------------------------------------------
 

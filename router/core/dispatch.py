@@ -57,6 +57,11 @@ class Dispatcher:
         self._queue_view = QueueView(0, 0, 0)
         self._worker_view = WorkerView(0, 0, 1.0)
 
+    def retuned(self) -> None:
+        """Forget what the earlier policy saw and waited for: another one decides from now on."""
+        self._awaited = None
+        self._queue_view = QueueView(0, 0, 0)
+
     def decide(self, now_ns: int) -> None:
         """Refuse what cannot be served, and give work to the workers that are about to be free."""
         self._slack.punctuality.came(now_ns)
@@ -161,6 +166,8 @@ class Dispatcher:
             return None  # a scan in this pass found none, for a head with as much time
         best, soonest_ns = None, limit_ns + 1
         for worker in fleet.workers():
+            if not worker.is_counted:
+                continue  # its credit is with another router
             if worker.machine.state is WorkerState.READY and worker.peer.machine.state is PeerState.LIVE:
                 end_ns = slack.free_ns(worker, now_ns) + slack.alone_and_back_ns(worker, floor)
                 soonest_ns = min(soonest_ns, end_ns)
@@ -202,10 +209,13 @@ class Dispatcher:
         view.doubt = doubt
         view.free_at_ns = slack.begin_ns(worker, now_ns)
         view.allowance_ns = careful_ns
+        view.turnaround_ns = worker.transport.median_ns
+        view.is_pressed = False
         choice = self._corrected_choice(worker, now_ns)
         if choice is None:
             # Nothing leaves room for the worst transport: try the usual one, which is better than to refuse.
             view.allowance_ns = usual_ns
+            view.is_pressed = True
             choice = self._corrected_choice(worker, now_ns)
         return choice
 

@@ -1,19 +1,22 @@
-"""What goes into the router core and what comes out: plain values, no sockets.
+"""What goes into the router core, what comes out, and its settings: plain values, no sockets.
 
 A peer's message goes in as decoded, with the connection that it came on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from superserve.clock import MS
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from profiles.table import Profile
     from router.core.edf import Cohort, Stretch
     from router.core.workers import Batch
+    from router.policies import Policy
     from superserve.wire import Cancel, Done, DoneRow, Pull, Queries, Status
 
 Key = Any
@@ -59,7 +62,8 @@ class CancelAsked:
 class WorkerJoined:
     """A worker process sent HELLO: one profile for each of its GPUs.
 
-    `payload_bytes` is what its model takes for each query; None means any size.
+    `payload_bytes` is what its model takes for each query; None means any size. A guest belongs to another
+    router, and only lends single credits to this one.
     """
 
     peer: Key
@@ -67,6 +71,7 @@ class WorkerJoined:
     epoch: int
     profiles: Sequence[Profile]
     payload_bytes: int | None = None
+    is_guest: bool = False
 
 
 @dataclass(slots=True)
@@ -113,6 +118,18 @@ class DrainRouter:
     """Accept no more queries; finish the queued ones."""
 
 
+@dataclass(slots=True)
+class Retuned:
+    """Other settings hold from now on; `policy` names what `make_policy` builds, for logs.
+
+    Of the settings, the bounds and the margin may differ.
+    """
+
+    policy: str
+    make_policy: Callable[[Profile], Policy]
+    settings: CoreSettings
+
+
 Event = (
     ClientJoined
     | ClientLeft
@@ -125,6 +142,7 @@ Event = (
     | WorkerLeft
     | DrainWorker
     | DrainRouter
+    | Retuned
 )
 
 
@@ -209,3 +227,45 @@ class Complaint:
 
 
 Action = Dispatch | Answer | Fence | Released | Complaint
+
+
+# --- settings ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSettings:
+    """The core's tuning constants, each with its reason.
+
+    Attributes:
+        dispatch_ahead_ns: Decide a worker's next batch at most this long (plus the measured
+            transport) before it is free. Long enough to cover a late wake-up on a busy host,
+            short enough not to decide on a stale queue: a whole batch ahead costs SlackFit a point.
+        least_ahead_ns: At least this long, on a machine on which the router has not come late.
+        margin_ns: Slack held back, at most, for transport that the estimate has not seen yet.
+        least_margin_ns: Slack held back at least, where no way took longer than nearly all of them.
+        max_queries: Most queries queued or in flight; more are OVERLOADED.
+        max_bytes: Most payload bytes held; more are OVERLOADED.
+        heartbeat_ns: Each worker sends something at least this often.
+        suspect_after: Missed heartbeats after which a worker gets no more work.
+        dead_after: Missed heartbeats after which its queries are dispatched again.
+        overrun_factor: A batch that takes this many times its profiled p99 has overrun.
+        overrun_grace_ns: Added to that, so that a scheduler hiccup does not condemn short batches.
+        give_up_ns: A batch that has no answer this long after it overran is given up.
+    """
+
+    dispatch_ahead_ns: int = 2 * MS
+    least_ahead_ns: int = 2 * MS // 10
+    margin_ns: int = MS
+    least_margin_ns: int = MS // 10
+    max_queries: int = 200_000
+    max_bytes: int = 2 << 30
+    heartbeat_ns: int = 100 * MS
+    suspect_after: int = 3
+    dead_after: int = 6
+    overrun_factor: int = 3
+    overrun_grace_ns: int = 10 * MS
+    give_up_ns: int = 1000 * MS
+
+    def with_margin(self, margin_ns: int) -> CoreSettings:
+        """Return settings with a margin that is always the same, whatever is measured."""
+        return replace(self, margin_ns=margin_ns, least_margin_ns=margin_ns)

@@ -24,13 +24,16 @@ from superserve.errors import WireError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from router.core.events import CoreSettings
     from router.core.ledger import Ledger
-    from router.core.settings import CoreSettings
     from router.core.slack import Slack
     from superserve.wire import DoneRow
 
 _FIT_EVERY_NS = 100_000
 """For each GPU, how long what all can serve stays as reckoned: at 3 us a GPU that is 3 % of the time."""
+
+_PACE_UNIT = 1 << 40
+"""The unit of `GpuPace.per_ns`."""
 
 _JUDGED_AT_ONCE = 64
 """About how many GPUs are judged in one pass: judging all of a large cluster would take milliseconds."""
@@ -48,6 +51,10 @@ class Fleet:
         peers: The worker processes, by connection.
         quickest_ns: The quickest answer of any GPU: with less slack a query cannot be served. 0 without GPUs.
         is_uneven: Whether the GPUs differ, so that a head too tight for one may suit another.
+        n_present: GPUs that this router has the time of now: its own that take work, less those whose credit
+            another router has, and those of others that lend it theirs.
+        usual_slowdown: Measured over profiled latency, averaged over the worker processes.
+        n_borrowed: Batches that ran on GPUs of other routers so far.
         n_stale: Ignored reports: of an epoch that is over, or a batch given up.
         n_lost_peers: Processes that were lost; those that sent BYE do not count.
     """
@@ -55,7 +62,8 @@ class Fleet:
     __slots__ = (
         "_checked_ns", "_fit_at_ns", "_free", "_free_at_most", "_ledger", "_limit_ns", "_model", "_n_gpus",
         "_offer_seq", "_overruns", "_settings", "_slack", "_stall_ns", "_to_judge", "_wanted_ns", "is_uneven",
-        "n_lost_peers", "n_stale", "peers", "quickest_ns", "supply",
+        "n_borrowed", "n_lost_peers", "n_present", "n_stale", "peers", "quickest_ns", "supply",
+        "usual_slowdown",
     )  # fmt: skip
 
     def __init__(self, ledger: Ledger, slack: Slack, settings: CoreSettings) -> None:
@@ -63,6 +71,9 @@ class Fleet:
         self.quickest_ns = 0
         self.is_uneven = False
         self.n_stale = 0
+        self.n_present = 0
+        self.n_borrowed = 0
+        self.usual_slowdown = 1.0
         self.n_lost_peers = 0
         self.supply = Supply()
         self._ledger = ledger
@@ -87,8 +98,10 @@ class Fleet:
             yield from peer.workers
 
     def check(self) -> None:
-        """Assert that no credit is negative."""
+        """Assert that no credit is negative, and that the GPUs that are here are counted."""
         assert all(worker.credit >= 0 for worker in self.workers())
+        n_counted = sum(worker.is_counted for worker in self.workers())
+        assert self.n_present == n_counted, f"{self.n_present} GPUs are present, of which {n_counted} count"
 
     def next_wake_ns(self) -> int | None:
         """Return the instant at which `judge` has something to do."""
@@ -111,9 +124,10 @@ class Fleet:
         before = self.peers.get(event.peer)
         if before is not None:
             self._bury(before, PeerEvent.LOST, now_ns)
-        peer = Peer(event.peer, event.name, event.epoch, now_ns)
+        peer = Peer(event.peer, event.name, event.epoch, now_ns, is_guest=event.is_guest)
         for slot, profile in enumerate(event.profiles):
             peer.workers.append(Worker(peer, slot, profile, self._model.policy_of(profile), now_ns))
+            self._count(peer.workers[-1])
         self._summarise(peer)
         self.peers[event.peer] = peer
         self._model.payload_bytes = event.payload_bytes
@@ -175,11 +189,13 @@ class Fleet:
                 raise WireError(f"done: batch {row.batch_id}: expected {batch.n} queries, got {row.n}")
             # Even the report of a batch that was given up shows that the GPU works again.
             worker.machine.on(WorkerEvent.ANSWERED)
-            worker.answered_ns = now_ns
+            before_ns, worker.answered_ns = worker.answered_ns, now_ns
             if batch is None:
                 self.n_stale += 1  # given up before it answered
             else:
                 del worker.outstanding[row.batch_id]
+                if batch.dispatched_ns < before_ns:  # sent while the one before it ran
+                    self.supply.idled(now_ns - before_ns - row.executing_ns, row.executing_ns)
                 self._ledger.finish(batch, row, self._learn(batch, row, now_ns), now_ns)
             worker.grant(row.credit, row.last_batch)
             worker.expect_free(now_ns, row)
@@ -197,7 +213,7 @@ class Fleet:
             worker.measure(batch.subnet, batch.profiled_ns, row.executing_ns)
             if (
                 self._model.demand is not None
-                and worker.machine.state is WorkerState.READY  # one that drains counts for nothing
+                and worker.is_counted  # one that drains or is lent counts for nothing
                 and worker.pace.is_stale(worker.slowdown)
             ):
                 self.supply.reset(worker.pace, worker.profile, worker.slowdown)
@@ -214,12 +230,14 @@ class Fleet:
         """Forget a worker process; queue its queries again if slack is left."""
         peer.machine.on(event)
         self.n_lost_peers += event is PeerEvent.LOST
-        del self.peers[peer.key]
-        self.refresh()  # first, because the remaining workers decide whether its queries have slack left
         for worker in peer.workers:
             worker.machine.on(WorkerEvent.LOST)
             worker.credit = 0
             worker.version += 1
+            self._count(worker)
+        del self.peers[peer.key]
+        self.refresh()  # first, because the remaining workers decide whether its queries have slack left
+        for worker in peer.workers:
             self.supply.note(worker.pace, None)
             self._lose_all(worker, now_ns)
 
@@ -237,6 +255,7 @@ class Fleet:
             if event.slot is None or worker.slot == event.slot:
                 worker.machine.on(WorkerEvent.DRAIN)
                 worker.version += 1
+                self._count(worker)
         self._release(peer)
 
     def _release(self, peer: Peer) -> None:
@@ -325,10 +344,16 @@ class Fleet:
 
     def _set_paces(self, peer: Peer) -> None:
         for worker in peer.workers:
-            if worker.machine.state is WorkerState.READY:
+            if worker.is_counted:
                 worker.pace.set(worker.profile, worker.slowdown, self._limit_ns)
             else:
                 worker.pace.stop()
+
+    def retuned(self) -> None:
+        """Give each GPU the policy of its profile, which is another one now."""
+        for worker in self.workers():
+            worker.policy = self._model.policy_of(worker.profile)
+        self.refresh()
 
     def refresh(self) -> None:
         """Update the values that summarise all GPUs."""
@@ -336,7 +361,7 @@ class Fleet:
         demand = self._model.demand
         if demand is not None:
             live = [peer for peer in peers if peer.machine.state is PeerState.LIVE]
-            demand.capacity = sum([peer.capacity for peer in live])
+            demand.capacity = sum([peer.capacity for peer in live if not peer.is_guest])
             self.supply.restate([worker.pace for peer in live for worker in peer.workers])
         self.quickest_ns = min([peer.quickest_ns for peer in peers], default=0)
         # Stale entries stay in the heap until they reach its top. A few for each GPU are allowed:
@@ -346,12 +371,15 @@ class Fleet:
         if not peers:
             self.is_uneven = False
             return
-        slowest = max([peer.slowdowns[1] for peer in peers])
-        ways_ns = [peer.way_ns for peer in peers]
+        # Guests come and go: what differs about them does not make heads wait.
+        residents = [peer for peer in peers if not peer.is_guest] or peers
+        self.usual_slowdown = sum([sum(peer.slowdowns) for peer in residents]) / (2 * len(residents))
+        slowest = max([peer.slowdowns[1] for peer in residents])
+        ways_ns = [peer.way_ns for peer in residents]
         # 5 % is the noise of the slowdowns (`NOISE`), 1 ms that of the transport estimates.
         self.is_uneven = (
             self._model.n_profiles > 1
-            or slowest > 1.05 * min([peer.slowdowns[0] for peer in peers])
+            or slowest > 1.05 * min([peer.slowdowns[0] for peer in residents])
             or max(ways_ns) > min(ways_ns) + MS
         )
 
@@ -368,6 +396,7 @@ class Fleet:
             return
         worker.machine.on(WorkerEvent.OVERRAN)
         worker.version += 1
+        self._count(worker)
         self.supply.note(worker.pace, None)
         if batch.overran:
             # The process lives, but the GPU hangs: its queries must end too.
@@ -403,11 +432,32 @@ class Fleet:
         worker.n_batches += 1
         worker.n_queries += batch.n
         worker.last_subnet = batch.subnet
+        self.n_borrowed += worker.peer.is_guest
         self._offer(worker)
+
+    def _count(self, worker: Worker) -> None:
+        """Count a GPU if its time is this router's now, and the supply with it."""
+        is_here = worker.machine.state is WorkerState.READY and (
+            worker.credit > 0 or bool(worker.outstanding) if worker.peer.is_guest else not worker.is_away
+        )
+        if is_here == worker.is_counted:
+            return
+        worker.is_counted = is_here
+        self.n_present += 1 if is_here else -1
+        if self._model.demand is None:
+            return
+        if is_here:
+            self.supply.reset(worker.pace, worker.profile, worker.slowdown)
+        else:
+            pace, supply = worker.pace, self.supply
+            supply.rate = max(0.0, supply.rate - pace.per_ns / _PACE_UNIT)
+            supply.places -= pace.place
+            pace.stop()
 
     def _offer(self, worker: Worker) -> None:
         """Add a worker to the heap of free ones, by the instant it is free; older entries become stale."""
         worker.version += 1
+        self._count(worker)
         if self._model.demand is not None:
             self.supply.note(worker.pace, worker.free_at_ns if worker.outstanding else None)
         if worker.may_take:

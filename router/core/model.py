@@ -81,15 +81,47 @@ class Model:
                 self.reference = profile
         return known[1]
 
+    def retune(self, make_policy: Callable[[Profile], Policy]) -> None:
+        """Let another policy decide from now on; the queue becomes what that one takes from.
+
+        Raises:
+            ConfigError: It cannot be built for a profile; then nothing has changed.
+        """
+        self._policies = {
+            key: (profile, make_policy(profile)) for key, (profile, _) in self._policies.items()
+        }
+        self._make_policy = make_policy
+        if self.reference is None:
+            return
+        had_demand = self.demand is not None
+        if not had_demand:
+            waiting = self.queue.take_before(1 << 63)
+            self.show_demand()
+            for cohort, lo, hi in waiting:
+                self.queue.push(cohort, lo, hi)
+                if self.demand is not None:
+                    # All that is known of how patient queries are: without it all would seem late.
+                    slacks_ns = [deadline_ns - cohort.base_ns for deadline_ns in cohort.deadlines_ns[lo:hi]]
+                    self.demand.arrived(slacks_ns, cohort.arrived_ns)
+        elif not self._sees_demand():
+            waiting = self.queue.take_before(1 << 63)
+            self.demand, self.queue = None, EdfQueue()
+            for cohort, lo, hi in waiting:
+                self.queue.push(cohort, lo, hi)
+
     def show_demand(self) -> None:
         """Keep track of demand, and the queue in lanes, from now on if the policy asks for it.
 
         Call it once the first profile is known and what waits has its floors: lanes are by floor.
         """
-        assert self.reference is not None, "a policy is built for a profile"
-        if getattr(self.policy_of(self.reference), "sees_demand", False):
+        if self._sees_demand():
+            assert self.reference is not None, "a policy is built for a profile"
             self.demand = Demand()
             self.queue = LaneQueue(self.queue, weights_of(self.reference.least_costs_ns()))
+
+    def _sees_demand(self) -> bool:
+        assert self.reference is not None, "a policy is built for a profile"
+        return bool(getattr(self.policy_of(self.reference), "sees_demand", False))
 
     def floor_rows(self, min_accuracy: Buffer, lo: int, hi: int) -> list[int | None]:
         """Return the smallest row that is as accurate as each of queries lo to hi asks for; None if none is.

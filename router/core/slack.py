@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from router.core.estimates import Punctuality
 
 if TYPE_CHECKING:
+    from router.core.events import CoreSettings
     from router.core.ledger import ClientState
-    from router.core.settings import CoreSettings
     from router.core.workers import Peer, Worker
 
 
@@ -43,6 +43,11 @@ class Slack:
         self._margin_ns = settings.margin_ns
         self._overrun_factor = settings.overrun_factor
         self._grace_ns = settings.overrun_grace_ns
+
+    def retune(self, settings: CoreSettings) -> None:
+        """Take another margin."""
+        self._least_margin_ns = min(settings.least_margin_ns, settings.margin_ns)
+        self._margin_ns = settings.margin_ns
 
     # --- when -------------------------------------------------------------------------------
 
@@ -82,7 +87,9 @@ class Slack:
 
     def way_back_ns(self, worker: Worker, client: ClientState) -> int:
         """Return how long the way back to the client may take: nearly the worst seen on both parts."""
-        return self.back_ns(worker) + client.return_bound_ns()
+        transport = worker.transport
+        one_way_differs_ns = (transport.bound_ns() - transport.median_ns) // 2
+        return self.back_ns(worker) + client.return_bound_ns(one_way_differs_ns)
 
     def careful_way_back_ns(self, worker: Worker, client: ClientState, usual_ns: int, whole_ns: int) -> int:
         """Return the way back to allow for at first: nearly the worst, within what an answer can spare.

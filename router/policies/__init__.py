@@ -102,12 +102,18 @@ class WorkerView:
         slowdown: Measured over profiled latency of this worker, smoothed; 1.0 means as profiled.
         doubt: How many times longer than that a batch may still take, because few have been measured, or
             because queries are lost and the queue does not explain it; 1.0 without either.
+        turnaround_ns: The way of a batch's report and that of the next batch. A worker holds one batch beside
+            the one that runs, so behind a batch shorter than this it has nothing to do for the rest of it.
+        is_pressed: Whether nothing fits the slack that nearly the worst way leaves, so that the allowance is
+            now the usual way's: each nanosecond that the batch takes makes it likelier to be late.
     """
 
     free_at_ns: int
     allowance_ns: int
     slowdown: float
     doubt: float = 1.0
+    turnaround_ns: int = 0
+    is_pressed: bool = False
 
 
 def usable_slack_ns(queue: QueueView, worker: WorkerView, now_ns: int) -> int:

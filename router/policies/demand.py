@@ -7,7 +7,7 @@ came before that is answered, and whatever comes after it meets a different queu
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, sqrt
 
 from router.policies.surge import Surge
 
@@ -15,6 +15,22 @@ MS = 1_000_000
 _SETTLE_NS = MS // 2
 """At most this often are averages updated, for all arrivals since: each update costs an exponential, and
 half a millisecond is short against the slack that the averages are smoothed over."""
+
+_EARLY = 0.125
+"""Before a patience has passed, an average over it knows only a part, and is divided by that part, or by this
+if it is more: the first millisecond of many a recorded trace holds more than ten that follow. Without it
+such a trace at 12 % load gets 0.3 points less; at 0.25 a cold start at 80 % load with jitter of 4.5 ms loses
+1 query in 1,000 more."""
+
+_HURRIES = 16.0
+"""How long a class can wait is averaged over about so many queries."""
+
+_ALL = 0.999
+"""From this part on an average knows everything."""
+
+_SIGMAS = 4.0
+"""So many standard deviations below what has come, so that a few queries are no high rate. At 2 that trace
+gets 0.06 points less; at 0, 0.1."""
 
 
 class PatienceClass:
@@ -24,22 +40,41 @@ class PatienceClass:
         slack_ns: About how long they can wait.
 
     Attributes:
-        rate: Queries a nanosecond, smoothed over that.
+        rate: Queries a nanosecond, smoothed over that; over what has passed since the first, if that is less.
+        own_ns: How long those that came last could wait, the least patient of each message; at first 0.
+        surge: How many more may come at once.
         n: Queries since the last update.
+        hurry_ns: The sum over these of how long they, or the least patient of their message, can wait.
     """
 
-    __slots__ = ("n", "rate", "slack_ns")
+    __slots__ = ("_known", "_smoothed", "hurry_ns", "n", "own_ns", "rate", "slack_ns", "surge")
 
     def __init__(self, slack_ns: float) -> None:
         self.slack_ns = slack_ns
         self.rate = 0.0
+        self._smoothed = 0.0
+        self._known = 0.0
         self.n = 0
+        self.own_ns = 0.0
+        self.hurry_ns = 0.0
+        self.surge = Surge()
 
     def settle(self, passed_ns: int) -> None:
         """Update the rate with what has come in the time that has passed."""
         keep = exp(-passed_ns / self.slack_ns)
-        self.rate = self.rate * keep + (1.0 - keep) / passed_ns * self.n
-        self.n = 0
+        smoothed = self._smoothed = self._smoothed * keep + (1.0 - keep) / passed_ns * self.n
+        self.rate = smoothed
+        if self.n:
+            own_ns = self.hurry_ns / self.n
+            self.own_ns += (own_ns - self.own_ns) * (self.n / (self.n + _HURRIES) if self.own_ns else 1.0)
+            self.hurry_ns = 0.0
+            self.n = 0
+        if self._known < _ALL and smoothed > 0.0:
+            self._known = 1.0 - (1.0 - self._known) * keep
+            part = max(_EARLY, self._known)
+            sure = 1.0 - _SIGMAS / sqrt(smoothed * self.slack_ns)
+            if sure > part:
+                self.rate = smoothed * (sure / part)
 
 
 class Demand:
@@ -85,12 +120,19 @@ class Demand:
         """Count queries with these slacks. Less than a millisecond, or none left, counts as a millisecond."""
         self._n += len(slacks_ns)
         self.surge.arrived(len(slacks_ns), now_ns, self.slack_ns)
-        shortest, longest = max(MS, min(slacks_ns)).bit_length(), max(MS, *slacks_ns).bit_length()
-        if shortest == longest:
-            self._kind(shortest).n += len(slacks_ns)
+        least_ns = max(MS, min(slacks_ns))
+        shortest = least_ns.bit_length()
+        if shortest == max(MS, *slacks_ns).bit_length():
+            self._came(shortest, len(slacks_ns), len(slacks_ns) * least_ns, now_ns)
         else:
+            kinds: dict[int, list[int]] = {}
             for slack_ns in slacks_ns:
-                self._kind(max(MS, slack_ns).bit_length()).n += 1
+                one_ns = max(MS, slack_ns)
+                kinds.setdefault(one_ns.bit_length(), []).append(one_ns)
+            for bits in kinds:
+                self._kind(bits)
+            for bits, several_ns in kinds.items():
+                self._came(bits, len(several_ns), sum(several_ns), now_ns)
         first_ns = slacks_ns[0]
         # One SLO in a message is the usual case: count() compares in C, the sum below is a loop.
         if slacks_ns[-1] == first_ns and slacks_ns.count(first_ns) == len(slacks_ns):
@@ -103,6 +145,14 @@ class Demand:
         if kind is None:
             kind = self.classes[bits] = PatienceClass(0.75 * (1 << bits))
         return kind
+
+    def _came(self, bits: int, n: int, hurry_ns: int, now_ns: int) -> None:
+        """Count `n` queries of one class."""
+        kind = self._kind(bits)
+        kind.n += n
+        kind.hurry_ns += hurry_ns
+        if len(self.classes) > 1:  # a single class has the surge of all
+            kind.surge.arrived(n, now_ns, kind.slack_ns)
 
     def settle(self, now_ns: int) -> None:
         """Update the averages with what has arrived by `now_ns`.

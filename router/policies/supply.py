@@ -26,6 +26,10 @@ never do."""
 _NOISE = 0.05
 """A change of slowdown below this is the timer's noise, and not worth another pace."""
 
+_GAPS, _FIRST_GAPS = 256, 16
+"""Gaps are averaged over so many batches; the first as if so many without a gap had been before them, since
+a single one may be off by a whole way."""
+
 _FEW_ENDS = 64
 """So many entries are kept, and two for each GPU, before those that count no more are removed."""
 
@@ -85,13 +89,16 @@ class Supply:
     """
 
     __slots__ = (
-        "_busy_paces", "_busy_until", "_ends", "_ends_at_most", "_n_entries", "limit_ns", "places", "rate",
+        "_busy_paces", "_busy_until", "_ends", "_ends_at_most", "_gap_ns", "_n_entries", "_n_gaps",
+        "limit_ns", "places", "rate",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.rate = 0.0
         self.places = 0
         self.limit_ns = 0.0
+        self._gap_ns = 0.0
+        self._n_gaps = 0
         # The sum of (end - now) * pace over busy GPUs is kept as two sums, and each GPU leaves both at its
         # end: one that hangs would otherwise count as more and more time that it does not have.
         self._busy_paces = 0
@@ -99,6 +106,28 @@ class Supply:
         self._ends: list[tuple[int, int, GpuPace]] = []
         self._ends_at_most = _FEW_ENDS
         self._n_entries = 0
+
+    @property
+    def gap_ns(self) -> float:
+        """Return how long a GPU idles, on average, before a batch that was sent while the one before it ran.
+
+        Messages that jitter come too late for a batch sent just in time. At 80 % load and 4.5 ms of jitter
+        that takes 7 % of the GPUs' time, and a plan must count it. `rate` and `busy` do not.
+        """
+        return max(0.0, self._gap_ns)
+
+    def idled(self, gap_ns: int, executing_ns: int) -> None:
+        """Note the time between the reports of two batches, less what the second took.
+
+        Either report may have been under way for longer, so that a single gap is off by as much, and may be
+        negative. Their mean is right. A stall counts as no more than the batch.
+        """
+        if gap_ns > executing_ns:
+            gap_ns = executing_ns
+        elif gap_ns < -executing_ns:
+            gap_ns = -executing_ns
+        self._n_gaps += 1
+        self._gap_ns += (gap_ns - self._gap_ns) / min(_GAPS, _FIRST_GAPS + self._n_gaps)
 
     def busy(self, now_ns: int) -> float:
         """Return how many queries could be served in the time that batches already sent still take."""

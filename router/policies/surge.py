@@ -22,7 +22,7 @@ WINDOWS = (1, 4, 16, 64)
 SLOTS = 32
 """Slots to a patience: one is 1 ms at 36 ms, about as long as a spike takes to come in over the network."""
 
-_FORGET_NS = 10e9
+FORGET_NS = 10e9
 """A spike every few seconds is kept in mind. Between 5 s and 20 s nothing changed in any cell."""
 
 _SIGMAS = 3.5
@@ -70,7 +70,7 @@ class Surge:
             return
         slot_ns, counts, sums = self._slot_ns, self._counts, self._sums
         n_slots = int((now_ns - self._ends_ns) / slot_ns) + 1
-        keep = max(0.0, 1.0 - n_slots * slot_ns / _FORGET_NS)
+        keep = max(0.0, 1.0 - n_slots * slot_ns / FORGET_NS)
         self._mosts = [most * keep for most in self._mosts]
         if n_slots >= _KEPT:
             self._counts = [0] * _KEPT
@@ -94,6 +94,11 @@ class Surge:
             rate = (n + _SIGMAS * (sqrt(n) + _SIGMAS)) / (WINDOWS[i] * slot_ns)
             by_pause = min(by_pause, rate)
         self.by_pause = by_pause
+
+    @property
+    def most(self) -> float:
+        """Return the most that have come within the longest window."""
+        return self._mosts[3]
 
     def expected(self) -> tuple[float, float, float]:
         """Return how many more may come within each window but the longest; at least 0, ascending."""

@@ -82,7 +82,7 @@ def fleet(core: RouterCore) -> FleetSize:
     """
     least_ns: dict[int, float] = {}
     ready, capacity = 0, 0.0
-    for worker in core.workers():
+    for worker in core.residents():
         if is_well(worker.peer.machine.state.value, worker.machine.state.value):
             profile = worker.profile
             each_ns = least_ns.get(id(profile))

@@ -71,10 +71,12 @@ _NAMES = (
     Metric(
         "copied_payloads", "counter", "Those copied into messages, for workers that do not see the memory."
     ),
+    Metric("ignored_traceparents", "counter", "Queries whose trace context was all zeros."),
     Metric("refused_payloads", "counter", "Payloads said to be in memory that the client had not offered."),
     Metric("output_bytes", "counter", "Output bytes that workers sent."),
     Metric("malformed_messages", "counter", "Messages that broke the protocol, from anyone."),
     Metric("stale_messages", "counter", "Reports of batches given up, and messages of an older epoch."),
+    Metric("borrowed_batches", "counter", "Batches that ran on GPUs which belong to another router."),
     Metric("wrong_choices", "counter", "Answers of the policy that could not be carried out; see the log."),
     Metric("dropped_results", "counter", "Answers that a client was not there to take, or did not read."),
     Metric("lost_worker_processes", "counter", "Worker processes that fell silent or could not be reached."),
@@ -205,10 +207,8 @@ def _metrics_page(core: RouterCore, metrics: RouterMetrics) -> Page:
     families = Families(METRICS)
     fill(families, snapshot, waited_s)
     now_ns = time.monotonic_ns()
-    # Copied lists: the loop may add and remove while this thread reads.
-    workers = [
-        gpu_status(worker, now_ns) for peer in list(core.peers.values()) for worker in list(peer.workers)
-    ]
+    # `residents` copies the lists: the loop may add and remove while this thread reads.
+    workers = [gpu_status(worker, now_ns) for worker in core.residents()]
     fill_workers(families, workers)
     return exposition(families.all())
 
@@ -242,10 +242,12 @@ def fill(families: Families, snapshot: Snapshot, waited_s: float) -> None:
         "payload_bytes": queries.payload_bytes,
         "shared_payloads": now.counts.get("shared_payloads", 0),
         "copied_payloads": now.counts.get("copied_payloads", 0),
+        "ignored_traceparents": now.counts.get("ignored_traceparents", 0),
         "refused_payloads": now.counts.get("refused_payloads", 0),
         "output_bytes": queries.output_bytes,
         "malformed_messages": now.counts.get("malformed", 0),
         "stale_messages": batches.stale,
+        "borrowed_batches": now.counts.get("borrowed_batches", 0),
         "wrong_choices": now.counts.get("wrong_choices", 0),
         "dropped_results": now.counts.get("results_dropped", 0),
         "lost_worker_processes": now.lost_processes,

@@ -50,6 +50,7 @@ class LoopFacts:
         n_clients: How many are connected.
         counts: Messages, loops and faults, by name.
         load: The recent past.
+        settings_error: What is wrong with the settings file; "" if nothing is.
     """
 
     epoch: int
@@ -61,6 +62,7 @@ class LoopFacts:
     n_clients: int
     counts: Mapping[str, int]
     load: Load
+    settings_error: str = ""
 
 
 class Origin(NamedTuple):
@@ -95,7 +97,9 @@ def status_of(
         origins: What worker processes state about themselves, by their keys in the core.
         keys: The listed keys; None without keys.
     """
-    workers = tuple([gpu_status(one, now_ns, origins.get(one.peer.key, _UNKNOWN)) for one in core.workers()])
+    workers = tuple(
+        [gpu_status(one, now_ns, origins.get(one.peer.key, _UNKNOWN)) for one in core.residents()]
+    )
     return RouterStatus(**_summary(core, loop, now_ns), workers=workers, keys=keys)
 
 
@@ -104,7 +108,7 @@ def _summary(core: RouterCore, loop: LoopFacts, now_ns: int) -> dict[str, Any]:
     gpus = fleet(core)
     head = core.queue.head()
     return {
-        "router": _info(loop, draining=core.draining),
+        "router": _info(loop, core),
         "queries": QueryCounts(
             received=core.received,
             in_flight=core.in_flight,
@@ -127,16 +131,23 @@ def _summary(core: RouterCore, loop: LoopFacts, now_ns: int) -> dict[str, Any]:
         "lost_processes": core.n_lost_peers,
         "model": loop.model,
         "clients": loop.n_clients,
-        "counts": dict(loop.counts) | {"wrong_choices": core.n_wrong_choices},
+        "counts": dict(loop.counts)
+        | {"wrong_choices": core.n_wrong_choices, "borrowed_batches": core.n_borrowed},
         "recent": past,
         "workers_ready": gpus.ready,
         "workers_needed": workers_needed(past.short, gpus),
     }
 
 
-def _info(loop: LoopFacts, *, draining: bool) -> RouterInfo:
+def _info(loop: LoopFacts, core: RouterCore) -> RouterInfo:
+    settings = core.settings
+    is_fixed = settings.margin_ns == settings.least_margin_ns
     return RouterInfo(
-        draining=draining,
+        draining=core.draining,
+        max_queries=settings.max_queries,
+        max_bytes=settings.max_bytes,
+        margin_ms=settings.margin_ns / MS if is_fixed else None,
+        settings_error=loop.settings_error,
         pid=os.getpid(),
         host=socket.gethostname(),
         version=version(),

@@ -16,6 +16,7 @@ from superserve.errors import WireError
 from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.stream import StreamRouter, speaks
 from superserve.wire import Cancel, Control, Group, Kind, Ping, Pong, Queries, Results, Status
+from superserve.wire.traceparent import unpacked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,8 +154,27 @@ class ClientSide(RouterSide):
     def _queries(self, key: bytes, connection: PeerConnection, queries: Queries, now_ns: int) -> None:
         if queries.shared is not None and not self._find(key, connection, queries):
             return
+        if queries.traced is not None:
+            self._note_traces(key, queries)
         transit_ns = connection.one_way_ns + connection.transit.excess_ns(queries.sent_ns, now_ns)
         self._handle(QueriesArrived(key, queries, min(transit_ns, _MAX_TRANSIT_NS)), now_ns)
+
+    def _note_traces(self, key: bytes, queries: Queries) -> None:
+        """Record which of a message's queries belong to a caller's trace."""
+        assert queries.traced is not None, "only then is it called"
+        flight, serial, ids = self._serving.flight, self._core.clients[key].serial, wire.uint64s(queries.ids)
+        for i, context in wire.TRACED.iter_unpack(queries.traced):
+            if not unpacked(context).is_valid:
+                self._counts["ignored_traceparents"] += 1
+            elif flight is not None:
+                flight.trace(serial, ids[i], context)
+
+    def _flown(self, asked: dict[str, Any], now_ns: int) -> dict[str, Any] | None:
+        """With keys, only operators read the record: it has every client's queries."""
+        gate = self._serving.gate
+        if gate is not None and gate.clients.user not in gate.operators:
+            return {"refused": "flight record: expected an operator's key", "since": asked.get("since")}
+        return super()._flown(asked, now_ns)
 
     def _find(self, key: bytes, connection: PeerConnection, queries: Queries) -> bool:
         """Find the memory with a message's payloads; if that fails, its queries end here."""
@@ -211,7 +231,11 @@ class ClientSide(RouterSide):
         version = self.connections[key].wire
         subnets = tuple((row.name, row.accuracy) for row in rows)
         takes = serving.memories.is_allowed or None
-        welcome = ClientWelcome(serving.epoch, serving.model, subnets, serving.policy, version, takes)
+        routers = serving.listed.clients or None
+        n_gpus = None if routers is None else serving.n_gpus
+        welcome = ClientWelcome(
+            serving.epoch, serving.model, subnets, serving.policy, version, takes, routers, n_gpus
+        )
         self.post(key, wire.encode_control(Control(Kind.WELCOME, welcome.body(), version)))
 
     def welcome_all(self) -> None:
@@ -231,10 +255,20 @@ class ClientSide(RouterSide):
             return
         name = message.body.get("worker")
         if name is None:
-            self._handle(DrainRouter(), now_ns)
+            self.begin_drain(now_ns)
         elif not self._workers.order_drain(name, now_ns):
-            known = ", ".join(sorted(peer.name for peer in self._core.peers.values())) or "none"
+            known = (
+                ", ".join(sorted(peer.name for peer in self._core.peers.values() if not peer.is_guest))
+                or "none"
+            )
             self.refuse(key, "unknown-worker", f"worker {name!r}: known are: {known}")
+
+    def begin_drain(self, now_ns: int) -> None:
+        """Take no new queries from now on, and tell clients, which may know another router."""
+        self._handle(DrainRouter(), now_ns)
+        notice = wire.encode_control(Control(Kind.DRAIN, {}))
+        for key in self.connections:
+            self.post(key, notice)
 
     # --- out ------------------------------------------------------------------------------
 

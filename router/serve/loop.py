@@ -17,18 +17,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from router.core import RouterCore
-from router.core.events import Answer, Complaint, Dispatch, DrainRouter, Fence, Released
-from router.core.settings import CoreSettings
+from router.core.events import Answer, Complaint, CoreSettings, Dispatch, Fence, Released
 from router.policies.registry import make_policy
+from router.report.flight import DEFAULT_BYTES, FlightRecorder
 from router.report.load import Load
 from router.report.status import LoopFacts, status_of, summary_of
 from router.serve.client_side import ClientSide
 from router.serve.doors import Doors
 from router.serve.gate import Gate, check_reach
+from router.serve.listed import RouterList, ready_gpus
 from router.serve.memories import RouterMemories
 from router.serve.side import Serving
 from router.serve.worker_side import WorkerSide
 from superserve.clock import MS
+from superserve.errors import ConfigError
 from superserve.net.context import new_context
 from superserve.net.sockets import rest
 from superserve.shared.offers import is_allowed
@@ -41,12 +43,14 @@ if TYPE_CHECKING:
     from router.core.events import Action
     from router.report.metrics import RouterMetrics
     from router.serve.recording import Recorder
+    from router.serve.settings_file import SettingsFile
     from superserve.status import RouterStatus
 
 log = logging.getLogger("router")
 
 _GOODBYE_MS = 1_000
 """Most time that a stopping router waits for its last answers and BYEs to leave this machine."""
+_TELL_NS = 50 * MS  # least time between two counts of the GPUs that get work
 _COLLECT_NS = 100 * MS  # least time between two collections of garbage by idle passes
 
 
@@ -66,6 +70,9 @@ class ServerSettings:
             whole processor meanwhile, and what arrives wakes no thread.
         shared_memory: Whether clients on this host may share memory with large payloads; None asks the
             environment. See `superserve.shared`.
+        flight_bytes: Most bytes of the record of the last minutes; 0 keeps none.
+        file: Where policy, margin and bounds come from, and change while it runs; None for those above.
+        routers: The file with the list of the cluster's routers; None if this is the only one.
     """
 
     client_endpoint: str = "tcp://127.0.0.1:*"
@@ -78,6 +85,9 @@ class ServerSettings:
     is_open: bool = False
     spin_ns: int = 0
     shared_memory: bool | None = None
+    flight_bytes: int = DEFAULT_BYTES
+    file: SettingsFile | None = None
+    routers: Path | None = None
 
 
 class RouterServer:
@@ -102,11 +112,15 @@ class RouterServer:
         self.settings = settings
         self.core = RouterCore(partial(make_policy, settings.policy), settings.core)
         self.loop_ns = 0
-        self._serving = serving = Serving(self.core, settings.policy, recorder, self._status)
+        n_bytes = settings.flight_bytes
+        self._flight = FlightRecorder(n_bytes) if n_bytes else None
+        self._serving = serving = Serving(self.core, settings.policy, recorder, self._status, self._flight)
         self.counts = serving.counts
         serving.memories = RouterMemories(serving.counts, is_allowed=is_allowed(settings.shared_memory))
         self.workers = WorkerSide(serving, settings.core.heartbeat_ns, self._model_changed)
         self.clients = ClientSide(serving, self.workers)
+        self._list = RouterList(settings.routers)
+        self._told_ns = 0
         self._load = Load()
         self._recorder = recorder
         self._metrics = metrics
@@ -140,6 +154,8 @@ class RouterServer:
         with ExitStack() as undone:  # at a signal, too: what is bound would keep Python from ending
             undone.callback(context.destroy, 0)
             undone.callback(self.clients.unbind)
+            self._list.load()
+            self._serving.listed = self._list.listed
             if settings.keys is None and not settings.is_open:
                 check_reach("--client-endpoint", settings.client_endpoint)
                 check_reach("--worker-endpoint", settings.worker_endpoint)
@@ -210,7 +226,7 @@ class RouterServer:
                 if self._is_stopping:
                     now_ns = time.monotonic_ns()
                     if deadline_ns is None:
-                        self._serving.handle(DrainRouter(), now_ns)
+                        self.clients.begin_drain(now_ns)
                         deadline_ns = now_ns + self.settings.drain_timeout_ns
                     core = self.core
                     if now_ns >= deadline_ns or not (core.queue or core.in_flight):
@@ -253,6 +269,10 @@ class RouterServer:
         self.workers.ping_due(now_ns)
         self.clients.ping_due(now_ns)
         self._doors.look(now_ns)
+        if self.settings.file is not None:
+            self._look_at(self.settings.file, now_ns)
+        if now_ns - self._told_ns >= _TELL_NS:
+            self._tell_others(now_ns)
         if n == 0 and not self.core.ledger.batches and now_ns - self._collected_ns >= _COLLECT_NS:
             self._collected_ns = now_ns
             gc.collect(0)
@@ -261,6 +281,8 @@ class RouterServer:
             self._recorder.advance(now_ns, actions)
         if actions:
             self._carry_out(actions)
+            if self._flight is not None:
+                self._flight.note(self.core, actions, now_ns)  # after the sends: they must not wait for it
         counts["loops"] += 1
         ended_ns = time.monotonic_ns()
         self.loop_ns += ended_ns - began_ns
@@ -268,6 +290,35 @@ class RouterServer:
         if self._metrics is not None:
             self._tell_metrics(self._metrics, actions, ended_ns - began_ns)
         return n
+
+    def _look_at(self, file: SettingsFile, now_ns: int) -> None:
+        """Take other settings that the file has, or keep those in force if they cannot be taken."""
+        settings = file.look(now_ns)
+        if settings is None:
+            return
+        try:
+            self._serving.handle(settings.event(), now_ns)
+        except ConfigError as error:
+            file.refused(str(error))
+            return
+        self._serving.policy = settings.policy
+        file.took(settings)
+
+    def _tell_others(self, now_ns: int) -> None:
+        """Tell clients again which routers there are, and how many GPUs this one has, if that changed.
+
+        Workers hear of the routers alone.
+        """
+        self._told_ns = now_ns
+        serving = self._serving
+        n_gpus, is_new = ready_gpus(self.core), self._list.look(now_ns)
+        serving.listed = self._list.listed
+        if n_gpus != serving.n_gpus or is_new:
+            serving.n_gpus = n_gpus
+            if serving.listed.clients or is_new:
+                self.clients.welcome_all()
+        if is_new:
+            self.workers.tell_routers(now_ns)
 
     def _carry_out(self, actions: list[Action]) -> None:
         workers = self.workers
@@ -315,6 +366,7 @@ class RouterServer:
             n_clients=len(self.clients.connections),
             counts=self.counts if gate is None else {**self.counts, **gate.counts()},
             load=self._load,
+            settings_error="" if self.settings.file is None else self.settings.file.error,
         )
 
     def _status(self, now_ns: int) -> RouterStatus:

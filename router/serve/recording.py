@@ -21,17 +21,18 @@ from router.core.events import (
     CancelAsked,
     ClientJoined,
     ClientLeft,
+    CoreSettings,
     Dispatch,
     DrainRouter,
     DrainWorker,
     Finished,
     Pulled,
     QueriesArrived,
+    Retuned,
     WorkerHeard,
     WorkerJoined,
     WorkerLeft,
 )
-from router.core.settings import CoreSettings
 from router.core.workers import TransitionError
 from router.policies.registry import make_policy
 from superserve.errors import ConfigError, WireError
@@ -90,6 +91,8 @@ class Recorder:
             done = event.message
             message = {"epoch": done.epoch, "rows": [_done_row(row) for row in done.rows]}
             body = {"peer": event.peer, "message": message}
+        elif isinstance(event, Retuned):
+            body = {"policy": event.policy, "settings": asdict(event.settings)}
         elif isinstance(event, Pulled | CancelAsked):
             body = _named(event) | {"message": _named(event.message)}
         else:
@@ -159,7 +162,8 @@ def _plain(value: Any) -> str:
 
 
 def _queries(queries: Queries) -> dict[str, Any]:
-    body = {name: getattr(queries, name) for name in Queries.__slots__ if name not in ("payloads", "shared")}
+    unread = ("payloads", "shared", "traced")
+    body = {name: getattr(queries, name) for name in Queries.__slots__ if name not in unread}
     if queries.shared is not None:
         return body | {"payload_sizes": [queries.n_bytes()]}
     return body | {"payload_sizes": [len(payload) for payload in queries.payloads]}
@@ -195,19 +199,26 @@ class Replay:
         n_events: Events passed to the fresh core.
         n_directives: Directives in the log.
         mismatches: Where the fresh core decided differently, at most ten.
+        policy: Under which it was recorded.
     """
 
     n_events: int
     n_directives: int
     mismatches: tuple[str, ...]
+    policy: str = ""
 
 
-def replay(path: Path) -> Replay:
+def replay(path: Path, on_pass: Callable[[RouterCore, list[Action], int], None] | None = None) -> Replay:
     """Pass a recorded log through a fresh core and compare every directive.
+
+    Args:
+        path: The log.
+        on_pass: Receives the core, its actions and the instant after each pass.
 
     Raises:
         ConfigError: The file is missing or is not an event log.
     """
+    policy = ""
     core: RouterCore | None = None
     profiles: list[Profile] = []
     n_events = n_directives = 0
@@ -216,12 +227,16 @@ def replay(path: Path) -> Replay:
         where = f"{path}:{number}"
         if core is None:
             core = _fresh_core(line, where)
+            policy = line["policy"]
             continue
         now_ns, name, body = _parts(line, where)
         if name == "profile":
             profiles.append(Profile.from_dict(body, where=where))
         elif name == "advance":
-            decided = _dispatches(core.advance(now_ns))
+            actions = core.advance(now_ns)
+            decided = _dispatches(actions)
+            if on_pass is not None:
+                on_pass(core, actions, now_ns)
             n_directives += len(body)
             if decided != body and len(mismatches) < 10:
                 mismatches.append(f"{path}:{number}: recorded {body}, replayed {decided}")
@@ -234,7 +249,7 @@ def replay(path: Path) -> Replay:
     if core is None:
         raise ConfigError(f"{path}: expected an event log, got an empty file")
     core.check()
-    return Replay(n_events, n_directives, tuple(mismatches))
+    return Replay(n_events, n_directives, tuple(mismatches), policy)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -324,4 +339,7 @@ _READERS: dict[str, Callable[[dict[str, Any], list[Profile]], Event]] = {
     "WorkerLeft": lambda b, _: WorkerLeft(**b),
     "DrainWorker": lambda b, _: DrainWorker(**b),
     "DrainRouter": lambda _b, _p: DrainRouter(),
+    "Retuned": lambda b, _: Retuned(
+        b["policy"], partial(make_policy, b["policy"]), CoreSettings(**b["settings"])
+    ),
 }

@@ -10,13 +10,15 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from router.core.estimates import TransitClock, WindowedMin
+from router.serve.listed import ALONE, ready_gpus
 from router.serve.memories import NO_READS, RouterMemories
 from superserve import wire
 from superserve.clock import MS
 from superserve.errors import VersionError, WireError
+from superserve.hello import RouterBrief
 from superserve.net.sockets import bind_router, is_readable, receive, send
 from superserve.wire import Control, Kind, Ping
 
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from profiles.table import Profile
     from router.core import RouterCore
     from router.core.events import Event
+    from router.report.flight import FlightRecorder
     from router.serve.gate import Door, Gate
+    from router.serve.listed import Listed
     from router.serve.memories import ClientMemory
     from router.serve.recording import Recorder
     from superserve.hello import ModelSpec
@@ -77,11 +81,14 @@ class Serving:
         policy: As given to `--policy`.
         recorder: Writes every event, for replay; None records nothing.
         status: Returns STATUS as of an instant.
+        flight: The record of the last minutes; None keeps none.
 
     Attributes:
         epoch: This router's life, as clients see it.
         counts: Messages, loops and faults, by name.
         memories: The memories that clients share; none may unless the router is made so.
+        listed: The cluster's routers, if there are several.
+        n_gpus: GPUs that get work, as clients were told.
         gate: Checks both sides' peers; None without keys.
         model: What the workers serve; None before one has joined.
         reference: The profile of the first worker of that model.
@@ -89,19 +96,38 @@ class Serving:
     """
 
     def __init__(
-        self, core: RouterCore, policy: str, recorder: Recorder | None, status: Callable[[int], RouterStatus]
+        self,
+        core: RouterCore,
+        policy: str,
+        recorder: Recorder | None,
+        status: Callable[[int], RouterStatus],
+        flight: FlightRecorder | None = None,
     ) -> None:
         self.core = core
         self.policy = policy
         self.epoch = time.time_ns()
         self.counts: Counter[str] = Counter()
         self.memories = RouterMemories(self.counts, is_allowed=False)
+        self.listed: Listed = ALONE
+        self.n_gpus = 0
         self.gate: Gate | None = None
         self.model: ModelSpec | None = None
         self.reference: Profile | None = None
         self.status = status
+        self.flight = flight
         self._recorder = recorder
         self.handle: Callable[[Event, int], None] = core.handle if recorder is None else self._recorded
+
+    def brief(self, now_ns: int) -> RouterBrief:
+        """Return what a worker needs to know to choose a router."""
+        return RouterBrief(
+            self.epoch, ready_gpus(self.core), self.core.draining, self.listed.workers or None,
+            self.price(now_ns),
+        )  # fmt: skip
+
+    def price(self, now_ns: int) -> float | None:
+        """Return what GPU time is worth here, for workers of other routers; None if there are none."""
+        return self.core.price.at(now_ns) if len(self.listed.workers) > 1 else None
 
     def _recorded(self, event: Event, now_ns: int) -> None:
         assert self._recorder is not None, "without one, the core takes events itself"
@@ -252,14 +278,26 @@ class RouterSide(ABC):
                 self.forget(key, now_ns, orderly=True)
             case Kind.DRAIN:
                 self._drain_asked(key, message, now_ns)
+            case Kind.STATUS if message.body.get("brief") is True:
+                answer = Control(Kind.STATUS, self._serving.brief(now_ns).body(), wire.agreed(message))
+                self.post(key, wire.encode_control(answer))
             case Kind.STATUS:
-                answer = Control(Kind.STATUS, self._serving.status(now_ns).body(), wire.agreed(message))
+                body = self._serving.status(now_ns).body()
+                asked = message.body.get("flight")
+                if isinstance(asked, dict):
+                    body["flight"] = self._flown(asked, now_ns)
+                answer = Control(Kind.STATUS, body, wire.agreed(message))
                 self.post(key, wire.encode_control(answer))
             case Kind.SHARE if key in self.connections:
                 self._shared(key, message)
             case _:
                 name = message.kind.name
                 self.refuse(key, "malformed", f"{name} is not a {self.peer}'s to send")
+
+    def _flown(self, asked: dict[str, Any], now_ns: int) -> dict[str, Any] | None:
+        """Return the part of the flight record that a peer asks for; None if the router keeps none."""
+        flight = self._serving.flight
+        return None if flight is None else flight.answer(self._core, asked, now_ns)
 
     @abstractmethod
     def _hello(self, key: bytes, message: Control, now_ns: int) -> None:

@@ -74,7 +74,7 @@ class WorkerSide(RouterSide):
             self.refuse(key, "say-hello", "the router has no HELLO from you: send one")
         elif isinstance(message, Ping):
             self._handle(WorkerHeard(key), now_ns)
-            self.post(key, wire.encode_pong(Pong(message.stamp_ns, now_ns)))
+            self.post(key, wire.encode_pong(Pong(message.stamp_ns, now_ns, self._serving.price(now_ns))))
         else:
             handler = self._on.get(message.kind)
             try:
@@ -137,12 +137,16 @@ class WorkerSide(RouterSide):
         self._next_epoch += 1
         slots = profiles * hello.n_slots if len(profiles) == 1 else profiles
         n_bytes = None if hello.input is None else hello.input.n_bytes
-        self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes), now_ns)
+        is_guest = bool(hello.guest)
+        self._handle(WorkerJoined(key, name, self._next_epoch, slots, n_bytes, is_guest), now_ns)
         connection = self._greet(key, version, now_ns)
         connection.host, connection.version, connection.life = hello.host, hello.version, life
         connection.reads = WorkerReads(is_asked_for=bool(hello.shared))
-        welcome = WorkerWelcome(self._next_epoch, serving.epoch, version)
+        welcome = WorkerWelcome(self._next_epoch, serving.epoch, version, serving.listed.workers or None)
         self.post(key, wire.encode_control(Control(Kind.WELCOME, welcome.body(), version)))
+        if is_guest:
+            log.debug("worker %s visits with %d GPUs", name, hello.n_slots)
+            return
         log.info("worker %s joined with %d GPUs (%s)", name, hello.n_slots, profiles[0].name)
         if model != serving.model:
             serving.model, serving.reference = model, profiles[0]
@@ -178,9 +182,15 @@ class WorkerSide(RouterSide):
 
     # --- out ------------------------------------------------------------------------------
 
+    def tell_routers(self, now_ns: int) -> None:
+        """Send every worker the list of routers: one that knows a single router asks for none."""
+        body = self._serving.brief(now_ns).body()
+        for key, connection in self.connections.items():
+            self.post(key, wire.encode_control(Control(Kind.STATUS, body, connection.wire)))
+
     def order_drain(self, name: str, now_ns: int) -> bool:
         """Make the worker process of that name drain; False if there is none."""
-        peers = [peer.key for peer in self._core.peers.values() if peer.name == name]
+        peers = [peer.key for peer in self._core.peers.values() if peer.name == name and not peer.is_guest]
         order = wire.encode_control(Control(Kind.DRAIN, {"worker": name}))
         for peer in peers:
             self._handle(DrainWorker(peer, None), now_ns)

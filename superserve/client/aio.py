@@ -16,6 +16,7 @@ import asyncio
 import atexit
 import functools
 import os
+import random
 import threading
 import time
 import warnings
@@ -23,6 +24,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from superserve.client.futures import FORKED
+from superserve.client.iothread import opened
 from superserve.client.link import SessionLink
 from superserve.client.options import (
     checked_accuracy,
@@ -30,20 +32,23 @@ from superserve.client.options import (
     checked_priority,
     checked_slo,
     checked_wait,
+    packed_trace,
 )
 from superserve.client.reply import Reply
 from superserve.client.session import CLOSED, CLOSED_EARLY, Session
 from superserve.errors import CancelledQueryError, DrainingError, QueryError, UnansweredError, UsageError
 from superserve.net.connection import Connection, no_router
 from superserve.net.context import client_context
+from superserve.net.endpoints import endpoints_of, resolved
 from superserve.net.keys import peer_keys
 from superserve.shared.offers import is_allowed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from superserve.client.reply import Answers
+    from superserve.hello import ModelSpec
 
 _unclosed: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
 """Clients with an open socket; closed at exit, so that the interpreter can end."""
@@ -69,7 +74,7 @@ class AsyncQueryFuture(asyncio.Future[Reply]):
 
     __slots__ = (
         "_owner", "deadline_ns", "min_accuracy", "n_bytes", "n_sends", "payload", "priority", "query_id",
-        "submitted_ns",
+        "submitted_ns", "trace",
     )  # fmt: skip
 
     def __init__(  # the hot path: plain numbers by position
@@ -84,6 +89,7 @@ class AsyncQueryFuture(asyncio.Future[Reply]):
         self.deadline_ns = now_ns + slo_ns
         self.min_accuracy = min_accuracy
         self.priority = priority
+        self.trace = b""
         self.query_id = self.n_sends = 0
 
     def cancel(self, msg: Any = None) -> bool:
@@ -108,7 +114,7 @@ class AsyncClient:
     is pending.
 
     Args:
-        endpoint: The router's client endpoint, such as tcp://10.0.0.1:5555.
+        endpoint: As for `Client`: of one router, or of several.
         max_outstanding: Most queries without an answer; above it `submit` raises OverloadedError.
         max_bytes: Most payload bytes without an answer; above it `submit` raises OverloadedError.
         connect_timeout_s: How long `connect` waits for a router.
@@ -116,6 +122,9 @@ class AsyncClient:
             the path from the environment variable SUPERSERVE_KEYS.
         shared_memory: Whether payloads of 32 KiB and more go through memory shared with a router on this
             host. None does so unless the environment variable SUPERSERVE_SHARED_MEMORY is 0.
+
+    Attributes:
+        ignored_traceparents: How many a caller gave that were malformed.
 
     Raises:
         ConfigError: The key file is missing, malformed, or others may read it; or the environment variable
@@ -125,7 +134,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        endpoint: str,
+        endpoint: str | Sequence[str],
         *,
         max_outstanding: int = 20_000,
         max_bytes: int = 1 << 30,
@@ -133,16 +142,18 @@ class AsyncClient:
         keys: str | os.PathLike[str] | None = None,
         shared_memory: bool | None = None,
     ) -> None:
-        self.endpoint = endpoint
+        self._endpoints = endpoints_of(endpoint)
+        self.endpoint = ",".join(self._endpoints)
         self.connect_timeout_s = checked_wait("connect_timeout_s", connect_timeout_s)
         self._keys = peer_keys(keys)
         self._shared_memory = is_allowed(shared_memory)
         self._pid = os.getpid()
         self._session: Session[AsyncQueryFuture] = Session(
             threading.RLock(),
-            no_router(endpoint),
+            no_router(self.endpoint),
             max_outstanding=checked_bound("max_outstanding", max_outstanding),
             max_bytes=checked_bound("max_bytes", max_bytes),
+            start=random.random(),
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._link: SessionLink[AsyncQueryFuture] | None = None
@@ -150,7 +161,9 @@ class AsyncClient:
         self._timer: asyncio.Handle | None = None
         self._timer_ns = 0
         self._is_kept = False
+        self._watched: list[int] = []
         self._is_closed = False
+        self.ignored_traceparents = 0
 
     def __del__(self) -> None:
         link, loop = self.__dict__.get("_link"), self.__dict__.get("_loop")
@@ -198,18 +211,22 @@ class AsyncClient:
             raise UnansweredError(self._session.no_router) from None
 
     async def infer(
-        self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0
-    ) -> Reply:
+        self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0,
+        traceparent: str | None = None,
+    ) -> Reply:  # fmt: skip
         """Submit one query and wait for its reply. See `submit`.
 
         Raises:
             QueryError: It got no output; the class and the message give the reason.
         """
-        return await self.submit(payload, slo_ms=slo_ms, min_accuracy=min_accuracy, priority=priority)
+        return await self.submit(
+            payload, slo_ms=slo_ms, min_accuracy=min_accuracy, priority=priority, traceparent=traceparent
+        )
 
     def submit(
-        self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0
-    ) -> AsyncQueryFuture:
+        self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0,
+        traceparent: str | None = None,
+    ) -> AsyncQueryFuture:  # fmt: skip
         """Submit one query; it is sent once the tasks that are ready have run.
 
         Args:
@@ -219,6 +236,8 @@ class AsyncClient:
             slo_ms: How long from now the answer is useful, milliseconds.
             min_accuracy: Least profiled accuracy, percent, that the serving subnet must have.
             priority: Class 0 to 255, for policies that see classes.
+            traceparent: The caller's W3C trace context: the spans of the query continue it. A malformed one
+                is ignored, and counted in `ignored_traceparents`.
 
         Returns:
             An asyncio.Future; its result is a Reply, its exception a QueryError.
@@ -239,6 +258,9 @@ class AsyncClient:
         if type(priority) is not int or priority:
             priority = checked_priority(priority)
         future = AsyncQueryFuture(self, loop, buffer, n_bytes, slo_ns, floor, priority)
+        if traceparent is not None:
+            future.trace = packed_trace(traceparent)
+            self.ignored_traceparents += not future.trace
         if session.submit(future) and self._link is not None:
             self._plan(self._link.send_at_ns)
         return future
@@ -265,6 +287,26 @@ class AsyncClient:
         """Payload bytes of queries without an answer."""
         return self._session.held_bytes
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether a router is there, as far as known: it has sent WELCOME, and answers heartbeats since."""
+        return self._session.epoch is not None
+
+    @property
+    def model(self) -> ModelSpec | None:
+        """What the workers serve, as the latest WELCOME has it; None before a worker has joined.
+
+        The same object for as long as the model stays the same.
+        """
+        served = None if self._link is None else self._link.served
+        return None if served is None else served.model
+
+    @property
+    def subnets(self) -> tuple[tuple[str, float], ...]:
+        """Name and profiled accuracy, percent, of each subnet; empty before a worker has joined."""
+        served = None if self._link is None else self._link.served
+        return () if served is None else tuple(served.subnets)
+
     # --- where it may be used -----------------------------------------------------------
 
     def _check_place(self) -> asyncio.AbstractEventLoop:
@@ -282,16 +324,26 @@ class AsyncClient:
         return loop
 
     def _open(self, loop: asyncio.AbstractEventLoop) -> None:
-        connection = Connection(
-            self.endpoint, client_context(), self._keys, shared_memory=self._shared_memory
+        connect = functools.partial(
+            Connection, context=client_context(), keys=self._keys, shared_memory=self._shared_memory
         )
+        connections = opened(resolved(self._endpoints), connect)
         self._loop = loop
         self._welcomed = loop.create_future()
         fail = functools.partial(_fail, self._session)
-        self._link = SessionLink(connection, self._session, _settle, fail)
-        loop.add_reader(connection.socket.fileno(), _weakly(self._turn))
+        self._link = SessionLink(connections, self._session, _settle, fail, connect)
+        self._watch(self._link)
         _unclosed.add(self)
         self._plan(0)
+
+    def _watch(self, link: SessionLink[AsyncQueryFuture]) -> None:
+        """Have the loop wake for every connection: a router may list others."""
+        assert self._loop is not None, "an open client has a loop"
+        if len(link.connections) != len(self._watched):
+            for fileno in link.filenos():
+                if fileno not in self._watched:
+                    self._watched.append(fileno)
+                    self._loop.add_reader(fileno, _weakly(self._turn))
 
     def _let_go(self) -> None:
         """Remove this client's reader and timer from the loop."""
@@ -299,8 +351,10 @@ class AsyncClient:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._link is not None and self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(self._link.connection.socket.fileno())
+        watched, self._watched = self._watched, []
+        if self._loop is not None and not self._loop.is_closed():
+            for fileno in watched:
+                self._loop.remove_reader(fileno)
         if self._welcomed is not None and not self._welcomed.done():
             self._welcomed.cancel()
 
@@ -308,7 +362,8 @@ class AsyncClient:
         """Close the socket of a client that was left open, so that the interpreter can end."""
         link, self._link = self._link, None
         if link is not None and os.getpid() == self._pid:
-            link.connection.close()
+            for connection in link.connections:
+                connection.close()
 
     # --- in the loop --------------------------------------------------------------------
 
@@ -333,11 +388,12 @@ class AsyncClient:
         if link.is_welcome and self._welcomed is not None and not self._welcomed.done():
             self._welcomed.set_result(None)
         link.send(now_ns)
+        self._watch(link)
         wake_ns = link.wake_ns()
         if not self._session.rest():
             wake_ns = min(wake_ns, link.send_at_ns)
         # The descriptor is edge-triggered, and each call on the socket may have consumed an edge.
-        self._plan(0 if link.connection.is_readable() else wake_ns)
+        self._plan(0 if link.is_readable() else wake_ns)
 
     def _plan(self, at_ns: int) -> None:
         """Run a turn at this instant or earlier; 0 means in the next round of the loop."""
@@ -381,7 +437,8 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
 def _drop(loop: asyncio.AbstractEventLoop, link: SessionLink[AsyncQueryFuture]) -> None:
     """Close the link of a client that was dropped without `close`."""
     if not loop.is_closed():
-        loop.remove_reader(link.connection.socket.fileno())
+        for fileno in link.filenos():
+            loop.remove_reader(fileno)
     link.close(CancelledQueryError(CLOSED_EARLY))
 
 

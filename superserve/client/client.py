@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 import threading
 import time
 import warnings
@@ -31,15 +32,18 @@ from superserve.client.options import (
     checked_priority,
     checked_slo,
     checked_wait,
+    packed_trace,
 )
 from superserve.client.session import CLOSED, Session
 from superserve.errors import DrainingError, SuperServeError, UnansweredError, UsageError
 from superserve.net.connection import no_router
+from superserve.net.endpoints import endpoints_of, resolved
 from superserve.net.keys import peer_keys
 from superserve.shared.offers import is_allowed
 
 if TYPE_CHECKING:
     import contextlib
+    from collections.abc import Sequence
     from types import TracebackType
 
     from superserve.client.reply import Reply
@@ -62,7 +66,9 @@ class Client:
     is pending.
 
     Args:
-        endpoint: The router's client endpoint, such as tcp://10.0.0.1:5555.
+        endpoint: The router's client endpoint, such as tcp://10.0.0.1:5555. Of several routers: a list of
+            theirs, one string with commas between them, or a name that has several addresses. One is enough
+            if the routers know each other.
         max_outstanding: Most queries without an answer; above it `submit` raises OverloadedError.
         max_bytes: Most payload bytes without an answer; above it `submit` raises OverloadedError.
         connect_timeout_s: How long `connect` waits for a router.
@@ -71,15 +77,18 @@ class Client:
         shared_memory: Whether payloads of 32 KiB and more go through memory shared with a router on this
             host. None does so unless the environment variable SUPERSERVE_SHARED_MEMORY is 0.
 
+    Attributes:
+        ignored_traceparents: How many a caller gave that were malformed.
+
     Raises:
         ConfigError: The key file is missing, malformed, or others may read it; or the environment variable
             is neither 0 nor 1.
-        UsageError: A bound or the timeout is not a number.
+        UsageError: A bound or the timeout is not a number, or no endpoint is given.
     """
 
     def __init__(
         self,
-        endpoint: str,
+        endpoint: str | Sequence[str],
         *,
         max_outstanding: int = 20_000,
         max_bytes: int = 1 << 30,
@@ -87,7 +96,8 @@ class Client:
         keys: str | os.PathLike[str] | None = None,
         shared_memory: bool | None = None,
     ) -> None:
-        self.endpoint = endpoint
+        self._endpoints = endpoints_of(endpoint)
+        self.endpoint = ",".join(self._endpoints)
         self.connect_timeout_s = checked_wait("connect_timeout_s", connect_timeout_s)
         self._keys = peer_keys(keys)
         self._shared_memory = is_allowed(shared_memory)
@@ -95,13 +105,15 @@ class Client:
         self.pid = os.getpid()
         self._session: Session[QueryFuture] = Session(
             self.guard,
-            no_router(endpoint),
+            no_router(self.endpoint),
             max_outstanding=checked_bound("max_outstanding", max_outstanding),
             max_bytes=checked_bound("max_bytes", max_bytes),
+            start=random.random(),
         )
         # Not the guard: while it is held, `_is_cancelled` and the session's state change together.
         self._cancelling = threading.RLock()
         self._io = IoThread(self._session, self.guard)
+        self.ignored_traceparents = 0
 
     @property
     def thread(self) -> threading.Thread | None:
@@ -147,8 +159,9 @@ class Client:
             raise SuperServeError(f"client: {io.failure}") from io.failure
 
     def infer(
-        self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0
-    ) -> Reply:
+        self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0,
+        traceparent: str | None = None,
+    ) -> Reply:  # fmt: skip
         """Submit one query and wait for its reply. See `submit`.
 
         Raises:
@@ -157,7 +170,9 @@ class Client:
         """
         if is_on_a_loop():
             raise UsageError(BLOCKING.format(what="Client.infer()"))
-        future = self.submit(payload, slo_ms=slo_ms, min_accuracy=min_accuracy, priority=priority)
+        future = self.submit(
+            payload, slo_ms=slo_ms, min_accuracy=min_accuracy, priority=priority, traceparent=traceparent
+        )
         try:
             return future.result()
         except BaseException:
@@ -165,8 +180,9 @@ class Client:
             raise
 
     def submit(
-        self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0
-    ) -> QueryFuture:
+        self, payload: Any, *, slo_ms: float, min_accuracy: float | None = None, priority: int = 0,
+        traceparent: str | None = None,
+    ) -> QueryFuture:  # fmt: skip
         """Submit one query.
 
         Args:
@@ -176,6 +192,8 @@ class Client:
             slo_ms: How long from now the answer is useful, milliseconds.
             min_accuracy: Least profiled accuracy, percent, that the serving subnet must have.
             priority: Class 0 to 255, for policies that see classes.
+            traceparent: The caller's W3C trace context: the spans of the query continue it. A malformed one
+                is ignored, and counted in `ignored_traceparents`.
 
         Returns:
             A future; its result is a Reply, its exception a QueryError.
@@ -195,6 +213,9 @@ class Client:
         if self._io.thread is None or os.getpid() != self.pid:
             self._start()
         future = QueryFuture(self, buffer, n_bytes, time.monotonic_ns(), slo_ns, floor, priority)
+        if traceparent is not None:
+            future.trace = packed_trace(traceparent)
+            self.ignored_traceparents += not future.trace
         if self._session.submit(future):
             self._io.wake()
         return future
@@ -236,5 +257,5 @@ class Client:
     def _start(self) -> None:
         if os.getpid() != self.pid:
             raise UsageError(FORKED.format(what="Client"))
-        self._io.start(self.endpoint, self._keys, shared_memory=self._shared_memory)
+        self._io.start(resolved(self._endpoints), self._keys, shared_memory=self._shared_memory)
         _unclosed.add(self)

@@ -85,7 +85,7 @@ class QueryFuture(concurrent.futures.Future[Reply]):
     __slots__ = (
         "_answers", "_callbacks", "_index", "_is_cancelled", "_is_waited_for", "_outcome", "_owner", "_state",
         "deadline_ns", "min_accuracy", "n_bytes", "n_sends", "payload", "priority", "query_id",
-        "submitted_ns",
+        "submitted_ns", "trace",
     )  # fmt: skip
 
     def __init__(  # the hot path: plain numbers by position
@@ -99,6 +99,7 @@ class QueryFuture(concurrent.futures.Future[Reply]):
         self.deadline_ns = submitted_ns + slo_ns
         self.min_accuracy = min_accuracy
         self.priority = priority
+        self.trace = b""
         self.query_id = self.n_sends = 0
         self._state = PENDING
         self._is_waited_for = self._is_cancelled = False

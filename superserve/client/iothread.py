@@ -11,16 +11,19 @@ import os
 import select
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from superserve.client.futures import QueryFuture, settle
 from superserve.client.link import SessionLink
 from superserve.client.session import CLOSED_EARLY
-from superserve.errors import CancelledQueryError, QueryError, UnansweredError
+from superserve.errors import CancelledQueryError, ConfigError, QueryError, UnansweredError
 from superserve.net.connection import Connection
 from superserve.net.context import client_context
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from superserve.client.reply import Answers
     from superserve.client.session import Session
     from superserve.net.keys import PeerKeys
@@ -54,19 +57,22 @@ class IoThread:
 
     # --- any thread ---------------------------------------------------------------------
 
-    def start(self, endpoint: str, keys: PeerKeys | None, *, shared_memory: bool | None = None) -> None:
+    def start(
+        self, endpoints: Sequence[str], keys: PeerKeys | None, *, shared_memory: bool | None = None
+    ) -> None:
         """Start the thread, unless it was already started or stopped.
 
         Raises:
-            ConfigError: The endpoint is malformed, or too few descriptors are left.
+            ConfigError: An endpoint is malformed, or too few descriptors are left.
         """
         with self._lock:
             if self.thread is not None or self.is_closing:
                 return
-            connection = Connection(endpoint, client_context(), keys, shared_memory=shared_memory)
+            connect = partial(Connection, context=client_context(), keys=keys, shared_memory=shared_memory)
+            connections = opened(endpoints, connect)
             self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self.thread = threading.Thread(
-                target=self._run, args=(connection,), name=f"superserve {endpoint}", daemon=True
+                target=self._run, args=(connections, connect), name=f"superserve {endpoints[0]}", daemon=True
             )
             self.thread.start()
 
@@ -88,12 +94,14 @@ class IoThread:
 
     # --- the thread ---------------------------------------------------------------------
 
-    def _run(self, connection: Connection) -> None:
+    def _run(self, connections: list[Connection], connect: Callable[[str], Connection]) -> None:
         """Serve until stopped. However the loop ends, every future is settled."""
-        link: SessionLink[QueryFuture] = SessionLink(connection, self._session, self._settle, self._fail)
+        link: SessionLink[QueryFuture] = SessionLink(
+            connections, self._session, self._settle, self._fail, connect
+        )
         error: QueryError = CancelledQueryError(CLOSED_EARLY)
         try:
-            sleeper = Sleeper(connection.socket.fileno(), self._wake_fd)
+            sleeper = Sleeper(link.filenos(), self._wake_fd)
             while not self.is_closing:
                 self._pass(link, sleeper)
         except BaseException as failure:
@@ -118,7 +126,8 @@ class IoThread:
         if link.is_welcome and not self.welcomed.is_set():
             self.welcomed.set()
         link.send(now_ns)
-        if link.connection.is_readable():  # the descriptor would not wake us for it: it is edge-triggered
+        sleeper.watch(link.filenos())
+        if link.is_readable():  # the descriptor would not wake us for it: it is edge-triggered
             return
         sleeper.clear()
         if self.is_closing:  # `stop` sets it before it writes, and `clear` may just have read that byte
@@ -143,21 +152,41 @@ class IoThread:
         settle(self._guard, [future for future, _ in ended])
 
 
+def opened(endpoints: Sequence[str], connect: Callable[[str], Connection]) -> list[Connection]:
+    """Connect to each endpoint; if one is malformed, none stays open."""
+    found: list[Connection] = []
+    try:
+        for endpoint in endpoints:
+            found.append(connect(endpoint))  # noqa: PERF401  those before one that fails have to be closed
+    except ConfigError:
+        for connection in found:
+            connection.close()
+        raise
+    return found
+
+
 class Sleeper:
-    """Sleeps until one of two file descriptors is readable, or until an instant.
+    """Sleeps until a file descriptor is readable, or until an instant.
 
     select() has microseconds but accepts no descriptor above 1023, and an application may have more
     open; poll() accepts any, and has milliseconds.
 
     Attributes:
-        is_told: A thread has written to the second descriptor, or is about to.
+        is_told: A thread has written to `wake_fd`, or is about to.
     """
 
-    def __init__(self, socket_fd: int, wake_fd: int) -> None:
+    def __init__(self, socket_fds: Sequence[int], wake_fd: int) -> None:
         self.is_told = False
-        self._fds = [socket_fd, wake_fd]
+        self._fds: list[int] = []
         self._wake_fd = wake_fd
         self._poll: select.poll | None = None
+        self.watch(socket_fds)
+
+    def watch(self, socket_fds: Sequence[int]) -> None:
+        """Sleep on these sockets from now on; they only ever become more."""
+        if len(socket_fds) + 1 == len(self._fds):
+            return
+        self._fds = [*socket_fds, self._wake_fd]
         if max(self._fds) >= _FD_SETSIZE:
             self._poll = select.poll()
             for fd in self._fds:

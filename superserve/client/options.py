@@ -18,6 +18,7 @@ import numpy as np
 
 from superserve.errors import InvalidQueryError, UsageError
 from superserve.wire import MAX_SLACK_NS
+from superserve.wire import traceparent as traces
 
 _MS = 1_000_000
 
@@ -63,6 +64,12 @@ def checked_priority(priority: Any) -> int:
     if number is not None and 0 <= number <= 255 and number == int(number):
         return int(number)
     raise InvalidQueryError(f"priority: expected a class from 0 to 255, got {priority!r:.200}")
+
+
+def packed_trace(traceparent: Any) -> bytes:
+    """Return a caller's trace context as the wire has it; b"" for a malformed one, which is ignored."""
+    context = traces.parsed(traceparent)
+    return b"" if context is None else traces.packed(context)
 
 
 def checked_bound(name: str, value: Any) -> int:

@@ -7,7 +7,11 @@ are two shells around it: they own the socket, the clock and the waiting, and se
     outbound(now_ns)                   the messages to send now
     answered(results, now_ns)          the queries that a RESULTS message answers
     expired(now_ns, heard_ns)          the queries that have waited long enough, each with its error
-    welcomed(...), lost()              a router is there; it is gone
+    welcomed(...), lost(...)           a router is there; it is gone
+    beat(now_ns)                       the routers to PING, and those that are dead
+
+With several routers each message goes to one of them, and `superserve.client.spread` says to which. What a
+lost router had is sent to another; what a suspect one has may be with two, and the first answer wins.
 
 A query ends when it leaves `_pending`, under the guard, and nowhere else: once. The guard is held
 only briefly, never while a message is built or a callback runs, and nothing here relies on the
@@ -19,21 +23,22 @@ from __future__ import annotations
 
 from array import array
 from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
-import numpy as np
-
+from superserve.client.checks import PayloadCheck
+from superserve.client.outgoing import Q, messages_of
 from superserve.client.reply import Answers
+from superserve.client.spread import Spread
 from superserve.clock import MS
-from superserve.errors import DrainingError, InvalidQueryError, OverloadedError, UnansweredError
-from superserve.subnet import TensorSpec
-from superserve.wire import MAX_QUERIES, VARIED, Cancel, Queries
+from superserve.errors import DrainingError, OverloadedError, UnansweredError
+from superserve.wire import Cancel, Queries, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from superserve.errors import QueryError
+    from superserve.subnet import TensorSpec
     from superserve.wire import Results
 
 
@@ -59,15 +64,6 @@ are four trips. So its error is raised before its deadline, not after."""
 MAX_SENDS = 5
 """Most routers that one query is sent to: a query that crashes its router must not crash every successor."""
 
-FRAMED_BYTES = 65_536
-"""Payloads from this size on get their own frame, uncopied (`superserve.net.sockets.ZERO_COPY_BYTES`)."""
-
-PACKED_BYTES = 8 << 20
-"""Smaller payloads are joined into one frame of at most this: far below what ends a connection."""
-
-MAX_PAYLOAD_BYTES = 256 << 20
-"""A longer frame would end the connection (`superserve.net.sockets.MAX_MESSAGE_BYTES`)."""
-
 _COARSE_NS = 4 * MS
 """Queries past their deadline are checked together, this often."""
 
@@ -78,39 +74,10 @@ large enough that an idle client never pays to clean up."""
 CLOSED = "the client is closed: make a new one"
 CLOSED_EARLY = "the client was closed before the answer came"
 
-_PLAIN_KINDS = "biufc"
-"""Kinds of dtype whose arrays expose their buffer directly."""
+LOST_LATE = "its router is gone, and no slack is left to send it to another"
+"""Why a query ends whose router was lost just before its deadline."""
 
-
-class _Input(NamedTuple):
-    """What the model takes; replaced as a whole, so that no thread sees parts of two models."""
-
-    spec: TensorSpec
-    dtype: np.dtype[Any]
-    n_bytes: int
-
-
-class Query(Protocol):
-    """What a session needs of a query; the shells' futures have it.
-
-    Attributes:
-        query_id: Assigned by `submit`; ascending.
-        payload: A buffer in C order; b"" once the query has ended.
-        n_bytes: Bytes of the payload.
-        n_sends: How often it was sent again.
-    """
-
-    query_id: int
-    payload: Any
-    n_bytes: int
-    deadline_ns: int
-    submitted_ns: int
-    min_accuracy: float
-    priority: int
-    n_sends: int
-
-
-Q = TypeVar("Q", bound=Query)
+_DRAINING = Status.DRAINING
 
 
 class Session(Generic[Q]):
@@ -121,19 +88,21 @@ class Session(Generic[Q]):
         no_router: The error text for a query that found no router; may be replaced.
         max_outstanding: Most queries without an answer.
         max_bytes: Most payload bytes without an answer.
+        start: As `Spread` takes it; clients should differ.
 
     Attributes:
-        epoch: The router's, or None while there is none.
+        spread: The routers, one to begin with, and which of them has what.
         held_bytes: Payload bytes without an answer.
         wants_ping: A query's deadline has passed and the router has been silent since.
     """
 
     def __init__(
-        self, guard: AbstractContextManager[Any], no_router: str, *, max_outstanding: int, max_bytes: int
-    ) -> None:
+        self, guard: AbstractContextManager[Any], no_router: str, *, max_outstanding: int, max_bytes: int,
+        start: float = 0.0,
+    ) -> None:  # fmt: skip
         self.max_outstanding = max_outstanding
         self.max_bytes = max_bytes
-        self.epoch: int | None = None
+        self.spread = Spread(start)
         self.held_bytes = 0
         self.wants_ping = False
         self._guard = guard
@@ -147,7 +116,11 @@ class Session(Generic[Q]):
         self._is_resting = True
         self._is_pausing = False
         self._is_closed = False
-        self._is_greeted = False
+        self._is_to_home = False
+        self._returned: list[int] = []
+        self._copied: set[int] = set()
+        self._answered_copies: list[tuple[int, int]] = []
+        self._forsaken: set[int] = set()
         self._taken_through = 0
         self._sent_through = 0
         self._timed: list[tuple[int, int, list[int]]] = []
@@ -156,7 +129,16 @@ class Session(Generic[Q]):
         self._asked_ns: int | None = None
         self._subnets: Sequence[tuple[str, float]] = ()
         self._output: TensorSpec | None = None
-        self._input: _Input | None = None
+        self._check = PayloadCheck()
+        self.checked = self._check.checked
+
+    @property
+    def epoch(self) -> int | None:
+        """That of a router that is there; None while there is none."""
+        for route in self.spread.routes:
+            if route.epoch is not None:
+                return route.epoch
+        return None
 
     @property
     def outstanding(self) -> int:
@@ -198,7 +180,7 @@ class Session(Generic[Q]):
             self._last_id = query_id = query.query_id = self._last_id + 1
             pending[query_id] = query
             self._gathered.append(query)
-            if query.min_accuracy or query.priority:
+            if query.min_accuracy or query.priority or query.trace:
                 self._has_options = True
             # Resting: nothing wakes the sender but this. Pausing, it wakes by itself when SPACING_NS is over,
             # except for the first query after an idle moment, which must not wait for that.
@@ -261,10 +243,20 @@ class Session(Generic[Q]):
     @property
     def has_outbound(self) -> bool:
         """Whether `outbound` has something to do."""
-        return bool(self._gathered or self._cancelled or (self._is_greeted and self.epoch is not None))
+        return bool(
+            self._gathered or self._cancelled or self._answered_copies
+            or ((self._is_to_home or self._returned) and self.epoch is not None)
+        )  # fmt: skip
 
     def outbound(self, now_ns: int) -> list[Queries | Cancel]:
-        """Return the messages to send now, in order; they count as sent. If a send fails, call `lost`."""
+        """Return the messages to send now, in order, of a session with one router; see `outbound_to`."""
+        return [message for _, message in self.outbound_to(now_ns)]
+
+    def outbound_to(self, now_ns: int) -> list[tuple[int, Queries | Cancel]]:
+        """Return the messages to send now, in order, each with its router; they count as sent.
+
+        If a send fails, call `lost` for that router.
+        """
         with self._guard:
             # Ids ascend, so one number separates the queries that were taken from those that were not.
             self._taken_through = self._last_id
@@ -274,60 +266,115 @@ class Session(Generic[Q]):
                 batch = [query for query in batch if query.query_id in self._pending]
             has_options, self._has_options = self._has_options, False
             self._has_holes = False
-            everything = list(self._pending.values()) if self._is_greeted else []
+            is_to_home = self._is_to_home
+            everything = list(self._pending.values()) if is_to_home else []
         if batch:
             self._time([query.query_id for query in batch], min([query.deadline_ns for query in batch]))
         for query in cancelled:
             query.payload = b""  # not in `cancel`: another thread may be sending it
+        answered, self._answered_copies = self._answered_copies, []
         if self.epoch is None:
+            # A router that comes gets all that is pending; those handed back by another are among them.
+            self._is_to_home = self._is_to_home or bool(batch or self._returned)
+            self._returned = []
             return []
-        messages: list[Queries | Cancel] = []
-        if self._is_greeted:
-            self._is_greeted = False
-            messages.extend(self._again(everything, now_ns))
+        messages: list[tuple[int, Queries | Cancel]] = []
+        if self._returned:
+            self._send_again(messages, self._taken_back(), now_ns)
+        if is_to_home:
+            self._is_to_home = False
+            self._home(messages, everything, now_ns)
         elif batch:
-            messages.extend(self._queries(batch, now_ns, has_options=has_options, resubmitted=False))
-        # The router has never seen the others.
+            self._place(messages, batch, now_ns, has_options=has_options, resubmitted=False)
+        # The routers have never seen the others.
         if sent := [query.query_id for query in cancelled if query.query_id <= self._sent_through]:
-            messages.append(Cancel(self.epoch, len(sent), array("Q", sent).tobytes()))
+            self._cancel_at(messages, self.spread.live(), sent)
+        if answered:  # the other router that has a copy must not run it
+            for i in self.spread.live():
+                self._cancel_at(messages, [i], [query_id for by, query_id in answered if by != i])
         self._sent_through = self._taken_through
         return messages
 
-    def _again(self, everything: list[Q], now_ns: int) -> Iterator[Queries]:
-        """Yield what a new router needs: all queries with slack left, marked if an older router had them."""
-        alive = [query for query in everything if query.deadline_ns - now_ns > HOPELESS_NS]
-        fresh = [query for query in alive if query.query_id > self._sent_through]
-        again = [query for query in alive if query.query_id <= self._sent_through]
-        again = [query for query in again if query.n_sends < MAX_SENDS - 1]
+    def _cancel_at(
+        self, messages: list[tuple[int, Queries | Cancel]], routers: list[int], ids: list[int]
+    ) -> None:
+        for i in routers:
+            epoch = self.spread.routes[i].epoch
+            if ids and epoch is not None:
+                messages.append((i, Cancel(epoch, len(ids), array("Q", ids).tobytes())))
+
+    def _taken_back(self) -> list[Q]:
+        """Return the queries that a router handed back, or may have lost, and that have no answer yet."""
+        returned, self._returned = self._returned, []
+        found = [self._pending.get(query_id) for query_id in returned]
+        return [query for query in found if query is not None]
+
+    def _home(self, messages: list[tuple[int, Queries | Cancel]], everything: list[Q], now_ns: int) -> None:
+        """Send what no router has: what is new, and what a lost one had."""
+        if self.spread.is_many:
+            there = self.spread.on_live()
+            everything = [query for query in everything if query.query_id not in there]
+        fresh = [query for query in everything if query.query_id > self._sent_through]
+        again = [query for query in everything if query.query_id <= self._sent_through]
+        self._send_again(messages, again, now_ns)
+        fresh = [query for query in fresh if query.deadline_ns - now_ns > HOPELESS_NS]
+        if fresh:
+            self._place(messages, fresh, now_ns, has_options=True, resubmitted=False)
+
+    def _send_again(
+        self, messages: list[tuple[int, Queries | Cancel]], queries: list[Q], now_ns: int
+    ) -> None:
+        """Send what a router had before, marked as such, as far as slack is left."""
+        again = [
+            query
+            for query in queries
+            if query.deadline_ns - now_ns > HOPELESS_NS and query.n_sends < MAX_SENDS - 1
+        ]
         for query in again:
             query.n_sends += 1
+        if self.spread.is_many and len(again) < len(queries):
+            taken = {query.query_id for query in again}
+            lost = [query.query_id for query in queries if query.query_id not in taken]
+            there = self.spread.on_live()
+            if gone := [query_id for query_id in lost if query_id not in there]:
+                self._forsaken.update(gone)  # no answer can come: they need not wait for one
+                self._time(gone, now_ns)
         if again:
-            yield from self._queries(again, now_ns, has_options=True, resubmitted=True)
-        if fresh:
-            yield from self._queries(fresh, now_ns, has_options=True, resubmitted=False)
+            self._place(messages, again, now_ns, has_options=True, resubmitted=True)
 
-    def _queries(
-        self, batch: list[Q], now_ns: int, *, has_options: bool, resubmitted: bool
-    ) -> Iterator[Queries]:
-        """Yield messages for a batch: small payloads packed, large ones in their own frames."""
-        assert self.epoch is not None, "queries are sent only to a router that is there"
-        sizes = [query.n_bytes for query in batch]
-        parts = [(batch, False)]
-        if max(sizes) >= FRAMED_BYTES:
-            large = [query for query in batch if query.n_bytes >= FRAMED_BYTES]
-            parts = [([query for query in batch if query.n_bytes < FRAMED_BYTES], False), (large, True)]
-        is_one = len(parts) == 1 and len(batch) <= MAX_QUERIES and sum(sizes) <= PACKED_BYTES
-        for part, is_framed in parts:
-            for chunk in [part] if is_one else _chunks(part, is_framed=is_framed):
-                yield _message(
-                    chunk, self.epoch, now_ns, is_framed=is_framed, has_options=has_options,
-                    resubmitted=resubmitted,
-                )  # fmt: skip
+    def _place(
+        self, messages: list[tuple[int, Queries | Cancel]], batch: list[Q], now_ns: int, *,
+        has_options: bool, resubmitted: bool,
+    ) -> None:  # fmt: skip
+        """Add the messages for a batch, to the router that will serve it soonest."""
+        spread = self.spread
+        i = spread.choose(len(batch))
+        assert i is not None, "queries are sent only to a router that is there"
+        epoch = spread.routes[i].epoch
+        assert epoch is not None, "such a router has one"
+        if spread.is_many:
+            spread.sent(i, [query.query_id for query in batch], now_ns)
+            if spread.is_bloated(i):
+                spread.prune(i, self._pending)
+        found = messages_of(batch, epoch, now_ns, has_options=has_options, resubmitted=resubmitted)
+        messages.extend([(i, message) for message in found])
 
-    def answered(self, results: Results, now_ns: int) -> Iterator[tuple[Answers, list[Q | None]]]:
-        """Yield the answers of each group with its queries; None for a query that had ended already."""
+    def answered(
+        self, results: Results, now_ns: int, router: int = 0
+    ) -> Iterator[tuple[Answers, list[Q | None]]]:
+        """Yield the answers of each group with its queries; None for a query that had ended already.
+
+        What a router that drains hands back goes to another one, if there is one, and has not ended.
+        """
+        is_many = self.spread.is_many
         for group in results.groups:
             ids = memoryview(group.ids).cast("Q").tolist()
+            if is_many:
+                self.spread.answered(router, len(ids))
+                if group.status == _DRAINING and self._take_back(ids, router):
+                    continue
+                if self._copied:
+                    self._note_copies(ids, router)
             with self._guard:  # one acquisition for a group, not one for each query
                 pop = self._pending.pop
                 queries = [pop(query_id, None) for query_id in ids]
@@ -340,17 +387,56 @@ class Session(Generic[Q]):
             name = self._subnets[row][0] if row < len(self._subnets) else str(row)
             yield Answers(group, name, self._output, now_ns), queries
 
-    def welcomed(self, epoch: int) -> None:
-        """A router is there, or another one: queries with slack left are sent to it next."""
-        self.epoch = epoch
+    def _take_back(self, ids: list[int], router: int) -> bool:
+        """Mark a router as draining; return whether another one gets what it refused."""
+        spread = self.spread
+        spread.routes[router].is_draining = True
+        if not [i for i in spread.live() if not spread.routes[i].is_draining]:
+            return False
+        self._returned += ids
+        return True
+
+    def _note_copies(self, ids: list[int], router: int) -> None:
+        """Note which of the answered queries are with another router too."""
+        for query_id in ids:
+            if query_id in self._copied:
+                self._copied.discard(query_id)
+                if query_id in self._pending:
+                    self._answered_copies.append((router, query_id))
+
+    # --- routers ------------------------------------------------------------------------
+
+    def add_router(self) -> int:
+        """Know of one more router, which is not there yet; return its number."""
+        spread = self.spread
+        if not spread.is_many:  # nothing was noted so far
+            with self._guard:
+                ids = [query_id for query_id in self._pending if query_id <= self._sent_through]
+            if ids and spread.routes[0].epoch is not None:
+                spread.sent(0, ids, 0)
+        spread.add()
+        return len(spread.routes) - 1
+
+    def welcomed(self, epoch: int, router: int = 0) -> None:
+        """A router is there, or another one: queries that no router has are sent to it next."""
+        route = self.spread.routes[router]
+        route.forget()
+        route.epoch = epoch
         # Only noted here: the next `outbound` sends them, with whatever was submitted meanwhile.
-        self._is_greeted = True
+        self._is_to_home = True
         self._asked_ns = None
 
-    def lost(self) -> None:
-        """The router is gone: overdue queries end at the next check, others just before their deadline."""
-        self.epoch = None
-        self._is_greeted = False
+    def lost(self, router: int = 0) -> None:
+        """A router is gone: another gets what it had.
+
+        Without another, overdue queries end at the next check, and others just before their deadline.
+        """
+        route = self.spread.routes[router]
+        route.epoch = None
+        route.forget()
+        self._is_to_home = True
+        if self.epoch is not None:
+            return
         with self._guard:
             # Only those that `outbound` took: it will time the others itself.
             ids = [query_id for query_id in self._pending if query_id <= self._taken_through]
@@ -358,12 +444,32 @@ class Session(Generic[Q]):
         if ids:
             self._time(ids, 0)
 
+    def beat(self, now_ns: int) -> tuple[list[int], list[int]]:
+        """Judge the routers that owe answers; mark what suspect ones have, to be sent to another as well.
+
+        Returns:
+            The routers to send a PING, and those that are dead: call `lost` for them.
+        """
+        spread, pending, least_ns = self.spread, self._pending, now_ns + HOPELESS_NS
+
+        def is_wanted(query_id: int) -> bool:
+            query = pending.get(query_id)
+            return query is not None and query.deadline_ns > least_ns
+
+        asked, dead = spread.beat(now_ns, pending)
+        for i in spread.suspects():
+            if i not in dead:
+                copies = spread.copies(i, is_wanted, now_ns)
+                self._copied.update(copies)
+                self._returned += copies
+        return asked, dead
+
     def learn(
         self, takes: TensorSpec | None, gives: TensorSpec | None, subnets: Sequence[tuple[str, float]]
     ) -> None:
         """Store what the model takes and gives, and the subnets' names."""
         self._subnets, self._output = subnets, gives
-        self._input = None if takes is None else _Input(takes, np.dtype(takes.dtype), takes.n_bytes)
+        self._check.learn(takes)
 
     def close(self, error: QueryError) -> list[tuple[Q, QueryError]]:
         """Refuse new queries; return every query that is left, with `error`."""
@@ -373,6 +479,7 @@ class Session(Generic[Q]):
             self._pending.clear()
             self.held_bytes = 0
             gone, self._cancelled = self._cancelled, []
+            self._returned, self._answered_copies = [], []
             self._gathered, self._timed, self._n_timed = [], [], 0
         for query in (*queries, *gone):
             query.payload = b""
@@ -421,6 +528,7 @@ class Session(Generic[Q]):
             for query_id in ids:
                 query = self._pending.get(query_id)
                 if query is None:
+                    self._forsaken.discard(query_id)
                     continue
                 look_ns = self._look_again_ns(query, now_ns, heard_ns)
                 if look_ns is not None:
@@ -434,6 +542,8 @@ class Session(Generic[Q]):
     def _look_again_ns(self, query: Q, now_ns: int, heard_ns: int) -> int | None:
         """Return when to check a query again; None if it ends now."""
         deadline_ns = query.deadline_ns
+        if self._forsaken and query.query_id in self._forsaken:
+            return None
         if self.epoch is None:  # a WELCOME may still come in time to send it
             return deadline_ns if deadline_ns - HOPELESS_NS > now_ns else None
         if now_ns < deadline_ns:
@@ -451,6 +561,9 @@ class Session(Generic[Q]):
         return _coarse(silent_ns) if now_ns < silent_ns else None
 
     def _why(self, query: Q, now_ns: int) -> str:
+        if query.query_id in self._forsaken:
+            self._forsaken.discard(query.query_id)
+            return f"query {query.query_id}: {LOST_LATE}"
         if self.epoch is None:
             return f"query {query.query_id}: {self.no_router}"
         if now_ns >= query.deadline_ns + GRACE_NS:
@@ -467,103 +580,7 @@ class Session(Generic[Q]):
         query.payload = b""
         return True
 
-    # --- checks -------------------------------------------------------------------------
-
-    def checked(self, payload: Any) -> tuple[Any, int]:
-        """Return the payload as a buffer in C order, and its bytes; numeric arrays stay as they are.
-
-        Raises:
-            InvalidQueryError: It is not what the model takes.
-        """
-        if type(payload) is bytes:
-            buffer: Any = payload
-        elif isinstance(payload, np.ndarray):
-            return self._checked_array(payload)
-        else:
-            buffer = _as_bytes(payload)
-        n_bytes = len(buffer)
-        expected = self._input
-        if expected is not None and n_bytes != expected.n_bytes:
-            spec = expected.spec
-            raise InvalidQueryError(
-                f"input: expected {spec.n_bytes} bytes ({spec.dtype} {spec.shape}), got {n_bytes}"
-            )
-        if n_bytes > MAX_PAYLOAD_BYTES:
-            raise _too_long(n_bytes)
-        return buffer, n_bytes
-
-    def _checked_array(self, payload: np.ndarray[Any, Any]) -> tuple[Any, int]:
-        dtype = payload.dtype
-        expected = self._input
-        # Comparing here first: `check` makes two dtypes, and this runs for every query.
-        if expected is not None and (dtype != expected.dtype or payload.shape != expected.spec.shape):
-            expected.spec.check(payload)
-        n_bytes = payload.nbytes
-        if n_bytes > MAX_PAYLOAD_BYTES:
-            raise _too_long(n_bytes)
-        if dtype.kind in _PLAIN_KINDS and payload.flags.c_contiguous:
-            return payload, n_bytes
-        if dtype.hasobject:
-            raise InvalidQueryError("input: expected an array of numbers, got objects")
-        return np.ascontiguousarray(payload).reshape(-1).view(np.uint8), n_bytes
-
 
 def _coarse(at_ns: int) -> int:
     """Return the next instant at which overdue queries are checked: many share one check."""
     return -(-at_ns // _COARSE_NS) * _COARSE_NS
-
-
-def _as_bytes(payload: Any) -> Any:
-    if not isinstance(payload, bytes | bytearray | memoryview):
-        raise InvalidQueryError(f"input: expected a NumPy array or bytes, got {type(payload).__name__}")
-    if isinstance(payload, memoryview) and not payload.c_contiguous:
-        raise InvalidQueryError("input: expected bytes in C order, got a memoryview with gaps")
-    return payload if isinstance(payload, bytes) else memoryview(payload).cast("B")
-
-
-def _too_long(n_bytes: int) -> InvalidQueryError:
-    return InvalidQueryError(f"input: expected at most {MAX_PAYLOAD_BYTES} bytes, got {n_bytes}")
-
-
-def _chunks(batch: list[Q], *, is_framed: bool) -> Iterator[list[Q]]:
-    """Yield the batch in parts that each fit in a message."""
-    chunk: list[Q] = []
-    n_bytes = 0
-    for query in batch:
-        is_full = not is_framed and n_bytes + query.n_bytes > PACKED_BYTES
-        if chunk and (is_full or len(chunk) >= MAX_QUERIES):
-            yield chunk
-            chunk, n_bytes = [], 0
-        chunk.append(query)
-        n_bytes += query.n_bytes
-    if chunk:
-        yield chunk
-
-
-def _message(
-    batch: list[Q], epoch: int, now_ns: int, *, is_framed: bool, has_options: bool, resubmitted: bool
-) -> Queries:
-    """Return one message for `batch`, with slacks counted from now."""
-    ids = array("Q", [query.query_id for query in batch]).tobytes()
-    slacks = array("q", [query.deadline_ns - now_ns for query in batch]).tobytes()
-    sizes = [query.n_bytes for query in batch]
-    each, lengths = sizes[0], None
-    if sizes.count(each) != len(sizes):
-        each, lengths = VARIED, array("I", sizes).tobytes()
-    payloads: list[Any] = [query.payload for query in batch]
-    payloads = list(map(_frame, payloads)) if is_framed else [b"".join(payloads)]
-    accuracies = priorities = None
-    if has_options:
-        floors = [query.min_accuracy for query in batch]
-        accuracies = array("f", floors).tobytes() if any(floors) else None
-        classes = bytes([query.priority for query in batch])
-        priorities = classes if any(classes) else None
-    return Queries(
-        epoch, now_ns, len(batch), ids, slacks, each, payloads, is_framed, lengths, accuracies, priorities,
-        resubmitted,
-    )  # fmt: skip
-
-
-def _frame(payload: Any) -> Any:
-    """Return a payload as bytes without copying them."""
-    return payload.reshape(-1).view(np.uint8).data if isinstance(payload, np.ndarray) else payload

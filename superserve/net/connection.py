@@ -20,12 +20,14 @@ from superserve.clock import MS
 from superserve.errors import NoRouterError, VersionError, WireError
 from superserve.hello import ClientHello, ClientWelcome
 from superserve.net.context import check_descriptors, new_context
+from superserve.net.endpoints import endpoints_of
 from superserve.net.handshake import Handshake
 from superserve.net.keys import peer_keys
 from superserve.net.sockets import is_own_host, receive, send
 from superserve.shared.offers import MemoryAnswer, is_allowed
 from superserve.shared.placing import SHARED_BYTES, PayloadPlacing
 from superserve.status import RouterStatus
+from superserve.whole import whole_of
 from superserve.wire import Cancel, Control, Kind, Ping, Pong, Queries, Results
 
 if TYPE_CHECKING:
@@ -65,6 +67,9 @@ class Connection:
         epoch: The router's, after its WELCOME; None before, and after it fell silent.
         model: The model's input and output, from WELCOME; None if no worker has joined.
         subnets: Name and accuracy (percent) of each row of the profile.
+        routers: The client endpoints of all routers, from WELCOME; empty if there is one.
+        gpus: GPUs that get work at this router, from WELCOME; None if it did not say.
+        is_draining: The router takes no new queries.
         n_welcomes: How often `epoch` changed: compare it to notice that the router is another one, even if
             the old one was never missed.
         heard_ns: When the last message of the router arrived.
@@ -72,6 +77,7 @@ class Connection:
         n_malformed: Messages that could not be decoded.
         mismatch: Set while the router speaks none of our wire versions; None after a WELCOME.
         status: The latest answer to a STATUS, or why it could not be read; None before the first.
+        flight: The part of the flight record that came with it; None if none was asked for, or is kept.
     """
 
     def __init__(
@@ -88,10 +94,14 @@ class Connection:
         self.epoch: int | None = None
         self.model: ModelSpec | None = None
         self.subnets: list[tuple[str, float]] = []
+        self.routers: tuple[str, ...] = ()
+        self.gpus: int | None = None
+        self.is_draining = False
         self.refusals: list[str] = []
         self.n_malformed = 0
         self.mismatch: VersionError | None = None
         self.status: RouterStatus | WireError | None = None
+        self.flight: dict[str, Any] | None = None
         self.n_welcomes = 0
         self.heard_ns = 0
         self._hello_ns = 0
@@ -263,9 +273,13 @@ class Connection:
                 log.warning("%s refused a message: %s", self.endpoint, reason)
         elif message.kind is Kind.BYE:
             self.epoch = None
+        elif message.kind is Kind.DRAIN:
+            self.is_draining = True
         elif message.kind is Kind.SHARE:
             self.placing.answered(MemoryAnswer.from_body(body))
         elif message.kind is Kind.STATUS:
+            flight = body.pop("flight", None)
+            self.flight = flight if isinstance(flight, dict) else None
             try:
                 self.status = RouterStatus.from_body(body)
             except WireError as error:
@@ -275,6 +289,7 @@ class Connection:
     def _welcomed(self, welcome: ClientWelcome) -> None:
         if self.epoch != welcome.epoch:
             self.n_welcomes += 1
+            self.is_draining = False
             self.placing.welcomed(is_asked_for=bool(welcome.shared))
         self._handshake.succeeded()
         self.mismatch = None
@@ -283,6 +298,7 @@ class Connection:
         self._hello_every_ns = HELLO_EVERY_NS
         self.model = welcome.model
         self.subnets = list(welcome.subnets)
+        self.routers, self.gpus = welcome.routers or (), welcome.gpus
 
     def _mismatched(self, error: VersionError) -> None:
         """Record that this router shares no version with us; HELLO goes on, since it may be replaced."""
@@ -299,7 +315,7 @@ def ask_status(
     """Ask the router at `endpoint` for its STATUS.
 
     Args:
-        endpoint: The router's client endpoint.
+        endpoint: The router's client endpoint; of several, separated by commas, the whole is returned.
         timeout_s: How long to wait for the answer.
         keys: As for `Client`.
 
@@ -308,6 +324,10 @@ def ask_status(
         ConfigError: The key file is malformed, or this process may open no more files or threads.
         WireError: A field of the answer is missing or has another type; the error names it.
     """
+    endpoints = endpoints_of(endpoint)
+    if len(endpoints) > 1:
+        return _ask_all(endpoints, timeout_s, keys)
+    (endpoint,) = endpoints
     own = peer_keys(keys)
     check_descriptors("asking a router for its status")
     with new_context() as context:
@@ -330,6 +350,23 @@ def ask_status(
     if isinstance(connection.status, WireError):
         raise WireError(f"{endpoint}: {connection.status}; is it of another version?")
     return connection.status
+
+
+def _ask_all(
+    endpoints: tuple[str, ...], timeout_s: float, keys: str | os.PathLike[str] | None
+) -> RouterStatus:
+    """Ask several routers, and return the whole of those that answer; NoRouterError if none does."""
+    found: list[tuple[str, RouterStatus | None]] = []
+    reasons: list[str] = []
+    for endpoint in endpoints:
+        try:
+            found.append((endpoint, ask_status(endpoint, timeout_s, keys)))
+        except NoRouterError as error:
+            found.append((endpoint, None))
+            reasons.append(str(error))
+    if len(reasons) == len(endpoints):
+        raise NoRouterError("; ".join(reasons))
+    return whole_of(found)
 
 
 def no_router(endpoint: str) -> str:

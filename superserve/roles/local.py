@@ -184,7 +184,7 @@ class Role:
 
     Attributes:
         name: Unique in the cluster; workers also send it to the router.
-        kind: "router" or "worker".
+        kind: "router", "worker" or "gateway".
         state: Its state.
         serves: What it serves, in words.
         log: The file with its output.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from superserve.clock import SECOND
 from superserve.shared.owned import OwnedMemory
-from superserve.wire import PLACE, Queries, SharedPayloads, lengths_of, uint64s
+from superserve.wire import PLACE, TRACED, Queries, SharedPayloads, lengths_of, uint64s
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -192,4 +192,11 @@ def _part(queries: Queries, lo: int, hi: int, payloads: Sequence[Buffer] = ()) -
         queries.epoch, queries.sent_ns, hi - lo, queries.ids[8 * lo : 8 * hi],
         queries.slacks[8 * lo : 8 * hi], queries.payload_bytes, payloads, True, cut(queries.lengths, 4),
         cut(queries.min_accuracy, 4), cut(queries.priority, 1), queries.resubmitted,
+        traced=None if queries.traced is None else _traced_part(queries.traced, lo, hi),
     )  # fmt: skip
+
+
+def _traced_part(traced: Buffer, lo: int, hi: int) -> bytes | None:
+    """Return the rows of TRACED of queries lo to hi, counted from lo; None if there is none."""
+    rows = [TRACED.pack(i - lo, context) for i, context in TRACED.iter_unpack(traced) if lo <= i < hi]
+    return b"".join(rows) or None

@@ -1,8 +1,9 @@
 """Wire protocol, version 2: the only place where bytes become messages. This page is the specification.
 
 `layout` holds the numbers and fixed parts, `messages` the dataclasses, `encode` and `decode` one function
-for each kind, `versions` the agreement on a version, `runs` the messages between load generators. Imports
-`superserve.errors`, `superserve.build` and, for what is not on the hot path, `superserve.fields`.
+for each kind, `versions` the agreement on a version, `runs` the messages between load generators,
+`traceparent` which trace a query is a part of. Imports `superserve.errors`, `superserve.build` and, for what
+is not on the hot path, `superserve.fields`.
 
 Every message is a list of ZeroMQ frames. Frame 0 begins with the prelude
 
@@ -46,7 +47,8 @@ Known fields never move. A release adds without a new version, and a receiver sk
 - fields at the end of a header: `header_bytes` says how long it is;
 - fields at the end of a row (a group, a segment): the header's `row_bytes` says how long each is;
 - columns after the known ones, with flag EXTENDED: `n_bytes` u32 of all of them together, then for each
-  tag u16, (2 pad), n_bytes u32, and its bytes; at most MAX_EXTENSIONS. Tag 1 is SHARED, see below;
+  tag u16, (2 pad), n_bytes u32, and its bytes; at most MAX_EXTENSIONS. Tag 1 is SHARED, 2 is TRACED, see
+  below;
 - keys of a JSON object, and columns of a run by name.
 
 A flag adds bytes only where this page defines them; an unknown one is ignored. If a header
@@ -73,7 +75,9 @@ QUERIES: `epoch` (of the WELCOME it was sent under) u64, `sent_ns` i64, `n` u32,
 again; `slacks` i64 ns, time left at the moment of sending; then, as flags say,
 `min_accuracy` f32 percent (MIN_ACCURACY), `priority` u8 (PRIORITY), `lengths` u32
 (LENGTHS, exactly when VARIED). Payloads: packed end to end in one frame, or with
-the flag FRAMES one frame a query. RESUBMITTED: these ids may be known already.
+the flag FRAMES one frame a query. RESUBMITTED: these ids may be known already. The extension column
+TRACED (tag 2) has a row for each query that came with a `traceparent`: index u32 (ascending), flags u8,
+(3 pad), trace id of 16 bytes, parent id of 8. A router that does not know it serves the queries all the same.
 
 RESULTS: `epoch` u64, `n` u32, `n_groups` u32, `row_bytes` u16, (2 pad). A group is a
 stretch of queries that ended alike: count u32, status u8, (3 pad), subnet u16,
@@ -89,7 +93,8 @@ PULL: `epoch` u64, `n_rows` u32, `row_bytes` u16, (2 pad). A row: slot u16, cred
 (batches it can take), held u16, running u16, last_batch u64 (the last directive it had
 received: the router deducts what it sent after that), running_batch u64 (0: no batch of
 this epoch runs), running_for_ns i64 (how long it has been running; the router computes
-when it ends), memory_bytes u64, utilisation f32, temperature_c f32 (NaN if unknown).
+when it ends. Below 0 with no batch of this epoch running: one of another router will run so
+long), memory_bytes u64, utilisation f32, temperature_c f32 (NaN if unknown).
 
 DIRECTIVE: `epoch` u64, `batch_id` u64 (ascending), slot u16, subnet u16, `n` u32,
 `n_segments` u32, `row_bytes` u16, (2 pad). A segment is a stretch of one QUERIES
@@ -113,7 +118,8 @@ no frames for such payloads but the extension column SHARED (tag 1): for each se
 such payloads, and once in QUERIES, segment u32 (0 in QUERIES), (4 pad), memory u64, and for each of its
 queries offset u64 and stamp u64 of its slot. `packed` of such a segment is 0.
 
-PING: `stamp_ns` i64. PONG: `stamp_ns` i64 of the PING, `own_ns` i64.
+PING: `stamp_ns` i64. PONG: `stamp_ns` i64 of the PING, `own_ns` i64; then, from a router with others to its
+workers, `price` f64: what GPU time is worth there (`router.core.price`); NaN says that it has none.
 
 The buffers of QUERIES, RESULTS, DIRECTIVE and DONE are separate frames. If together they
 are small (GATHER_BYTES), they follow the columns in frame 0 instead, end to end, with
@@ -153,6 +159,7 @@ from superserve.wire.layout import (
     PLACE,
     RUN_KINDS,
     STATUSES,
+    TRACED,
     VARIED,
     Buffer,
     Kind,

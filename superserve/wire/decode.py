@@ -7,6 +7,7 @@ ones carry their length.
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -48,6 +49,8 @@ from superserve.wire.layout import (
     SHARED_OF,
     STATUSES,
     TAG_SHARED,
+    TAG_TRACED,
+    TRACED,
     U32,
     VARIED,
     Kind,
@@ -191,14 +194,9 @@ def _extensions(kind: Kind, frame: Buffer, at: int) -> tuple[int, dict[int, Buff
     return at, columns
 
 
-def _shared(
-    kind: Kind, frame: Buffer, flags: int, at: int, counts: Sequence[int]
-) -> dict[int, SharedPayloads]:
+def _shared(kind: Kind, column: Buffer, counts: Sequence[int]) -> dict[int, SharedPayloads]:
     """Return where the payloads of segments lie that are not in frames, by segment; QUERIES are one."""
     found: dict[int, SharedPayloads] = {}
-    if not flags & EXTENDED:
-        return found
-    column = _extensions(kind, frame, at)[1].get(TAG_SHARED, b"")
     start = 0
     while start < len(column):
         if len(column) < start + SHARED_OF.size:
@@ -213,6 +211,18 @@ def _shared(
         found[segment] = SharedPayloads(memory, column[start:end])
         start = end
     return found
+
+
+def _traced(column: Buffer, n: int) -> Buffer:
+    """Return the column with the trace contexts of some of n queries."""
+    if len(column) % TRACED.size:
+        raise WireError(f"queries: traced: expected rows of {TRACED.size} bytes, got {len(column)} bytes")
+    last = -1
+    for index, _ in TRACED.iter_unpack(column):
+        if not last < index < n:
+            raise WireError(f"queries: traced: expected ascending indices below {n}, got {index}")
+        last = index
+    return column
 
 
 # --- one for each kind: `at` is where its header ends ----------------------------------------
@@ -263,8 +273,12 @@ def _optional_queries(frames: Sequence[Buffer], flags: int, at: int, message: Qu
     message.framed = bool(flags & FRAMES)
     message.resubmitted = bool(flags & RESUBMITTED)
     sizes: Sequence[int] = lengths_of(n, each, lengths) if message.framed else (_size(n, each, lengths),)
-    if flags & EXTENDED and (shared := _shared(kind, frame, flags, at, (n,))):
-        message.shared, message.framed, sizes = shared[0], True, ()
+    if flags & EXTENDED:
+        columns = _extensions(kind, frame, at)[1]
+        if shared := _shared(kind, columns.get(TAG_SHARED, b""), (n,)):
+            message.shared, message.framed, sizes = shared[0], True, ()
+        if TAG_TRACED in columns:
+            message.traced = _traced(columns[TAG_TRACED], n)
     message.payloads = _buffers(kind, frames, flags, at, sizes)
     return message
 
@@ -343,7 +357,10 @@ def _decode_directive(frames: Sequence[Buffer], flags: int, at: int) -> Directiv
     ids, at = _column(kind, frame, at, rows, 8, "ids")
     slacks, at = _column(kind, frame, at, rows, 8, "slacks")
     lengths_of_all, at = _column(kind, frame, at, rows, 4 if flags & LENGTHS else 0, "lengths")
-    shared = _shared(kind, frame, flags, at, [row[0] for row in rows]) if flags & EXTENDED else {}
+    shared: dict[int, SharedPayloads] = {}
+    if flags & EXTENDED:
+        column = _extensions(kind, frame, at)[1].get(TAG_SHARED, b"")
+        shared = _shared(kind, column, [row[0] for row in rows])
     segments: list[Segment] = []
     sizes: list[int] = []
     for i, (count, each, packed, elapsed_ns) in enumerate(rows):
@@ -410,7 +427,10 @@ def _decode_ping(frames: Sequence[Buffer], flags: int, at: int) -> Ping:
 def _decode_pong(frames: Sequence[Buffer], flags: int, at: int) -> Pong:
     stamp_ns, own_ns = layout.PONG.unpack_from(frames[0], _PRELUDE_BYTES)
     _end(Kind.PONG, frames, flags, at)
-    return Pong(stamp_ns, own_ns)
+    if at < _PRELUDE_BYTES + layout.PRICED_PONG.size:
+        return Pong(stamp_ns, own_ns)
+    price = layout.PRICED_PONG.unpack_from(frames[0], _PRELUDE_BYTES)[2]
+    return Pong(stamp_ns, own_ns, price if 0.0 <= price < inf else None)
 
 
 def decode_json(kind: Kind, frames: Sequence[Buffer]) -> dict[str, Any]:

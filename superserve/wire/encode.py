@@ -72,6 +72,7 @@ _DIRECTIVE = _preludes(Kind.DIRECTIVE)
 _DONE = _preludes(Kind.DONE)
 _PING = _preludes(Kind.PING)[0]
 _PONG = _preludes(Kind.PONG)[0]
+_PRICED_PONG = PRELUDE.pack(MAGIC, HIGHEST, Kind.PONG, 0, layout.PRICED_PONG.size)
 _RESULTS_OF_ONE = layout.RESULTS_OF_ONE.pack
 _RESULTS_GATHERED = _RESULTS[GATHERED]
 _RESULTS_HEADER = layout.RESULTS.pack
@@ -94,14 +95,20 @@ def _frames(
     return [b"".join((preludes[flags], *parts)), *buffers]
 
 
-def _shared_columns(shared: Sequence[tuple[int, SharedPayloads]]) -> bytes:
-    """Return the extension columns with the places of payloads, by segment; QUERIES are one segment."""
+def _extensions(columns: Sequence[tuple[int, Buffer]]) -> bytes:
+    """Return extension columns, each with its tag."""
+    parts: list[Buffer] = []
+    for tag, column in columns:
+        parts += [layout.EXTENSION.pack(tag, len(column)), column]
+    return b"".join((layout.U32.pack(sum(map(len, parts))), *parts))
+
+
+def _shared_column(shared: Sequence[tuple[int, SharedPayloads]]) -> bytes:
+    """Return the column with the places of payloads, by segment; QUERIES are one segment."""
     parts: list[Buffer] = []
     for i, one in shared:
         parts += [layout.SHARED_OF.pack(i, one.memory), one.places]
-    column = b"".join(parts)
-    extension = layout.EXTENSION.pack(layout.TAG_SHARED, len(column))
-    return b"".join((layout.U32.pack(len(extension) + len(column)), extension, column))
+    return b"".join(parts)
 
 
 def encode_queries(message: Queries) -> list[Buffer]:
@@ -123,9 +130,14 @@ def encode_queries(message: Queries) -> list[Buffer]:
         parts.append(message.lengths)
     if message.resubmitted:
         flags |= RESUBMITTED
-    if message.shared is not None:
+    if message.shared is not None or message.traced is not None:
         flags |= EXTENDED
-        parts.append(_shared_columns(((0, message.shared),)))
+        columns: list[tuple[int, Buffer]] = []
+        if message.shared is not None:
+            columns.append((layout.TAG_SHARED, _shared_column(((0, message.shared),))))
+        if message.traced is not None:
+            columns.append((layout.TAG_TRACED, message.traced))
+        parts.append(_extensions(columns))
     return _frames(_QUERIES, flags, parts, message.payloads)
 
 
@@ -234,7 +246,8 @@ def encode_directive(message: Directive) -> list[Buffer]:
     for s in segments:  # faster than a list of them, when there is nothing to find
         if s.shared is not None:
             flags |= EXTENDED
-            parts.append(_shared_columns([(i, s.shared) for i, s in enumerate(segments) if s.shared]))
+            column = _shared_column([(i, s.shared) for i, s in enumerate(segments) if s.shared])
+            parts.append(_extensions(((layout.TAG_SHARED, column),)))
             break
     return _frames(_DIRECTIVE, flags, parts, payloads)
 
@@ -259,6 +272,8 @@ def encode_ping(message: Ping) -> list[Buffer]:
 
 def encode_pong(message: Pong) -> list[Buffer]:
     """Return the frames of a PONG."""
+    if message.price is not None:
+        return [_PRICED_PONG + layout.PRICED_PONG.pack(message.stamp_ns, message.own_ns, message.price)]
     return [_PONG + layout.PONG.pack(message.stamp_ns, message.own_ns)]
 
 

@@ -98,6 +98,7 @@ GATHERED = 32
 QUEUED = 64
 EXTENDED = 128
 TAG_SHARED = 1
+TAG_TRACED = 2
 ROW_MIXED = 1
 
 # --- fixed parts ----------------------------------------------------------------------------
@@ -118,9 +119,11 @@ DONE = struct.Struct("<QIH2x")  # epoch, n_rows, row_bytes
 DONE_ROW = struct.Struct("<QHHHIqqQQqIH")  # as DoneRow has them up to output_bytes; then flags
 PING = struct.Struct("<q")  # stamp_ns
 PONG = struct.Struct("<qq")  # stamp_ns, own_ns
+PRICED_PONG = struct.Struct("<qqd")  # and price, which not every PONG has
 EXTENSION = struct.Struct("<H2xI")  # tag, n_bytes
 SHARED_OF = struct.Struct("<I4xQ")  # segment, memory; then the places of the segment's queries
 PLACE = struct.Struct("<QQ")  # offset, stamp
+TRACED = struct.Struct("<I28s")  # index, and its context as `superserve.wire.traceparent.packed` has it
 
 U32 = struct.Struct("<I")
 I64 = struct.Struct("<q")

@@ -70,6 +70,7 @@ class Queries:
         priority: n u8 as bytes, or None.
         shared: Where the payloads lie, if they are not in `payloads`, which is then empty; such a message
             is `framed`.
+        traced: Rows of TRACED as bytes, of the queries with a trace context; None if none has one.
     """
 
     kind: ClassVar[Kind] = Kind.QUERIES
@@ -87,6 +88,7 @@ class Queries:
     priority: Buffer | None = None
     resubmitted: bool = False
     shared: SharedPayloads | None = None
+    traced: Buffer | None = None
 
     def slack_ns(self) -> list[int]:
         """Return the slacks, ns. As a list: most messages are too short for an array to pay off."""
@@ -280,12 +282,17 @@ class Ping:
 
 @dataclass(slots=True)
 class Pong:
-    """The PING's stamp, and the clock of the peer that answers it."""
+    """The PING's stamp, and the clock of the peer that answers it.
+
+    Attributes:
+        price: What GPU time is worth to a router now, for its workers; None if it does not say.
+    """
 
     kind: ClassVar[Kind] = Kind.PONG
 
     stamp_ns: int
     own_ns: int
+    price: float | None = None
 
 
 @dataclass(slots=True)

@@ -42,7 +42,7 @@ def main(endpoint: str, name: str, keys: str, sharing: str, *, has_parent: bool 
     device = WorkerDevice(gpus, profile, "", INPUT, TensorSpec("uint8", (_DIGEST_BYTES,)), Gauges)
     with Waker() as waker:
         own = peer_keys(keys, "worker")
-        serve(endpoint, name, device, waker, keys=own, shared_memory=sharing != "0")
+        serve([endpoint], name, device, waker, keys=own, shared_memory=sharing != "0")
 
 
 if __name__ == "__main__":

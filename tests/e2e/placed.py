@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 _PAGE = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
 
 
-def text(engine: str, settings: str, n: int) -> str:
-    """Return a hosts file: emulated GPUs, no keys."""
+def text(engine: str, settings: str, n: int, routers: int | None = None) -> str:
+    """Return a hosts file: emulated GPUs, no keys; a list of routers if it says how many."""
+    several = ", ".join(["{host: gpu}"] * (routers or 0))
+    head = "router: {host: gpu}" if routers is None else f"routers: [{several}]"
     return (
-        f"engine: {engine}\n{engine}: {settings}\nrouter: {{host: gpu}}\nemulate: cnn-8gpu-modelled\n"
+        f"engine: {engine}\n{engine}: {settings}\n{head}\nemulate: cnn-8gpu-modelled\n"
         f"security: none\nhosts:\n  - {{name: gpu, workers: {n}}}\n"
     )
 
@@ -66,10 +68,17 @@ def node(role: dict[str, Any]) -> str:
     return str(role["place"]).split()[-1] if " on " in role["place"] else ""
 
 
+def shares(command: Command) -> dict[str, int]:
+    """Return how many GPUs each of several routers has that answers, by its endpoint for clients."""
+    status = _status(command)["status"]
+    routers = [] if status is None else status.get("routers") or []
+    return {router["endpoint"]: router["gpus"] for router in routers if router["answers"]}
+
+
 @contextlib.contextmanager
-def load(here: Net, endpoint: str, host: str = "op") -> Iterator[None]:
+def load(here: Net, endpoint: str, host: str = "op", *, slo_ms: int = 10_000) -> Iterator[None]:
     """Offer queries while the block runs; every one of them must be answered in time."""
-    with here.start(sys.executable, "-m", "tests.e2e.steady", endpoint, host=host) as offered:
+    with here.start(sys.executable, "-m", "tests.e2e.steady", endpoint, str(slo_ms), host=host) as offered:
         assert offered.stdout is not None, "it was started with a pipe"
         line = offered.stdout.readline()
         assert line == "begun\n", line + offered.communicate(timeout=60)[0]
@@ -117,6 +126,19 @@ def processes(here: Net, host: str) -> dict[str, int]:
             words = psutil.Process(int(pid)).cmdline()
             if "gpu_worker" in words and "srun" not in words[0]:
                 found[words[words.index("--name") + 1]] = int(pid)
+    return found
+
+
+def routers(here: Net) -> dict[int, int]:
+    """Return the routers' processes on all hosts, by the port for clients that each binds."""
+    found = {}
+    for host in here.hosts:
+        for pid in _pids(here, host):
+            with contextlib.suppress(psutil.Error):
+                words = psutil.Process(int(pid)).cmdline()
+                if "router" in words and "srun" not in words[0] and "--client-endpoint" in words:
+                    end = words[words.index("--client-endpoint") + 1]
+                    found[int(end.rpartition(":")[2])] = int(pid)
     return found
 
 

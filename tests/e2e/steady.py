@@ -1,6 +1,6 @@
 """A program that offers queries until SIGINT, and prints how all of them ended, as JSON.
 
-    python -m tests.e2e.steady tcp://10.77.0.1:5555
+    python -m tests.e2e.steady tcp://10.77.0.1:5555 [SLO_MS]
 
 `loadgen run` measures; this only counts, and so it need not wait for a quiet machine before it begins.
 """
@@ -16,21 +16,21 @@ from collections import Counter
 import superserve
 
 RATE_QPS = 100
-SLO_MS = 10_000  # no noise takes that long: what fails then has failed
+SLO_MS = "10000"  # no noise takes that long: what fails then has failed
 
 
-def main(endpoint: str) -> None:
+def main(endpoint: str, slo_ms: str = SLO_MS) -> None:
     """Say "begun" after the first answer; then offer `RATE_QPS`."""
     stop = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     payload = bytes(64)
     with superserve.Client(endpoint) as client:
-        client.infer(payload, slo_ms=SLO_MS)
+        client.infer(payload, slo_ms=float(SLO_MS))
         sys.stdout.write("begun\n")
         sys.stdout.flush()
         futures = []
         while not stop.wait(1 / RATE_QPS):
-            futures.append(client.submit(payload, slo_ms=SLO_MS))
+            futures.append(client.submit(payload, slo_ms=float(slo_ms)))
         ends = Counter(ok=1)
         for future in futures:
             try:
@@ -42,4 +42,4 @@ def main(endpoint: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.e2e,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not HAS_MINILM, reason=WITHOUT_MINILM),
@@ -54,8 +55,9 @@ RANKS = (
 )  # docs/encoders.md: of the pairs of examples/sentence_pairs.py
 SLO_MS = 1_000
 READY_S = 120.0
-ATTAINMENT = 0.999
-_TRIAL_S, _STEP = 8.0, 1.25
+ATTAINMENT = 0.98
+BURST_S = 16.0
+_TRIAL_S, _STEP = 6.0, 1.25
 
 
 def folder() -> Path:
@@ -123,7 +125,10 @@ def attainment(run: Run) -> float:
 
 
 def sustained_qps(endpoint: str, guess_qps: float, texts: npt.NDArray[np.int32]) -> float:
-    """Return the highest rate, in steps of a quarter, that is answered in time; from a guess up or down."""
+    """Return the highest rate, in steps of a quarter, that is answered in time; from a guess up or down.
+
+    A share that a moment's stall cannot decide: what is missed at too high a rate is most of a second.
+    """
     rate = guess_qps
     while attainment(offered(endpoint, f"poisson:rate={rate}", _TRIAL_S, texts)) < ATTAINMENT:
         rate /= _STEP
@@ -134,8 +139,8 @@ def sustained_qps(endpoint: str, guess_qps: float, texts: npt.NDArray[np.int32])
 
 
 def burst_of(qps: float) -> str:
-    """Return a trace: twice a rate for 6 s, then half of it for 6 s, and so on."""
-    return f"onoff:high={2 * qps},low={qps / 2},on=6,off=6"
+    """Return a trace: twice a rate for 4 s, then half of it for 4 s, and so on."""
+    return f"onoff:high={2 * qps},low={qps / 2},on=4,off=4"
 
 
 def check_answers(run: Run, profile: Profile, texts: npt.NDArray[np.int32]) -> int:
@@ -158,16 +163,19 @@ def check_answers(run: Run, profile: Profile, texts: npt.NDArray[np.int32]) -> i
 def test_a_burst_of_twice_full_depths_rate_is_answered_in_time(
     profile: Path, texts: npt.NDArray[np.int32]
 ) -> None:
-    """Attainment is 0.999 with exits and far less at full depth; answers are those of the exits they name."""
+    """Exits miss a twentieth, at most, of what full depth misses; answers are those of the exits they name.
+
+    Full depth, on the same machine in the same minute, is what the exits are compared with.
+    """
     measured = load_profile(str(profile))
     with serving(profile, "--policy", "fixed:largest") as endpoint:
         qps = sustained_qps(
             endpoint, measured.max_batch_size / (measured.subnets[-1].latency_ns[-1] / SECOND), texts
         )
-        fixed = offered(endpoint, burst_of(qps), 24, texts)
+        fixed = offered(endpoint, burst_of(qps), BURST_S, texts)
     with serving(profile) as endpoint:
-        run = offered(endpoint, burst_of(qps), 24, texts)
+        run = offered(endpoint, burst_of(qps), BURST_S, texts)
 
-    assert attainment(fixed) < 0.95
-    assert attainment(run) >= ATTAINMENT
+    assert attainment(fixed) < 0.9
+    assert 1 - attainment(run) <= (1 - attainment(fixed)) / 20
     assert check_answers(run, measured, texts) >= 2

@@ -199,7 +199,8 @@ def test_exported_networks_are_served_as_a_family(tmp_path: Path, kind: str) -> 
     family = listed(tmp_path, kind)
 
     with served(family, "mincost") as client:
-        assert check(burst(client, inputs), inputs, answers) == set(NAMES)
+        for name, floor in zip(NAMES, FLOORS, strict=True):
+            assert check(burst(client, inputs, (floor,)), inputs, answers) == {name}
     with served(family, "planfit") as client:
         assert check(burst(client, inputs, (0.0,)), inputs, answers) <= set(NAMES)
 

@@ -1,6 +1,7 @@
 """A worker process dies, or stops and comes back, in mid-run: no query is lost or answered twice.
 
-What that costs is judged on eight processes, which need this machine for themselves.
+What that costs is judged by an SLO of a second and at a rate that leaves any machine idle: a query is late
+because a dead worker held it, not because this machine was slow.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from loadgen.live.run import Emulation, RunSettings, emulated, run_trace
 from loadgen.results.result import OUTCOMES
 from loadgen.results.run import in_time
 from loadgen.traces.trace import load_trace
-from tests.calm import judged_live
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,11 +40,11 @@ class Load(NamedTuple):
     rate_qps: float
     duration_s: float
     fault_s: float
-    slo_ns: int = 60_000_000
+    slo_ns: int
 
 
-FULL = Load(n_workers=8, rate_qps=1_600.0, duration_s=8.0, fault_s=3.0)
-"""60 % of what eight such GPUs serve in batches of four, 12 ms, on the smallest subnet."""
+FULL = Load(n_workers=4, rate_qps=300.0, duration_s=7.0, fault_s=2.0, slo_ns=1_000_000_000)
+"""A quarter of what four such GPUs serve in batches of four, 12 ms, on the smallest subnet."""
 SHORT = Load(n_workers=2, rate_qps=400.0, duration_s=2.5, fault_s=0.5, slo_ns=20_000_000_000)
 """With so much slack both always hold a batch, and what one loses the other can serve."""
 
@@ -110,9 +110,9 @@ def test_every_query_is_answered_once_whatever_befalls_a_worker(fault: Callable[
 
 
 @pytest.mark.slow
-@judged_live
+@pytest.mark.alone
 def test_a_killed_worker_costs_seconds_of_attainment_and_no_query() -> None:
-    """SIGKILL: each query has one answer, and two seconds later attainment is above 0.99 again."""
+    """SIGKILL: each query has one answer, and two seconds later all are in time again."""
     run = offer(FULL, kill)
 
     check_all_answered_once(run)
@@ -124,7 +124,7 @@ def test_a_killed_worker_costs_seconds_of_attainment_and_no_query() -> None:
 
 
 @pytest.mark.slow
-@judged_live
+@pytest.mark.alone
 def test_a_stopped_worker_that_comes_back_answers_nothing_twice() -> None:
     """SIGSTOP, SIGCONT: fenced or recovered; its late answers are never counted twice."""
     run = offer(FULL, stop_and_continue)

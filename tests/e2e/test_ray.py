@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +14,6 @@ from tests.e2e.ray_net import RayNet, ray
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]  # it may have to install Ray
 
@@ -55,6 +55,9 @@ def test_a_cluster_on_ray_from_up_to_down(nodes: RayNet) -> None:
         here.until(lambda: len(placed.everywhere(here, lost)) == 4)  # Ray has made its actors elsewhere
         here.until(lambda: placed.well(cluster) == {f"worker-gpu-{i}" for i in range(4)})
 
+        with Path(path).open("a") as file:
+            file.write("policy: slackfit\nmax_queries: 5000\n")
+        assert "policy: planfit -> slackfit" in placed.done(cluster, "apply", path)
         output = placed.done(cluster, "scale", "1")
         assert "1 left: worker-gpu-0" in output
         assert placed.well(cluster) == {"worker-gpu-0"}
@@ -63,5 +66,31 @@ def test_a_cluster_on_ray_from_up_to_down(nodes: RayNet) -> None:
     assert "no process of it is left" in placed.done(cluster, "down")
     assert placed.everywhere(here, lost) == {}
 
+    _two_routers(nodes)
+
     # The commands of docs/engines.md, on the nodes that are left.
     placed.follow_page(here, "ray", nodes.python, nodes.head)
+
+
+def _two_routers(nodes: RayNet) -> None:
+    """A killed router of two is back, and no query fails; a third one restarts nothing."""
+    here, cluster = nodes.net, nodes.cluster
+    path = here.folder / "hosts.yaml"
+    settings = f'{{address: "{nodes.address}"}}'
+    path.write_text(placed.text("ray", settings, 4, routers=2))
+    placed.done(cluster, "up", str(path))
+    here.until(lambda: sorted(placed.shares(cluster).values()) == [2, 2])
+    workers, first = placed.everywhere(here), placed.routers(here)
+    assert first.keys() == {5555, 5557}
+
+    with placed.load(here, next(iter(placed.shares(cluster))), host=nodes.head, slo_ms=5_000):
+        os.kill(first[5557], signal.SIGKILL)
+        here.until(lambda: placed.routers(here).get(5557, first[5557]) != first[5557])
+        here.until(lambda: sorted(placed.shares(cluster).values()) == [2, 2])
+        path.write_text(placed.text("ray", settings, 4, routers=3))
+        placed.done(cluster, "up", str(path))
+        here.until(lambda: sorted(placed.shares(cluster).values()) == [1, 1, 2])
+
+    assert placed.everywhere(here) == workers
+    assert placed.routers(here)[5555] == first[5555]
+    assert "no process of it is left" in placed.done(cluster, "down")

@@ -67,6 +67,9 @@ def test_a_cluster_on_slurm_from_up_to_down(nodes: SlurmNet) -> None:
         placed.done(cluster, "scale", "1")
         assert placed.well(cluster) == {"worker-gpu-0"}
         placed.done(cluster, "status")  # those that rest are no problem
+        with Path(path).open("a") as file:
+            file.write("policy: slackfit\nmax_queries: 5000\n")
+        assert "policy: planfit -> slackfit" in placed.done(cluster, "apply", path)
         assert placed.done(cluster, "scale", "1") == "1 worker runs already\n"
 
     assert "left alone" in placed.done(cluster, "up", path)
@@ -96,6 +99,60 @@ def test_a_preempted_worker_drains_within_its_grace_and_comes_back(nodes: SlurmN
     text = log.read_text()
     assert "drained for another job" in text or "queued again" in text, text
     placed.done(cluster, "down")
+
+
+def test_a_killed_router_of_two_is_back_and_no_query_fails(nodes: SlurmNet) -> None:
+    """On Slurm; a third one is added, and taken away again, and no worker restarts."""
+    here, cluster = nodes.net, nodes.net.cluster
+    path = here.folder / "hosts.yaml"
+    settings = f"{{folder: {here.folder}/shared, worker_options: [--gres=gpu:1]}}"
+    path.write_text(placed.text("slurm", settings, 4, routers=2))
+    placed.done(cluster, "up", str(path))
+    here.until(lambda: sorted(placed.shares(cluster).values()) == [2, 2])
+    roles = placed.seen(cluster)
+    assert {role["state"] for role in roles.values()} == {"RUNNING"}
+    workers, first = placed.everywhere(here), placed.routers(here)
+    assert first.keys() == {5555, 5557}
+
+    with placed.load(here, next(iter(placed.shares(cluster))), slo_ms=5_000):
+        os.kill(first[5557], signal.SIGKILL)
+        here.until(lambda: placed.routers(here).get(5557, first[5557]) != first[5557])
+        here.until(lambda: sorted(placed.shares(cluster).values()) == [2, 2])
+
+        path.write_text(placed.text("slurm", settings, 4, routers=3))
+        placed.done(cluster, "up", str(path))
+        here.until(lambda: sorted(placed.shares(cluster).values()) == [1, 1, 2])
+        path.write_text(placed.text("slurm", settings, 4, routers=2))
+        placed.done(cluster, "up", str(path))
+        here.until(lambda: sorted(placed.shares(cluster).values()) == [2, 2])
+
+    assert placed.everywhere(here) == workers
+    assert placed.routers(here)[5555] == first[5555]
+    assert "no process of it is left" in placed.done(cluster, "down")
+
+
+def test_the_rendered_job_of_two_routers_serves_and_drains(nodes: SlurmNet) -> None:
+    """Components of one job, which Slurm puts on nodes of their own; a killed router is back."""
+    here = nodes.net
+    path = here.folder / "hosts.yaml"
+    path.write_text(
+        "routers: [{host: gpu}, {host: more}]\nemulate: cnn-8gpu-modelled\nsecurity: none\nhosts:\n"
+        f"  - {{name: gpu, workers: 1, python: {sys.executable}}}\n"
+        f"  - {{name: more, address: more, workers: 0, python: {sys.executable}}}\n"
+    )
+    script = here.folder / "ss.sbatch"
+    script.write_text(render(describe(path)))
+    job = nodes.call("sbatch", "--parsable", f"--chdir={here.folder}", str(script)).strip()
+    log = here.folder / f"superserve-default-{job}.log"
+    here.until(lambda: log.exists() and log.read_text().count("welcomed") >= 1)
+    node = dict(line.split() for line in nodes.call("squeue", "-h", "-o", "%i %N").splitlines())[f"{job}+1"]
+    with placed.load(here, f"tcp://{here.address(node)}:5557", slo_ms=5_000):
+        killed = placed.routers(here)[5557]
+        os.kill(killed, signal.SIGKILL)
+        here.until(lambda: placed.routers(here).get(5557, killed) != killed)
+    nodes.call("scancel", "--batch", "--signal=TERM", job)
+    here.until(lambda: not nodes.call("squeue", "-h", f"--job={job}", "-o", "%T").strip())
+    assert log.read_text().count("dropped: nothing") >= 1, log.read_text()
 
 
 def test_the_rendered_job_serves_and_drains(nodes: SlurmNet) -> None:

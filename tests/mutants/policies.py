@@ -18,6 +18,7 @@ _BUCKETS = ("tests/router/policies/test_slackfit.py",)
 _DUE = ("tests/router/policies/test_due.py",)
 _LANES = ("tests/router/core/test_lanes.py",)
 _SURGES = ("tests/router/policies/test_surge.py",)
+_HASTY = ("tests/router/policies/test_hasty.py",)
 _PACES = ("tests/router/policies/test_supply.py",)
 _FLEET = ("tests/router/core/test_supply.py",)
 _PLANS = ("tests/router/policies/test_planfit.py",)
@@ -320,9 +321,30 @@ POLICIES = (
     Mutant(
         "surges are never forgotten",
         "router/policies/surge.py",
-        "keep = max(0.0, 1.0 - n_slots * slot_ns / _FORGET_NS)",
+        "keep = max(0.0, 1.0 - n_slots * slot_ns / FORGET_NS)",
         "keep = 1.0",
         _SURGES,
+    ),
+    Mutant(
+        "short queries among patient ones have no reserve of their own",
+        "router/policies/planfit.py",
+        "if len(demand.classes) > 1:\n            self._spare_for_hasty",
+        "if len(demand.classes) > 9:\n            self._spare_for_hasty",
+        _HASTY,
+    ),
+    Mutant(
+        "what is due soon does not count against that reserve",
+        "router/policies/planfit.py",
+        "room_ns = spare_ns - plan.taken_ns - soon / UNIT * unit_ns\n            if",
+        "room_ns = spare_ns - plan.taken_ns\n            if",
+        _HASTY,
+    ),
+    Mutant(
+        "a message of two classes counts for none",
+        "router/policies/demand.py",
+        "if len(self.classes) > 1:",
+        "if len(self.classes) > 2:",
+        _HASTY,
     ),
     Mutant(
         "a window that has had its most expects it again",
@@ -390,7 +412,7 @@ POLICIES = (
     Mutant(
         "a GPU that drains counts again when its batch ends",
         "router/core/fleet.py",
-        "and worker.machine.state is WorkerState.READY  # one that drains counts for nothing",
+        "and worker.is_counted  # one that drains or is lent counts for nothing",
         "and True",
         _FLEET,
     ),
@@ -404,8 +426,8 @@ POLICIES = (
     Mutant(
         "a batch leaves nothing to the queue behind it",
         _PLANFIT,
-        "                if longest_ns < most_ns:\n                    if longest_ns < least_ns:",
-        "                if False:\n                    if longest_ns < least_ns:",
+        "                if longest_ns < most_ns:\n                    if longest_ns < occupied_ns:",
+        "                if False:\n                    if longest_ns < occupied_ns:",
         _PLANS,
     ),
     Mutant(
@@ -421,18 +443,22 @@ POLICIES = (
     Mutant(
         "the other GPUs are never busy",
         _PLANFIT,
-        "plan.taken_ns = taken * unit_ns if taken > 0.0 else 0.0",
+        "plan.taken_ns = taken * each_ns if taken > 0.0 else 0.0",
         "plan.taken_ns = 0.0",
         _PLANS,
     ),
     Mutant(
-        "no room is kept for a surge", _PLANFIT, "each_ns = _WORST * plan.unit_ns", "each_ns = 0.0", _PLANS
+        "no room is kept for a surge",
+        _PLANFIT,
+        "left_ns = _SHARES[1] * all_ns - _WORST * unit_ns * second",
+        "left_ns = spare_ns",
+        _PLANS,
     ),
     Mutant(
         "what came at once may grow as what comes in a while",
         _PLANFIT,
-        "_SUDDEN * plan.unit_ns * first",
-        "each_ns * first",
+        "_SUDDEN * unit_ns * first",
+        "_WORST * unit_ns * first",
         _PLANS,
     ),
     Mutant(

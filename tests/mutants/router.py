@@ -237,6 +237,21 @@ CORE = (
         "if len(transits) >= 0:",
         _CLIENTS,
     ),
+    Mutant(
+        "answers to a client of whom nothing is known are thought not to jitter",
+        _ROUTER,
+        "return transits.median_ns + max(differ_ns, spread_ns)",
+        "return transits.median_ns + spread_ns",
+        _ESTIMATES,
+    ),
+    Mutant(
+        "the first batch of a slow GPU says little of its other subnets",
+        _ROUTER,
+        "gain, gain_of_subnet = _EVER_FIRST_GAIN, _EVER_FIRST_GAIN_OF_SUBNET",
+        "pass",
+        _SLOW,
+    ),
+    Mutant("a stall of the first batch is forgotten slowly", _ROUTER, "gain *= n", "gain *= 1", _SLOW),
     # --- which worker, what batch, when ------------------------------------------------------
     Mutant(
         "no second try with the usual way",
@@ -425,9 +440,7 @@ CORE = (
         "self.credit = max(0, credit)",
         _UNITS,
     ),
-    Mutant(
-        "one measurement is believed at once", _ROUTER, "step ** max(_GAIN, _FIRST_GAIN / n)", "step", _UNITS
-    ),
+    Mutant("one measurement is believed at once", _ROUTER, "step ** max(_GAIN, gain / n)", "step", _UNITS),
     Mutant(
         "a stall of the first batch is kept as long as a slow GPU",
         _ROUTER,

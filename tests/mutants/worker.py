@@ -68,7 +68,7 @@ WORKER = (
         "a batch that was refused is forgotten",
         _CORE,
         (
-            "        if order.batch_id > self.last_batch:\n"
+            "        elif order.batch_id > self.last_batch:\n"
             "            self.last_batch = order.batch_id\n"
             "        if len(self._waiting) + 1 >= MAX_OUTSTANDING:\n"
             "            return None\n"
@@ -76,7 +76,7 @@ WORKER = (
         (
             "        if len(self._waiting) + 1 >= MAX_OUTSTANDING:\n"
             "            return None\n"
-            "        if order.batch_id > self.last_batch:\n"
+            "        if source == OWN and order.batch_id > self.last_batch:\n"
             "            self.last_batch = order.batch_id\n"
         ),
         _ENDS,
@@ -84,17 +84,11 @@ WORKER = (
     Mutant(
         "a new epoch keeps the old count",
         _CORE,
-        "self._waiting.clear()\n        self.last_batch = 0",
-        "self._waiting.clear()",
+        "            self.last_batch = 0\n        else:",
+        "            pass\n        else:",
         _GPUS,
     ),
-    Mutant(
-        "a new epoch keeps what was held",
-        _CORE,
-        "self._waiting.clear()\n        self.last_batch",
-        "self.last_batch",
-        _GPUS,
-    ),
+    Mutant("a new epoch keeps what was held", _CORE, "self._waiting = deque(kept)", "pass", _GPUS),
     Mutant(
         "a batch of an old epoch is told to the new router",
         _CORE,

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-COPIED = ("superserve", "router", "gpu_worker", "loadgen", "profiles", "cluster", "tests", "wheels")
+COPIED = (
+    "superserve",
+    "router",
+    "gpu_worker",
+    "gateway",
+    "loadgen",
+    "profiles",
+    "cluster",
+    "tests",
+    "wheels",
+)
 TESTED = (
     "tests/router/core",
     "tests/router/policies",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent.parent
 CLIENT = ROOT / "wheels" / "client"
-OTHER_ROLES = ("router", "gpu_worker", "loadgen", "profiles", "cluster")
+OTHER_ROLES = ("router", "gpu_worker", "gateway", "loadgen", "profiles", "cluster")
 HEAVY = ("torch", "click", "psutil", "rich", "safetensors", "sklearn", "scipy", "fastapi", "httpx")
 
 
@@ -181,13 +181,14 @@ def test_an_sdist_builds_the_same_client_wheel(client_wheel: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_whole_wheel_holds_six_packages_and_their_data(whole_wheel: Path, client_wheel: Path) -> None:
+def test_the_whole_wheel_holds_all_packages_and_their_data(whole_wheel: Path, client_wheel: Path) -> None:
     """It is complete by itself, with the client's very files, so that installing both changes nothing."""
     whole, client = contents(whole_wheel), contents(client_wheel)
 
     assert top_level(whole_wheel) == {"superserve", *OTHER_ROLES}
     assert {f"{package}/py.typed" for package in top_level(whole_wheel)} <= set(whole)
     assert {
+        "gateway/rpc/inference.binpb",
         "gpu_worker/models/data/digits.safetensors",
         "profiles/data/digits-cpu.json",
         "profiles/data/digits-cpu.statistics.safetensors",

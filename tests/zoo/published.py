@@ -28,7 +28,7 @@ HALF: dict[str, list[Any]] = {"w": [0.5]}
 def _build(model: str, config: str, options: Mapping[str, Any]) -> nn.Module:
     import transformers  # noqa: PLC0415  an extra, and slow to import
 
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped there
+    transformers.logging.set_verbosity_error()
     made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
     return made
 

@@ -1,7 +1,7 @@
 """What the engines share that choose the machines themselves: plans without addresses, and the verbs on them.
 
-Such an engine places a role where it likes, so that only it knows where the router is: `{router}` in a role's
-arguments stands for that until the role starts. What was started last is kept in the cluster's folder:
+Such an engine places a role where it likes, so that only it knows where the routers are: see `routing`. What
+was started last is kept in the cluster's folder:
 
     FOLDER/roles/ROLE.json    a `Started`: what a role was started with, 0600
     FOLDER/files/GROUP-DIGEST/...    keys and profile of a group, secrets 0600; others have another digest
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.engines.engine import TAIL_LINES, Applied, HostSeen, RoleSeen, Stopped, absent
 from cluster.remote import record as records
 from cluster.remote.shell import RemoteError
+from cluster.spec.roles import at, is_router
 from superserve.errors import ConfigError, NoRouterError
 from superserve.fields import read_file
 from superserve.files import write_private
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from cluster.spec.roles import HostPlan, HostRole
     from superserve.status import RouterStatus
 
-ROUTER_HOST = "{router}"
-"""In a role's arguments: the address at which the engine has placed the router."""
+UNKNOWN = "{router}"
+"""In the record's endpoints: the address of a router that has not been found yet."""
 
 ASK_AGAIN_S = 0.2
 _END_S = 60.0  # a role drains for 5 s; then the engine cleans up
@@ -54,7 +55,7 @@ class Started:
         name: The role.
         kind: "router" or "worker".
         host: Its group: a host of hosts.yaml.
-        argv: The arguments of Python, with `ROUTER_HOST` for the router's address.
+        argv: The arguments of Python, with the names of `routing` for where the routers are.
         env: Environment variables, besides those of the engine.
         serves: What it serves, in words.
         gpus: GPUs that it needs.
@@ -79,11 +80,14 @@ class PlacedEngine(ABC):
     """The verbs of an engine that chooses machines, over a few steps that differ.
 
     Args:
-        record: What is known about the cluster; saved whenever the router turns out to be elsewhere.
+        record: What is known about the cluster; saved whenever a router turns out to be elsewhere.
 
     Attributes:
         record: The same, as it is now.
+        shares_network: Whether roles on a node share its ports.
     """
+
+    shares_network = True
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -111,8 +115,8 @@ class PlacedEngine(ABC):
         """Return every role that the engine knows, by name."""
 
     @abstractmethod
-    def router_address(self) -> str:
-        """Return where the router is now; "" if it does not run."""
+    def router_addresses(self) -> dict[str, str]:
+        """Return where each router is now, by its name; without those that do not run."""
 
     @abstractmethod
     def gone(self, names: Iterable[str]) -> None:
@@ -123,10 +127,34 @@ class PlacedEngine(ABC):
         """Return the last lines of a role's log."""
 
     @abstractmethod
-    def start_reading(self, host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a command where a host's logs are; the caller reads its output from `stdout`, and ends it."""
+    def follow(self, role: str, n_lines: int) -> subprocess.Popen[bytes]:
+        """Start what prints the last lines of a role's log and then each new one."""
+
+    def sent(self, changed: Sequence[str]) -> None:  # noqa: B027  nodes with a shared file system see them
+        """Bring files of the cluster's folder that have changed to where routers run."""
 
     # --- verbs --------------------------------------------------------------------------------
+
+    def tune(self, settings: bytes) -> None:
+        """Give the routers other settings, which each reads by itself.
+
+        Raises:
+            RemoteError: A file is not where `cluster up` puts it, or a router cannot be reached.
+        """
+        changed = []
+        for name in self.routers:
+            argv = self.last(name).argv
+            if "--settings" not in argv:
+                raise RemoteError(f"{name}: started by an earlier version: `cluster up` restarts it")
+            path = Path(argv[argv.index("--settings") + 1])
+            write_private(path, settings)
+            changed.append(str(path.relative_to(self.folder)))
+        self.sent(changed)
+
+    @property
+    def routers(self) -> list[str]:
+        """The names of the routers."""
+        return [name for name in self.record.role_names if is_router(name)]
 
     def apply(
         self, plans: Mapping[str, HostPlan], files: Mapping[str, Mapping[str, str]]
@@ -146,6 +174,8 @@ class PlacedEngine(ABC):
         ]
         try:
             self._replace(wanted, done)
+            if changed := [name for one in done.values() for name in one.files]:
+                self.sent(changed)
         except RemoteError as error:
             return {host: replace(one, error=one.error or f"{host}: {error}") for host, one in done.items()}
         return done
@@ -171,7 +201,7 @@ class PlacedEngine(ABC):
             self.end(role)
 
     def stop(self) -> Stopped:
-        """Stop the router, while workers still answer what it holds, then everything."""
+        """Stop the routers, while workers still answer what they hold, then everything."""
         try:
             found = self.seen()
             running = [role for role in found.values() if not role.has_ended]
@@ -195,9 +225,12 @@ class PlacedEngine(ABC):
 
     def router_status(self) -> RouterStatus | None:
         """Return the router's STATUS; None if it does not answer, WireError if it cannot be read."""
-        if (found := self._ask()) is not None:
+        found = self._ask()
+        # One that does not answer may be elsewhere now.
+        is_located = UNKNOWN not in self.record.client_endpoint
+        if is_located and found is not None and all(share.answers for share in found.routers or ()):
             return found
-        return self._ask() if self._locate() else None
+        return self._ask() if self._locate() else found
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -214,16 +247,19 @@ class PlacedEngine(ABC):
         found = self.seen()
         running = {name: role for name, role in found.items() if not role.has_ended}
         same = {role.name for role in wanted if role.name in running and self._was(role)}
+        names = {role.name for role in wanted}
+        for path in (self.folder / "roles").glob("*.json"):
+            if path.stem not in names:  # before a router drains: others then do not list it any more
+                path.unlink()
         ending = [name for name in running if name not in same]
         for name in ending:
             self.end(name)
         self._await_end(ending)
         self.gone(name for name in found if name not in same)
-        names = {role.name for role in wanted}
         for name in ending:
             if name not in names and running[name].host in done:
                 done[running[name].host].changed[name] = "stopped"
-        # The router first: workers that find it at once need not look again.
+        # Routers first: workers that find it at once need not look again.
         for role in sorted(wanted, key=lambda role: role.kind != "router"):
             if role.name in same:
                 continue
@@ -237,8 +273,15 @@ class PlacedEngine(ABC):
                 done[role.host].changed[role.name] = "restarted" if role.name in running else "started"
 
     def _was(self, role: Started) -> bool:
-        """Return whether that is what the role was started with last."""
-        return self._path(role.name).exists() and self.last(role.name) == role
+        """Return whether that is what the role was started with last, but for the words about it."""
+        if not self._path(role.name).exists():
+            return False
+        before = self.last(role.name)
+        if replace(before, serves=role.serves) != role:
+            return False
+        if before != role:
+            self._write(role)
+        return True
 
     def _await_end(self, names: Sequence[str]) -> None:
         give_up_s = time.monotonic() + _END_S
@@ -255,25 +298,33 @@ class PlacedEngine(ABC):
         role = found.get(name)
         return absent(host, name, "STOPPED") if role is None else replace(role, host=host.name)
 
-    # --- the router's place -------------------------------------------------------------------
+    # --- where the routers are ----------------------------------------------------------------
 
     def _ask(self) -> RouterStatus | None:
-        endpoint = self.record.client_endpoint
-        if ROUTER_HOST in endpoint:
+        """Ask the routers where they were last; None if none answers."""
+        known = [end for end in self.record.client_endpoint.split(",") if UNKNOWN not in end]
+        if not known:
             return None
         try:
-            return ask_status(endpoint, _STATUS_S, keys=self.record.keys)
+            return ask_status(",".join(known), _STATUS_S, keys=self.record.keys)
         except NoRouterError:
             return None
 
     def _locate(self) -> bool:
-        """Look where the router is; return whether that is news, and keep it."""
-        address = self.router_address()
-        if not address:
-            return False
-        ports = [end.rpartition(":")[2] for end in (self.record.client_endpoint, self.record.worker_endpoint)]
-        bare = f"[{address}]" if ":" in address else address
-        client, worker = (f"tcp://{bare}:{port}" for port in ports)
+        """Look where the routers are; return whether that is news, and keep it."""
+        found = self.router_addresses()
+        ends = zip(
+            self.routers, self.record.client_endpoint.split(","), self.record.worker_endpoint.split(","),
+            strict=True,
+        )  # fmt: skip
+        now = [
+            [
+                at(found[name], int(end.rpartition(":")[2])) if name in found else end
+                for end in (client, worker)
+            ]
+            for name, client, worker in ends
+        ]
+        client, worker = (",".join(each) for each in zip(*now, strict=True))
         if client == self.record.client_endpoint:
             return False
         self.record = replace(self.record, client_endpoint=client, worker_endpoint=worker)
@@ -301,11 +352,11 @@ class PlacedEngine(ABC):
                 raise ConfigError(f"{path}: expected what `cluster up` writes: {error}") from error
             return read_file(Started, body, str(path))
         host = self.record.host_of(name)
-        workers = [one for one in host.roles if one not in ("router", name)]
+        workers = [one for one in host.roles if one != name and not is_router(one)]
         sibling = next((one for one in workers if self._path(one).exists()), None)
         if sibling is None:
             raise ConfigError(f"{name}: expected a worker that was started on {host.name} before")
-        role = further(self.last(sibling), name)
+        role = further(self.last(sibling), name, shares_network=self.shares_network)
         self._write(role)
         return role
 
@@ -318,20 +369,29 @@ class PlacedEngine(ABC):
         write_private(path, json.dumps(asdict(role), indent=1).encode())
 
 
-def further(sibling: Started, name: str) -> Started:
-    """Return another worker of the same group, with its own name and, if it has one, port for metrics."""
+def further(sibling: Started, name: str, *, shares_network: bool) -> Started:
+    """Return another worker of the same group: with its own name, and port for metrics on a shared node."""
     words = list(sibling.argv)
     words[words.index("--name") + 1] = name
     theirs, ours = (_MEMBER.fullmatch(one) for one in (sibling.name, name))
-    if "--metrics-port" in words and theirs is not None and ours is not None:
+    if shares_network and "--metrics-port" in words and theirs is not None and ours is not None:
         place = words.index("--metrics-port") + 1
         words[place] = str(int(words[place]) + int(ours[2]) - int(theirs[2]))
     return replace(sibling, name=name, argv=tuple(words))
 
 
 def _put(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """Write files that differ below a folder; return their names."""
+    """Write files that differ below a folder, remove those that a group has no more, and return their names.
+
+    A file that stays would be a key that is still listed.
+    """
     changed = []
+    for group in sorted({"/".join(name.split("/")[:2]) for name in files}):
+        for path in sorted((folder / group).rglob("*")):
+            name = str(path.relative_to(folder))
+            if path.is_file() and name not in files:
+                path.unlink()
+                changed.append(name)
     for name, text in _unpacked(files):
         path = folder / name
         if path.exists() and path.read_bytes() == text:

@@ -1,11 +1,11 @@
-"""The engine of a record, opened: Slurm's commands need nothing, Ray a connection."""
+"""The engine of a record, opened: Slurm's commands need nothing, Ray and Kubernetes a connection."""
 
 from __future__ import annotations
 
 import contextlib
 from typing import TYPE_CHECKING
 
-from cluster.spec.engines import RAY, SLURM
+from cluster.spec.engines import KUBERNETES, RAY, SLURM
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def open_placed(record: Record) -> Iterator[PlacedEngine]:
-    """Give the engine of a cluster on Slurm or Ray.
+    """Give the engine of a cluster on Slurm, Ray or Kubernetes.
 
     Raises:
         ConfigError: The record's engine is unknown to this version, or Ray is not installed.
@@ -31,6 +31,11 @@ def open_placed(record: Record) -> Iterator[PlacedEngine]:
         from cluster.engines.placed.ray_engine import connected  # noqa: PLC0415
 
         with connected(record) as engine:
+            yield engine
+    elif record.engine == KUBERNETES:
+        from cluster.engines.placed import kubernetes_engine  # noqa: PLC0415
+
+        with kubernetes_engine.connected(record) as engine:
             yield engine
     else:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """What holds a role on Ray: an actor with a process, which lives and dies with it.
 
-The actor looks where the router's actor is, starts the role as a child, and passes on what it is asked. A
+The actor looks where the routers' actors are, starts the role as a child, and passes on what it is asked. A
 role that crashes takes its actor along, so that Ray restarts both, on another node if need be; the kernel
 kills the role of an actor that is killed. A role that has drained ends its actor for good, which frees the
 GPU.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -22,16 +23,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.engines.placed.base import ROUTER_HOST, Started, tail_lines
+from cluster.engines.placed.base import Started, tail_lines
+from cluster.engines.placed.routing import RouterAt, RoutersKnown, router_at
+from cluster.spec.roles import is_router
 from superserve.fields import read_file
 from superserve.files import write_private
 from superserve.roles.processes import PARENT_PID_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-_LOOK_S = 5.0  # between two looks where the router is: a call to another actor
-_FIND_S = 0.5  # between two looks while it is nowhere
+_LOOK_S = 5.0  # between two looks where the routers are: a call to other actors
+_FIND_S = 0.5  # between two looks while there is none
 _ANSWER_S = 5.0
 _CRASH_S = 5.0  # a role that ran for less pauses before its actor ends: Ray restarts at once, for ever
 _PAUSE_S = 2.0
@@ -42,6 +45,29 @@ _TAIL_BYTES = 8_192
 def namespace(cluster: str) -> str:
     """Return the namespace of a cluster's actors."""
     return f"superserve-{cluster}"
+
+
+def keep_files(cluster: str, role: str, files: Mapping[str, bytes]) -> None:
+    """Keep a role's files in Ray's control store, which outlives actors; without files, forget them."""
+    from ray.experimental import internal_kv  # noqa: PLC0415  nodes have it, this machine may not
+
+    if files:
+        internal_kv._internal_kv_put(_kept(cluster, role), pickle.dumps(dict(files)), overwrite=True)
+    else:
+        internal_kv._internal_kv_del(_kept(cluster, role))
+
+
+def kept_files(cluster: str, role: str) -> dict[str, bytes]:
+    """Return a role's files as they were kept last; nothing if they never were."""
+    from ray.experimental import internal_kv  # noqa: PLC0415  nodes have it, this machine may not
+
+    kept = internal_kv._internal_kv_get(_kept(cluster, role))
+    found: dict[str, bytes] = {} if kept is None else pickle.loads(kept)  # noqa: S301  Ray pickles everything there
+    return found
+
+
+def _kept(cluster: str, role: str) -> bytes:
+    return f"{namespace(cluster)}:{role}".encode()
 
 
 def _own_folder(cluster: str, role: str) -> Path:
@@ -70,11 +96,11 @@ class RoleActor:
         self._cluster = cluster
         self._folder = folder
         self._here = _own_folder(cluster, self._role.name)
-        for name, content in files.items():
-            path = self._here / name
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_private(path, content)
+        # Started again by Ray, it is given what it was created with; what was sent since is kept elsewhere.
+        kept = kept_files(cluster, self._role.name) if self._role.kind == "router" else {}
+        self.put(kept or files)
         self._log = self._here / f"{self._role.name}.log"
+        self._known = RoutersKnown(self._role.name, self._role.argv, self._here / "routers.json")
         self._is_stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._began_s = time.monotonic()
@@ -84,11 +110,26 @@ class RoleActor:
 
     # --- asked by others ----------------------------------------------------------------------
 
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """Replace the role's files, which it reads again by itself; remove those that are not among them."""
+        for name, content in files.items():
+            path = self._here / name
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_private(path, content)
+        for path in sorted((self._here / "files").rglob("*")):
+            if path.is_file() and str(path.relative_to(self._here)) not in files:
+                path.unlink()
+
     def address(self) -> str:
         """Return the address of this node."""
         import ray  # noqa: PLC0415  nodes have it, this machine may not
 
         return str(ray.util.get_node_ip_address())
+
+    def ends(self) -> tuple[str, str]:
+        """Return where clients and workers reach this router."""
+        found = router_at(self._role.argv, self.address())
+        return found.client, found.worker
 
     def state(self) -> dict[str, Any]:
         """Return the role's state in supervisor's words, its process, since when, and the node."""
@@ -119,14 +160,14 @@ class RoleActor:
     def _keep(self) -> None:
         """Run the role to its end, then end this actor; after a crash, Ray restarts it."""
         while not self._is_stopping.is_set():
-            address = self._router()
-            if address is None:
+            argv = self._known.started(self._routers())
+            if argv is None:
                 self._is_stopping.wait(_FIND_S)
                 continue
-            self._process = process = self._start(address)
+            self._process = process = self._start(argv)
             if self._is_stopping.is_set():
                 process.terminate()  # `stop` may have come before there was a process
-            moved = self._wait(process, address)
+            moved = self._wait(process)
             if moved or self._is_stopping.is_set():
                 continue
             if process.returncode != 0:
@@ -134,10 +175,10 @@ class RoleActor:
             break
         self._end()
 
-    def _start(self, address: str) -> subprocess.Popen[bytes]:
+    def _start(self, words: Sequence[str]) -> subprocess.Popen[bytes]:
         role = self._role
         there, here = f"{self._folder}/files/", f"{self._here}/files/"
-        argv = [word.replace(ROUTER_HOST, address).replace(there, here) for word in role.argv]
+        argv = [word.replace(there, here) for word in words]
         env = {
             **os.environ, "PYTHONUNBUFFERED": "1", PARENT_PID_VARIABLE: str(os.getpid()), **dict(role.env),
         }  # fmt: skip
@@ -148,8 +189,8 @@ class RoleActor:
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def _wait(self, process: subprocess.Popen[bytes], address: str) -> bool:
-        """Wait for the role's end; return whether it was ended to follow the router to another node."""
+    def _wait(self, process: subprocess.Popen[bytes]) -> bool:
+        """Wait for the role's end; return whether it was ended to follow the routers to other nodes."""
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(self._grace_s() if self._is_stopping.is_set() else _LOOK_S)
@@ -158,7 +199,7 @@ class RoleActor:
                 process.terminate()
                 self._finish(process)
                 return False
-            if self._router() not in (None, address):
+            if self._known.has_moved(self._routers()):
                 process.terminate()
                 self._finish(process)
                 return True
@@ -173,19 +214,32 @@ class RoleActor:
             process.kill()
             process.wait()
 
-    # --- the router ---------------------------------------------------------------------------
+    # --- the routers --------------------------------------------------------------------------
 
-    def _router(self) -> str | None:
-        """Return the address of the router's node; None while it does not answer, "" if none is needed."""
-        if not any(ROUTER_HOST in word for word in self._role.argv):
-            return ""
+    def _routers(self) -> dict[str, RouterAt]:
+        """Return where the routers are whose actors answer, by name; none if this role needs none."""
+        if not (self._known.needs_one or self._known.is_listed):
+            return {}
         import ray  # noqa: PLC0415  nodes have it, this machine may not
 
+        own, found = self._role.name, {}
+        if is_router(own):
+            found[own] = RouterAt(*self.ends())  # a call to itself would wait for this thread's place
         try:
-            router = ray.get_actor("router", namespace=namespace(self._cluster))
-            return str(ray.get(router.address.remote(), timeout=_ANSWER_S))
-        except (ValueError, ray.exceptions.RayError):
-            return None
+            asked = {}
+            for one in ray.util.list_named_actors(all_namespaces=True):
+                name = one["name"]
+                if one["namespace"] == namespace(self._cluster) and is_router(name) and name != own:
+                    with contextlib.suppress(ValueError):  # it has ended meanwhile
+                        asked[name] = ray.get_actor(name, namespace=one["namespace"]).ends.remote()
+            if asked:
+                ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
+            for name, reference in asked.items():
+                with contextlib.suppress(ray.exceptions.RayError):  # it has no place yet, or has just ended
+                    found[name] = RouterAt(*ray.get(reference, timeout=0))
+        except ray.exceptions.RayError:
+            return {}  # nothing is known: all stays as it is
+        return found
 
     # --- the end ------------------------------------------------------------------------------
 

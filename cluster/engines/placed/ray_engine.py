@@ -3,8 +3,8 @@
     namespace superserve-NAME, actor ROLE    by which every command finds it again
 
 A worker's actor asks for a GPU, so that Ray places it, and its autoscaler adds nodes for those that wait. Ray
-restarts an actor for ever (`max_restarts=-1`), on another node if its own dies; the other workers follow the
-router. This package must be installed in the Python of Ray's nodes; keys are sent with the actors.
+restarts an actor for ever (`max_restarts=-1`), on another node if its own dies; workers follow the routers.
+This package must be installed in the Python of Ray's nodes; keys are sent with the actors.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.engines.engine import TAIL_LINES, RoleSeen
 from cluster.engines.placed.base import ASK_AGAIN_S, PlacedEngine
-from cluster.engines.placed.ray_actor import RoleActor, namespace
+from cluster.engines.placed.ray_actor import RoleActor, keep_files, namespace
 from cluster.remote.shell import RemoteError
 from cluster.spec.engines import RaySettings
+from cluster.spec.roles import is_router
 from superserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,12 +105,15 @@ class RayEngine(PlacedEngine):
         """Create a role's actor, without waiting for a place."""
         actor = self._ray.remote(RoleActor)
         is_router = role.kind == "router"
+        files = self._files(role)
+        if is_router:
+            keep_files(self.record.name, role.name, files)
         try:
             actor.options(
                 name=role.name, namespace=self._namespace, lifetime="detached", max_restarts=-1,
                 num_cpus=0 if is_router else self._settings.worker_cpus, num_gpus=role.gpus,
-                max_concurrency=_AT_ONCE, scheduling_strategy=self._strategy(is_router=is_router),
-            ).remote(self.record.name, asdict(role), str(self.folder), self._files(role))  # fmt: skip
+                max_concurrency=_AT_ONCE, scheduling_strategy=self._strategy(role.name),
+            ).remote(self.record.name, asdict(role), str(self.folder), files)  # fmt: skip
         except (ValueError, self._ray.exceptions.RayError) as error:
             raise RemoteError(f"ray: {role.name}: {error}") from error
 
@@ -128,6 +132,8 @@ class RayEngine(PlacedEngine):
     def gone(self, names: Iterable[str]) -> None:
         """Remove actors that are left, and wait until their names are free."""
         names = list(names)
+        for name in filter(is_router, names):
+            keep_files(self.record.name, name, {})
         for name, actor in self._actors().items():
             if name in names:
                 self._ray.kill(actor, no_restart=True)
@@ -145,15 +151,28 @@ class RayEngine(PlacedEngine):
             self._ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
         return {name: self._seen(name, reference) for name, reference in asked.items()}
 
-    def router_address(self) -> str:
-        """Return the address of the router's node; "" if its actor does not answer."""
-        actor = self._actors().get("router")
-        if actor is None:
-            return ""
-        try:
-            return str(self._ray.get(actor.address.remote(), timeout=_ANSWER_S))
-        except self._ray.exceptions.RayError:
-            return ""
+    def sent(self, changed: Sequence[str]) -> None:
+        """Give the routers' actors their files, and keep them for when Ray starts an actor again."""
+        del changed
+        actors = self._actors()
+        for name in self.routers:
+            if name not in actors or not self._path(name).exists():
+                continue
+            files = self._files(self.last(name))
+            keep_files(self.record.name, name, files)
+            # One that has no place yet takes them once it has, and one that is being restarted those kept.
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self._ray.get(actors[name].put.remote(files), timeout=_ANSWER_S)
+
+    def router_addresses(self) -> dict[str, str]:
+        """Return the address of each router's node, by name; without those whose actor does not answer."""
+        actors = self._actors()
+        found = {}
+        for name in self.routers:
+            if name in actors:
+                with contextlib.suppress(self._ray.exceptions.RayError):
+                    found[name] = str(self._ray.get(actors[name].address.remote(), timeout=_ANSWER_S))
+        return found
 
     def logs(self, role: str, n_lines: int = TAIL_LINES) -> list[str]:
         """Return the last lines of a role's log; they end with its actor."""
@@ -167,9 +186,9 @@ class RayEngine(PlacedEngine):
             raise RemoteError(f"ray: {role}: no answer: {error}") from error
         return lines
 
-    def start_reading(self, host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    def follow(self, role: str, n_lines: int) -> subprocess.Popen[bytes]:
         """Raise ConfigError: logs are on the nodes."""
-        del host, argv
+        del role, n_lines
         raise ConfigError("logs: expected no --follow with engine: ray, whose logs are on its nodes")
 
     # --- actors -------------------------------------------------------------------------------
@@ -196,15 +215,17 @@ class RayEngine(PlacedEngine):
             why = str(error).splitlines()[0]
         place = f"pid {said['pid']} on {said['node']}" if said["pid"] else said["node"]
         return RoleSeen(
-            "" if role is None else role.host, name, "router" if name == "router" else "worker",
+            "" if role is None else role.host, name, "router" if is_router(name) else "worker",
             "" if role is None else role.serves, said["state"], None, said["up_s"], 0,
             f"actor {name} in {self._namespace}", (), why=why, place=place,
         )  # fmt: skip
 
-    def _strategy(self, *, is_router: bool) -> Any:
+    def _strategy(self, name: str) -> Any:
         node = self._settings.router_node
-        if not is_router or node is None:
-            return "SPREAD" if self._settings.spread and not is_router else "DEFAULT"
+        if not is_router(name) or node is None:
+            # Several routers are on different nodes, so that no node takes all along.
+            is_apart = len(self.routers) > 1 if is_router(name) else self._settings.spread
+            return "SPREAD" if is_apart else "DEFAULT"
         alive = [one for one in self._ray.nodes() if one["Alive"]]
         for one in alive:
             if node in (one["NodeManagerAddress"], one["NodeManagerHostname"]):

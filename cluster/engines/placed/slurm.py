@@ -7,7 +7,7 @@ by hand.
 
     superserve:NAME:ROLE    the job's name, by which every command finds it again
 
-In each job `slurm_keeper` looks where the router's job runs, starts the role as a step, and drains it by
+In each job `slurm_keeper` looks where the routers' jobs run, starts the role as a step, and drains it by
 SIGTERM: of `cluster drain`, of a time limit or of a preemption. The folder must be on a file system that the
 nodes share.
 """
@@ -18,10 +18,11 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from cluster.engines.engine import TAIL_LINES, RoleSeen
+from cluster.engines.engine import TAIL_LINES, RoleSeen, tail
 from cluster.engines.placed import slurm_commands as slurm
 from cluster.engines.placed.base import PlacedEngine, read_here, tail_lines
 from cluster.spec.engines import SlurmSettings
+from cluster.spec.roles import is_router
 
 if TYPE_CHECKING:
     import subprocess
@@ -84,19 +85,19 @@ class SlurmEngine(PlacedEngine):
         """Return every role with a job, those that ended lately too."""
         return {name: self._seen(name, job) for name, job in self._jobs().items()}
 
-    def router_address(self) -> str:
-        """Return the address of the router's node; "" if its job does not run."""
-        return router_address(self.record.name)
+    def router_addresses(self) -> dict[str, str]:
+        """Return the address of each router's node, by name; without those whose job does not run."""
+        nodes = router_nodes(self.record.name, self.routers)
+        return {name: slurm.address_of(node) for name, node in nodes.items()}
 
     def logs(self, role: str, n_lines: int = TAIL_LINES) -> list[str]:
         """Return the last lines of a role's log."""
         self.record.host_of(role)  # an error that lists the roles
         return self._tail(role, n_lines)
 
-    def start_reading(self, host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a command on this machine, which sees the logs."""
-        del host
-        return read_here(argv)
+    def follow(self, role: str, n_lines: int) -> subprocess.Popen[bytes]:
+        """Start what prints the last lines of a role's log and then each new one: this machine sees it."""
+        return read_here(tail(str(self._log(role)), n_lines))
 
     def _jobs(self) -> dict[str, Job]:
         """Return the newest job of each role."""
@@ -115,7 +116,7 @@ class SlurmEngine(PlacedEngine):
         why = "" if is_well else f"job {job.id} is {job.state}" + (f": {job.reason}" if job.reason else "")
         where = f"job {job.id} on {job.node}" if job.node else f"job {job.id}"
         return RoleSeen(
-            "" if role is None else role.host, name, "router" if name == "router" else "worker",
+            "" if role is None else role.host, name, "router" if is_router(name) else "worker",
             "" if role is None else role.serves, state, None, job.up_s, 0, str(self._log(name)),
             tuple(self._tail(name, TAIL_LINES)) if state == "FATAL" else (), why=why, place=where,
         )  # fmt: skip
@@ -136,10 +137,11 @@ def _state(job: Job) -> str:
     return _STATES.get(job.state, "FATAL")
 
 
-def router_address(cluster: str) -> str:
-    """Return the address of the node with a cluster's router; "" if its job does not run."""
-    node = slurm.running_node(f"{PREFIX}:{cluster}:router")
-    return slurm.address_of(node) if node else ""
+def router_nodes(cluster: str, names: Sequence[str]) -> dict[str, str]:
+    """Return the node of each of a cluster's routers, by its name; without those whose job does not run."""
+    head = f"{PREFIX}:{cluster}:"
+    found = slurm.running_nodes([f"{head}{name}" for name in names])
+    return {job.removeprefix(head): node for job, node in found.items()}
 
 
 def script(cluster: str, role: Started, folder: Path) -> str:

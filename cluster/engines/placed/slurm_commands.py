@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cluster.remote.shell import RemoteError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _COMMAND_S = 30.0  # a controller that is restarted answers late; squeue itself gives up after some 10 s
 _FORMAT = "%i|%j|%T|%M|%N|%r"
@@ -58,10 +62,13 @@ def jobs() -> list[Job]:
     return [_job(line) for line in text.splitlines() if line.strip()]
 
 
-def running_node(name: str) -> str:
-    """Return the node on which the job of that name runs; "" if it does not run."""
-    text = _call("squeue", "--noheader", f"--name={name}", "--states=RUNNING", "--format=%N")
-    return text.split()[0] if text.split() else ""
+def running_nodes(names: Sequence[str]) -> dict[str, str]:
+    """Return the node on which each job of these names runs, by its name; without those that do not run."""
+    if not names:
+        return {}
+    text = _call("squeue", "--noheader", f"--name={','.join(names)}", "--states=RUNNING", "--format=%j|%N")
+    pairs = (line.strip().rpartition("|") for line in text.splitlines())
+    return {name: node for name, _, node in pairs if node}
 
 
 def address_of(node: str) -> str:

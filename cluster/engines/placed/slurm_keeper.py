@@ -6,8 +6,8 @@
 
 Slurm also signals the step itself when it preempts a job: the role drains by itself, and the job waits here
 for Slurm to requeue it. A role that crashes is started again, with growing pauses, a few times; then the job
-fails. A worker follows the router to another node: where that is, is asked for before each start and every
-half minute.
+fails. Where the routers are is asked for before each start and every half minute, and more often where a
+router's list of them is not complete: see `routing`.
 
 The step is signalled by scancel: srun itself would kill it on SIGTERM.
 """
@@ -26,17 +26,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.engines.placed import slurm_commands as slurm
-from cluster.engines.placed.base import ROUTER_HOST, Started
-from cluster.engines.placed.slurm import router_address
+from cluster.engines.placed.base import Started
+from cluster.engines.placed.routing import RouterAt, RoutersKnown, router_at
+from cluster.engines.placed.slurm import router_nodes
 from cluster.remote.shell import RemoteError
-from cluster.spec.roles import Timing
+from cluster.spec.roles import Timing, is_router
 from superserve.fields import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_LOOK_S = 30.0  # between two looks where the router is; each asks the controller
-_FIND_S = 1.0  # between two looks while it is nowhere
+_LOOK_S = 30.0  # between two looks where the routers are; each asks the controller
+_FIND_S = 1.0  # between two looks while there is none
+_LIST_S = 2.0  # the same of a router while another one is missing, or new: it tells all that know it
 _KILL_S = 5.0  # after a role's grace: then its step is killed
 _REQUEUED_S = 300.0  # a preempted job waits here for its end: longer than grace times usually are
 
@@ -63,7 +65,8 @@ class JobKeeper:
 
     Args:
         role: What to run.
-        cluster: The cluster's name, by which the router's job is found.
+        cluster: The cluster's name, by which the routers' jobs are found.
+        roles: The folder with what each role of the cluster was started with.
         job: This job's number.
         step: The words before the role's command line.
         say: Receives lines for the job's log.
@@ -73,17 +76,22 @@ class JobKeeper:
         self,
         role: Started,
         cluster: str,
+        roles: Path,
         job: int,
         step: Sequence[str] = ("srun", "--ntasks=1", "--unbuffered"),
         say: Callable[[str], None] = lambda line: print(line, flush=True),  # noqa: T201  the job's log
     ) -> None:
         self._role = role
         self._cluster = cluster
+        self._roles = roles
         self._job = job
         self._step = tuple(step)
         self._say = say
         self._asked = 0
-        self._address = ""
+        self._known = RoutersKnown(role.name, role.argv, roles.parent / f"{role.name}.routers.json")
+        self._addresses: dict[str, str] = {}
+        self._names: list[str] = []
+        self._n_missing = 0
         self._wake, self._woken = os.pipe()
 
     def run(self) -> int:
@@ -91,11 +99,12 @@ class JobKeeper:
         self._listen()
         backoff = Backoff(Timing())
         while not self._is_asked():
-            if not self._found_router():
+            argv = self._known.started(self._routers() or {})
+            if argv is None:
                 self._pause(_FIND_S)
                 continue
             began_s = time.monotonic()
-            code, moved = self._run_once()
+            code, moved = self._run_once(argv)
             if self._is_asked():
                 break
             if moved:
@@ -116,21 +125,23 @@ class JobKeeper:
 
     # --- one run of the role ------------------------------------------------------------------
 
-    def _run_once(self) -> tuple[int, bool]:
-        """Run the step to its end; return its exit code, and whether it was ended to follow the router."""
+    def _run_once(self, argv: Sequence[str]) -> tuple[int, bool]:
+        """Run the step to its end; return its exit code, and whether it was ended to follow the routers."""
         role = self._role
-        argv = [word.replace(ROUTER_HOST, self._address) for word in role.argv]
         step = subprocess.Popen(
             [*self._step, role.interpreter or sys.executable, "-P", *argv],
             env={**os.environ, "PYTHONUNBUFFERED": "1", **dict(role.env)}, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         moved = False
-        look_s = time.monotonic() + _LOOK_S
+        every_s = _LIST_S if self._known.is_listed else _LOOK_S
+        looked_s = woken_s = time.monotonic()
         while step.poll() is None:
-            self._rest(look_s - time.monotonic())
-            if time.monotonic() >= look_s and step.poll() is None and not self._is_asked():
-                moved = self._router_moved()
-                look_s = time.monotonic() + _LOOK_S
+            self._rest(woken_s + every_s - time.monotonic())
+            now_s = time.monotonic()
+            if now_s >= woken_s + every_s and step.poll() is None and not self._is_asked():
+                woken_s = now_s
+                if self._is_due(now_s - looked_s):
+                    moved, looked_s = self._have_moved(), now_s
             if self._is_asked() or moved:
                 self._drain(step)
         return step.returncode, moved
@@ -147,33 +158,42 @@ class JobKeeper:
             step.terminate()  # srun kills its step
             step.wait()
 
-    # --- the router ---------------------------------------------------------------------------
+    # --- the routers --------------------------------------------------------------------------
 
-    @property
-    def _needs_router(self) -> bool:
-        return any(ROUTER_HOST in word for word in self._role.argv)
+    def _is_due(self, since_s: float) -> bool:
+        """Return whether to ask the controller again: at once if its last answer cannot be all."""
+        return since_s >= _LOOK_S or self._names != self._router_names() or self._n_missing > 0
 
-    def _found_router(self) -> bool:
-        if not self._needs_router:
-            return True
+    def _router_names(self) -> list[str]:
+        """Return the routers that the cluster should have: what each was started with is in the folder."""
+        return sorted(path.stem for path in self._roles.glob("router*.json") if is_router(path.stem))
+
+    def _routers(self) -> dict[str, RouterAt] | None:
+        """Return where the routers are that run; None if that is not known."""
+        if not (self._known.needs_one or self._known.is_listed):
+            return {}
+        argvs = {}
+        self._names = self._router_names()
+        for name in self._names:
+            with contextlib.suppress(FileNotFoundError):  # it has just been taken away
+                argvs[name] = json.loads((self._roles / f"{name}.json").read_bytes())["argv"]
         try:
-            self._address = router_address(self._cluster)
+            nodes = router_nodes(self._cluster, list(argvs))
+            for node in nodes.values():
+                if node not in self._addresses:
+                    self._addresses[node] = slurm.address_of(node)
         except RemoteError as error:
-            self._say(f"{self._role.name}: where the router is, is not known: {error}")
-            return False
-        return bool(self._address)
+            self._say(f"{self._role.name}: where the routers are, is not known: {error}")
+            return None
+        self._n_missing = len(argvs) - len(nodes)
+        return {name: router_at(argvs[name], self._addresses[node]) for name, node in nodes.items()}
 
-    def _router_moved(self) -> bool:
-        """Return whether the router is on another node than at the start; where it is not known, it stays."""
-        if not self._needs_router:
+    def _have_moved(self) -> bool:
+        """Return whether no router is where this role can know of it; where that is not known, it stays."""
+        found = self._routers()
+        if found is None or not self._known.has_moved(found):
             return False
-        try:
-            now = router_address(self._cluster)
-        except RemoteError:
-            return False
-        if now in ("", self._address):
-            return False
-        self._say(f"{self._role.name}: the router is at {now} now")
+        self._say(f"{self._role.name}: routers are at {', '.join(r.worker for r in found.values())} now")
         return True
 
     # --- the end of the job -------------------------------------------------------------------
@@ -238,7 +258,7 @@ class JobKeeper:
 def main(path: str, cluster: str) -> int:
     """Keep the role of a file; return the job's exit code."""
     role = read_file(Started, json.loads(Path(path).read_bytes()), path)
-    return JobKeeper(role, cluster, int(os.environ["SLURM_JOB_ID"])).run()
+    return JobKeeper(role, cluster, Path(path).parent, int(os.environ["SLURM_JOB_ID"])).run()
 
 
 if __name__ == "__main__":

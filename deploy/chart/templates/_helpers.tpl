@@ -24,6 +24,30 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end -}}
 
+{{/* Where clients and workers reach each router, as JSON; nothing for a single one, which has none to name. */}}
+{{- define "superserve.routers" -}}
+{{- $name := include "superserve.name" . -}}
+{{- $found := list -}}
+{{- $n := int .Values.router.replicas -}}
+{{- range $i := until (ternary $n 0 (gt $n 1)) -}}
+{{- $host := printf "%s-router-%d.%s-router.%s" $name $i $name $.Release.Namespace -}}
+{{- $client := printf "tcp://%s:%d" $host (int $.Values.router.clientPort) -}}
+{{- $worker := printf "tcp://%s:%d" $host (int $.Values.router.workerPort) -}}
+{{- $found = append $found (dict "client" $client "worker" $worker) -}}
+{{- end -}}
+{{- dict "routers" $found | toJson -}}
+{{- end -}}
+
+{{/* The names of all routers' pods, as a list in JSON. */}}
+{{- define "superserve.routerPods" -}}
+{{- $name := include "superserve.name" . -}}
+{{- $found := list -}}
+{{- range $i := until (int .Values.router.replicas) -}}
+{{- $found = append $found (printf "%s-router-%d" $name $i) -}}
+{{- end -}}
+{{- $found | toJson -}}
+{{- end -}}
+
 {{/* What the schema cannot say: values that need or exclude each other. */}}
 {{- define "superserve.check" -}}
 {{- if ne (len (compact (list .Values.supernet .Values.family .Values.emulate))) 1 -}}
@@ -43,6 +67,10 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end -}}
 {{- if eq (empty .Values.security) (empty .Values.keys.prefix) -}}
 {{- fail "security: expected it or keys.prefix, and not both: `cluster keys` makes keys, and --set security=none lets everything that reaches the ports use them" -}}
+{{- end -}}
+{{- $workers := ternary .Values.worker.replicas .Values.autoscaling.min (eq .Values.autoscaling.engine "none") -}}
+{{- if and (gt (int .Values.router.replicas) 1) (gt (int .Values.router.replicas) (int $workers)) -}}
+{{- fail (printf "router.replicas: expected at most the %d worker(s) of worker.replicas, or of autoscaling.min: a router without a worker is never ready, and an upgrade waits for it" (int $workers)) -}}
 {{- end -}}
 {{- if gt (int .Values.autoscaling.min) (int .Values.autoscaling.max) -}}
 {{- fail "autoscaling.min: expected at most autoscaling.max" -}}

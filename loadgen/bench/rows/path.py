@@ -19,8 +19,16 @@ from gpu_worker.core import WorkerCore
 from gpu_worker.core.batches import Outcome
 from gpu_worker.core.played import PlayedGpu, PlayedGpus
 from router.core import RouterCore
-from router.core.events import Answer, ClientJoined, Dispatch, Finished, Pulled, QueriesArrived, WorkerJoined
-from router.core.settings import CoreSettings
+from router.core.events import (
+    Answer,
+    ClientJoined,
+    CoreSettings,
+    Dispatch,
+    Finished,
+    Pulled,
+    QueriesArrived,
+    WorkerJoined,
+)
 from router.policies.registry import make_policy
 from router.serve.directives import directive_of, frames_of, results_of
 from superserve import wire

@@ -257,5 +257,46 @@ class Http(Framing):
         return [int.from_bytes(body[:8], "little")]
 
 
-FRAMINGS: dict[str, type[Framing]] = {"superserve": SuperServe, "echo": Echo, "http": Http}
+class Protocol(Http):
+    """The Open Inference Protocol: each query an element of BYTES after the JSON, whose `id` comes back."""
+
+    _id_bytes = 16  # in hexadecimal
+
+    def messages(self, ids: npt.NDArray[np.uint64], slack_ns: int) -> npt.NDArray[np.uint8]:
+        """Return a request for each query."""
+        n_binary = 4 + self.payload_bytes
+        text = (
+            '{"id":"' + "0" * self._id_bytes + '","inputs":[{"name":"input","datatype":"BYTES","shape":[1],'
+            '"parameters":{"binary_data_size":'
+            + str(n_binary)
+            + '}}],"parameters":{"binary_data_output":true}}'
+        )
+        head = (
+            "POST /v2/models/m/infer HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            "Content-Type: application/octet-stream\r\n"
+            f"Inference-Header-Content-Length: {len(text)}\r\nsuperserve-slo-ms: {slack_ns / 1e6:.3f}\r\n"
+            f"Content-Length: {len(text) + n_binary}\r\n\r\n"
+        )
+        body = text.encode() + self.payload_bytes.to_bytes(4, "little") + bytes(self.payload_bytes)
+        plain = np.frombuffer(head.encode() + body, np.uint8)
+        rows = np.tile(plain, (len(ids), 1))
+        at = len(head) + len('{"id":"')
+        words = np.array([f"{one:016x}".encode() for one in ids.tolist()], f"S{self._id_bytes}")
+        rows[:, at : at + self._id_bytes] = words.view(np.uint8).reshape(len(rows), self._id_bytes)
+        return rows
+
+    def answered(self, answer: bytes) -> list[int]:
+        """Return the id that has come back."""
+        if not answer.startswith(_HTTP_OK):
+            return []
+        at = answer.find(b'"id":"') + len(b'"id":"')
+        return [int(answer[at : at + self._id_bytes], 16)]
+
+
+FRAMINGS: dict[str, type[Framing]] = {
+    "superserve": SuperServe,
+    "echo": Echo,
+    "http": Http,
+    "protocol": Protocol,
+}
 """The framings by name."""

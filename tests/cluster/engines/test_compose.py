@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -37,6 +38,28 @@ def test_workers_are_replicas_that_find_the_router_by_name(tmp_path: Path) -> No
     assert "--name" not in command
     assert found["router"]["ports"] == ["5555:5555"]
     assert "ports" not in found["worker-a"]
+
+
+def test_each_router_is_a_service_that_workers_and_clients_find(tmp_path: Path) -> None:
+    """Workers by the services' names, clients where they are published, which the list tells them."""
+    text = ONE_HOST.replace("name: a,", "name: a, address: 10.0.0.1,").replace(
+        "router: {host: a}", "routers: [{host: a}, {host: a, client_port: 6000, worker_port: 6001}]"
+    )
+    description = described(tmp_path, text)
+    found = services(description)
+    files = {file.name: file.text for file in compose.render(description, RenderOptions())}
+
+    assert list(found) == ["router-a-0", "router-a-1", "worker-a"]
+    command = found["worker-a"]["command"]
+    assert command[command.index("--connect") + 1] == "tcp://router-a-0:5556,tcp://router-a-1:6001"
+    assert found["worker-a"]["depends_on"] == ["router-a-0", "router-a-1"]
+    for name, port in (("router-a-0", "5555"), ("router-a-1", "6000")):
+        assert found[name]["ports"] == [f"{port}:{port}"]
+        listed = found[name]["command"][found[name]["command"].index("--routers") + 1]
+        assert listed == "/run/superserve/files/routers.json"
+        assert f"./{name}/files:/run/superserve/files:ro" in found[name]["volumes"]
+        routers = json.loads(files[f"{name}/files/routers.json"])["routers"]
+        assert routers[1] == {"client": "tcp://10.0.0.1:6000", "worker": "tcp://router-a-1:6001"}
 
 
 def test_nothing_is_root_or_writes_but_in_memory(tmp_path: Path) -> None:
@@ -87,7 +110,9 @@ def test_keys_are_mounted_for_the_role_that_needs_them(tmp_path: Path) -> None:
     files = compose.render(description, RenderOptions(owner=(1000, 1001)))
     found = services(description, RenderOptions(owner=(1000, 1001)))
 
-    assert found["router"]["volumes"] == ["./router/keys:/run/superserve/keys:ro"]
+    assert found["router"]["volumes"] == [
+        f"./router/{top}:/run/superserve/{top}:ro" for top in ("files", "keys")
+    ]
     assert found["worker-a"]["volumes"] == ["./worker-a/keys:/run/superserve/keys:ro"]
     assert {service["user"] for service in found.values()} == {"1000:1001"}
     assert [file.name for file in files if file.is_secret] == [
@@ -131,6 +156,9 @@ def test_the_shipped_compose_file_runs_what_is_rendered(tmp_path: Path) -> None:
     for ours, theirs in (("router", "router"), ("worker", "worker-a")):
         command = [defaults.get(word, word) for word in shipped[ours]["command"].split()]
         wanted = [word for word in rendered[theirs]["command"] if word not in ("--gpus", "1")]
+        if "--settings" in wanted:  # the shipped one is changed by variables, not by a file
+            at = wanted.index("--settings")
+            wanted[at : at + 2] = ["--policy", "planfit"]
         assert command == wanted
         for key in ("user", "init", "restart", "read_only", "tmpfs", "cap_drop", "security_opt"):
             assert shipped[ours][key] == rendered[theirs][key], key

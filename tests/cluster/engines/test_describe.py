@@ -27,10 +27,10 @@ def test_a_group_for_the_router_and_one_for_each_host_with_workers(tmp_path: Pat
         ("worker-a", 1, 0),
         ("worker-b", 2, 1),
     ]
-    assert found.router.ports == (("clients", 5555), ("workers", 5556))
+    assert found.routers[0].ports == (("clients", 5555), ("workers", 5556))
     assert [process.device for process in found.workers[1].processes] == ["cuda:0", "cuda:1"]
     assert [process.name for process in found.workers[1].processes] == ["worker-b-0", "worker-b-1"]
-    assert found.router.env == found.workers[0].env == (("TZ", "UTC"),)
+    assert found.routers[0].env == found.workers[0].env == (("TZ", "UTC"),)
     assert [group.serves for group in found.workers] == ["digits on a CPU", "digits on a GPU"]
     assert found.n_workers == 3
 
@@ -38,8 +38,10 @@ def test_a_group_for_the_router_and_one_for_each_host_with_workers(tmp_path: Pat
 def test_command_lines_are_of_the_place(tmp_path: Path) -> None:
     """What only an engine knows is filled in, and nothing of the hosts' own addresses is left."""
     found = described(tmp_path, TWO_HOSTS)
-    router = found.argv(found.router, RolePlace("/run/ss", metrics=("0.0.0.0", 9400)))
-    worker = found.argv(found.workers[1], RolePlace("/run/ss", router="ss", name="one", device="cuda:0"))
+    router = found.argv(found.routers[0], RolePlace("/run/ss", metrics=("0.0.0.0", 9400)))
+    worker = found.argv(
+        found.workers[1], RolePlace("/run/ss", ("tcp://ss:5556",), name="one", device="cuda:0")
+    )
 
     assert " ".join(router) == (
         "-m router --client-endpoint tcp://0.0.0.0:5555 --worker-endpoint tcp://0.0.0.0:5556 "
@@ -49,7 +51,7 @@ def test_command_lines_are_of_the_place(tmp_path: Path) -> None:
         "-m gpu_worker --connect tcp://ss:5556 --name one --supernet digits --profile digits-cpu "
         "--device cuda:0 --threads 2"
     )
-    unnamed = found.argv(found.workers[1], RolePlace("/run/ss", router="fd00::1"))
+    unnamed = found.argv(found.workers[1], RolePlace("/run/ss", connect=("tcp://[fd00::1]:5556",)))
     assert "--name" not in unnamed
     assert "tcp://[fd00::1]:5556" in unnamed
 
@@ -69,10 +71,10 @@ def test_each_role_reads_its_own_keys_only(tmp_path: Path) -> None:
         "keys/workers/b.pub",
     ]
     assert paths[1:] == [["keys/worker.key"]] * 2
-    assert [file.path for file in found.router.files if file.is_secret] == ["keys/router.key"]
+    assert [file.path for file in found.routers[0].files if file.is_secret] == ["keys/router.key"]
     assert all(file.is_secret for group in found.workers for file in group.files)
     assert found.workers[0].files[0].content == (tmp_path / "keys/workers/a.key").read_bytes()
-    assert "--keys /run/ss/keys" in " ".join(found.argv(found.router, RolePlace("/run/ss")))
+    assert "--keys /run/ss/keys" in " ".join(found.argv(found.routers[0], RolePlace("/run/ss")))
     assert "--keys /run/ss/keys/worker.key" in " ".join(found.argv(found.workers[0], RolePlace("/run/ss")))
     assert "secret =" not in repr(found)
 
@@ -85,7 +87,7 @@ def test_a_digest_is_of_what_a_role_reads_once(tmp_path: Path) -> None:
     complete(load_hosts(tmp_path / "hosts.yaml"))
     after = describe(tmp_path / "hosts.yaml")
 
-    assert after.router.digest == before.router.digest
+    assert after.routers[0].digest == before.routers[0].digest
     assert after.workers[0].digest == before.workers[0].digest
     assert after.workers[1].digest != before.workers[1].digest
 
@@ -99,9 +101,9 @@ def test_a_profile_of_the_users_own_is_a_file_beside_the_workers(tmp_path: Path)
     )
     (file,) = found.workers[0].files
 
-    assert found.router.files == ()
+    assert found.routers[0].files == ()
     assert (file.content, file.is_secret) == (profile.to_json(), False)
-    assert f"/run/ss/{file.path}" in found.argv(found.workers[0], RolePlace("/run/ss", router="ss"))
+    assert f"/run/ss/{file.path}" in found.argv(found.workers[0], RolePlace("/run/ss", ("tcp://ss:5556",)))
 
 
 def test_errors_name_file_line_and_field(tmp_path: Path) -> None:

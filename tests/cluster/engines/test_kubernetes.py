@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,7 @@ from cluster.engines.containers import RenderOptions
 from cluster.engines.kubesecrets import secrets_of
 from profiles.table import load_profile
 from superserve.errors import ConfigError
-from tests.cluster.engines.described import ONE_HOST, TWO_HOSTS, described, with_keys
+from tests.cluster.engines.described import ONE_HOST, TWO_HOSTS, TWO_ROUTERS, described, with_keys
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,6 +69,37 @@ def test_workers_find_a_router_that_is_not_ready_yet(tmp_path: Path) -> None:
     assert found["StatefulSet", "superserve-router"]["spec"]["serviceName"] == "superserve-router"
     ports = found["Service", "superserve"]["spec"]["ports"]
     assert [port["port"] for port in ports] == [5555]
+
+
+def test_routers_are_pods_of_one_set_that_know_each_other(tmp_path: Path) -> None:
+    """Workers have one name with all addresses; a node gives up one at a time, which leaves, then drains."""
+    found = manifests(described(tmp_path, TWO_ROUTERS))
+    routers = found["StatefulSet", "superserve-router"]["spec"]
+    (container,) = routers["template"]["spec"]["containers"]
+    (mount,) = [each for each in container["volumeMounts"] if each["name"] == "routers"]
+    listed = json.loads(found["ConfigMap", "superserve-routers"]["data"]["routers.json"])["routers"]
+
+    assert (routers["replicas"], routers["podManagementPolicy"]) == (2, "Parallel")
+    assert [each["worker"] for each in listed] == [
+        f"tcp://superserve-router-{i}.superserve-router:5556" for i in range(2)
+    ]
+    path = container["args"][container["args"].index("--routers") + 1]
+    assert path == f"{mount['mountPath']}/routers.json"
+    assert found["PodDisruptionBudget", "superserve-router"]["spec"]["maxUnavailable"] == 1
+    leaves_s = int(container["lifecycle"]["preStop"]["exec"]["command"][-1].rpartition("(")[2].rstrip(")"))
+    assert routers["template"]["spec"]["terminationGracePeriodSeconds"] >= leaves_s + 8
+    (worker,) = pods(found)["superserve-worker-a"]["spec"]["containers"]
+    assert worker["args"][worker["args"].index("--connect") + 1] == "tcp://superserve-router:5556"
+
+
+def test_a_router_more_restarts_nothing(tmp_path: Path) -> None:
+    """The pods of routers and workers are the same; only the list and the number are others."""
+    one, two = (
+        manifests(described(tmp_path, text))
+        for text in (TWO_ROUTERS.replace(", {host: b}]", "]"), TWO_ROUTERS)
+    )
+    assert pods(one) == pods(two)
+    assert one["ConfigMap", "superserve-routers"]["data"] == {"routers.json": '{"routers":[]}'}
 
 
 def test_selectors_select_what_they_are_for(tmp_path: Path) -> None:
@@ -206,6 +238,14 @@ def test_variables_of_kubernetes_are_not_replaced(tmp_path: Path) -> None:
         (TWO_HOSTS + "cluster: my_cluster\n", r":6: cluster: expected a name of Kubernetes"),
         (TWO_HOSTS + "weights: /data/w.safetensors\n", r":6: weights: a pod has no path of its host"),
         (TWO_HOSTS + "family: /data/f.yaml\nprofile: digits-cpu\n", r":6: family: a pod has no files of its"),
+        (
+            TWO_ROUTERS.replace("workers: 1}", "env: {}}").replace("workers: 2", "workers: 1"),
+            r":1: routers: a router without a worker is never ready",
+        ),
+        (
+            TWO_ROUTERS.replace("workers: 1}", "workers: 1, env: {A: B}}"),
+            r":1: routers\[1\]\.host: routers are",
+        ),
         (TWO_HOSTS.replace("security: none\n", ""), r":1: security: on kubernetes roles reach each other"),
     ],
 )

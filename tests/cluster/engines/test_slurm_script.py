@@ -42,12 +42,27 @@ def test_each_worker_is_a_component_with_its_gpu(tmp_path: Path) -> None:
     assert "#SBATCH --signal=B:TERM@60" in head
     assert [part.count("--gres=gpu:1") for part in components] == [1, 1, 0]
     assert (
-        "keep 2 env 'WORDS=it'\"'\"'s two' python3 -P -m gpu_worker --connect \"tcp://${router}:5556\""
+        "keep 2 env 'WORDS=it'\"'\"'s two' python3 -P -m gpu_worker --connect \"tcp://${router0}:5556\""
         in text
     )
     assert "--name worker-a-1" in text
     assert text.count("--device cuda:0") == 2
     assert "--device cpu" in text
+    done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_several_routers_are_components_that_may_share_a_node(tmp_path: Path) -> None:
+    """Each has ports of its own, and the job writes where they are; they drain before the workers."""
+    text = _rendered(tmp_path, FILE.replace("router: {host: a}", "routers: [{host: a}, {host: b}]"))
+
+    head = text.partition("\nset -eu")[0]
+    assert head.count("#SBATCH hetjob") == 1 + 3
+    assert '"client": "tcp://${router1}:5557", "worker": "tcp://${router1}:5558"' in text
+    assert "keep 1 python3 -P -m router --client-endpoint tcp://0.0.0.0:5557" in text
+    assert '--connect "tcp://${router0}:5556,tcp://${router1}:5558" --name worker-a-0' in text
+    assert '--connect "tcp://${router1}:5558,tcp://${router0}:5556" --name worker-a-1' in text
+    assert "for component in 0 1; do scancel" in text
     done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -10,7 +10,7 @@ import pytest
 from cluster.engines import systemd
 from cluster.engines.containers import RenderOptions
 from superserve.errors import ConfigError
-from tests.cluster.engines.described import TWO_HOSTS, described, with_keys
+from tests.cluster.engines.described import TWO_HOSTS, TWO_ROUTERS, described, with_keys
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,6 +51,27 @@ def test_each_process_has_a_unit_on_its_host(tmp_path: Path) -> None:
         assert unit["Restart"] == ["on-failure"]
         assert unit["Type"] == ["notify"]
     assert "PrivateDevices" not in found["b/superserve-worker-b-1.service"]
+
+
+def test_each_router_has_a_unit_and_the_list(tmp_path: Path) -> None:
+    """Each worker begins with another router; the list is a file, which a router reads again."""
+    description = described(tmp_path, TWO_ROUTERS)
+    found = units(description)
+    files = {file.name: file for file in systemd.render(description, RenderOptions())}
+
+    for host, own in (("a", "10.0.0.1"), ("b", "10.0.0.2")):
+        (start,) = found[f"{host}/superserve-router-{host}-0.service"]["ExecStart"]
+        assert "--routers /etc/superserve/default/files/routers.json" in start
+        listed = files[f"{host}/default/files/routers.json"]
+        assert listed.is_beside
+        assert f"tcp://{own}:5555" in listed.text
+    for host, i, connect in (
+        ("a", 0, "127.0.0.1:5556,tcp://10.0.0.2:5556"),
+        ("a", 1, "10.0.0.2:5556,tcp://127.0.0.1:5556"),
+        ("b", 0, "10.0.0.1:5556,tcp://127.0.0.1:5556"),
+    ):
+        (worker,) = found[f"{host}/superserve-worker-{host}-{i}.service"]["ExecStart"]
+        assert f"--connect tcp://{connect} " in worker
 
 
 def test_a_target_starts_the_units_of_its_host(tmp_path: Path) -> None:

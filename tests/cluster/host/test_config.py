@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import configparser
+import itertools
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from cluster.host.config import script, supervisord_conf
+from cluster.host.config import kept_digests, script, supervisord_conf
 from cluster.spec.roles import HostPlan, HostRole
 from superserve.fields import read_file
 
@@ -43,6 +44,32 @@ def test_a_change_of_a_role_is_a_change_of_its_program_and_of_no_other() -> None
     differing = {key for key in before["program:worker-a-0"]
                  if before["program:worker-a-0"][key] != after["program:worker-a-0"][key]}  # fmt: skip
     assert differing == {"environment"}
+
+
+def _connected(*routers: str) -> HostPlan:
+    """Return a plan of a worker that connects to these."""
+    role = replace(ROLE, argv=("-m", "gpu_worker", "--connect", ",".join(routers), "--name", "w"))
+    return replace(PLAN, roles=(role,))
+
+
+def _after(before: HostPlan, config: str, plan: HostPlan) -> tuple[str, bool]:
+    """Return supervisor's configuration for another plan, and whether the role runs on."""
+    after = supervisord_conf(plan, min_files=1_024, digests=kept_digests(before, config, plan))
+    return after, after == config
+
+
+def test_a_role_runs_on_while_it_can_hear_of_other_routers() -> None:
+    """From list to list, as long as one router is on both; not with other words, and not where none stays."""
+    plans = [_connected("r1"), _connected("r1", "r2"), _connected("r3", "r2"), _connected("r4")]
+    config = supervisord_conf(plans[0], min_files=1_024)
+    for before, plan in itertools.pairwise(plans[:3]):
+        config, is_same = _after(before, config, plan)
+        assert is_same
+    assert _after(plans[2], config, plans[2])[1]
+    assert not _after(plans[2], config, plans[3])[1]
+    assert not _after(plans[2], config, replace(plans[2], code="/other"))[1]
+    named = replace(plans[2].roles[0], argv=(*plans[2].roles[0].argv[:-1], "v"))
+    assert not _after(plans[2], config, replace(plans[2], roles=(named,)))[1]
 
 
 def test_logs_are_bounded_and_only_a_crash_is_started_again() -> None:

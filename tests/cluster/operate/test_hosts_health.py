@@ -10,6 +10,7 @@ import pytest
 from cluster.engines.engine import HostSeen, RoleSeen
 from cluster.operate.hosts_health import problems, unready
 from cluster.remote.record import Record
+from superserve.whole import whole_of
 from tests.superserve import statuses
 
 if TYPE_CHECKING:
@@ -70,6 +71,18 @@ def test_what_is_about_to_be_started_again_is_waited_for() -> None:
     for state, is_final in (("BACKOFF", False), ("STARTING", False), ("STOPPED", True)):
         role = replace(WORKER, state=state, pid=None, exit_code=1)
         assert [line.is_final for line in unready(seen(ROUTER, role), status(n=0), SLOTS)] == [is_final]
+
+
+def test_each_of_several_routers_has_to_answer() -> None:
+    """The others' STATUS hides nothing: the silent one is named, and waited for."""
+    routers = [replace(ROUTER, name=f"router-a-{i}") for i in range(2)]
+    both = [("tcp://a:1", status()), ("tcp://a:2", status())]
+    one = [("tcp://a:1", status()), ("tcp://a:2", None)]
+
+    assert unready(seen(*routers, WORKER), whole_of(both), {"worker-a-0": 1}) == []
+    for said, silent in ((whole_of(one), "tcp://a:2"), (status(), "one that has no place yet")):
+        (line,) = unready(seen(*routers, WORKER), said, SLOTS)
+        assert (line.text, line.is_final) == (f"1 of 2 routers answer, and not {silent}", False)
 
 
 def test_hosts_that_cannot_be_asked_or_take_no_part_are_problems() -> None:

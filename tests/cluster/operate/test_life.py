@@ -234,8 +234,6 @@ def test_a_launcher_that_ends_in_mid_start_takes_everything_with_it(
     here: Machine, number: signal.Signals, module: str
 ) -> None:
     """However it ends, and whoever is starting: no process and no file stay."""
-    if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-        pytest.skip("SIGHUP is ignored here, as under nohup, and what is started inherits that")
     here.fault(module, HANG)
     name = "router" if module == "router" else "worker-0"
     launcher = here.start("up", *EMULATE)

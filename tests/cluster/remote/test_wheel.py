@@ -42,9 +42,11 @@ def test_what_hosts_need_is_what_the_project_says() -> None:
     """Each distribution and its least version is of pyproject.toml; none of `server` is missing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = {*project["dependencies"], *extras["server"], *extras["cluster"], *extras["worker"]}
+    used = ("server", "cluster", "worker", "gateway")
+    declared = {*project["dependencies"], *(one for name in used for one in extras[name])}
 
-    for name, least in (*wheel.ON_EVERY_HOST, *wheel.FOR_SUPERNETS, *wheel.FOR_FAMILIES):
+    further = (*wheel.FOR_SUPERNETS, *wheel.FOR_FAMILIES, *wheel.FOR_GATEWAY)
+    for name, least in (*wheel.ON_EVERY_HOST, *further):
         assert f"{name}>={least}" in declared
     here = {f"{name}>={least}" for name, least in wheel.ON_EVERY_HOST}
     assert {*project["dependencies"], *extras["server"]} <= here

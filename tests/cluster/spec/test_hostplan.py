@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster.spec.hostplan import HostsPlan, is_loopback, plan_of
 from cluster.spec.hosts import load_hosts
+from cluster.spec.hosts_file import dump
 from cluster.spec.roles import Target
 from profiles.table import load_profile
 from superserve.errors import ConfigError
@@ -111,7 +113,8 @@ def test_a_profile_that_is_a_file_goes_along(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_bytes(load_profile("cnn-8gpu-modelled").to_json())
     text = "router: {host: a}\nhosts: [{name: a, address: 127.0.0.1, workers: 1}]\nemulate: mine.json\n"
     plan = planned(tmp_path, text)
-    (name, content), = plan.files_of("a").items()  # fmt: skip
+    (name, content), settings = plan.files_of("a").items()
+    assert json.loads(base64.b64decode(settings[1])) == {"policy": "planfit"}
     assert f"--emulate /s/a/{name} " in argv(plan, "a", "worker-a-0")
     (tmp_path / "sent.json").write_bytes(base64.b64decode(content))
     assert load_profile(str(tmp_path / "sent.json")) == load_profile("cnn-8gpu-modelled")
@@ -134,3 +137,57 @@ def test_loopback_needs_no_word_on_security(tmp_path: Path) -> None:
     assert "--client-endpoint tcp://127.0.0.1:5555" in argv(plan, "a", "router")
     with pytest.raises(ConfigError, match="security: none"):
         planned(tmp_path, text.replace("ADDRESS", "10.0.0.1"))
+
+
+SEVERAL = """
+routers: [{host: a}, {host: b, client_port: 6000, worker_port: 6001}]
+hosts:
+  - {name: a, address: 10.0.0.1, workers: 1}
+  - {name: b, address: 10.0.0.2, workers: 2}
+emulate: cnn-8gpu-modelled
+security: none
+"""
+
+
+def test_several_routers_know_each_other_and_workers_know_all(tmp_path: Path) -> None:
+    """Each worker begins its list with another router, and reaches that of its own host by loopback."""
+    plan = planned(tmp_path, SEVERAL)
+
+    assert [want.roles for want in plan.wanted] == [
+        ("router-a-0", "worker-a-0"), ("router-b-0", "worker-b-0", "worker-b-1")
+    ]  # fmt: skip
+    assert plan.client_endpoint == "tcp://10.0.0.1:5555,tcp://10.0.0.2:6000"
+    assert "--routers /s/b/files/routers.json" in argv(plan, "b", "router-b-0")
+    assert "--connect tcp://127.0.0.1:5556,tcp://10.0.0.2:6001" in argv(plan, "a", "worker-a-0")
+    assert "--connect tcp://127.0.0.1:6001,tcp://10.0.0.1:5556" in argv(plan, "b", "worker-b-0")
+    for host in "ab":
+        listed = base64.b64decode(plan.files_of(host)["files/routers.json"])
+        assert b'{"client":"tcp://10.0.0.2:6000","worker":"tcp://10.0.0.2:6001"}' in listed
+    assert plan.wanted[1].ports == (6000, 6001)
+
+
+def test_a_router_keeps_its_role_while_others_come_and_go(tmp_path: Path) -> None:
+    """And its command line; routers on one host have one metrics port after the other."""
+    alone = planned(tmp_path, SEVERAL.replace("[{host: a}, ", "[") + "metrics: {router: 9400}\n")
+    several = planned(
+        tmp_path,
+        SEVERAL.replace("[{host: a}, ", "[{host: a}, {host: a, client_port: 1, worker_port: 2}, ")
+        + "metrics: {router: 9400}\n",
+    )
+
+    assert argv(alone, "b", "router-b-0") == argv(several, "b", "router-b-0")
+    assert "--metrics-port 9401" in argv(several, "a", "router-a-1")
+    assert several.wanted[0].ports == (5555, 5556, 1, 2, 9400, 9401)
+    assert base64.b64decode(alone.files_of("b")["files/routers.json"]) == b'{"routers":[]}'
+
+
+def test_a_file_with_several_routers_is_dumped_and_read_back(tmp_path: Path) -> None:
+    """`cluster config --effective` prints them as they are written."""
+    path = tmp_path / "hosts.yaml"
+    path.write_text(SEVERAL)
+    hosts = load_hosts(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(hosts))
+
+    assert load_hosts(again) == hosts
+    assert [place.address for place in hosts.places] == ["10.0.0.1", "10.0.0.2"]

@@ -282,14 +282,25 @@ hosts: [{name: a, workers: 1, address: -oProxyCommand=x}]
 => 2: hosts[0].address: expected text without spaces that does not begin with '-', got '-oProxyCommand=x'
 
 router: {host: a}
-standby: {host: a}
+routers: [{host: a}]
 HOSTS
-=> 2: standby: a second router is not supported yet: expected no such key; without one, a router that
+=> 2: routers: expected router or routers, got both: write all of them as routers
+
+routers: [{host: a}, {host: a, client_port: 5557, worker_port: 5556}]
+HOSTS
+=> 1: routers[1].worker_port: expected each port once on a host, and routers[0].worker_port and
+
+routers: [{host: a}, {host: z}]
+HOSTS
+=> 1: routers[1].host: expected the name of a host: a, got 'z'
+
+HOSTS
+=> 1: router: expected {host: NAME}, the host that the router runs on, got nothing
 
 router: {host: a}
 engine: slurmm
 HOSTS
-=> 2: engine: expected 'ssh', 'slurm' or 'ray', got 'slurmm'
+=> 2: engine: expected 'ssh', 'slurm', 'ray' or 'kubernetes', got 'slurmm'
 
 router: {host: a}
 ray: {address: auto}

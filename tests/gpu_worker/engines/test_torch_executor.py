@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from typing import TYPE_CHECKING, Any
@@ -41,12 +42,15 @@ def loaded(*batch_sizes: int, subnets: list[Subnet] = SUBNETS, **options: Any) -
     )
 
 
-EXECUTOR = loaded(1, 4, 16)
+@functools.cache
+def usual() -> TorchExecutor:
+    """Return the executor that most tests use. It takes seconds to load: not when this file is read."""
+    return loaded(1, 4, 16)
 
 
 def some_images(n: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return n images as a batch from the wire would be: not to be written to."""
-    batch = np.random.default_rng(5).standard_normal((n, *EXECUTOR.input_spec.shape)).astype(np.float32)
+    batch = np.random.default_rng(5).standard_normal((n, *usual().input_spec.shape)).astype(np.float32)
     batch.flags.writeable = False
     return batch
 
@@ -94,19 +98,19 @@ def test_no_held_out_image_is_chosen_on_or_trained_on() -> None:
 def test_padding_changes_no_answer(n_queries: int) -> None:
     """A query's logits do not depend on the zeros beside it, and padding is trimmed."""
     batch = some_images(n_queries)
-    padded = EXECUTOR.execute(0, batch)
+    padded = usual().execute(0, batch)
     alone = loaded().execute(0, batch)
 
-    assert padded.shape == (n_queries, *EXECUTOR.output_spec.shape)
-    assert padded.dtype == np.dtype(EXECUTOR.output_spec.dtype)
+    assert padded.shape == (n_queries, *usual().output_spec.shape)
+    assert padded.dtype == np.dtype(usual().output_spec.dtype)
     np.testing.assert_allclose(padded, alone, rtol=1e-3, atol=1e-4)
 
 
 def test_a_batch_answers_as_its_queries_do_alone() -> None:
     """Batching changes no answer."""
     batch = some_images(4)
-    together = EXECUTOR.execute(LARGEST, batch)
-    alone = np.concatenate([EXECUTOR.execute(LARGEST, query[np.newaxis]) for query in batch])
+    together = usual().execute(LARGEST, batch)
+    alone = np.concatenate([usual().execute(LARGEST, query[np.newaxis]) for query in batch])
 
     np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-4)
 
@@ -114,19 +118,19 @@ def test_a_batch_answers_as_its_queries_do_alone() -> None:
 def test_switching_back_gives_the_same_bits() -> None:
     """A subnet's outputs do not remember which one ran between."""
     batch = some_images(4)
-    first = EXECUTOR.execute(0, batch)
-    EXECUTOR.execute(LARGEST, batch)
+    first = usual().execute(0, batch)
+    usual().execute(LARGEST, batch)
 
-    assert np.array_equal(EXECUTOR.execute(0, batch), first)
+    assert np.array_equal(usual().execute(0, batch), first)
 
 
 def test_warming_up_answers_nothing_and_breaks_nothing() -> None:
     """After a warm-up the outputs are as before."""
     batch = some_images(1)
-    before = EXECUTOR.execute(0, batch)
-    EXECUTOR.warm_up()
+    before = usual().execute(0, batch)
+    usual().warm_up()
 
-    assert np.array_equal(EXECUTOR.execute(0, batch), before)
+    assert np.array_equal(usual().execute(0, batch), before)
 
 
 def test_packed_slices_and_views_answer_alike() -> None:
@@ -179,13 +183,13 @@ def test_without_statistics_small_subnets_guess() -> None:
 def test_a_bad_batch_is_refused(batch: np.ndarray[Any, Any], message: str) -> None:
     """The error says what was expected of the batch."""
     with pytest.raises(InvalidQueryError, match=message):
-        EXECUTOR.execute(0, batch)
+        usual().execute(0, batch)
 
 
 def test_a_row_that_is_not_hosted_is_refused() -> None:
     """The error gives the rows there are."""
     with pytest.raises(ConfigError, match="subnet: expected a row from 0"):
-        EXECUTOR.execute(LARGEST + 1, some_images(1))
+        usual().execute(LARGEST + 1, some_images(1))
 
 
 @pytest.mark.parametrize(
@@ -211,10 +215,10 @@ def test_a_lower_precision_answers_nearly_alike() -> None:
     lower = loaded(precision="bfloat16")
     batch = np.asarray(digits_data().held_out.inputs[:256])
 
-    assert (EXECUTOR.precision, lower.precision) == ("float32", "bfloat16")
+    assert (usual().precision, lower.precision) == ("float32", "bfloat16")
     alike = lower.execute(LARGEST, batch).argmax(1) == loaded().execute(LARGEST, batch).argmax(1)
     assert alike.mean() > 0.98
-    assert lower.fingerprint != EXECUTOR.fingerprint
+    assert lower.fingerprint != usual().fingerprint
 
 
 def test_an_error_that_is_not_a_number_is_infinite() -> None:
@@ -364,9 +368,9 @@ def test_fingerprints_tell_what_decides_answers(tmp_path: Path) -> None:
     tensors["head.bias"] += 1
     save_file(tensors, other)
 
-    assert loaded(weights=str(copy)).fingerprint == loaded().fingerprint == EXECUTOR.fingerprint
+    assert loaded(weights=str(copy)).fingerprint == loaded().fingerprint == usual().fingerprint
     others = [loaded(weights=str(other)), loaded(subnets=SUBNETS[1:]), loaded(statistics=None)]
-    assert len({EXECUTOR.fingerprint, *(one.fingerprint for one in others)}) == 4
+    assert len({usual().fingerprint, *(one.fingerprint for one in others)}) == 4
 
 
 def test_random_weights_are_the_same_everywhere() -> None:
@@ -374,7 +378,7 @@ def test_random_weights_are_the_same_everywhere() -> None:
     before = torch.random.get_rng_state()
     first, second = (loaded(weights="random", statistics=None) for _ in range(2))
 
-    assert first.fingerprint == second.fingerprint != EXECUTOR.fingerprint
+    assert first.fingerprint == second.fingerprint != usual().fingerprint
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

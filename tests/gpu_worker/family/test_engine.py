@@ -266,6 +266,7 @@ def test_a_model_whose_rows_depend_on_each_other_is_refused(kind: str, tmp_path:
     elif kind == "pt2":
         models.exported(tmp_path / model, TrainedNorm())
     path = written(tmp_path, f'name: bad, model: "{model}", accuracy: 1', head=INPUT)
+    torch.manual_seed(0)  # chance may drop the same outputs in two runs, and then another check refuses it
 
     with pytest.raises(
         ConfigError, match=r"member 'bad': .* its rows depend on each other or on chance; was it"

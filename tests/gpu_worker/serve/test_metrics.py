@@ -97,4 +97,4 @@ def test_every_metric_of_the_table_is_exported_and_what_is_unknown_is_absent() -
     assert all(helps.values())
     assert values["utilisation_ratio",] == 0.5
     assert ("temperature_celsius",) not in values
-    assert [values["link", link.value] for link in LinkState] == [0, 1, 0, 0]
+    assert [values["link", link.value] for link in LinkState] == [0, 1, 0, 0, 0]

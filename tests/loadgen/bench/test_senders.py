@@ -10,8 +10,8 @@ import pytest
 
 from loadgen.bench import table as bench
 from loadgen.bench.senders.offer import offer_singly
+from loadgen.live.records import SenderPlan
 from loadgen.live.run import Emulation, emulated
-from loadgen.live.sender import SenderPlan
 from loadgen.traces.trace import load_trace
 from superserve.clock import MS
 

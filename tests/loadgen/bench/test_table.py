@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadgen.bench import table as bench
-from loadgen.bench.rows.calls import wide_profile
+from loadgen.bench.rows.calls import decision_us, wide_profile
 from loadgen.bench.rows.row import BenchRow
 from loadgen.study.rate_search import Bounds, Probe, confirmed, highest_rate, undisturbed
+from profiles.table import load_profile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -160,8 +161,15 @@ def test_gpus_come_with_the_rate() -> None:
     assert bench.n_gpus(40_000) == 34
 
 
+@pytest.mark.parametrize("policy", ["planfit", "slackfit"])
+def test_a_decision_takes_some_microseconds(policy: str) -> None:
+    """The measurement of a row, in two rounds of a thousand decisions: of a policy that sees demand, too."""
+    assert decision_us(policy, load_profile("cnn-8gpu-modelled"), n_rounds=2) > 0
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("name", ["policy_decision_us", pytest.param("actuation_us", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["policy_decision_us", "actuation_us"])
 def test_single_calls_are_measured(name: str, tmp_path: Path) -> None:
     """The command writes the row's file and prints it."""
     result = CliRunner().invoke(bench.cli, ["--only", name, "--out", str(tmp_path)])

@@ -57,6 +57,7 @@ def failed(output: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_the_demo_serves_each_policy_and_every_answer_is_what_it_says(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import zmq
 
+from loadgen.live.records import COLUMNS, Records
 from loadgen.live.run import RunSettings, run_trace, summarise
-from loadgen.live.sender import COLUMNS, Records
 from loadgen.live.sink import Sink, sink_server
 from loadgen.traces.trace import Trace, load_trace
 from superserve.clock import MS

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from loadgen.cli import cli
 from loadgen.live.progress import HEADER, Second, Seconds, Watch
+from loadgen.live.records import LIVE_ROW, UNANSWERED
 from loadgen.live.run import Emulation, RunSettings, run_emulated
-from loadgen.live.sender import LIVE_ROW, UNANSWERED
 from loadgen.results.histogram import Histogram
 from loadgen.results.result import load_run, quantile_ns
 from loadgen.results.tables import table

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadgen.live.coordinator import Offering, deal, merge
+from loadgen.live.records import COLUMNS, UNANSWERED, SenderPlan
 from loadgen.live.run import Emulation, RunSettings, emulated, run_emulated, run_trace, summarise
-from loadgen.live.sender import COLUMNS, UNANSWERED, SenderPlan
 from loadgen.results.result import OUTCOMES, load_run
 from loadgen.results.run import in_time
 from loadgen.traces.trace import Trace, load_trace

@@ -15,8 +15,9 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loadgen.live.records import COLUMNS, UNANSWERED, Records, SenderPlan
 from loadgen.live.run import summarise
-from loadgen.live.sender import COLUMNS, UNANSWERED, BulkTarget, Records, Sender, SenderPlan
+from loadgen.live.sender import BulkTarget, Sender
 from loadgen.traces.trace import Trace
 from superserve.net.connection import Connection
 from superserve.wire import Kind, Queries, Status
@@ -199,7 +200,7 @@ def test_the_first_answers_import_nothing() -> None:
     """In mid-run an import stops the sender for 8 to 20 ms; what it needs is there before."""
     code = (
         "import sys\n"
-        "from loadgen.live.sender import Records\n"
+        "from loadgen.live.records import Records\n"
         "from superserve.wire import Group\n"
         "records, before = Records(8), set(sys.modules)\n"
         "for i in range(2):\n"

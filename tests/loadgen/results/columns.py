@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loadgen.live.records import UNANSWERED
 from loadgen.live.run import summarise
-from loadgen.live.sender import UNANSWERED
 from loadgen.results.run import Run
 from loadgen.traces.trace import Trace
 from superserve.wire import Status

@@ -215,7 +215,7 @@ def test_a_wrong_field_is_an_error_that_names_it(field: str, value: Any, tmp_pat
 
 OPTIONAL = (
     "disturbed", "partial", "reasons", "timeline", "environment", "calibration", "quantiles", "generators",
-    "gaps",
+    "gaps", "lanes",
 )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loadgen.live.records import UNANSWERED
 from loadgen.live.run import count_outcomes
-from loadgen.live.sender import UNANSWERED
 from loadgen.results.result import OUTCOMES
 from loadgen.results.run import in_time
 from loadgen.results.timeline import AIM_BINS, MIN_BIN_NS, RunTimeline, bin_ns, timeline_from, timeline_of

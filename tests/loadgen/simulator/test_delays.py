@@ -25,6 +25,7 @@ CNN = load_profile("cnn-8gpu-modelled")
 
 @pytest.mark.e2e
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(180)
 @judged_live
 def test_a_live_run_and_its_simulation_agree(tmp_path: Path) -> None:
@@ -32,9 +33,10 @@ def test_a_live_run_and_its_simulation_agree(tmp_path: Path) -> None:
 
     Wider than what `python -m loadgen.study.agreement` holds runs of 20 s to: this one is short.
     """
-    trace = load_trace("poisson:rate=5000", duration_s=4.0, seed=1)
+    # As much for each GPU as eight get of 5,000 q/s, and a quarter of the work for sender and router.
+    trace = load_trace("poisson:rate=1250", duration_s=4.0, seed=1)
 
-    found = agreement(trace, Emulation("cnn-8gpu-modelled", 8, folder=tmp_path, record=True), 36 * MS)
+    found = agreement(trace, Emulation("cnn-8gpu-modelled", 2, folder=tmp_path, record=True), 36 * MS)
 
     attainment, accuracy = differences(found.live, found.like)
     assert abs(attainment) < 0.02, "\n".join(found.lines())

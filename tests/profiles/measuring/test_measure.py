@@ -183,6 +183,27 @@ def test_few_rounds_share_their_tail() -> None:
     assert len(set(shared.flatten().tolist())) == 1
 
 
+def test_a_stall_in_a_short_cell_is_no_ratio_of_a_long_one() -> None:
+    """Stalls of 15 ms, 150 times what the small subnet takes, are 15 ms of a large one of 18, not seconds."""
+    samples = np.tile(np.array([[100_000], [18 * MS]]), (20, 1, 1))
+    samples[3, 0, 0] += 15 * MS
+    samples[9, 0, 0] += 15 * MS
+
+    (small,), (large,) = percentile_99(samples).tolist()
+    assert small == 100_000 + 15 * MS
+    assert large == 18 * MS + 15 * MS
+
+
+def test_a_long_cell_does_not_lengthen_the_tail_of_a_short_one() -> None:
+    """Where all cells vary in proportion, a tail is that proportion, not the milliseconds of the longest."""
+    samples = np.tile(np.array([[100_000], [18 * MS]]), (20, 1, 1))
+    samples[5:8] *= 2
+
+    (small,), (large,) = percentile_99(samples).tolist()
+    assert small == 200_000
+    assert large == 36 * MS
+
+
 @pytest.mark.parametrize("batch_sizes", [(), (0, 1), (2, 1), (1, 1)])
 def test_batch_sizes_ascend(batch_sizes: tuple[int, ...]) -> None:
     """A setting refuses sizes that could not head a profile's columns."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
-from router.core.events import Finished
-from router.core.settings import CoreSettings
+from router.core.events import CoreSettings, Finished
 from superserve.clock import MS
 from superserve.wire import VARIED, Done, Status
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from profiles.table import Profile
     from router.core.edf import Cohort
-    from router.core.settings import CoreSettings
+    from router.core.events import CoreSettings
     from router.core.workers import Worker
     from router.policies import Policy
     from superserve.wire import Message

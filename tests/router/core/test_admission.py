@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.core.events import ClientJoined, DrainRouter
-from router.core.settings import CoreSettings
+from router.core.events import ClientJoined, CoreSettings, DrainRouter
 from superserve.wire import Status
 from tests.router.core.harness import CNN, World
 from tests.router.core.test_core import make_world

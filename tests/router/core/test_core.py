@@ -10,7 +10,7 @@ from superserve.wire import Status
 from tests.router.core.harness import CNN, World, ids_of
 
 if TYPE_CHECKING:
-    from router.core.settings import CoreSettings
+    from router.core.events import CoreSettings
 
 OK, LATE, EXPIRED, INFEASIBLE = Status.OK, Status.LATE, Status.EXPIRED, Status.INFEASIBLE
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from router.policies.planfit import PlanFit
 from superserve.clock import MS
 from superserve.wire import Status
 from tests.router.core.harness import CNN, Gpu, World
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from profiles.table import Profile
     from router.core.events import Dispatch
     from router.core.workers import Worker
+    from router.policies import Choice, QueueView, Shed, WorkerView
 
 OK, LATE, EXPIRED, INFEASIBLE = Status.OK, Status.LATE, Status.EXPIRED, Status.INFEASIBLE
 
@@ -133,3 +135,37 @@ def test_a_router_decides_as_far_ahead_as_it_comes_late(late_ns: int, lead_ns: i
 
     worker = world.worker("w0")
     assert world.core.slack.decide_ns(worker) == worker.free_at_ns - worker.transport.median_ns - lead_ns
+
+
+class Watcher(PlanFit):
+    """Keeps what it is shown of the worker, decision by decision."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__(profile)
+        self.seen: list[WorkerView] = []
+
+    def choose(self, queue: QueueView, worker: WorkerView, now_ns: int) -> Choice | Shed | None:
+        """Keep a copy, and decide as PlanFit does."""
+        self.seen.append(dataclasses.replace(worker))
+        return super().choose(queue, worker, now_ns)
+
+
+def test_a_policy_sees_the_turnaround_and_whether_it_is_pressed() -> None:
+    """A head that the worst way leaves nothing, and the usual one enough, is asked about twice."""
+    policy = Watcher(CNN)
+    world = World(make_policy=lambda _: policy)
+    world.join("w", CNN)
+    for _ in range(40):
+        world.submit(36.0)
+        world.run(40)
+    assert not any(view.is_pressed for view in policy.seen)
+    assert policy.seen[-1].turnaround_ns == world.worker("w").transport.median_ns > 0
+    policy.seen.clear()
+    alone_ms = CNN.latency_p99_ns(0, 1) / MS
+    (id_,) = world.submit(alone_ms + 0.8)
+    world.run(40)
+    calm, pressed = policy.seen
+    assert not calm.is_pressed
+    assert pressed.is_pressed
+    assert pressed.allowance_ns < calm.allowance_ns
+    assert world.status(id_) is OK

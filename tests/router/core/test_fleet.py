@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.core.events import (
+    CoreSettings,
     Dispatch,
     DrainWorker,
     Fence,
@@ -14,7 +15,6 @@ from router.core.events import (
     WorkerHeard,
     WorkerLeft,
 )
-from router.core.settings import CoreSettings
 from router.core.workers import PeerState, WorkerState
 from superserve.clock import MS
 from superserve.errors import ConfigError, WireError

@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from router.core.events import DrainWorker
-from router.core.settings import CoreSettings
+from router.core.events import CoreSettings, DrainWorker
 from router.policies.demandfit import DemandFit
 from router.policies.planfit import PlanFit
 from router.policies.slackfit import SlackFit

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from profiles.table import load_profile
 from router.core.estimates import RecentQuantiles
+from router.core.events import CoreSettings
 from router.core.ledger import ClientState
-from router.core.settings import CoreSettings
 from router.core.slack import Slack
 from router.core.workers import Peer, Worker
 from router.policies.slackfit import SlackFit
@@ -77,9 +77,18 @@ def test_the_way_back_to_the_router_is_nearly_the_worst_and_the_margin() -> None
 def test_the_way_back_to_a_client_adds_what_its_messages_took() -> None:
     """Nearly at worst: its own 99th percentile after a hundred messages, before that as all vary."""
     back_ns = SLACK.back_ns(make_worker())
+    of_all = RecentQuantiles([50_000] * 15 + [450_000])
 
+    assert SLACK.way_back_ns(make_worker(), make_client(100, of_all)) == back_ns + 2 * RETURN_NS
+    assert SLACK.way_back_ns(make_worker(), make_client(99, of_all)) == back_ns + RETURN_NS + 400_000
+
+
+def test_the_way_back_to_a_client_of_few_messages_varies_as_the_ways_to_workers_do() -> None:
+    """By half of what those vary, there and back, if that is more than all clients' ways do."""
+    back_ns, half_ns = SLACK.back_ns(make_worker()), (BOUND_NS - MEDIAN_NS) // 2
+
+    assert SLACK.way_back_ns(make_worker(), make_client(99)) == back_ns + RETURN_NS + half_ns
     assert SLACK.way_back_ns(make_worker(), make_client(100)) == back_ns + 2 * RETURN_NS
-    assert SLACK.way_back_ns(make_worker(), make_client(99)) == back_ns + RETURN_NS + 200_000
 
 
 def test_the_usual_way_back_has_no_margin() -> None:

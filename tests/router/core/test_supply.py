@@ -188,3 +188,27 @@ def test_the_supply_is_the_sum_whatever_happens(data: st.DataObject) -> None:
     world.run(210)
     check(world)
     assert world.core.fleet.supply.busy(world.now_ns) == 0.0
+
+
+@pytest.mark.parametrize(("way_ms", "least_ms", "most_ms"), [(0.2, 0.0, 0.2), (9.0, 2.0, 9.0)])
+def test_gaps_are_measured_where_ways_are_longer_than_batches(
+    way_ms: float, least_ms: float, most_ms: float
+) -> None:
+    """A GPU holds one batch beside the one that runs: the next comes no sooner than a report and its way."""
+    world = World(make_policy=PlanFit, way_ns=round(way_ms * MS))
+    world.join("w0", CNN)
+    for _ in range(300):
+        world.submit(*[90.0] * 4)
+        world.run(2)
+    gap_ms = world.core.fleet.supply.gap_ns / MS
+    assert least_ms <= gap_ms <= most_ms
+
+
+def test_a_gpu_that_waits_for_queries_has_no_gap() -> None:
+    """It idles for 60 ms between two batches, but each was sent when its query came."""
+    world = World(make_policy=PlanFit)
+    world.join("w0", CNN)
+    for _ in range(100):
+        world.submit(36.0)
+        world.run(60)
+    assert world.core.fleet.supply.gap_ns == 0.0

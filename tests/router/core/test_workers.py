@@ -315,11 +315,11 @@ def test_the_worst_way_is_known_once_many_are_measured() -> None:
     unknown_ns = peer.worst_way_ns
     assert unknown_ns > 1_000_000 * MS
 
-    for i in range(1, 113):
+    for i in range(1, 121):
         assert peer.worst_way_ns == unknown_ns
         peer.sample_way(3 * MS if i == 50 else MS, now_ns=i * MS)
     assert peer.worst_way_ns == 3 * MS
 
     for i in range(1, 111):
-        peer.sample_way(MS, now_ns=(112 + 100 * i) * MS)
+        peer.sample_way(MS, now_ns=(120 + 100 * i) * MS)
     assert peer.worst_way_ns == MS

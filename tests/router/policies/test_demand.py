@@ -68,3 +68,17 @@ def test_whatever_arrives_the_figures_stay_sane(arrivals: list[tuple[float, int,
     demand = fed(*arrivals)
     assert 0 <= demand.rate < float("inf")
     assert 0 <= demand.slack_ns < float("inf")
+
+
+def test_a_rate_that_has_just_begun_is_no_small_rate() -> None:
+    """After a fifth of a patience, 24 queries a millisecond count as at least 15 of them, not as 5."""
+    demand = fed((1, 24, 36), *[(1.0, 24, 36.0)] * 8)
+    (kind,) = demand.classes.values()
+    assert 15 < kind.rate * MS < 24
+    assert demand.calm_rate == kind.rate
+    # After some patiences it is what comes.
+    fed(*[(1.0, 24, 36.0)] * 300, demand=demand, from_ms=9)
+    assert demand.calm_rate * MS == pytest.approx(24, rel=0.01)
+    # A hundred at once are not yet a rate of a hundred a millisecond, and three are no rate at all.
+    assert fed((1, 100, 36), (1.0, 0, 0)).calm_rate * MS < 20
+    assert fed((1, 3, 36), (1.0, 0, 0)).calm_rate * MS < 0.1

@@ -127,3 +127,29 @@ def test_what_is_noted_is_forgotten_though_no_policy_asks() -> None:
         supply.note(paces[i % 3], i * MS + 10_000 * MS)
     assert len(supply._ends) < 200
     assert supply.busy(14_990 * MS) == pytest.approx((7 + 8 + 9) * MS * FULL, rel=1e-6)
+
+
+def test_a_gap_is_the_mean_of_what_reports_say() -> None:
+    """Reports that were under way for longer or shorter cancel out; a stall counts as one batch."""
+    supply = Supply()
+    assert supply.gap_ns == 0.0
+    for way_ms in (-3, 1, 5, 1) * 300:
+        supply.idled(way_ms * MS, 8 * MS)
+    assert supply.gap_ns == pytest.approx(1 * MS, rel=0.1)
+    before_ns = supply.gap_ns
+    supply.idled(10_000 * MS, 8 * MS)
+    assert supply.gap_ns < before_ns + 0.05 * MS
+    # Reports that come early on average are no gap.
+    for _ in range(2_000):
+        supply.idled(-MS, 8 * MS)
+    assert supply.gap_ns == 0.0
+
+
+def test_a_first_gap_counts_for_little() -> None:
+    """It may be a whole way off: 17 batches are to agree before half of it is believed."""
+    supply = Supply()
+    supply.idled(4 * MS, 8 * MS)
+    assert 0 < supply.gap_ns < 0.3 * MS
+    for _ in range(16):
+        supply.idled(4 * MS, 8 * MS)
+    assert supply.gap_ns == pytest.approx(2 * MS, rel=0.1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zmq
 
+from loadgen.study.explain.flight import FlightReader
 from router.serve.loop import RouterServer, ServerSettings
 from superserve import Client, wire
 from superserve.errors import ConfigError, UnansweredError
@@ -70,6 +71,24 @@ def net() -> Iterator[Net]:
     net = Net()
     yield net
     net.close()
+
+
+def test_only_an_operators_key_reads_the_flight_record(router: RoleProcess, folder: Path) -> None:
+    """It has every client's queries. STATUS, which has none of them, is for every client."""
+    endpoint = router.ready["client"]
+    reader = FlightReader(endpoint, folder / "operator.key")
+    try:
+        assert reader.ask({"since": -1})[1] is not None
+    finally:
+        reader.close()
+    reader = FlightReader(endpoint, folder / "clients" / "web.key")
+    try:
+        for asked in ({"since": -1}, {"river": True}):
+            with pytest.raises(ConfigError, match=f"{endpoint}: flight record: expected an operator's key"):
+                reader.ask(asked)
+    finally:
+        reader.close()
+    assert ask_status(endpoint, WAIT_S, keys=folder / "clients" / "web.key") is not None
 
 
 class KeyedPeer(Peer):

@@ -10,8 +10,7 @@ from click.testing import CliRunner
 
 from loadgen.cli import cli as loadgen
 from router.cli import cli as router
-from router.core.events import CancelAsked, ClientJoined, DrainRouter, WorkerLeft
-from router.core.settings import CoreSettings
+from router.core.events import CancelAsked, ClientJoined, CoreSettings, DrainRouter, WorkerLeft
 from router.serve.recording import Recorder, replay
 from superserve.errors import ConfigError
 from superserve.wire import Cancel

@@ -339,7 +339,7 @@ def test_a_failure_of_our_own_ends_every_query(router: FakeRouter, monkeypatch: 
         async with connected(router) as client:
             asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
             future = client.submit(b"image", slo_ms=SLO_MS)
-            monkeypatch.setattr(client._session, "outbound", lambda _: 1 / 0)
+            monkeypatch.setattr(client._session, "outbound_to", lambda _: 1 / 0)
             with pytest.raises(UnansweredError, match=r"the client failed: ZeroDivisionError"):
                 await future
             with pytest.raises(DrainingError):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from superserve.client.checks import MAX_PAYLOAD_BYTES
 from superserve.client.options import checked_accuracy, checked_priority, checked_slo
-from superserve.client.session import MAX_PAYLOAD_BYTES, Session
+from superserve.client.session import Session
 from superserve.errors import InvalidQueryError
 from superserve.subnet import TensorSpec
 from superserve.wire import MAX_SLACK_NS

@@ -28,7 +28,8 @@ from superserve.errors import (
     UsageError,
     WorkerLostError,
 )
-from superserve.wire import Cancel, Control, Kind, Queries, Results, Status
+from superserve.wire import TRACED, Cancel, Control, Kind, Queries, Results, Status
+from superserve.wire.traceparent import parsed, unpacked
 from tests.superserve.client.fakes import WAIT_S, FakeRouter, group, ids_of, poll
 
 if TYPE_CHECKING:
@@ -197,6 +198,23 @@ def test_options_travel_with_their_query(client: Client, router: FakeRouter) -> 
     assert np.frombuffer(queries.min_accuracy, "<f4").tolist() == [75.5]
     assert queries.priority == b"\x03"
     assert not queries.resubmitted
+
+
+def test_a_trace_context_travels_with_its_query(client: Client, router: FakeRouter) -> None:
+    """A malformed one is ignored and counted; without any, a message has no bytes more than before."""
+    text = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    client.submit(b"image", slo_ms=SLO_MS)
+    assert router.expect(Queries).traced is None
+    client.submit(b"image", slo_ms=SLO_MS, traceparent=text.upper())
+    assert router.expect(Queries).traced is None
+    assert client.ignored_traceparents == 1
+    client.submit(b"image", slo_ms=SLO_MS, traceparent=text)
+    traced = router.expect(Queries).traced
+
+    assert traced is not None
+    ((index, context),) = TRACED.iter_unpack(traced)
+    assert (index, unpacked(context)) == (0, parsed(text))
+    assert client.ignored_traceparents == 1
 
 
 def test_an_answer_that_comes_twice_counts_once(client: Client, router: FakeRouter) -> None:

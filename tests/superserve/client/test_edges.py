@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from superserve.client.futures import QueryFuture, settle
+from superserve.client.outgoing import FRAMED_BYTES
 from superserve.client.reply import Answers, Reply
-from superserve.client.session import FRAMED_BYTES, GRACE_NS, PROBE_NS, QUIET_NS, Session
+from superserve.client.session import GRACE_NS, PROBE_NS, QUIET_NS, Session
 from superserve.errors import QueryError, UnansweredError
 from superserve.subnet import TensorSpec
 from superserve.wire import MAX_QUERIES, Cancel, Queries, Status
@@ -91,7 +92,7 @@ def test_only_what_is_new_is_sent(settled: World) -> None:
 
 def test_many_small_queries_are_split_by_number() -> None:
     """No message holds more than the wire allows, and none is lost between two."""
-    limits = {"max_outstanding": MAX_QUERIES + 3, "max_bytes": 0}
+    limits: Any = {"max_outstanding": MAX_QUERIES + 3, "max_bytes": 0}
     session: Session[FakeQuery] = Session(threading.RLock(), "no router", **limits)
     session.welcomed(1)
     for _ in range(MAX_QUERIES + 3):

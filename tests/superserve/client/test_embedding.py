@@ -165,7 +165,7 @@ def test_an_interrupted_infer_cancels_its_query(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failure_of_the_thread_ends_every_query(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """No future is left waiting, whatever breaks."""
-    monkeypatch.setattr(client._session, "outbound", lambda _: 1 / 0)
+    monkeypatch.setattr(client._session, "outbound_to", lambda _: 1 / 0)
     future = client.submit(b"image", slo_ms=SLO_MS)
 
     with pytest.raises(UnansweredError, match="I/O thread failed: ZeroDivisionError"):
@@ -212,7 +212,7 @@ def test_what_is_written_after_the_last_look_wakes() -> None:
     """A thread writes its wake-up late: reading it must not swallow the next thread's."""
     wake_fd, socket_fd = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
     try:
-        sleeper = Sleeper(socket_fd, wake_fd)
+        sleeper = Sleeper([socket_fd], wake_fd)
         sleeper.is_told = True
         sleeper.clear()
         assert sleeper.is_told, "not written yet: to be read later"
@@ -236,7 +236,7 @@ def test_sleeping_works_with_any_descriptor(*, is_high: bool) -> None:
     low = os.eventfd(0, os.EFD_NONBLOCK)
     wake_fd = fcntl.fcntl(low, fcntl.F_DUPFD, 1_100) if is_high else os.dup(low)
     try:
-        sleeper = Sleeper(low, wake_fd)
+        sleeper = Sleeper([low], wake_fd)
         began_ns = time.monotonic_ns()
         sleeper.sleep(began_ns + 2_000_000)
         assert time.monotonic_ns() - began_ns >= 2_000_000

@@ -15,7 +15,7 @@ import pytest
 
 import superserve
 from loadgen.live.run import Emulation, emulated
-from superserve.client import session
+from superserve.client import checks, outgoing, session
 from superserve.client.aio import AsyncClient
 from superserve.client.client import Client
 from superserve.errors import QueryError, SuperServeError, UsageError
@@ -192,8 +192,8 @@ def test_every_error_has_its_row() -> None:
         (r"one message every ([\d.]+) ms", session.SPACING_NS / MS),
         (r"\(([\d,]+) queries without an answer", Client(ENDPOINT)._session.max_outstanding),
         (r"\((\d+) GiB of payloads", Client(ENDPOINT)._session.max_bytes / (1 << 30)),
-        (r"below (\d+) KiB", session.FRAMED_BYTES / 1024),
-        (r"longer than (\d+) MiB", session.MAX_PAYLOAD_BYTES / (1 << 20)),
+        (r"below (\d+) KiB", outgoing.FRAMED_BYTES / 1024),
+        (r"longer than (\d+) MiB", checks.MAX_PAYLOAD_BYTES / (1 << 20)),
     ],
 )
 def test_every_number_on_the_page_is_the_codes(pattern: str, value: float) -> None:

@@ -11,18 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from superserve.client.checks import MAX_PAYLOAD_BYTES
+from superserve.client.outgoing import FRAMED_BYTES, PACKED_BYTES
 from superserve.client.reply import Answers, Reply
-from superserve.client.session import (
-    FRAMED_BYTES,
-    GRACE_NS,
-    HOPELESS_NS,
-    MAX_PAYLOAD_BYTES,
-    MAX_SENDS,
-    PACKED_BYTES,
-    PROBE_NS,
-    QUIET_NS,
-    Session,
-)
+from superserve.client.session import GRACE_NS, HOPELESS_NS, MAX_SENDS, PROBE_NS, QUIET_NS, Session
 from superserve.errors import CancelledQueryError, DrainingError, OverloadedError, QueryError, UnansweredError
 from superserve.net import sockets
 from superserve.subnet import TensorSpec
@@ -42,6 +34,7 @@ class FakeQuery:
     submitted_ns: int = 0
     min_accuracy: float = 0.0
     priority: int = 0
+    trace: bytes = b""
     query_id: int = 0
     n_sends: int = 0
     n_bytes: int = 0
@@ -55,7 +48,7 @@ class World:
     """A session, its clock, and a router that remembers what it was sent."""
 
     def __init__(self, **bounds: int) -> None:
-        limits = {"max_outstanding": 10_000, "max_bytes": 1 << 40} | bounds
+        limits: Any = {"max_outstanding": 10_000, "max_bytes": 1 << 40} | bounds
         self.session: Session[FakeQuery] = Session(threading.RLock(), "no router answers at HERE", **limits)
         self.now_ns = 0
         self.heard_ns = 0

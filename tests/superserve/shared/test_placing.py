@@ -16,8 +16,8 @@ from superserve.shared import placing as module
 from superserve.shared.foreign import ForeignMemory
 from superserve.shared.offers import VARIABLE, MemoryAnswer, is_allowed
 from superserve.shared.owned import OwnedMemory
-from superserve.shared.placing import FORGOTTEN_NS, SHARED_BYTES, PayloadPlacing
-from superserve.wire import VARIED, Group, Queries, Results, lengths_of, uint64s
+from superserve.shared.placing import FORGOTTEN_NS, SHARED_BYTES, PayloadPlacing, _part
+from superserve.wire import TRACED, VARIED, Group, Queries, Results, lengths_of, uint64s
 from tests.effort import examples
 from tests.superserve.shared.descriptors import open_descriptors
 
@@ -122,6 +122,17 @@ def test_what_does_not_fit_travels_in_frames() -> None:
         whole = array(fmt, getattr(message(range(12), payloads), column)).tolist()
         assert [*values[0], *values[1]] == whole
     shared.placing.close()
+
+
+def test_trace_contexts_stay_with_their_queries_when_a_message_is_cut() -> None:
+    """Indices count from the part's first query."""
+    cut = message([1, 2, 3, 4], [b"x" * 8] * 4)
+    cut.traced = b"".join([TRACED.pack(i, bytes([i]) * 28) for i in (0, 2, 3)])
+
+    parts = [_part(cut, 0, 2), _part(cut, 1, 2), _part(cut, 2, 4)]
+
+    found = [None if one.traced is None else list(TRACED.iter_unpack(one.traced)) for one in parts]
+    assert found == [[(0, bytes(28))], None, [(0, b"\2" * 28), (1, b"\3" * 28)]]
 
 
 def test_packed_payloads_are_placed_one_by_one() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 
 from superserve import wire
-from superserve.wire import VARIED, Kind, Status
+from superserve.wire import VARIED, Kind, Pong, Status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +57,13 @@ def shared(draw: st.DrawFn, n: int) -> wire.SharedPayloads | None:
 
 
 @st.composite
+def traced(draw: st.DrawFn, n: int) -> bytes | None:
+    """Draw the trace contexts of some of n queries; None for none."""
+    indices = draw(st.lists(st.integers(0, n - 1), unique=True).map(sorted))
+    return b"".join([wire.TRACED.pack(i, draw(st.binary(min_size=28, max_size=28))) for i in indices]) or None
+
+
+@st.composite
 def queries(draw: st.DrawFn) -> wire.Queries:
     """Draw a QUERIES message."""
     n = draw(st.integers(1, 6))
@@ -76,6 +84,7 @@ def queries(draw: st.DrawFn) -> wire.Queries:
         priority=draw(st.none() | columns("B", U8, n)),
         resubmitted=draw(st.booleans()),
         shared=elsewhere,
+        traced=draw(traced(n)),
     )
 
 
@@ -278,7 +287,7 @@ def extended(
         fields[stride_at] += len(row)
         known = fixed.pack(*fields)
     if tagged is not None:
-        numbered = enumerate(tagged, start=2)
+        numbered = enumerate(tagged, start=3)
         columns = b"".join(struct.pack("<H2xI", tag, len(data)) + data for tag, data in numbered)
         at = len(body) - (n_buffer_bytes(message) if flags & GATHERED else 0)
         body = body[:at] + struct.pack("<I", len(columns)) + columns + body[at:]
@@ -291,9 +300,13 @@ def extended(
 def extended_frames(draw: st.DrawFn, message: wire.Message) -> list[bytes]:
     """Draw a later release's form of a message."""
     has_columns = PRELUDE.unpack_from(frames_of(message)[0])[3] & EXTENDED
+    header = draw(st.binary(max_size=9))
+    if isinstance(message, Pong) and message.price is None:
+        # What comes later comes behind the price, so that a PONG without one then says that it has none.
+        header = struct.pack("<d", math.nan) + header
     return extended(
         message,
-        header=draw(st.binary(max_size=9)),
+        header=header,
         row=draw(st.binary(max_size=9)),
         tagged=None if has_columns else draw(st.none() | st.lists(st.binary(max_size=9), max_size=3)),
     )

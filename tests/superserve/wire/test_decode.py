@@ -299,6 +299,24 @@ def test_places_that_do_not_add_up_are_refused(column: bytes, says: str) -> None
         decode([PRELUDE.pack(magic, version, kind, flags | 128, header_bytes) + first[8:] + block])
 
 
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        (bytes(33), "traced: expected rows of 32 bytes, got 33 bytes"),
+        (struct.pack("<I28x", 2), "traced: expected ascending indices below 2, got 2"),
+        (struct.pack("<I28xI28x", 1, 0), "traced: expected ascending indices below 2, got 0"),
+        (struct.pack("<I28xI28x", 1, 1), "traced: expected ascending indices below 2, got 1"),
+    ],
+    ids=["torn", "beyond", "descending", "twice"],
+)
+def test_trace_contexts_that_do_not_add_up_are_refused(column: bytes, says: str) -> None:
+    """Each is that of one query of the message."""
+    message = wire.Queries(1, 0, 2, bytes(16), bytes(16), 0, [b""], traced=column)
+
+    with pytest.raises(WireError, match=says):
+        decode(frames_of(message))
+
+
 def test_a_message_without_places_needs_its_payloads() -> None:
     """An empty column of places stands for no payload: the frames must be there."""
     message = wire.Queries(1, 0, 2, bytes(16), bytes(16), 9, [], framed=True)

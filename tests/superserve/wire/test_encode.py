@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from superserve import wire
 from superserve.errors import WireError
-from superserve.wire import Kind, decode, encode
+from superserve.wire import Kind, Pong, decode, encode, layout
 from tests.effort import examples
 from tests.superserve.wire.messages import MESSAGES, frames_of
 
@@ -77,3 +77,18 @@ def test_large_outputs_ride_in_frames_of_their_own(n_groups: int) -> None:
     assert len(rest) == n_groups
     assert all(frame is output for frame in rest)
     assert decode([first, *rest]) == wire.Results(1, [group] * n_groups)
+
+
+@pytest.mark.parametrize("price", [None, 0.0, 0.75])
+def test_a_pong_may_state_a_price(price: float | None) -> None:
+    """Routers with others state it; a receiver that does not know it reads the rest."""
+    (frame,) = encode(Pong(5, 6, price))
+
+    assert decode([frame]) == Pong(5, 6, price)
+    assert len(frame) == layout.PRELUDE.size + (16 if price is None else 24)
+
+
+@pytest.mark.parametrize("price", [-1.0, float("nan"), float("inf")])
+def test_a_price_that_is_none_is_skipped(price: float) -> None:
+    """It is of no use to a worker, and no reason to drop the PONG."""
+    assert decode(encode(Pong(5, 6, price))) == Pong(5, 6)

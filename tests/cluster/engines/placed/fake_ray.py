@@ -106,6 +106,10 @@ class FakeActor:
         """Return the node's address."""
         return "10.0.0.1"
 
+    def ends(self) -> tuple[str, str]:
+        """Return where it is reached, as a router."""
+        return "tcp://10.0.0.1:5555", "tcp://10.0.0.1:5556"
+
     def state(self) -> dict[str, Any]:
         """Return that it runs."""
         return {
@@ -122,3 +126,7 @@ class FakeActor:
     def stop(self) -> None:
         """Drain."""
         self.is_stopping = True
+
+    def put(self, files: dict[str, bytes]) -> None:
+        """Take other files."""
+        self.files = files

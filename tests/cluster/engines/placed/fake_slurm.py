@@ -39,13 +39,13 @@ if name == "sbatch":
     (folder / "jobs" / str(number)).write_text(f"{{number}}|{{job}}|RUNNING|0:07|n{{number}}|None")
     print(number)
 elif name == "squeue":
-    wanted = [arg.partition("=")[2] for arg in args if arg.startswith("--name=")]
+    wanted = [name for arg in args if arg.startswith("--name=") for name in arg[7:].split(",")]
     for line in lines.values():
         _, job, state, _, node, _ = line.split("|", 5)
         if not wanted:
             print(line)
         elif job in wanted and state == "RUNNING":
-            print(node)
+            print(job + "|" + node)
 elif name == "scontrol" and "node" in args:
     print(f"NodeName={{args[-1]}} Arch=x86_64 NodeAddr=10.1.0.{{args[-1][1:]}} NodeHostName={{args[-1]}}")
 elif name == "scancel":

@@ -9,6 +9,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -40,7 +41,23 @@ hosts: [{{name: a, gpus: [4, 5]}}]
 def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     """Give a Ray without actors, and a state folder."""
     monkeypatch.setenv("SUPERSERVE_STATE", str(tmp_path / "state"))
+    _keep_values(monkeypatch)
     return FakeRay()
+
+
+def _keep_values(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
+    """Give Ray's control store; return what it holds."""
+    held: dict[bytes, bytes] = {}
+
+    def put(key: bytes, value: bytes, *, overwrite: bool) -> None:
+        assert overwrite
+        held[key] = value
+
+    store = SimpleNamespace(
+        _internal_kv_put=put, _internal_kv_get=held.get, _internal_kv_del=lambda key: held.pop(key, None)
+    )
+    monkeypatch.setitem(sys.modules, "ray.experimental", SimpleNamespace(internal_kv=store))
+    return held
 
 
 def _applied(tmp_path: Path, ray: FakeRay, more: str = "") -> tuple[RayEngine, dict[str, str], str]:
@@ -110,12 +127,12 @@ def test_actors_are_reported_where_they_are(tmp_path: Path, ray: FakeRay) -> Non
     assert (router.state, router.place) == ("RUNNING", "pid 7 on 10.0.0.1")
     assert gone.state == "STOPPED"
     assert (waiting.state, waiting.why) == ("STARTING", "Ray has not placed its actor, or restarts it")
-    assert engine.router_address() == "10.0.0.1"
+    assert engine.router_addresses() == {"router": "10.0.0.1"}
     assert engine.logs("router", 1) == ["two"]
     engine.scale("worker-a-1", 0)  # it has nothing to drain
     assert "worker-a-1" not in ray.actors
     with pytest.raises(ConfigError, match="no --follow with engine: ray"):
-        engine.start_reading("a", ["tail"])
+        engine.follow("router", 5)
 
 
 def test_a_router_is_pinned_to_a_node_that_there_is(tmp_path: Path, ray: FakeRay) -> None:
@@ -126,6 +143,27 @@ def test_a_router_is_pinned_to_a_node_that_there_is(tmp_path: Path, ray: FakeRay
     assert error == (
         "a: router: ray: router_node: expected a node of the cluster, one of 10.0.0.1, got '10.0.0.9'"
     )
+
+
+def test_other_settings_are_sent_and_outlive_the_actor(
+    tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The router's actor gets them now, and again if Ray starts it again; `down` forgets them."""
+    held = _keep_values(monkeypatch)
+    engine, _, _ = _applied(tmp_path, ray)
+    sent: list[dict[str, bytes]] = []
+    ray.actors["router"][0].put = sent.append
+
+    engine.tune(b'{"policy": "maxacc"}')
+
+    (files,) = sent
+    (settings,) = (content for name, content in files.items() if name.endswith("/router.json"))
+    assert settings == b'{"policy": "maxacc"}'
+    assert ray_actor.kept_files("default", "router") == files
+    ray.waiting.add("router")
+    engine.tune(b"{}")  # an actor without a place is no error: it takes what is kept
+    engine.gone(["router"])
+    assert held == {}
 
 
 def test_without_ray_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,22 +198,36 @@ class _Module:
     """Ray as an actor sees it: itself, and a router's actor."""
 
     def __init__(self) -> None:
-        self.address: str | None = "10.0.0.5"
+        self.routers: dict[str, str] = {"router": "10.0.0.5"}
         self.killed: list[Any] = []
         self.exceptions = FakeRay().exceptions
         self.util = FakeRay().util
+        self.util.list_named_actors = self._named
+
+    def _named(self, *, all_namespaces: bool) -> list[dict[str, str]]:
+        """Return the actors of this cluster, and of others."""
+        assert all_namespaces
+        ours = [*self.routers, "worker-a-0"]
+        found = [{"name": name, "namespace": "superserve-default"} for name in ours]
+        return [*found, {"name": "router", "namespace": "superserve-other"}]
 
     def get_actor(self, name: str, namespace: str) -> Any:
-        """Return the router."""
-        assert (name, namespace) == ("router", "superserve-default")
-        if self.address is None:
-            raise ValueError(name)
+        """Return a router."""
+        assert namespace == "superserve-default"
         return Handle(FakeRay(), name)
 
-    def get(self, asked: object, timeout: float) -> str | None:
-        """Return the router's address."""
-        del asked, timeout
-        return self.address
+    def wait(self, asked: list[Any], num_returns: int, timeout: float) -> None:
+        """Wait for nothing."""
+
+    def get(self, asked: tuple[Handle, str, tuple[Any, ...]], timeout: float) -> tuple[str, str]:
+        """Return where a router is reached."""
+        del timeout
+        handle, method, _ = asked
+        assert method == "ends"
+        if handle.name not in self.routers:
+            raise self.exceptions.RayActorError
+        address = self.routers[handle.name]
+        return f"tcp://{address}:5555", f"tcp://{address}:5556"
 
     def get_runtime_context(self) -> Any:
         """Return something with the actor itself."""
@@ -199,6 +251,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> _Module:
     """Give what `import ray` gives in an actor; looks for the router are quick."""
     module = _Module()
     monkeypatch.setitem(sys.modules, "ray", module)
+    _keep_values(monkeypatch)
     monkeypatch.setattr(ray_actor, "_LOOK_S", 0.05)
     monkeypatch.setattr(ray_actor, "_FIND_S", 0.05)
     return module
@@ -207,8 +260,8 @@ def module(monkeypatch: pytest.MonkeyPatch) -> _Module:
 def test_an_actor_holds_its_role(module: _Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for the router, follows it, gives the role its files, and ends for good once drained."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    module.address = None
-    argv = ("-c", _ROLE, "tcp://{router}:5556", "/f/files/a/keys/worker.key")
+    module.routers = {}
+    argv = ("-c", _ROLE, "{routers}", "/f/files/a/keys/worker.key")
     role = Started("worker-a-0", "worker", "a", argv, (), "", 0, sys.executable, 5.0)
     left = Path(tempfile.gettempdir()) / "superserve@default@worker-a-0@killed"
     other = Path(tempfile.gettempdir()) / "superserve@default@worker-a-0-1@lives"
@@ -219,7 +272,7 @@ def test_an_actor_holds_its_role(module: _Module, tmp_path: Path, monkeypatch: p
     assert not left.exists()
     other.rmdir()
 
-    module.address = "10.0.0.5"
+    module.routers = {"router": "10.0.0.5"}
     _until(lambda: actor.tail(1))
     _, address, key = actor.tail(1)[0].split()
     assert address == "tcp://10.0.0.5:5556"
@@ -229,7 +282,7 @@ def test_an_actor_holds_its_role(module: _Module, tmp_path: Path, monkeypatch: p
     first = actor.state()
     assert (first["state"], first["node"]) == ("RUNNING", "10.0.0.1")
 
-    module.address = "10.0.0.6"
+    module.routers = {"router": "10.0.0.6"}
     _until(lambda: "10.0.0.6" in actor.tail(1)[0])
     assert actor.state()["pid"] != first["pid"]
 
@@ -237,3 +290,25 @@ def test_an_actor_holds_its_role(module: _Module, tmp_path: Path, monkeypatch: p
     _until(lambda: module.killed)
     assert module.killed == ["me"]
     assert not os.path.exists(key)  # noqa: PTH110  the same
+
+
+def test_a_routers_actor_lists_the_others(
+    module: _Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At their nodes, with its own ports; the role reads the list again, and is not started again."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    module.routers = {"router-a-0": "10.0.0.9"}
+    ends = ("--client-endpoint", "tcp://0.0.0.0:5557", "--worker-endpoint", "tcp://0.0.0.0:5558")
+    argv = ("-c", _ROLE, *ends, "--routers", "{listed}")
+    role = Started("router-a-0", "router", "a", argv, (), "", 0, sys.executable, 5.0)
+    actor = RoleActor("default", asdict(role), "/f", {})
+    _until(lambda: actor.tail(1))
+    listed = Path(actor.tail(1)[0].split()[-1])
+    pid = actor.state()["pid"]
+
+    module.routers["router-b-0"] = "10.0.0.5"
+    _until(lambda: b"10.0.0.5:5556" in listed.read_bytes())
+    assert b"tcp://10.0.0.1:5557" in listed.read_bytes()
+    assert actor.state()["pid"] == pid
+    actor.stop()
+    _until(lambda: module.killed)

@@ -10,7 +10,8 @@ import pytest
 from cluster.engines.describe import describe
 from cluster.engines.placed import placing
 from cluster.engines.placed import slurm_commands as slurm
-from cluster.engines.placed.base import ROUTER_HOST, PlacedEngine
+from cluster.engines.placed.base import PlacedEngine
+from cluster.engines.placed.routing import LISTED, ROUTERS
 from cluster.engines.placed.slurm import SlurmEngine
 from cluster.remote import record as records
 from cluster.remote.shell import RemoteError
@@ -72,7 +73,7 @@ def test_each_role_is_a_job_of_its_own(fake: FakeSlurm, tmp_path: Path) -> None:
     assert not any("gres" in line for line in worker), "an emulated GPU is none"
     assert worker[-1].startswith("exec /py -P -m cluster.engines.placed.slurm_keeper")
     role = engine.last("worker-b-0")
-    assert f"tcp://{ROUTER_HOST}:5556" in role.argv
+    assert ROUTERS in role.argv
     assert role.argv[role.argv.index("--metrics-port") + 1] == "9501", "the workers of a node need two"
 
 
@@ -146,7 +147,28 @@ def test_the_router_is_found_where_its_job_runs(fake: FakeSlurm, tmp_path: Path)
     assert engine.record.client_endpoint == "tcp://10.1.0.1:5555"
     assert records.load("default") == engine.record
     fake.set(1, state="PENDING")
-    assert engine.router_address() == ""
+    assert engine.router_addresses() == {}
+
+
+def test_several_routers_are_jobs_and_a_further_one_restarts_nothing(fake: FakeSlurm, tmp_path: Path) -> None:
+    """Each has its own ports, and is found at its node; one that is taken away is forgotten, then drained."""
+    assert fake.calls == []
+    two = FILE.replace("router: {{host: a}}", "routers: [{{host: a}}, {{host: b}}]")
+    engine, done = _applied(tmp_path, two)
+
+    assert done["b"] == {"router-b-0": "started", "worker-b-0": "started"}
+    argv = engine.last("router-b-0").argv
+    assert "tcp://0.0.0.0:5557" in argv
+    assert argv[argv.index("--routers") + 1] == LISTED
+    assert engine.router_status() is None  # nothing answers there
+    assert engine.record.client_endpoint == "tcp://10.1.0.1:5555,tcp://10.1.0.2:5557"
+    engine.tune(b"{}")
+
+    _, done = _applied(tmp_path, two.replace("{{host: b}}]", "{{host: b}}, {{host: b}}]"))
+    assert done == {"a": {}, "b": {"router-b-1": "started"}}
+    engine, done = _applied(tmp_path, two)
+    assert done == {"a": {}, "b": {"router-b-1": "stopped"}}
+    assert not (tmp_path / "shared" / "roles" / "router-b-1.json").exists()
 
 
 def test_down_stops_the_router_first(fake: FakeSlurm, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +21,6 @@ from tests.paths import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.e2e
 
@@ -36,7 +36,7 @@ time.sleep(60)
 _KEEPER = """\
 import sys
 from cluster.engines.placed import slurm_keeper
-slurm_keeper._LOOK_S = {look_s}
+slurm_keeper._LOOK_S, slurm_keeper._LIST_S = {look_s}, 0.1
 sys.exit(slurm_keeper.main(*sys.argv[1:]))
 """
 
@@ -56,12 +56,24 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     return fake
 
 
+def _roles(folder: Path, *routers: str) -> Path:
+    """Return the folder with what roles were started with, these routers among them."""
+    roles = folder / "shared" / "roles"
+    roles.mkdir(parents=True, exist_ok=True)
+    ends = ("--client-endpoint", "tcp://0.0.0.0:5555", "--worker-endpoint", "tcp://0.0.0.0:5556")
+    for name in routers:
+        role = Started(name, "router", "a", ends, (), "", 0, "", 5.0)
+        (roles / f"{name}.json").write_text(json.dumps(asdict(role)))
+    return roles
+
+
 class Kept:
     """A keeper as its job starts it, whose output is read line by line."""
 
-    def __init__(self, folder: Path, *argv: str, look_s: float = 30.0) -> None:
-        role = Started("worker-a-0", "worker", "a", ("-c", *argv), (("A", "1"),), "", 0, sys.executable, 5.0)
-        path = folder / "role.json"
+    def __init__(self, folder: Path, *argv: str, look_s: float = 30.0, name: str = "worker-a-0") -> None:
+        kind = name.partition("-")[0]
+        role = Started(name, kind, "a", ("-c", *argv), (("A", "1"),), "", 0, sys.executable, 5.0)
+        path = _roles(folder) / f"{name}.json"
         path.write_text(json.dumps(asdict(role)))
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", _KEEPER.format(look_s=look_s), str(path), "default"],
@@ -97,7 +109,8 @@ def test_a_role_gets_the_routers_address_and_drains(
     fake: FakeSlurm, tmp_path: Path, kept: list[Kept]
 ) -> None:
     """SIGTERM for the job drains its step, through scancel, and the job ends well."""
-    kept.append(one := Kept(tmp_path, _ROLE, "tcp://{router}:5556"))
+    _roles(tmp_path, "router")
+    kept.append(one := Kept(tmp_path, _ROLE, "{routers}"))
     assert one.read_until("role") == "role tcp://10.1.0.5:5556\n"
 
     one.process.send_signal(signal.SIGTERM)
@@ -139,7 +152,8 @@ def test_a_worker_follows_the_router_to_another_node(
     fake: FakeSlurm, tmp_path: Path, kept: list[Kept]
 ) -> None:
     """It drains, and starts again with the new address; while the router is nowhere, it stays."""
-    kept.append(one := Kept(tmp_path, _ROLE, "tcp://{router}:5556", look_s=0.1))
+    _roles(tmp_path, "router")
+    kept.append(one := Kept(tmp_path, _ROLE, "{routers}", look_s=0.1))
     assert one.read_until("role") == "role tcp://10.1.0.5:5556\n"
 
     router = fake.folder / "jobs" / "5"
@@ -154,6 +168,28 @@ def test_a_worker_follows_the_router_to_another_node(
     assert one.read_until("role") == "role tcp://10.1.0.6:5556\n"
     one.process.send_signal(signal.SIGTERM)
     assert one.end()[0] == 0
+
+
+def test_a_router_is_told_where_the_others_are(fake: FakeSlurm, tmp_path: Path, kept: list[Kept]) -> None:
+    """As soon as one runs, and no longer once it was taken away; the router itself runs on."""
+    roles = _roles(tmp_path, "router-b-0")
+    jobs = fake.folder / "jobs"
+    (jobs / "5").write_text("5|superserve:default:router-b-0|PENDING|0:00||Resources")
+    (jobs / "7").write_text("7|superserve:default:router-a-0|RUNNING|0:01|n7|None")
+    argv = ("--client-endpoint", "tcp://0.0.0.0:5557", "--worker-endpoint", "tcp://0.0.0.0:5558", "{listed}")
+    kept.append(one := Kept(tmp_path, _ROLE, *argv, look_s=600.0, name="router-a-0"))
+    listed = Path(one.read_until("role").split()[-1])
+    assert json.loads(listed.read_bytes()) == {"routers": []}
+
+    (jobs / "5").write_text("5|superserve:default:router-b-0|RUNNING|0:01|n5|None")
+    while not (routers := json.loads(listed.read_bytes())["routers"]):
+        assert one.process.poll() is None
+    assert [each["client"] for each in routers] == ["tcp://10.1.0.7:5557", "tcp://10.1.0.5:5555"]
+    (roles / "router-b-0.json").unlink()
+    while json.loads(listed.read_bytes())["routers"]:
+        assert one.process.poll() is None
+    one.process.send_signal(signal.SIGTERM)
+    assert one.end() == (0, "drained\n")
 
 
 def test_pauses_double_until_another_start_would_not_help() -> None:

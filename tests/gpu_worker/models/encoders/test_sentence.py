@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertModel
 
 from gpu_worker.engines.torch_executor import Placement, TorchExecutor, example_input
 from gpu_worker.models.kinds import fitted, resident, supernet_kind
@@ -26,6 +25,7 @@ from tests.gpu_worker.models.encoders.folders import (
     N_TOKENS,
     WIDTH,
     WITHOUT_MINILM,
+    bert,
     hidden_states,
     masked_model,
     pooled,
@@ -81,7 +81,7 @@ def test_each_exit_is_the_published_models(
     tmp_path: Path, mode: str, normalises: bool, dim: int | None, changed: dict[str, Any]
 ) -> None:
     """Pooled as modules.json says, after each layer, and cut to a dimension; texts of different length."""
-    model = saved_encoder(tmp_path, random_model(BertModel, **changed), normalises=normalises, mode=mode)
+    model = saved_encoder(tmp_path, random_model(bert("Model"), **changed), normalises=normalises, mode=mode)
     executor = served(tmp_path, f"bert-encoder@length={LENGTH}" + (f",dim={dim}" if dim else ""))
     ids = token_ids()
 
@@ -207,7 +207,7 @@ def test_minilm_answers_as_hugging_faces_model() -> None:
     ids[1, 30:], ids[2, 5:] = 0, 0
 
     executor = served(folder, "bert-encoder@length=64")
-    theirs: Any = BertModel.from_pretrained(folder)
+    theirs: Any = bert("Model").from_pretrained(folder)
     for row, vectors in enumerate(expected(theirs.eval(), ids)):
         np.testing.assert_allclose(executor.execute(row, ids), vectors, atol=EXACT)
 

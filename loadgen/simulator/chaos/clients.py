@@ -53,6 +53,7 @@ class SimQuery:
     n_bytes: int = 8
     deadline_ns: int = 0
     submitted_ns: int = 0
+    trace: bytes = b""
     n_sends: int = 0
     ends: list[str] = field(default_factory=list)
 

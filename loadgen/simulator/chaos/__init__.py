@@ -30,21 +30,20 @@ from array import array
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
 from gpu_worker.core.queue import CAPACITY
 from loadgen import options
-from loadgen.simulator.chaos_clients import SessionClient, SimQuery
+from loadgen.simulator.chaos.clients import SessionClient, SimQuery
 from loadgen.simulator.faults import draw_faults, faults_json
 from loadgen.simulator.links import Way
 from loadgen.simulator.simulate import START_NS, SimSettings, Simulation, slowed
 from profiles.table import load_profile
 from router.core import RouterCore
 from router.core.edf import DISPATCHED, QUEUED
-from router.core.events import Answer, Dispatch, Finished, Pulled
-from router.core.settings import CoreSettings
+from router.core.events import Answer, CoreSettings, Dispatch, Finished, Pulled
 from superserve.clock import MS
 from superserve.wire import Status
 
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from loadgen.simulator.faults import Fault
+    from loadgen.simulator.workers import SimProcess
     from router.core.edf import Cohort
     from router.core.events import Action, Event
     from router.core.workers import Batch
@@ -163,16 +163,37 @@ class ScheduleOutcome:
     digest: str
 
 
-class Checker:
-    """Watches a simulation, and raises `ViolationError` as soon as a promise does not hold."""
+class Watched(Protocol):
+    """What a checker needs of a router: its core, the worker processes, and a call in each pass."""
 
-    def __init__(self, schedule: Schedule, simulation: Simulation, clients: Sequence[SessionClient]) -> None:
+    core: RouterCore
+    on_pass: Callable[[int, list[Action]], None] | None
+
+    @property
+    def processes(self) -> list[SimProcess]:
+        """All worker processes."""
+
+
+class Checker:
+    """Watches a router, and raises `ViolationError` as soon as a promise does not hold.
+
+    Args:
+        simulation: The router's.
+        clients: Whose queries have to end.
+        rest_ns: How long the router rests between two passes.
+        has_doubles: Messages may arrive twice, so that a GPU may get a batch twice.
+    """
+
+    def __init__(
+        self, simulation: Watched, clients: Sequence[SessionClient] = (), *,
+        rest_ns: int, has_doubles: bool = False,
+    ) -> None:  # fmt: skip
         self._simulation = simulation
         self._core = simulation.core
         self._clients = clients
         self._answered: set[tuple[int, int]] = set()
-        self._has_doubles = any(fault.kind == "duplicate" for fault in schedule.faults)
-        self._rest_ns = schedule.settings.router_rest_ns
+        self._has_doubles = has_doubles
+        self._rest_ns = rest_ns
         self._handle = simulation.core.handle
         self._notes = array("q")
         simulation.core.handle = self._watched  # type: ignore[method-assign]  # to see every event
@@ -401,7 +422,8 @@ def run_schedule(seed: int, make_core: Callable[..., RouterCore] = RouterCore) -
         client = SessionClient(simulation, number, queries, breaks_ns)
         clients.append(client)
         client.connected(simulation.join(client))
-    checker = Checker(schedule, simulation, clients)
+    has_doubles = any(fault.kind == "duplicate" for fault in schedule.faults)
+    checker = Checker(simulation, clients, rest_ns=schedule.settings.router_rest_ns, has_doubles=has_doubles)
     violation = None
     try:
         _run(simulation, schedule, clients)
@@ -418,8 +440,13 @@ def run_schedule(seed: int, make_core: Callable[..., RouterCore] = RouterCore) -
 
 @dataclass(slots=True)
 class Tally:
-    """The results of many schedules."""
+    """The results of many schedules.
 
+    Attributes:
+        program: The module that plays one of them again.
+    """
+
+    program: str = "loadgen.simulator.chaos"
     n: int = 0
     n_passes: int = 0
     n_batches: int = 0
@@ -443,8 +470,7 @@ class Tally:
         """Return the lines to print."""
         ends = ", ".join(f"{name} {n:,}" for name, n in self.ends.most_common())
         failed = [
-            f"seed {one.seed} FAILED at {one.violation}\n"
-            f"  replay: python -m loadgen.simulator.chaos --seed {one.seed}"
+            f"seed {one.seed} FAILED at {one.violation}\n  replay: python -m {self.program} --seed {one.seed}"
             for one in self.failures[:_SHOWN]
         ]
         work = f"{self.n_passes:,} passes checked, {self.n_batches:,} batches"
@@ -491,7 +517,3 @@ def main(schedules: int, first: int, seed: int | None, processes: int | None) ->
         click.echo(line)
     click.echo(f"  {time.monotonic() - began_s:.1f} s")
     sys.exit(1 if tally.failures else 0)
-
-
-if __name__ == "__main__":
-    main(prog_name="python -m loadgen.simulator.chaos")

@@ -1,0 +1,1 @@
+"""Commands that answer a question: why a query was late, and how many GPUs a load needs."""

@@ -1,0 +1,1 @@
+"""A real Kubernetes on one machine, built from Debian's source, in network namespaces: `make kubernetes`."""

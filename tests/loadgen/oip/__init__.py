@@ -1,0 +1,1 @@
+"""Tests of runs against servers of the Open Inference Protocol."""
