@@ -79,8 +79,8 @@ def _heed_signals() -> Iterator[None]:
     A suite in a shell's background ignores the first and one under nohup the second, and so would what tests
     start; a command that runs in this process gives them another meaning.
     """
-    heeded = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
-    previous = {number: signal.signal(number, handler) for number, handler in heeded.items()}
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    for number, handler in previous.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, ctrl_c)
+    signal.signal(signal.SIGHUP, hangup)
