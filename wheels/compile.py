@@ -3,6 +3,7 @@
     python wheels/compile.py            compile; each module gets a file .so beside it, which Python prefers
     python wheels/compile.py --remove   back to pure Python
 
+SUPERSERVE_OPT_LEVEL=0 is for tests: the C compiler leaves out its work on speed, most of what it does.
 `superserve.build` reads what is written here, and refuses modules whose source has changed since.
 
 Left out, beside packages' `__init__`: modules of dataclasses and tuples alone (`messages`, `runs`, `events`,
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -67,7 +69,8 @@ def compile_in(root: Path) -> list[str]:
     remove(root)
     modules = sources(root)
     with tempfile.TemporaryDirectory() as work:
-        asked = {"modules": modules, "work": work, "config": str(root / "pyproject.toml")}
+        level = os.environ.get("SUPERSERVE_OPT_LEVEL", "3")
+        asked = {"modules": modules, "work": work, "config": str(root / "pyproject.toml"), "level": level}
         done = subprocess.run(
             [sys.executable, "-c", _BUILD, json.dumps(asked)],
             cwd=root, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
@@ -95,7 +98,7 @@ from setuptools import setup
 work = asked["work"]
 extensions = mypycify(
     ["--config-file", asked["config"], *asked["modules"]],
-    opt_level="3", debug_level="0", multi_file=True, target_dir=work + "/c",
+    opt_level=asked["level"], debug_level="0", multi_file=True, target_dir=work + "/c",
 )
 setup(
     name="superserve", packages=[], py_modules=[], ext_modules=extensions,

@@ -225,11 +225,13 @@ def strike_under_load(two: TwoRouters, client: Client, fault: str, rate_qps: flo
     return found
 
 
-def repeat(fault: str, times: int, rate_qps: float, slo_ms: float, n_workers: int) -> Iterator[Struck]:
+def repeat(
+    fault: str, times: int, rate_qps: float, slo_ms: float, n_workers: int, speed: float = 1.0
+) -> Iterator[Struck]:
     """Yield how each of several faults went."""
     with (
         tempfile.TemporaryDirectory(prefix="ss") as folder,
-        TwoRouters(Path(folder), n_workers, os.environ.get(_INSIDE, "")) as two,
+        TwoRouters(Path(folder), n_workers, os.environ.get(_INSIDE, ""), speed) as two,
         Client(two.clients) as client,
     ):
         for _ in range(times):

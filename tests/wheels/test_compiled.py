@@ -40,6 +40,9 @@ TESTED = (
     "tests/superserve/wire",
     "tests/gpu_worker/test_core.py",
 )
+UNHURRIED = {"SUPERSERVE_OPT_LEVEL": "0"}
+"""What C means is tested, not its speed: the compiler takes a fifth of the time."""
+
 _SIMULATED = """
 from loadgen.simulator.simulate import simulate
 from loadgen.traces.trace import load_trace
@@ -56,7 +59,7 @@ print([simulate(trace, gpus, policy=policy, seed=1).digest for policy in policie
 
 def python(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run Python on the code below a root, which is also its working folder."""
-    env = {**os.environ, "PYTHONPATH": str(root)}
+    env = {**os.environ, "PYTHONPATH": str(root), **UNHURRIED}
     return subprocess.run(
         [sys.executable, *words], cwd=root, env=env, capture_output=True, text=True, timeout=500, check=False
     )
@@ -124,7 +127,7 @@ def test_a_wheel_is_compiled_if_asked_for(tmp_path: Path) -> None:
     """With the tag of this Python and machine; the source is in it too."""
     needs_compiler()
     words = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
-    env = {**os.environ, "SUPERSERVE_COMPILE": "1"}
+    env = {**os.environ, "SUPERSERVE_COMPILE": "1", **UNHURRIED}
     done = subprocess.run(
         [sys.executable, *words],
         cwd=tmp_path,

@@ -445,6 +445,7 @@ def test_what_helm_test_runs_passes(podman: Podman, helm: Path, tmp_path: Path) 
     (listed,) = (each["data"] for each in yaml.safe_load_all(text) if each["kind"] == "ConfigMap")
     for name, content in listed.items():
         (tmp_path / name).write_text(content)
+    tmp_path.chmod(0o755)  # the image's user is another than ours
     podman("network", "create", "chart")
     common = ("--network=chart", "--read-only", "--tmpfs=/tmp")
     try:
@@ -456,7 +457,13 @@ def test_what_helm_test_runs_passes(podman: Podman, helm: Path, tmp_path: Path) 
         podman("run", "--detach", "--name=worker", *common, IMAGE, *named)
         # Names of podman's network have no Service in them.
         asks = [*common, IMAGE, *(word.replace(".ss-superserve-router:", ":") for word in ready["args"])]
-        wait_for(lambda: ended(podman, *asks)[0] == 0, "a router that is ready")
+
+        def is_ready() -> bool:
+            state = podman("inspect", "--format={{.State.Status}}", "router").strip()
+            assert state == "running", podman("logs", "router")
+            return ended(podman, *asks)[0] == 0
+
+        wait_for(is_ready, "a router that is ready")
         sent, answered = answers(ended(podman, *common, IMAGE, *args["Pod"])[1])
         assert answered == sent > 50
     finally:
