@@ -3,12 +3,14 @@
     python -m tests.cluster.web.readers_cost --rounds 12                 # some five minutes
     python -m tests.cluster.web.readers_cost --rounds 3 --no-browser
 
-Each round serves the same queries four times, in an order that changes from round to round: `alone`;
-`again`, which is the same and says what the machine itself does to a ratio; `watched`, with a live page,
-ten readers of its stream and a browser; `traced`, with `cluster trace` sending one query in 100, and all
-that missed, to a collector. A run that the machine disturbed is made again. The ratios of a round's figures
-to `alone` are paired; printed are their median and an interval that covers the true median in 95 of 100
-cases (order statistics, binomial). Exits 1 if a whole interval lies above the limit.
+Each round serves the same queries five times, in an order that changes from round to round: `alone`;
+`watched`, with a live page, ten readers of its stream and a browser; `traced`, with `cluster trace` sending
+one query in 100, and all that missed, to a collector; and both again aimed at a `sink`, a stand-in that
+answers what this router has answered before. Those cost this router nothing, so what they do to its figures
+is the machine that all share. A run that the machine disturbed is made again. The ratios of a round's
+figures, watched or traced to the same aimed at a sink, are paired; printed are their median and an interval
+that covers the true median in 95 of 100 cases (order statistics, binomial). Exits 1 if a whole interval lies
+above the limit.
 
 Router, GPUs and sender have half of the cores, those who watch the other half. Readers, browser and collector
 stand for other machines, so they run at the lowest priority besides. Use a machine that does nothing else.
@@ -35,6 +37,7 @@ from loadgen.live.run import Emulation, RunSettings, emulated, run_trace
 from loadgen.traces.trace import load_trace
 from superserve.clock import MS
 from superserve.roles.processes import ProcessGroup
+from tests.cluster.web.sink import recorded, sink
 from tests.loadgen.study.spans.test_otel import collector
 
 if TYPE_CHECKING:
@@ -44,7 +47,8 @@ if TYPE_CHECKING:
     from loadgen.live.run import Cluster
     from loadgen.traces.trace import Trace
 
-ALONE, AGAIN, WATCHED, TRACED = "alone", "again", "watched", "traced"
+ALONE, WATCHED, TRACED = "alone", "watched", "traced"
+WATCHED_SINK, TRACED_SINK = "watched, a sink", "traced, a sink"
 LIMIT = 1.02
 _ATTEMPTS = 4
 _READY_S = 60.0
@@ -136,11 +140,11 @@ def _collect(told: SimpleQueue[str]) -> None:
 
 
 @contextlib.contextmanager
-def watched(cluster: Cluster, cores: set[int], readers: int, *, has_browser: bool) -> Iterator[int]:
-    """Have the page, readers and a browser for a block; give the page's process."""
+def watched(endpoint: str, cores: set[int], readers: int, *, has_browser: bool) -> Iterator[int]:
+    """Have the page of a router, readers and a browser for a block; give the page's process."""
     told: SimpleQueue[int] = _SPAWN.SimpleQueue()
     with ProcessGroup() as group, contextlib.ExitStack() as stack:
-        argv = ["-m", "cluster", "web", "--connect", cluster.client_endpoint, "--port", "0"]
+        argv = ["-m", "cluster", "web", "--connect", endpoint, "--port", "0"]
         with _on(cores):
             web = group.start("web", argv)
             group.wait_ready(_READY_S)
@@ -153,13 +157,13 @@ def watched(cluster: Cluster, cores: set[int], readers: int, *, has_browser: boo
 
 
 @contextlib.contextmanager
-def traced(cluster: Cluster, cores: set[int]) -> Iterator[int]:
-    """Trace one query in 100 to a collector for a block; give the tracer's process."""
+def traced(endpoint: str, cores: set[int]) -> Iterator[int]:
+    """Trace one query in 100 of a router to a collector for a block; give the tracer's process."""
     told: SimpleQueue[str] = _SPAWN.SimpleQueue()
     with contextlib.ExitStack() as stack:
         with _on(cores):
             stack.callback(_far(_collect, told))
-            argv = ["-m", "cluster", "trace", "--connect", cluster.client_endpoint, "--otlp", told.get()]
+            argv = ["-m", "cluster", "trace", "--connect", endpoint, "--otlp", told.get()]
             process = psutil.Popen([sys.executable, *argv], stdout=-1, text=True)
         stack.callback(process.wait)
         stack.callback(process.terminate)
@@ -207,7 +211,7 @@ def _line(what: str, figure: str, ratios: Sequence[float]) -> tuple[str, bool]:
     low, high = interval_of(ratios)
     verdict = "within" if high <= LIMIT else "above" if low > LIMIT else "open"
     text = (
-        f"{what:<8} {figure:<18} median {statistics.median(ratios):.4f}  "
+        f"{what:<25} {figure:<11} median {statistics.median(ratios):.4f}  "
         f"[{low:.4f}, {high:.4f}]  {verdict} {LIMIT:.2f}"
     )
     return text, low > LIMIT
@@ -221,39 +225,47 @@ def _line(what: str, figure: str, ratios: Sequence[float]) -> tuple[str, bool]:
 @click.option("--browser/--no-browser", default=True, show_default=True)
 def main(rounds: int, seconds: float, rate: float, readers: int, *, browser: bool) -> None:
     """Measure, and print ratios to a router that nobody watches."""
-    found: dict[str, list[Figures]] = {ALONE: [], AGAIN: [], WATCHED: [], TRACED: []}
     near, far = _halves()
-    with _on(near), emulated(Emulation("cnn-8gpu-modelled", 8, "planfit")) as cluster:
+    with contextlib.ExitStack() as stack:
+        with _on(near):
+            cluster = stack.enter_context(emulated(Emulation("cnn-8gpu-modelled", 8, "planfit")))
+        # Longer than any arm looks.
+        warm = load_trace(f"poisson:rate={rate}", rate_qps=None, duration_s=3 * seconds, seed=0)
+        with recorded(cluster.client_endpoint) as answers:
+            served(cluster, warm, None)
+        with _on(far):
+            aside = stack.enter_context(sink(answers))
         arms: dict[str, Callable[[], contextlib.AbstractContextManager[int | None]]] = {
             ALONE: contextlib.nullcontext,
-            AGAIN: contextlib.nullcontext,
-            WATCHED: lambda: watched(cluster, far, readers, has_browser=browser),
-            TRACED: lambda: traced(cluster, far),
+            WATCHED_SINK: lambda: watched(aside, far, readers, has_browser=browser),
+            WATCHED: lambda: watched(cluster.client_endpoint, far, readers, has_browser=browser),
+            TRACED_SINK: lambda: traced(aside, far),
+            TRACED: lambda: traced(cluster.client_endpoint, far),
         }
-        warm = load_trace(f"poisson:rate={rate}", rate_qps=None, duration_s=1.0, seed=0)
-        served(cluster, warm, None)
+        found: dict[str, list[Figures]] = {name: [] for name in arms}
         for number in range(rounds):
             trace = load_trace(f"poisson:rate={rate}", rate_qps=None, duration_s=seconds, seed=number + 1)
             order = list(arms)[number % len(arms) :] + list(arms)[: number % len(arms)]
             for name in order if number % 2 else order[::-1]:
                 with arms[name]() as watcher:
                     found[name].append(served(cluster, trace, watcher))
-            last = ", ".join(
+            last = "; ".join(
                 f"{name} {found[name][-1].cpu_us:.1f} us, {found[name][-1].p99_ms:.2f} ms" for name in arms
             )
             click.echo(f"round {number + 1}: CPU a query and p99 {last}", err=True)
     is_above = False
-    for name in (AGAIN, WATCHED, TRACED):
-        pairs = list(zip(found[name], found[ALONE], strict=True))
+    for name, base in (
+        (WATCHED_SINK, ALONE), (WATCHED, WATCHED_SINK), (TRACED_SINK, ALONE), (TRACED, TRACED_SINK)
+    ):  # fmt: skip
+        pairs = list(zip(found[name], found[base], strict=True))
         for figure, ratios in (
-            ("CPU a query", [one.cpu_us / base.cpu_us for one, base in pairs]),
-            ("p99", [one.p99_ms / base.p99_ms for one, base in pairs]),
+            ("CPU a query", [one.cpu_us / before.cpu_us for one, before in pairs]),
+            ("p99", [one.p99_ms / before.p99_ms for one, before in pairs]),
         ):
-            text, above = _line(name, figure, ratios)
-            is_above |= above and name != AGAIN
+            text, above = _line(f"{name} / {base}", figure, ratios)
+            is_above |= above and base != ALONE
             click.echo(text)
-        if name == AGAIN:
-            continue
+    for name in (WATCHED, TRACED):
         own = statistics.median(one.own_us for one in found[name])
         base_us = statistics.median(one.cpu_us for one in found[ALONE])
         click.echo(f"{name:<8} its own process takes {own:.1f} us a query; the router alone {base_us:.1f} us")
