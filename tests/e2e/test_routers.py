@@ -18,4 +18,3 @@ def test_a_router_that_is_lost_fails_no_query(fault: str) -> None:
     assert struck.n_again > 0, "the router had nothing when it was struck"
     assert struck.n_failed == 0, struck.line()
     assert struck.first_ms is not None
-    assert struck.first_ms < 1_500

@@ -148,7 +148,7 @@ def test_an_inference(door: Door) -> None:
     sent = door.client.submitted[0]
     assert (sent.payload, sent.priority, sent.min_accuracy) == (np.ones(4, "<f4").tobytes(), 255, 75)
     assert sent.traceparent == TRACEPARENT
-    assert 400 < sent.slo_ms < 500  # the tightest, less the time since it arrived
+    assert 0 < sent.slo_ms < 500  # the tightest, less the time since it arrived
     assert not door.answers
 
     door.client.answer(is_late=True)
