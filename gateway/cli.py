@@ -13,6 +13,7 @@ import click
 from gateway.calls.settings import LOOPBACK, GatewaySettings
 from gateway.serve.process import GRPC, HTTP, run_process
 from gateway.serve.watcher import Watcher
+from gateway.text.tokens import Tokens
 from superserve.errors import ConfigError
 from superserve.roles import local
 from superserve.roles.command import plain_errors
@@ -30,6 +31,9 @@ _LOG = "%(asctime)s %(name)s %(levelname)s %(message)s"
 @click.option("--keys", help="A client key, for a router with keys.")
 @click.option("--model", help="The model's name in requests.  [default: the supernet's]")
 @click.option("--default-slo-ms", type=float, help="For requests without a deadline.  [default: refuse them]")
+@click.option(
+    "--tokenizer", type=_FILE, help="The model's tokenizer.json: serve /v1/embeddings and /v1/rerank."
+)
 @click.option("--address", default=LOOPBACK, show_default=True, help="Where to listen.")
 @click.option("--http-port", type=_PORT, default=8000, show_default=True, help="0 is any free port.")
 @click.option("--no-http", is_flag=True, help="Serve gRPC only.")
@@ -82,6 +86,8 @@ def cli(context: click.Context, /, **given: Any) -> None:
     logging.basicConfig(format=_LOG, level=logging.INFO)
     settings = _settings(given)
     settings.check()
+    if settings.tokenizer is not None:
+        Tokens(Path(settings.tokenizer)).close()  # what is wrong with it is said here, once
     port = given["metrics_port"]
     metrics = None if port is None else (given["metrics_address"], port)
     Watcher(settings, metrics).run()
@@ -100,7 +106,8 @@ def _settings(given: dict[str, Any]) -> GatewaySettings:
         except ConfigError as error:
             raise ConfigError(f"{error}; or give --connect tcp://HOST:PORT of a router") from error
     texts: dict[str, Any] = {name: None if (one := given[name]) is None else str(one)
-             for name in ("keys", "model", "tls_cert", "tls_key", "client_ca", "callers")}  # fmt: skip
+             for name in (
+                 "keys", "model", "tokenizer", "tls_cert", "tls_key", "client_ca", "callers")}  # fmt: skip
     if texts["keys"] is None:
         texts["keys"] = local.remembered_keys(str(connect)) or None
     same = {

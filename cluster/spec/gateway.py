@@ -44,7 +44,7 @@ def gateway_on_host(
         argv += ["--grpc-port", str(place.grpc_port), "--grpc-processes", str(place.processes)]
     if place.default_slo_ms is not None:
         argv += ["--default-slo-ms", f"{place.default_slo_ms:g}"]
-    for name in ("model", "callers", "tls_cert", "tls_key"):
+    for name in ("model", "tokenizer", "callers", "tls_cert", "tls_key"):
         if (value := getattr(place, name)) is not None:
             argv += [f"--{name.replace('_', '-')}", value]
     if has_keys:

@@ -160,6 +160,7 @@ class GatewayPlace:
         default_slo_ms: For requests without a deadline; None refuses them.
         processes: Processes for each of the two.
         model: The model's name in requests; None for the supernet's.
+        tokenizer: The model's tokenizer.json, on the router's host; None serves no requests with texts.
         callers: The file of callers, on the router's host.
         tls_cert: The server's certificate chain there; None serves without TLS.
         tls_key: Its key there.
@@ -173,6 +174,7 @@ class GatewayPlace:
     default_slo_ms: Annotated[float, Field(gt=0, le=86_400_000, allow_inf_nan=False)] | None = None
     processes: Count = 1
     model: Word | None = None
+    tokenizer: Word | None = None
     callers: Word | None = None
     tls_cert: Word | None = None
     tls_key: Word | None = None

@@ -15,6 +15,7 @@ from superserve.errors import SuperServeError
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
+    from typing import Protocol
 
     from gateway.calls.board import Board
     from gateway.v2.answer import InferAnswer
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from superserve.client import AsyncClient, Reply
 
     Done = Callable[[InferAnswer | SuperServeError], None]
+
+    class CallUnderWay(Protocol):
+        """A request that has no answer yet."""
+
+        def cancel(self) -> None:
+            """The caller is gone."""
+
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ class GatewaySettings:
         keys: As for `AsyncClient`.
         model: The model's name; None for its supernet's.
         default_slo_ms: For requests without a time; None refuses them.
+        tokenizer: The model's tokenizer.json, for requests with texts; None refuses them.
         address: Where it listens.
         http_port: 0 is any free port; None serves no HTTP.
         grpc_port: As for HTTP.
@@ -50,6 +51,7 @@ class GatewaySettings:
     keys: str | None = None
     model: str | None = None
     default_slo_ms: float | None = None
+    tokenizer: str | None = None
     address: str = LOOPBACK
     http_port: int | None = 0
     grpc_port: int | None = None
@@ -86,6 +88,8 @@ class GatewaySettings:
             raise ConfigError(
                 f"--default-slo-ms: expected milliseconds above 0 and up to a day, got {self.default_slo_ms}"
             )
+        if self.tokenizer is not None and self.http_port is None:
+            raise ConfigError("--tokenizer: expected HTTP with it: texts are not part of the gRPC protocol")
         is_guarded = self.callers is not None or self.client_ca is not None
         if not is_loopback(self.address) and not is_guarded and not self.is_open:
             raise ConfigError(

@@ -32,7 +32,7 @@ def _content(schema: dict[str, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-def _responses(schema: dict[str, Any] | None, *failures: str) -> dict[str, Any]:
+def _responses(schema: dict[str, Any] | None, *failures: str, error: str = "Error") -> dict[str, Any]:
     success: dict[str, Any] = {"description": "Success"}
     if schema is not None:
         success["content"] = _content(schema)
@@ -40,7 +40,7 @@ def _responses(schema: dict[str, Any] | None, *failures: str) -> dict[str, Any]:
     return {
         "200": success,
         **{
-            status: {"description": _STATUSES[status], "content": _content(_reference("Error"))}
+            status: {"description": _STATUSES[status], "content": _content(_reference(error))}
             for status in sorted({*always, *failures})
         },
     }
@@ -148,8 +148,59 @@ def _schemas() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def description(version: str) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 description."""
+def _text_paths() -> dict[str, Any]:
+    """Return the paths for texts."""
+    failures = ("404", "429", "500", "502", "503", "504")
+    embeddings = {
+        "summary": "The vectors of texts, as OpenAI's API has it: each text is a query",
+        "requestBody": {"required": True, "content": _content(_reference("EmbeddingsRequest"))},
+        "responses": _responses(_reference("Embeddings"), *failures, error="TextError"),
+    }
+    rerank = {
+        "summary": "How well documents fit a query, as Jina's and Cohere's APIs have it",
+        "requestBody": {"required": True, "content": _content(_reference("RerankRequest"))},
+        "responses": _responses(_reference("Rerank"), *failures, error="TextError"),
+    }
+    return {
+        "/v1/embeddings": {"post": embeddings},
+        "/v1/rerank": {"post": rerank},
+        "/v2/rerank": {"post": rerank},
+    }
+
+
+def _text_schemas(terms: dict[str, Any]) -> dict[str, Any]:
+    text, whole = {"type": "string"}, {"type": "integer", "minimum": 0}
+    texts = {"type": "array", "minItems": 1, "items": text}
+    some = {**whole, "minimum": 1}
+    error = {
+        "type": "object", "required": ["message", "type", "code"],
+        "properties": {"message": text, "type": text, "code": whole},
+    }  # fmt: skip
+    return {
+        "TextError": {"type": "object", "required": ["error"], "properties": {"error": error}},
+        "EmbeddingsRequest": {
+            "type": "object", "required": ["input"],
+            "properties": {
+                "model": text,
+                "input": {"anyOf": [text, texts, {"type": "array", "minItems": 1, "items": whole}]},
+                "encoding_format": {"enum": ["float", "base64"]},
+                "dimensions": some, "parameters": terms,
+            },
+        },
+        "Embeddings": {"type": "object", "required": ["object", "data", "model", "usage"]},
+        "RerankRequest": {
+            "type": "object", "required": ["query", "documents"],
+            "properties": {
+                "model": text, "query": text, "documents": texts, "top_n": some,
+                "return_documents": {"type": "boolean"}, "parameters": terms,
+            },
+        },
+        "Rerank": {"type": "object", "required": ["results", "model", "usage"]},
+    }  # fmt: skip
+
+
+def description(version: str, *, has_text: bool = False) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 description; with the paths for texts, if they are served."""
     paths: dict[str, Any] = {
         "/v2": _get("Server metadata", _reference("Server")),
         "/v2/health/live": _get("Whether the gateway runs", None),
@@ -175,6 +226,9 @@ def description(version: str) -> dict[str, Any]:
             ("/infer", _infer()),
         ):
             paths[base + suffix] = {"parameters": parameters, **item}
+    schemas = _schemas()
+    if has_text:
+        schemas |= _text_schemas(schemas["InferRequest"]["properties"]["parameters"])
     return {
         "openapi": "3.1.0",
         "info": {
@@ -182,9 +236,9 @@ def description(version: str) -> dict[str, Any]:
             "version": version,
             "description": "The Open Inference Protocol (KServe v2): docs/gateway.md explains it.",
         },
-        "paths": paths,
+        "paths": paths | (_text_paths() if has_text else {}),
         "components": {
-            "schemas": _schemas(),
+            "schemas": schemas,
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"bearer": []}],

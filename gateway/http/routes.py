@@ -12,6 +12,8 @@ import orjson
 from gateway.calls.access import ANYONE
 from gateway.http.exchange import HttpAnswer, failure
 from gateway.http.openapi import description
+from gateway.text.asks import document_of, model_name_of, text_model
+from gateway.text.calls import EMBEDDINGS, RERANK, TextCall, ask_of
 from gateway.v2.answer import http_body
 from gateway.v2.describe import (
     model_config,
@@ -38,8 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gateway.calls.access import Access, KnownCaller
-    from gateway.calls.backend import Backend, InferCall
+    from gateway.calls.backend import Backend, CallUnderWay, InferCall
     from gateway.http.exchange import HttpRequest
+    from gateway.text.tokens import Tokens
     from gateway.v2.answer import InferAnswer
 
     Answered = Callable[[HttpAnswer], None]
@@ -51,6 +54,8 @@ _LENGTH = "inference-header-content-length"
 _RETRY = ("retry-after", str(RETRY_AFTER_S))
 _BEARER = ("www-authenticate", "Bearer")
 _MAX_TARGETS = 256
+_TEXT_PATHS = {"/v1/embeddings": EMBEDDINGS, "/v1/rerank": RERANK, "/v2/rerank": RERANK}
+_NO_TOKENIZER = "no tokenizer: start the gateway with --tokenizer FILE, the model's tokenizer.json"
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 """For probes, which have no token."""
 
@@ -62,11 +67,13 @@ class Routes:
         backend: The way to the router.
         access: Who may call.
         version: Of the server, in its metadata.
+        tokens: The model's tokenizer, for requests with texts; None refuses them.
     """
 
-    def __init__(self, backend: Backend, access: Access, version: str) -> None:
+    def __init__(self, backend: Backend, access: Access, version: str, tokens: Tokens | None = None) -> None:
         self._backend = backend
         self._access = access
+        self._tokens = tokens
         self._reader: RequestReader | None = None
         self._targets: dict[bytes, tuple[str, str]] = {}
         self._paths: dict[str, tuple[str, Callable[[], HttpAnswer]]] = {
@@ -75,7 +82,7 @@ class Routes:
             "/v2/health/ready": ("GET", lambda: _health(is_well=backend.is_ready)),
             "/v2/repository/index": ("POST", self._index),
             "/v2/models/stats": ("GET", self._statistics),
-            "/openapi.json": ("GET", lambda: _json(description(version))),
+            "/openapi.json": ("GET", lambda: _json(description(version, has_text=tokens is not None))),
         }
 
     def check_caller(self, request: HttpRequest, common_name: str | None) -> None:
@@ -87,7 +94,9 @@ class Routes:
         if not self._access.is_open:
             self._access.caller(request.headers.get("authorization"), common_name)
 
-    def handle(self, request: HttpRequest, common_name: str | None, answered: Answered) -> InferCall | None:
+    def handle(
+        self, request: HttpRequest, common_name: str | None, answered: Answered
+    ) -> CallUnderWay | None:
         """Answer a request by `answered`: at once, or when its inference has ended.
 
         Args:
@@ -101,7 +110,8 @@ class Routes:
         try:
             found = self._handle(request, common_name, answered)
         except SuperServeError as error:
-            answered(self._counted(_failed(error)))
+            failed = _text_failed if _path_of(request.target) in _TEXT_PATHS else _failed
+            answered(self._counted(failed(error)))
             return None
         if isinstance(found, HttpAnswer):
             answered(self._counted(found))
@@ -114,22 +124,23 @@ class Routes:
 
     def _handle(
         self, request: HttpRequest, common_name: str | None, answered: Answered
-    ) -> HttpAnswer | InferCall:
+    ) -> HttpAnswer | CallUnderWay:
         known = self._targets.get(request.target)
         if known is not None and request.method == "POST":  # nearly always
             caller = ANYONE
             if not self._access.is_open:
                 caller = self._access.caller(request.headers.get("authorization"), common_name)
             return self._infer(request, known[0], known[1], caller, answered)
-        path = request.target.partition(b"?")[0].decode("latin-1")
-        if len(path) > 1 and path.endswith("/"):
-            path = path[:-1]
+        path = _path_of(request.target)
         caller = ANYONE
         if path not in _OPEN:
             caller = self._access.caller(request.headers.get("authorization"), common_name)
         if (fixed := self._paths.get(path)) is not None:
             _check_method(request.method, fixed[0])
             return fixed[1]()
+        if (kind := _TEXT_PATHS.get(path)) is not None:
+            _check_method(request.method, "POST")
+            return self._text(request, kind, caller, answered)
         name, version, what = _model_path(path)
         if what == "infer":
             _check_method(request.method, "POST")
@@ -158,6 +169,30 @@ class Routes:
 
         return backend.infer(parsed, terms, request.arrived_ns, done)
 
+    def _text(self, request: HttpRequest, kind: str, caller: KnownCaller, answered: Answered) -> TextCall:
+        backend = self._backend
+        if self._tokens is None:
+            raise GatewayError(NOT_FOUND, _NO_TOKENIZER)
+        document = document_of(request.body)
+        served = found_model(
+            backend.model, model_name_of(document, "" if backend.model is None else backend.model.name)
+        )
+        model = text_model(served)
+        ask = ask_of(kind, document, model)
+        terms = terms_of(ask.parameters, request.headers, default_ns=backend.default_slo_ns)
+        if caller is not ANYONE:
+            self._access.admit(caller, ask.n_rows, time.monotonic_ns())
+
+        def done(outcome: bytes | SuperServeError) -> None:
+            answer = (
+                _text_failed(outcome) if isinstance(outcome, SuperServeError) else HttpAnswer(200, outcome)
+            )
+            answered(self._counted(answer))
+
+        call = TextCall(backend, self._tokens, ask, terms, request.arrived_ns, done)
+        call.start(served, model)
+        return call
+
     def _index(self) -> HttpAnswer:
         return _json(repository_index(self._backend.model, is_ready=self._backend.is_ready))
 
@@ -177,6 +212,11 @@ class Routes:
         if what == "stats":
             return self._statistics()
         return _json(model_metadata(model))
+
+
+def _path_of(target: bytes) -> str:
+    path = target.partition(b"?")[0].decode("latin-1")
+    return path[:-1] if len(path) > 1 and path.endswith("/") else path
 
 
 def _model_path(path: str) -> tuple[str, str, str]:
@@ -237,3 +277,11 @@ def _failed(error: SuperServeError) -> HttpAnswer:
     if verdict is WRONG_METHOD:
         headers += (("allow", str(error).split()[1].rstrip(",")),)
     return failure(verdict.http, str(error), *headers)
+
+
+def _text_failed(error: SuperServeError) -> HttpAnswer:
+    """Return an error in the form of OpenAI's API: its clients show no other."""
+    failed = _failed(error)
+    kind = "server_error" if failed.status >= 500 else "invalid_request_error"
+    body = {"error": {"message": str(error), "type": kind, "param": None, "code": failed.status}}
+    return failed._replace(body=orjson.dumps(body))

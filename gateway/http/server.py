@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import socket
     import ssl
 
-    from gateway.calls.backend import InferCall
+    from gateway.calls.backend import CallUnderWay
     from gateway.calls.board import Board
     from gateway.http.exchange import AnswerPlace, HttpAnswer, HttpRequest
     from gateway.http.routes import Routes
@@ -51,7 +51,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             server.limits, self._on_request, self._write, time.monotonic_ns, self._admit
         )
         self._held_bytes = 0
-        self._calls: set[InferCall] = set()
+        self._calls: set[CallUnderWay] = set()
         self._direct = False
         self._discarded = 0
         self._is_paused = False
@@ -137,7 +137,7 @@ class HttpConnection(asyncio.BufferedProtocol):
 
     def _on_request(self, request: HttpRequest, place: AnswerPlace) -> None:
         self._release()
-        box: list[InferCall] = []
+        box: list[CallUnderWay] = []
 
         def answered(answer: HttpAnswer) -> None:
             if box:

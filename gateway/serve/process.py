@@ -19,6 +19,7 @@ from gateway.calls.board import Board
 from gateway.http.exchange import HttpLimits
 from gateway.http.routes import Routes
 from gateway.http.server import HttpServer
+from gateway.text.tokens import Tokens
 from gateway.v2.terms import MS
 from superserve.client import AsyncClient
 from superserve.errors import ConfigError, UnansweredError
@@ -174,12 +175,19 @@ class _Process:
         limits = HttpLimits(
             settings.max_body_bytes, head_s=settings.head_s, body_s=settings.body_s, idle_s=settings.idle_s
         )
-        routes = Routes(self._backend, self._access, version())
+        tokens = None if settings.tokenizer is None else Tokens(Path(settings.tokenizer))
+        routes = Routes(self._backend, self._access, version(), tokens)
         server = HttpServer(routes, self._board, limits, max_connections_of(settings))
         assert settings.http_port is not None, "this process serves HTTP"
         sock = reusable_socket(settings.address, settings.http_port)
         await server.listen(sock, tls_context(settings))
-        return lambda: server.drain(settings.notice_s, settings.drain_s)
+
+        async def drain() -> None:
+            await server.drain(settings.notice_s, settings.drain_s)
+            if tokens is not None:
+                tokens.close()
+
+        return drain
 
     async def _open_grpc(self) -> Callable[[], Awaitable[object]]:
         from gateway.rpc.server import open_grpc  # noqa: PLC0415  grpcio takes 100 ms that HTTP need not pay

@@ -28,6 +28,7 @@ class InferAnswer(NamedTuple):
         shape: With the batch axis.
         rows: Each row's bytes; for BYTES each element's.
         parameters: How it was served: see `parameters_of_replies`.
+        subnets: Which subnet served each row.
     """
 
     request: InferRequest
@@ -35,6 +36,7 @@ class InferAnswer(NamedTuple):
     shape: tuple[int, ...]
     rows: Sequence[Any]
     parameters: dict[str, Any]
+    subnets: Sequence[str] = ()
 
     def raw(self) -> bytes | memoryview:
         """Return the tensor's raw bytes: uncopied if there is one row."""
@@ -63,7 +65,8 @@ def answer_of(request: InferRequest, replies: Sequence[Reply], terms: Terms) -> 
         shape = (len(rows), *spec.shape)
         if not all(isinstance(one, np.ndarray) for one in rows):
             raise GatewayError(BROKEN, f"output: expected {spec.n_bytes} bytes ({spec.dtype} {spec.shape})")
-    return InferAnswer(request, datatype, shape, rows, parameters_of_replies(replies, terms))
+    subnets = [reply.subnet for reply in replies]
+    return InferAnswer(request, datatype, shape, rows, parameters_of_replies(replies, terms), subnets)
 
 
 def parameters_of_replies(replies: Sequence[Reply], terms: Terms) -> dict[str, Any]:

@@ -15,14 +15,15 @@ from gateway.v2.verdicts import RefusalKind
 from tests.metrics import exported
 from tests.paths import ROOT
 
+PATHS = description("1", has_text=True)["paths"]
 PAGE = (ROOT / "docs" / "gateway.md").read_text(encoding="utf-8")
 KINDS = {name: one for name, one in vars(verdicts).items() if isinstance(one, RefusalKind)}
 
 
-@pytest.mark.parametrize("path", [one for one in description("1")["paths"] if "/versions/" not in one])
+@pytest.mark.parametrize("path", [one for one in PATHS if "/versions/" not in one])
 def test_every_path_has_a_row(path: str) -> None:
     """With its method."""
-    (method,) = set(description("1")["paths"][path]) - {"parameters"}
+    (method,) = set(PATHS[path]) - {"parameters"}
     assert f"`{method.upper()} {path}`" in PAGE
 
 

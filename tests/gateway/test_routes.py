@@ -29,7 +29,7 @@ from tests.gateway.fakes import ANY, DIGITS, FakeClient, backend
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gateway.calls.backend import Backend, InferCall
+    from gateway.calls.backend import Backend, CallUnderWay
     from gateway.http.exchange import HttpAnswer
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -49,19 +49,20 @@ class Door:
     def __init__(self, folder: Path, client: FakeClient | None = None, **access: Any) -> None:
         self.client = FakeClient() if client is None else client
         self.backend: Backend = backend(self.client, folder, access.pop("default_slo_ns", None))
-        self.routes = Routes(self.backend, Access(**access), "1.2")
+        tokens = access.pop("tokens", None)
+        self.routes = Routes(self.backend, Access(**access), "1.2", tokens)
         self.answers: list[HttpAnswer] = []
 
     def ask(
         self, method: str, target: str, body: bytes = b"", name: str | None = None, **headers: str
-    ) -> InferCall | None:
+    ) -> CallUnderWay | None:
         """Send a request; underscores of header names become dashes."""
         request = HttpRequest(time.monotonic_ns())
         request.method, request.target, request.body = method, target.encode(), body
         request.headers = {key.replace("_", "-"): value for key, value in headers.items()}
         return self.routes.handle(request, name, self.answers.append)
 
-    def infer(self, body: bytes, **headers: str) -> InferCall | None:
+    def infer(self, body: bytes, **headers: str) -> CallUnderWay | None:
         """Send an inference with a second to answer."""
         headers.setdefault("superserve_slo_ms", "1000")
         return self.ask("POST", "/v2/models/digits/infer", body, **headers)

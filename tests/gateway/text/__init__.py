@@ -1,0 +1,1 @@
+"""Texts in front of a model of token ids."""
