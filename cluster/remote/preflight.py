@@ -16,7 +16,7 @@ import orjson
 
 from cluster.remote.ask import answer
 from cluster.remote.shell import CONNECT_TIMEOUT_S, RemoteError, UnreachableError, parallel
-from cluster.remote.wheel import FOR_FAMILIES, FOR_GATEWAY, FOR_SUPERNETS, ON_EVERY_HOST
+from cluster.remote.wheel import FOR_FAMILIES, FOR_GATEWAY, FOR_SUPERNETS, FOR_TEXTS, ON_EVERY_HOST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,6 +101,7 @@ def requirements(host: Wanted) -> tuple[tuple[str, str], ...]:
         *(FOR_SUPERNETS if host.serves_supernet else ()),
         *(FOR_FAMILIES if host.serves_supernet and host.serves_family else ()),
         *(FOR_GATEWAY if host.serves_gateway else ()),
+        *(FOR_TEXTS if host.serves_texts else ()),
     )
 
 

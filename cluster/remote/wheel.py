@@ -38,6 +38,9 @@ own the same files, so that one must not be installed beside the other."""
 FOR_GATEWAY = (("grpcio", "1.70"), ("httptools", "0.6"), ("protobuf", "5.29"), ("uvloop", "0.21"))
 """And if a gateway runs there."""
 
+FOR_TEXTS = (("tokenizers", "0.20"),)
+"""And if it takes texts."""
+
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip file's earliest time: files' own times must not change the hash
 _MODE = 0o644 << 16
 _LEFT_OUT = ("__pycache__",)

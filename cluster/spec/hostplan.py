@@ -238,12 +238,13 @@ def _wanted(hosts: Hosts, host: Host, roles: Sequence[HostRole]) -> Wanted:
     if hosts.metrics.workers is not None:
         ports += range(hosts.metrics.workers, hosts.metrics.workers + host.n_workers)
     gpus = tuple(int(device.partition(":")[2]) for device in host.devices if device.startswith("cuda:"))
+    gateway = hosts.gateway if host.name == hosts.router.host else None
     return Wanted(
         host.name, Target(host.address, host.user, host.port), host.python, tuple(ports),
         () if hosts.emulate is not None else gpus,
         hosts.emulate is None and host.n_workers > 0, tuple(role.name for role in roles),
         _looked_up(hosts, host), hosts.family is not None,
-        hosts.gateway is not None and host.name == hosts.router.host,
+        gateway is not None, gateway is not None and gateway.tokenizer is not None,
     )  # fmt: skip
 
 

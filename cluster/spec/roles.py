@@ -286,6 +286,7 @@ class Wanted:
         router: The router's name, which its workers look up; "" if they do not.
         serves_family: Whether they read a family file.
         serves_gateway: Whether a gateway runs there.
+        serves_texts: Whether that takes texts.
     """
 
     name: str
@@ -298,3 +299,4 @@ class Wanted:
     router: str = ""
     serves_family: bool = False
     serves_gateway: bool = False
+    serves_texts: bool = False

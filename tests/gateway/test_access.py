@@ -107,6 +107,7 @@ def test_rows_of_a_board_add_up(tmp_path: Path) -> None:
     ("changed", "words"),
     [
         ({"http_port": None}, "at least one"),
+        ({"tokenizer": "a", "http_port": None, "grpc_port": 0}, "--tokenizer: expected HTTP"),
         ({"tls_cert": "a"}, "--tls-key"),
         ({"client_ca": "a"}, "--client-ca"),
         ({"default_slo_ms": 0.0}, "--default-slo-ms"),

@@ -13,7 +13,7 @@ import pytest
 from cluster.engines.describe import describe
 from cluster.host.config import supervisord_conf
 from cluster.remote.preflight import requirements
-from cluster.remote.wheel import FOR_GATEWAY
+from cluster.remote.wheel import FOR_GATEWAY, FOR_TEXTS
 from cluster.spec.gateway import gateway_on_host
 from cluster.spec.hostplan import plan_of
 from cluster.spec.hosts import GatewayPlace, load_hosts
@@ -136,6 +136,13 @@ def test_a_hosts_file_has_it_beside_the_router(tmp_path: Path) -> None:
     assert {8000, 8001} <= set(plan.wanted[0].ports)
     assert set(FOR_GATEWAY) <= set(requirements(plan.wanted[0]))
     assert not set(FOR_GATEWAY) & set(requirements(plan.wanted[1]))
+    assert not set(FOR_TEXTS) & set(requirements(plan.wanted[0]))
+
+    path = _hosts_file(tmp_path, HOSTS.replace("processes: 2", "tokenizer: /m/tokenizer.json"))
+    plan = plan_of(load_hosts(path), path)
+    assert "--tokenizer /m/tokenizer.json" in " ".join(plan.roles_of("a", "/s")[-1].argv)
+    assert set(FOR_TEXTS) <= set(requirements(plan.wanted[0]))
+    assert not set(FOR_TEXTS) & set(requirements(plan.wanted[1]))
 
 
 def test_with_keys_it_has_the_operators() -> None:

@@ -42,10 +42,10 @@ def test_what_hosts_need_is_what_the_project_says() -> None:
     """Each distribution and its least version is of pyproject.toml; none of `server` is missing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    used = ("server", "cluster", "worker", "gateway")
+    used = ("server", "cluster", "worker", "gateway", "tokens")
     declared = {*project["dependencies"], *(one for name in used for one in extras[name])}
 
-    further = (*wheel.FOR_SUPERNETS, *wheel.FOR_FAMILIES, *wheel.FOR_GATEWAY)
+    further = (*wheel.FOR_SUPERNETS, *wheel.FOR_FAMILIES, *wheel.FOR_GATEWAY, *wheel.FOR_TEXTS)
     for name, least in (*wheel.ON_EVERY_HOST, *further):
         assert f"{name}>={least}" in declared
     here = {f"{name}>={least}" for name, least in wheel.ON_EVERY_HOST}
