@@ -24,14 +24,14 @@ client.connect()
 images = held_out()
 
 # %% One query: an input, and how long an answer may take.
-reply = client.infer(images.pixels[0], slo_ms=500)
+reply = client.infer(images.pixels[0], slo_ms=5_000)
 print(f"This is a {reply.output.argmax()}; it was drawn as a {images.labels[0]}.")
 print(f"{reply.subnet} ({reply.accuracy:.1f} % accurate) took {reply.latency_ms:.1f} ms, of which")
 print(f"  {reply.timeline.queued_ms:.1f} ms in the queue, {reply.timeline.executing_ms:.1f} ms in the model")
 
 # %% A hundred at once. They share batches; the router picks the subnet for each batch.
 N = 100
-futures = [client.submit(image, slo_ms=500) for image in images.pixels[:N]]
+futures = [client.submit(image, slo_ms=5_000) for image in images.pixels[:N]]
 replies = [future.result() for future in futures]
 n_right = sum(r.output.argmax() == label for r, label in zip(replies, images.labels[:N], strict=True))
 print(f"{n_right} of {N} right")
@@ -61,7 +61,7 @@ for name, latencies in sorted(by_subnet.items()):
     print("#" * round(40 * len(latencies) / len(replies)))
 
 # %% Ask for accuracy instead: no subnet below the floor may serve, however short the time.
-reply = client.infer(images.pixels[0], slo_ms=500, min_accuracy=95)
+reply = client.infer(images.pixels[0], slo_ms=5_000, min_accuracy=95)
 print(f"{reply.subnet} has {reply.accuracy:.1f} %")
 
 # %% Done.
