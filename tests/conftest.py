@@ -58,15 +58,24 @@ _FIRST = (
 """The files that take longest, in `make test` and in `make test-full`, the longest first."""
 
 
+_SLOW_S = 600
+"""Least time limit of a slow test, seconds."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what computes for long; put the longest files first, then those with tests that start processes.
 
-    Beyond that order is random.
+    Beyond that order is random. Slow tests have time enough for a machine several times slower than the one
+    that they were written on.
     """
     long = [ROOT / "tests" / name for name in _LONG]
     for item in items:
         if any(item.path.is_relative_to(place) for place in long):
             item.add_marker("long")
+        if item.get_closest_marker("slow"):
+            own = item.get_closest_marker("timeout")
+            limit_s = max(_SLOW_S, own.args[0] if own is not None else 0)
+            item.add_marker(pytest.mark.timeout(limit_s), append=False)
     longest = {item.path for item in items if item.get_closest_marker("e2e")}
     ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(_FIRST)}
     items.sort(key=lambda item: (ranks.get(item.path, len(ranks)), item.path not in longest))
