@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gateway.text.embeddings import EmbeddingsAsk, embeddings_ask, embeddings_body
 from gateway.text.rerank import RerankAsk, rerank_ask, rerank_body
 from gateway.v2.request import InferRequest
-from gateway.v2.verdicts import CALLER_GONE, verdict_of
+from gateway.v2.verdicts import BROKEN, CALLER_GONE, GatewayError
 from superserve.errors import SuperServeError
 
 if TYPE_CHECKING:
@@ -99,20 +99,19 @@ class TextCall:
         error = future.exception()
         if self._is_ended:
             return
+        if error is not None:
+            # A defect of the tokenizer costs this request its answer, and no more.
+            self._is_ended = True
+            self._backend.ended(BROKEN, self._arrived_ns)
+            self._done(GatewayError(BROKEN, f"the tokenizer failed: {error}"))
+            return
         try:
-            if error is not None:
-                raise error
             rows, self._n_tokens = future.result()
             request = InferRequest(served, "", rows, self._ask.parameters, is_binary=False)
             self._inner = self._backend.infer(request, self._terms, self._arrived_ns, self._answered)
         except SuperServeError as refused:
             self._is_ended = True
             self._done(refused)
-        except Exception as defect:  # noqa: BLE001  a tokenizer's: it costs this request its answer, no more
-            self._is_ended = True
-            failed = SuperServeError(f"the tokenizer failed: {defect}")
-            self._backend.ended(verdict_of(failed), self._arrived_ns)
-            self._done(failed)
 
     def _answered(self, outcome: InferAnswer | SuperServeError) -> None:
         self._is_ended = True

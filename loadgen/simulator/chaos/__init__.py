@@ -485,14 +485,17 @@ class Tally:
 
 def run_schedules(first: int, n: int, *, n_processes: int = 1) -> Tally:
     """Run `n` schedules from seed `first` on, in `n_processes`; the tally does not depend on their number."""
-    tally = Tally()
-    seeds = range(first, first + n)
+    return tallied(Tally(), run_schedule, range(first, first + n), n_processes)
+
+
+def tallied(tally: Tally, run: Callable[[int], ScheduleOutcome], seeds: range, n_processes: int) -> Tally:
+    """Add how the schedule of each seed went to a tally, in the seeds' order, and return it."""
     if n_processes == 1:
         for seed in seeds:
-            tally.add(run_schedule(seed))
+            tally.add(run(seed))
         return tally
     with ProcessPoolExecutor(n_processes) as pool:
-        for outcome in pool.map(run_schedule, seeds, chunksize=50):
+        for outcome in pool.map(run, seeds, chunksize=50):
             tally.add(outcome)
     return tally
 

@@ -24,7 +24,6 @@ import random
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,7 @@ import click
 from gpu_worker.core.choice import CHOOSE_NS, RouterChoice
 from gpu_worker.core.lending import Lender, LendingSettings
 from loadgen import options
-from loadgen.simulator.chaos import PROFILE, Checker, ScheduleOutcome, Tally, ViolationError
+from loadgen.simulator.chaos import PROFILE, Checker, ScheduleOutcome, Tally, ViolationError, tallied
 from loadgen.simulator.chaos.clients import SimQuery
 from loadgen.simulator.links import FAR_NS, Trouble, Way
 from loadgen.simulator.routers import SimRouter, SimWorker, World
@@ -511,15 +510,7 @@ def _joined(world: World) -> Counter[str]:
 def run_schedules(first: int, n: int, *, n_processes: int = 1) -> Tally:
     """Run `n` schedules from seed `first` on, in `n_processes`."""
     tally = Tally("loadgen.simulator.chaos.routers")
-    seeds = range(first, first + n)
-    if n_processes == 1:
-        for seed in seeds:
-            tally.add(run_schedule(seed))
-        return tally
-    with ProcessPoolExecutor(n_processes) as pool:
-        for outcome in pool.map(run_schedule, seeds, chunksize=50):
-            tally.add(outcome)
-    return tally
+    return tallied(tally, run_schedule, range(first, first + n), n_processes)
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""A stand-in for a watched router: whoever watches it works as hard, and costs the real one nothing.
+"""A stand-in for a watched router: its watchers work as hard, and cost the real one nothing.
 
 It answers STATUS with what the real router has answered before, in turn, then with the last of it.
 """
